@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all of their own set-up on a Debian 12 machine, as root.
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := criserver shims snapshotter tests bench contrib setup.py
+
+RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
+TEST_PACKAGES := docker-registry skopeo procps
+
+.PHONY: demo test lint unit e2e format proto run-packages test-packages clean
+
+demo: run-packages $(VENV)/ready
+	$(BIN)/python contrib/demo.py
+
+test: test-packages $(VENV)/ready lint
+	$(BIN)/pytest tests
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+unit: $(VENV)/ready
+	$(BIN)/pytest tests/unit
+
+e2e: test-packages $(VENV)/ready
+	$(BIN)/pytest tests/e2e tests/conformance
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+proto: $(VENV)/ready
+	$(BIN)/python -c "import setup; setup.generate()"
+
+run-packages:
+	@contrib/need.sh $(RUN_PACKAGES)
+
+test-packages: run-packages
+	@contrib/need.sh $(TEST_PACKAGES)
+
+$(VENV)/ready: requirements-dev.lock pyproject.toml setup.py proto/runtime/v1/api.proto proto/criserver/v1/admin.proto
+	@contrib/need.sh python3-venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info criserver/pb

@@ -1,0 +1,7 @@
+"""``python -m criserver``."""
+
+import sys
+
+from criserver.cli import main
+
+sys.exit(main())

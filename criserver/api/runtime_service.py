@@ -1,0 +1,216 @@
+"""CRI's RuntimeService: requests in, one call of the runtime room each, answers out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+
+import structlog
+
+from criserver import __version__
+from criserver.api import views
+from criserver.api.lists import Fragments
+from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.container_create import create_container
+from criserver.runtime.container_exec import exec_sync
+from criserver.runtime.container_log import reopen_log
+from criserver.runtime.container_remove import remove_container
+from criserver.runtime.container_start import start_container
+from criserver.runtime.container_stop import stop_container
+from criserver.runtime.node import Node
+from criserver.runtime.parse import container_config, pod_config
+from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.runtime.sandbox_run import run_sandbox
+from criserver.runtime.sandbox_stop import stop_sandbox
+
+log = structlog.get_logger(__name__)
+
+# RPCs that a later version builds, with the feature that each belongs to.
+MISSING = {
+    "Exec": "streaming exec",
+    "Attach": "streaming attach",
+    "PortForward": "port forwarding",
+    "UpdateContainerResources": "resource updates",
+    "UpdatePodSandboxResources": "resource updates",
+    "ContainerStats": "statistics",
+    "ListContainerStats": "statistics",
+    "StreamContainerStats": "statistics",
+    "PodSandboxStats": "statistics",
+    "ListPodSandboxStats": "statistics",
+    "StreamPodSandboxStats": "statistics",
+    "ListMetricDescriptors": "metrics",
+    "ListPodSandboxMetrics": "metrics",
+    "StreamPodSandboxMetrics": "metrics",
+    "StreamPodSandboxes": "streaming lists",
+    "StreamContainers": "streaming lists",
+    "GetContainerEvents": "container events",
+    "CheckpointContainer": "checkpoints",
+}
+
+
+class RuntimeService:
+    """The methods are named after the RPCs; what each promises is CRI's."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._sandboxes: Fragments[Sandbox] = Fragments(
+            lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString()
+        )
+        self._containers: Fragments[Container] = Fragments(
+            lambda c: cri.ListContainersResponse(containers=[views.container(c)]).SerializeToString()
+        )
+
+    async def version(self, request: cri.VersionRequest) -> cri.VersionResponse:
+        return cri.VersionResponse(
+            version="0.1.0", runtime_name="criserver", runtime_version=__version__, runtime_api_version="v1"
+        )
+
+    async def status(self, request: cri.StatusRequest) -> cri.StatusResponse:
+        reason = await self._node.network.ready()
+        network = cri.RuntimeCondition(type="NetworkReady", status=reason is None)
+        if reason is not None:
+            network.reason, network.message = "NetworkPluginNotReady", reason
+        handlers = ["", *sorted(self._node.config.runtimes)]
+        return cri.StatusResponse(
+            status=cri.RuntimeStatus(conditions=[cri.RuntimeCondition(type="RuntimeReady", status=True), network]),
+            info=views.info(root=self._node.config.root, state=self._node.config.state) if request.verbose else {},
+            runtime_handlers=[
+                cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in handlers
+            ],
+            features=cri.RuntimeFeatures(supplemental_groups_policy=True),
+        )
+
+    async def runtime_config(self, request: cri.RuntimeConfigRequest) -> cri.RuntimeConfigResponse:
+        return cri.RuntimeConfigResponse(linux=cri.LinuxRuntimeConfiguration(cgroup_driver=cri.CGROUPFS))
+
+    async def update_runtime_config(self, request: cri.UpdateRuntimeConfigRequest) -> cri.UpdateRuntimeConfigResponse:
+        # The pod network is the CNI configuration's business; the kubelet tells every runtime all the same.
+        log.info("pod CIDR told by the kubelet", cidr=request.runtime_config.network_config.pod_cidr)
+        return cri.UpdateRuntimeConfigResponse()
+
+    async def run_pod_sandbox(self, request: cri.RunPodSandboxRequest) -> cri.RunPodSandboxResponse:
+        config = pod_config(request.config)
+        sent = request.config.SerializeToString(deterministic=True)
+        return cri.RunPodSandboxResponse(
+            pod_sandbox_id=await run_sandbox(self._node, config, sent, request.runtime_handler)
+        )
+
+    async def stop_pod_sandbox(self, request: cri.StopPodSandboxRequest) -> cri.StopPodSandboxResponse:
+        await stop_sandbox(self._node, _given(request.pod_sandbox_id, "pod_sandbox_id"))
+        return cri.StopPodSandboxResponse()
+
+    async def remove_pod_sandbox(self, request: cri.RemovePodSandboxRequest) -> cri.RemovePodSandboxResponse:
+        await remove_sandbox(self._node, _given(request.pod_sandbox_id, "pod_sandbox_id"))
+        return cri.RemovePodSandboxResponse()
+
+    async def pod_sandbox_status(self, request: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
+        sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
+        if sandbox.state is SandboxState.CREATING:
+            raise NotFoundError(f"pod sandbox {request.pod_sandbox_id} is still being made")
+        response = cri.PodSandboxStatusResponse(
+            status=views.sandbox_status(sandbox),
+            containers_statuses=[
+                views.container_status(c)
+                for c in self._node.registry.containers_of(sandbox.id)
+                if c.state is not ContainerState.CREATING
+            ],
+            timestamp=time.time_ns(),
+        )
+        if request.verbose:
+            response.info.update(self._sandbox_info(sandbox))
+        return response
+
+    async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
+        wanted, registry = request.filter, self._node.registry
+        found = [s for s in registry.sandboxes.values() if s.state is not SandboxState.CREATING]
+        if wanted.id:
+            found = [s for s in found if s.id.startswith(wanted.id)]
+        if wanted.HasField("state"):
+            found = [s for s in found if views.SANDBOX_STATES[s.state] == wanted.state.state]
+        if wanted.label_selector:
+            found = [s for s in found if _selected(s.config.labels, wanted.label_selector)]
+        return self._sandboxes.join(found, len(registry.sandboxes))
+
+    async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
+        sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
+        config = container_config(request.config, sandbox.config)
+        sent = request.config.SerializeToString(deterministic=True)
+        return cri.CreateContainerResponse(container_id=await create_container(self._node, sandbox.id, config, sent))
+
+    async def start_container(self, request: cri.StartContainerRequest) -> cri.StartContainerResponse:
+        await start_container(self._node, request.container_id)
+        return cri.StartContainerResponse()
+
+    async def stop_container(self, request: cri.StopContainerRequest) -> cri.StopContainerResponse:
+        await stop_container(self._node, _given(request.container_id, "container_id"), request.timeout)
+        return cri.StopContainerResponse()
+
+    async def remove_container(self, request: cri.RemoveContainerRequest) -> cri.RemoveContainerResponse:
+        await remove_container(self._node, _given(request.container_id, "container_id"))
+        return cri.RemoveContainerResponse()
+
+    async def container_status(self, request: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
+        container = self._node.registry.container(request.container_id)
+        if container.state is ContainerState.CREATING:
+            raise NotFoundError(f"container {request.container_id} is still being made")
+        return cri.ContainerStatusResponse(
+            status=views.container_status(container),
+            info=self._container_info(container) if request.verbose else {},
+        )
+
+    async def list_containers(self, request: cri.ListContainersRequest) -> bytes:
+        wanted, registry = request.filter, self._node.registry
+        found = [c for c in registry.containers.values() if c.state is not ContainerState.CREATING]
+        if wanted.id:
+            found = [c for c in found if c.id.startswith(wanted.id)]
+        if wanted.pod_sandbox_id:
+            found = [c for c in found if c.sandbox_id.startswith(wanted.pod_sandbox_id)]
+        if wanted.HasField("state"):
+            found = [c for c in found if views.CONTAINER_STATES[c.state] == wanted.state.state]
+        if wanted.label_selector:
+            found = [c for c in found if _selected(c.config.labels, wanted.label_selector)]
+        return self._containers.join(found, len(registry.containers))
+
+    async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
+        result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)
+        return cri.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.code)
+
+    async def reopen_container_log(self, request: cri.ReopenContainerLogRequest) -> cri.ReopenContainerLogResponse:
+        await reopen_log(self._node, request.container_id)
+        return cri.ReopenContainerLogResponse()
+
+    def _sandbox_info(self, sandbox: Sandbox) -> dict[str, str]:
+        return views.info(
+            sandboxID=sandbox.id,
+            runtimeHandler=sandbox.handler or self._node.config.default_runtime,
+            namespaces=self._node.namespaces_dir(sandbox.id),
+            cgroupParent=sandbox.cgroup_parent,
+            network=json.loads(sandbox.attachment) if sandbox.attachment else None,
+        )
+
+    def _container_info(self, container: Container) -> dict[str, str]:
+        try:
+            with open(os.path.join(self._node.container_dir(container.id), "config.json")) as f:
+                runtime_spec = json.load(f)
+        except FileNotFoundError:
+            runtime_spec = None
+        return views.info(
+            sandboxID=container.sandbox_id,
+            pid=container.pid,
+            rootfs=self._node.rootfs(container.id),
+            runtimeSpec=runtime_spec,
+        )
+
+
+def _given(value: str, field: str) -> str:
+    if not value:
+        raise InvalidArgumentError(f"{field} is empty; it must be given")
+    return value
+
+
+def _selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    return all(labels.get(key) == value for key, value in selector.items())

@@ -1,0 +1,128 @@
+"""The gRPC server on a unix socket: every RPC of a service is registered, whether this version has it or not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from criserver.errors import CriError, UnimplementedError
+
+log = structlog.get_logger(__name__)
+
+# The kubelet's own limit for an answer.
+MAX_MESSAGE = 16 << 20
+
+Handler = Callable[[Any], Awaitable[Any]]
+_Call = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
+
+
+def method_name(rpc: str) -> str:
+    """The Python name of an RPC: RunPodSandbox is run_pod_sandbox."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", rpc).lower()
+
+
+def generic_handler(
+    descriptor: ServiceDescriptor, service: object, missing: Mapping[str, str]
+) -> grpc.GenericRpcHandler:
+    """All RPCs of a service: those that ``service`` has a method for, and UNIMPLEMENTED for the others.
+
+    ``missing`` names the feature that an absent RPC belongs to. Raises KeyError where an RPC is neither.
+    """
+    handlers = {}
+    for method in descriptor.methods:
+        implementation = getattr(service, method_name(method.name), None)
+        if implementation is None:
+            implementation = _absent(method.name, missing[method.name], streams=method.server_streaming)
+        handlers[method.name] = _rpc(method, implementation)
+    return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
+
+
+def _rpc(method: MethodDescriptor, implementation: Handler) -> Any:
+    request = GetMessageClass(method.input_type).FromString
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(_told_stream(method.name, implementation), request, _serialize)
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(_told(method.name, implementation), request, _serialize)
+    return grpc.unary_unary_rpc_method_handler(_told(method.name, implementation), request, _serialize)
+
+
+def _serialize(response: Message | bytes) -> bytes:
+    """Lists come as bytes already: joins of messages that were serialised when they last changed."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
+def _told(rpc: str, implementation: Handler) -> _Call:
+    """The implementation with its errors told as gRPC statuses."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await implementation(request)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
+            await context.abort(*_status(rpc, e))
+
+    return call
+
+
+def _told_stream(rpc: str, implementation: Any) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in implementation(request):
+                yield response
+        except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
+            await context.abort(*_status(rpc, e))
+
+    return call
+
+
+def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    if isinstance(error, ExceptionGroup):
+        return _status(rpc, error.exceptions[0])  # of work done side by side, whose rest was cancelled
+    if isinstance(error, CriError):
+        log.info("call refused", rpc=rpc, code=error.code, error=str(error))
+        return grpc.StatusCode[error.code], str(error)
+    log.error("call failed", rpc=rpc, exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"{rpc}: {type(error).__name__}: {error}"
+
+
+def _absent(rpc: str, feature: str, *, streams: bool) -> Any:
+    words = f"{rpc} is not supported yet: this version has no {feature}"
+
+    async def refuse(_: Any) -> Any:
+        raise UnimplementedError(words)
+
+    async def refuse_stream(_: Any) -> AsyncIterator[Any]:
+        raise UnimplementedError(words)
+        yield
+
+    return refuse_stream if streams else refuse
+
+
+async def listen(address: str, handlers: list[grpc.GenericRpcHandler]) -> grpc.aio.Server:
+    """A server on the unix socket ``address``, for root alone. Raises CriError where it cannot be bound."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE),
+            ("grpc.max_send_message_length", MAX_MESSAGE),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    server.add_generic_rpc_handlers(tuple(handlers))
+    os.makedirs(os.path.dirname(address), mode=0o711, exist_ok=True)
+    mask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{address}")
+    except RuntimeError as e:
+        raise CriError(f"cannot listen on {address}: {e}") from e
+    finally:
+        os.umask(mask)
+    await server.start()
+    return server

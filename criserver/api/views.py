@@ -1,0 +1,136 @@
+"""Records as CRI messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from criserver.images import Image
+from criserver.model import NamespaceMode, Namespaces
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+
+# Intentions under way are seen as the state that they start from.
+CONTAINER_STATES = {
+    ContainerState.CREATED: cri.CONTAINER_CREATED,
+    ContainerState.STARTING: cri.CONTAINER_CREATED,
+    ContainerState.RUNNING: cri.CONTAINER_RUNNING,
+    ContainerState.EXITED: cri.CONTAINER_EXITED,
+    ContainerState.REMOVING: cri.CONTAINER_EXITED,
+}
+SANDBOX_STATES = {
+    SandboxState.READY: cri.SANDBOX_READY,
+    SandboxState.NOT_READY: cri.SANDBOX_NOTREADY,
+    SandboxState.REMOVING: cri.SANDBOX_NOTREADY,
+}
+_MODES = {NamespaceMode.POD: cri.POD, NamespaceMode.CONTAINER: cri.CONTAINER, NamespaceMode.NODE: cri.NODE}
+
+
+def sandbox(record: Sandbox) -> cri.PodSandbox:
+    """The sandbox as ListPodSandbox shows it."""
+    config = record.config
+    return cri.PodSandbox(
+        id=record.id,
+        metadata=_pod_metadata(record),
+        state=SANDBOX_STATES[record.state],
+        created_at=record.created_at,
+        labels=config.labels,
+        annotations=config.annotations,
+        runtime_handler=record.handler,
+    )
+
+
+def sandbox_status(record: Sandbox) -> cri.PodSandboxStatus:
+    """The sandbox as PodSandboxStatus shows it."""
+    config = record.config
+    first, *others = record.ips or ("",)
+    return cri.PodSandboxStatus(
+        id=record.id,
+        metadata=_pod_metadata(record),
+        state=SANDBOX_STATES[record.state],
+        created_at=record.created_at,
+        network=cri.PodSandboxNetworkStatus(ip=first, additional_ips=[cri.PodIP(ip=ip) for ip in others]),
+        linux=cri.LinuxPodSandboxStatus(namespaces=cri.Namespace(options=_namespaces(config.namespaces))),
+        labels=config.labels,
+        annotations=config.annotations,
+        runtime_handler=record.handler,
+    )
+
+
+def container(record: Container) -> cri.Container:
+    """The container as ListContainers shows it."""
+    config = record.config
+    return cri.Container(
+        id=record.id,
+        pod_sandbox_id=record.sandbox_id,
+        metadata=cri.ContainerMetadata(name=config.name, attempt=config.attempt),
+        image=cri.ContainerConfig.FromString(record.sent).image,
+        image_ref=record.image_id,
+        state=CONTAINER_STATES[record.state],
+        created_at=record.created_at,
+        labels=config.labels,
+        annotations=config.annotations,
+        image_id=record.image_id,
+    )
+
+
+def container_status(record: Container) -> cri.ContainerStatus:
+    """The container as ContainerStatus shows it."""
+    config = record.config
+    sent = cri.ContainerConfig.FromString(record.sent)
+    status = cri.ContainerStatus(
+        id=record.id,
+        metadata=sent.metadata,
+        state=CONTAINER_STATES[record.state],
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        exit_code=record.exit_code,
+        image=sent.image,
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        reason=record.reason,
+        message=record.message,
+        labels=config.labels,
+        annotations=config.annotations,
+        mounts=sent.mounts,
+        log_path=record.log_path,
+        stop_signal=sent.stop_signal,
+    )
+    if sent.linux.HasField("resources"):
+        status.resources.linux.CopyFrom(sent.linux.resources)
+    if record.user is not None:
+        user = record.user
+        status.user.linux.CopyFrom(cri.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups))
+    return status
+
+
+def image(record: Image) -> cri.Image:
+    """The image as ListImages and ImageStatus show it."""
+    found = cri.Image(
+        id=record.id,
+        repo_tags=record.repo_tags,
+        repo_digests=record.repo_digests,
+        size=record.size,
+        pinned=record.pinned,
+        spec=cri.ImageSpec(image=record.id),
+    )
+    if record.uid is not None:
+        found.uid.value = record.uid
+    elif record.username:
+        found.username = record.username
+    return found
+
+
+def info(**facts: Any) -> dict[str, str]:
+    """The ``info`` of a verbose answer: one JSON document, as crictl shows it."""
+    return {"info": json.dumps(facts)}
+
+
+def _pod_metadata(record: Sandbox) -> cri.PodSandboxMetadata:
+    config = record.config
+    return cri.PodSandboxMetadata(name=config.name, uid=config.uid, namespace=config.namespace, attempt=config.attempt)
+
+
+def _namespaces(modes: Namespaces) -> cri.NamespaceOption:
+    return cri.NamespaceOption(network=_MODES[modes.network], pid=_MODES[modes.pid], ipc=_MODES[modes.ipc])

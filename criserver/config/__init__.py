@@ -1,0 +1,7 @@
+"""The daemon's configuration: one TOML file, checked by a JSON schema before anything else happens."""
+
+from __future__ import annotations
+
+from criserver.config.load import Config, Runtime, default_text, load
+
+__all__ = ["Config", "Runtime", "default_text", "load"]

@@ -1,0 +1,129 @@
+"""Reading and checking the configuration file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from criserver.errors import InvalidArgumentError
+
+_ADVICE = "`criserver config default` prints every key with its default"
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A runtime handler: an OCI runtime program, by absolute path or by a name on PATH."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration; default.toml says what each field means. Times are seconds."""
+
+    root: str
+    state: str
+    grpc_address: str
+    log_level: str
+    log_format: str
+    cni_bin_dirs: tuple[str, ...]
+    cni_conf_dir: str
+    cni_timeout: float
+    registry_config_path: str
+    default_runtime: str
+    infra: str
+    runtimes: Mapping[str, Runtime] = field(default_factory=dict)
+
+
+def default_text() -> str:
+    """The commented default configuration, as ``criserver config default`` prints it."""
+    return files("criserver.config").joinpath("default.toml").read_text()
+
+
+def load(path: str | None) -> Config:
+    """The configuration of ``path`` over the defaults; the defaults alone for None.
+
+    Raises :class:`InvalidArgumentError` that names the file, the key, its value and what is allowed.
+    """
+    merged: dict[str, Any] = tomllib.loads(default_text())
+    if path is not None:
+        given = _read(path)
+        _check(path, given)
+        _merge(merged, given)
+    cni, runtime = merged["cni"], merged["runtime"]
+    runtimes = {name: Runtime(name, table["path"]) for name, table in merged["runtimes"].items()}
+    if runtime["default"] not in runtimes:
+        raise InvalidArgumentError(
+            f"{path}: [runtime] default = {runtime['default']!r} has no table [runtimes.{runtime['default']}]; "
+            f"there are: {', '.join(sorted(runtimes))}"
+        )
+    return Config(
+        root=os.path.normpath(merged["root"]),
+        state=os.path.normpath(merged["state"]),
+        grpc_address=merged["grpc"]["address"],
+        log_level=merged["log"]["level"],
+        log_format=merged["log"]["format"],
+        cni_bin_dirs=tuple(cni["bin_dirs"]),
+        cni_conf_dir=cni["conf_dir"],
+        cni_timeout=float(cni["timeout"]),
+        registry_config_path=merged["registry"]["config_path"],
+        default_runtime=runtime["default"],
+        infra=runtime["infra"],
+        runtimes=runtimes,
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as f:
+            return tomllib.load(f)
+    except OSError as e:
+        raise InvalidArgumentError(f"configuration {path}: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InvalidArgumentError(f"configuration {path} is not valid TOML: {e}") from e
+
+
+def _check(path: str, given: dict[str, Any]) -> None:
+    # Imported here: a daemon with the default configuration does without its memory.
+    import jsonschema
+
+    schema = json.loads(files("criserver.config").joinpath("schema.json").read_text())
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(given):
+        raise InvalidArgumentError(f"configuration {path}: {_explain(schema, error)}; {_ADVICE}")
+
+
+def _explain(schema: dict[str, Any], error: Any) -> str:
+    """One sentence of key, value and what is allowed, for the commonest kinds of mistake."""
+    keys = [str(k) for k in error.absolute_path]
+    where = ".".join(keys) or "the top level"
+    match error.validator:
+        case "additionalProperties":
+            allowed = sorted(error.schema.get("properties", {}))
+            unknown = ", ".join(sorted(set(error.instance) - set(allowed)))
+            return f"unknown key {unknown} at {where}; allowed: {', '.join(allowed)}"
+        case "required":
+            return f"{where}: {error.message}"
+        case "enum":
+            return f"{where} = {error.instance!r}; allowed: {', '.join(error.validator_value)}"
+        case "type":
+            return f"{where} = {error.instance!r}; it must be of type {error.validator_value}"
+        case "pattern" if error.validator_value == schema["$defs"]["path"]["pattern"]:
+            return f"{where} = {error.instance!r}; it must be an absolute path"
+        case _:
+            return f"{where} = {error.instance!r}: {error.message}"
+
+
+def _merge(base: dict[str, Any], given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if key == "runtimes":
+            base[key] = value  # the file's handlers replace the default one, so that one can leave runc out
+        elif isinstance(value, dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value

@@ -1,0 +1,177 @@
+"""The daemon as a whole: the rooms put together, served, and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+
+import grpc
+import structlog
+
+from criserver import __version__
+from criserver.api import image_service, runtime_service
+from criserver.api.server import generic_handler, listen
+from criserver.config import Config
+from criserver.errors import CriError, FailedPreconditionError
+from criserver.images import ContentStore, Images, host_platform
+from criserver.network import Network
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.node import Node
+from criserver.runtime.recovery import recover
+from criserver.runtime.registry import Registry
+from criserver.runtime.shims import Nursery
+from criserver.store import Store
+from snapshotter import Snapshotter
+
+log = structlog.get_logger(__name__)
+
+# What a call under way may still take when the daemon is told to stop.
+STOP_GRACE = 5.0
+CHECKPOINT_INTERVAL = 60.0
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Containers go on without the daemon.
+
+    Raises FailedPreconditionError where another daemon has the directories, CriError where the host refuses
+    what is needed to start.
+    """
+    began = time.monotonic()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    for directory in (config.root, config.state):
+        os.makedirs(directory, mode=0o711, exist_ok=True)
+    locks = [_lock(directory) for directory in dict.fromkeys((config.root, config.state))]
+    store = Store(os.path.join(config.root, "criserver.db"))
+    node = _node(config, store)
+    try:
+        await node.nursery.start()
+        await recover(node)
+        await node.images.collect()
+        server = await listen(config.grpc_address, _services(node))
+        checkpoints = asyncio.create_task(_checkpoint(store))
+        # What start-up made lives as long as the daemon; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        log.info(
+            "serving",
+            version=__version__,
+            address=config.grpc_address,
+            sandboxes=len(node.registry.sandboxes),
+            containers=len(node.registry.containers),
+            seconds=round(time.monotonic() - began, 3),
+        )
+        _notify("READY=1")
+        await stop.wait()
+        log.info("stopping")
+        _notify("STOPPING=1")
+        checkpoints.cancel()
+        await server.stop(STOP_GRACE)
+        await _within(node.settle(), STOP_GRACE)
+    finally:
+        for link in list(node.links.values()):
+            link.close()
+        await node.nursery.stop()
+        node.snapshotter.close()
+        store.close()
+        for lock in locks:
+            os.close(lock)
+
+
+def _node(config: Config, store: Store) -> Node:
+    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+    return Node(
+        config=config,
+        registry=Registry(store),
+        images=Images(
+            store,
+            ContentStore(os.path.join(config.root, "content")),
+            snapshotter,
+            config.registry_config_path,
+            host_platform(),
+        ),
+        network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
+        snapshotter=snapshotter,
+        nursery=Nursery(),
+    )
+
+
+def _services(node: Node) -> list[grpc.GenericRpcHandler]:
+    services = cri.DESCRIPTOR.services_by_name
+    images = image_service.ImageService(node.images, os.path.join(node.config.root, "snapshots"))
+    operator = image_service.AdminService(node.images, os.path.join(node.config.root, "spool"))
+    return [
+        generic_handler(services["RuntimeService"], runtime_service.RuntimeService(node), runtime_service.MISSING),
+        generic_handler(services["ImageService"], images, image_service.MISSING),
+        generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {}),
+    ]
+
+
+def _lock(directory: str) -> int:
+    """Hold a directory for this process; the kernel lets go of it however the process ends."""
+    path = os.path.join(directory, "criserver.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise FailedPreconditionError(
+            f"another criserver (PID {holder}) uses {directory}; stop it, or give this one another root and state"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+async def _checkpoint(store: Store) -> None:
+    while True:
+        await asyncio.sleep(CHECKPOINT_INTERVAL)
+        await store.checkpoint()
+
+
+async def _within(work: asyncio.Future[None] | object, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(work, seconds)  # type: ignore[arg-type]
+    except TimeoutError:
+        log.warning("work was still under way at the stop; the next start finishes it")
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, where it started us (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as e:
+            log.warning("the service manager cannot be told", state=state, error=str(e))
+
+
+def run(config: Config) -> int:
+    """Run :func:`serve` in an event loop of its own; the process's exit code."""
+    if os.geteuid() != 0:
+        print(
+            "criserver: must be run as root: it mounts, makes namespaces and starts containers",
+            file=sys.stderr,
+        )
+        return 1
+    if sys.version_info < (3, 12):
+        # Later versions watch children by pidfd of themselves; before, each child had a thread.
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    try:
+        asyncio.run(serve(config))
+    except CriError as e:
+        print(f"criserver: {e}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,266 @@
+"""Image archives: the tar files that ``skopeo copy``, ``podman save`` and ``docker save`` write.
+
+An archive holds an OCI layout (OCI image-spec, image layout) or Docker's manifest.json, or both; then the layout
+counts. Members are read by name where they are, and nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
+
+from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
+from criserver.images import references
+from criserver.images.content import ContentStore, digest_of
+from criserver.images.manifests import (
+    MAX_CONFIG,
+    MAX_MANIFEST,
+    OCI_CONFIG,
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_MANIFEST,
+    Descriptor,
+    Index,
+    Manifest,
+    parse_config,
+    parse_manifest,
+)
+from criserver.images.references import Reference
+
+_T = TypeVar("_T")
+
+_MAX_MEMBERS = 100_000
+_MAX_LINKS = 8
+_MAX_READ = max(MAX_MANIFEST, MAX_CONFIG)
+_CHUNK = 1 << 20
+_GZIP = b"\x1f\x8b"
+_NAME = "io.containerd.image.name"
+_REF_NAME = "org.opencontainers.image.ref.name"
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedImage:
+    """One image of an archive: its manifests, one for each platform, and its names, which may be none.
+
+    ``published`` says that the manifest is the archive's own, so that its digest names it elsewhere too.
+    """
+
+    names: tuple[Reference, ...]
+    index: Index
+    published: bool
+
+
+class Archive:
+    """An open archive; a :class:`~criserver.images.pull.Source`. Made by :func:`open_archive`."""
+
+    def __init__(self, path: str, tar: tarfile.TarFile) -> None:
+        self.name = self.origin = f"archive {path}"
+        self._tar = tar
+        self._members: dict[str, tarfile.TarInfo] = {}
+        self._digests: dict[str, str] = {}  # of blobs that are not at their place in a layout: where they are
+        self._manifests: dict[str, bytes] = {}
+
+    async def images(self) -> list[ArchivedImage]:
+        """What the archive holds; to be called before the rest. Raises InvalidArgumentError."""
+        return await _in_thread(self._images)
+
+    async def manifest(self, descriptor: Descriptor) -> bytes:
+        """The body of a manifest or index. Raises NotFoundError, DataLossError."""
+        if descriptor.digest in self._manifests:
+            return self._manifests[descriptor.digest]
+        return await _in_thread(self._read_manifest, descriptor.digest)
+
+    async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
+        """Bring a blob into ``content``. Raises NotFoundError, DataLossError, ResourceExhaustedError."""
+        name = self._place(descriptor.digest)
+        size = self._member(name).size
+        if size != descriptor.size:
+            raise DataLossError(f"{self.name}: {name} has {size} bytes, and its manifest says {descriptor.size}")
+        with content.ingest() as ingest, self._open(name) as f, self._readable():
+            while data := await _in_thread(f.read, _CHUNK):
+                await ingest.write(data)
+            ingest.commit(descriptor.digest)
+
+    def _images(self) -> list[ArchivedImage]:
+        with self._readable():
+            for member in self._tar:
+                if len(self._members) >= _MAX_MEMBERS:
+                    raise InvalidArgumentError(f"{self.name} has more than {_MAX_MEMBERS} members")
+                self._members[posixpath.normpath(member.name)] = member
+        if "index.json" in self._members:
+            return self._layout_images()
+        if "manifest.json" in self._members:
+            return self._docker_images()
+        raise InvalidArgumentError(f"{self.name} has neither index.json nor manifest.json: it is no image archive")
+
+    def _layout_images(self) -> list[ArchivedImage]:
+        index = parse_manifest(self._read("index.json", MAX_MANIFEST), "", f"{self.name}: index.json")
+        if isinstance(index, Manifest):
+            raise InvalidArgumentError(f"{self.name}: index.json is no index")
+        named: dict[str, list[Descriptor]] = {}
+        for entry in index.manifests:
+            name = entry.annotations.get(_NAME) or entry.annotations.get(_REF_NAME, "")
+            # A name such as "latest" is a tag within the layout and says nothing of the repository.
+            named.setdefault(name if any(c in name for c in "/:@") else "", []).append(entry)
+        if not named:
+            raise InvalidArgumentError(f"{self.name}: index.json lists no images")
+        return [
+            ArchivedImage((references.parse(name),) if name else (), Index(tuple(entries)), published=True)
+            for name, entries in named.items()
+        ]
+
+    def _docker_images(self) -> list[ArchivedImage]:
+        what = f"{self.name}: manifest.json"
+        try:
+            document = json.loads(self._read("manifest.json", MAX_MANIFEST))
+        except (ValueError, RecursionError) as e:
+            raise InvalidArgumentError(f"{what} is not valid JSON: {e}") from e
+        if not isinstance(document, list) or not document:
+            raise InvalidArgumentError(f"{what} is not a list of images")
+        return [self._docker_image(entry, what) for entry in document]
+
+    def _docker_image(self, entry: Any, what: str) -> ArchivedImage:
+        match entry:
+            case {"Config": str() as config, "Layers": [*layers]} if all(isinstance(name, str) for name in layers):
+                tags = entry.get("RepoTags") or []
+            case _:
+                raise InvalidArgumentError(f"{what}: an entry lacks Config or Layers")
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise InvalidArgumentError(f"{what}: RepoTags is not a list of names")
+        names = tuple(references.parse(tag) for tag in tags)
+        body = self._read(config, MAX_CONFIG)
+        diff_ids = parse_config(body, f"{self.name}: {config}").diff_ids
+        if len(diff_ids) != len(layers):
+            raise InvalidArgumentError(f"{what} lists {len(layers)} layers, and {config} {len(diff_ids)}")
+        self._digests[digest_of(body)] = config
+        described = [self._docker_layer(name, diff_id) for name, diff_id in zip(layers, diff_ids, strict=True)]
+        manifest = _oci_manifest(Descriptor(OCI_CONFIG, digest_of(body), len(body)), described)
+        digest = digest_of(manifest)
+        self._manifests[digest] = manifest
+        index = Index((Descriptor(OCI_MANIFEST, digest, len(manifest)),))
+        return ArchivedImage(names, index, published=False)
+
+    def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
+        """A plain layer's digest is its diff ID, which is checked when it is read; a compressed one is hashed."""
+        size = self._member(name).size
+        with self._open(name) as f:
+            if f.read(len(_GZIP)) != _GZIP:
+                descriptor = Descriptor(OCI_LAYER, diff_id, size)
+            else:
+                f.seek(0)
+                with self._readable():
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
+                descriptor = Descriptor(OCI_LAYER_GZIP, f"sha256:{digest}", size)
+        self._digests[descriptor.digest] = name
+        return descriptor
+
+    def _read_manifest(self, digest: str) -> bytes:
+        body = self._read(self._place(digest), MAX_MANIFEST)
+        if digest_of(body) != digest:
+            raise DataLossError(f"{self.name}: the content of manifest {digest} has digest {digest_of(body)}")
+        return body
+
+    def _place(self, digest: str) -> str:
+        return self._digests.get(digest) or f"blobs/{digest.replace(':', '/')}"
+
+    def _read(self, name: str, limit: int) -> bytes:
+        size = self._member(name).size
+        if size > limit:
+            raise InvalidArgumentError(f"{self.name}: {name} has {size} bytes; {limit} are the most allowed")
+        with self._open(name) as f, self._readable():
+            data = f.read()
+        if len(data) != size:
+            raise InvalidArgumentError(f"{self.name} ends in the middle of {name}")
+        return data
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        f = self._tar.extractfile(self._member(name))
+        assert f is not None
+        with f:
+            yield f
+
+    def _member(self, name: str) -> tarfile.TarInfo:
+        """The regular file at ``name``; older tools write a layer that occurs twice as a link in the archive."""
+        path = posixpath.normpath(name)
+        for _ in range(_MAX_LINKS):
+            member = self._members.get(path)
+            if member is None:
+                break
+            if member.isreg():
+                return member
+            if member.issym():
+                path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+            elif member.islnk():
+                path = posixpath.normpath(member.linkname)
+            else:
+                break
+        raise NotFoundError(f"{self.name} has no file {name}")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (tarfile.TarError, OSError, ValueError) as e:
+            raise InvalidArgumentError(f"{self.name} is damaged: {e}") from e
+
+
+@contextmanager
+def open_archive(path: str) -> Iterator[Archive]:
+    """The archive at ``path``. Raises NotFoundError, InvalidArgumentError."""
+    try:
+        file = _BoundedFile(path)
+    except OSError as e:
+        raise NotFoundError(f"archive {path}: {e.strerror}") from e
+    with file:
+        if file.read(len(_GZIP)) == _GZIP:
+            raise InvalidArgumentError(f"archive {path} is compressed; give it as a plain tar file (gunzip)")
+        file.seek(0)
+        try:
+            tar = tarfile.TarFile(fileobj=file)
+        except tarfile.TarError as e:
+            raise InvalidArgumentError(f"archive {path} is no tar file: {e}") from e
+        with tar:
+            yield Archive(path, tar)
+
+
+class _BoundedFile(io.FileIO):
+    """A file that gives no more than this module ever asks for at once: tarfile reads a header of any size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_READ:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(-1 if size is None else size)
+
+
+def _oci_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
+    """The manifest that an image without one gets; always the same for the same image."""
+
+    def described(descriptor: Descriptor) -> dict[str, Any]:
+        return {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size}
+
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": described(config),
+        "layers": [described(layer) for layer in layers],
+    }
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+async def _in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Run in a thread; a cancelled caller waits for its end, as the file must not be closed under it."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise

@@ -1,0 +1,188 @@
+"""The content store: blobs in files that are named by their digest and never change.
+
+``blobs/sha256/HEX`` holds what was verified; ``ingest/`` what is on its way in or out, and is emptied at start.
+Nothing is synced: a SIGKILL of the daemon leaves the page cache alone, and after a power cut a blob of a
+wrong size is told by the manifest that names it and one of wrong content by its digest, so that the image is
+dropped and pulled again. An fsync for each layer would cost every pull what the network saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import BinaryIO
+
+from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+_INLINE = 64 << 10  # hashing and writing less than this takes less time than handing it to a thread
+_BLOCK = 4096
+
+
+def digest_of(data: bytes) -> str:
+    """The sha256 digest, as descriptors write it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+class ContentStore:
+    """Blobs under the directory ``root``, for one daemon at a time.
+
+    Methods that take a digest expect one that was checked to be ``sha256:`` and 64 hexadecimal digits.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._blobs = os.path.join(root, "blobs", "sha256")
+        self._ingest = os.path.join(root, "ingest")
+        self._numbers = count()
+        for directory in (self._blobs, self._ingest):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        for name in os.listdir(self._ingest):
+            os.unlink(os.path.join(self._ingest, name))
+        with os.scandir(self._blobs) as entries:
+            self._sizes = {f"sha256:{e.name}": e.stat().st_size for e in entries if _NAME.fullmatch(e.name)}
+        self._bytes = sum(map(_occupied, self._sizes.values()))
+
+    def digests(self) -> set[str]:
+        """The digests of all blobs."""
+        return set(self._sizes)
+
+    def size(self, digest: str) -> int | None:
+        """The blob's size in bytes, or None where it is not there."""
+        return self._sizes.get(digest)
+
+    def path(self, digest: str) -> str:
+        """The file of a blob, whether it is there or not; whoever opens it must not write to it."""
+        return os.path.join(self._blobs, digest.removeprefix("sha256:"))
+
+    def open(self, digest: str) -> BinaryIO:
+        """The blob for reading; its content is not checked again. Raises NotFoundError."""
+        try:
+            return open(self.path(digest), "rb")
+        except FileNotFoundError:
+            raise NotFoundError(f"blob {digest} is not in the content store") from None
+
+    def read(self, digest: str, limit: int) -> bytes:
+        """The whole of a small blob, checked against its digest.
+
+        Raises NotFoundError, ResourceExhaustedError where it is larger than ``limit`` bytes, DataLossError.
+        """
+        with self.open(digest) as f:
+            data = f.read(limit + 1)
+        if len(data) > limit:
+            raise ResourceExhaustedError(f"blob {digest} is larger than {limit} bytes")
+        if digest_of(data) != digest:
+            raise DataLossError(f"blob {digest} is damaged on disk: its content has digest {digest_of(data)}")
+        return data
+
+    def put(self, data: bytes) -> str:
+        """Store a small blob, such as a manifest, and return its digest."""
+        digest = digest_of(data)
+        with self.ingest() as ingest:
+            ingest.add(data)
+            ingest.commit(digest)
+        return digest
+
+    @contextmanager
+    def ingest(self) -> Iterator[Ingest]:
+        """A new blob on its way in; what was not committed when the block ends is deleted."""
+        path = os.path.join(self._ingest, str(next(self._numbers)))
+        ingest = Ingest(self, path)
+        try:
+            yield ingest
+        finally:
+            ingest.close()
+            if not ingest.committed:
+                os.unlink(path)
+
+    async def delete(self, digest: str) -> None:
+        """Delete a blob; one that is not there is no error.
+
+        It is gone for everybody when this first waits; giving back the space of a large file takes a thread.
+        """
+        path = os.path.join(self._ingest, str(next(self._numbers)))
+        size = self._sizes.pop(digest, None)
+        if size is None:
+            return
+        self._bytes -= _occupied(size)
+        try:
+            os.rename(self.path(digest), path)
+        except FileNotFoundError:
+            return
+        await asyncio.to_thread(os.unlink, path)
+
+    def usage(self) -> tuple[int, int]:
+        """What the blobs occupy: bytes in whole blocks, and inodes."""
+        return self._bytes, len(self._sizes)
+
+    def _committed(self, source: str, digest: str, size: int) -> None:
+        os.rename(source, self.path(digest))
+        if digest not in self._sizes:
+            self._sizes[digest] = size
+            self._bytes += _occupied(size)
+
+
+class Ingest:
+    """A blob that is being written; made by :meth:`ContentStore.ingest`."""
+
+    def __init__(self, store: ContentStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise self._failure(e) from e
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.committed = False
+
+    async def write(self, data: bytes) -> None:
+        """Append; returns, or raises, only when nobody writes any more. Raises ResourceExhaustedError."""
+        if len(data) < _INLINE:
+            self.add(data)
+            return
+        work = asyncio.get_running_loop().run_in_executor(None, self.add, data)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # the thread must not write to a descriptor that was closed and reused
+            raise
+
+    def add(self, data: bytes) -> None:
+        """Append, in the calling thread. Raises ResourceExhaustedError where the disk is full."""
+        self._hash.update(data)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as e:
+            raise self._failure(e) from e
+        self.size += len(data)
+
+    def commit(self, digest: str) -> None:
+        """Make the blob part of the store. Raises DataLossError where its content has another digest."""
+        found = f"sha256:{self._hash.hexdigest()}"
+        if found != digest:
+            raise DataLossError(f"blob {digest}: the content received has digest {found}")
+        self._store._committed(self._path, digest, self.size)
+        self.committed = True
+
+    def close(self) -> None:
+        """Close the file; called once, by the store."""
+        os.close(self._fd)
+
+    def _failure(self, error: OSError) -> CriError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ResourceExhaustedError(
+                f"no space for image content at {self._path}; remove images or enlarge the file system"
+            )
+        return CriError(f"image content cannot be written to {self._path}: {error.strerror}")
+
+
+def _occupied(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK

@@ -1,0 +1,412 @@
+"""The images of this node: their records, their names, and who still needs which blobs and layers.
+
+The store has for each image ID (the digest of its configuration) the manifest, and for each name the image ID.
+All else is read from the content store, at start, so that what is served is what is on disk.
+
+An image is recorded, in one transaction, when all of it is here, and its record goes before anything of it does.
+Whatever has no record and no lease of a load under way is garbage, so a crash at any point leaves nothing but
+garbage, and :meth:`Images.collect` at the next start removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.images import references
+from criserver.images.archive import open_archive
+from criserver.images.auth import Credentials
+from criserver.images.content import ContentStore
+from criserver.images.hosts import hosts_for
+from criserver.images.manifests import (
+    MAX_CONFIG,
+    MAX_MANIFEST,
+    Descriptor,
+    ImageConfig,
+    Manifest,
+    Platform,
+    chain_ids,
+    choose,
+    parse_config,
+    parse_manifest,
+)
+from criserver.images.pull import Lease, Loader
+from criserver.images.references import Reference
+from criserver.store import Store
+from snapshotter import SnapshotError, Snapshotter
+
+_log = structlog.get_logger(__name__)
+
+_IMAGES = "images"
+_NAMES = "image_names"
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is here as a whole.
+
+    ``size`` is in bytes: the configuration and the layers as they are in the registry. ``manifest`` is the digest
+    of its manifest for this platform, ``chain_id`` names its topmost layer. Names are canonical and sorted.
+    """
+
+    id: str
+    repo_tags: tuple[str, ...]
+    repo_digests: tuple[str, ...]
+    size: int
+    config: ImageConfig
+    chain_id: str
+    manifest: str
+    pinned: bool
+
+    @property
+    def uid(self) -> int | None:
+        """The number of the image's user, where it is given as a number (CRI Image.uid)."""
+        user = self._user
+        return int(user) if user.isascii() and user.isdecimal() and int(user) < 2**63 else None
+
+    @property
+    def username(self) -> str:
+        """The name of the image's user; "" where it has none or a number (CRI Image.username)."""
+        return "" if self.uid is not None else self._user
+
+    @property
+    def _user(self) -> str:
+        return self.config.user.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FsUsage:
+    """What images occupy: bytes and inodes of the blobs and of the unpacked layers."""
+
+    bytes: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An image with what it needs to be kept."""
+
+    image: Image
+    blobs: frozenset[str]
+    layers: frozenset[str]
+
+
+class _Pull:
+    """A pull under way, and how many calls wait for it."""
+
+    def __init__(self, task: asyncio.Task[Image]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class Images:
+    """The images of a node. One for a daemon, which calls :meth:`collect` once at its start.
+
+    Creating it drops the records of images that are no longer here as a whole. ``hosts_config_path`` is the
+    certs.d directory, "" for none.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        content: ContentStore,
+        snapshotter: Snapshotter,
+        hosts_config_path: str,
+        platform: Platform,
+    ) -> None:
+        self._store = store
+        self._content = content
+        self._snapshotter = snapshotter
+        self._hosts_config_path = hosts_config_path
+        self._platform = platform
+        self._loader = Loader(content, snapshotter, platform)
+        self._entries: dict[str, _Entry] = {}
+        self._names: dict[str, str] = {}
+        self._leases: set[Lease] = set()
+        self._pulls: dict[tuple[str, Credentials | None], _Pull] = {}
+        self._collecting = asyncio.Lock()
+        self._load()
+
+    async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
+        """Bring the image that ``ref`` means at its registry at this moment, and give it that name.
+
+        The registry is asked even for what is here, as it decides who may have it. Calls with the same reference
+        and credentials share one pull, which ends early when the last of them is cancelled.
+
+        Raises InvalidArgumentError for what is malformed, NotFoundError, UnauthenticatedError,
+        PermissionDeniedError, UnavailableError, DataLossError for content that is not what its digest says,
+        UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
+        """
+        reference = references.parse(ref)
+        key = (str(reference), credentials)
+        pull = self._pulls.get(key)
+        if pull is None:
+            pull = self._pulls[key] = _Pull(asyncio.create_task(self._pull(reference, credentials)))
+            pull.task.add_done_callback(lambda _: self._forget(key, pull))
+        pull.waiters += 1
+        try:
+            return await asyncio.shield(pull.task)
+        except asyncio.CancelledError:
+            if pull.waiters == 1 and not pull.task.done():
+                # Whoever asks from now on starts anew and does not join a pull that is going down.
+                self._forget(key, pull)
+                pull.task.cancel()
+                await asyncio.wait([pull.task])
+            raise
+        finally:
+            pull.waiters -= 1
+
+    async def import_archive(self, path: str, *, pinned: bool = False) -> list[Image]:
+        """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
+
+        ``pinned`` images are kept from the kubelet's garbage collection. One without a name has its ID only. All
+        are here, or none where an error is raised: NotFoundError, InvalidArgumentError, DataLossError,
+        UnimplementedError, ResourceExhaustedError.
+        """
+        with open_archive(path) as archive:
+            async with self._lease() as lease:
+                loaded: list[tuple[Descriptor, list[str]]] = []
+                for archived in await archive.images():
+                    target = choose(archived.index, self._platform, archive.name)
+                    names = [str(name) for name in archived.names]
+                    if archived.published:
+                        names += [f"{name.name}@{target.digest}" for name in archived.names]
+                    loaded.append((await self._loader.load(archive, target, lease), names))
+                ids = {self._record(descriptor, names, pinned=pinned).id: None for descriptor, names in loaded}
+                images = [self._entries[image_id].image for image_id in ids]
+        await self._collect_if_any()
+        _log.info("archive imported", path=path, images=list(ids))
+        return images
+
+    def get(self, ref_or_id: str) -> Image | None:
+        """The image by its name, its ID, the ID's hexadecimal part or an unambiguous beginning of it; or None.
+
+        A name goes before the beginning of an ID. Raises InvalidArgumentError where several IDs begin so.
+        """
+        if references.is_digest(ref_or_id):
+            entry = self._entries.get(ref_or_id)
+            return entry.image if entry else None
+        try:
+            image_id = self._names.get(str(references.parse(ref_or_id)))
+        except InvalidArgumentError:
+            image_id = None
+        if image_id is not None:
+            return self._entries[image_id].image
+        start = ref_or_id.removeprefix("sha256:")
+        if not start or not _HEX.issuperset(start):
+            return None
+        found = [entry.image for key, entry in self._entries.items() if key.startswith(f"sha256:{start}")]
+        if len(found) > 1:
+            raise InvalidArgumentError(f"image ID {ref_or_id} is the beginning of {len(found)} IDs; give more of it")
+        return found[0] if found else None
+
+    def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
+        """All images by ID; with ``filter`` those that it names, a name without tag and digest meaning all tags."""
+        if not filter:
+            return [entry.image for _, entry in sorted(self._entries.items())]
+        if "@" not in filter and ":" not in filter.rpartition("/")[2]:
+            try:
+                repository = references.parse(filter).name
+            except InvalidArgumentError:
+                return []
+            prefixes = (f"{repository}:", f"{repository}@")
+            ids = {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
+            if ids:
+                return [self._entries[image_id].image for image_id in sorted(ids)]
+        image = self.get(filter)
+        return [image] if image else []
+
+    async def remove(self, ref: str) -> None:
+        """Remove the image that ``ref`` means, by name or ID, with all its names (CRI RemoveImage).
+
+        An unknown image is no error. Its content goes too, except for what others need: layers that containers
+        stand on stay until :meth:`collect` finds them free.
+        """
+        image = self.get(ref)
+        if image is None:
+            return
+        self._drop([image.id])
+        _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
+        await self.collect()
+
+    async def collect(self) -> None:
+        """Delete blobs and layers that no image, no load under way and no writable snapshot needs.
+
+        To be called at start, and when a container is gone whose image was removed before it.
+        """
+        async with self._collecting:
+            for digest in self._content.digests() - self._needed_blobs():
+                # Others may have come to need it while the one before was deleted.
+                if digest not in self._needed_blobs():
+                    await self._content.delete(digest)
+            while (chain_id := self._garbage_layer()) is not None:
+                try:
+                    await self._snapshotter.remove_layer(chain_id)
+                except SnapshotError as e:
+                    _log.warning("layer not removed", layer=chain_id, error=str(e))
+                    return
+
+    def fs_usage(self) -> FsUsage:
+        """What images occupy at this moment, from counters; blobs still arriving are not in it."""
+        size, inodes = self._content.usage()
+        for layer in self._snapshotter.layers().values():
+            size += layer.size
+            inodes += layer.inodes
+        return FsUsage(size, inodes)
+
+    async def _pull(self, reference: Reference, credentials: Credentials | None) -> Image:
+        from criserver.images.registry import RegistryClient  # aiohttp: see there
+
+        hosts = hosts_for(reference.domain, self._hosts_config_path)
+        async with self._lease() as lease:
+            async with RegistryClient(reference, hosts, credentials) as client:
+                target = await client.resolve()
+                descriptor = await self._loader.load(client, target, lease)
+            names = [str(reference), f"{reference.name}@{target.digest}"]
+            image = self._record(descriptor, names, pinned=False)
+        await self._collect_if_any()
+        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
+        return image
+
+    def _forget(self, key: tuple[str, Credentials | None], pull: _Pull) -> None:
+        if self._pulls.get(key) is pull:
+            del self._pulls[key]
+
+    @asynccontextmanager
+    async def _lease(self) -> AsyncIterator[Lease]:
+        """Protection for what a load brings; where the load fails, what nobody owns is deleted."""
+        lease = Lease()
+        self._leases.add(lease)
+        try:
+            yield lease
+        except BaseException:
+            self._leases.remove(lease)
+            await self.collect()
+            raise
+        self._leases.remove(lease)
+
+    def _record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
+        """Make what was loaded an image and give it ``names``, which other images lose."""
+        entry = self._read(manifest, pinned=pinned)
+        old = self._entries.get(entry.image.id)
+        if old is not None and old.image.pinned:
+            entry = replace(entry, image=replace(entry.image, pinned=True))
+        record = {
+            "manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size},
+            "pinned": entry.image.pinned,
+        }
+        names = tuple(names)
+        with self._store.transaction():
+            self._store.put(_IMAGES, entry.image.id, json.dumps(record).encode())
+            for name in names:
+                self._store.put(_NAMES, name, entry.image.id.encode())
+        changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
+        self._entries[entry.image.id] = entry
+        self._names.update(dict.fromkeys(names, entry.image.id))
+        self._name(changed)
+        return self._entries[entry.image.id].image
+
+    def _drop(self, image_ids: Iterable[str]) -> None:
+        """Forget images and their names."""
+        gone = set(image_ids)
+        names = [name for name, image_id in self._names.items() if image_id in gone]
+        with self._store.transaction():
+            for name in names:
+                self._store.delete(_NAMES, name)
+            for image_id in gone:
+                self._store.delete(_IMAGES, image_id)
+        for name in names:
+            del self._names[name]
+        for image_id in gone:
+            self._entries.pop(image_id, None)
+
+    def _name(self, image_ids: Iterable[str]) -> None:
+        """Bring the names that images show up to date."""
+        for image_id in image_ids:
+            names = sorted(name for name, owner in self._names.items() if owner == image_id)
+            entry = self._entries[image_id]
+            image = replace(
+                entry.image,
+                repo_tags=tuple(name for name in names if "@" not in name),
+                repo_digests=tuple(name for name in names if "@" in name),
+            )
+            self._entries[image_id] = replace(entry, image=image)
+
+    def _load(self) -> None:
+        broken = []
+        for image_id, value in self._store.items(_IMAGES):
+            try:
+                self._entries[image_id] = self._recorded(image_id, value)
+            except (CriError, ValueError, KeyError, TypeError) as e:
+                broken.append(image_id)
+                _log.warning("image dropped, pull it again", image=image_id, error=str(e))
+        self._names = {name: value.decode() for name, value in self._store.items(_NAMES)}
+        unknown = {image_id for image_id in self._names.values() if image_id not in self._entries}
+        if broken or unknown:
+            self._drop(unknown.union(broken))
+        self._name(list(self._entries))
+
+    def _recorded(self, image_id: str, value: bytes) -> _Entry:
+        """The image of a record. Raises where anything of it is missing or damaged."""
+        record = json.loads(value)
+        found = record["manifest"]
+        manifest = Descriptor(found["mediaType"], found["digest"], found["size"])
+        entry = self._read(manifest, pinned=record["pinned"])
+        if entry.image.id != image_id:
+            raise DataLossError(f"its manifest {manifest.digest} is of image {entry.image.id}")
+        return entry
+
+    def _read(self, descriptor: Descriptor, *, pinned: bool) -> _Entry:
+        """The image with this manifest, without names, from what is on disk. Raises where a part is missing."""
+        what = f"manifest {descriptor.digest}"
+        body = self._content.read(descriptor.digest, MAX_MANIFEST)
+        manifest = parse_manifest(body, descriptor.media_type, what)
+        if not isinstance(manifest, Manifest):
+            raise DataLossError(f"{what} is an index")
+        for blob in (manifest.config, *manifest.layers):
+            if self._content.size(blob.digest) != blob.size:
+                raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
+        body = self._content.read(manifest.config.digest, MAX_CONFIG)
+        configuration = parse_config(body, f"configuration {manifest.config.digest}")
+        chain = chain_ids(configuration.diff_ids)
+        for chain_id in chain:
+            if self._snapshotter.layer(chain_id) is None:
+                raise NotFoundError(f"layer {chain_id} is missing")
+        image = Image(
+            id=manifest.config.digest,
+            repo_tags=(),
+            repo_digests=(),
+            size=manifest.config.size + sum(layer.size for layer in manifest.layers),
+            config=configuration.process,
+            chain_id=chain[-1],
+            manifest=descriptor.digest,
+            pinned=pinned,
+        )
+        blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer in manifest.layers))
+        return _Entry(image, frozenset(blobs), frozenset(chain))
+
+    def _needed_blobs(self) -> set[str]:
+        return set().union(*(e.blobs for e in self._entries.values()), *(lease.blobs for lease in self._leases))
+
+    def _garbage_layer(self) -> str | None:
+        """A layer that can go: nobody needs it, and no layer stands on it."""
+        layers = self._snapshotter.layers()
+        needed: set[str] = set().union(
+            *(e.layers for e in self._entries.values()), *(lease.layers for lease in self._leases)
+        )
+        for snapshot in self._snapshotter.snapshots().values():
+            needed.add(snapshot.chain_id)
+        needed.update(layer.parent for layer in layers.values() if layer.parent)
+        return next((chain_id for chain_id in layers if chain_id not in needed), None)
+
+    async def _collect_if_any(self) -> None:
+        """Collect where the image that was recorded came with another manifest before, whose blobs are left."""
+        if self._content.digests() - self._needed_blobs():
+            await self.collect()

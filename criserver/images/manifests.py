@@ -1,0 +1,315 @@
+"""Image manifests, indexes and configurations: from bytes that nobody vouches for to checked values.
+
+Pure functions after the OCI image-spec and Docker's schema 2. What is known to exist and not supported (schema
+1, artifacts, foreign layers, zstd) is refused by name, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform as host
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import jsonschema
+import referencing
+
+from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+
+MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
+INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
+MAX_MANIFEST = 4 << 20
+MAX_CONFIG = 8 << 20
+
+Compression = Literal["gzip", "none"]
+
+_COMPRESSIONS: dict[str, Compression] = {
+    OCI_LAYER: "none",
+    OCI_LAYER_GZIP: "gzip",
+    DOCKER_LAYER: "none",
+    DOCKER_LAYER_GZIP: "gzip",
+}
+_FOREIGN = (
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+)
+_SCHEMA_1 = (
+    "application/vnd.docker.distribution.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v1+prettyjws",
+)
+_ATTESTATION = "vnd.docker.reference.type"
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+    "ppc64le": ("ppc64le", ""),
+    "riscv64": ("riscv64", ""),
+    "s390x": ("s390x", ""),
+}
+_IMPLIED_VARIANTS = {"amd64": 1, "arm": 7, "arm64": 8}
+_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What a program is built for, in the terms of Go (OCI image-spec, image index, "platform")."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        """As operators write it: ``linux/arm/v7``."""
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A blob by type, digest and size in bytes; ``platform`` only where an index says it."""
+
+    media_type: str
+    digest: str
+    size: int
+    platform: Platform | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Manifests to choose from."""
+
+    manifests: tuple[Descriptor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The configuration and the layers of one image, the lowest layer first."""
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """What an image says of the process to run; empty where it says nothing."""
+
+    user: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    volumes: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: str = ""
+    exposed_ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """An image configuration: what it runs on, its layers by uncompressed digest, and its process."""
+
+    platform: Platform
+    diff_ids: tuple[str, ...]
+    process: ImageConfig
+
+
+def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
+    """The index or manifest in ``body``, which came as ``media_type``; "" where nothing says its type.
+
+    ``what`` names it in errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types
+    that are no image's.
+    """
+    document = _document(body, what)
+    own_type = document.get("mediaType")
+    types = [t for t in (own_type, media_type) if t in MANIFEST_TYPES + INDEX_TYPES]
+    if document.get("schemaVersion") == 1 or own_type in _SCHEMA_1 or media_type in _SCHEMA_1:
+        raise UnimplementedError(
+            f"{what} has Docker's schema 1, which the field has given up; build or push the image again with a "
+            "current tool"
+        )
+    if own_type and own_type not in types:
+        raise UnimplementedError(f"{what} has the type {_shown(own_type)}, which is no container image")
+    if len(set(types)) > 1:
+        raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {_shown(own_type)}")
+    # A document that is an index to one reader and a manifest to another is refused by the schemas.
+    if types[0] in INDEX_TYPES if types else "manifests" in document:
+        _validate(document, "index.json", what)
+        return Index(tuple(_descriptor(d) for d in document["manifests"]))
+    _validate(document, "manifest.json", what)
+    manifest = Manifest(_descriptor(document["config"]), tuple(_descriptor(layer) for layer in document["layers"]))
+    if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
+        raise UnimplementedError(
+            f"{what} is an artifact with a configuration of type {_shown(manifest.config.media_type)}, not a "
+            "container image"
+        )
+    return manifest
+
+
+def parse_config(body: bytes, what: str) -> Configuration:
+    """The image configuration in ``body``; ``what`` names it in errors. Raises InvalidArgumentError."""
+    document = _document(body, what)
+    _validate(document, "config.json", what)
+    found = document.get("config") or {}
+    process = ImageConfig(
+        user=found.get("User", ""),
+        env=tuple(found.get("Env") or ()),
+        entrypoint=tuple(found.get("Entrypoint") or ()),
+        cmd=tuple(found.get("Cmd") or ()),
+        working_dir=found.get("WorkingDir", ""),
+        volumes=tuple(sorted(found.get("Volumes") or ())),
+        labels=found.get("Labels") or {},
+        stop_signal=found.get("StopSignal", ""),
+        exposed_ports=tuple(sorted(found.get("ExposedPorts") or ())),
+    )
+    platform = Platform(document["os"], document["architecture"], document.get("variant", ""))
+    return Configuration(platform, tuple(document["rootfs"]["diff_ids"]), process)
+
+
+def check_layers(manifest: Manifest, configuration: Configuration, what: str) -> None:
+    """Raise where manifest and configuration disagree, or where a layer is of a kind that is not supported."""
+    if len(manifest.layers) != len(configuration.diff_ids):
+        raise InvalidArgumentError(
+            f"{what} has {len(manifest.layers)} layers, and its configuration {len(configuration.diff_ids)}"
+        )
+    for layer in manifest.layers:
+        compression(layer, what)
+
+
+def compression(layer: Descriptor, what: str) -> Compression:
+    """How the layer is compressed, by its media type. Raises UnimplementedError."""
+    found = _COMPRESSIONS.get(layer.media_type)
+    if found is not None:
+        return found
+    if layer.media_type.startswith(_FOREIGN):
+        reason = "is foreign: it is not distributed with the image; build the image again on a base without one"
+    elif layer.media_type.endswith(("+zstd", ".zstd")):
+        reason = "is compressed with zstd, which this version does not unpack; push the image with gzip"
+    else:
+        reason = f"has the type {_shown(layer.media_type)}, which is no layer of files"
+    raise UnimplementedError(f"{what}: layer {layer.digest} {reason}")
+
+
+def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
+    """What names each layer together with those below it (OCI image-spec, config, "Layer ChainID")."""
+    chain: list[str] = []
+    for diff_id in diff_ids:
+        text = f"{chain[-1]} {diff_id}" if chain else ""
+        chain.append(f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if text else diff_id)
+    return tuple(chain)
+
+
+def choose(index: Index, platform: Platform, what: str) -> Descriptor:
+    """The manifest to run on ``platform``: the newest variant that it can run, and the first of equals.
+
+    An entry that names no platform comes after those that do; whoever takes it looks at its configuration. Raises
+    NotFoundError that lists what there is.
+    """
+    best: Descriptor | None = None
+    best_rank = -1
+    for entry in index.manifests:
+        if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or _ATTESTATION in entry.annotations:
+            continue
+        rank = 0 if entry.platform is None else _rank(entry.platform, platform)
+        if rank > best_rank:
+            best, best_rank = entry, rank
+    if best is None:
+        others = sorted({str(e.platform) for e in index.manifests if e.platform and e.platform.os != "unknown"})
+        raise NotFoundError(
+            f"{what} has no image for {platform}; it has {_shown(', '.join(others)) if others else 'none at all'}"
+        )
+    return best
+
+
+def runs_on(image: Platform, platform: Platform) -> bool:
+    """Whether a program built for ``image`` runs on ``platform``."""
+    return _rank(image, platform) >= 0
+
+
+def host_platform() -> Platform:
+    """What this host runs."""
+    machine = host.machine()
+    architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
+    return Platform("linux", architecture, variant)
+
+
+def _rank(image: Platform, platform: Platform) -> int:
+    """-1 for what cannot run; else the higher the better."""
+    if (image.os, image.architecture) != (platform.os, platform.architecture):
+        return -1
+    wanted, own = _variant(image), _variant(platform)
+    if wanted is None or own is None:
+        return 1 if image.variant == platform.variant else -1
+    return wanted + 1 if wanted <= own else -1
+
+
+def _variant(platform: Platform) -> int | None:
+    """The number of a variant such as v8; None for one that is no number."""
+    if not platform.variant:
+        return _IMPLIED_VARIANTS.get(platform.architecture, 0)
+    number = platform.variant.removeprefix("v")
+    return int(number) if number.isascii() and number.isdecimal() and len(number) < 4 else None
+
+
+def _document(body: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(body)
+        # An escaped lone surrogate is JSON, but no text that could be sent on.
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeError are ValueErrors
+        raise InvalidArgumentError(f"{what} is not valid JSON: {_shown(e)}") from e
+    if not isinstance(document, dict):
+        raise InvalidArgumentError(f"{what} is not a JSON object")
+    return document
+
+
+def _descriptor(found: Mapping[str, Any]) -> Descriptor:
+    platform = found.get("platform")
+    return Descriptor(
+        found["mediaType"],
+        found["digest"],
+        int(found["size"]),
+        Platform(platform["os"], platform["architecture"], platform.get("variant", "")) if platform else None,
+        found.get("annotations") or {},
+    )
+
+
+def _load_validators() -> dict[str, jsonschema.Draft202012Validator]:
+    schemas = {}
+    for name in ("descriptor.json", "index.json", "manifest.json", "config.json"):
+        text = resources.files(__package__).joinpath("schema", name).read_text()
+        schemas[name] = json.loads(text)
+    registry: referencing.Registry[Any] = referencing.Registry().with_resources(
+        [(name, referencing.Resource.from_contents(schema)) for name, schema in schemas.items()]
+    )
+    return {name: jsonschema.Draft202012Validator(schema, registry=registry) for name, schema in schemas.items()}
+
+
+_VALIDATORS = _load_validators()
+
+
+def _validate(document: Mapping[str, Any], schema: str, what: str) -> None:
+    error = next(_VALIDATORS[schema].iter_errors(document), None)
+    if error is not None:
+        raise InvalidArgumentError(f"{what} is invalid: {error.json_path}: {_shown(error.message)}")
+
+
+def _shown(text: object) -> str:
+    """Foreign text as a message may carry it: printable and of bounded length."""
+    shown = "".join(c if c.isprintable() else "?" for c in str(text))
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"

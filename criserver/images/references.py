@@ -1,0 +1,109 @@
+"""Image references: the text that a pod names its image by, taken apart and made canonical.
+
+The grammar and the defaults are those that Docker set and every runtime keeps: ``busybox`` is
+``docker.io/library/busybox:latest``. Pure functions, for all of images/ and for whoever shows names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from criserver.errors import InvalidArgumentError
+
+DEFAULT_DOMAIN = "docker.io"
+
+_LEGACY_DOMAIN = "index.docker.io"
+_OFFICIAL = "library"
+_DEFAULT_TAG = "latest"
+_MAX_TEXT = 1024  # a name, a tag and a digest at their longest
+_MAX_NAME = 255
+_SHOWN = 300
+
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_ATOM = r"[a-z0-9]+"
+_COMPONENT = rf"{_ATOM}(?:(?:[._]|__|-+){_ATOM})*"
+_PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A canonical reference; with a digest the tag says nothing about what is meant, but is kept as written."""
+
+    domain: str
+    path: str
+    tag: str | None
+    digest: str | None
+
+    @property
+    def name(self) -> str:
+        """The repository with its domain, without tag and digest."""
+        return f"{self.domain}/{self.path}"
+
+    def __str__(self) -> str:
+        """``name@digest`` where there is a digest, else ``name:tag``: the form that images are recorded under."""
+        return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.tag}"
+
+
+def parse(text: str) -> Reference:
+    """The canonical form of ``text``; without tag and digest the tag is ``latest``.
+
+    Raises InvalidArgumentError that says which part is wrong. Digests other than sha256 are refused.
+    """
+    if not text:
+        raise InvalidArgumentError("the image reference is empty; an image must be named")
+    if len(text) > _MAX_TEXT:
+        raise InvalidArgumentError(f"image reference {text[:_SHOWN]!r}… is longer than {_MAX_TEXT} characters")
+    if _HEX64.fullmatch(text):
+        raise _invalid(text, "64 hexadecimal digits are an image ID, not a name")
+    domain, rest = _split_domain(text)
+    rest, at, digest = rest.partition("@")
+    path, colon, tag = rest.partition(":")
+    _check_name(text, domain, path)
+    if colon and not _TAG.fullmatch(tag):
+        raise _invalid(text, f"tag {tag!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
+    if at and not _DIGEST.fullmatch(digest):
+        raise _invalid(text, f"digest {digest!r} is not 'sha256:' and 64 lowercase hexadecimal digits")
+    if not colon and not at:
+        tag = _DEFAULT_TAG
+    return Reference(domain, path, tag or None, digest or None)
+
+
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is a sha256 digest, the form of image IDs too."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def _split_domain(text: str) -> tuple[str, str]:
+    """The first component is a domain where it has a '.', a ':' or an uppercase letter, or is ``localhost``."""
+    first, slash, rest = text.partition("/")
+    is_domain = slash and (first == "localhost" or "." in first or ":" in first or first != first.lower())
+    domain, path = (first, rest) if is_domain else (DEFAULT_DOMAIN, text)
+    if domain == _LEGACY_DOMAIN:
+        domain = DEFAULT_DOMAIN
+    if domain == DEFAULT_DOMAIN and "/" not in path:
+        path = f"{_OFFICIAL}/{path}"
+    return domain, path
+
+
+def _check_name(text: str, domain: str, path: str) -> None:
+    match = _DOMAIN.fullmatch(domain)
+    if match is None:
+        raise _invalid(text, f"{domain!r} is not a host name with an optional port")
+    if match["port"] and not 0 < int(match["port"]) < 65536:
+        raise _invalid(text, f"port {match['port']} is not between 1 and 65535")
+    if path != path.lower():
+        raise _invalid(text, f"the repository name {path!r} must be lowercase")
+    if not _PATH.fullmatch(path):
+        raise _invalid(text, f"{path!r} is not a repository name")
+    if len(domain) + 1 + len(path) > _MAX_NAME:
+        raise _invalid(text, f"the name is longer than {_MAX_NAME} characters")
+
+
+def _invalid(text: str, reason: str) -> InvalidArgumentError:
+    shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+    return InvalidArgumentError(f"image reference {shown}: {reason}")

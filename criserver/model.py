@@ -1,0 +1,167 @@
+"""What the kubelet asks for, as values: the inside speaks these, gRPC messages stop at the parser.
+
+All are frozen and imported by any room; they import nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class NamespaceMode(enum.Enum):
+    """Whose namespace a pod or container is in (CRI NamespaceMode, without TARGET)."""
+
+    POD = "pod"
+    CONTAINER = "container"
+    NODE = "node"
+
+
+class Propagation(enum.Enum):
+    """How mounts made later travel between host and container (CRI MountPropagation)."""
+
+    PRIVATE = "rprivate"
+    HOST_TO_CONTAINER = "rslave"
+    BIDIRECTIONAL = "rshared"
+
+
+@dataclass(frozen=True, slots=True)
+class PortMapping:
+    """A port of the host that leads to one of the pod; ``protocol`` is tcp, udp or sctp."""
+
+    protocol: str
+    container_port: int
+    host_port: int
+    host_ip: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dns:
+    """What goes into the pod's resolv.conf; all empty means the host's own file."""
+
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """The namespace modes of a pod or container."""
+
+    network: NamespaceMode = NamespaceMode.POD
+    pid: NamespaceMode = NamespaceMode.POD
+    ipc: NamespaceMode = NamespaceMode.POD
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Limits of a container (CRI LinuxContainerResources); 0 and empty mean unset."""
+
+    cpu_period: int = 0
+    cpu_quota: int = 0
+    cpu_shares: int = 0
+    memory_limit: int = 0
+    memory_swap_limit: int = 0
+    oom_score_adj: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    hugepage_limits: tuple[tuple[str, int], ...] = ()
+    unified: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PodConfig:
+    """A pod as the kubelet describes it (CRI PodSandboxConfig)."""
+
+    name: str
+    namespace: str
+    uid: str
+    attempt: int
+    hostname: str
+    log_directory: str
+    dns: Dns
+    port_mappings: tuple[PortMapping, ...]
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    cgroup_parent: str
+    sysctls: Mapping[str, str]
+    namespaces: Namespaces
+    privileged: bool
+
+    @property
+    def full_name(self) -> str:
+        """The name that no two sandboxes share."""
+        return f"{self.name}_{self.namespace}_{self.uid}_{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A path of the host to be seen in the container."""
+
+    container_path: str
+    host_path: str
+    readonly: bool
+    propagation: Propagation
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of the host to be seen in the container; ``permissions`` is a subset of "rwm"."""
+
+    container_path: str
+    host_path: str
+    permissions: str
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext)."""
+
+    privileged: bool = False
+    run_as_user: int | None = None
+    run_as_group: int | None = None
+    run_as_username: str = ""
+    supplemental_groups: tuple[int, ...] = ()
+    supplemental_groups_strict: bool = False
+    readonly_rootfs: bool = False
+    no_new_privs: bool = False
+    add_capabilities: tuple[str, ...] = ()
+    drop_capabilities: tuple[str, ...] = ()
+    ambient_capabilities: tuple[str, ...] = ()
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerConfig:
+    """A container as the kubelet describes it (CRI ContainerConfig)."""
+
+    name: str
+    attempt: int
+    image: str
+    command: tuple[str, ...]
+    args: tuple[str, ...]
+    working_dir: str
+    envs: tuple[tuple[str, str], ...]
+    mounts: tuple[Mount, ...]
+    devices: tuple[Device, ...]
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    log_path: str
+    stdin: bool
+    stdin_once: bool
+    tty: bool
+    resources: Resources
+    security: Security
+    namespaces: Namespaces
+    stop_signal: str
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """The numbers that a process runs as; ``groups`` are the supplementary ones, sorted, with the primary."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]

@@ -1,0 +1,311 @@
+"""Joining pods to the node's CNI network and taking them out again (CNI specification 1.1, section 3).
+
+runtime/ plans an attachment, records it, adds it and records the outcome. A recorded attachment holds all that
+DEL needs, so it can be undone after a crash at any line and whatever has become of the configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from criserver.errors import CriError, FailedPreconditionError, UnavailableError
+from criserver.network import invoke
+from criserver.network.config import ConfigDirectory, NetworkConfig
+from criserver.network.namespaces import is_pinned
+from criserver.network.pod import PodNetwork, PortMapping
+from criserver.network.result import Result, decode, excerpt, parse
+
+__all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
+
+# Seconds. The kubelet waits for the answer of a probe with its whole node status.
+_PROBE_TIMEOUT = 5.0
+
+# Error codes of the specification, section 5.
+_UNKNOWN_CONTAINER = 3
+_ERRORS: Mapping[int, type[CriError]] = {
+    1: FailedPreconditionError,  # incompatible CNI version
+    2: FailedPreconditionError,  # unsupported field
+    7: FailedPreconditionError,  # invalid network configuration
+    11: UnavailableError,  # try again later
+    50: UnavailableError,  # plugin not available
+    51: UnavailableError,  # not available, and existing pods may suffer
+}
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A pod on a network: planned while ``result`` is None, added when it is there."""
+
+    network: NetworkConfig
+    container_id: str
+    netns: str
+    ifname: str
+    args: str
+    capabilities: Mapping[str, Any]
+    result: Result | None = None
+
+    @property
+    def ips(self) -> tuple[str, ...]:
+        """The pod's addresses, the primary one first; empty before it is added."""
+        return self.result.ips if self.result else ()
+
+    def to_json(self) -> str:
+        """The attachment as text, for the database."""
+        return json.dumps(
+            {
+                "network": {
+                    "name": self.network.name,
+                    "cniVersion": self.network.cni_version,
+                    "plugins": self.network.plugins,
+                    "disableCheck": self.network.disable_check,
+                    "source": self.network.source,
+                },
+                "containerID": self.container_id,
+                "netns": self.netns,
+                "ifname": self.ifname,
+                "args": self.args,
+                "capabilities": self.capabilities,
+                "result": self.result.raw if self.result else None,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Attachment:
+        """The attachment that :meth:`to_json` wrote."""
+        document = json.loads(text)
+        network, result = document["network"], document["result"]
+        version, ifname = network["cniVersion"], document["ifname"]
+        return cls(
+            network=NetworkConfig(
+                name=network["name"],
+                cni_version=version,
+                plugins=tuple(network["plugins"]),
+                disable_check=network["disableCheck"],
+                source=network["source"],
+            ),
+            container_id=document["containerID"],
+            netns=document["netns"],
+            ifname=ifname,
+            args=document["args"],
+            capabilities=document["capabilities"],
+            result=None if result is None else parse(result, ifname=ifname, version=version),
+        )
+
+
+class Network:
+    """The network that the node's configuration names.
+
+    ``bin_dirs`` are searched in order for plugins; ``timeout`` is the seconds that one plugin may take.
+    """
+
+    def __init__(self, *, conf_dir: str, bin_dirs: Sequence[str], timeout: float = 60.0) -> None:
+        self._directory = ConfigDirectory(conf_dir)
+        self._bin_dirs = tuple(bin_dirs)
+        self._timeout = timeout
+        # By plugin path: what identifies the file, and the versions that it speaks (None if it does not say).
+        self._spoken: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
+        self._undoing: set[asyncio.Task[None]] = set()
+
+    def config(self) -> NetworkConfig:
+        """The network in force. Raises FailedPreconditionError where none is configured."""
+        return self._directory.current()
+
+    async def ready(self) -> str | None:
+        """None if pods can be attached; otherwise the reason why not, for the node's status."""
+        try:
+            config = self.config()
+            for plugin in config.plugins:
+                await self._check_version(config, plugin)
+            if config.speaks("1.1.0"):
+                for plugin in config.plugins:
+                    await self._call("STATUS", config, plugin)
+        except (CriError, OSError) as e:
+            return str(e)
+        return None
+
+    def attach_plan(self, pod: PodNetwork) -> Attachment:
+        """What :meth:`add` will do for ``pod``; nothing has happened yet.
+
+        Raises FailedPreconditionError without a network or one of its plugins, InvalidArgumentError for a pod
+        that cannot be told to the network.
+        """
+        config = self.config()
+        for plugin in config.plugins:
+            self._find(config, plugin)
+        declared = {name for plugin in config.plugins for name in plugin.get("capabilities", {})}
+        return Attachment(
+            network=config,
+            container_id=pod.sandbox_id,
+            netns=pod.netns,
+            ifname=pod.ifname,
+            args=pod.cni_args(),
+            capabilities={k: v for k, v in pod.capability_args().items() if k in declared},
+        )
+
+    async def add(self, attachment: Attachment) -> Attachment:
+        """Run the chain's ADD; the attachment comes back with its result.
+
+        Raises UnavailableError where a plugin asks to try later, DeadlineExceededError, FailedPreconditionError
+        or CriError. When it raises, also when cancelled, DEL has been run for the whole chain; what DEL could
+        not undo is logged, and :meth:`delete` may be called again.
+        """
+        result: Result | None = None
+        try:
+            for plugin in attachment.network.plugins:
+                output = await self._call("ADD", attachment.network, plugin, attachment, result)
+                result = _parse_result(output, attachment, plugin)
+            _require_address(attachment, result)
+        except BaseException:
+            # A task of its own: a second cancellation must not stop the clean-up half-way.
+            undo = asyncio.create_task(self._undo(replace(attachment, result=result)))
+            self._undoing.add(undo)
+            undo.add_done_callback(self._undoing.discard)
+            await asyncio.shield(undo)
+            raise
+        return replace(attachment, result=result)
+
+    async def delete(self, attachment: Attachment) -> None:
+        """Run the chain's DEL, in reverse order; also for an attachment whose ADD is not known to have ended.
+
+        Does nothing where nothing is left. Raises as :meth:`add` does, at the first plugin that fails: an
+        address must not be free for others while rules of a later plugin still lead to it. Call again then.
+        """
+        for plugin in reversed(attachment.network.plugins):
+            await self._delete_from(plugin, attachment)
+
+    async def check(self, attachment: Attachment) -> None:
+        """Run the chain's CHECK; nothing where the network's version has none or its file forbids it.
+
+        Raises FailedPreconditionError for an attachment that was not added, and as :meth:`add` does where a
+        plugin finds something amiss.
+        """
+        if attachment.result is None:
+            raise FailedPreconditionError(f"sandbox {attachment.container_id} is not attached to a network")
+        if attachment.network.disable_check or not attachment.network.speaks("0.4.0"):
+            return
+        for plugin in attachment.network.plugins:
+            await self._call("CHECK", attachment.network, plugin, attachment, attachment.result)
+
+    async def _undo(self, attachment: Attachment) -> None:
+        for plugin in reversed(attachment.network.plugins):
+            try:
+                await self._delete_from(plugin, attachment)
+            except CriError as e:
+                _log.error("CNI DEL after a failed ADD", sandbox=attachment.container_id, error=str(e))
+
+    async def _delete_from(self, plugin: Mapping[str, Any], attachment: Attachment) -> None:
+        # Plugins take an empty CNI_NETNS for "already gone"; a path that leads nowhere is an error to some.
+        netns = attachment.netns if is_pinned(attachment.netns) else ""
+        prev = attachment.result if attachment.network.speaks("0.4.0") else None
+        await self._call("DEL", attachment.network, plugin, replace(attachment, netns=netns), prev)
+
+    async def _call(
+        self,
+        verb: str,
+        config: NetworkConfig,
+        plugin: Mapping[str, Any],
+        attachment: Attachment | None = None,
+        prev: Result | None = None,
+    ) -> bytes:
+        """Run ``verb`` of a plugin and return what it printed; its failure is raised as what its code means."""
+        path = self._find(config, plugin)
+        what = f"CNI plugin {plugin['type']} ({verb}, network {config.name})"
+        env = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "CNI_COMMAND": verb,
+            "CNI_PATH": ":".join(self._bin_dirs),
+        }
+        if attachment is not None:
+            env["CNI_CONTAINERID"] = attachment.container_id
+            env["CNI_NETNS"] = attachment.netns
+            env["CNI_IFNAME"] = attachment.ifname
+            env["CNI_ARGS"] = attachment.args
+        reply = await invoke.run(
+            path,
+            what=what,
+            env=env,
+            request=_request(config, plugin, attachment, prev),
+            timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
+        )
+        if reply.returncode == 0:
+            if reply.stderr:
+                _log.debug("CNI plugin's standard error", plugin=what, text=excerpt(reply.stderr))
+            return reply.stdout
+        code, message = invoke.failure(reply)
+        if verb == "DEL" and code == _UNKNOWN_CONTAINER:
+            return b""
+        raise _ERRORS.get(code, CriError)(f"{what}: {message}")
+
+    def _find(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> str:
+        for directory in self._bin_dirs:
+            path = os.path.join(directory, plugin["type"])
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+        raise FailedPreconditionError(
+            f"CNI plugin {plugin['type']} of network {config.name} ({config.source}) is not in "
+            f"{', '.join(self._bin_dirs)}: install it there, or name its directory in the daemon's [cni] bin_dirs"
+        )
+
+    async def _check_version(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> None:
+        """Raise FailedPreconditionError if the plugin says that it does not speak the network's version."""
+        path = self._find(config, plugin)
+        stat = os.stat(path)
+        identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._spoken.get(path, (None,))[0] != identity:
+            self._spoken[path] = (identity, await self._ask_versions(config, plugin))
+        spoken = self._spoken[path][1]
+        if spoken is not None and config.cni_version not in spoken:
+            raise FailedPreconditionError(
+                f"CNI plugin {path} does not support cniVersion {config.cni_version} of network {config.name} "
+                f"({config.source}), but {', '.join(sorted(spoken))}: upgrade it, or lower cniVersion"
+            )
+
+    async def _ask_versions(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> frozenset[str] | None:
+        """The versions that the plugin speaks; None where it does not know VERSION, as some scripts do not."""
+        try:
+            versions = decode(await self._call("VERSION", config, plugin)).get("supportedVersions")
+        except CriError as e:
+            _log.warning("CNI plugin does not tell its versions", error=str(e))
+            return None
+        return frozenset(v for v in versions if isinstance(v, str)) if isinstance(versions, list) else None
+
+
+def _request(
+    config: NetworkConfig, plugin: Mapping[str, Any], attachment: Attachment | None, prev: Result | None
+) -> bytes:
+    """The plugin's standard input (section 3, "Deriving request configuration from plugin configuration")."""
+    request = {key: value for key, value in plugin.items() if key != "capabilities"}
+    request |= {"name": config.name, "cniVersion": config.cni_version}
+    if attachment is not None:
+        wanted = [name for name, on in plugin.get("capabilities", {}).items() if on]
+        runtime = {name: attachment.capabilities[name] for name in wanted if name in attachment.capabilities}
+        if runtime:
+            request["runtimeConfig"] = runtime
+    if prev is not None:
+        request["prevResult"] = prev.raw
+    return json.dumps(request).encode()
+
+
+def _require_address(attachment: Attachment, result: Result | None) -> None:
+    if result is None or not result.ips:
+        raise CriError(
+            f"CNI network {attachment.network.name} gave interface {attachment.ifname} of sandbox "
+            f"{attachment.container_id} no address; see the ipam section of {attachment.network.source}"
+        )
+
+
+def _parse_result(output: bytes, attachment: Attachment, plugin: Mapping[str, Any]) -> Result:
+    config = attachment.network
+    try:
+        return parse(decode(output), ifname=attachment.ifname, version=config.cni_version)
+    except CriError as e:
+        raise CriError(f"CNI plugin {plugin['type']} (ADD, network {config.name}) printed no result: {e}") from e

@@ -1,0 +1,187 @@
+"""The CNI configuration directory: which network the node's pods join.
+
+The first valid file by name rules, as with other runtimes. The directory is looked at anew on every use, so a
+network plugin that installs its file later, or changes it, needs no restart of the daemon.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import structlog
+
+from criserver.errors import FailedPreconditionError
+
+# Ascending. Older ones know neither chains nor a list of addresses; the newest is the specification followed.
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+
+_SUFFIXES = (".conflist", ".conf", ".json")
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """A network: its plugins in the order of ADD, as the file has them. ``source`` is the file's path."""
+
+    name: str
+    cni_version: str
+    plugins: tuple[Mapping[str, Any], ...]
+    disable_check: bool
+    source: str
+
+    def speaks(self, version: str) -> bool:
+        """Whether what came with CNI specification ``version`` may be used with the plugins."""
+        return VERSIONS.index(self.cni_version) >= VERSIONS.index(version)
+
+
+class ConfigDirectory:
+    """A directory of CNI configuration files."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen: list[tuple[str, int, int, int]] | None = None
+        self._outcome: NetworkConfig | str = ""
+
+    def current(self) -> NetworkConfig:
+        """The network in force now; files are read only when the listing has changed.
+
+        Raises FailedPreconditionError that says what is missing, or which file has which fault.
+        """
+        try:
+            seen = _listing(self._path)
+            if seen != self._seen:
+                self._outcome = _load(self._path)
+                self._seen = seen
+        except OSError as e:
+            raise FailedPreconditionError(f"cannot read the CNI configuration in {self._path}: {e}") from e
+        if isinstance(self._outcome, str):
+            raise FailedPreconditionError(self._outcome)
+        return self._outcome
+
+
+class _FaultError(Exception):
+    """A file is not a valid configuration; the message says why."""
+
+
+def _listing(directory: str) -> list[tuple[str, int, int, int]]:
+    """All that tells one state of the directory from another: path, inode, size and time of every file."""
+    stamps = []
+    for entry in _scan(directory):
+        if entry.is_dir():
+            stamps += [_stamp(e) for e in _scan(entry.path) if e.name.endswith(".conf")]
+        elif entry.name.endswith(_SUFFIXES):
+            stamps.append(_stamp(entry))
+    return sorted(stamps)
+
+
+def _scan(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+    try:
+        stat = entry.stat()
+    except FileNotFoundError:
+        return entry.path, 0, 0, 0
+    return entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _load(directory: str) -> NetworkConfig | str:
+    """The network of ``directory``, or why there is none."""
+    faults = []
+    for path in sorted(e.path for e in _scan(directory) if e.name.endswith(_SUFFIXES) and not e.is_dir()):
+        try:
+            return _network(path)
+        except _FaultError as e:
+            _log.warning("CNI configuration file passed over", path=path, reason=str(e))
+            faults.append(f"{path}: {e}")
+    if faults:
+        return f"no valid CNI configuration in {directory}: {'; '.join(faults)}"
+    return (
+        f"no CNI configuration in {directory}: install a network plugin, or put a .conflist file there; "
+        "it is taken up without a restart"
+    )
+
+
+def _network(path: str) -> NetworkConfig:
+    document = _read(path)
+    if not path.endswith(".conflist"):
+        if "plugins" in document:
+            raise _FaultError("key plugins: a list of plugins must be in a file that ends in .conflist")
+        document = {k: document[k] for k in ("name", "cniVersion") if k in document} | {"plugins": [document]}
+        document["loadOnlyInlinedPlugins"] = True
+    _check(document, "list")
+    plugins = document.get("plugins", [])
+    if not _true(document.get("loadOnlyInlinedPlugins", False)):
+        plugins = [*plugins, *_sibling_plugins(path, document["name"])]
+    if not plugins:
+        raise _FaultError("key plugins: there is none, and no plugin file in the folder of the network's name")
+    return NetworkConfig(
+        name=document["name"],
+        cni_version=_version(document),
+        plugins=tuple(plugins),
+        disable_check=_true(document.get("disableCheck", False)),
+        source=path,
+    )
+
+
+def _sibling_plugins(path: str, name: str) -> list[Mapping[str, Any]]:
+    """Plugins that others add to the network, from the folder of its name (specification 1.1, section 1)."""
+    plugins: list[Mapping[str, Any]] = []
+    for file in sorted(e.path for e in _scan(os.path.join(os.path.dirname(path), name)) if e.name.endswith(".conf")):
+        try:
+            plugin = _read(file)
+            _check(plugin, "plugin")
+        except _FaultError as e:
+            raise _FaultError(f"its plugin file {file}: {e}") from e
+        plugins.append(plugin)
+    return plugins
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as f:
+            document = json.loads(f.read())
+    except OSError as e:
+        raise _FaultError(f"cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise _FaultError(f"is not valid JSON: {e}") from e
+    if not isinstance(document, dict):
+        raise _FaultError("is not a JSON object")
+    return document
+
+
+def _check(document: dict[str, Any], kind: str) -> None:
+    # Imported here: the daemon needs it once, and its import takes longer than everything else in this room.
+    import jsonschema
+
+    schema = json.loads(files("criserver.network").joinpath("schema/network.json").read_text())
+    schema["$ref"] = f"#/$defs/{kind}"
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(document):
+        key = ".".join(str(part) for part in error.absolute_path) or "top level"
+        raise _FaultError(f"key {key}: {error.message[:300]}")
+
+
+def _version(document: Mapping[str, Any]) -> str:
+    """The highest of the file's versions that this room speaks (specification 1.1, "Version considerations")."""
+    given = [document["cniVersion"]] if "cniVersion" in document else []
+    given += document.get("cniVersions", [])
+    spoken = [v for v in VERSIONS if v in given]
+    if not spoken:
+        has = f"{', '.join(given)} is not supported" if given else "it is missing"
+        raise _FaultError(f"key cniVersion: {has}; it must be one of {', '.join(VERSIONS)}")
+    return spoken[-1]
+
+
+def _true(switch: bool | str) -> bool:
+    return switch if isinstance(switch, bool) else switch.lower() == "true"

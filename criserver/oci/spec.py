@@ -1,0 +1,375 @@
+"""The OCI runtime spec of a container, as a pure function of what was asked, the image and facts of the host.
+
+Runtime specification 1.0.2 (config.md, config-linux.md); what Kubernetes expects on top of it is CRI's.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from criserver.errors import InvalidArgumentError
+from criserver.model import ContainerConfig, Device, Mount, NamespaceMode, Propagation, Resources, User
+
+Spec = dict[str, Any]
+
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# What a process of an ordinary container may do: the set that Docker fixed and images came to rely on.
+DEFAULT_CAPABILITIES = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDefaults:
+    """What an image's configuration says where the kubelet does not (OCI image-spec, config)."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceNode:
+    """A device node of the host: ``kind`` is "c" or "b"."""
+
+    path: str
+    kind: str
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Facts of this host that a spec depends on.
+
+    ``capabilities`` are all that the kernel knows and the daemon may give; ``oom_score_adj_floor`` is the
+    lowest value that the daemon may set (its own, where it lacks CAP_SYS_RESOURCE).
+    """
+
+    capabilities: tuple[str, ...]
+    oom_score_adj_floor: int = -1000
+
+
+@dataclass(frozen=True, slots=True)
+class PodFacts:
+    """What a container takes from its sandbox: paths of files and namespaces, "" or None where it has none."""
+
+    hostname: str
+    resolv_conf: str
+    hosts: str
+    hostname_file: str
+    shm: str
+    net_namespace: str | None
+    ipc_namespace: str | None
+    uts_namespace: str | None
+    pid_namespace: str | None
+
+
+def process_args(config: ContainerConfig, image: ImageDefaults) -> list[str]:
+    """The command line: the kubelet's command replaces the image's entrypoint and, alone, its cmd too.
+
+    Raises InvalidArgumentError where neither names a command.
+    """
+    if config.command:
+        args = [*config.command, *config.args]
+    else:
+        args = [*image.entrypoint, *(config.args or image.cmd)]
+    if not args:
+        raise InvalidArgumentError(
+            f"container {config.name}: no command: neither the container nor image {config.image} names one"
+        )
+    return args
+
+
+def environment(config: ContainerConfig, image: ImageDefaults, hostname: str) -> list[str]:
+    """NAME=VALUE lines: a PATH, the image's, then the kubelet's over them; a name comes once."""
+    found: dict[str, str] = {}
+    base = [_PATH, *(["TERM=xterm"] if config.tty else []), *([f"HOSTNAME={hostname}"] if hostname else [])]
+    for line in (*base, *image.env):
+        name, _, value = line.partition("=")
+        found[name] = value
+    found.update(config.envs)
+    return [f"{name}={value}" for name, value in found.items()]
+
+
+def build(
+    *,
+    config: ContainerConfig,
+    image: ImageDefaults,
+    user: User,
+    pod: PodFacts,
+    host: Host,
+    cgroups_path: str,
+    rootfs: str,
+    devices: Iterable[DeviceNode] = (),
+    annotations: Mapping[str, str] | None = None,
+) -> Spec:
+    """The whole spec.
+
+    ``devices`` are the host's nodes for ``config.devices``, in their order, or all of the host's for a
+    privileged container. Raises InvalidArgumentError for a capability that the kernel does not know.
+    """
+    security, resources = config.security, config.resources
+    mounts = [*_base_mounts(config, pod), *_sandbox_files(config, pod), *map(_user_mount, config.mounts)]
+    # runc mounts in order: a parent has to come before what lies below it.
+    covered = {m.container_path for m in config.mounts}
+    mounts = [m for m in mounts if m["destination"] not in covered or "rbind" in m.get("options", ())]
+    mounts.sort(key=lambda m: m["destination"].rstrip("/").count("/"))
+    nodes = list(devices)
+    spec: Spec = {
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": config.tty,
+            "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+            "args": process_args(config, image),
+            "env": environment(config, image, pod.hostname),
+            "cwd": config.working_dir or image.working_dir or "/",
+            "capabilities": capabilities(config, host),
+            "noNewPrivileges": security.no_new_privs,
+            "oomScoreAdj": max(resources.oom_score_adj, host.oom_score_adj_floor),
+        },
+        "root": {"path": rootfs, "readonly": security.readonly_rootfs},
+        "mounts": mounts,
+        "annotations": dict(annotations or {}),
+        "linux": {
+            "cgroupsPath": cgroups_path,
+            "namespaces": _namespaces(config, pod),
+            "resources": {**_limits(resources), "devices": _device_rules(config, nodes)},
+            "devices": [_device_node(n) for n in nodes],
+            "maskedPaths": [] if security.privileged else list(security.masked_paths),
+            "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
+        },
+    }
+    if any(m.propagation is Propagation.BIDIRECTIONAL for m in config.mounts):
+        spec["linux"]["rootfsPropagation"] = "rshared"
+    elif any(m.propagation is Propagation.HOST_TO_CONTAINER for m in config.mounts):
+        spec["linux"]["rootfsPropagation"] = "rslave"
+    return spec
+
+
+def infra(*, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path: str) -> Spec:
+    """The process that holds a pod's shared PID namespace: no capabilities, no files but its own program."""
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": {"uid": 65535, "gid": 65535},
+            "args": ["/infra", "-P"],
+            "env": [],
+            "cwd": "/",
+            "noNewPrivileges": True,
+            "oomScoreAdj": max(-998, host.oom_score_adj_floor),
+        },
+        "root": {"path": rootfs, "readonly": True},
+        "mounts": [
+            {
+                "destination": "/proc",
+                "type": "proc",
+                "source": "proc",
+                "options": ["nosuid", "noexec", "nodev"],
+            },
+            {
+                "destination": "/infra",
+                "type": "bind",
+                "source": program,
+                "options": ["bind", "ro", "nosuid", "nodev"],
+            },
+        ],
+        "linux": {
+            "cgroupsPath": cgroups_path,
+            "namespaces": [
+                {"type": "pid"},
+                {"type": "mount"},
+                *_joined(("network", pod.net_namespace), ("ipc", pod.ipc_namespace), ("uts", pod.uts_namespace)),
+            ],
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        },
+    }
+
+
+def exec_process(spec: Spec, command: Iterable[str], *, tty: bool) -> Spec:
+    """The process of an exec: the container's own, with another command line."""
+    process: Spec = {**spec["process"], "args": list(command), "terminal": tty}
+    if tty and not any(e.startswith("TERM=") for e in process["env"]):
+        process["env"] = [*process["env"], "TERM=xterm"]
+    return process
+
+
+def capabilities(config: ContainerConfig, host: Host) -> dict[str, list[str]]:
+    """The process's sets (capabilities(7)): ALL is added or dropped first, single names after it."""
+    security = config.security
+    if security.privileged:
+        granted = set(host.capabilities)
+    else:
+        add, drop = _names(security.add_capabilities, host), _names(security.drop_capabilities, host)
+        granted = set(DEFAULT_CAPABILITIES)
+        if "ALL" in add:
+            granted = set(host.capabilities)
+        if "ALL" in drop:
+            granted = set()
+        granted = (granted | (add - {"ALL"})) - drop
+    ambient = _names(security.ambient_capabilities, host)
+    if "ALL" in ambient:
+        ambient = set(host.capabilities)
+    granted |= ambient
+    both = sorted(granted)
+    return {
+        "bounding": both,
+        "effective": both,
+        "permitted": both,
+        "inheritable": sorted(ambient),
+        "ambient": sorted(ambient),
+    }
+
+
+def _names(given: Iterable[str], host: Host) -> set[str]:
+    found = set()
+    for name in given:
+        upper = name.upper()
+        full = upper if upper == "ALL" or upper.startswith("CAP_") else f"CAP_{upper}"
+        if full != "ALL" and full not in host.capabilities:
+            raise InvalidArgumentError(f"capability {name!r} is not known to this kernel or not the daemon's to give")
+        found.add(full)
+    return found
+
+
+def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    privileged = config.security.privileged
+    writable = "rw" if privileged else "ro"
+    quiet = ["nosuid", "noexec", "nodev"]
+    return [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": quiet},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
+        },
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": quiet},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*quiet, writable]},
+        {
+            "destination": "/sys/fs/cgroup",
+            "type": "cgroup",
+            "source": "cgroup",
+            "options": [*quiet, "relatime", writable],
+        },
+        {
+            "destination": "/dev/shm",  # noqa: S108 - the container's
+            "type": "bind",
+            "source": pod.shm,
+            "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
+        },
+    ]
+
+
+def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    access = "ro" if config.security.readonly_rootfs else "rw"
+    files = (
+        ("/etc/resolv.conf", pod.resolv_conf),
+        ("/etc/hosts", pod.hosts),
+        ("/etc/hostname", pod.hostname_file),
+    )
+    return [
+        {"destination": inside, "type": "bind", "source": outside, "options": ["bind", "rprivate", access]}
+        for inside, outside in files
+    ]
+
+
+def _user_mount(mount: Mount) -> Spec:
+    access = "ro" if mount.readonly else "rw"
+    return {
+        "destination": mount.container_path,
+        "type": "bind",
+        "source": mount.host_path,
+        "options": ["rbind", mount.propagation.value, access],
+    }
+
+
+def _joined(*pairs: tuple[str, str | None]) -> list[Spec]:
+    """Namespaces to join; without a path the container stays in the host's and nothing is listed."""
+    return [{"type": kind, "path": path} for kind, path in pairs if path]
+
+
+def _namespaces(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    found: list[Spec] = [{"type": "mount"}]
+    if config.namespaces.pid is NamespaceMode.CONTAINER:
+        found.append({"type": "pid"})
+    elif config.namespaces.pid is NamespaceMode.POD:
+        found += _joined(("pid", pod.pid_namespace))
+    found += _joined(("network", pod.net_namespace), ("ipc", pod.ipc_namespace), ("uts", pod.uts_namespace))
+    return found
+
+
+def _limits(resources: Resources) -> Spec:
+    cpu = {
+        "period": resources.cpu_period,
+        "quota": resources.cpu_quota,
+        "shares": resources.cpu_shares,
+        "cpus": resources.cpuset_cpus,
+        "mems": resources.cpuset_mems,
+    }
+    memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
+    found: Spec = {"cpu": _given(cpu), "memory": _given(memory), "unified": dict(resources.unified)}
+    found["hugepageLimits"] = [{"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits]
+    return _given(found)
+
+
+def _given(table: Mapping[str, Any]) -> Spec:
+    return {key: value for key, value in table.items() if value}
+
+
+def _device_rules(config: ContainerConfig, nodes: list[DeviceNode]) -> list[Spec]:
+    """The device cgroup: nothing but what is named; runc adds the nodes that every container has."""
+    if config.security.privileged:
+        return [{"allow": True, "access": "rwm"}]
+    asked: tuple[Device, ...] = config.devices
+    rules: list[Spec] = [{"allow": False, "access": "rwm"}]
+    for device, node in zip(asked, nodes, strict=True):
+        rules.append(
+            {
+                "allow": True,
+                "type": node.kind,
+                "major": node.major,
+                "minor": node.minor,
+                "access": device.permissions,
+            }
+        )
+    return rules
+
+
+def _device_node(node: DeviceNode) -> Spec:
+    return {
+        "path": node.path,
+        "type": node.kind,
+        "major": node.major,
+        "minor": node.minor,
+        "fileMode": stat.S_IMODE(node.mode),
+        "uid": node.uid,
+        "gid": node.gid,
+    }

@@ -1,0 +1,1 @@
+"""Sandboxes and containers: their records, their state machines, one module for each operation on them."""

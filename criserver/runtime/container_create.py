@@ -1,0 +1,196 @@
+"""CreateContainer: everything a container needs is put on disk and mounted; nothing runs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import signal
+import time
+
+import structlog
+
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.images import Image
+from criserver.model import ContainerConfig, Mount, User
+from criserver.oci import spec, users
+from criserver.runtime import host
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.sandbox_run import pod_facts
+from snapshotter import mounts
+
+log = structlog.get_logger(__name__)
+
+# Larger account files than this are not looked into: they would be read for every container.
+_MAX_ACCOUNTS = 4 << 20
+
+
+async def create_container(node: Node, sandbox_id: str, config: ContainerConfig, sent: bytes) -> str:
+    """Make a container of a ready sandbox and return its ID; ``sent`` is its ContainerConfig as it came.
+
+    Raises NotFoundError for an unknown sandbox or an image that is not here, AlreadyExistsError for a taken
+    name, FailedPreconditionError for a sandbox that is not ready or a user that the image does not have,
+    InvalidArgumentError for what can never run. Nothing is left behind by a failure.
+    """
+    sandbox = node.registry.sandbox(sandbox_id)
+    if sandbox.state is not SandboxState.READY:
+        raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
+    name = f"container {config.name}_{sandbox.config.full_name}_{config.attempt}"
+    return await node.attempts.run(name, sent, lambda: _create(node, sandbox, config, sent))
+
+
+async def _create(node: Node, sandbox: Sandbox, config: ContainerConfig, sent: bytes) -> str:
+    image = node.images.get(config.image)
+    if image is None:
+        raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
+    defaults = _defaults(image)
+    spec.process_args(config, defaults)
+    container = Container(
+        id=secrets.token_hex(32),
+        sandbox_id=sandbox.id,
+        config=config,
+        sent=sent,
+        image_id=image.id,
+        image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+        state=ContainerState.CREATING,
+        created_at=time.time_ns(),
+        log_path=config.log_path,
+        stop_signal=signal_number(config.stop_signal or image.config.stop_signal or "SIGTERM"),
+    )
+    node.registry.add(container)
+    async with node.locks[container.id]:
+        try:
+            user = await _prepare(node, sandbox, container, image, defaults)
+        except BaseException:
+            await discard(node, container)
+            node.registry.forget(container)
+            node.locks.pop(container.id, None)
+            raise
+        node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
+    log.info("container created", container=container.id, name=config.name, sandbox=sandbox.id)
+    return container.id
+
+
+async def _prepare(
+    node: Node, sandbox: Sandbox, container: Container, image: Image, defaults: spec.ImageDefaults
+) -> User:
+    config, rootfs = container.config, node.rootfs(container.id)
+    os.makedirs(rootfs, mode=0o711)
+    if container.log_path:
+        os.makedirs(os.path.dirname(container.log_path), mode=0o755, exist_ok=True)
+    config = dataclasses.replace(config, mounts=tuple(_resolved(m) for m in config.mounts))
+    if config.security.privileged:
+        devices = host.all_devices()
+    else:
+        devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
+    await node.snapshotter.prepare(container.id, image.chain_id)
+    await node.snapshotter.mount(container.id, rootfs)
+    user = await asyncio.to_thread(_user, config, image, rootfs)
+    document = spec.build(
+        config=config,
+        image=defaults,
+        user=user,
+        pod=pod_facts(node, sandbox),
+        host=host.facts(),
+        cgroups_path=cgroups_path(sandbox, container),
+        rootfs=rootfs,
+        devices=devices,
+        annotations=_annotations(sandbox, container),
+    )
+    with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:
+        json.dump(document, f)
+    return user
+
+
+async def discard(node: Node, container: Container) -> None:
+    """Undo all that creating a container did; what is gone, or was never made, is no error."""
+    await node.snapshotter.unmount(node.rootfs(container.id))
+    await node.snapshotter.remove(container.id)
+    await asyncio.to_thread(shutil.rmtree, node.container_dir(container.id), ignore_errors=True)
+
+
+def cgroups_path(sandbox: Sandbox, container: Container) -> str:
+    """The container's cgroup, as runc's cgroupfs driver names it."""
+    return f"{sandbox.cgroup_parent}/{container.id}"
+
+
+def signal_number(name: str) -> int:
+    """The number of "SIGTERM", "TERM", "15", "SIGRTMIN+3" or CRI's "SIGRTMINPLUS3"; SIGTERM where unknown.
+
+    An image's StopSignal is anybody's text, so what cannot be read is not an error.
+    """
+    text = name.upper().removeprefix("SIG").replace("PLUS", "+").replace("MINUS", "-")
+    if text.isdecimal():
+        number = int(text)
+    elif text.startswith(("RTMIN", "RTMAX")):
+        base = signal.SIGRTMIN if text.startswith("RTMIN") else signal.SIGRTMAX
+        offset = text[5:] or "+0"
+        number = base + int(offset) if offset[0] in "+-" and offset[1:].isdecimal() else 0
+    else:
+        number = getattr(signal, f"SIG{text}", 0)
+    return number if 1 <= number <= signal.SIGRTMAX else signal.SIGTERM
+
+
+def _defaults(image: Image) -> spec.ImageDefaults:
+    found = image.config
+    return spec.ImageDefaults(tuple(found.entrypoint), tuple(found.cmd), tuple(found.env), found.working_dir)
+
+
+def _resolved(mount: Mount) -> Mount:
+    """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
+    real = os.path.realpath(mount.host_path)
+    if not os.path.lexists(real):
+        try:
+            os.makedirs(real, mode=0o755)
+        except OSError as e:
+            raise InvalidArgumentError(
+                f"mount {mount.container_path}: host path {mount.host_path}: {e.strerror}"
+            ) from e
+    return dataclasses.replace(mount, host_path=real)
+
+
+def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
+    security = config.security
+    return users.resolve(
+        image_user=image.config.user,
+        run_as_user=security.run_as_user,
+        run_as_username=security.run_as_username,
+        run_as_group=security.run_as_group,
+        supplemental=security.supplemental_groups,
+        strict=security.supplemental_groups_strict,
+        passwd=_read_inside(rootfs, "etc/passwd"),
+        group=_read_inside(rootfs, "etc/group"),
+    )
+
+
+def _read_inside(rootfs: str, path: str) -> str:
+    """A text file of the image, "" where it has none; its links never lead out of it."""
+    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY)
+    try:
+        fd = mounts.openat2(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, mounts.RESOLVE_IN_ROOT)
+    except OSError:
+        return ""
+    finally:
+        os.close(root)
+    with open(fd, errors="replace") as f:
+        if os.fstat(fd).st_size > _MAX_ACCOUNTS:
+            raise FailedPreconditionError(f"the image's /{path} is larger than {_MAX_ACCOUNTS} bytes")
+        return f.read(_MAX_ACCOUNTS)
+
+
+def _annotations(sandbox: Sandbox, container: Container) -> dict[str, str]:
+    """What hooks and tools look for in a spec, under the names that the field uses."""
+    return {
+        **container.config.annotations,
+        "io.kubernetes.cri.container-type": "container",
+        "io.kubernetes.cri.container-name": container.config.name,
+        "io.kubernetes.cri.image-name": container.config.image,
+        "io.kubernetes.cri.sandbox-id": sandbox.id,
+        "io.kubernetes.cri.sandbox-name": sandbox.config.name,
+        "io.kubernetes.cri.sandbox-namespace": sandbox.config.namespace,
+        "io.kubernetes.cri.sandbox-uid": sandbox.config.uid,
+    }

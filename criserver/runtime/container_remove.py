@@ -1,0 +1,51 @@
+"""RemoveContainer: its process, its writable layer, its bundle and its record go; its log stays the kubelet's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import structlog
+
+from criserver.errors import NotFoundError
+from criserver.runtime import supervision
+from criserver.runtime.container_create import discard
+from criserver.runtime.container_stop import kill
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState
+
+log = structlog.get_logger(__name__)
+
+
+async def remove_container(node: Node, given: str) -> None:
+    """Remove a container, running or not. Idempotent (CRI)."""
+    try:
+        container = node.registry.container(given)
+    except NotFoundError:
+        return
+    await node.finish(remove_locked(node, container))
+
+
+async def remove_locked(node: Node, container: Container) -> None:
+    """Remove a container by its record; it takes the container's lock itself, so a sandbox's may be held."""
+    await kill(node, container)
+    async with node.locks[container.id]:
+        found = node.registry.containers.get(container.id)
+        if found is None:
+            return
+        name = node.registry.container_name(found)
+        found = dataclasses.replace(found, state=ContainerState.REMOVING)
+        node.registry.save(found)
+        sandbox = node.registry.sandbox(found.sandbox_id)
+        await supervision.wait_gone(node, found.id)
+        await supervision.destroy(node, found.id, sandbox.handler)
+        await discard(node, found)
+        node.registry.forget(found)
+        for attempt in (f"container {name}", f"start {found.id}"):
+            node.attempts.drop(attempt)
+        node.exits.pop(found.id, None)
+        node.gone.pop(found.id, None)
+    node.locks.pop(container.id, None)
+    if node.images.get(container.image_id) is None:
+        # Its image was removed before it; the layers that it stood on may be free now.
+        node.background(node.images.collect(), "garbage collection after a container's removal failed")
+    log.info("container removed", container=container.id)

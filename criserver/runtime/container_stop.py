@@ -1,0 +1,59 @@
+"""StopContainer: the stop signal, the grace, and SIGKILL."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+
+from criserver.errors import DeadlineExceededError, NotFoundError
+from criserver.runtime import supervision
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState
+
+log = structlog.get_logger(__name__)
+
+# A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
+KILL_TIMEOUT = 30.0
+
+
+async def stop_container(node: Node, given: str, grace: float) -> None:
+    """Stop a container: its stop signal, ``grace`` seconds, then SIGKILL. Idempotent (CRI).
+
+    A grace of 0 or less kills at once. Raises DeadlineExceededError where even SIGKILL does not end it.
+    """
+    try:
+        container = node.registry.container(given)
+    except NotFoundError:
+        return
+    await node.finish(_stop(node, container.id, grace))
+
+
+async def kill(node: Node, container: Container) -> None:
+    """End a container at once; one that does not run is no error."""
+    await _stop(node, container.id, 0)
+
+
+async def _stop(node: Node, container_id: str, grace: float) -> None:
+    async with node.locks[container_id]:
+        container = node.registry.containers.get(container_id)
+        if container is None or container.state is not ContainerState.RUNNING:
+            return
+        ended = node.exits[container_id]
+        if grace > 0:
+            supervision.send_signal(container, container.stop_signal)
+            try:
+                async with asyncio.timeout(grace):
+                    await ended.wait()
+                return
+            except TimeoutError:
+                log.info("grace is over", container=container_id, seconds=grace)
+        supervision.send_signal(container, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT):
+                await ended.wait()
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"container {container_id} (PID {container.pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
+            ) from None

@@ -1,0 +1,141 @@
+"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes, cgroup files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import cache
+
+from criserver.errors import InvalidArgumentError
+from criserver.oci.spec import DeviceNode, Host
+
+# By number, from 0 (capabilities(7), linux/capability.h).
+_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE "
+    "NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT "
+    "SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE "
+    "AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ "
+    "PERFMON BPF CHECKPOINT_RESTORE "
+).split()
+
+# Where pods are put that the kubelet gives no cgroup parent.
+OWN_CGROUPS = "/criserver"
+
+# Nodes of /dev that a container gets its own of, or that are the host's business alone.
+_OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc", ".lxd-mounts"})
+
+
+@cache
+def facts() -> Host:
+    """The host's facts, read once.
+
+    The kernel refuses an OOM score below the writer's own without CAP_SYS_RESOURCE (proc(5),
+    oom_score_adj), and runc then dies without a word, so the daemon's own score is the floor there.
+    """
+    bounding = _status_mask("CapBnd")
+    known = tuple(f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding >> bit & 1)
+    floor = -1000
+    if not _status_mask("CapEff") >> _CAPABILITIES.index("SYS_RESOURCE") & 1:
+        with open("/proc/self/oom_score_adj") as f:
+            floor = int(f.read())
+    return Host(capabilities=known, oom_score_adj_floor=floor)
+
+
+def _status_mask(field: str) -> int:
+    with open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith(field + ":"):
+                return int(line.split()[1], 16)
+    return 0
+
+
+def device_node(host_path: str, container_path: str) -> DeviceNode:
+    """The node at ``host_path`` as the container is to see it. Raises InvalidArgumentError where it is none."""
+    try:
+        found = os.stat(host_path)
+    except OSError as e:
+        raise InvalidArgumentError(f"device {host_path}: {e.strerror}") from e
+    if not (stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        raise InvalidArgumentError(f"device {host_path} is not a device node")
+    return _node(found, container_path)
+
+
+def all_devices() -> list[DeviceNode]:
+    """Every device node of the host's /dev, for a privileged container."""
+    found = []
+    pending = ["/dev"]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.name in _OWN_DEVICES:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                    continue
+                try:
+                    node = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # a device may go at any moment
+                if stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode):
+                    found.append(_node(node, entry.path))
+    return found
+
+
+def _node(found: os.stat_result, path: str) -> DeviceNode:
+    return DeviceNode(
+        path=path,
+        kind="c" if stat.S_ISCHR(found.st_mode) else "b",
+        major=os.major(found.st_rdev),
+        minor=os.minor(found.st_rdev),
+        mode=found.st_mode,
+        uid=found.st_uid,
+        gid=found.st_gid,
+    )
+
+
+@cache
+def cgroup_roots() -> dict[str, str]:
+    """Where each cgroup hierarchy is mounted, by controller; "" is the unified one (cgroups(7))."""
+    found: dict[str, str] = {}
+    with open("/proc/self/mountinfo") as f:
+        for line in f:
+            before, _, after = line.partition(" - ")
+            kind, _, options = after.split()[:3]
+            point = before.split()[4]
+            if kind == "cgroup2":
+                found.setdefault("", point)
+            elif kind == "cgroup":
+                for option in options.split(","):
+                    found.setdefault(option, point)
+    return found
+
+
+def oom_files(cgroups_path: str) -> list[str]:
+    """The files that count OOM kills in a cgroup: v1's memory.oom_control, v2's memory.events."""
+    roots = cgroup_roots()
+    if "memory" in roots:
+        return [f"{roots['memory']}{cgroups_path}/memory.oom_control"]
+    return [f"{roots['']}{cgroups_path}/memory.events"] if "" in roots else []
+
+
+def remove_cgroup(cgroups_path: str) -> None:
+    """Remove a cgroup and those below it from every hierarchy, and OWN_CGROUPS where it was the last in it.
+
+    One that is gone or still in use is left.
+    """
+    for root in set(cgroup_roots().values()):
+        directories = [directory for directory, _, _ in os.walk(root + cgroups_path, topdown=False)]
+        for directory in (*directories, root + OWN_CGROUPS):
+            try:
+                os.rmdir(directory)
+            except OSError:
+                continue
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. 0 where it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return int(f.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0

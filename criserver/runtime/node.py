@@ -1,0 +1,97 @@
+"""What the operations work with: one value handed to each, instead of globals or inheritance."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from criserver.config import Config, Runtime
+from criserver.errors import InvalidArgumentError
+from criserver.images import Images
+from criserver.network import Network
+from criserver.runtime.attempts import Attempts
+from criserver.runtime.registry import Registry
+from criserver.runtime.shims import Link, Nursery
+from snapshotter import Snapshotter
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Node:
+    """The rooms below, the records, and what is under way."""
+
+    config: Config
+    registry: Registry
+    images: Images
+    network: Network
+    snapshotter: Snapshotter
+    nursery: Nursery
+    attempts: Attempts = field(default_factory=Attempts)
+    # One operation at a time for each sandbox and container, by ID.
+    locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    links: dict[str, Link] = field(default_factory=dict)
+    # Set when a container has exited, by ID; made where somebody waits.
+    exits: dict[str, asyncio.Event] = field(default_factory=dict)
+    # Set when nothing of a container runs any more and its shim has cleaned up.
+    gone: dict[str, asyncio.Event] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def handler(self, name: str) -> Runtime:
+        """The runtime handler by name, the default one for "". Raises InvalidArgumentError for an unknown one."""
+        runtime = self.config.runtimes.get(name or self.config.default_runtime)
+        if runtime is None:
+            known = ", ".join(sorted(self.config.runtimes))
+            raise InvalidArgumentError(f"runtime handler {name!r} is not configured; there are: {known}")
+        return runtime
+
+    def sandbox_dir(self, sandbox_id: str) -> str:
+        """Where a sandbox's files are until the boot ends."""
+        return os.path.join(self.config.state, "sandboxes", sandbox_id)
+
+    def namespaces_dir(self, sandbox_id: str) -> str:
+        """Where a sandbox's namespaces are pinned."""
+        return os.path.join(self.config.state, "ns", sandbox_id)
+
+    def container_dir(self, container_id: str) -> str:
+        """A container's bundle, and its shim's directory."""
+        return os.path.join(self.config.state, "containers", container_id)
+
+    def rootfs(self, container_id: str) -> str:
+        """Where a container's root file system is mounted."""
+        return os.path.join(self.container_dir(container_id), "rootfs")
+
+    def runtime_root(self, handler: str) -> str:
+        """Where an OCI runtime keeps its own state, apart from any other user of it on the node."""
+        return os.path.join(self.config.state, "runtimes", handler or self.config.default_runtime)
+
+    def background(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Let work go on by itself; a failure is logged."""
+
+        async def run() -> None:
+            try:
+                await work
+            except Exception as e:
+                log.exception(what, error=str(e))
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await work that goes on to its end even where the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Wait for what is under way, at the daemon's orderly stop."""
+        await self.attempts.finish()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,307 @@
+"""From the kubelet's messages to this room's values: every field is taken over or refused, none is dropped.
+
+Refusals come before any side effect: InvalidArgumentError for what can never be right, UnimplementedError with
+the feature's name for what this version does not do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from criserver.errors import InvalidArgumentError, UnimplementedError
+from criserver.model import (
+    ContainerConfig,
+    Device,
+    Dns,
+    Mount,
+    NamespaceMode,
+    Namespaces,
+    PodConfig,
+    PortMapping,
+    Propagation,
+    Resources,
+    Security,
+)
+from criserver.pb.runtime.v1 import api_pb2 as cri
+
+_MODES = {cri.POD: NamespaceMode.POD, cri.CONTAINER: NamespaceMode.CONTAINER, cri.NODE: NamespaceMode.NODE}
+_PROTOCOLS = {cri.TCP: "tcp", cri.UDP: "udp", cri.SCTP: "sctp"}
+_PROPAGATIONS = {
+    cri.PROPAGATION_PRIVATE: Propagation.PRIVATE,
+    cri.PROPAGATION_HOST_TO_CONTAINER: Propagation.HOST_TO_CONTAINER,
+    cri.PROPAGATION_BIDIRECTIONAL: Propagation.BIDIRECTIONAL,
+}
+_SYSCTL = re.compile(r"^[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+$")
+# Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
+_IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
+
+
+def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
+    """The pod that a PodSandboxConfig describes. Raises InvalidArgumentError or UnimplementedError."""
+    meta = sent.metadata
+    for field in ("name", "namespace", "uid"):
+        if not getattr(meta, field):
+            raise InvalidArgumentError(f"the pod sandbox's metadata.{field} is empty; it must be given")
+    _no_windows(sent, f"pod {meta.namespace}/{meta.name}")
+    linux, security = sent.linux, sent.linux.security_context
+    namespaces = _namespaces(security.namespace_options)
+    if namespaces.network is NamespaceMode.CONTAINER:
+        raise InvalidArgumentError("namespace_options.network = CONTAINER: containers of a pod share its network")
+    if len(sent.hostname) > 64:
+        raise InvalidArgumentError(
+            f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
+        )
+    _refuse_profiles(security, "pod sandbox")
+    return PodConfig(
+        name=meta.name,
+        namespace=meta.namespace,
+        uid=meta.uid,
+        attempt=meta.attempt,
+        hostname=sent.hostname,
+        log_directory=_absolute("log_directory", sent.log_directory),
+        dns=Dns(tuple(sent.dns_config.servers), tuple(sent.dns_config.searches), tuple(sent.dns_config.options)),
+        port_mappings=tuple(_port_mapping(p) for p in sent.port_mappings),
+        labels=dict(sent.labels),
+        annotations=dict(sent.annotations),
+        cgroup_parent=_cgroup_parent(linux.cgroup_parent),
+        sysctls=_sysctls(linux.sysctls, namespaces),
+        namespaces=namespaces,
+        privileged=security.privileged,
+    )
+
+
+def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConfig:
+    """The container that a ContainerConfig describes, in ``pod``. Raises as :func:`pod_config` does."""
+    name = sent.metadata.name
+    if not name:
+        raise InvalidArgumentError("the container's metadata.name is empty; it must be given")
+    _no_windows(sent, f"container {name}")
+    if not sent.image.image:
+        raise InvalidArgumentError(f"container {name}: image.image is empty; an image must be named")
+    if sent.CDI_devices:
+        raise UnimplementedError(f"container {name}: CDI devices are not supported yet")
+    security = sent.linux.security_context
+    return ContainerConfig(
+        name=name,
+        attempt=sent.metadata.attempt,
+        image=sent.image.image,
+        command=tuple(sent.command),
+        args=tuple(sent.args),
+        working_dir=sent.working_dir,
+        envs=tuple(_env(e, name) for e in sent.envs),
+        mounts=tuple(_mount(m, name) for m in sent.mounts),
+        devices=tuple(_device(d, name) for d in sent.devices),
+        labels=dict(sent.labels),
+        annotations=dict(sent.annotations),
+        log_path=_log_path(sent.log_path, pod),
+        stdin=sent.stdin,
+        stdin_once=sent.stdin_once,
+        tty=sent.tty,
+        resources=_resources(sent.linux.resources),
+        security=_security(security, name),
+        namespaces=_container_namespaces(security, pod),
+        stop_signal="" if sent.stop_signal == cri.RUNTIME_DEFAULT else cri.Signal.Name(sent.stop_signal),
+    )
+
+
+def _no_windows(sent: cri.PodSandboxConfig | cri.ContainerConfig, what: str) -> None:
+    if sent.HasField("windows"):
+        raise InvalidArgumentError(f"{what}: the windows section is set, and this node runs Linux")
+
+
+def _absolute(field: str, path: str) -> str:
+    if path and not path.startswith("/"):
+        raise InvalidArgumentError(f"{field} = {path!r} must be an absolute path")
+    return os.path.normpath(path) if path else ""
+
+
+def _log_path(path: str, pod: PodConfig) -> str:
+    """The log's absolute path, or "" where the kubelet wants no log. It stays below the pod's directory."""
+    if not path or not pod.log_directory:
+        return ""
+    full = os.path.normpath(os.path.join(pod.log_directory, path))
+    if not full.startswith(pod.log_directory.rstrip("/") + "/"):
+        raise InvalidArgumentError(f"log_path = {path!r} leads out of the pod's log_directory {pod.log_directory}")
+    return full
+
+
+def _cgroup_parent(parent: str) -> str:
+    if not parent:
+        return ""
+    if ".." in parent.split("/"):
+        raise InvalidArgumentError(f"cgroup_parent = {parent!r} must not contain '..'")
+    if parent.endswith(".slice"):
+        raise UnimplementedError(
+            f"cgroup_parent = {parent!r} is a systemd slice, and the systemd cgroup driver is not supported yet; "
+            "run the kubelet with cgroupDriver: cgroupfs"
+        )
+    return os.path.normpath("/" + parent.strip("/"))
+
+
+def _namespaces(options: cri.NamespaceOption) -> Namespaces:
+    for kind in ("network", "pid", "ipc"):
+        if getattr(options, kind) == cri.TARGET:
+            raise UnimplementedError(f"namespace_options.{kind} = TARGET is not supported yet")
+    if options.HasField("userns_options") and options.userns_options.mode == cri.POD:
+        raise UnimplementedError("user namespaces (namespace_options.userns_options) are not supported yet")
+    return Namespaces(_MODES[options.network], _MODES[options.pid], _MODES[options.ipc])
+
+
+def _container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> Namespaces:
+    if not security.HasField("namespace_options"):
+        return pod.namespaces
+    asked = _namespaces(security.namespace_options)
+    if asked.pid is NamespaceMode.POD and pod.namespaces.pid is not NamespaceMode.POD:
+        raise InvalidArgumentError(
+            "namespace_options.pid = POD, but the pod sandbox was made without a shared PID namespace "
+            f"(its mode is {pod.namespaces.pid.name}); both must agree"
+        )
+    for kind in ("network", "ipc"):
+        if getattr(asked, kind) is not getattr(pod.namespaces, kind):
+            raise InvalidArgumentError(
+                f"namespace_options.{kind} = {getattr(asked, kind).name} differs from the pod sandbox's "
+                f"{getattr(pod.namespaces, kind).name}; a container uses its pod's"
+            )
+    return asked
+
+
+def _sysctls(sysctls: Mapping[str, str], namespaces: Namespaces) -> dict[str, str]:
+    found = dict(sysctls)
+    for name in found:
+        if not _SYSCTL.match(name):
+            raise InvalidArgumentError(f"sysctl {name!r} is not a sysctl's name")
+        dotted = name.replace("/", ".")
+        if dotted.startswith("net."):
+            owner = namespaces.network
+        elif dotted.startswith(_IPC_SYSCTLS):
+            owner = namespaces.ipc
+        else:
+            raise InvalidArgumentError(
+                f"sysctl {name} does not belong to a namespace of the pod; it would change the node"
+            )
+        if owner is NamespaceMode.NODE:
+            raise InvalidArgumentError(f"sysctl {name} would change the node: the pod uses the host's namespace for it")
+    return found
+
+
+def _port_mapping(sent: cri.PortMapping) -> PortMapping:
+    for field in ("container_port", "host_port"):
+        if not 0 <= getattr(sent, field) <= 65535:
+            raise InvalidArgumentError(f"port_mappings: {field} = {getattr(sent, field)} is not a port")
+    return PortMapping(_PROTOCOLS[sent.protocol], sent.container_port, sent.host_port, sent.host_ip)
+
+
+def _env(sent: cri.KeyValue, name: str) -> tuple[str, str]:
+    if not sent.key or "=" in sent.key or "\0" in sent.key or b"\0" in sent.value:
+        raise InvalidArgumentError(f"container {name}: environment variable {sent.key!r} is not well formed")
+    try:
+        return sent.key, sent.value.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidArgumentError(f"container {name}: environment variable {sent.key} is not UTF-8") from e
+
+
+def _mount(sent: cri.Mount, name: str) -> Mount:
+    if not sent.container_path.startswith("/"):
+        raise InvalidArgumentError(
+            f"container {name}: mount container_path = {sent.container_path!r} must be an absolute path"
+        )
+    for field, feature in (
+        ("image", "image volumes"),
+        ("uidMappings", "id-mapped mounts"),
+        ("gidMappings", "id-mapped mounts"),
+        ("recursive_read_only", "recursive read-only mounts"),
+    ):
+        if sent.HasField("image") if field == "image" else getattr(sent, field):
+            raise UnimplementedError(f"container {name}: mount {sent.container_path}: {feature} are not supported yet")
+    if sent.selinux_relabel and os.path.isdir("/sys/fs/selinux"):
+        raise UnimplementedError(
+            f"container {name}: mount {sent.container_path}: SELinux relabelling is not supported yet"
+        )
+    return Mount(
+        container_path=os.path.normpath(sent.container_path),
+        host_path=_absolute(f"container {name}: mount {sent.container_path}: host_path", sent.host_path)
+        or _missing(f"container {name}: mount {sent.container_path}: host_path"),
+        readonly=sent.readonly,
+        propagation=_PROPAGATIONS[sent.propagation],
+    )
+
+
+def _missing(field: str) -> str:
+    raise InvalidArgumentError(f"{field} is empty; it must be given")
+
+
+def _device(sent: cri.Device, name: str) -> Device:
+    permissions = sent.permissions or "rwm"
+    if set(permissions) - set("rwm"):
+        raise InvalidArgumentError(
+            f"container {name}: device {sent.host_path}: permissions {permissions!r} are not of r, w, m"
+        )
+    return Device(
+        _absolute(f"container {name}: device container_path", sent.container_path or sent.host_path),
+        _absolute(f"container {name}: device host_path", sent.host_path),
+        permissions,
+    )
+
+
+def _resources(sent: cri.LinuxContainerResources) -> Resources:
+    return Resources(
+        cpu_period=sent.cpu_period,
+        cpu_quota=sent.cpu_quota,
+        cpu_shares=sent.cpu_shares,
+        memory_limit=sent.memory_limit_in_bytes,
+        memory_swap_limit=sent.memory_swap_limit_in_bytes,
+        oom_score_adj=sent.oom_score_adj,
+        cpuset_cpus=sent.cpuset_cpus,
+        cpuset_mems=sent.cpuset_mems,
+        hugepage_limits=tuple((h.page_size, h.limit) for h in sent.hugepage_limits),
+        unified=dict(sent.unified),
+    )
+
+
+def _refuse_profiles(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, what: str) -> None:
+    """Refuse confinement that this version cannot give: running without it would be worse than not running."""
+    if security.privileged:
+        return
+    profiles = cri.SecurityProfile
+    if security.HasField("seccomp"):
+        if security.seccomp.profile_type != profiles.Unconfined:
+            raise UnimplementedError(f"{what}: seccomp profiles other than Unconfined are not supported yet")
+    elif security.seccomp_profile_path not in ("", "unconfined"):
+        raise UnimplementedError(f"{what}: seccomp profile {security.seccomp_profile_path!r} is not supported yet")
+    if security.HasField("apparmor") and security.apparmor.profile_type == profiles.Localhost:
+        raise UnimplementedError(f"{what}: AppArmor profile {security.apparmor.localhost_ref!r} is not supported yet")
+    if security.HasField("selinux_options") and os.path.isdir("/sys/fs/selinux"):
+        raise UnimplementedError(f"{what}: SELinux options are not supported yet")
+
+
+def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
+    what = f"container {name}"
+    _refuse_profiles(sent, what)
+    if sent.apparmor_profile.startswith("localhost/") and not sent.privileged:
+        raise UnimplementedError(f"{what}: AppArmor profile {sent.apparmor_profile!r} is not supported yet")
+    if sent.HasField("run_as_user") and sent.run_as_username:
+        raise InvalidArgumentError(f"{what}: run_as_user and run_as_username are both set; give one")
+    if sent.HasField("run_as_group") and not (sent.HasField("run_as_user") or sent.run_as_username):
+        raise InvalidArgumentError(f"{what}: run_as_group is set without run_as_user or run_as_username")
+    ids = [("run_as_user", sent.run_as_user.value), ("run_as_group", sent.run_as_group.value)]
+    for field, number in (*ids, *(("supplemental_groups", g) for g in sent.supplemental_groups)):
+        if not 0 <= number < 2**32 - 1:
+            raise InvalidArgumentError(f"{what}: {field} = {number} is not a user or group ID")
+    capabilities = sent.capabilities
+    return Security(
+        privileged=sent.privileged,
+        run_as_user=sent.run_as_user.value if sent.HasField("run_as_user") else None,
+        run_as_group=sent.run_as_group.value if sent.HasField("run_as_group") else None,
+        run_as_username=sent.run_as_username,
+        supplemental_groups=tuple(sent.supplemental_groups),
+        supplemental_groups_strict=sent.supplemental_groups_policy == cri.Strict,
+        readonly_rootfs=sent.readonly_rootfs,
+        no_new_privs=sent.no_new_privs,
+        add_capabilities=tuple(capabilities.add_capabilities),
+        drop_capabilities=tuple(capabilities.drop_capabilities),
+        ambient_capabilities=tuple(capabilities.add_ambient_capabilities),
+        masked_paths=tuple(sent.masked_paths),
+        readonly_paths=tuple(sent.readonly_paths),
+    )

@@ -1,0 +1,136 @@
+"""Start-up: what an earlier daemon left is finished or rolled back, and what belongs to nobody is cleared.
+
+Every record in an intermediate state is an intention whose outcome was not written. Afterwards each mount,
+namespace, bundle and runtime state below our directories has a record that owns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import shutil
+import time
+
+import structlog
+
+from criserver.errors import CriError
+from criserver.model import NamespaceMode
+from criserver.network import namespaces
+from criserver.runtime import sandbox_files, supervision
+from criserver.runtime.container_create import discard
+from criserver.runtime.container_remove import remove_locked
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.runtime.sandbox_run import pod_facts
+from criserver.runtime.sandbox_stop import release
+
+log = structlog.get_logger(__name__)
+
+
+async def recover(node: Node) -> None:
+    """Bring records and host into agreement. Work on one thing that fails is logged and does not stop the rest."""
+    await asyncio.gather(*(_container(node, c) for c in list(node.registry.containers.values())))
+    await asyncio.gather(*(_sandbox(node, s) for s in list(node.registry.sandboxes.values())))
+    await _sweep(node)
+
+
+async def _container(node: Node, container: Container) -> None:
+    try:
+        match container.state:
+            case ContainerState.CREATING:
+                log.warning("rolling back a container whose making was cut off", container=container.id)
+                await discard(node, container)
+                node.registry.forget(container)
+            case ContainerState.REMOVING:
+                await remove_locked(node, container)
+            case ContainerState.STARTING | ContainerState.RUNNING:
+                await _running(node, container)
+            case ContainerState.CREATED:
+                if not os.path.ismount(node.rootfs(container.id)):
+                    _lost_before_start(node, container)
+    except (CriError, OSError) as e:
+        log.exception("recovery of a container failed", container=container.id, error=str(e))
+
+
+async def _running(node: Node, container: Container) -> None:
+    if await supervision.reconnect(node, container.id):
+        return
+    cut_off = container.state is ContainerState.STARTING
+    if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
+        log.warning("rolling back a start that was cut off", container=container.id)
+        await supervision.destroy(node, container.id, node.registry.sandbox(container.sandbox_id).handler)
+        node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED))
+        return
+    supervision.settle(node, container.id)
+
+
+def _lost_before_start(node: Node, container: Container) -> None:
+    node.registry.save(
+        dataclasses.replace(
+            container,
+            state=ContainerState.EXITED,
+            finished_at=time.time_ns(),
+            exit_code=255,
+            reason="Unknown",
+            message="the node was restarted before the container was started",
+        )
+    )
+
+
+async def _sandbox(node: Node, sandbox: Sandbox) -> None:
+    try:
+        match sandbox.state:
+            case SandboxState.CREATING:
+                log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
+                await release(node, sandbox)
+                node.registry.forget(sandbox)
+            case SandboxState.REMOVING:
+                await remove_sandbox(node, sandbox.id)
+            case SandboxState.READY:
+                if not await _whole(node, sandbox):
+                    log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
+                    node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+    except (CriError, OSError) as e:
+        log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id, error=str(e))
+
+
+async def _whole(node: Node, sandbox: Sandbox) -> bool:
+    """Whether the sandbox still has what makes it one: a reboot takes all of it."""
+    facts = pod_facts(node, sandbox)
+    pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace)
+    if not all(namespaces.is_pinned(path) for path in pins if path):
+        return False
+    if sandbox.config.namespaces.pid is not NamespaceMode.POD:
+        return True
+    return await supervision.reconnect(node, sandbox.id)
+
+
+async def _sweep(node: Node) -> None:
+    """Clear what no record owns."""
+    sandboxes, containers = node.registry.sandboxes, node.registry.containers
+    for name in _entries(node.config.state, "ns"):
+        if name not in sandboxes:
+            namespaces.unpin(node.namespaces_dir(name))
+    for name in _entries(node.config.state, "sandboxes"):
+        if name not in sandboxes:
+            sandbox_files.remove(node.sandbox_dir(name))
+    for handler in node.config.runtimes:
+        for name in _entries(node.runtime_root(handler)):
+            if name not in containers and name not in sandboxes:
+                await supervision.destroy(node, name, handler)
+    for name in _entries(node.config.state, "containers"):
+        if name not in containers and name not in sandboxes:
+            await node.snapshotter.unmount(node.rootfs(name))
+            await asyncio.to_thread(shutil.rmtree, node.container_dir(name), ignore_errors=True)
+    for name in list(node.snapshotter.snapshots()):
+        if name not in containers:
+            await node.snapshotter.remove(name)
+
+
+def _entries(*parts: str) -> list[str]:
+    try:
+        return os.listdir(os.path.join(*parts))
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,110 @@
+"""All sandboxes and containers of the node, in memory and in the database as one.
+
+The only place that writes their records. Nothing here waits: a change is in memory and in the database, or in
+neither, before the next step of the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from criserver.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
+from criserver.runtime.records import Container, Sandbox, dump, load_container, load_sandbox
+from criserver.store import Store
+
+_Record = TypeVar("_Record", Sandbox, Container)
+
+
+class Registry:
+    """Records by ID, and the names they hold."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._containers: dict[str, Container] = {}
+        self._names: dict[str, str] = {}
+        for _, stored in store.items("sandboxes"):
+            sandbox = load_sandbox(stored)
+            self._sandboxes[sandbox.id] = sandbox
+            self._names[sandbox.config.full_name] = sandbox.id
+        for _, stored in store.items("containers"):
+            pod = self._sandboxes[json.loads(stored)["sandbox_id"]]
+            container = load_container(stored, pod.config)
+            self._containers[container.id] = container
+            self._names[self.container_name(container)] = container.id
+
+    @property
+    def sandboxes(self) -> Mapping[str, Sandbox]:
+        """All sandboxes, by ID."""
+        return self._sandboxes
+
+    @property
+    def containers(self) -> Mapping[str, Container]:
+        """All containers, by ID."""
+        return self._containers
+
+    def containers_of(self, sandbox_id: str) -> Iterator[Container]:
+        """The containers of one sandbox, in the order of their making."""
+        return (c for c in list(self._containers.values()) if c.sandbox_id == sandbox_id)
+
+    def sandbox(self, given: str) -> Sandbox:
+        """The sandbox by its ID or a prefix that only it has. Raises NotFoundError, InvalidArgumentError."""
+        return _find("pod sandbox", self._sandboxes, given)
+
+    def container(self, given: str) -> Container:
+        """The container by its ID or a prefix that only it has. Raises NotFoundError, InvalidArgumentError."""
+        return _find("container", self._containers, given)
+
+    def container_name(self, container: Container) -> str:
+        """The name that no two containers share."""
+        config, pod = container.config, self._sandboxes[container.sandbox_id].config
+        return f"{config.name}_{pod.full_name}_{config.attempt}"
+
+    def add(self, record: Sandbox | Container) -> None:
+        """Take a new record in, and its name with it. Raises AlreadyExistsError where the name is taken."""
+        if isinstance(record, Sandbox):
+            name, what = record.config.full_name, "pod sandbox"
+        else:
+            name, what = self.container_name(record), "container"
+        if (holder := self._names.get(name)) is not None:
+            raise AlreadyExistsError(f"{what} name {name} is taken by {holder}; remove that one or raise the attempt")
+        self.save(record)
+        self._names[name] = record.id
+
+    def save(self, record: Sandbox | Container) -> None:
+        """Replace a record by its next state."""
+        self._store.put(_table(record), record.id, dump(record))
+        if isinstance(record, Sandbox):
+            self._sandboxes[record.id] = record
+        else:
+            self._containers[record.id] = record
+
+    def forget(self, record: Sandbox | Container) -> None:
+        """Let go of a record and its name: the last step of its removal."""
+        self._store.delete(_table(record), record.id)
+        if isinstance(record, Sandbox):
+            self._names.pop(record.config.full_name, None)
+            self._sandboxes.pop(record.id, None)
+        else:
+            self._names.pop(self.container_name(record), None)
+            self._containers.pop(record.id, None)
+
+
+def _table(record: Sandbox | Container) -> str:
+    return "sandboxes" if isinstance(record, Sandbox) else "containers"
+
+
+def _find(what: str, records: Mapping[str, _Record], given: str) -> _Record:
+    """By exact ID first, as the kubelet asks; a prefix is for people."""
+    if (record := records.get(given)) is not None:
+        return record
+    if not given:
+        raise InvalidArgumentError(f"the {what}'s ID is empty; it must be given")
+    matches = [key for key in records if key.startswith(given)]
+    if len(matches) > 1:
+        raise InvalidArgumentError(f"{what} ID {given} is short of {len(matches)} IDs; give more of it")
+    if not matches:
+        raise NotFoundError(f"{what} {given} does not exist")
+    return records[matches[0]]

@@ -1,0 +1,40 @@
+"""RemovePodSandbox: the pod, its containers and its record go."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import structlog
+
+from criserver.errors import NotFoundError
+from criserver.runtime.container_remove import remove_locked
+from criserver.runtime.node import Node
+from criserver.runtime.records import SandboxState
+from criserver.runtime.sandbox_stop import stop_locked
+
+log = structlog.get_logger(__name__)
+
+
+async def remove_sandbox(node: Node, given: str) -> None:
+    """Remove a sandbox, running or not, with all its containers. Idempotent (CRI)."""
+    try:
+        sandbox_id = node.registry.sandbox(given).id
+    except NotFoundError:
+        return
+    await node.finish(_remove(node, sandbox_id))
+
+
+async def _remove(node: Node, sandbox_id: str) -> None:
+    async with node.locks[sandbox_id]:
+        sandbox = node.registry.sandboxes.get(sandbox_id)
+        if sandbox is None:
+            return
+        sandbox = dataclasses.replace(sandbox, state=SandboxState.REMOVING)
+        node.registry.save(sandbox)
+        sandbox = await stop_locked(node, sandbox)
+        for container in node.registry.containers_of(sandbox_id):
+            await remove_locked(node, container)
+        node.registry.forget(sandbox)
+        node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
+    node.locks.pop(sandbox_id, None)
+    log.info("pod sandbox removed", sandbox=sandbox_id)

@@ -1,0 +1,171 @@
+"""RunPodSandbox: namespaces, network and files of a pod; no process unless it shares a PID namespace."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import secrets
+import time
+
+import structlog
+
+from criserver.errors import FailedPreconditionError
+from criserver.model import NamespaceMode, PodConfig
+from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
+from criserver.oci import spec
+from criserver.runtime import host, sandbox_files, supervision
+from criserver.runtime.node import Node
+from criserver.runtime.records import Sandbox, SandboxState
+from criserver.runtime.sandbox_stop import release
+
+log = structlog.get_logger(__name__)
+
+
+async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
+    """Make a pod sandbox and return its ID.
+
+    ``sent`` is the request's PodSandboxConfig as it came. Raises AlreadyExistsError for a taken name,
+    InvalidArgumentError for an unknown handler, FailedPreconditionError without a usable network
+    configuration; nothing is left behind by a failure.
+    """
+    node.handler(handler)
+    name = config.full_name
+    return await node.attempts.run(
+        f"pod sandbox {name}", sent + handler.encode(), lambda: _run(node, config, sent, handler)
+    )
+
+
+async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
+    sandbox_id = secrets.token_hex(32)
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    sandbox = Sandbox(
+        id=sandbox_id,
+        config=config,
+        sent=sent,
+        handler=handler,
+        state=SandboxState.CREATING,
+        created_at=time.time_ns(),
+        cgroup_parent=config.cgroup_parent or f"{host.OWN_CGROUPS}/{sandbox_id}",
+        cgroup_owned=not config.cgroup_parent,
+    )
+    if own_network:
+        attachment = node.network.attach_plan(_pod_network(node, sandbox))
+        sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json())
+    if config.namespaces.pid is NamespaceMode.POD and not os.access(node.config.infra, os.X_OK):
+        raise FailedPreconditionError(
+            f"the pod shares a PID namespace, and {node.config.infra} that holds it is not an executable; "
+            "install catatonit or change [runtime] infra"
+        )
+    node.registry.add(sandbox)
+    async with node.locks[sandbox_id]:
+        try:
+            sandbox = await _set_up(node, sandbox)
+        except BaseException:
+            await release(node, sandbox)
+            node.registry.forget(sandbox)
+            node.locks.pop(sandbox_id, None)
+            raise
+    log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
+    return sandbox_id
+
+
+async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
+    config, directory = sandbox.config, node.sandbox_dir(sandbox.id)
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    if config.log_directory:
+        os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
+    sandbox_files.write(directory, config)
+    await namespaces.make(
+        node.namespaces_dir(sandbox.id),
+        net=own_network,
+        uts=own_network,
+        ipc=config.namespaces.ipc is not NamespaceMode.NODE,
+        hostname=sandbox_files.hostname(config) if own_network else "",
+        sysctls=config.sysctls,
+    )
+    async with asyncio.TaskGroup() as group:
+        # Side by side: the infra process takes about as long as one CNI plugin.
+        if config.namespaces.pid is NamespaceMode.POD:
+            group.create_task(_start_infra(node, sandbox))
+        network = group.create_task(_connect(node, sandbox)) if own_network else None
+    if network is not None:
+        sandbox = network.result()
+        sandbox_files.write_hosts(directory, config, sandbox.ips)
+    sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)
+    node.registry.save(sandbox)
+    return sandbox
+
+
+async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
+    attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
+    assert attachment.result is not None
+    return dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.result.ips)
+
+
+async def _start_infra(node: Node, sandbox: Sandbox) -> None:
+    directory = node.container_dir(sandbox.id)
+    root = node.rootfs(sandbox.id)
+    os.makedirs(os.path.join(root, "proc"), mode=0o755)
+    with open(os.path.join(root, "infra"), "w"):
+        pass
+    cgroups_path = f"{sandbox.cgroup_parent}/{sandbox.id}"
+    document = spec.infra(
+        program=node.config.infra,
+        rootfs=root,
+        pod=pod_facts(node, sandbox),
+        host=host.facts(),
+        cgroups_path=cgroups_path,
+    )
+    with open(os.path.join(directory, "config.json"), "w") as f:
+        json.dump(document, f)
+    await supervision.start(node, sandbox.id, handler=sandbox.handler, cgroups_path=cgroups_path)
+
+
+def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
+    """What the sandbox gives its containers."""
+    config, directory = sandbox.config, node.sandbox_dir(sandbox.id)
+    pins = node.namespaces_dir(sandbox.id)
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    own_ipc = config.namespaces.ipc is not NamespaceMode.NODE
+    shared_pid = config.namespaces.pid is NamespaceMode.POD
+    return spec.PodFacts(
+        hostname=sandbox_files.hostname(config),
+        resolv_conf=os.path.join(directory, "resolv.conf"),
+        hosts=os.path.join(directory, "hosts"),
+        hostname_file=os.path.join(directory, "hostname"),
+        shm=sandbox_files.shm(directory, config),
+        net_namespace=os.path.join(pins, "net") if own_network else None,
+        uts_namespace=os.path.join(pins, "uts") if own_network else None,
+        ipc_namespace=os.path.join(pins, "ipc") if own_ipc else None,
+        pid_namespace=f"/proc/{infra_pid(node, sandbox)}/ns/pid" if shared_pid else None,
+    )
+
+
+def infra_pid(node: Node, sandbox: Sandbox) -> int:
+    """The PID of the sandbox's infra process as its runtime wrote it; 0 while there is none."""
+    try:
+        with open(os.path.join(node.container_dir(sandbox.id), "init.pid")) as f:
+            return int(f.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _pod_network(node: Node, sandbox: Sandbox) -> PodNetwork:
+    config = sandbox.config
+    return PodNetwork(
+        sandbox_id=sandbox.id,
+        netns=os.path.join(node.namespaces_dir(sandbox.id), "net"),
+        name=config.name,
+        namespace=config.namespace,
+        uid=config.uid,
+        port_mappings=tuple(
+            PortMapping(p.protocol, p.container_port, p.host_port, p.host_ip) for p in config.port_mappings
+        ),
+        annotations=config.annotations,
+        dns_servers=config.dns.servers,
+        dns_searches=config.dns.searches,
+        dns_options=config.dns.options,
+        cgroup_parent=sandbox.cgroup_parent,
+    )

@@ -1,0 +1,75 @@
+"""StopPodSandbox: everything of a pod that holds resources is let go; its record and logs stay."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import shutil
+
+import structlog
+
+from criserver.errors import NotFoundError
+from criserver.network import Attachment, namespaces
+from criserver.runtime import host, sandbox_files, supervision
+from criserver.runtime.container_stop import kill
+from criserver.runtime.node import Node
+from criserver.runtime.records import Sandbox, SandboxState
+
+log = structlog.get_logger(__name__)
+
+
+async def stop_sandbox(node: Node, given: str) -> None:
+    """Stop a sandbox: its containers are killed, its network and namespaces released. Idempotent (CRI).
+
+    Raises CriError where the network plugins refuse to let go; the next call tries again.
+    """
+    try:
+        sandbox_id = node.registry.sandbox(given).id
+    except NotFoundError:
+        return
+    await node.finish(_stop(node, sandbox_id))
+
+
+async def _stop(node: Node, sandbox_id: str) -> None:
+    async with node.locks[sandbox_id]:
+        sandbox = node.registry.sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            await stop_locked(node, sandbox)
+
+
+async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
+    """Stop the sandbox under its lock, which the caller holds. Every step succeeds where its thing is gone."""
+    await asyncio.gather(*(kill(node, c) for c in node.registry.containers_of(sandbox.id)))
+    if sandbox.state is SandboxState.READY:
+        # Written first: from here on the kubelet is not to count on this pod, whatever fails below.
+        sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
+        node.registry.save(sandbox)
+    await release(node, sandbox)
+    if sandbox.attachment:
+        sandbox = dataclasses.replace(sandbox, attachment="")
+        node.registry.save(sandbox)
+    return sandbox
+
+
+async def release(node: Node, sandbox: Sandbox) -> None:
+    """Undo all that running a sandbox did, in reverse; what is gone, or was never made, is no error."""
+    await stop_infra(node, sandbox)
+    if sandbox.attachment:
+        await node.network.delete(Attachment.from_json(sandbox.attachment))
+    await asyncio.to_thread(namespaces.unpin, node.namespaces_dir(sandbox.id))
+    await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
+    if sandbox.cgroup_owned:
+        host.remove_cgroup(sandbox.cgroup_parent)
+
+
+async def stop_infra(node: Node, sandbox: Sandbox) -> None:
+    """End the process that holds the pod's PID namespace, where it has one."""
+    directory = node.container_dir(sandbox.id)
+    if not os.path.isdir(directory):
+        return
+    await supervision.destroy(node, sandbox.id, sandbox.handler)
+    await supervision.wait_gone(node, sandbox.id)
+    node.exits.pop(sandbox.id, None)
+    node.gone.pop(sandbox.id, None)
+    await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""The daemon's side of its shims: the nursery that forks them, and a connection to each.
+
+What is said on a connection is shims.wire's; this module turns it into awaitable requests and into events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+
+from criserver.errors import CriError, DeadlineExceededError, UnavailableError
+from shims import launch, wire
+
+log = structlog.get_logger(__name__)
+
+Message = dict[str, Any]
+
+# A shim answers in well under a millisecond; one that takes longer than this is stuck.
+REPLY_TIMEOUT = 10.0
+
+
+class Link:
+    """A connection to a shim or to the nursery: frames out with descriptors, replies and events in.
+
+    ``on_event`` gets every message that is not a reply; ``on_close`` is called once, when the other side is
+    gone.
+    """
+
+    def __init__(self, sock: socket.socket, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._on_event = on_event
+        self._on_close = on_close
+        self._frames = wire.Frames()
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, asyncio.Future[Message]] = {}
+        self._out: list[tuple[bytes, list[int]]] = []
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self._readable)
+        self.closed = False
+
+    async def request(self, message: Message, fds: Sequence[int] = (), timeout: float = REPLY_TIMEOUT) -> Message:
+        """The reply to ``message``; ``fds`` travel with it and stay the caller's to close.
+
+        Raises UnavailableError where the other side is gone, DeadlineExceededError where it is stuck, and
+        CriError with its own words where it refuses.
+        """
+        if self.closed:
+            raise UnavailableError("the shim is gone")
+        number = next(self._numbers)
+        reply: asyncio.Future[Message] = self._loop.create_future()
+        self._replies[number] = reply
+        # Duplicates live until they are sent, however soon the caller closes its own.
+        frame = wire.encode({**message, "re": number, "fds": len(fds)})
+        self._out.append((frame, [os.dup(fd) for fd in fds]))
+        self._flush()
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await reply
+        except TimeoutError:
+            raise DeadlineExceededError(f"the shim did not answer {message['op']!r} within {timeout:g} s") from None
+        finally:
+            self._replies.pop(number, None)
+        if "error" in answer:
+            raise CriError(str(answer["error"]))
+        return answer
+
+    def close(self) -> None:
+        """End the connection; the other side goes on."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for _, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(UnavailableError("the shim is gone"))
+        self._on_close()
+
+    def _flush(self) -> None:
+        while self._out:
+            data, fds = self._out[0]
+            try:
+                sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._flush)
+                return
+            except OSError:
+                self.close()
+                return
+            _close_all(fds)
+            if sent == len(data):
+                self._out.pop(0)
+            else:
+                self._out[0] = (data[sent:], [])
+        self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(65536)
+            messages = self._frames.feed(data) if data else None
+        except BlockingIOError:
+            return
+        except (OSError, wire.ProtocolError) as e:
+            log.warning("shim connection broken", error=str(e))
+            messages = None
+        if messages is None:
+            self.close()
+            return
+        for message in messages:
+            number = message.get("re")
+            if number is None:
+                self._on_event(message)
+            elif (reply := self._replies.get(number)) is not None and not reply.done():
+                reply.set_result(message)
+
+
+class Nursery:
+    """The process that forks shims; started again where it has died."""
+
+    def __init__(self) -> None:
+        self._link: Link | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process where none runs."""
+        async with self._starting:
+            if self._link is not None and not self._link.closed:
+                return
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *launch.command(sys.executable, theirs.fileno()),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,  # a signal to the daemon's group is not for the shims
+                    cwd="/",
+                )
+            self._link = Link(ours, lambda _: None, lambda: None)
+
+    async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
+        """A new shim with ``config`` (shims.shim says its keys), and a connection to it."""
+        await self.start()
+        assert self._link is not None
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                await self._link.request({"op": "fork", "config": config}, [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        return Link(ours, on_event, on_close)
+
+    async def stop(self) -> None:
+        """End the process; the shims live on."""
+        if self._link is not None:
+            self._link.close()
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(5):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+
+
+def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
+    """A connection to the shim that listens at ``path``. Raises OSError where none does."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+    try:
+        # By way of the directory: a socket's address has room for 107 bytes, a state directory may be longer.
+        sock.settimeout(1.0)
+        sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(directory)
+    return Link(sock, on_event, on_close)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,358 @@
+"""Starting a shim for a bundle, and what its events mean for a container's record.
+
+An exit status comes from the shim, live or as the record it left on disk. Where the shim is gone without one,
+the kernel is asked whether the process still runs; only when nothing knows better does a container end as
+exit 255, reason Unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+
+import structlog
+
+from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.runtime import host
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState, SandboxState
+from criserver.runtime.shims import Message, connect
+
+log = structlog.get_logger(__name__)
+
+# runc takes 30 ms; on an overloaded node seconds. The kubelet gives up after two minutes.
+START_TIMEOUT = 110.0
+# What a shim needs to delete an exited container.
+GONE_TIMEOUT = 15.0
+GREETING_TIMEOUT = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A running first process: its PID, start in ticks since boot, and start in Unix nanoseconds."""
+
+    pid: int
+    start_ticks: int
+    started_at: int
+
+
+async def start(
+    node: Node,
+    key: str,
+    *,
+    handler: str,
+    cgroups_path: str,
+    log_path: str = "",
+    tty: bool = False,
+    stdin: bool = False,
+) -> Started:
+    """Fork a shim that runs the bundle in ``node.container_dir(key)``, and wait until the process runs.
+
+    Raises FailedPreconditionError with the runtime's own words where it cannot be started; nothing of it is
+    left then.
+    """
+    runtime = node.handler(handler)
+    program = shutil.which(runtime.path)
+    if program is None:
+        raise FailedPreconditionError(
+            f"runtime handler {runtime.name}: {runtime.path} is not an executable; install it or change its path "
+            f"in [runtimes.{runtime.name}]"
+        )
+    directory = node.container_dir(key)
+    begun: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+    def on_event(message: Message) -> None:
+        if message.get("event") in ("started", "failed") and not begun.done():
+            begun.set_result(message)
+        else:
+            _on_event(node, key, message)
+
+    def on_close() -> None:
+        if not begun.done():
+            begun.set_result({"event": "failed", "error": "the shim ended before the container had started"})
+        elif begun.result()["event"] == "started":
+            _on_close(node, key)
+
+    node.exits[key], node.gone[key] = asyncio.Event(), asyncio.Event()
+    link = await node.nursery.fork(
+        {
+            "id": key,
+            "bundle": directory,
+            "directory": directory,
+            "runtime": program,
+            "runtime_root": node.runtime_root(handler),
+            "runtime_args": [],
+            "log_path": log_path,
+            "tty": tty,
+            "stdin": stdin,
+            "oom_files": host.oom_files(cgroups_path),
+        },
+        on_event,
+        on_close,
+    )
+    node.links[key] = link
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            message = await begun
+    except TimeoutError:
+        await destroy(node, key, handler)
+        raise DeadlineExceededError(f"{runtime.path} did not start {key} within {START_TIMEOUT:g} s") from None
+    if message["event"] == "failed":
+        node.links.pop(key, None)
+        raise FailedPreconditionError(message["error"])
+    return _started(message)
+
+
+def _started(message: Message) -> Started:
+    """From the shim's event, or from its greeting, where "pid" is the shim itself."""
+    return Started(
+        message["init"] if "hello" in message else message["pid"], message["start_ticks"], message["started_at"]
+    )
+
+
+def start_failed(node: Node, key: str, words: str) -> None:
+    """Record that a container's process could not be started, as the kubelet shows it."""
+    container = node.registry.containers.get(key)
+    if container is None or container.state is not ContainerState.STARTING:
+        return
+    node.registry.save(
+        dataclasses.replace(
+            container,
+            state=ContainerState.EXITED,
+            finished_at=time.time_ns(),
+            exit_code=128,
+            reason="StartError",
+            message=words,
+        )
+    )
+    node.background(node.snapshotter.unmount(node.rootfs(key)), "unmount of an unstarted container's root failed")
+
+
+def running(node: Node, key: str, begun: Started) -> None:
+    """Record that a container runs. It may have exited by now: then only what was not known yet is filled in."""
+    container = node.registry.container(key)
+    state = ContainerState.RUNNING if container.state is ContainerState.STARTING else container.state
+    node.registry.save(
+        dataclasses.replace(
+            container, state=state, pid=begun.pid, start_ticks=begun.start_ticks, started_at=begun.started_at
+        )
+    )
+    log.info("container started", container=key, pid=begun.pid)
+
+
+async def wait_gone(node: Node, key: str) -> None:
+    """Wait until a container's shim has cleaned up after it; one without a shim needs no wait."""
+    event = node.gone.get(key)
+    if event is None or key not in node.links:
+        return
+    try:
+        async with asyncio.timeout(GONE_TIMEOUT):
+            await event.wait()
+    except TimeoutError:
+        log.warning("a shim has not cleaned up in time; done without it", container=key)
+        node.links[key].close()
+
+
+async def reconnect(node: Node, key: str) -> bool:
+    """Connect to a shim that an earlier daemon started, and take over what it greets with.
+
+    False where the shim is gone. One that does not speak (stopped, or the node is busy) is left to do so later.
+    """
+    node.exits[key], node.gone[key] = asyncio.Event(), asyncio.Event()
+    greeted = asyncio.Event()
+
+    def on_event(message: Message) -> None:
+        _on_event(node, key, message)
+        greeted.set()
+
+    try:
+        link = connect(os.path.join(node.container_dir(key), "shim.sock"), on_event, lambda: _on_close(node, key))
+    except OSError:
+        return False
+    node.links[key] = link
+    try:
+        async with asyncio.timeout(GREETING_TIMEOUT):
+            await greeted.wait()
+    except TimeoutError:
+        log.warning("a shim does not greet; its container is taken as it was", container=key)
+    return True
+
+
+def settle(node: Node, key: str) -> None:
+    """A started container without a shim to tell of it: take the record it left, or watch the kernel."""
+    container = node.registry.containers.get(key)
+    if container is None or container.state not in (ContainerState.RUNNING, ContainerState.STARTING):
+        return
+    if (record := _exit_record(node, key)) is not None:
+        exited(node, key, record)
+    elif (pidfd := open_process(container.pid, container.start_ticks)) is not None:
+        log.error("a container's shim is gone; its log is lost, its end will be seen", container=key)
+        _watch(node, key, pidfd)
+    else:
+        _unknown(node, key)
+
+
+def open_process(pid: int, start_ticks: int) -> int | None:
+    """A descriptor of the very process that was started, or None where it is gone. The caller closes it."""
+    if not pid:
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    # Checked after opening: from here on the descriptor cannot come to mean another process.
+    if host.start_ticks(pid) != start_ticks:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def send_signal(container: Container, number: int) -> None:
+    """Signal the container's first process; one that is gone is no error. Needs no answer of the shim."""
+    pidfd = open_process(container.pid, container.start_ticks)
+    if pidfd is None:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
+
+
+async def destroy(node: Node, key: str, handler: str) -> None:
+    """End whatever runs of a container by its runtime, and what the runtime keeps of it. Never raises."""
+    runtime = node.handler(handler)
+    program = shutil.which(runtime.path)
+    if program is None or not os.path.isdir(os.path.join(node.runtime_root(handler), key)):
+        return
+    process = await asyncio.create_subprocess_exec(
+        program,
+        "--root",
+        node.runtime_root(handler),
+        "delete",
+        "--force",
+        key,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(30):
+            _, stderr = await process.communicate()
+        if process.returncode:
+            log.warning("runtime delete failed", container=key, error=stderr.decode(errors="replace").strip())
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        log.warning("runtime delete timed out", container=key)
+
+
+def exited(node: Node, key: str, record: Message) -> None:
+    """Take an exit record over: the container's new state, and everyone who waits is woken."""
+    container = node.registry.containers.get(key)
+    if container is None:
+        sandbox = node.registry.sandboxes.get(key)
+        if sandbox is not None and sandbox.state is SandboxState.READY:
+            log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=key, **record)
+            node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+    elif container.state in (ContainerState.RUNNING, ContainerState.STARTING):
+        code = record["code"]
+        reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
+        node.registry.save(
+            dataclasses.replace(
+                container,
+                state=ContainerState.EXITED,
+                started_at=container.started_at or record["finished_at"],
+                finished_at=record["finished_at"],
+                exit_code=code,
+                reason=reason,
+            )
+        )
+        log.info("container exited", container=key, code=code, reason=reason)
+    if (event := node.exits.get(key)) is not None:
+        event.set()
+
+
+def _on_event(node: Node, key: str, message: Message) -> None:
+    match message:
+        case {"hello": "shim", "state": "exited"} | {"event": "exited"}:
+            exited(node, key, message)
+        case {"hello": "shim", "state": "running"} | {"event": "started"}:
+            # Greeted by the shim of a start that an earlier daemon did not see the end of.
+            container = node.registry.containers.get(key)
+            if container is not None and container.state is ContainerState.STARTING:
+                running(node, key, _started(message))
+        case {"event": "failed"}:
+            start_failed(node, key, message["error"])
+        case {"event": "gone"}:
+            _gone(node, key)
+
+
+def _on_close(node: Node, key: str) -> None:
+    node.links.pop(key, None)
+    settle(node, key)
+    if (event := node.exits.get(key)) is not None and event.is_set():
+        _gone(node, key)
+
+
+def _gone(node: Node, key: str) -> None:
+    """Nothing of the container runs any more: its root file system need not stay mounted."""
+    event = node.gone.get(key)
+    if event is None or event.is_set():
+        return
+    event.set()
+    if key in node.registry.containers:
+        node.background(node.snapshotter.unmount(node.rootfs(key)), "unmount of an exited container's root failed")
+
+
+def _exit_record(node: Node, key: str) -> Message | None:
+    try:
+        with open(os.path.join(node.container_dir(key), "exit.json")) as f:
+            found: Message = json.load(f)
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        log.exception("an exit record cannot be read", container=key, error=str(e))
+        return None
+
+
+def _watch(node: Node, key: str, pidfd: int) -> None:
+    """A process descriptor becomes readable when its process ends (pidfd_open(2))."""
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        _unknown(node, key)
+
+    loop.add_reader(pidfd, ended)
+
+
+def _unknown(node: Node, key: str) -> None:
+    container = node.registry.containers[key]
+    node.registry.save(
+        dataclasses.replace(
+            container,
+            state=ContainerState.EXITED,
+            finished_at=time.time_ns(),
+            exit_code=255,
+            reason="Unknown",
+            message="the container's shim ended without a record of its exit",
+        )
+    )
+    if (event := node.exits.get(key)) is not None:
+        event.set()
+
+    async def clean() -> None:
+        await destroy(node, key, node.registry.sandbox(container.sandbox_id).handler)
+        _gone(node, key)
+
+    node.background(clean(), "clean-up after a lost shim failed")

@@ -1,0 +1,159 @@
+"""The event loop of one shim: file descriptors, child processes and deadlines, in one thread.
+
+The shim's life is a straight script that waits in `Loop.until`; what happens meanwhile is handled by short
+callbacks, which never wait themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+_DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (signal.SIGKILL, signal.SIGSTOP)]
+"""What a child gets back to default. Ignored signals pass through exec: without this a container's process
+would be born deaf to SIGTERM (ignored by shims) and SIGPIPE (ignored by Python)."""
+
+
+def _wake(_number: int, _frame: FrameType | None) -> None:
+    """SIGCHLD has to have a handler for the wakeup descriptor to be written."""
+
+
+class Loop:
+    """epoll, the children of this process and timers. Only one may exist in a process."""
+
+    __slots__ = ("_calls", "_children", "_epoll", "_timers", "_wakeup", "_watched")
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._children: dict[int, Callable[[int], None]] = {}
+        self._calls = 0
+        self._timers: dict[object, tuple[float, Callable[[], None]]] = {}
+        self._wakeup, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, _wake)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        self.watch(self._wakeup, select.EPOLLIN, self._woken)
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(events)` whenever `fd` has any of them; EPOLLERR and EPOLLHUP always count."""
+        self._epoll.register(fd, events)
+        self._watched[fd] = callback
+
+    def change(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching `fd`; to be called before it is closed."""
+        del self._watched[fd]
+        self._epoll.unregister(fd)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> object:
+        """Call `callback` once, after `seconds`, unless the returned handle is cancelled."""
+        handle = object()
+        self._timers[handle] = (time.monotonic() + seconds, callback)
+        return handle
+
+    def cancel(self, handle: object) -> None:
+        self._timers.pop(handle, None)
+
+    def spawn(self, argv: list[str], stdio: Sequence[int], limit: float, ended: Callable[[int], None]) -> None:
+        """Run a program whose orphans may become ours; `ended` gets its exit code, or minus its signal.
+
+        `stdio` are the descriptors of its standard input, output and error. After `limit` seconds it is
+        killed. Raises OSError if it cannot be started.
+        """
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            {"PATH": os.environ.get("PATH", os.defpath)},
+            file_actions=actions,
+            setsigmask=(),
+            setsigdef=_DEFAULT_SIGNALS,
+        )
+        self._calls += 1
+        timer = self.later(limit, lambda: os.kill(pid, signal.SIGKILL))
+
+        def finished(code: int) -> None:
+            self.cancel(timer)
+            try:
+                ended(code)
+            finally:
+                self._calls -= 1
+
+        self._children[pid] = finished
+
+    def adopt(self, pid: int, ended: Callable[[int], None]) -> None:
+        """Wait for a process that a spawned program left to us; `ended` as in `spawn`.
+
+        To be called from the program's `ended`: until then an orphan is not reaped, so its status is not
+        lost and its number is not used again. Raises ChildProcessError if `pid` is not our child.
+        """
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        self._children[pid] = ended
+
+    def until(self, done: Callable[[], bool], limit: float | None = None) -> bool:
+        """Handle events until `done()`, or for `limit` seconds; returns `done()`."""
+        deadline = None if limit is None else time.monotonic() + limit
+        while not done():
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return False
+            moments = [when for when, _ in self._timers.values()]
+            if deadline is not None:
+                moments.append(deadline)
+            for fd, events in self._epoll.poll(max(0, min(moments) - now) if moments else None):
+                callback = self._watched.get(fd)  # an earlier callback of this round may have closed it
+                if callback is not None:
+                    callback(events)
+            self._expire()
+        return True
+
+    def rest(self, seconds: float) -> None:
+        """Handle events for `seconds`."""
+        self.until(lambda: False, seconds)
+
+    def _expire(self) -> None:
+        if self._timers:
+            now = time.monotonic()
+            for handle, (when, callback) in list(self._timers.items()):
+                if when <= now and self._timers.pop(handle, None) is not None:
+                    callback()
+
+    def _woken(self, _events: int) -> None:
+        try:
+            os.read(self._wakeup, 4096)
+        except BlockingIOError:
+            pass
+        self._reap()
+
+    def _reap(self) -> None:
+        """Collect the children that have ended: known ones first, for a program's `ended` may adopt others.
+
+        Unknown ones (orphans of the container or of hooks) only while no program runs that may name them.
+        """
+        found = True
+        while found:
+            found = False
+            for pid in list(self._children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    found = True
+                    self._children.pop(pid)(os.waitstatus_to_exitcode(status))
+        while not self._calls:
+            try:
+                ended, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not ended:
+                return
+            callback = self._children.pop(ended, None)
+            if callback is not None:
+                callback(os.waitstatus_to_exitcode(status))

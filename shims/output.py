@@ -1,0 +1,156 @@
+"""One output stream of the container: read by the block, logged, and copied to the clients attached to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .logs import LogWriter
+    from .loop import Loop
+
+_READ_SIZE = 64 * 1024
+_BUSY_PIPE = 1 << 20
+_PATIENCE = 10.0
+
+
+class Output:
+    """The reading end of a pipe, or a console's master side. `ended` turns true at the end of the stream."""
+
+    __slots__ = ("_clients", "_fd", "_log", "_loop", "_name", "_reading", "_roomy", "ended")
+
+    def __init__(self, loop: Loop, fd: int, name: str, log: LogWriter) -> None:
+        """Take over `fd`; `name` is the log's: "stdout" or "stderr"."""
+        os.set_blocking(fd, False)
+        self._loop = loop
+        self._fd = fd
+        self._name = name
+        self._log = log
+        self._clients: dict[int, _Client] = {}
+        self._roomy = False
+        self._reading = False
+        self.ended = False
+        self._settle()
+
+    def attach(self, fd: int) -> None:
+        """Take over `fd`, the writing end of a pipe or a socket, and copy to it what is read from now on.
+
+        A client that takes no more pauses the stream, as a slow terminal does, and is dropped if it takes
+        nothing for ten seconds. Raises OSError, and leaves `fd` open, if it is neither.
+        """
+        if self.ended:
+            os.close(fd)
+            return
+        self._clients[fd] = _Client(self._loop, fd, self._client_moved)
+
+    def detach(self) -> None:
+        """Drop all clients."""
+        for client in list(self._clients.values()):
+            client.close()
+
+    def end(self) -> None:
+        """Stop reading, log an unfinished line, and close the clients' streams, which sees them at an end."""
+        if self.ended:
+            return
+        self.ended = True
+        self._settle()
+        os.close(self._fd)
+        self._log.end(self._name)
+        self.detach()
+
+    def _client_moved(self, client: _Client) -> None:
+        if client.closed:
+            del self._clients[client.fd]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Read if the stream goes on and no client is behind. A pause is no watch at all: a hang-up, which
+        epoll reports unasked, would keep the loop spinning."""
+        reading = not self.ended and not any(client.rest for client in self._clients.values())
+        if reading and not self._reading:
+            self._loop.watch(self._fd, select.EPOLLIN, self._readable)
+        elif self._reading and not reading:
+            self._loop.forget(self._fd)
+        self._reading = reading
+
+    def _readable(self, _events: int) -> None:
+        try:
+            block = os.read(self._fd, _READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the console has no other side any more
+            block = b""
+        if not block:
+            self.end()
+            return
+        if len(block) == _READ_SIZE and not self._roomy:
+            self._widen()
+        self._log.write(self._name, block)
+        for client in list(self._clients.values()):
+            client.send(block)
+
+    def _widen(self) -> None:
+        """Give a busy stream a larger pipe. Not from the start: the kernel limits what all pipes may hold."""
+        self._roomy = True
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _BUSY_PIPE)
+        except OSError:
+            pass
+
+
+class _Client:
+    """Where a copy of the output goes; `rest` is what it has not taken yet."""
+
+    __slots__ = ("_loop", "_moved", "_timer", "closed", "fd", "rest")
+
+    def __init__(self, loop: Loop, fd: int, moved: Callable[[_Client], None]) -> None:
+        """`moved` is called when `rest` or `closed` has changed."""
+        loop.watch(fd, 0, self._event)
+        os.set_blocking(fd, False)
+        self._loop = loop
+        self._moved = moved
+        self._timer: object = None
+        self.fd = fd
+        self.rest = b""
+        self.closed = False
+
+    def send(self, block: bytes) -> None:
+        """Write a block; only while there is no `rest`."""
+        self._write(block)
+        if self.rest:
+            self._loop.change(self.fd, select.EPOLLOUT)
+            self._moved(self)
+
+    def close(self) -> None:
+        self._loop.cancel(self._timer)
+        self._loop.forget(self.fd)
+        os.close(self.fd)
+        self.rest = b""
+        self.closed = True
+        self._moved(self)
+
+    def _event(self, events: int) -> None:
+        if events & (select.EPOLLERR | select.EPOLLHUP):
+            self.close()
+            return
+        self._write(self.rest)
+        if not self.rest and not self.closed:
+            self._loop.change(self.fd, 0)
+            self._moved(self)
+
+    def _write(self, block: bytes) -> None:
+        self._loop.cancel(self._timer)
+        try:
+            sent = os.write(self.fd, block)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        self.rest = block[sent:]
+        if self.rest:
+            self._timer = self._loop.later(_PATIENCE, self.close)

@@ -1,0 +1,140 @@
+"""The protocol between the daemon, the nursery and the shims: what all of them must agree on.
+
+A frame is a length (4 bytes, big-endian) and that many bytes of a JSON object in UTF-8. File descriptors
+travel as SCM_RIGHTS with the frame's first byte, and the object's key "fds" says how many. A reader ignores
+keys that it does not know. `Frames` does no I/O; `Channel` puts it on a unix stream socket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    Message = dict[str, Any]
+
+VERSION = 1
+MAX_FRAME = 1 << 20
+MAX_FDS = 8
+
+_ANCILLARY_SPACE = socket.CMSG_SPACE(MAX_FDS * 4)
+_READ_SIZE = 1 << 16
+
+
+class ProtocolError(Exception):
+    """The peer sent what is not a frame; nothing after it can be trusted, so close the connection."""
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Raises ProtocolError if the message is larger than a frame may be."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MAX_FRAME:
+        raise ProtocolError(f"a message of {len(body)} bytes is larger than a frame ({MAX_FRAME} bytes)")
+    return len(body).to_bytes(4, "big") + body
+
+
+class Frames:
+    """Decoder of a byte stream into messages."""
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes, in order.
+
+        Raises ProtocolError, then and on every later call, for a length over MAX_FRAME and for a body that
+        is not a JSON object.
+        """
+        buffer = self._buffer
+        buffer += data
+        messages = []
+        while len(buffer) >= 4:
+            size = int.from_bytes(buffer[:4], "big")
+            if size > MAX_FRAME:
+                raise ProtocolError(f"a frame of {size} bytes is larger than {MAX_FRAME} bytes")
+            if len(buffer) < 4 + size:
+                break
+            messages.append(_decode(buffer[4 : 4 + size]))
+            del buffer[: 4 + size]
+        return messages
+
+
+def _decode(body: bytearray) -> Message:
+    try:
+        message = json.loads(body.decode())
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame's body is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("a frame's body is not a JSON object")
+    return message
+
+
+class Channel:
+    """Messages with file descriptors over a connected unix stream socket, blocking or not."""
+
+    __slots__ = ("_fds", "_frames", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._frames = Frames()
+        self._fds: list[int] = []
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send one frame; the descriptors stay open here.
+
+        Raises OSError, also if a non-blocking socket does not take the whole frame at once: the peer has
+        stopped reading, and the stream is of no further use.
+        """
+        if fds:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+            data = encode({**message, "fds": len(fds)})
+            sent = self.sock.sendmsg([data], rights)
+        else:
+            data = encode(message)
+            sent = self.sock.send(data)
+        if sent < len(data):
+            if not self.sock.getblocking():
+                raise BlockingIOError("the peer does not read its messages")
+            self.sock.sendall(data[sent:])
+
+    def receive(self) -> list[tuple[Message, list[int]]]:
+        """Read once and return the messages completed, each with its descriptors, which the caller owns.
+
+        Raises EOFError when the peer has closed, ProtocolError for anything that is not the protocol, and
+        OSError (BlockingIOError on a non-blocking socket with nothing to read).
+        """
+        data, ancillary, flags, _ = self.sock.recvmsg(_READ_SIZE, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                count = len(payload) // 4
+                self._fds.extend(struct.unpack(f"{count}i", payload[: count * 4]))
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError(f"more than {MAX_FDS} file descriptors came with one frame")
+        if not data:
+            raise EOFError("the peer has closed the connection")
+        return [(message, self._take(message)) for message in self._frames.feed(data)]
+
+    def _take(self, message: Message) -> list[int]:
+        count = message.get("fds", 0)
+        if not isinstance(count, int) or not 0 <= count <= len(self._fds):
+            raise ProtocolError(f"a frame claims {count!r} file descriptors, {len(self._fds)} have come")
+        taken, self._fds = self._fds[:count], self._fds[count:]
+        return taken
+
+    def close(self) -> None:
+        """Close the socket and the descriptors that no message has claimed."""
+        self.sock.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []

@@ -1,0 +1,32 @@
+"""Overlay snapshots by chain ID: layers unpacked in worker processes, mounts, and disk usage.
+
+Knows nothing of images or containers beyond the chain IDs and keys that it is given, and imports nothing of the
+daemon. Linux 5.10 or newer, and root.
+"""
+
+from __future__ import annotations
+
+from snapshotter.errors import (
+    DiffMismatchError,
+    LayerError,
+    SnapshotError,
+    SnapshotNotFoundError,
+    TruncatedLayerError,
+)
+from snapshotter.limits import Limits
+from snapshotter.model import Layer, Snapshot
+from snapshotter.snapshots import Snapshotter
+from snapshotter.tree import Usage
+
+__all__ = [
+    "DiffMismatchError",
+    "Layer",
+    "LayerError",
+    "Limits",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotNotFoundError",
+    "Snapshotter",
+    "TruncatedLayerError",
+    "Usage",
+]

@@ -1,0 +1,31 @@
+"""What can go wrong with layers and snapshots, for whoever calls the snapshotter."""
+
+from __future__ import annotations
+
+_SHOWN = 200
+
+
+class SnapshotError(Exception):
+    """A layer or snapshot could not be made, mounted or removed."""
+
+
+class SnapshotNotFoundError(SnapshotError):
+    """No layer or snapshot has that name."""
+
+
+class LayerError(SnapshotError):
+    """The layer's content is broken or hostile; the message names the entry and what is wrong with it."""
+
+
+class TruncatedLayerError(LayerError):
+    """The layer ends in the middle of its content."""
+
+
+class DiffMismatchError(LayerError):
+    """The unpacked stream is not the one that the image's configuration names."""
+
+
+def shown(name: bytes) -> str:
+    """An entry's name as a message may carry it: quoted, printable and of bounded length."""
+    text = ascii(name.decode("utf-8", "backslashreplace"))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,0 +1,27 @@
+"""What one layer may ask of the node.
+
+A NamedTuple, as all values are that the unpack worker imports: the dataclasses module takes a quarter of the start-up
+time of a process that is started for each layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_GIB = 1 << 30
+
+
+class Limits(NamedTuple):
+    """Bounds on one layer; a layer that exceeds them is a LayerError.
+
+    ``max_bytes`` bounds the tar stream. ``max_ratio`` (stream to blob) holds from ``ratio_floor`` bytes on: long
+    runs of zeros compress a thousandfold in honest layers too, but not for gigabytes. ``max_name`` is in bytes and
+    holds for links' targets too. ``max_seconds`` bounds the time of one unpack, and its end is a SnapshotError.
+    """
+
+    max_entries: int = 1_000_000
+    max_bytes: int = 64 * _GIB
+    max_ratio: int = 200
+    ratio_floor: int = 4 * _GIB
+    max_name: int = 4096
+    max_seconds: float = 3600.0

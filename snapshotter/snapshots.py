@@ -1,0 +1,460 @@
+"""The snapshotter: layers by chain ID, writable snapshots by key, and their overlay mounts.
+
+The file system is the only record. Below the root there are
+
+    layers/<n>/    {fs/, meta.json}        committed layers, read-only; n is short, as overlay's options are
+    active/<key>/  {fs/, work/, meta.json} writable snapshots
+    staging/       whatever is being made or deleted
+
+A layer or snapshot comes into being by one rename(2) out of staging and ends by one into it, so that at any
+instant it is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
+
+import isal
+
+from snapshotter import errors, mounts, tree
+from snapshotter.errors import SnapshotError, SnapshotNotFoundError
+from snapshotter.limits import Limits
+from snapshotter.model import Layer, Snapshot
+from snapshotter.streams import COMPRESSIONS
+from snapshotter.tree import Usage
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_DIFF_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_META = "meta.json"
+_MAX_OPTIONS = 4095  # mount(2) takes one page, with a zero at its end
+_MOUNT_THREADS = 4
+_MAX_OUTPUT = 64 << 10
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+# The worker imports this package's modules without its __init__, and without site: half of its start-up time.
+_WORKER = """
+import sys, types
+package = types.ModuleType("snapshotter")
+package.__path__ = [sys.argv.pop()]
+sys.modules["snapshotter"] = package
+sys.path.append(sys.argv.pop())
+from snapshotter.worker import main
+main()
+"""
+_WORKER_PATHS = (os.path.dirname(os.path.dirname(isal.__file__)), os.path.dirname(__file__))
+_WORKER_ERRORS: dict[str, type[SnapshotError]] = {
+    kind.__name__: kind
+    for kind in (errors.LayerError, errors.TruncatedLayerError, errors.DiffMismatchError, SnapshotError)
+}
+
+
+class _Flight:
+    """An unpack under way, and how many callers wait for it."""
+
+    def __init__(self, task: asyncio.Task[Layer], parent: str | None) -> None:
+        self.task = task
+        self.parent = parent
+        self.waiters = 0
+
+
+class Snapshotter:
+    """Layers and snapshots below one directory, which no other process changes.
+
+    Creating one sweeps what an earlier process left half done. ``warnings`` says which committed layers and
+    snapshots were dropped because their metadata is missing or broken. ``workers`` bounds the layers that are
+    unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
+    """
+
+    def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
+        self._root = os.path.abspath(root)
+        self._limits = limits or Limits()
+        self.warnings: list[str] = []
+        self._layers: dict[str, Layer] = {}
+        self._snapshots: dict[str, Snapshot] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
+        for name in ("", "layers", "active", "staging", "empty"):
+            os.makedirs(self._path(name), mode=0o700, exist_ok=True)
+        self._load_layers()
+        self._load_snapshots()
+        for name in os.listdir(self._path("staging")):
+            self._delete(name)
+        used = (int(os.path.basename(layer.path)) for layer in self._layers.values())
+        self._numbers = itertools.count(max(used, default=0) + 1)
+        self._mount_threads = ThreadPoolExecutor(_MOUNT_THREADS, "mounts", self._enter_layers)
+
+    def close(self) -> None:
+        """End the threads. What is mounted stays mounted."""
+        self._mount_threads.shutdown()
+
+    def layer(self, chain_id: str) -> Layer | None:
+        """The committed layer with that chain ID, or None."""
+        return self._layers.get(chain_id)
+
+    def layers(self) -> Mapping[str, Layer]:
+        """The committed layers by chain ID."""
+        return MappingProxyType(self._layers)
+
+    def snapshots(self) -> Mapping[str, Snapshot]:
+        """The writable snapshots by key."""
+        return MappingProxyType(self._snapshots)
+
+    async def unpack(
+        self,
+        blob: str,
+        *,
+        compression: Literal["gzip", "none"],
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+    ) -> Layer:
+        """Unpack the layer in the file ``blob`` and commit it as ``chain_id``; at once where it is committed.
+
+        The parent may still be missing: a layer's files do not depend on it. Callers with the same chain ID share
+        one unpack, which ends early when the last of them is cancelled; nothing is left of it then.
+
+        Raises LayerError for content that is broken or hostile, with DiffMismatchError where its digest is not
+        ``diff_id`` and TruncatedLayerError where it ends early, and SnapshotError for the node's own trouble.
+        """
+        if compression not in COMPRESSIONS:
+            raise SnapshotError(
+                f"layer compression {compression!r} is not supported; {' and '.join(sorted(COMPRESSIONS))} are"
+            )
+        if not _DIFF_ID.fullmatch(diff_id):
+            raise SnapshotError(f"diff ID {diff_id!r} is not a sha256 digest")
+        if layer := self._layers.get(chain_id):
+            return layer
+        flight = self._flights.get(chain_id)
+        if flight is None:
+            task = asyncio.create_task(self._unpack(blob, compression, diff_id, chain_id, parent))
+            flight = self._flights[chain_id] = _Flight(task, parent)
+            task.add_done_callback(lambda _: self._land(chain_id, flight))
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            if flight.waiters == 1 and not flight.task.done():
+                # Whoever asks from now on starts anew and does not join an unpack that is going down.
+                self._land(chain_id, flight)
+                flight.task.cancel()
+                await asyncio.wait([flight.task])
+            raise
+        finally:
+            flight.waiters -= 1
+
+    async def prepare(self, key: str, chain_id: str) -> None:
+        """Make the empty writable snapshot ``key`` on top of the layer ``chain_id``.
+
+        Raises SnapshotNotFoundError where that layer or one below it is missing.
+        """
+        if not _KEY.fullmatch(key):
+            raise SnapshotError(f"snapshot key {key!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
+        if key in self._snapshots:
+            raise SnapshotError(f"snapshot {key} is there already")
+        top = self._chain(chain_id)[0]
+        area = tempfile.mkdtemp(dir=self._path("staging"))
+        try:
+            # The mount's root directory is the upper one: it takes owner and mode from the image's.
+            status = os.stat(os.path.join(top.path, "fs"))
+            _make_root(area, status.st_uid, status.st_gid, status.st_mode & 0o7777)
+            os.mkdir(os.path.join(area, "work"), 0o700)
+            _write_meta(area, {"chain_id": chain_id})
+            os.rename(area, self._path("active", key))
+        except BaseException:
+            self._delete(os.path.basename(area))
+            raise
+        self._snapshots[key] = Snapshot(key, chain_id, self._path("active", key))
+
+    async def mount(self, key: str, target: str) -> None:
+        """Mount the snapshot ``key`` on the directory ``target``, writable."""
+        snapshot = self._snapshot(key)
+        upper = f"../active/{key}"
+        # volatile: no sync of the whole file system as the mount goes. A snapshot is not used again after a crash
+        # of the node, which is what that sync is for. index=off: an index would tie the upper directory to these
+        # layers by file handles, which copies of them do not keep. xino stays at the kernel's "auto".
+        options = (
+            f"lowerdir={self._lower(snapshot.chain_id)},upperdir={upper}/fs,workdir={upper}/work,index=off,volatile"
+        )
+        await self._mount(target, options, 0, work=os.path.join(snapshot.path, "work"))
+
+    async def mount_layer(self, chain_id: str, target: str) -> None:
+        """Mount the files of ``chain_id`` and the layers below it on the directory ``target``, read-only.
+
+        Such a view does not keep its layers: whoever mounts it does not remove them while it is used.
+        """
+        # With an empty layer beneath, one layer is mounted as several are: overlay wants two.
+        options = f"lowerdir={self._lower(chain_id)}:../empty,index=off"
+        await self._mount(target, options, mounts.MS_RDONLY, work=None)
+
+    async def unmount(self, target: str) -> None:
+        """Unmount all that is mounted on ``target``, lazily where it is busy; nothing mounted is no error."""
+        await self._in_mount_thread(_unmount, os.path.abspath(target))
+
+    async def remove(self, key: str) -> None:
+        """Remove the writable snapshot ``key``, which is unmounted; one that is not there is no error."""
+        if key not in self._snapshots:
+            return
+        name = self._retire(self._snapshots[key].path)
+        del self._snapshots[key]
+        await asyncio.to_thread(self._delete, name)
+
+    async def remove_layer(self, chain_id: str) -> None:
+        """Remove a layer; one that is not there is no error.
+
+        Raises SnapshotError while another layer or a snapshot stands on it.
+        """
+        layer = self._layers.get(chain_id)
+        if layer is None:
+            return
+        users = [f"layer {other.chain_id}" for other in self._layers.values() if other.parent == chain_id]
+        users += [f"layer {other}" for other, flight in self._flights.items() if flight.parent == chain_id]
+        users += [f"snapshot {s.key}" for s in self._snapshots.values() if s.chain_id == chain_id]
+        if users:
+            raise SnapshotError(f"layer {chain_id} is in use by {users[0]}; remove that first")
+        name = self._retire(layer.path)
+        del self._layers[chain_id]
+        await asyncio.to_thread(self._delete, name)
+
+    async def usage(self, key: str) -> Usage:
+        """What the snapshot ``key`` itself occupies, without the layers below it."""
+        path = os.path.join(self._snapshot(key).path, "fs")
+        try:
+            return await asyncio.to_thread(tree.measure, path)
+        except OSError as e:
+            raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
+
+    def _path(self, *names: str) -> str:
+        return os.path.join(self._root, *names)
+
+    def _snapshot(self, key: str) -> Snapshot:
+        snapshot = self._snapshots.get(key)
+        if snapshot is None:
+            raise SnapshotNotFoundError(f"no snapshot {key}")
+        return snapshot
+
+    def _chain(self, chain_id: str) -> list[Layer]:
+        """The layer and those below it, topmost first."""
+        chain: list[Layer] = []
+        wanted: str | None = chain_id
+        while wanted is not None:
+            layer = self._layers.get(wanted)
+            if layer is None:
+                raise SnapshotNotFoundError(f"layer {wanted} of {chain_id} is missing; pull its image again")
+            chain.append(layer)
+            wanted = layer.parent
+        return chain
+
+    def _lower(self, chain_id: str) -> str:
+        lower = []
+        for layer in self._chain(chain_id):
+            lower.append(f"{os.path.basename(layer.path)}/fs")
+            if layer.opaque:
+                # overlayfs does not look for the mark on a layer's root.
+                break
+        return ":".join(lower)
+
+    def _load_layers(self) -> None:
+        for name in sorted(os.listdir(self._path("layers"))):
+            path = self._path("layers", name)
+            try:
+                meta = _read_meta(path)
+                layer = Layer(**meta, path=path)
+                if not name.isdecimal() or layer.chain_id in self._layers:
+                    raise ValueError("it is a duplicate or has no number")  # noqa: TRY301 - one end for all
+            except (ValueError, TypeError) as e:
+                self._drop(path, e)
+            else:
+                self._layers[layer.chain_id] = layer
+
+    def _load_snapshots(self) -> None:
+        for key in os.listdir(self._path("active")):
+            path = self._path("active", key)
+            try:
+                self._snapshots[key] = Snapshot(key, _read_meta(path)["chain_id"], path)
+            except (ValueError, TypeError, KeyError) as e:
+                self._drop(path, e)
+
+    def _drop(self, path: str, reason: Exception) -> None:
+        self.warnings.append(f"{path} is dropped: its metadata is unusable ({reason})")
+        self._retire(path)
+
+    def _retire(self, path: str) -> str:
+        """Move a layer or snapshot into staging, under a name that is returned, to be deleted there."""
+        area = tempfile.mkdtemp(dir=self._path("staging"))
+        os.rename(path, os.path.join(area, "retired"))
+        return os.path.basename(area)
+
+    def _delete(self, name: str) -> None:
+        """Delete ``name`` in staging. What cannot be deleted now is left to the next start."""
+        fd = os.open(self._path("staging"), _DIRECTORY)
+        try:
+            tree.remove(fd, name)
+        except OSError as e:
+            self.warnings.append(f"{self._path('staging', name)} cannot be deleted: {e}")
+        finally:
+            os.close(fd)
+
+    def _land(self, chain_id: str, flight: _Flight) -> None:
+        if self._flights.get(chain_id) is flight:
+            del self._flights[chain_id]
+
+    async def _unpack(self, blob: str, compression: str, diff_id: str, chain_id: str, parent: str | None) -> Layer:
+        async with self._slots:
+            area = tempfile.mkdtemp(dir=self._path("staging"))
+            try:
+                _make_root(area, 0, 0, 0o755)
+                options = {
+                    "compression": compression,
+                    "diff_id": diff_id,
+                    "limits": self._limits._asdict(),
+                    "daemon": os.getpid(),
+                }
+                try:
+                    with open(blob, "rb") as file:
+                        made = await self._run_worker(area, file, options)
+                except SnapshotError as e:
+                    raise type(e)(f"layer {diff_id}: {e}") from e
+                except OSError as e:
+                    raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
+                meta = {"chain_id": chain_id, "diff_id": diff_id, "parent": parent, **made}
+                _write_meta(area, meta)
+                path = self._path("layers", str(next(self._numbers)))
+                os.rename(area, path)
+            except BaseException:
+                await asyncio.to_thread(self._delete, os.path.basename(area))
+                raise
+            layer = self._layers[chain_id] = Layer(**meta, path=path)
+            return layer
+
+    async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", "-c", _WORKER, json.dumps(options), *_WORKER_PATHS),
+            stdin=blob,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=area,
+            env={},
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            async with asyncio.timeout(self._limits.max_seconds):
+                output, complaint = await asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr))
+                await process.wait()
+        except TimeoutError:
+            raise SnapshotError(f"unpacking took longer than {self._limits.max_seconds} seconds") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        try:
+            result: dict[str, Any] = json.loads(output)
+        except ValueError:
+            told = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
+            raise SnapshotError(f"the unpack worker ended with status {process.returncode}: {told}") from None
+        if "error" in result:
+            raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
+        return result
+
+    async def _mount(self, target: str, options: str, flags: int, work: str | None) -> None:
+        if len(os.fsencode(options)) > _MAX_OPTIONS:
+            raise SnapshotError(f"cannot mount {target}: its layers do not fit into one page of options")
+        try:
+            await self._in_mount_thread(_mount_overlay, os.path.abspath(target), options, flags, work)
+        except asyncio.CancelledError:
+            await self._in_mount_thread(_unmount, os.path.abspath(target))
+            raise
+
+    async def _in_mount_thread(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run a call where relative names start at layers/. A cancelled caller leaves once the call has ended."""
+        running = asyncio.wrap_future(self._mount_threads.submit(call, *args, **kwargs))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+
+    def _enter_layers(self) -> None:
+        # Without it the directory would be the whole daemon's.
+        mounts.unshare(mounts.CLONE_FS)
+        os.chdir(self._path("layers"))
+
+
+def _mount_overlay(target: str, options: str, flags: int, work: str | None) -> None:
+    try:
+        if work is not None:
+            _forget_volatile(work)
+        mounts.mount("overlay", target, "overlay", flags, options)
+    except OSError as e:
+        raise SnapshotError(f"cannot mount the overlay on {target}: {e.strerror} ({options})") from e
+
+
+def _forget_volatile(work: str) -> None:
+    """Remove the mark of an earlier volatile mount, which forbids another one (work/incompat/volatile).
+
+    What it warns of is a crash of the node between the two.
+    """
+    fd = os.open(work, _DIRECTORY)
+    try:
+        inner = os.open("work", _DIRECTORY, dir_fd=fd)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(fd)
+    try:
+        tree.remove(inner, "incompat")
+    finally:
+        os.close(inner)
+
+
+def _unmount(target: str) -> None:
+    try:
+        mounts.unmount(target)
+    except OSError as e:
+        raise SnapshotError(f"cannot unmount {target}: {e.strerror}") from e
+
+
+def _make_root(area: str, uid: int, gid: int, mode: int) -> None:
+    path = os.path.join(area, "fs")
+    os.mkdir(path, 0o700)
+    os.chown(path, uid, gid)
+    os.chmod(path, mode)
+
+
+def _write_meta(area: str, meta: dict[str, Any]) -> None:
+    with open(os.path.join(area, _META), "w", encoding="utf-8") as file:
+        json.dump(meta, file)
+
+
+def _read_meta(path: str) -> dict[str, Any]:
+    """The metadata of a layer or snapshot. Raises ValueError where it is missing or no JSON object."""
+    try:
+        with open(os.path.join(path, _META), encoding="utf-8") as file:
+            meta = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError("no metadata") from None
+    if not isinstance(meta, dict):
+        raise ValueError("no JSON object")  # noqa: TRY004 - one class for all that a file may say wrongly
+    return meta
+
+
+async def _read_bounded(stream: asyncio.StreamReader) -> bytes:
+    """All of a stream, of which the last _MAX_OUTPUT bytes are kept."""
+    kept = b""
+    while piece := await stream.read(_MAX_OUTPUT):
+        kept = (kept + piece)[-_MAX_OUTPUT:]
+    return kept

@@ -1,0 +1,111 @@
+"""From a layer's blob to its tar stream: decompressed and bounded in one thread, digested in another.
+
+Inflating and hashing run outside the interpreter's lock, beside the unpacker's system calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from isal import isal_zlib
+
+from snapshotter.errors import LayerError, TruncatedLayerError
+from snapshotter.limits import Limits
+
+_INPUT = 128 << 10
+_OUTPUT = 512 << 10
+_AHEAD = 4  # pieces
+_GZIP = 31  # window bits: a gzip header, and the largest window
+
+
+def _plain(file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
+    while data := file.read(_OUTPUT):
+        count(len(data))
+        yield data
+
+
+def _gunzip(file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
+    """The members of a gzip file one after the other (RFC 1952, section 2.2); zeros after the last are padding."""
+    member = isal_zlib.decompressobj(wbits=_GZIP)
+    while data := file.read(_INPUT):
+        count(len(data))
+        while data:
+            if member.eof:
+                data = data.lstrip(b"\0")
+                if not data:
+                    break
+                member = isal_zlib.decompressobj(wbits=_GZIP)
+            # A bounded output: a block of zeros must not become a gigabyte in memory.
+            if inflated := member.decompress(data, _OUTPUT):
+                yield inflated
+            data = member.unused_data if member.eof else member.unconsumed_tail
+    while not member.eof:
+        inflated = member.decompress(b"", _OUTPUT)
+        if not inflated:
+            raise TruncatedLayerError("the layer's gzip stream ends early")
+        yield inflated
+
+
+# Another compression is another function here.
+_DECODERS = {"none": _plain, "gzip": _gunzip}
+COMPRESSIONS = frozenset(_DECODERS)
+
+
+class LayerStream:
+    """The tar stream of a blob: :meth:`read` its pieces to the end, then ask for its :meth:`digest`."""
+
+    def __init__(self, blob: BinaryIO, compression: str, limits: Limits) -> None:
+        self._limits = limits
+        self._taken = 0
+        self._pieces = _DECODERS[compression](blob, self._count)
+        self._hash = hashlib.sha256()
+        self._queue: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD)
+        self._to_hash: queue.Queue[bytes] = queue.Queue(_AHEAD)
+        # Daemon threads: where the unpacker fails the process ends, whatever they wait for.
+        threading.Thread(target=self._inflate, name="inflate", daemon=True).start()
+        self._hasher = threading.Thread(target=self._digest, name="digest", daemon=True)
+        self._hasher.start()
+
+    def read(self) -> bytes:
+        """The next piece; ``b""`` at the end. Raises LayerError for a stream that is broken or too large."""
+        piece = self._queue.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def digest(self) -> str:
+        """The digest of all that was read, as ``sha256:<hex>``; asked for after the end."""
+        self._hasher.join()
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def _count(self, taken: int) -> None:
+        self._taken += taken
+
+    def _digest(self) -> None:
+        while piece := self._to_hash.get():
+            self._hash.update(piece)
+
+    def _inflate(self) -> None:
+        given = 0
+        limits = self._limits
+        try:
+            for piece in self._pieces:
+                given += len(piece)
+                if given > limits.max_bytes:
+                    raise LayerError(f"the layer is larger than {limits.max_bytes} bytes")  # noqa: TRY301 - crosses to the reader
+                if given > limits.ratio_floor and given > limits.max_ratio * self._taken:
+                    raise LayerError(  # noqa: TRY301 - crosses to the reader
+                        f"the layer unpacks to more than {limits.max_ratio} times the size of its blob"
+                    )
+                self._queue.put(piece)
+                self._to_hash.put(piece)
+            self._to_hash.put(b"")
+            self._queue.put(b"")
+        except isal_zlib.IsalError as e:  # type: ignore[misc]  # declared as an instance in isal's stubs
+            self._queue.put(LayerError(f"the layer is not valid gzip data: {e}"))
+        except Exception as e:  # noqa: BLE001 - raised again by read()
+            self._queue.put(e)

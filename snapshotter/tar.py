@@ -1,0 +1,296 @@
+"""A tar reader for layers: one pass, no seeking, nothing believed.
+
+Reads what tools write: ustar, GNU (long names, base-256 numbers) and PAX (POSIX.1-2001 pax interchange format),
+including the SCHILY.xattr records. Knows nothing of files; the unpacker does.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from snapshotter.errors import LayerError, TruncatedLayerError, shown
+from snapshotter.limits import Limits
+
+BLOCK = 512
+
+_HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
+_ZEROS = bytes(BLOCK)
+_USTAR = b"ustar\x0000"
+_CHECKSUM = slice(148, 156)
+_MAX_PAX = 1 << 20
+_MAX_ID = (1 << 32) - 2  # the last one means "unchanged" to chown
+_MAX_SECONDS = 1 << 55
+_XATTR = b"SCHILY.xattr."
+
+FILE = "file"
+LINK = "hard link"
+SYMLINK = "symbolic link"
+DIRECTORY = "directory"
+FIFO = "fifo"
+DEVICE = "device"
+
+_KINDS = {
+    b"\0": FILE,
+    b"0": FILE,
+    b"7": FILE,
+    b"1": LINK,
+    b"2": SYMLINK,
+    b"3": DEVICE,
+    b"4": DEVICE,
+    b"5": DIRECTORY,
+    b"6": FIFO,
+}
+
+
+class Entry(NamedTuple):
+    """One member: ``link`` is a link's target, ``mode`` has the permission bits only, ``mtime`` is in ns."""
+
+    kind: str
+    name: bytes
+    link: bytes
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    xattrs: dict[bytes, bytes]
+
+
+class TarReader:
+    """The entries of a tar stream, in order.
+
+    ``read`` returns the stream's next bytes in pieces of its own choosing, and ``b""`` at the end. Iterating
+    yields each :class:`Entry`; until the next one is asked for, :meth:`content` yields its bytes. A stream may end
+    after any entry, as it may for other readers, so a caller that needs the whole of it checks its digest.
+
+    Raises :class:`LayerError`, or :class:`TruncatedLayerError` where the stream ends within an entry.
+    """
+
+    def __init__(self, read: Callable[[], bytes], limits: Limits) -> None:
+        self._read = read
+        self._limits = limits
+        self._piece = b""
+        self._at = 0
+        self._left = 0  # content of the current entry not yet taken
+        self._padding = 0
+        self._global: dict[bytes, bytes] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield the entries up to the end of the archive."""
+        records: dict[bytes, bytes] = dict(self._global)
+        entries = 0
+        while (header := self._next_header()) is not None:
+            flag = header[156:157]
+            if flag in b"xgLK":
+                self._read_extension(flag, _number(header[124:136], "size"), records)
+                continue
+            entries += 1
+            if entries > self._limits.max_entries:
+                raise LayerError(f"the layer has more than {self._limits.max_entries} entries")
+            entry = self._entry(header, records)
+            self._left = entry.size
+            self._padding = -entry.size % BLOCK
+            yield entry
+            if records or self._global:
+                records = dict(self._global)
+        if records != self._global:
+            raise TruncatedLayerError("the layer ends after an extended header, before its entry")
+
+    def content(self) -> Iterator[memoryview]:
+        """Yield what is left of the current entry's content, in the pieces it comes in."""
+        while self._left:
+            if self._at == len(self._piece):
+                self._refill()
+            end = min(self._at + self._left, len(self._piece))
+            taken = memoryview(self._piece)[self._at : end]
+            self._left -= end - self._at
+            self._at = end
+            yield taken
+
+    def drain(self) -> None:
+        """Read the stream to its end, past the end of the archive."""
+        while self._piece:
+            self._piece = self._read()
+        self._at = 0
+
+    def _refill(self) -> None:
+        self._piece = self._read()
+        self._at = 0
+        if not self._piece:
+            raise TruncatedLayerError("the layer ends in the middle of an entry")
+
+    def _take(self, size: int) -> bytes:
+        end = self._at + size
+        if end <= len(self._piece):
+            taken = self._piece[self._at : end]
+            self._at = end
+            return taken
+        parts = []
+        while size:
+            if self._at == len(self._piece):
+                self._refill()
+            part = self._piece[self._at : self._at + size]
+            self._at += len(part)
+            size -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _next_header(self) -> bytes | None:
+        for _ in self.content():
+            pass
+        if self._padding:
+            self._take(self._padding)
+            self._padding = 0
+        if self._at == len(self._piece):
+            self._piece = self._read()
+            self._at = 0
+            if not self._piece:
+                return None
+        header = self._take(BLOCK)
+        if header == _ZEROS:
+            if self._take(BLOCK) != _ZEROS:
+                raise LayerError("a block of zeros stands among the layer's entries")
+            return None
+        _verify(header)
+        return header
+
+    def _read_extension(self, flag: bytes, size: int, records: dict[bytes, bytes]) -> None:
+        """A header that describes the next entry (x, L, K) or all that follow (g): add it to ``records``."""
+        limit = _MAX_PAX if flag in b"xg" else self._limits.max_name + 1
+        if not 0 <= size <= limit:
+            raise LayerError(f"an extended header of {size} bytes; {limit} are allowed")
+        data = self._take(size)
+        self._take(-size % BLOCK)
+        if flag == b"L":
+            records[b"path"] = data.rstrip(b"\0")
+        elif flag == b"K":
+            records[b"linkpath"] = data.rstrip(b"\0")
+        else:
+            update = _pax_records(data)
+            if flag == b"g":
+                self._global.update(update)
+            records.update(update)
+
+    def _entry(self, header: bytes, records: dict[bytes, bytes]) -> Entry:
+        # fmt: off
+        (name, mode, uid, gid, size, mtime, _, flag, link, magic,
+         _, _, _, _, prefix) = _HEADER.unpack(header)
+        # fmt: on
+        name = name.partition(b"\0")[0]
+        if magic == _USTAR and prefix[0]:
+            name = prefix.partition(b"\0")[0] + b"/" + name
+        link = link.partition(b"\0")[0]
+        if records:
+            name = records.get(b"path") or name
+            link = records.get(b"linkpath") or link
+        kind = _KINDS.get(flag)
+        if kind is None or any(key.startswith(b"GNU.sparse.") for key in records):
+            what = "a sparse file" if kind or flag == b"S" else f"of the unknown type {flag!r}"
+            raise LayerError(f"entry {shown(name)} is {what}, which is not supported in layers")
+        if kind is FILE and name.endswith(b"/"):
+            kind = DIRECTORY  # how tar wrote them before ustar
+        if len(name) > self._limits.max_name or len(link) > self._limits.max_name:
+            raise LayerError(f"entry {shown(name)} has a name of more than {self._limits.max_name} bytes")
+        if b"\0" in name or b"\0" in link:
+            raise LayerError(f"entry {shown(name)} has a zero byte in its name")
+        try:
+            return Entry(
+                kind,
+                name,
+                link,
+                _number(mode, "mode") & 0o7777,
+                _identity(uid, records.get(b"uid"), "owner"),
+                _identity(gid, records.get(b"gid"), "group"),
+                _size(size, records.get(b"size")) if kind is FILE else 0,
+                _time(mtime, records.get(b"mtime")),
+                {k[len(_XATTR) :]: v for k, v in records.items() if k.startswith(_XATTR)} if records else {},
+            )
+        except LayerError as e:
+            raise LayerError(f"entry {shown(name)}: {e}") from None
+
+
+def _verify(header: bytes) -> None:
+    field = header[_CHECKSUM]
+    # The sum counts its own field as eight spaces.
+    total = sum(header) - sum(field) + 256
+    told = _number(field, "checksum")
+    if told != total:
+        # Some tools of old summed signed bytes.
+        signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+        if told != signed:
+            raise LayerError(f"a header's checksum is wrong: it says {told}, and the sum is {total}")
+
+
+def _number(field: bytes, what: str) -> int:
+    """A header's number: octal digits, or base-256 (two's complement) where the first bit is set."""
+    if field[0] & 0x80:
+        bits = 8 * len(field) - 1
+        value = int.from_bytes(field, "big") - (1 << bits)
+        return value - (1 << bits) if field[0] & 0x40 else value
+    digits = field.strip(b" \0")
+    if not digits:
+        return 0
+    try:
+        if digits.isdigit():
+            return int(digits, 8)
+    except ValueError:
+        pass
+    raise LayerError(f"its {what} {shown(digits)} is not an octal number")
+
+
+def _decimal(value: bytes, what: str) -> int:
+    if not value.isdigit() or len(value) > 20:
+        raise LayerError(f"its {what} {shown(value)} is not a number of bytes or an identity")
+    return int(value)
+
+
+def _size(field: bytes, record: bytes | None) -> int:
+    size = _decimal(record, "size") if record else _number(field, "size")
+    if size < 0:
+        raise LayerError(f"its size {size} is negative")
+    return size
+
+
+def _identity(field: bytes, record: bytes | None, what: str) -> int:
+    number = _decimal(record, what) if record else _number(field, what)
+    if not 0 <= number <= _MAX_ID:
+        raise LayerError(f"its {what} {number} is out of range")
+    return number
+
+
+def _time(field: bytes, record: bytes | None) -> int:
+    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25``."""
+    if record:
+        whole, _, fraction = record.partition(b".")
+        digits = whole.removeprefix(b"-")
+        if not digits.isdigit() or len(digits) > 20 or (fraction and not fraction.isdigit()):
+            raise LayerError(f"its time {shown(record)} is not a number")
+        seconds = int(digits)
+        nanoseconds = seconds * 10**9 + int(fraction[:9].ljust(9, b"0"))
+        nanoseconds = -nanoseconds if whole.startswith(b"-") else nanoseconds
+    else:
+        seconds = _number(field, "time")
+        nanoseconds = seconds * 10**9
+    if abs(seconds) > _MAX_SECONDS:
+        raise LayerError(f"its time {seconds} is out of range")
+    return nanoseconds
+
+
+def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """``LENGTH KEY=VALUE\\n`` records, where LENGTH counts the whole record."""
+    records = {}
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 21)
+        length = data[at:space]
+        if space < 0 or not length.isdigit():
+            raise LayerError("a PAX record has no length")
+        end = at + int(length)
+        key, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if end <= space + 1 or end > len(data) or data[end - 1] != 0x0A or not equals or not key:
+            raise LayerError(f"a PAX record is broken: {shown(data[at : at + 40])}")
+        records[key] = value
+        at = end
+    return records

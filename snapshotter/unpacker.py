@@ -1,0 +1,349 @@
+"""Makes the files of one layer in an empty directory, as overlayfs wants to find them.
+
+Runs as root in the unpack worker and trusts nothing in the layer. Every path is resolved by the kernel beneath the
+root (openat2 with RESOLVE_BENEATH), one component is then made, replaced or linked relative to that descriptor, and
+no link is followed on the way out. Whiteouts follow the OCI image specification, "Representing Changes".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from snapshotter import tar, tree
+from snapshotter.errors import LayerError, SnapshotError, shown
+from snapshotter.mounts import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
+
+_WHITEOUT = b".wh."
+_OPAQUE_MARK = b".wh..wh..opq"
+_RESERVED = b".wh..wh."
+_OPAQUE_XATTR = "trusted.overlay.opaque"
+
+_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_ACCOUNTED = 4096
+_IMPLICIT_MODE = 0o755
+
+_REASONS = {
+    errno.EXDEV: "leads out of the layer through a symbolic link",
+    errno.ELOOP: "passes through too many symbolic links",
+    errno.ENOTDIR: "has a parent that is not a directory",
+    errno.ENOENT: "has a parent that is a dangling symbolic link",
+    errno.ENAMETOOLONG: "has a name that is too long for the file system",
+}
+# What no layer can bring about by its content: the node's trouble.
+_HOST_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
+)
+
+
+class Unpacked(NamedTuple):
+    """What was made; see snapshotter.model.Layer."""
+
+    size: int
+    inodes: int
+    opaque: bool
+
+
+def unpack(reader: tar.TarReader, root: int, area: int) -> Unpacked:
+    """Make the entries of ``reader`` in the directory ``root``; ``area`` takes what is to be deleted on the way.
+
+    Both are descriptors of directories on one file system, ``area`` outside of ``root``. Raises LayerError where
+    the content is at fault and SnapshotError where the node is; what was made by then stays.
+    """
+    unpacker = _Unpacker(reader, root, area)
+    for entry in reader:
+        try:
+            unpacker.make(entry)
+        except (OSError, LayerError) as e:
+            raise _told_of(entry, e) from e
+    unpacker.finish()
+    return Unpacked(unpacker.size, unpacker.inodes, unpacker.opaque)
+
+
+def _told_of(entry: tar.Entry, error: OSError | LayerError) -> SnapshotError:
+    """The error, with the entry's name before it."""
+    what = f"{entry.kind} {shown(entry.name)}"
+    if isinstance(error, LayerError):
+        return type(error)(f"{what}: {error}")
+    if error.errno in _HOST_ERRORS:
+        return SnapshotError(f"cannot make {what}: {error.strerror}")
+    return LayerError(f"{what}: {_REASONS.get(error.errno or 0, error.strerror)}")
+
+
+class _Unpacker:
+    def __init__(self, reader: tar.TarReader, root: int, area: int) -> None:
+        self._reader = reader
+        self._root = root
+        self._area = area
+        self.size = 0
+        self.inodes = 0
+        self.opaque = False
+        # The directory of the entry before, which is mostly the directory of the next one, too.
+        self._parent: bytes | None = None
+        self._parent_fd = -1
+        self._root_owned = False
+        self._times: dict[bytes, int] = {}
+        self._makers = {
+            tar.FILE: self._file,
+            tar.DIRECTORY: self._directory,
+            tar.SYMLINK: self._symlink,
+            tar.LINK: self._link,
+            tar.FIFO: self._fifo,
+        }
+
+    def make(self, entry: tar.Entry) -> None:
+        """Make one entry, replacing what an earlier one left under its name."""
+        parent, _, base = entry.name.rpartition(b"/")
+        if base in (b"", b".", b".."):
+            parent, base = _split(entry.name)
+            if not base:
+                self._change_root(entry)
+                return
+        if _WHITEOUT in entry.name and self._is_mark(entry.name, parent, base):
+            return
+        maker = self._makers.get(entry.kind)
+        if maker is None:
+            raise LayerError("is refused: device nodes in layers are not accepted")
+        fd = self._open_parent(parent)
+        try:
+            maker(fd, base, entry)
+        except FileExistsError:
+            self._clear(fd, base)
+            maker(fd, base, entry)
+
+    def finish(self) -> None:
+        """Set the directories' times, now that nothing is made in them any more."""
+        for name, mtime in self._times.items():
+            try:
+                fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _BENEATH)
+            except OSError:
+                continue  # a later entry replaced it
+            os.utime(fd, ns=(mtime, mtime))
+            os.close(fd)
+
+    def _file(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        file = os.open(base, _NEW_FILE, entry.mode & 0o777, dir_fd=fd)
+        try:
+            for piece in self._reader.content():
+                written = os.write(file, piece)
+                while written < len(piece):
+                    written += os.write(file, piece[written:])
+            self._set_attributes(file, entry, fresh=True)
+            os.utime(file, ns=(entry.mtime, entry.mtime))
+        finally:
+            os.close(file)
+        self._account(entry.size)
+
+    def _directory(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        fresh = self._make_directory(fd, base, entry.mode & 0o777)
+        if not fresh or entry.mode & 0o7000 or entry.uid or entry.gid or entry.xattrs or not self._root_owned:
+            directory = os.open(base, _DIRECTORY, dir_fd=fd)
+            try:
+                self._set_attributes(directory, entry, fresh=False)
+            finally:
+                os.close(directory)
+        self._times[entry.name] = entry.mtime
+
+    def _symlink(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        if not entry.link:
+            raise LayerError("has no target")
+        os.symlink(entry.link, base, dir_fd=fd)
+        self._finish_special(fd, base, entry)
+
+    def _fifo(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        os.mkfifo(base, entry.mode & 0o777, dir_fd=fd)
+        self._finish_special(fd, base, entry)
+
+    def _link(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        parent, target = _split(entry.link)
+        if not target:
+            raise LayerError("has the layer's root as its target")
+        try:
+            source = fd if parent == self._parent else self._open_directory(_parts(parent), make=False)
+        except OSError as e:
+            raise LayerError(f"has a target {shown(entry.link)} that cannot be reached: {e.strerror}") from e
+        try:
+            status = _status(source, target)
+            # A whiteout is no file that could be linked.
+            if status is None or stat.S_ISCHR(status.st_mode):
+                raise LayerError(f"has a target {shown(entry.link)} that is not in the layer")
+            if stat.S_ISDIR(status.st_mode):
+                raise LayerError(f"has a directory, {shown(entry.link)}, as its target")
+            os.link(target, base, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False)
+        finally:
+            if source != fd:
+                os.close(source)
+
+    def _is_mark(self, name: bytes, parent: bytes, base: bytes) -> bool:
+        """Whether the entry is a whiteout, which is then made, or something of AUFS's own, which is left out."""
+        if base == _OPAQUE_MARK:
+            fd = self._open_parent(parent)
+            os.setxattr(fd, _OPAQUE_XATTR, b"y")
+            if os.path.sameopenfile(fd, self._root):
+                self.opaque = True
+            return True
+        parts = _parts(name)
+        if any(part.startswith(_RESERVED) for part in parts):
+            return True
+        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+            raise LayerError("has a whiteout among its parents")
+        if not base.startswith(_WHITEOUT):
+            return False
+        hidden = base.removeprefix(_WHITEOUT)
+        if hidden in (b"", b".", b".."):
+            raise LayerError("is a whiteout that names no file")
+        fd = self._open_parent(parent)
+        try:
+            os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=fd)
+            self._account(0)
+        except FileExistsError:
+            # A whiteout is about the layers below. A file of this layer hides them by itself.
+            status = _status(fd, hidden)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                self._make_opaque(fd, hidden)
+        return True
+
+    def _change_root(self, entry: tar.Entry) -> None:
+        if entry.kind is not tar.DIRECTORY:
+            raise LayerError("stands for the layer's root and is no directory")
+        self._set_attributes(self._root, entry, fresh=False)
+        self._times[b"."] = entry.mtime
+        self._parent = None
+
+    def _set_attributes(self, fd: int, entry: tar.Entry, *, fresh: bool) -> None:
+        """Owner, then mode, then extended attributes: each clears what may come after it.
+
+        A ``fresh`` file has its permission bits from its creation, and its owner where that is root.
+        """
+        if not fresh or entry.uid or entry.gid or not self._root_owned:
+            os.chown(fd, entry.uid, entry.gid)
+        if not fresh or entry.mode & 0o7000:
+            os.chmod(fd, entry.mode)
+        for name, value in entry.xattrs.items():
+            if name.startswith(b"trusted.overlay."):
+                raise LayerError(f"has the attribute {shown(name)}, which is overlayfs's own")
+            # Others are labels of the host that built the layer (security.selinux, system.posix_acl_*).
+            if name.startswith(b"user.") or name == b"security.capability":
+                os.setxattr(fd, name, value)
+
+    def _finish_special(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        if entry.uid or entry.gid or not self._root_owned:
+            os.chown(base, entry.uid, entry.gid, dir_fd=fd, follow_symlinks=False)
+        os.utime(base, ns=(entry.mtime, entry.mtime), dir_fd=fd, follow_symlinks=False)
+        self._account(0)
+
+    def _account(self, size: int) -> None:
+        self.inodes += 1
+        self.size += -(-size // _ACCOUNTED) * _ACCOUNTED
+
+    def _make_directory(self, fd: int, base: bytes, mode: int) -> bool:
+        """Make a directory or keep the one that is there; say whether it is new and as ``mode`` says.
+
+        One that takes the place of a whiteout is opaque: the whiteout hid what lies below.
+        """
+        try:
+            os.mkdir(base, mode, dir_fd=fd)
+        except FileExistsError:
+            status = _status(fd, base)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                return False
+            self._clear(fd, base)
+            os.mkdir(base, mode, dir_fd=fd)
+            if status is not None and stat.S_ISCHR(status.st_mode):
+                self._make_opaque(fd, base)
+        self._account(_ACCOUNTED)
+        return True
+
+    def _make_opaque(self, fd: int, base: bytes) -> None:
+        directory = os.open(base, _DIRECTORY, dir_fd=fd)
+        try:
+            os.setxattr(directory, _OPAQUE_XATTR, b"y")
+        finally:
+            os.close(directory)
+
+    def _clear(self, fd: int, base: bytes) -> None:
+        """Remove what an earlier entry left at ``base``, following nothing."""
+        status = os.lstat(base, dir_fd=fd)
+        if stat.S_ISDIR(status.st_mode):
+            os.rename(base, b"replaced", src_dir_fd=fd, dst_dir_fd=self._area)
+            tree.remove(self._area, "replaced")
+        else:
+            os.unlink(base, dir_fd=fd)
+        # The directory kept open may have been reached through what is gone now.
+        self._parent = None
+
+    def _open_parent(self, path: bytes) -> int:
+        """A descriptor of the directory ``path``, made where it is missing; it lasts until the next call."""
+        if path == self._parent:
+            return self._parent_fd
+        fd = self._open_directory(_parts(path), make=True)
+        if self._parent_fd >= 0:
+            os.close(self._parent_fd)
+        self._parent, self._parent_fd = path, fd
+        status = os.fstat(fd)
+        # A new inode takes its directory's group where that is setgid.
+        self._root_owned = status.st_gid == 0 and not status.st_mode & stat.S_ISGID
+        return fd
+
+    def _open_directory(self, parts: list[bytes], *, make: bool) -> int:
+        try:
+            return openat2(self._root, b"/".join(parts) or b".", os.O_RDONLY | os.O_DIRECTORY, _BENEATH)
+        except (FileNotFoundError, NotADirectoryError):
+            if not make:
+                raise
+        fd = os.dup(self._root)
+        try:
+            for depth, part in enumerate(parts, start=1):
+                below = self._enter(fd, part, parts[:depth])
+                os.close(fd)
+                fd = below
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _enter(self, fd: int, part: bytes, path: list[bytes]) -> int:
+        """Open ``part`` in ``fd``, making it a directory where there is nothing or a whiteout.
+
+        Where it is a symbolic link, ``path`` leads there from the root, beneath which the link is resolved.
+        """
+        status = _status(fd, part)
+        if status is not None and stat.S_ISLNK(status.st_mode):
+            return openat2(self._root, b"/".join(path), os.O_RDONLY | os.O_DIRECTORY, _BENEATH)
+        if status is None or stat.S_ISCHR(status.st_mode):
+            self._make_directory(fd, part, _IMPLICIT_MODE)
+            directory = os.open(part, _DIRECTORY, dir_fd=fd)
+            os.chown(directory, 0, 0)
+            return directory
+        return openat2(fd, part, _DIRECTORY, _BENEATH | RESOLVE_NO_SYMLINKS)
+
+
+def _status(fd: int, base: bytes) -> os.stat_result | None:
+    try:
+        return os.lstat(base, dir_fd=fd)
+    except FileNotFoundError:
+        return None
+
+
+def _split(path: bytes) -> tuple[bytes, bytes]:
+    """Parent and last component of a path, normalised; both empty for the root."""
+    parts = _parts(path)
+    return (b"/".join(parts[:-1]), parts[-1]) if parts else (b"", b"")
+
+
+def _parts(path: bytes) -> list[bytes]:
+    """The components of a path below the root. A leading slash means the root; ``..`` out of it is refused."""
+    parts: list[bytes] = []
+    for part in path.split(b"/"):
+        if part == b"..":
+            if not parts:
+                raise LayerError("leads out of the layer")
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return parts

@@ -1,0 +1,81 @@
+"""Nodes for the tests, and the check that a test leaves nothing on the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.node import Node, cgroups, processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs root: real mounts, namespaces and containers"))
+
+
+def host_state() -> set[str]:
+    """What a test could leave: mounts, links, named namespaces, cgroups, shims."""
+    with open("/proc/self/mountinfo") as f:
+        found = {"mount " + line.split()[4] for line in f}
+    found |= {"link " + name for name in os.listdir("/sys/class/net")}
+    found |= {"cgroup " + path for path in cgroups()}
+    found |= {f"shim {pid}" for pid, words in processes() if "shims.nursery" in words}
+    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
+    found |= {"rule " + line for line in rules.splitlines() if "e2e" in line or "CNI-DN" in line}
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail the module that leaves something behind."""
+    before = host_state()
+    yield
+    assert host_state() - before == set()
+
+
+@pytest.fixture(scope="session")
+def busybox_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An OCI archive of the host's busybox, named localhost/busybox:latest."""
+    from tests.e2e.imagebuilder import busybox_image, write_archive
+
+    path = str(tmp_path_factory.mktemp("images") / "busybox.tar")
+    write_archive(busybox_image(), path, "localhost/busybox:latest")
+    return path
+
+
+@pytest.fixture(scope="module")
+def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
+    """A running daemon with the busybox image."""
+    node = Node()
+    try:
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture(autouse=True)
+def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test on a shared node: remove its pods, and nothing of them may be left."""
+    yield
+    if "node" in request.fixturenames:
+        node: Node = request.getfixturevalue("node")
+        if node.process is None or node.process.poll() is not None:
+            node.start()
+        node.remove_pods()
+        shutil.rmtree(node.logs)
+        os.mkdir(node.logs)
+        assert node.leftovers() == []
+
+
+def import_image(node: Node, path: str) -> None:
+    """Import an archive by the operator's own command."""
+    command = [sys.executable, "-m", "criserver", "image", "import", "--config", node.config, path]
+    subprocess.run(command, check=True, capture_output=True)

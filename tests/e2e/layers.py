@@ -1,0 +1,58 @@
+"""Layers made by the standard library's tar writer, for the snapshotter's tests."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A layer's file, and the digest of the tar stream in it."""
+
+    path: str
+    diff_id: str
+
+
+def item(name: str, content: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    """A member; ``type``, ``linkname``, ``mode``, ``pax_headers`` and so on as TarInfo has them."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, content
+
+
+def directory(name: str, mode: int = 0o755, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    return item(name, b"", type=tarfile.DIRTYPE, mode=mode, **fields)
+
+
+def symlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
+    return item(name, type=tarfile.SYMTYPE, linkname=target)
+
+
+def hardlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
+    return item(name, type=tarfile.LNKTYPE, linkname=target)
+
+
+def archive(*items: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for info, content in items:
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def write_blob(path: str, *items: tuple[tarfile.TarInfo, bytes], compression: str = "gzip") -> Blob:
+    data = archive(*items)
+    with open(path, "wb") as file:
+        file.write(gzip.compress(data, 1) if compression == "gzip" else data)
+    return Blob(path, digest(data))

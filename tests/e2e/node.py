@@ -1,0 +1,250 @@
+"""A node for tests: a real daemon in a scratch directory on a tmpfs, and a client of its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from google.protobuf.message_factory import GetMessageClass
+
+BRIDGE = "crie2e0"
+SUBNET = "10.213.0.0/16"
+
+
+class Client:
+    """Every unary RPC of CRI as a method: ``client.RunPodSandbox(config=...)``."""
+
+    def __init__(self, socket: str) -> None:
+        self.channel = grpc.insecure_channel(f"unix:{socket}", options=[("grpc.max_receive_message_length", 16 << 20)])
+        for service in cri.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                make = self.channel.unary_stream if method.server_streaming else self.channel.unary_unary
+                call = make(
+                    f"/{service.full_name}/{method.name}",
+                    request_serializer=lambda m: m.SerializeToString(),
+                    response_deserializer=GetMessageClass(method.output_type).FromString,
+                )
+                setattr(self, method.name, self._caller(call, GetMessageClass(method.input_type)))
+
+    @staticmethod
+    def _caller(call: Any, request: Any) -> Any:
+        def rpc(deadline: float = 60, **fields: Any) -> Any:
+            return call(request(**fields), timeout=deadline, wait_for_ready=True)
+
+        return rpc
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+class Node:
+    """One daemon. ``start`` and ``kill`` may alternate; ``close`` undoes everything."""
+
+    def __init__(self, runtimes: str = "") -> None:
+        self.base = tempfile.mkdtemp(prefix="cri-", dir="/run")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "cri-e2e", self.base], check=True)
+        self.root, self.state = f"{self.base}/root", f"{self.base}/state"
+        self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"
+        for directory in (self.root, self.state, self.logs, self.cni, self.certs):
+            os.makedirs(directory)
+        self.socket = f"{self.base}/cri.sock"
+        self.config = f"{self.base}/config.toml"
+        with open(self.config, "w") as f:
+            f.write(
+                f'root = "{self.root}"\nstate = "{self.state}"\n'
+                f'[grpc]\naddress = "{self.socket}"\n'
+                f'[log]\nformat = "json"\nlevel = "debug"\n'
+                f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\ntimeout = 10\n'
+                f'[registry]\nconfig_path = "{self.certs}"\n{runtimes}'
+            )
+        self.write_network()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client: Client
+
+    def write_network(self) -> None:
+        """The bridge network of the tests."""
+        bridge = {
+            "type": "bridge",
+            "bridge": BRIDGE,
+            "isGateway": True,
+            "ipam": {"type": "host-local", "ranges": [[{"subnet": SUBNET}]], "dataDir": f"{self.base}/ipam"},
+        }
+        plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]
+        with open(f"{self.cni}/10-e2e.conflist", "w") as f:
+            json.dump({"cniVersion": "1.0.0", "name": "e2e", "plugins": plugins}, f)
+
+    def start(self) -> None:
+        """Start the daemon and wait until it serves."""
+        with open(f"{self.base}/daemon.log", "ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "criserver", "serve", "--config", self.config],
+                stderr=out,
+                stdout=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.client = Client(self.socket)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.client.Version(deadline=2)
+                return
+            except grpc.RpcError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"the daemon does not serve:\n{self.daemon_log()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL the daemon."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.client.channel.close()
+
+    def stop(self) -> int:
+        """SIGTERM the daemon; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(30)
+        self.client.channel.close()
+        return code
+
+    def daemon_log(self) -> str:
+        with open(f"{self.base}/daemon.log") as f:
+            return f.read()
+
+    def remove_pods(self) -> None:
+        """Stop and remove every pod."""
+        for pod in self.client.ListPodSandbox().items:
+            self.client.StopPodSandbox(pod_sandbox_id=pod.id)
+            self.client.RemovePodSandbox(pod_sandbox_id=pod.id)
+
+    def leftovers(self) -> list[str]:
+        """What is on the node although no pod is: mounts, pins, bundles, addresses, shims."""
+        found = [line.split()[4] for line in open("/proc/self/mountinfo") if f" {self.base}/" in line]
+        for directory in ("ns", "sandboxes", "containers", "runtimes/runc"):
+            with contextlib.suppress(FileNotFoundError):
+                found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]
+        for directory in ("snapshots/active", "snapshots/staging", "content/ingest"):
+            with contextlib.suppress(FileNotFoundError):
+                found += [f"{self.root}/{directory}/{name}" for name in os.listdir(f"{self.root}/{directory}")]
+        with contextlib.suppress(FileNotFoundError):
+            found += [f"ipam {name}" for name in os.listdir(f"{self.base}/ipam/e2e") if name[0].isdigit()]
+        found += [
+            f"process {pid}: {words}" for pid, words in processes() if self.base in words and "serve" not in words
+        ]
+        return found + cgroups()
+
+    def close(self) -> None:
+        """Undo everything, whatever state it is in."""
+        try:
+            if self.process is not None and self.process.poll() is None:
+                with contextlib.suppress(grpc.RpcError):
+                    self.remove_pods()
+                self.stop()
+        finally:
+            if self.process is not None and self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            for name in self._runc_containers():
+                subprocess.run(["runc", "--root", f"{self.state}/runtimes/runc", "delete", "-f", name], check=False)
+            for pid, words in processes():
+                if self.base in words:
+                    os.kill(pid, signal.SIGKILL)
+            points = [line.split()[4] for line in open("/proc/self/mountinfo") if f" {self.base}" in line]
+            for point in sorted(points, reverse=True):
+                subprocess.run(["umount", "-l", point], check=False)
+            shutil.rmtree(self.base)
+            subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
+
+    def _runc_containers(self) -> list[str]:
+        try:
+            return os.listdir(f"{self.state}/runtimes/runc")
+        except FileNotFoundError:
+            return []
+
+    def pod(self, name: str = "pod", attempt: int = 0, **fields: Any) -> cri.PodSandboxConfig:
+        """A pod as a kubelet would describe it, each container with a PID namespace of its own."""
+        linux = fields.pop("linux", None) or cri.LinuxPodSandboxConfig(
+            security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.CONTAINER))
+        )
+        return cri.PodSandboxConfig(
+            metadata=cri.PodSandboxMetadata(name=name, namespace="e2e", uid=f"uid-{name}", attempt=attempt),
+            hostname=fields.pop("hostname", name),
+            log_directory=f"{self.logs}/{name}",
+            linux=linux,
+            **fields,
+        )
+
+    def run_pod(self, name: str = "pod", **fields: Any) -> str:
+        """A running sandbox's ID."""
+        return self.client.RunPodSandbox(config=self.pod(name, **fields)).pod_sandbox_id
+
+    def create(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
+        """A created container's ID."""
+        config = cri.ContainerConfig(
+            metadata=cri.ContainerMetadata(name=name, attempt=fields.pop("attempt", 0)),
+            image=cri.ImageSpec(image=fields.pop("image", "localhost/busybox:latest")),
+            command=command or [],
+            log_path=f"{name}.log",
+            **fields,
+        )
+        return self.client.CreateContainer(pod_sandbox_id=pod, config=config).container_id
+
+    def run(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
+        """A started container's ID."""
+        container = self.create(pod, name, command, **fields)
+        self.client.StartContainer(container_id=container)
+        return container
+
+    def status(self, container: str) -> cri.ContainerStatus:
+        return self.client.ContainerStatus(container_id=container).status
+
+    def wait(self, container: str, seconds: float = 20) -> cri.ContainerStatus:
+        """The status of a container once it has exited."""
+        deadline = time.monotonic() + seconds
+        while (status := self.status(container)).state != cri.CONTAINER_EXITED:
+            assert time.monotonic() < deadline, f"still {status.state}"
+            time.sleep(0.01)
+        return status
+
+    def log(self, container: str) -> str:
+        """What a container printed, with the log's framing taken off."""
+        with open(self.status(container).log_path) as f:
+            return "".join(line.split(" ", 3)[3] for line in f)
+
+    def sh(self, container: str, script: str, timeout: int = 20) -> str:
+        """What a shell script in the container prints; it must succeed."""
+        result = self.client.ExecSync(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
+        assert result.exit_code == 0, result
+        return result.stdout.decode()
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    """The PIDs of all processes with what they work on: the command line, and for a fork of the nursery its directory."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/cmdline") as f:
+                    words = f.read().replace("\0", " ")
+                yield int(name), f"{words} in {os.readlink(f'/proc/{name}/cwd')}"
+
+
+def cgroups() -> list[str]:
+    """Cgroups that the daemon makes by itself."""
+    return [
+        f"/sys/fs/cgroup/{hierarchy}/criserver"
+        for hierarchy in os.listdir("/sys/fs/cgroup")
+        if os.path.isdir(f"/sys/fs/cgroup/{hierarchy}/criserver")
+    ]

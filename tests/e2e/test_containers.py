@@ -1,0 +1,279 @@
+"""Containers: created, started, watched, stopped and removed; their logs and execs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.node import Node
+
+
+@pytest.fixture
+def pod(node: Node) -> str:
+    return node.run_pod("pod")
+
+
+def linux(**security) -> cri.LinuxContainerConfig:
+    return cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))
+
+
+def test_the_life_of_a_container(node: Node, pod: str):
+    before = time.time_ns()
+    container = node.create(pod, "life", ["sh", "-c", "echo out; echo err >&2; exit 3"], labels={"a": "b"})
+    created = node.status(container)
+    assert created.state == cri.CONTAINER_CREATED
+    assert before < created.created_at < time.time_ns()
+    assert (created.started_at, created.finished_at, created.exit_code) == (0, 0, 0)
+    node.client.StartContainer(container_id=container)
+    ended = node.wait(container)
+    assert (ended.exit_code, ended.reason) == (3, "Error")
+    assert created.created_at < ended.started_at <= ended.finished_at < time.time_ns()
+    assert ended.image.image == "localhost/busybox:latest"
+    assert ended.image_id.startswith("sha256:")
+    assert dict(ended.labels) == {"a": "b"}
+    with open(ended.log_path) as f:
+        lines = sorted(line.split(" ", 1)[1] for line in f)
+    assert lines == ["stderr F err\n", "stdout F out\n"]
+    node.client.RemoveContainer(container_id=container)
+    node.client.RemoveContainer(container_id=container)
+    assert os.path.exists(ended.log_path), "a log is the kubelet's to remove"
+
+
+def test_success_is_completed(node: Node, pod: str):
+    ended = node.wait(node.run(pod, "ok", ["true"]))
+    assert (ended.exit_code, ended.reason) == (0, "Completed")
+
+
+def test_an_exited_containers_root_is_not_mounted_any_more(node: Node, pod: str):
+    container = node.run(pod, "unmounted", ["true"])
+    node.wait(container)
+    deadline = time.monotonic() + 5
+    while os.path.ismount(f"{node.state}/containers/{container}/rootfs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "printed"),
+    [
+        ({"command": ["echo"], "args": ["a", "b"]}, "a b\n"),
+        ({"command": ["sh", "-c", "echo $0 $ONE $TWO"], "envs": [("ONE", "1"), ("TWO", "2")]}, "sh 1 2\n"),
+        ({"command": ["pwd"], "working_dir": "/var/new/dir"}, "/var/new/dir\n"),
+        ({"command": ["sh", "-c", "echo $PATH"]}, None),
+        ({"command": ["id", "-u"], "linux": linux(run_as_user=cri.Int64Value(value=1234))}, "1234\n"),
+        ({"command": ["id", "-un"], "linux": linux(run_as_username="nobody")}, "nobody\n"),
+        (
+            {
+                "command": ["id", "-G"],
+                "linux": linux(
+                    run_as_user=cri.Int64Value(value=7),
+                    run_as_group=cri.Int64Value(value=8),
+                    supplemental_groups=[9, 10],
+                ),
+            },
+            "8 9 10\n",
+        ),
+        ({"command": ["sh", "-c", "touch /x || echo refused"], "linux": linux(readonly_rootfs=True)}, None),
+    ],
+)
+def test_what_the_process_is_started_with(node: Node, pod: str, fields, printed):
+    if "envs" in fields:
+        fields = {**fields, "envs": [cri.KeyValue(key=k, value=v.encode()) for k, v in fields["envs"]]}
+    container = node.run(pod, "started", **fields)
+    assert node.wait(container).exit_code == 0
+    log = node.log(container)
+    if printed is not None:
+        assert log == printed
+    elif "linux" in fields:
+        assert "refused" in log
+    else:
+        assert "/bin" in log
+
+
+def test_the_images_own_command_environment_directory_and_user(node: Node, pod: str, tmp_path):
+    from tests.e2e.conftest import import_image
+    from tests.e2e.imagebuilder import busybox_image, write_archive
+
+    config = {
+        "Entrypoint": ["sh", "-c", 'echo "$0 $1 $FROM_IMAGE $(pwd) $(id -u):$(id -g)"'],
+        "Cmd": ["zero", "one"],
+        "Env": ["PATH=/bin", "FROM_IMAGE=yes"],
+        "WorkingDir": "/tmp",
+        "User": "nobody",
+    }
+    write_archive(busybox_image(config=config), str(tmp_path / "i.tar"), "localhost/configured:1")
+    import_image(node, str(tmp_path / "i.tar"))
+    default = node.run(pod, "default", image="localhost/configured:1")
+    assert node.wait(default).exit_code == 0
+    assert node.log(default) == "zero one yes /tmp 65534:65534\n"
+    status = node.status(default)
+    assert status.user.linux.uid == 65534
+    argued = node.run(pod, "argued", image="localhost/configured:1", args=["a", "b"])
+    node.wait(argued)
+    assert node.log(argued) == "a b yes /tmp 65534:65534\n"
+    commanded = node.run(pod, "commanded", ["echo", "mine"], image="localhost/configured:1")
+    node.wait(commanded)
+    assert node.log(commanded) == "mine\n"
+
+
+def test_mounts(node: Node, pod: str, tmp_path):
+    (tmp_path / "given").write_text("from the host\n")
+    (tmp_path / "link").symlink_to(tmp_path / "given")
+    mounts = [
+        cri.Mount(container_path="/data", host_path=str(tmp_path)),
+        cri.Mount(container_path="/data/nested", host_path=str(tmp_path / "made")),
+        cri.Mount(container_path="/fixed", host_path=str(tmp_path), readonly=True),
+        cri.Mount(container_path="/etc/hosts", host_path=str(tmp_path / "link")),
+    ]
+    container = node.run(pod, "mounts", ["sleep", "1000"], mounts=mounts)
+    assert node.sh(container, "cat /data/given /etc/hosts") == "from the host\n" * 2
+    node.sh(container, "echo back > /data/written; echo deep > /data/nested/file")
+    assert (tmp_path / "written").read_text() == "back\n"
+    assert (tmp_path / "made" / "file").read_text() == "deep\n"
+    assert node.sh(container, "touch /fixed/x 2>&1 || true").endswith("Read-only file system\n")
+    assert len(node.status(container).mounts) == 4
+
+
+def test_stop_sends_the_signal_waits_the_grace_and_kills(node: Node, pod: str):
+    polite = node.run(pod, "polite", ["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.05; done"])
+    time.sleep(0.3)
+    node.client.StopContainer(container_id=polite, timeout=20)
+    assert node.status(polite).exit_code == 7
+    deaf = node.run(pod, "deaf", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
+    time.sleep(0.3)
+    began = time.monotonic()
+    node.client.StopContainer(container_id=deaf, timeout=1)
+    assert 1 <= time.monotonic() - began < 5
+    assert node.status(deaf).exit_code == 137
+    node.client.StopContainer(container_id=deaf, timeout=1)
+
+
+@pytest.mark.parametrize("asked", ["image", "kubelet"])
+def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path, asked):
+    from tests.e2e.conftest import import_image
+    from tests.e2e.imagebuilder import busybox_image, write_archive
+
+    write_archive(busybox_image(config={"StopSignal": "SIGUSR1"}), str(tmp_path / "i.tar"), "localhost/usr1:1")
+    import_image(node, str(tmp_path / "i.tar"))
+    script = "trap 'exit 11' USR1; trap 'exit 12' USR2; while :; do sleep 0.05; done"
+    fields = {"stop_signal": cri.SIGUSR2} if asked == "kubelet" else {}
+    container = node.run(pod, "signalled", ["sh", "-c", script], image="localhost/usr1:1", **fields)
+    time.sleep(0.3)
+    node.client.StopContainer(container_id=container, timeout=20)
+    assert node.status(container).exit_code == (12 if asked == "kubelet" else 11)
+
+
+def test_listing_by_every_filter(node: Node, pod: str):
+    other = node.run_pod("other")
+    one = node.run(pod, "one", ["sleep", "1000"], labels={"app": "x"})
+    two = node.create(pod, "two", ["true"], labels={"app": "y"})
+    three = node.run(other, "three", ["true"], labels={"app": "x"})
+    node.wait(three)
+
+    def ids(**wanted) -> set[str]:
+        return {c.id for c in node.client.ListContainers(filter=cri.ContainerFilter(**wanted)).containers}
+
+    assert ids() == {one, two, three}
+    assert ids(id=one) == ids(id=one[:13]) == {one}
+    assert ids(pod_sandbox_id=pod) == {one, two}
+    for state, found in ((cri.CONTAINER_RUNNING, one), (cri.CONTAINER_CREATED, two), (cri.CONTAINER_EXITED, three)):
+        assert ids(state=cri.ContainerStateValue(state=state)) == {found}
+    assert ids(label_selector={"app": "x"}) == {one, three}
+    assert ids(pod_sandbox_id=pod, label_selector={"app": "x"}) == {one}
+    assert ids(id="f" * 64) == set()
+
+
+def test_verbose_status_has_the_spec(node: Node, pod: str):
+    container = node.run(pod, "verbose", ["sleep", "1000"])
+    info = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])
+    assert info["runtimeSpec"]["process"]["args"] == ["sleep", "1000"]
+    assert os.path.exists(f"/proc/{info['pid']}")
+
+
+def test_exec(node: Node, pod: str):
+    container = node.run(pod, "exec", ["sleep", "1000"], envs=[cri.KeyValue(key="HELLO", value=b"there")])
+    result = node.client.ExecSync(
+        container_id=container, cmd=["sh", "-c", "echo $HELLO; echo oops >&2; exit 5"], timeout=10
+    )
+    assert (result.stdout, result.stderr, result.exit_code) == (b"there\n", b"oops\n", 5)
+    killed = node.client.ExecSync(container_id=container, cmd=["sh", "-c", "kill -9 $$"], timeout=10)
+    assert killed.exit_code == 137
+
+
+def test_an_execs_large_output_is_whole(node: Node, pod: str):
+    container = node.run(pod, "large", ["sleep", "1000"])
+    result = node.client.ExecSync(
+        container_id=container, cmd=["sh", "-c", "yes 0123456789abcde | head -c 7000000"], timeout=30
+    )
+    assert len(result.stdout) == 7000000
+    assert result.stdout == (b"0123456789abcde\n" * 437500)
+
+
+def test_an_exec_past_its_timeout_dies_with_its_process_group(node: Node, pod: str):
+    container = node.run(pod, "timeout", ["sleep", "1000"])
+    began = time.monotonic()
+    with pytest.raises(grpc.RpcError) as e:
+        node.client.ExecSync(container_id=container, cmd=["sh", "-c", "sleep 4711 & sleep 4712"], timeout=1)
+    assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "timed out after 1 s" in e.value.details()
+    assert time.monotonic() - began < 5
+    deadline = time.monotonic() + 5
+    while "471" in node.sh(container, "ps -o args | grep '[s]leep 47' || true"):
+        assert time.monotonic() < deadline, "the group still lives"
+        time.sleep(0.05)
+
+
+def test_an_exec_whose_caller_goes_away_dies(node: Node, pod: str):
+    container = node.run(pod, "gone", ["sleep", "1000"])
+    with pytest.raises(grpc.RpcError):
+        node.client.ExecSync(deadline=0.5, container_id=container, cmd=["sleep", "4713"], timeout=0)
+    deadline = time.monotonic() + 5
+    while "4713" in node.sh(container, "ps -o args | grep '[s]leep 4713' || true"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rotated_log_goes_on_in_a_new_file(node: Node, pod: str):
+    container = node.run(pod, "rotated", ["sh", "-c", "while :; do echo tick; sleep 0.05; done"])
+    path = node.status(container).log_path
+    time.sleep(0.3)
+    os.rename(path, path + ".1")
+    node.client.ReopenContainerLog(container_id=container)
+    size = os.path.getsize(path + ".1")
+    time.sleep(0.3)
+    assert os.path.getsize(path) > 0
+    assert os.path.getsize(path + ".1") == size
+    pattern = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z stdout F tick\n$")
+    for name in (path, path + ".1"):
+        with open(name) as f:
+            assert all(pattern.match(line) for line in f)
+
+
+def test_a_long_log_is_whole(node: Node, pod: str):
+    container = node.run(pod, "long", ["sh", "-c", "seq 1 300000"])
+    assert node.wait(container).exit_code == 0
+    assert node.log(container) == "".join(f"{n}\n" for n in range(1, 300001))
+
+
+def test_a_terminal(node: Node, pod: str):
+    container = node.run(pod, "tty", ["sh", "-c", "tty; echo out; echo err >&2"], tty=True)
+    assert node.wait(container).exit_code == 0
+    assert node.log(container).replace("\r", "") == "/dev/pts/0\nout\nerr\n"
+
+
+def test_an_oom_kill_is_told(node: Node, pod: str):
+    config = cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=16 << 20))
+    container = node.run(pod, "oom", ["sh", "-c", "head -c 200m /dev/zero | tail"], linux=config)
+    ended = node.wait(container)
+    assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
+
+
+def test_fifty_short_containers_keep_their_exit_codes(node: Node, pod: str):
+    containers = [node.run(pod, f"short-{n}", ["sh", "-c", f"exit {n}"]) for n in range(50)]
+    assert [node.wait(c).exit_code for c in containers] == list(range(50))

@@ -1,0 +1,175 @@
+"""The daemon itself: its socket, its lock, its stop, and what it finds again after it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.node import Node
+
+
+def test_the_socket_is_roots_alone(node: Node):
+    assert stat.S_IMODE(os.stat(node.socket).st_mode) == 0o600
+
+
+def test_a_second_daemon_on_the_same_directories_is_refused(node: Node):
+    command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert second.returncode == 1
+    assert node.process is not None
+    assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
+    node.client.Version()
+
+
+def test_status_and_version(node: Node):
+    version = node.client.Version()
+    assert (version.runtime_name, version.runtime_api_version) == ("criserver", "v1")
+    status = node.client.Status(verbose=True)
+    assert {c.type: c.status for c in status.status.conditions} == {"RuntimeReady": True, "NetworkReady": True}
+    assert {h.name for h in status.runtime_handlers} == {"", "runc"}
+    assert node.client.RuntimeConfig().linux.cgroup_driver == cri.CGROUPFS
+
+
+def test_an_orderly_stop_leaves_the_containers_running(node: Node):
+    pod = node.run_pod("calm")
+    container = node.run(pod, "c", ["sh", "-c", "while :; do echo tick; sleep 0.02; done"])
+    assert node.stop() == 0
+    assert not os.path.exists(node.socket) or stat.S_ISSOCK(os.stat(node.socket).st_mode)
+    path = f"{node.logs}/calm/c.log"
+    size = os.path.getsize(path)
+    time.sleep(0.2)
+    assert os.path.getsize(path) > size
+    node.start()
+    assert node.status(container).state == cri.CONTAINER_RUNNING
+    assert node.sh(container, "echo still here") == "still here\n"
+
+
+def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node: Node):
+    script = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo $i; sleep 0.01; done; "
+    pods = [node.run_pod(f"pod-{n}") for n in range(10)]
+    containers = [
+        node.run(pods[n], "c", ["sh", "-c", script + ("exit 42" if n == 3 else "exec sleep 1000")]) for n in range(10)
+    ]
+    before = {p.id: p for p in node.client.ListPodSandbox().items}
+    running = {c.id: node.status(c.id) for c in node.client.ListContainers().containers}
+    node.kill()
+    exit_record = f"{node.state}/containers/{containers[3]}/exit.json"
+    deadline = time.monotonic() + 20
+    while not os.path.exists(exit_record):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    node.start()
+    assert {p.id: p for p in node.client.ListPodSandbox().items} == before
+    for n, container in enumerate(containers):
+        status = node.status(container)
+        if n == 3:
+            assert (status.state, status.exit_code) == (cri.CONTAINER_EXITED, 42)
+            assert status.started_at == running[container].started_at
+            assert status.finished_at > status.started_at
+        else:
+            assert status == running[container]
+            assert node.sh(container, "echo alive") == "alive\n"
+    time.sleep(3)
+    for container in containers:
+        assert node.log(container) == "".join(f"{n}\n" for n in range(1, 201))
+    for container in containers:
+        node.client.StopContainer(container_id=container, timeout=0)
+        assert node.status(container).exit_code == (42 if container == containers[3] else 137)
+
+
+def test_the_shared_pid_namespace_survives_a_killed_daemon(node: Node):
+    options = cri.NamespaceOption(pid=cri.POD)
+    linux = cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+    pod = node.run_pod("pids", linux=linux)
+    one = node.run(pod, "one", ["sleep", "1000"])
+    node.kill()
+    node.start()
+    assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_READY
+    two = node.run(pod, "two", ["sleep", "1000"])
+    assert node.sh(one, "readlink /proc/self/ns/pid") == node.sh(two, "readlink /proc/self/ns/pid")
+
+
+def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: Node):
+    pod = node.run_pod("shimless")
+    container = node.run(pod, "c", ["sleep", "1000"])
+    shim = next(
+        int(pid)
+        for pid in os.listdir("/proc")
+        if pid.isdecimal() and _cwd(pid) == f"{node.state}/containers/{container}"
+    )
+    os.kill(shim, signal.SIGKILL)
+    time.sleep(0.5)
+    assert node.status(container).state == cri.CONTAINER_RUNNING
+    node.client.StopContainer(container_id=container, timeout=0)
+    ended = node.status(container)
+    assert (ended.state, ended.exit_code, ended.reason) == (cri.CONTAINER_EXITED, 255, "Unknown")
+
+
+def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
+    pod = node.run_pod("frozen")
+    containers = [node.run(pod, f"c{n}", ["sleep", "1000"]) for n in range(5)]
+    directories = {f"{node.state}/containers/{c}" for c in containers}
+    shims = [int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p) in directories]
+    assert len(shims) == 5
+    try:
+        for shim in shims:
+            os.kill(shim, signal.SIGSTOP)
+        began = time.monotonic()
+        assert len(node.client.ListContainers().containers) == 5
+        for container in containers:
+            node.status(container)
+        assert time.monotonic() - began < 1
+        node.kill()
+        began = time.monotonic()
+        node.start()
+        assert time.monotonic() - began < 10, "start-up waits for frozen shims, and only once for all of them"
+        assert {node.status(c).state for c in containers} == {cri.CONTAINER_RUNNING}
+    finally:
+        for shim in shims:
+            os.kill(shim, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_daemon_killed_at_any_moment_leaves_nothing_without_an_owner(node: Node, seed: int):
+    moment = random.Random(seed).uniform(0.0, 0.35)
+
+    def work() -> None:
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            pod = node.run_pod(f"victim-{seed}")
+            container = node.run(pod, "c", ["sleep", "1000"])
+            node.client.ExecSync(container_id=container, cmd=["true"], timeout=5)
+            node.client.StopPodSandbox(pod_sandbox_id=pod)
+            node.client.RemovePodSandbox(pod_sandbox_id=pod)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    time.sleep(moment)
+    node.kill()
+    worker.join()
+    node.start()
+    pods = {p.id for p in node.client.ListPodSandbox().items}
+    containers = {c.id: c for c in node.client.ListContainers().containers}
+    assert {c.pod_sandbox_id for c in containers.values()} <= pods
+    for directory, owners in (("ns", pods), ("sandboxes", pods), ("containers", set(containers))):
+        with contextlib.suppress(FileNotFoundError):
+            assert set(os.listdir(f"{node.state}/{directory}")) <= owners, directory
+    node.remove_pods()
+    assert node.leftovers() == []
+
+
+def _cwd(pid: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""

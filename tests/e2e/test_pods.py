@@ -1,0 +1,213 @@
+"""Pods: run, status, list, stop, remove, and what their containers see of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.node import Node
+
+
+def shared(**modes: int) -> cri.LinuxPodSandboxConfig:
+    """A pod's linux section with namespace modes."""
+    options = cri.NamespaceOption(**{"pid": cri.CONTAINER, **modes})
+    return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+
+
+def test_a_pod_has_an_address_namespaces_and_no_process(node: Node):
+    pod = node.run_pod("plain", labels={"app": "web"}, annotations={"note": "x"})
+    status = node.client.PodSandboxStatus(pod_sandbox_id=pod).status
+    assert status.state == cri.SANDBOX_READY
+    assert status.network.ip.startswith("10.213.")
+    assert (status.metadata.name, status.metadata.uid) == ("plain", "uid-plain")
+    assert dict(status.labels) == {"app": "web"}
+    assert dict(status.annotations) == {"note": "x"}
+    pins = f"{node.state}/ns/{pod}"
+    assert sorted(os.listdir(pins)) == ["ipc", "net", "uts"]
+    inodes = {f"{os.stat(f'{pins}/{kind}').st_ino}" for kind in ("ipc", "net", "uts")}
+    links = subprocess.run(
+        "cat /proc/[0-9]*/task/*/stat >/dev/null 2>&1; readlink /proc/[0-9]*/ns/net /proc/[0-9]*/ns/uts",
+        shell=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert not [i for i in inodes if i in links], "a process is in the pod's namespaces"
+    ping = ["ping", "-c1", "-W2", status.network.ip] if os.path.exists("/bin/ping") else ["true"]
+    subprocess.run(ping, check=True, capture_output=True)
+
+
+def test_verbose_status_shows_where_the_pod_lives(node: Node):
+    pod = node.run_pod("verbose")
+    info = json.loads(node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True).info["info"])
+    assert info["sandboxID"] == pod
+    assert os.path.isdir(info["namespaces"])
+    assert info["network"]["result"]["ips"]
+
+
+def test_listing_by_every_filter(node: Node):
+    one = node.run_pod("one", labels={"tier": "a", "app": "x"})
+    two = node.run_pod("two", labels={"tier": "b", "app": "x"})
+    node.client.StopPodSandbox(pod_sandbox_id=two)
+
+    def ids(**wanted) -> set[str]:
+        return {p.id for p in node.client.ListPodSandbox(filter=cri.PodSandboxFilter(**wanted)).items}
+
+    assert ids() == {one, two}
+    assert ids(id=one) == {one}
+    assert ids(id=one[:12]) == {one}
+    assert ids(id="0" * 64) == set()
+    assert ids(state=cri.PodSandboxStateValue(state=cri.SANDBOX_READY)) == {one}
+    assert ids(state=cri.PodSandboxStateValue(state=cri.SANDBOX_NOTREADY)) == {two}
+    assert ids(label_selector={"app": "x"}) == {one, two}
+    assert ids(label_selector={"app": "x", "tier": "b"}) == {two}
+    assert ids(label_selector={"app": "y"}) == set()
+    assert ids(id=one, label_selector={"tier": "b"}) == set()
+
+
+def test_stop_and_remove_are_idempotent_and_leave_nothing(node: Node):
+    pod = node.run_pod("twice")
+    for _ in range(2):
+        node.client.StopPodSandbox(pod_sandbox_id=pod)
+    assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY
+    assert not os.path.exists(f"{node.state}/ns/{pod}")
+    for _ in range(2):
+        node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    with pytest.raises(grpc.RpcError) as e:
+        node.client.PodSandboxStatus(pod_sandbox_id=pod)
+    assert e.value.code() == grpc.StatusCode.NOT_FOUND
+    assert node.leftovers() == []
+
+
+def test_removing_a_running_pod_takes_its_containers_along(node: Node):
+    pod = node.run_pod("whole")
+    node.run(pod, "a", ["sleep", "1000"])
+    node.create(pod, "b", ["true"])
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    assert node.client.ListContainers().containers == []
+    assert node.leftovers() == []
+
+
+def test_containers_see_the_pods_files(node: Node):
+    dns = cri.DNSConfig(servers=["10.0.0.10"], searches=["ns.svc", "svc"], options=["ndots:5"])
+    pod = node.run_pod("files", dns_config=dns, hostname="the-host")
+    address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
+    container = node.run(pod, "c", ["sleep", "1000"])
+    assert node.sh(container, "cat /etc/resolv.conf") == "search ns.svc svc\nnameserver 10.0.0.10\noptions ndots:5\n"
+    assert node.sh(container, "hostname; cat /etc/hostname") == "the-host\nthe-host\n"
+    assert f"{address}\tthe-host\n" in node.sh(container, "cat /etc/hosts")
+    assert address in node.sh(container, "ip -4 addr show eth0")
+    assert "127.0.0.1/8" in node.sh(container, "ip -4 addr show lo")
+    assert node.sh(container, "df -m /dev/shm | awk 'NR==2 {print $2}'") == "64\n"
+
+
+def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: Node):
+    pod = node.run_pod("together")
+    one = node.run(pod, "one", ["sleep", "1000"])
+    two = node.run(pod, "two", ["sleep", "1000"])
+    for kind, same in (("net", True), ("ipc", True), ("uts", True), ("pid", False), ("mnt", False)):
+        links = {node.sh(c, f"readlink /proc/self/ns/{kind}") for c in (one, two)}
+        assert (len(links) == 1) is same, kind
+    node.sh(one, "echo shared > /dev/shm/x")
+    assert node.sh(two, "cat /dev/shm/x") == "shared\n"
+
+
+def test_a_pod_that_shares_its_pid_namespace(node: Node):
+    pod = node.run_pod("pids", linux=shared(pid=cri.POD))
+    one = node.run(pod, "one", ["sleep", "1001"])
+    two = node.run(pod, "two", ["sleep", "1002"])
+    seen = node.sh(two, "ps -o args")
+    assert "sleep 1001" in seen
+    assert "/infra -P" in seen
+    assert node.sh(one, "readlink /proc/self/ns/pid") == node.sh(two, "readlink /proc/self/ns/pid")
+    node.client.StopContainer(container_id=one, timeout=0)
+    assert node.wait(one).exit_code == 137
+    assert node.status(two).state == cri.CONTAINER_RUNNING
+
+
+def test_a_pod_on_the_hosts_namespaces(node: Node):
+    pod = node.run_pod("host", hostname="", linux=shared(network=cri.NODE, pid=cri.NODE, ipc=cri.NODE))
+    container = node.run(pod, "c", ["sleep", "1003"])
+    for kind in ("net", "ipc", "uts", "pid"):
+        assert node.sh(container, f"readlink /proc/self/ns/{kind}").strip() == os.readlink(f"/proc/self/ns/{kind}"), (
+            kind
+        )
+    assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip == ""
+    assert node.sh(container, "hostname").strip() == os.uname().nodename
+
+
+def test_sysctls_are_the_pods_own(node: Node):
+    linux = shared()
+    linux.sysctls.update({"net.ipv4.ip_unprivileged_port_start": "77", "kernel.shm_rmid_forced": "1"})
+    before = open("/proc/sys/kernel/shm_rmid_forced").read()
+    pod = node.run_pod("sysctl", linux=linux)
+    container = node.run(pod, "c", ["sleep", "1000"])
+    seen = node.sh(container, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced")
+    assert seen == "77\n1\n"
+    assert open("/proc/sys/kernel/shm_rmid_forced").read() == before
+
+
+def test_a_host_port_leads_to_the_pod(node: Node):
+    pod = node.run_pod("ports", port_mappings=[cri.PortMapping(protocol=cri.TCP, container_port=80, host_port=38080)])
+    rules = subprocess.run(["iptables-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout
+    address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
+    assert f"{address}:80" in rules
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    rules = subprocess.run(["iptables-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout
+    assert f"{address}:80" not in rules
+
+
+def test_the_cgroup_parent_holds_the_container(node: Node):
+    linux = shared()
+    linux.cgroup_parent = "/crie2e/pod-x"
+    pod = node.run_pod("cgroup", linux=linux)
+    container = node.run(pod, "c", ["sleep", "1000"])
+    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    with open(f"/proc/{pid}/cgroup") as f:
+        assert f":/crie2e/pod-x/{container}\n" in f.read()
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    for hierarchy in os.listdir("/sys/fs/cgroup"):
+        top = f"/sys/fs/cgroup/{hierarchy}/crie2e"
+        if os.path.isdir(top):
+            assert [d for d in os.listdir(f"{top}/pod-x") if os.path.isdir(f"{top}/pod-x/{d}")] == []
+            os.rmdir(f"{top}/pod-x")
+            os.rmdir(top)
+
+
+def test_many_pods_at_once_get_different_addresses(node: Node):
+    pods: list[str] = []
+    threads = [threading.Thread(target=lambda n=n: pods.append(node.run_pod(f"many-{n}"))) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    addresses = {node.client.PodSandboxStatus(pod_sandbox_id=p).status.network.ip for p in pods}
+    assert len(addresses) == len(pods) == 10
+
+
+def test_a_call_that_the_caller_gave_up_is_met_by_its_retry(node: Node):
+    with pytest.raises(grpc.RpcError) as e:
+        node.client.RunPodSandbox(deadline=0.01, config=node.pod("impatient"))
+    assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    pod = node.run_pod("impatient")
+    assert [p.id for p in node.client.ListPodSandbox().items] == [pod]
+
+
+def test_the_network_becomes_ready_without_a_restart(node: Node):
+    def ready() -> cri.RuntimeCondition:
+        return next(c for c in node.client.Status().status.conditions if c.type == "NetworkReady")
+
+    assert ready().status
+    os.rename(f"{node.cni}/10-e2e.conflist", f"{node.base}/aside")
+    try:
+        assert not ready().status
+        assert node.cni in ready().message
+    finally:
+        os.rename(f"{node.base}/aside", f"{node.cni}/10-e2e.conflist")
+    assert ready().status

@@ -1,0 +1,69 @@
+"""The configuration: defaults, and errors that name the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from criserver.cli import main
+from criserver.config import default_text, load
+from criserver.errors import InvalidArgumentError
+
+
+def written(tmp_path, text: str) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_printed_default_is_what_serve_uses_without_a_file(tmp_path, capsys):
+    assert main(["config", "default"]) == 0
+    printed = capsys.readouterr().out
+    assert tomllib.loads(printed)["root"] == "/var/lib/criserver"
+    assert load(written(tmp_path, printed)) == load(None)
+
+
+def test_every_key_of_the_default_is_explained():
+    lines = default_text().splitlines()
+    for number, line in enumerate(lines):
+        if "=" in line and not line.startswith("#") and not line.startswith("path"):
+            assert lines[number - 1].startswith("#"), line
+
+
+def test_a_file_needs_only_what_differs(tmp_path):
+    config = load(
+        written(
+            tmp_path, '[grpc]\naddress = "/run/other.sock"\n[runtimes.crun]\npath = "crun"\n[runtime]\ndefault = "crun"'
+        )
+    )
+    assert config.grpc_address == "/run/other.sock"
+    assert list(config.runtimes) == ["crun"]
+    assert config.cni_conf_dir == "/etc/cni/net.d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('rot = "/x"', ["unknown key rot", "allowed:", "root"]),
+        ("[cni]\nconf_dir = 12", ["cni.conf_dir = 12", "string"]),
+        ('state = "run"', ["state = 'run'", "absolute path"]),
+        ('[log]\nlevel = "loud"', ["log.level = 'loud'", "debug, info, warning, error"]),
+        ("[cni]\ntimeout = 0", ["cni.timeout = 0"]),
+        ('[runtime]\ndefault = "kata"', ["'kata'", "[runtimes.kata]", "runc"]),
+        ("[runtimes.runc]", ["runtimes.runc", "'path' is a required property"]),
+        ('[runtimes."Not A Name"]\npath = "x"', ["Not A Name"]),
+        ("root = ", ["not valid TOML"]),
+    ],
+)
+def test_a_mistake_is_told_by_key_value_and_what_is_allowed(tmp_path, text, words):
+    path = written(tmp_path, text)
+    with pytest.raises(InvalidArgumentError) as e:
+        load(path)
+    for word in [path, *words]:
+        assert word in str(e.value)
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert main(["serve", "--config", "/nowhere/criserver.toml"]) == 1
+    assert "/nowhere/criserver.toml: No such file" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""The OCI runtime spec as a pure function of what was asked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criserver.errors import InvalidArgumentError
+from criserver.model import (
+    ContainerConfig,
+    Device,
+    Mount,
+    NamespaceMode,
+    Namespaces,
+    Propagation,
+    Resources,
+    Security,
+    User,
+)
+from criserver.oci import spec
+
+HOST = spec.Host(capabilities=(*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"), oom_score_adj_floor=-500)
+POD = spec.PodFacts(
+    hostname="pod",
+    resolv_conf="/s/resolv.conf",
+    hosts="/s/hosts",
+    hostname_file="/s/hostname",
+    shm="/s/shm",
+    net_namespace="/n/net",
+    ipc_namespace="/n/ipc",
+    uts_namespace="/n/uts",
+    pid_namespace=None,
+)
+CONFIG = ContainerConfig(
+    name="c",
+    attempt=0,
+    image="busybox",
+    command=("run",),
+    args=(),
+    working_dir="",
+    envs=(),
+    mounts=(),
+    devices=(),
+    labels={},
+    annotations={},
+    log_path="",
+    stdin=False,
+    stdin_once=False,
+    tty=False,
+    resources=Resources(),
+    security=Security(),
+    namespaces=Namespaces(pid=NamespaceMode.CONTAINER),
+    stop_signal="",
+)
+
+
+def build(image: spec.ImageDefaults | None = None, pod: spec.PodFacts = POD, nodes=(), **changes) -> spec.Spec:
+    return spec.build(
+        config=dataclasses.replace(CONFIG, **changes),
+        image=image or spec.ImageDefaults(),
+        user=User(1, 2, (2, 3)),
+        pod=pod,
+        host=HOST,
+        cgroups_path="/p/c",
+        rootfs="/r",
+        devices=nodes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "entrypoint", "cmd", "expected"),
+    [
+        ((), (), ("e",), ("c",), ["e", "c"]),
+        ((), ("a",), ("e",), ("c",), ["e", "a"]),
+        (("k",), (), ("e",), ("c",), ["k"]),
+        (("k",), ("a",), ("e",), ("c",), ["k", "a"]),
+        ((), (), (), ("c",), ["c"]),
+    ],
+)
+def test_the_command_line(command, args, entrypoint, cmd, expected):
+    image = spec.ImageDefaults(entrypoint=entrypoint, cmd=cmd)
+    assert build(image, command=command, args=args)["process"]["args"] == expected
+
+
+def test_no_command_is_refused():
+    with pytest.raises(InvalidArgumentError, match="no command"):
+        build(command=())
+
+
+def test_the_environment_is_the_images_with_the_kubelets_over_it():
+    image = spec.ImageDefaults(env=("A=1", "B=2=3", "PATH=/own"))
+    env = build(image, envs=(("B", "x"), ("C", "")))["process"]["env"]
+    assert env == ["PATH=/own", "HOSTNAME=pod", "A=1", "B=x", "C="]
+
+
+def test_namespaces_are_joined_made_or_the_hosts():
+    own = build()["linux"]["namespaces"]
+    assert {n["type"]: n.get("path") for n in own} == {
+        "mount": None,
+        "pid": None,
+        "network": "/n/net",
+        "ipc": "/n/ipc",
+        "uts": "/n/uts",
+    }
+    shared = build(
+        namespaces=Namespaces(pid=NamespaceMode.POD), pod=dataclasses.replace(POD, pid_namespace="/proc/9/ns/pid")
+    )
+    assert {"type": "pid", "path": "/proc/9/ns/pid"} in shared["linux"]["namespaces"]
+    hosts = dataclasses.replace(POD, net_namespace=None, uts_namespace=None)
+    host = build(namespaces=Namespaces(pid=NamespaceMode.NODE), pod=hosts)
+    assert [n["type"] for n in host["linux"]["namespaces"]] == ["mount", "ipc"]
+
+
+def test_a_mount_of_the_kubelets_replaces_the_sandboxs_file():
+    mount = Mount("/etc/hosts", "/h/hosts", readonly=True, propagation=Propagation.PRIVATE)
+    found = [m for m in build(mounts=(mount,))["mounts"] if m["destination"] == "/etc/hosts"]
+    assert found == [
+        {"destination": "/etc/hosts", "type": "bind", "source": "/h/hosts", "options": ["rbind", "rprivate", "ro"]}
+    ]
+
+
+paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5).map(lambda p: "/" + "/".join(p))
+
+
+@given(st.lists(paths, max_size=8))
+def test_a_parent_is_mounted_before_what_lies_below_it(destinations):
+    mounts = tuple(Mount(d, "/h", readonly=False, propagation=Propagation.PRIVATE) for d in destinations)
+    order = [m["destination"] for m in build(mounts=mounts)["mounts"]]
+    for index, destination in enumerate(order):
+        for later in order[index + 1 :]:
+            assert not destination.startswith(later + "/"), (later, destination)
+    assert order.count("/proc") == 1
+
+
+def test_propagation_reaches_the_root():
+    def propagation(kind: Propagation) -> str | None:
+        mount = Mount("/m", "/h", readonly=False, propagation=kind)
+        return build(mounts=(mount,))["linux"].get("rootfsPropagation")
+
+    assert propagation(Propagation.PRIVATE) is None
+    assert propagation(Propagation.HOST_TO_CONTAINER) == "rslave"
+    assert propagation(Propagation.BIDIRECTIONAL) == "rshared"
+
+
+@pytest.mark.parametrize(
+    ("security", "bounding", "ambient"),
+    [
+        ({}, set(spec.DEFAULT_CAPABILITIES), set()),
+        ({"add_capabilities": ("SYS_ADMIN",)}, {*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN"}, set()),
+        ({"add_capabilities": ("all",)}, set(HOST.capabilities), set()),
+        ({"drop_capabilities": ("ALL",)}, set(), set()),
+        ({"drop_capabilities": ("ALL",), "add_capabilities": ("cap_chown",)}, {"CAP_CHOWN"}, set()),
+        ({"add_capabilities": ("ALL",), "drop_capabilities": ("CHOWN",)}, {*HOST.capabilities} - {"CAP_CHOWN"}, set()),
+        ({"ambient_capabilities": ("NET_ADMIN",)}, {*spec.DEFAULT_CAPABILITIES, "CAP_NET_ADMIN"}, {"CAP_NET_ADMIN"}),
+        ({"privileged": True, "drop_capabilities": ("ALL",)}, set(HOST.capabilities), set()),
+    ],
+)
+def test_capabilities(security, bounding, ambient):
+    found = build(security=Security(**security))["process"]["capabilities"]
+    assert set(found["bounding"]) == set(found["effective"]) == set(found["permitted"]) == bounding
+    assert set(found["ambient"]) == set(found["inheritable"]) == ambient
+
+
+def test_a_capability_that_the_kernel_does_not_know_is_refused():
+    with pytest.raises(InvalidArgumentError, match="'FLY'"):
+        build(security=Security(add_capabilities=("FLY",)))
+
+
+def test_the_oom_score_is_no_lower_than_the_daemon_may_set():
+    def score(asked: int) -> int:
+        return build(resources=Resources(oom_score_adj=asked))["process"]["oomScoreAdj"]
+
+    assert [score(-998), score(-500), score(3), score(1000)] == [-500, -500, 3, 1000]
+
+
+def test_resources_that_are_unset_are_not_in_the_spec():
+    limits = build()["linux"]["resources"]
+    assert set(limits) == {"devices"}
+    limits = build(resources=Resources(cpu_shares=2, memory_limit=5, hugepage_limits=(("2MB", 7),)))["linux"][
+        "resources"
+    ]
+    assert limits["cpu"] == {"shares": 2}
+    assert limits["memory"] == {"limit": 5}
+    assert limits["hugepageLimits"] == [{"pageSize": "2MB", "limit": 7}]
+
+
+def test_devices_are_allowed_one_by_one():
+    node = spec.DeviceNode("/dev/x", "c", 10, 229, 0o20666, 0, 0)
+    linux = build(nodes=[node], devices=(Device("/dev/x", "/dev/fuse", "rw"),))
+    assert linux["linux"]["resources"]["devices"] == [
+        {"allow": False, "access": "rwm"},
+        {"allow": True, "type": "c", "major": 10, "minor": 229, "access": "rw"},
+    ]
+    assert linux["linux"]["devices"][0]["fileMode"] == 0o666
+
+
+def test_privileged_takes_the_confinement_off():
+    found = build(security=Security(privileged=True, masked_paths=("/proc/kcore",), readonly_paths=("/proc/sys",)))
+    assert found["linux"]["maskedPaths"] == found["linux"]["readonlyPaths"] == []
+    assert found["linux"]["resources"]["devices"] == [{"allow": True, "access": "rwm"}]
+    options = {m["destination"]: m["options"] for m in found["mounts"]}
+    assert "rw" in options["/sys"]
+    assert "rw" in options["/sys/fs/cgroup"]
+
+
+def test_an_execs_process_is_the_containers_with_another_command():
+    document = build()
+    process = spec.exec_process(document, ["ls"], tty=False)
+    assert process["args"] == ["ls"]
+    assert process["user"] == document["process"]["user"]
+    assert document["process"]["args"] == ["run"]
+    assert "TERM=xterm" in spec.exec_process(document, ["ls"], tty=True)["env"]
