@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 
@@ -13,15 +12,14 @@ if TYPE_CHECKING:
     from .logs import LogWriter
     from .loop import Loop
 
-_READ_SIZE = 64 * 1024
-_BUSY_PIPE = 1 << 20
+_READ_SIZE = 64 * 1024  # a pipe's worth; larger reads from larger pipes are measured to be no faster
 _PATIENCE = 10.0
 
 
 class Output:
     """The reading end of a pipe, or a console's master side. `ended` turns true at the end of the stream."""
 
-    __slots__ = ("_clients", "_fd", "_log", "_loop", "_name", "_reading", "_roomy", "ended")
+    __slots__ = ("_clients", "_fd", "_log", "_loop", "_name", "_reading", "ended")
 
     def __init__(self, loop: Loop, fd: int, name: str, log: LogWriter) -> None:
         """Take over `fd`; `name` is the log's: "stdout" or "stderr"."""
@@ -31,7 +29,6 @@ class Output:
         self._name = name
         self._log = log
         self._clients: dict[int, _Client] = {}
-        self._roomy = False
         self._reading = False
         self.ended = False
         self._settle()
@@ -87,19 +84,9 @@ class Output:
         if not block:
             self.end()
             return
-        if len(block) == _READ_SIZE and not self._roomy:
-            self._widen()
         self._log.write(self._name, block)
         for client in list(self._clients.values()):
             client.send(block)
-
-    def _widen(self) -> None:
-        """Give a busy stream a larger pipe. Not from the start: the kernel limits what all pipes may hold."""
-        self._roomy = True
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _BUSY_PIPE)
-        except OSError:
-            pass
 
 
 class _Client:

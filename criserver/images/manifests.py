@@ -147,7 +147,9 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
         raise UnimplementedError(f"{what} has the type {_shown(own_type)}, which is no container image")
     if len(set(types)) > 1:
         raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {_shown(own_type)}")
-    # A document that is an index to one reader and a manifest to another is refused by the schemas.
+    if "manifests" in document and ("layers" in document or "config" in document):
+        # What is chosen must not depend on who reads it (OCI distribution-spec, CVE-2021-41190).
+        raise InvalidArgumentError(f"{what} is an index and a manifest at once")
     if types[0] in INDEX_TYPES if types else "manifests" in document:
         _validate(document, "index.json", what)
         return Index(tuple(_descriptor(d) for d in document["manifests"]))

@@ -158,7 +158,7 @@ class RegistryClient:
                 if len(body) > MAX_MANIFEST:
                     raise InvalidArgumentError(f"manifest {name} is larger than {MAX_MANIFEST} bytes")
             found = digest_of(bytes(body))
-            stated: str = digest or response.headers.get("Docker-Content-Digest", "")
+            stated = response.headers.get("Docker-Content-Digest", "") if digest is None else digest
             if found != stated and is_digest(stated):
                 raise DataLossError(f"manifest {name}: the content received has digest {found}, not {stated}")
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()

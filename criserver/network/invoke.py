@@ -16,6 +16,9 @@ _MAX_STDOUT = 1 << 20
 _MAX_STDERR = 4096
 # Seconds that output may follow a plugin's exit; longer only if it left a process behind that holds its pipes.
 _DRAIN = 1.0
+# Seconds that a plugin gets to finish when its caller is cancelled. One killed in the middle of a write may leave
+# what its own DEL does not find: host-local does not know whose a lease file is that it did not get to fill.
+_GRACE = 2.0
 # Seconds that a killed plugin may take to be gone; longer only if the kernel itself does not let go of it.
 _KILL = 5.0
 
@@ -33,8 +36,9 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
     """Run the plugin at ``path`` with ``request`` on its standard input; ``timeout`` is in seconds.
 
     ``what`` names the run in messages. Raises DeadlineExceededError, FailedPreconditionError or
-    UnavailableError where it cannot be started, CriError for more than 1 MiB of output. When it raises, also
-    when cancelled, the plugin and its process group are dead.
+    UnavailableError where it cannot be started, CriError for more than 1 MiB of output. When it raises, the
+    plugin and its process group are dead; when cancelled, the plugin has ended by itself or, after a short
+    grace, been killed too.
     """
     loop = asyncio.get_running_loop()
     # Not asyncio's own pipe, which is a socket: a script that opens /dev/stdin could not read it.
@@ -48,7 +52,11 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
         except OSError as e:
             raise _start_error(what, path, e) from e
     try:
-        done, _ = await asyncio.wait({plugin.ended}, timeout=timeout)
+        try:
+            done, _ = await asyncio.wait({plugin.ended}, timeout=timeout)
+        except asyncio.CancelledError:
+            await asyncio.wait({plugin.ended}, timeout=_GRACE)
+            raise
         if not done:
             raise DeadlineExceededError(f"{what} did not end within {timeout:g} s and was killed")
         if len(plugin.stdout) > _MAX_STDOUT:

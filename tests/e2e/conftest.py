@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.node import Node, cgroups, processes
+from tests.e2e.node import SCRATCH, Node, cgroups, processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,9 +25,9 @@ def host_state() -> set[str]:
         found = {"mount " + line.split()[4] for line in f}
     found |= {"link " + name for name in os.listdir("/sys/class/net")}
     found |= {"cgroup " + path for path in cgroups()}
-    found |= {f"shim {pid}" for pid, words in processes() if "shims.nursery" in words}
+    found |= {f"process {pid} {words}" for pid, words in processes() if f" {SCRATCH}" in words}
     rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
-    found |= {"rule " + line for line in rules.splitlines() if "e2e" in line or "CNI-DN" in line}
+    found |= {"rule " + line for line in rules.splitlines() if line.startswith("-A CNI-") or "CNI-DN" in line}
     return found
 
 

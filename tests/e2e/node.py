@@ -21,6 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 BRIDGE = "crie2e0"
 SUBNET = "10.213.0.0/16"
+SCRATCH = "/run/cri-e2e-"
 
 
 class Client:
@@ -53,7 +54,7 @@ class Node:
     """One daemon. ``start`` and ``kill`` may alternate; ``close`` undoes everything."""
 
     def __init__(self, runtimes: str = "") -> None:
-        self.base = tempfile.mkdtemp(prefix="cri-", dir="/run")
+        self.base = tempfile.mkdtemp(prefix=SCRATCH)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
         self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"

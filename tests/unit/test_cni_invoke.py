@@ -20,6 +20,7 @@ from criserver.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
+from criserver.network import invoke
 from criserver.network.cni import Attachment, Network, PodNetwork, PortMapping
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
@@ -371,7 +372,8 @@ async def test_a_hanging_plugin_is_killed_with_its_children(node: Node) -> None:
     assert node.calls() == ["ADD one", "ADD two", "DEL two", "DEL one"]
 
 
-async def test_cancellation_kills_the_plugin_and_undoes_the_rest(node: Node) -> None:
+async def test_cancellation_kills_the_plugin_and_undoes_the_rest(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invoke, "_GRACE", 0.1)
     node.plugin("two", ADD=f"sleep 1000 & echo $$ $! > {node.log}/pids; wait")
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(lambda: (node.log / "pids").exists() and (node.log / "pids").read_text().endswith("\n"))
@@ -383,7 +385,19 @@ async def test_cancellation_kills_the_plugin_and_undoes_the_rest(node: Node) -> 
     assert node.calls() == ["ADD one", "ADD two", "DEL two", "DEL one"]
 
 
-async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node) -> None:
+async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node) -> None:
+    node.plugin("one", ADD=f"sleep 0.3; touch {node.log}/finished; " + say(RESULT))
+    task = asyncio.create_task(node.network.add(node.plan()))
+    await until(lambda: "ADD one" in node.calls())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (node.log / "finished").exists()
+    assert node.calls() == ["ADD one", "DEL two", "DEL one"]
+
+
+async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invoke, "_GRACE", 0.1)
     node.plugin("two", ADD="sleep 1000", DEL="sleep 0.3")
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(lambda: "ADD two" in node.calls())
@@ -424,7 +438,8 @@ async def test_a_request_larger_than_a_pipe(node: Node) -> None:
     assert len(node.request("one", "ADD")["own"]) == 300_000
 
 
-async def test_pods_do_not_wait_for_each_other(node: Node) -> None:
+async def test_pods_do_not_wait_for_each_other(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invoke, "_GRACE", 0.1)
     node.plugin("one", ADD=f"[ $CNI_CONTAINERID = stuck ] && sleep 1000; {say(RESULT)}")
     stuck = asyncio.create_task(node.network.add(node.plan(sandbox_id="stuck")))
     await until(lambda: "ADD one" in node.calls())

@@ -1,0 +1,8 @@
+"""The fixtures of the end-to-end tests, for the field's own tools."""
+
+from __future__ import annotations
+
+from tests.e2e.conftest import busybox_archive, clean_pods, node, nothing_left
+from tests.e2e.registry import registry
+
+__all__ = ["busybox_archive", "clean_pods", "node", "nothing_left", "registry"]

@@ -1,0 +1,209 @@
+"""Images for the tests, built in memory: OCI layouts, Docker schema 2, indexes, archives.
+
+>>> image = build_image([{"bin/sh": File(b"...", 0o755), "bin/ls": Link("sh"), "tmp": Dir(0o1777)}], {"Cmd": ["sh"]})
+>>> write_archive(image, "image.tar", "localhost/image:1")
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from criserver.images.manifests import (
+    DOCKER_CONFIG,
+    DOCKER_LAYER_GZIP,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER_GZIP,
+    OCI_MANIFEST,
+    Platform,
+    host_platform,
+)
+
+_BUSYBOX = "/bin/busybox"
+_PASSWD = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+_GROUP = b"root:x:0:\nnogroup:x:65534:\n"
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file that needs more than its content."""
+
+    content: bytes
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+
+
+@dataclass(frozen=True)
+class Dir:
+    """A directory."""
+
+    mode: int = 0o755
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link."""
+
+    target: str
+
+
+Layer = Mapping[str, bytes | File | Dir | Link]
+
+
+@dataclass(frozen=True)
+class BuiltImage:
+    """Blobs by digest, and the descriptor of the manifest or index that stands for them."""
+
+    blobs: Mapping[str, bytes]
+    descriptor: Mapping[str, Any]
+    layers: Sequence[bytes] = field(default=())  # uncompressed
+
+    @property
+    def digest(self) -> str:
+        """The digest of the manifest or index."""
+        return str(self.descriptor["digest"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest or index as a document."""
+        document: dict[str, Any] = json.loads(self.blobs[self.digest])
+        return document
+
+    @property
+    def id(self) -> str:
+        """The image ID."""
+        return str(self.manifest["config"]["digest"])
+
+
+def build_image(
+    layers: Iterable[Layer],
+    config: Mapping[str, Any] | None = None,
+    *,
+    platform: Platform | None = None,
+    docker: bool = False,
+) -> BuiltImage:
+    """An image of gzip layers, for this host where nothing else is said; ``docker`` makes it schema 2."""
+    platform = platform or host_platform()
+    tars = [tar_of(layer) for layer in layers]
+    blobs: dict[str, bytes] = {}
+    configuration = {
+        "architecture": platform.architecture,
+        "os": platform.os,
+        **({"variant": platform.variant} if platform.variant else {}),
+        "config": dict(config or {}),
+        "rootfs": {"type": "layers", "diff_ids": [digest(tar) for tar in tars]},
+    }
+    described = add_blob(blobs, DOCKER_CONFIG if docker else OCI_CONFIG, json.dumps(configuration).encode())
+    layer_type = DOCKER_LAYER_GZIP if docker else OCI_LAYER_GZIP
+    packed = [add_blob(blobs, layer_type, gzip.compress(tar, 1, mtime=0)) for tar in tars]
+    kind = DOCKER_MANIFEST if docker else OCI_MANIFEST
+    manifest = {"schemaVersion": 2, "mediaType": kind, "config": described, "layers": packed}
+    top = add_blob(blobs, kind, json.dumps(manifest).encode())
+    top["platform"] = {k: v for k, v in vars_of(platform).items() if v}
+    return BuiltImage(blobs, top, tars)
+
+
+def build_index(images: Iterable[BuiltImage], *, docker: bool = False) -> BuiltImage:
+    """An index of images for several platforms."""
+    images = list(images)
+    blobs = {d: b for image in images for d, b in image.blobs.items()}
+    kind = DOCKER_LIST if docker else OCI_INDEX
+    document = {"schemaVersion": 2, "mediaType": kind, "manifests": [dict(image.descriptor) for image in images]}
+    return BuiltImage(blobs, add_blob(blobs, kind, json.dumps(document).encode()))
+
+
+def busybox_image(*, config: Mapping[str, Any] | None = None, layers: Iterable[Layer] = ()) -> BuiltImage:
+    """The host's static busybox with its applets, root and nobody; ``layers`` go on top of it."""
+    with open(_BUSYBOX, "rb") as f:
+        base: dict[str, bytes | File | Dir | Link] = {"bin/busybox": File(f.read(), 0o755)}
+    applets = subprocess.run([_BUSYBOX, "--list"], capture_output=True, text=True, check=True).stdout.split()
+    base |= {f"bin/{applet}": Link("busybox") for applet in applets if applet != "busybox"}
+    base |= {"etc/passwd": _PASSWD, "etc/group": _GROUP, "tmp": Dir(0o1777), "root": Dir(0o700)}
+    return build_image([base, *layers], {"Cmd": ["sh"], "Env": ["PATH=/bin"], **(config or {})})
+
+
+def write_layout(image: BuiltImage, directory: str, name: str = "latest") -> None:
+    """The image as an OCI layout; ``name`` is its org.opencontainers.image.ref.name."""
+    for path, content in _layout(image, {"org.opencontainers.image.ref.name": name}).items():
+        os.makedirs(os.path.dirname(os.path.join(directory, path)), exist_ok=True)
+        with open(os.path.join(directory, path), "wb") as f:
+            f.write(content)
+
+
+def write_archive(image: BuiltImage, path: str, name: str = "") -> None:
+    """The image as a tar file that holds an OCI layout, named as containerd names images."""
+    write_tar(path, _layout(image, {"io.containerd.image.name": name} if name else {}))
+
+
+def write_docker_archive(image: BuiltImage, path: str, names: Sequence[str] = (), *, packed: bool = False) -> None:
+    """The image as ``docker save`` wrote it: manifest.json, and layers plain or ``packed``."""
+    entry = {"Config": f"{image.id.removeprefix('sha256:')}.json", "RepoTags": list(names), "Layers": []}
+    members = {entry["Config"]: image.blobs[image.id]}
+    for number, layer in enumerate(image.layers):
+        entry["Layers"].append(f"{number}/layer.tar")
+        members[f"{number}/layer.tar"] = gzip.compress(layer, mtime=0) if packed else layer
+    write_tar(path, {**members, "manifest.json": json.dumps([entry]).encode()})
+
+
+def write_tar(path: str, members: Layer) -> None:
+    """A tar file with these members."""
+    with open(path, "wb") as f:
+        f.write(tar_of(members))
+
+
+def tar_of(members: Layer) -> bytes:
+    """A tar stream with these members, and the same bytes for the same members."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, member in members.items():
+            info = tarfile.TarInfo(name)
+            content = b""
+            match member:
+                case Dir():
+                    info.type, info.mode = tarfile.DIRTYPE, member.mode
+                case Link():
+                    info.type, info.linkname, info.mode = tarfile.SYMTYPE, member.target, 0o777
+                case File():
+                    content, info.mode, info.uid, info.gid = member.content, member.mode, member.uid, member.gid
+                case _:
+                    content = member
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def digest(data: bytes) -> str:
+    """The sha256 digest of a blob."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def add_blob(blobs: dict[str, bytes], media_type: str, data: bytes) -> dict[str, Any]:
+    """Put ``data`` among the blobs and describe it."""
+    blobs[digest(data)] = data
+    return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
+
+
+def vars_of(platform: Platform) -> dict[str, str]:
+    """A platform as descriptors write it."""
+    return {"os": platform.os, "architecture": platform.architecture, "variant": platform.variant}
+
+
+def _layout(image: BuiltImage, annotations: Mapping[str, str]) -> dict[str, bytes]:
+    entry = {**image.descriptor, "annotations": dict(annotations)}
+    return {
+        "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
+        "index.json": json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(),
+        **{f"blobs/{d.replace(':', '/')}": blob for d, blob in image.blobs.items()},
+    }

@@ -1,0 +1,127 @@
+"""The content store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from criserver.errors import DataLossError, NotFoundError, ResourceExhaustedError
+from criserver.images.content import ContentStore, digest_of
+
+DATA = os.urandom(200_000)
+DIGEST = digest_of(DATA)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return str(tmp_path / "content")
+
+
+def files(root: str) -> list[str]:
+    return sorted(os.path.join(d, f)[len(root) + 1 :] for d, _, names in os.walk(root) for f in names)
+
+
+async def fill(store: ContentStore, data: bytes, digest: str) -> None:
+    with store.ingest() as ingest:
+        for start in range(0, len(data), 70_000):
+            await ingest.write(data[start : start + 70_000])
+        ingest.commit(digest)
+
+
+async def test_a_blob_comes_in_whole(root):
+    store = ContentStore(root)
+    await fill(store, DATA, DIGEST)
+    assert files(root) == [f"blobs/sha256/{DIGEST[7:]}"]
+    assert store.size(DIGEST) == len(DATA)
+    assert store.read(DIGEST, len(DATA)) == DATA
+    with store.open(DIGEST) as f:
+        assert f.read() == DATA
+    assert store.usage() == (200_704, 1)
+    assert ContentStore(root).digests() == {DIGEST}
+    assert ContentStore(root).usage() == (200_704, 1)
+
+
+async def test_the_same_blob_twice_counts_once(root):
+    store = ContentStore(root)
+    await fill(store, DATA, DIGEST)
+    await fill(store, DATA, DIGEST)
+    assert store.usage() == (200_704, 1)
+
+
+async def test_another_digest_leaves_nothing(root):
+    store = ContentStore(root)
+    with pytest.raises(DataLossError, match=f"blob {digest_of(b'x')}: the content received has digest {DIGEST}"):
+        await fill(store, DATA, digest_of(b"x"))
+    assert files(root) == []
+    assert store.digests() == set()
+
+
+async def test_what_is_not_committed_leaves_nothing(root):
+    store = ContentStore(root)
+    with store.ingest() as ingest:
+        await ingest.write(DATA)
+        assert len(files(root)) == 1
+    assert files(root) == []
+
+
+async def test_a_cancelled_writer_leaves_nothing(root):
+    store = ContentStore(root)
+    started = asyncio.Event()
+
+    async def write() -> None:
+        with store.ingest() as ingest:
+            while True:
+                started.set()
+                await ingest.write(DATA)
+
+    task = asyncio.create_task(write())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert files(root) == []
+
+
+def test_a_new_store_sweeps_what_a_crash_left(root):
+    ContentStore(root)
+    for name in ("ingest/7", "ingest/x"):
+        with open(os.path.join(root, name), "wb") as f:
+            f.write(b"half")
+    ContentStore(root)
+    assert files(root) == []
+
+
+async def test_deleting(root):
+    store = ContentStore(root)
+    digest = store.put(b"one")
+    await store.delete(digest)
+    await store.delete(digest)
+    assert files(root) == []
+    assert store.size(digest) is None
+    assert store.usage() == (0, 0)
+    with pytest.raises(NotFoundError, match=digest):
+        store.read(digest, 10)
+
+
+async def test_a_deleted_blob_is_gone_before_the_first_wait(root):
+    store = ContentStore(root)
+    digest = store.put(b"one")
+    task = asyncio.create_task(store.delete(digest))
+    await asyncio.sleep(0)
+    assert store.size(digest) is None
+    store.put(b"one")
+    await task
+    assert store.read(digest, 10) == b"one"
+
+
+def test_reading_is_bounded_and_checked(root):
+    store = ContentStore(root)
+    digest = store.put(b"12345")
+    with pytest.raises(ResourceExhaustedError, match="larger than 4 bytes"):
+        store.read(digest, 4)
+    with open(store.path(digest), "wb") as f:
+        f.write(b"1234x")
+    with pytest.raises(DataLossError, match="is damaged on disk"):
+        store.read(digest, 5)

@@ -1,0 +1,53 @@
+"""Lists as joins of serialised entries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criserver.api.lists import Fragments
+from criserver.pb.runtime.v1 import api_pb2 as cri
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    id: str
+    name: str
+
+
+def make(record: Record) -> bytes:
+    entry = cri.Container(id=record.id, metadata=cri.ContainerMetadata(name=record.name))
+    return cri.ListContainersResponse(containers=[entry]).SerializeToString()
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=50), max_size=20))
+def test_the_join_is_the_list(names):
+    records = [Record(key, name) for key, name in names.items()]
+    joined = cri.ListContainersResponse.FromString(Fragments(make).join(records, len(records)))
+    assert [(c.id, c.metadata.name) for c in joined.containers] == list(names.items())
+
+
+def test_an_entry_is_made_again_only_when_its_record_changes():
+    made: list[str] = []
+
+    def counting(record: Record) -> bytes:
+        made.append(record.id)
+        return make(record)
+
+    fragments = Fragments(counting)
+    records = [Record("a", "1"), Record("b", "1")]
+    fragments.join(records, 2)
+    fragments.join(records, 2)
+    assert made == ["a", "b"]
+    records[1] = dataclasses.replace(records[1], name="2")
+    assert b"2" in fragments.join(records, 2)
+    assert made == ["a", "b", "b"]
+
+
+def test_fragments_of_removed_records_are_let_go():
+    fragments = Fragments(make)
+    for number in range(1000):
+        fragments.join([Record(str(number), "x")], 1)
+    assert len(fragments._kept) <= 67

@@ -1,0 +1,299 @@
+"""Manifests, indexes, configurations, platforms."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+from criserver.images.manifests import (
+    DOCKER_CONFIG,
+    DOCKER_LAYER,
+    DOCKER_LAYER_GZIP,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_MANIFEST,
+    Descriptor,
+    ImageConfig,
+    Index,
+    Manifest,
+    Platform,
+    chain_ids,
+    check_layers,
+    choose,
+    compression,
+    host_platform,
+    parse_config,
+    parse_manifest,
+    runs_on,
+)
+
+A, B, C = ("sha256:" + c * 64 for c in "abc")
+AMD64 = Platform("linux", "amd64")
+
+
+def described(media_type: str, digest: str = A, size: int = 10, **more: Any) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": digest, "size": size, **more}
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": described(OCI_CONFIG),
+        "layers": [described(OCI_LAYER_GZIP, B)],
+        **changes,
+    }
+    return {k: v for k, v in document.items() if v is not None}
+
+
+def index(*entries: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(entries), **changes}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    document = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [A]}, **changes}
+    return {k: v for k, v in document.items() if v is not None}
+
+
+def parse(document: Any, media_type: str = "") -> Index | Manifest:
+    return parse_manifest(json.dumps(document).encode(), media_type, "manifest m")
+
+
+def test_an_oci_manifest():
+    expected = Manifest(Descriptor(OCI_CONFIG, A, 10), (Descriptor(OCI_LAYER_GZIP, B, 10),))
+    assert parse(manifest(), OCI_MANIFEST) == expected
+    assert parse(manifest(mediaType=None), OCI_MANIFEST) == expected
+    assert parse(manifest(mediaType=None), "application/json") == expected
+
+
+def test_a_docker_manifest():
+    document = manifest(
+        mediaType=DOCKER_MANIFEST, config=described(DOCKER_CONFIG), layers=[described(DOCKER_LAYER_GZIP)]
+    )
+    assert parse(document, DOCKER_MANIFEST) == Manifest(
+        Descriptor(DOCKER_CONFIG, A, 10), (Descriptor(DOCKER_LAYER_GZIP, A, 10),)
+    )
+
+
+@pytest.mark.parametrize("kind", [OCI_INDEX, DOCKER_LIST])
+def test_an_index(kind):
+    platform = {"os": "linux", "architecture": "arm", "variant": "v7"}
+    found = parse(index(described(OCI_MANIFEST, platform=platform), described(OCI_MANIFEST, B), mediaType=kind), kind)
+    assert found == Index(
+        (Descriptor(OCI_MANIFEST, A, 10, Platform("linux", "arm", "v7")), Descriptor(OCI_MANIFEST, B, 10))
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "where"),
+    [
+        ([], "not a JSON object"),
+        (manifest(schemaVersion=3), "$.schemaVersion"),
+        (manifest(config=None), "'config' is a required property"),
+        (manifest(layers=None), "'layers' is a required property"),
+        (manifest(layers=[]), "$.layers"),
+        (manifest(layers=[described(OCI_LAYER)] * 501), "$.layers"),
+        (manifest(layers=[{"digest": A, "size": 1}]), "$.layers[0]"),
+        (manifest(layers=[described(OCI_LAYER, "sha256:abc")]), "$.layers[0].digest"),
+        (manifest(layers=[described(OCI_LAYER, A + "\n")]), "$.layers[0].digest"),
+        (manifest(layers=[described(OCI_LAYER, "sha512:" + "a" * 128)]), "$.layers[0].digest"),
+        (manifest(layers=[described(OCI_LAYER, size=-1)]), "$.layers[0].size"),
+        (manifest(layers=[described(OCI_LAYER, size="1")]), "$.layers[0].size"),
+        (manifest(layers=[described(OCI_LAYER, size=2**63)]), "$.layers[0].size"),
+        (manifest(manifests=[]), "at once"),
+        (index(config={}), "at once"),
+        (index(layers=[]), "at once"),
+        (index(described(OCI_MANIFEST, platform={"os": "linux"})), "$.manifests[0].platform"),
+        (index(*[described(OCI_MANIFEST)] * 1001), "$.manifests"),
+    ],
+)
+def test_invalid_manifests(document, where):
+    with pytest.raises(InvalidArgumentError) as caught:
+        parse(document)
+    assert str(caught.value).startswith("manifest m is ")
+    assert where in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}"]
+)
+def test_what_is_no_json(body):
+    with pytest.raises(InvalidArgumentError, match="manifest m is not valid JSON"):
+        parse_manifest(body, OCI_MANIFEST, "manifest m")
+
+
+def test_a_manifest_that_came_as_an_index():
+    with pytest.raises(InvalidArgumentError, match=r"came as application/vnd\.oci\.image\.index"):
+        parse(manifest(), OCI_INDEX)
+
+
+@pytest.mark.parametrize(
+    ("document", "media_type", "message"),
+    [
+        ({"schemaVersion": 1, "fsLayers": []}, "", "build or push the image again"),
+        (manifest(), "application/vnd.docker.distribution.manifest.v1+prettyjws", "schema 1"),
+        (manifest(mediaType="application/vnd.example\x1b"), OCI_MANIFEST, "application/vnd.example?, which is no"),
+        (manifest(config=described("application/vnd.cncf.helm.config.v1+json")), OCI_MANIFEST, "is an artifact"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(document, media_type, message):
+    with pytest.raises(UnimplementedError) as caught:
+        parse(document, media_type)
+    assert message in str(caught.value)
+
+
+def test_a_configuration():
+    found = parse_config(
+        json.dumps(
+            config(
+                variant="v3",
+                config={
+                    "User": "1000:1000",
+                    "Env": ["PATH=/bin"],
+                    "Entrypoint": ["/a"],
+                    "Cmd": None,
+                    "WorkingDir": "/w",
+                    "Volumes": {"/b": {}, "/a": {}},
+                    "Labels": {"x": "y"},
+                    "StopSignal": "SIGINT",
+                    "ExposedPorts": {"80/tcp": {}},
+                },
+            )
+        ).encode(),
+        "c",
+    )
+    assert found.platform == Platform("linux", "amd64", "v3")
+    assert found.diff_ids == (A,)
+    assert found.process == ImageConfig(
+        "1000:1000", ("PATH=/bin",), ("/a",), (), "/w", ("/a", "/b"), {"x": "y"}, "SIGINT", ("80/tcp",)
+    )
+
+
+@pytest.mark.parametrize("process", [None, {}, {"Entrypoint": None, "Labels": None, "Volumes": None}])
+def test_a_configuration_without_a_process(process):
+    assert parse_config(json.dumps(config(config=process)).encode(), "c").process == ImageConfig()
+
+
+@pytest.mark.parametrize(
+    ("document", "where"),
+    [
+        (config(os=None), "'os' is a required property"),
+        (config(architecture=None), "'architecture' is a required property"),
+        (config(rootfs=None), "'rootfs' is a required property"),
+        (config(rootfs={"type": "tree", "diff_ids": [A]}), "$.rootfs.type"),
+        (config(rootfs={"type": "layers", "diff_ids": []}), "$.rootfs.diff_ids"),
+        (config(rootfs={"type": "layers", "diff_ids": ["x"]}), "$.rootfs.diff_ids[0]"),
+        (config(config={"Cmd": "sh"}), "$.config.Cmd"),
+        (config(config={"Cmd": [1]}), "$.config.Cmd[0]"),
+        (config(config={"Env": ["A=\0"]}), "$.config.Env[0]"),
+        (config(config={"User": "a\0"}), "$.config.User"),
+        (config(config={"Labels": {"a": 1}}), "$.config.Labels.a"),
+        (config(config={"Volumes": {"/a\0": {}}}), "$.config.Volumes"),
+        (config(config=[]), "$.config"),
+    ],
+)
+def test_invalid_configurations(document, where):
+    with pytest.raises(InvalidArgumentError) as caught:
+        parse_config(json.dumps(document).encode(), "configuration c")
+    assert str(caught.value).startswith("configuration c is invalid: ")
+    assert where in str(caught.value)
+
+
+def test_manifest_and_configuration_must_agree():
+    found = parse_config(json.dumps(config()).encode(), "c")
+    layer = Descriptor(OCI_LAYER, A, 1)
+    check_layers(Manifest(layer, (layer,)), found, "m")
+    with pytest.raises(InvalidArgumentError, match="m has 2 layers, and its configuration 1"):
+        check_layers(Manifest(layer, (layer, layer)), found, "m")
+
+
+@pytest.mark.parametrize(
+    ("media_type", "expected"),
+    [(OCI_LAYER, "none"), (OCI_LAYER_GZIP, "gzip"), (DOCKER_LAYER, "none"), (DOCKER_LAYER_GZIP, "gzip")],
+)
+def test_compressions(media_type, expected):
+    assert compression(Descriptor(media_type, A, 1), "m") == expected
+
+
+@pytest.mark.parametrize(
+    ("media_type", "message"),
+    [
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "is foreign"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "is foreign"),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", "zstd"),
+        ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "no layer of files"),
+    ],
+)
+def test_layers_that_are_refused(media_type, message):
+    with pytest.raises(UnimplementedError, match=message):
+        compression(Descriptor(media_type, A, 1), "m")
+
+
+def test_chain_ids():
+    # By hand: printf '%s' "$A $B" | sha256sum, and the same with that and $C.
+    ab = "sha256:ccd722928bd92476ba1745586fed6e45a102504185ad88cd89e01ff116fd146c"
+    abc = "sha256:c1377126441fb2f5ec2c21ae2a60255331d639e830f0ee1b40a36e52d4c40588"
+    assert chain_ids((A, B, C)) == (A, ab, abc)
+    assert chain_ids((A,)) == (A,)
+    assert chain_ids(()) == ()
+
+
+def entry(platform: str, digest: str = A, media_type: str = OCI_MANIFEST, **annotations: str) -> Descriptor:
+    parts = platform.split("/") if platform else []
+    return Descriptor(media_type, digest, 1, Platform(*parts) if parts else None, annotations)
+
+
+@pytest.mark.parametrize(
+    ("offered", "host", "chosen"),
+    [
+        (["linux/arm64", "linux/amd64"], "linux/amd64", 1),
+        (["linux/amd64", "linux/amd64"], "linux/amd64", 0),
+        (["linux/amd64/v3", "linux/amd64"], "linux/amd64", 1),
+        (["linux/amd64", "linux/amd64/v2", "linux/amd64/v3"], "linux/amd64/v2", 1),
+        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm/v7", 2),
+        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm/v6", 1),
+        (["linux/arm64"], "linux/arm64/v8", 0),
+        (["linux/arm64/v8"], "linux/arm64", 0),
+        (["windows/amd64", "linux/amd64"], "linux/amd64", 1),
+        (["", "linux/amd64"], "linux/amd64", 1),
+        (["linux/arm64", ""], "linux/amd64", 1),
+        (["linux/arm64/strange", "linux/arm64"], "linux/arm64", 1),
+    ],
+)
+def test_choosing_by_platform(offered, host, chosen):
+    index = Index(tuple(entry(platform, f"sha256:{number:064}") for number, platform in enumerate(offered)))
+    assert choose(index, Platform(*host.split("/")), "i") == index.manifests[chosen]
+
+
+def test_choosing_passes_over_attestations_and_other_types():
+    index = Index(
+        (
+            Descriptor(OCI_MANIFEST, A, 1, None, {"vnd.docker.reference.type": "attestation-manifest"}),
+            entry("linux/amd64", B, "application/vnd.example"),
+            entry("linux/amd64", C),
+        )
+    )
+    assert choose(index, AMD64, "i").digest == C
+
+
+def test_choosing_where_nothing_fits():
+    index = Index((entry("linux/arm64/v8"), entry("linux/s390x"), entry("unknown/unknown")))
+    with pytest.raises(NotFoundError, match=r"i has no image for linux/amd64; it has linux/arm64/v8, linux/s390x$"):
+        choose(index, AMD64, "i")
+    with pytest.raises(NotFoundError, match="it has none at all"):
+        choose(Index(()), AMD64, "i")
+
+
+def test_what_runs_where():
+    assert runs_on(host_platform(), host_platform())
+    assert runs_on(Platform("linux", "arm", "v6"), Platform("linux", "arm"))
+    assert not runs_on(Platform("linux", "arm", "v8"), Platform("linux", "arm"))
+    assert not runs_on(Platform("windows", "amd64"), AMD64)

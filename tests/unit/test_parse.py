@@ -1,0 +1,182 @@
+"""From the kubelet's messages to values: taken over or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from criserver.errors import InvalidArgumentError, UnimplementedError
+from criserver.model import NamespaceMode, Namespaces, Propagation
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.parse import container_config, pod_config
+
+
+def pod(**fields) -> cri.PodSandboxConfig:
+    metadata = cri.PodSandboxMetadata(name="p", namespace="n", uid="u", attempt=3)
+    return cri.PodSandboxConfig(**{"metadata": metadata, "log_directory": "/var/log/pods/p/", **fields})
+
+
+def container(**fields) -> cri.ContainerConfig:
+    defaults = {"metadata": cri.ContainerMetadata(name="c"), "image": cri.ImageSpec(image="i")}
+    return cri.ContainerConfig(**{**defaults, **fields})
+
+
+def options(**modes: int) -> cri.LinuxPodSandboxConfig:
+    return cri.LinuxPodSandboxConfig(
+        security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(**modes))
+    )
+
+
+POD = pod_config(pod())
+
+
+def test_a_pods_fields():
+    found = pod_config(
+        pod(
+            hostname="h",
+            dns_config=cri.DNSConfig(servers=["1.1.1.1"], searches=["s"], options=["o"]),
+            port_mappings=[cri.PortMapping(protocol=cri.UDP, container_port=1, host_port=2, host_ip="3.3.3.3")],
+            labels={"l": "1"},
+            annotations={"a": "2"},
+            linux=cri.LinuxPodSandboxConfig(cgroup_parent="kubepods/podx/"),
+        )
+    )
+    assert found.full_name == "p_n_u_3"
+    assert (found.hostname, found.log_directory, found.cgroup_parent) == ("h", "/var/log/pods/p", "/kubepods/podx")
+    assert found.dns.servers == ("1.1.1.1",)
+    assert (found.port_mappings[0].protocol, found.port_mappings[0].host_ip) == ("udp", "3.3.3.3")
+    assert (found.labels, found.annotations) == ({"l": "1"}, {"a": "2"})
+    assert found.namespaces == Namespaces(NamespaceMode.POD, NamespaceMode.POD, NamespaceMode.POD)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "word"),
+    [
+        ({"windows": cri.WindowsPodSandboxConfig()}, InvalidArgumentError, "windows"),
+        ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="/a/../../b")}, InvalidArgumentError, "cgroup_parent"),
+        ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="kubepods.slice")}, UnimplementedError, "systemd"),
+        ({"linux": options(network=cri.CONTAINER)}, InvalidArgumentError, "network"),
+        ({"linux": options(pid=cri.TARGET)}, UnimplementedError, "TARGET"),
+    ],
+)
+def test_a_pod_that_is_refused(fields, kind, word):
+    with pytest.raises(kind, match=word):
+        pod_config(pod(**fields))
+
+
+@pytest.mark.parametrize(
+    ("sysctl", "modes", "ok"),
+    [
+        ("net.core.somaxconn", {}, True),
+        ("net/core/somaxconn", {}, True),
+        ("kernel.shmmax", {}, True),
+        ("fs.mqueue.msg_max", {}, True),
+        ("net.core.somaxconn", {"network": cri.NODE}, False),
+        ("kernel.shmmax", {"ipc": cri.NODE}, False),
+        ("kernel.panic", {}, False),
+        ("net/../vm/swappiness", {}, False),
+    ],
+)
+def test_only_a_namespaced_sysctl_is_taken(sysctl, modes, ok):
+    linux = options(**modes)
+    linux.sysctls[sysctl] = "1"
+    if ok:
+        assert pod_config(pod(linux=linux)).sysctls == {sysctl: "1"}
+    else:
+        with pytest.raises(InvalidArgumentError, match="sysctl"):
+            pod_config(pod(linux=linux))
+
+
+def test_a_containers_log_path_is_the_pods_directory_and_its_own():
+    assert container_config(container(log_path="c/0.log"), POD).log_path == "/var/log/pods/p/c/0.log"
+    assert container_config(container(), POD).log_path == ""
+    with pytest.raises(InvalidArgumentError, match="log_path"):
+        container_config(container(log_path="../q/0.log"), POD)
+
+
+def test_a_containers_mounts_and_devices():
+    found = container_config(
+        container(
+            mounts=[
+                cri.Mount(container_path="/a/./b", host_path="/h", propagation=cri.PROPAGATION_BIDIRECTIONAL),
+                cri.Mount(container_path="/c", host_path="/h", readonly=True),
+            ],
+            devices=[cri.Device(host_path="/dev/fuse", permissions="r")],
+        ),
+        POD,
+    )
+    assert [(m.container_path, m.readonly, m.propagation) for m in found.mounts] == [
+        ("/a/b", False, Propagation.BIDIRECTIONAL),
+        ("/c", True, Propagation.PRIVATE),
+    ]
+    assert found.devices[0].container_path == "/dev/fuse"
+
+
+def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
+    return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "word"),
+    [
+        ({"metadata": cri.ContainerMetadata()}, InvalidArgumentError, "metadata.name"),
+        ({"image": cri.ImageSpec()}, InvalidArgumentError, "image"),
+        ({"windows": cri.WindowsContainerConfig()}, InvalidArgumentError, "windows"),
+        ({"envs": [cri.KeyValue(key="A=B")]}, InvalidArgumentError, "A=B"),
+        ({"envs": [cri.KeyValue(key="A", value=b"\xff")]}, InvalidArgumentError, "UTF-8"),
+        ({"mounts": [cri.Mount(container_path="a", host_path="/h")]}, InvalidArgumentError, "container_path"),
+        ({"mounts": [cri.Mount(container_path="/a")]}, InvalidArgumentError, "host_path"),
+        (
+            {"mounts": [cri.Mount(container_path="/a", image=cri.ImageSpec(image="x"))]},
+            UnimplementedError,
+            "image volumes",
+        ),
+        (
+            {"mounts": [cri.Mount(container_path="/a", host_path="/h", recursive_read_only=True)]},
+            UnimplementedError,
+            "recursive",
+        ),
+        ({"devices": [cri.Device(host_path="/dev/x", permissions="rwx")]}, InvalidArgumentError, "rwx"),
+        ({"CDI_devices": [cri.CDIDevice(name="v/c=d")]}, UnimplementedError, "CDI"),
+        (linux(run_as_group=cri.Int64Value(value=1)), InvalidArgumentError, "run_as_group"),
+        (linux(run_as_user=cri.Int64Value(value=1), run_as_username="x"), InvalidArgumentError, "both"),
+        (linux(run_as_user=cri.Int64Value(value=-1)), InvalidArgumentError, "-1"),
+        (linux(supplemental_groups=[2**40]), InvalidArgumentError, "supplemental_groups"),
+        (linux(seccomp=cri.SecurityProfile()), UnimplementedError, "seccomp"),
+        (linux(seccomp_profile_path="localhost/x"), UnimplementedError, "seccomp"),
+        (
+            linux(apparmor=cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="x")),
+            UnimplementedError,
+            "AppArmor",
+        ),
+        (linux(namespace_options=cri.NamespaceOption(network=cri.NODE)), InvalidArgumentError, "network"),
+        (
+            linux(namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace(mode=cri.POD))),
+            UnimplementedError,
+            "user namespaces",
+        ),
+    ],
+)
+def test_a_container_that_is_refused(fields, kind, word):
+    with pytest.raises(kind, match=word):
+        container_config(container(**fields), POD)
+
+
+def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own():
+    alone = pod_config(pod(linux=options(pid=cri.CONTAINER)))
+    assert container_config(container(), alone).namespaces.pid is NamespaceMode.CONTAINER
+    assert container_config(container(), POD).namespaces.pid is NamespaceMode.POD
+    own = container(**linux(namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)))
+    assert container_config(own, POD).namespaces.pid is NamespaceMode.CONTAINER
+    shared = container(**linux(namespace_options=cri.NamespaceOption(pid=cri.POD)))
+    with pytest.raises(InvalidArgumentError, match="shared PID namespace"):
+        container_config(shared, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("SIGTERM", 15), ("term", 15), ("9", 9), ("SIGRTMIN+3", 37), ("SIGRTMINPLUS3", 37), ("RTMAX-1", 63), ("x", 15)],
+)
+def test_signal_names(name, number):
+    from criserver.runtime.container_create import signal_number
+
+    assert signal_number(name) == number
