@@ -211,15 +211,8 @@ class Images:
         """All images by ID; with ``filter`` those that it names, a name without tag and digest meaning all tags."""
         if not filter:
             return [entry.image for _, entry in sorted(self._entries.items())]
-        if "@" not in filter and ":" not in filter.rpartition("/")[2]:
-            try:
-                repository = references.parse(filter).name
-            except InvalidArgumentError:
-                return []
-            prefixes = (f"{repository}:", f"{repository}@")
-            ids = {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
-            if ids:
-                return [self._entries[image_id].image for image_id in sorted(ids)]
+        if ids := self._in_repository(filter):
+            return [self._entries[image_id].image for image_id in sorted(ids)]
         image = self.get(filter)
         return [image] if image else []
 
@@ -260,6 +253,17 @@ class Images:
             size += layer.size
             inodes += layer.inodes
         return FsUsage(size, inodes)
+
+    def _in_repository(self, text: str) -> set[str]:
+        """The IDs of all images in the repository that ``text`` names without tag and digest."""
+        try:
+            repository = references.parse(text).name
+        except InvalidArgumentError:
+            return set()
+        if "@" in text or ":" in text.rpartition("/")[2]:
+            return set()
+        prefixes = (f"{repository}:", f"{repository}@")
+        return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
 
     async def _pull(self, reference: Reference, credentials: Credentials | None) -> Image:
         from criserver.images.registry import RegistryClient  # aiohttp: see there

@@ -197,7 +197,8 @@ class RegistryClient:
                         continue
                     raise self._refusal(response, path)
         except aiohttp.ClientConnectorError as e:
-            raise self._not_connected(host, own, str(e)) from e
+            reason = e.certificate_error if isinstance(e, aiohttp.ClientConnectorCertificateError) else e.os_error
+            raise self._not_connected(host, own, reason) from e
         except aiohttp.ConnectionTimeoutError as e:
             raise self._not_connected(host, own, f"no connection within {host.dial_timeout:g} s") from e
         except TimeoutError as e:
@@ -211,7 +212,7 @@ class RegistryClient:
         authorization = self._authorizer.header(host)
         return [*host.headers, *([("Authorization", authorization)] if authorization else [])]
 
-    def _not_connected(self, host: Host, own: bool, reason: str) -> UnavailableError:
+    def _not_connected(self, host: Host, own: bool, reason: object) -> UnavailableError:
         error = UnavailableError(f"cannot connect: {reason}")
         if own:
             self._unreachable[host] = error

@@ -16,7 +16,7 @@ import structlog
 
 from criserver.errors import CriError
 from criserver.model import NamespaceMode
-from criserver.network import namespaces
+from criserver.network import namespaces, strays
 from criserver.runtime import sandbox_files, supervision
 from criserver.runtime.container_create import discard
 from criserver.runtime.container_remove import remove_locked
@@ -84,9 +84,11 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
         match sandbox.state:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
+                await strays.wait(sandbox.id)
                 await release(node, sandbox)
                 node.registry.forget(sandbox)
             case SandboxState.REMOVING:
+                await strays.wait(sandbox.id)
                 await remove_sandbox(node, sandbox.id)
             case SandboxState.READY:
                 if not await _whole(node, sandbox):

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 NAME = "registry.test/busybox:1.36"
+IMAGE = busybox_image(config={"Labels": {"for": "crictl"}})
 
 
 class Crictl:
@@ -36,7 +37,7 @@ class Crictl:
 @pytest.fixture
 def crictl(node: Node, registry: Registry) -> Crictl:
     """crictl on a node whose hosts.toml leads registry.test to the registry of the tests."""
-    registry.push(busybox_image(), "busybox:1.36")
+    registry.push(IMAGE, "busybox:1.36")
     os.makedirs(f"{node.certs}/registry.test", exist_ok=True)
     with open(f"{node.certs}/registry.test/hosts.toml", "w") as f:
         f.write(f'[host."http://{registry.address}"]\ncapabilities = ["pull", "resolve"]\n')
@@ -57,7 +58,7 @@ def test_an_operators_round(crictl: Crictl, tmp_path):
             }
         )
     )
-    assert busybox_image().id in crictl("pull", NAME)
+    assert IMAGE.id in crictl("pull", NAME)
     images = json.loads(crictl("images", "-o", "json"))["images"]
     assert [i["repoTags"] for i in images if NAME in i["repoTags"]] == [[NAME]]
     assert json.loads(crictl("inspecti", NAME))["status"]["repoTags"] == [NAME]

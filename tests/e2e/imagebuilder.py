@@ -142,6 +142,18 @@ def write_layout(image: BuiltImage, directory: str, name: str = "latest") -> Non
             f.write(content)
 
 
+def write_directory(image: BuiltImage, directory: str) -> None:
+    """The image as skopeo's dir: transport reads it, of any manifest type and with every platform's manifest."""
+    members = {"version": b"Directory Transport Version: 1.1\n", "manifest.json": image.blobs[image.digest]}
+    for digest_, blob in image.blobs.items():
+        members[digest_.removeprefix("sha256:")] = blob
+    for entry in image.manifest.get("manifests", ()):
+        members[f"{entry['digest'].removeprefix('sha256:')}.manifest.json"] = image.blobs[entry["digest"]]
+    for name, content in members.items():
+        with open(os.path.join(directory, name), "wb") as f:
+            f.write(content)
+
+
 def write_archive(image: BuiltImage, path: str, name: str = "") -> None:
     """The image as a tar file that holds an OCI layout, named as containerd names images."""
     write_tar(path, _layout(image, {"io.containerd.image.name": name} if name else {}))

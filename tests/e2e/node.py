@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from google.protobuf.message_factory import GetMessageClass
+from snapshotter import mounts
 
 BRIDGE = "crie2e0"
 SUBNET = "10.213.0.0/16"
@@ -133,7 +134,7 @@ class Node:
 
     def leftovers(self) -> list[str]:
         """What is on the node although no pod is: mounts, pins, bundles, addresses, shims."""
-        found = [line.split()[4] for line in open("/proc/self/mountinfo") if f" {self.base}/" in line]
+        found = mounts.mounts_below(self.base)
         for directory in ("ns", "sandboxes", "containers", "runtimes/runc"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]
@@ -163,9 +164,8 @@ class Node:
             for pid, words in processes():
                 if self.base in words:
                     os.kill(pid, signal.SIGKILL)
-            points = [line.split()[4] for line in open("/proc/self/mountinfo") if f" {self.base}" in line]
-            for point in sorted(points, reverse=True):
-                subprocess.run(["umount", "-l", point], check=False)
+            for point in (*mounts.mounts_below(self.base), self.base):
+                mounts.unmount(point)
             shutil.rmtree(self.base)
             subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
 
@@ -233,7 +233,7 @@ class Node:
 
 
 def processes() -> Iterator[tuple[int, str]]:
-    """The PIDs of all processes with what they work on: the command line, and for a fork of the nursery its directory."""
+    """The PIDs of all processes, each with its command line and its directory, which is what tells shims apart."""
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid():
             with contextlib.suppress(OSError):

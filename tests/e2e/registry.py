@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.imagebuilder import BuiltImage, write_layout
+from tests.e2e.imagebuilder import BuiltImage, write_directory
 
 _START_TIMEOUT = 20.0
 
@@ -41,10 +41,10 @@ class Registry:
     def push(self, image: BuiltImage, name: str) -> str:
         """Push under ``name`` (path:tag) and return the whole reference. The bytes stay as built."""
         target = f"{self.address}/{name}"
-        with tempfile.TemporaryDirectory() as layout:
-            write_layout(image, layout)
+        with tempfile.TemporaryDirectory() as directory:
+            write_directory(image, directory)
             command = ["skopeo", "copy", "--quiet", "--all", "--preserve-digests", "--insecure-policy"]
-            command += ["--dest-tls-verify=false", f"oci:{layout}:latest", f"docker://{target}"]
+            command += ["--dest-tls-verify=false", f"dir:{directory}", f"docker://{target}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return target

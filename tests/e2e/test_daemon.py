@@ -140,6 +140,32 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
             os.kill(shim, signal.SIGCONT)
 
 
+def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):
+    lease = f"{node.base}/lease"
+    os.makedirs(f"{node.base}/bin", exist_ok=True)
+    with open(f"{node.base}/bin/slow", "w") as f:
+        f.write(
+            "#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n"
+            f"ADD) touch {lease}.begun; sleep 1; touch {lease};;\nDEL) rm -f {lease};;\nesac\n"
+            'echo \'{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24"}]}\'\n'
+        )
+        os.fchmod(f.fileno(), 0o755)
+    with open(f"{node.cni}/05-slow.conflist", "w") as f:
+        f.write('{"cniVersion": "1.0.0", "name": "slow", "plugins": [{"type": "slow"}]}')
+    try:
+        with contextlib.suppress(grpc.RpcError):
+            node.client.RunPodSandbox(config=node.pod("slow"), deadline=0.4)
+        assert os.path.exists(f"{lease}.begun")
+        node.kill()
+        assert not os.path.exists(lease)
+        node.start()
+        time.sleep(1)
+        assert not os.path.exists(lease)
+        assert node.client.ListPodSandbox().items == []
+    finally:
+        os.unlink(f"{node.cni}/05-slow.conflist")
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_daemon_killed_at_any_moment_leaves_nothing_without_an_owner(node: Node, seed: int):
     moment = random.Random(seed).uniform(0.0, 0.35)

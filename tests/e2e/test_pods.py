@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -145,12 +146,12 @@ def test_a_pod_on_the_hosts_namespaces(node: Node):
 def test_sysctls_are_the_pods_own(node: Node):
     linux = shared()
     linux.sysctls.update({"net.ipv4.ip_unprivileged_port_start": "77", "kernel.shm_rmid_forced": "1"})
-    before = open("/proc/sys/kernel/shm_rmid_forced").read()
+    before = Path("/proc/sys/kernel/shm_rmid_forced").read_text()
     pod = node.run_pod("sysctl", linux=linux)
     container = node.run(pod, "c", ["sleep", "1000"])
     seen = node.sh(container, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced")
     assert seen == "77\n1\n"
-    assert open("/proc/sys/kernel/shm_rmid_forced").read() == before
+    assert Path("/proc/sys/kernel/shm_rmid_forced").read_text() == before
 
 
 def test_a_host_port_leads_to_the_pod(node: Node):

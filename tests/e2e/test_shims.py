@@ -505,7 +505,7 @@ def test_exec_with_a_terminal(host: Host) -> None:
     connection, _ = listener.accept()
     connection.settimeout(WAIT)
     _, fds, _, _ = socket.recv_fds(connection, 4096, 1)
-    assert b"terminal\r\n" == os.read(fds[0], 100)
+    assert os.read(fds[0], 100) == b"terminal\r\n"
     assert container.client.expect("exec-exited")["code"] == 6
     os.close(fds[0])
     connection.close()
