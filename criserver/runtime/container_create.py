@@ -37,13 +37,15 @@ async def create_container(node: Node, sandbox_id: str, config: ContainerConfig,
     InvalidArgumentError for what can never run. Nothing is left behind by a failure.
     """
     sandbox = node.registry.sandbox(sandbox_id)
+    name = f"container {config.name}_{sandbox.config.full_name}_{config.attempt}"
+    return await node.attempts.run(name, sent, lambda: _create(node, sandbox.id, config, sent))
+
+
+async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: bytes) -> str:
+    # From here to the record nothing waits: a sandbox whose removal has begun gets no new containers.
+    sandbox = node.registry.sandbox(sandbox_id)
     if sandbox.state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
-    name = f"container {config.name}_{sandbox.config.full_name}_{config.attempt}"
-    return await node.attempts.run(name, sent, lambda: _create(node, sandbox, config, sent))
-
-
-async def _create(node: Node, sandbox: Sandbox, config: ContainerConfig, sent: bytes) -> str:
     image = node.images.get(config.image)
     if image is None:
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
@@ -65,10 +67,8 @@ async def _create(node: Node, sandbox: Sandbox, config: ContainerConfig, sent: b
     async with node.locks[container.id]:
         try:
             user = await _prepare(node, sandbox, container, image, defaults)
-        except BaseException:
-            await discard(node, container)
-            node.registry.forget(container)
-            node.locks.pop(container.id, None)
+        except BaseException as e:
+            await _undo(node, container, e)
             raise
         node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
     log.info("container created", container=container.id, name=config.name, sandbox=sandbox.id)
@@ -104,6 +104,20 @@ async def _prepare(
     with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:
         json.dump(document, f)
     return user
+
+
+async def _undo(node: Node, container: Container, cause: BaseException) -> None:
+    """Leave nothing of a container that cannot be made; what resists is left to the kubelet to remove."""
+    try:
+        await discard(node, container)
+    except Exception:
+        log.exception("a container that cannot be made cannot be undone either", container=container.id)
+        words = f"it cannot be made: {cause}"
+        exited = dataclasses.replace(container, state=ContainerState.EXITED, finished_at=time.time_ns(), message=words)
+        node.registry.save(dataclasses.replace(exited, exit_code=128, reason="CreateError"))
+        return
+    node.registry.forget(container)
+    node.locks.pop(container.id, None)
 
 
 async def discard(node: Node, container: Container) -> None:

@@ -36,24 +36,26 @@ async def kill(node: Node, container: Container) -> None:
 
 
 async def _stop(node: Node, container_id: str, grace: float) -> None:
+    # The lock is held only to let a start under way come to its end: a long grace must not keep another call, with
+    # a shorter one, from ending the container at once.
     async with node.locks[container_id]:
         container = node.registry.containers.get(container_id)
-        if container is None or container.state is not ContainerState.RUNNING:
-            return
-        ended = node.exits[container_id]
-        if grace > 0:
-            supervision.send_signal(container, container.stop_signal)
-            try:
-                async with asyncio.timeout(grace):
-                    await ended.wait()
-                return
-            except TimeoutError:
-                log.info("grace is over", container=container_id, seconds=grace)
-        supervision.send_signal(container, signal.SIGKILL)
+    if container is None or container.state is not ContainerState.RUNNING:
+        return
+    ended = node.exits[container_id]
+    if grace > 0:
+        supervision.send_signal(container, container.stop_signal)
         try:
-            async with asyncio.timeout(KILL_TIMEOUT):
+            async with asyncio.timeout(grace):
                 await ended.wait()
+            return
         except TimeoutError:
-            raise DeadlineExceededError(
-                f"container {container_id} (PID {container.pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
-            ) from None
+            log.info("grace is over", container=container_id, seconds=grace)
+    supervision.send_signal(container, signal.SIGKILL)
+    try:
+        async with asyncio.timeout(KILL_TIMEOUT):
+            await ended.wait()
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"container {container_id} (PID {container.pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
+        ) from None

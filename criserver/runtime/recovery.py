@@ -14,7 +14,6 @@ import time
 
 import structlog
 
-from criserver.errors import CriError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces, strays
 from criserver.runtime import sandbox_files, supervision
@@ -50,8 +49,11 @@ async def _container(node: Node, container: Container) -> None:
             case ContainerState.CREATED:
                 if not os.path.ismount(node.rootfs(container.id)):
                     _lost_before_start(node, container)
-    except (CriError, OSError) as e:
-        log.exception("recovery of a container failed", container=container.id, error=str(e))
+        left = node.registry.containers.get(container.id)
+        if left is not None and left.state is ContainerState.EXITED:
+            await node.snapshotter.unmount(node.rootfs(container.id))
+    except Exception:
+        log.exception("recovery of a container failed", container=container.id)
 
 
 async def _running(node: Node, container: Container) -> None:
@@ -94,8 +96,8 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
                     node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
-    except (CriError, OSError) as e:
-        log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id, error=str(e))
+    except Exception:
+        log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
 
 
 async def _whole(node: Node, sandbox: Sandbox) -> bool:

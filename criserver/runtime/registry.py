@@ -10,9 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from criserver.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
+import structlog
+
+from criserver.errors import AlreadyExistsError, CriError, InvalidArgumentError, NotFoundError
 from criserver.runtime.records import Container, Sandbox, dump, load_container, load_sandbox
 from criserver.store import Store
+
+log = structlog.get_logger(__name__)
 
 _Record = TypeVar("_Record", Sandbox, Container)
 
@@ -25,15 +29,24 @@ class Registry:
         self._sandboxes: dict[str, Sandbox] = {}
         self._containers: dict[str, Container] = {}
         self._names: dict[str, str] = {}
-        for _, stored in store.items("sandboxes"):
-            sandbox = load_sandbox(stored)
-            self._sandboxes[sandbox.id] = sandbox
-            self._names[sandbox.config.full_name] = sandbox.id
-        for _, stored in store.items("containers"):
-            pod = self._sandboxes[json.loads(stored)["sandbox_id"]]
-            container = load_container(stored, pod.config)
-            self._containers[container.id] = container
-            self._names[self.container_name(container)] = container.id
+        for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
+            for key, stored in store.items(table):
+                try:
+                    load(stored)
+                except (CriError, KeyError, TypeError, ValueError):
+                    # One record must not keep the node down; what it owned is cleared as nobody's.
+                    log.exception("a record cannot be read and is dropped", table=table, id=key)
+                    store.delete(table, key)
+
+    def _load_sandbox(self, stored: bytes) -> None:
+        sandbox = load_sandbox(stored)
+        self._sandboxes[sandbox.id] = sandbox
+        self._names[sandbox.config.full_name] = sandbox.id
+
+    def _load_container(self, stored: bytes) -> None:
+        container = load_container(stored, self._sandboxes[json.loads(stored)["sandbox_id"]].config)
+        self._containers[container.id] = container
+        self._names[self.container_name(container)] = container.id
 
     @property
     def sandboxes(self) -> Mapping[str, Sandbox]:

@@ -63,12 +63,22 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         try:
             sandbox = await _set_up(node, sandbox)
         except BaseException:
-            await release(node, sandbox)
-            node.registry.forget(sandbox)
-            node.locks.pop(sandbox_id, None)
+            await _undo(node, sandbox)
             raise
     log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
     return sandbox_id
+
+
+async def _undo(node: Node, sandbox: Sandbox) -> None:
+    """Leave nothing of a sandbox that cannot be made; what resists is left to the kubelet to stop and remove."""
+    try:
+        await release(node, sandbox)
+    except Exception:
+        log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
+        node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+        return
+    node.registry.forget(sandbox)
+    node.locks.pop(sandbox.id, None)
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:

@@ -40,11 +40,11 @@ async def _stop(node: Node, sandbox_id: str) -> None:
 
 async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
     """Stop the sandbox under its lock, which the caller holds. Every step succeeds where its thing is gone."""
-    await asyncio.gather(*(kill(node, c) for c in node.registry.containers_of(sandbox.id)))
     if sandbox.state is SandboxState.READY:
-        # Written first: from here on the kubelet is not to count on this pod, whatever fails below.
+        # First of all: no container is made or started in it any more, whatever fails below.
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
         node.registry.save(sandbox)
+    await asyncio.gather(*(kill(node, c) for c in node.registry.containers_of(sandbox.id)))
     await release(node, sandbox)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")

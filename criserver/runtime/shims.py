@@ -33,8 +33,15 @@ class Link:
     gone.
     """
 
-    def __init__(self, sock: socket.socket, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_event: Callable[[Message], None],
+        on_close: Callable[[], None],
+        peer: str = "the shim",
+    ) -> None:
         sock.setblocking(False)
+        self._peer = peer
         self._sock = sock
         self._on_event = on_event
         self._on_close = on_close
@@ -53,7 +60,7 @@ class Link:
         CriError with its own words where it refuses.
         """
         if self.closed:
-            raise UnavailableError("the shim is gone")
+            raise UnavailableError(f"{self._peer} has ended")
         number = next(self._numbers)
         reply: asyncio.Future[Message] = self._loop.create_future()
         self._replies[number] = reply
@@ -65,7 +72,7 @@ class Link:
             async with asyncio.timeout(timeout):
                 answer = await reply
         except TimeoutError:
-            raise DeadlineExceededError(f"the shim did not answer {message['op']!r} within {timeout:g} s") from None
+            raise DeadlineExceededError(f"{self._peer} did not answer {message['op']!r} within {timeout:g} s") from None
         finally:
             self._replies.pop(number, None)
         if "error" in answer:
@@ -85,7 +92,7 @@ class Link:
         self._out.clear()
         for reply in self._replies.values():
             if not reply.done():
-                reply.set_exception(UnavailableError("the shim is gone"))
+                reply.set_exception(UnavailableError(f"{self._peer} has ended"))
         self._on_close()
 
     def _flush(self) -> None:
@@ -148,7 +155,7 @@ class Nursery:
                     start_new_session=True,  # a signal to the daemon's group is not for the shims
                     cwd="/",
                 )
-            self._link = Link(ours, lambda _: None, lambda: None)
+            self._link = Link(ours, lambda _: None, lambda: None, "the nursery of shims")
 
     async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
         """A new shim with ``config`` (shims.shim says its keys), and a connection to it."""
@@ -181,8 +188,9 @@ def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
     try:
-        # By way of the directory: a socket's address has room for 107 bytes, a state directory may be longer.
-        sock.settimeout(1.0)
+        # By way of the directory: a socket's address has room for 107 bytes, a state directory may be longer. And
+        # without waiting: a shim that is stopped accepts nobody, and its queue may be full.
+        sock.setblocking(False)
         sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
     except BaseException:
         sock.close()

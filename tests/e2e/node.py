@@ -239,7 +239,8 @@ def processes() -> Iterator[tuple[int, str]]:
             with contextlib.suppress(OSError):
                 with open(f"/proc/{name}/cmdline") as f:
                     words = f.read().replace("\0", " ")
-                yield int(name), f"{words} in {os.readlink(f'/proc/{name}/cwd')}"
+                if words:  # one that is just ending has none
+                    yield int(name), f"{words} in {os.readlink(f'/proc/{name}/cwd')}"
 
 
 def cgroups() -> list[str]:

@@ -154,6 +154,16 @@ def test_stop_sends_the_signal_waits_the_grace_and_kills(node: Node, pod: str):
     node.client.StopContainer(container_id=deaf, timeout=1)
 
 
+def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str):
+    deaf = node.run(pod, "deaf", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
+    with pytest.raises(grpc.RpcError):
+        node.client.StopContainer(deadline=0.3, container_id=deaf, timeout=60)
+    began = time.monotonic()
+    node.client.StopContainer(container_id=deaf, timeout=0)
+    assert time.monotonic() - began < 2
+    assert node.status(deaf).exit_code == 137
+
+
 @pytest.mark.parametrize("asked", ["image", "kubelet"])
 def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path, asked):
     from tests.e2e.conftest import import_image
