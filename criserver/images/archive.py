@@ -10,12 +10,13 @@ import asyncio
 import hashlib
 import io
 import json
+import os
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images import references
@@ -39,7 +40,7 @@ _T = TypeVar("_T")
 
 _MAX_MEMBERS = 100_000
 _MAX_LINKS = 8
-_MAX_READ = max(MAX_MANIFEST, MAX_CONFIG)
+_MAX_HEADER = 1 << 20
 _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
 _NAME = "io.containerd.image.name"
@@ -61,9 +62,10 @@ class ArchivedImage:
 class Archive:
     """An open archive; a :class:`~criserver.images.pull.Source`. Made by :func:`open_archive`."""
 
-    def __init__(self, path: str, tar: tarfile.TarFile) -> None:
+    def __init__(self, path: str, tar: tarfile.TarFile, fd: int) -> None:
         self.name = self.origin = f"archive {path}"
         self._tar = tar
+        self._fd = fd
         self._members: dict[str, tarfile.TarInfo] = {}
         self._digests: dict[str, str] = {}  # of blobs that are not at their place in a layout: where they are
         self._manifests: dict[str, bytes] = {}
@@ -81,12 +83,12 @@ class Archive:
     async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
         """Bring a blob into ``content``. Raises NotFoundError, DataLossError, ResourceExhaustedError."""
         name = self._place(descriptor.digest)
-        size = self._member(name).size
-        if size != descriptor.size:
-            raise DataLossError(f"{self.name}: {name} has {size} bytes, and its manifest says {descriptor.size}")
-        with content.ingest() as ingest, self._open(name) as f, self._readable():
-            while data := await _in_thread(f.read, _CHUNK):
-                await ingest.write(data)
+        member = self._member(name)
+        if member.size != descriptor.size:
+            raise DataLossError(f"{self.name}: {name} has {member.size} bytes, and its manifest says {descriptor.size}")
+        with content.ingest() as ingest:
+            while ingest.size < member.size:
+                await ingest.write(await _in_thread(self._piece, member, ingest.size))
             ingest.commit(descriptor.digest)
 
     def _images(self) -> list[ArchivedImage]:
@@ -150,15 +152,15 @@ class Archive:
 
     def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
         """A plain layer's digest is its diff ID, which is checked when it is read; a compressed one is hashed."""
-        size = self._member(name).size
-        with self._open(name) as f:
-            if f.read(len(_GZIP)) != _GZIP:
-                descriptor = Descriptor(OCI_LAYER, diff_id, size)
-            else:
-                f.seek(0)
-                with self._readable():
-                    digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
-                descriptor = Descriptor(OCI_LAYER_GZIP, f"sha256:{digest}", size)
+        member = self._member(name)
+        if not self._piece(member, 0).startswith(_GZIP):
+            descriptor = Descriptor(OCI_LAYER, diff_id, member.size)
+        else:
+            digest, position = hashlib.sha256(), 0
+            while piece := self._piece(member, position):
+                digest.update(piece)
+                position += len(piece)
+            descriptor = Descriptor(OCI_LAYER_GZIP, f"sha256:{digest.hexdigest()}", member.size)
         self._digests[descriptor.digest] = name
         return descriptor
 
@@ -172,21 +174,25 @@ class Archive:
         return self._digests.get(digest) or f"blobs/{digest.replace(':', '/')}"
 
     def _read(self, name: str, limit: int) -> bytes:
-        size = self._member(name).size
-        if size > limit:
-            raise InvalidArgumentError(f"{self.name}: {name} has {size} bytes; {limit} are the most allowed")
-        with self._open(name) as f, self._readable():
-            data = f.read()
-        if len(data) != size:
-            raise InvalidArgumentError(f"{self.name} ends in the middle of {name}")
-        return data
+        member = self._member(name)
+        if member.size > limit:
+            raise InvalidArgumentError(f"{self.name}: {name} has {member.size} bytes; {limit} are the most allowed")
+        data = bytearray()
+        while piece := self._piece(member, len(data)):
+            data += piece
+        return bytes(data)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
-        f = self._tar.extractfile(self._member(name))
-        assert f is not None
-        with f:
-            yield f
+    def _piece(self, member: tarfile.TarInfo, position: int) -> bytes:
+        """What a member has from ``position`` on, in part; b"" at its end.
+
+        By offset, not through the TarFile, whose one position concurrent readers would share.
+        """
+        wanted = min(_CHUNK, member.size - position)
+        with self._readable():
+            piece = os.pread(self._fd, wanted, member.offset_data + position)
+        if wanted and not piece:
+            raise InvalidArgumentError(f"{self.name} is damaged: it ends in the middle of {member.name[:200]!r}")
+        return piece
 
     def _member(self, name: str) -> tarfile.TarInfo:
         """The regular file at ``name``; older tools write a layer that occurs twice as a link in the archive."""
@@ -195,7 +201,7 @@ class Archive:
             member = self._members.get(path)
             if member is None:
                 break
-            if member.isreg():
+            if member.isreg() and not member.issparse():
                 return member
             if member.issym():
                 path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
@@ -229,14 +235,14 @@ def open_archive(path: str) -> Iterator[Archive]:
         except tarfile.TarError as e:
             raise InvalidArgumentError(f"archive {path} is no tar file: {e}") from e
         with tar:
-            yield Archive(path, tar)
+            yield Archive(path, tar, file.fileno())
 
 
 class _BoundedFile(io.FileIO):
-    """A file that gives no more than this module ever asks for at once: tarfile reads a header of any size."""
+    """A file that refuses to read much at once: tarfile would take a header of any size into memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MAX_READ:
+        if size is not None and size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(-1 if size is None else size)
 

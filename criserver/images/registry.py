@@ -246,7 +246,7 @@ def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> UR
     # Encoded already: a signed URL must not change.
     target = url.join(URL(response.headers.get("Location", ""), encoded=True))
     if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
-        raise UnavailableError(f"{response.status} redirects from {url.scheme} to {target.scheme}")
+        raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
     return target
 
 

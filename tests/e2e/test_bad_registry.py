@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from aiohttp import BasicAuth, web
+from aiohttp import encode_basic_auth, web
 
 from criserver.errors import (
     CriError,
@@ -27,10 +27,9 @@ from criserver.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from criserver.images import ContentStore, Credentials, Images, host_platform
-from criserver.store import Store
-from snapshotter import Snapshotter
+from criserver.images import Credentials, registry
 from tests.e2e.imagebuilder import BuiltImage, add_blob, build_image, build_index, digest
+from tests.e2e.rooms import Rooms
 
 Answer = Callable[[web.Request], web.StreamResponse | Awaitable[web.StreamResponse]]
 
@@ -47,7 +46,7 @@ class Server:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(request)
-        if self.password and request.headers.get("Authorization") != BasicAuth("me", self.password).encode():
+        if self.password and request.headers.get("Authorization") != encode_basic_auth("me", self.password):
             return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="here"'})
         name = request.path.rpartition("/")[2]
         if name in self.answers:
@@ -79,41 +78,16 @@ class Server:
             await runner.cleanup()
 
 
-class Rooms:
-    """Images on an empty directory, with a certs.d directory."""
-
-    def __init__(self, root: str) -> None:
-        self.root, self.certs = root, os.path.join(root, "certs.d")
-        self.store = Store(os.path.join(root, "db"))
-        self.content = ContentStore(os.path.join(root, "content"))
-        self.snapshotter = Snapshotter(os.path.join(root, "snapshots"))
-        self.images = Images(self.store, self.content, self.snapshotter, self.certs, host_platform())
-
-    def configure(self, domain: str, text: str) -> None:
-        """Write the domain's hosts.toml."""
-        os.makedirs(os.path.join(self.certs, domain), exist_ok=True)
-        with open(os.path.join(self.certs, domain, "hosts.toml"), "w") as f:
-            f.write(text)
-
-    def leftovers(self) -> list[str]:
-        """Files, layers and records: nothing of them may be left by a pull that failed."""
-        found = [name for _, _, names in os.walk(os.path.join(self.root, "content")) for name in names]
-        for directory in ("layers", "staging", "active"):
-            found += os.listdir(os.path.join(self.root, "snapshots", directory))
-        return [*found, *(key for table in ("images", "image_names") for key, _ in self.store.items(table))]
-
-
 @pytest.fixture
 def image() -> BuiltImage:
     return build_image([{"a": os.urandom(200_000)}, {"b": b"2"}, {"c": b"3"}], {"Cmd": ["a"]})
 
 
 @pytest.fixture
-def rooms(tmp_path):
+async def rooms(tmp_path):
     found = Rooms(str(tmp_path))
     yield found
-    found.snapshotter.close()
-    found.store.close()
+    found.close()
 
 
 @pytest.fixture
@@ -194,6 +168,23 @@ async def test_a_layer_that_ends_early(server, rooms, image, headers):
     server.answers[layer["digest"]] = broken
     part = "the connection ended in the middle" if headers else f"ended after 1000 of {layer['size']} bytes"
     await refused(rooms, f"{server.address}/app:1", UnavailableError, layer["digest"], part)
+
+
+@pytest.mark.parametrize("what", ["layer", "manifest"])
+async def test_a_server_that_stalls(server, rooms, image, what, monkeypatch):
+    monkeypatch.setattr(registry, "_PROGRESS_TIMEOUT", 0.3)
+    ended = asyncio.Event()
+
+    async def stalled(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"{")
+        await ended.wait()
+        return response
+
+    server.answers["1" if what == "manifest" else image.manifest["layers"][0]["digest"]] = stalled
+    await refused(rooms, f"{server.address}/app:1", UnavailableError, "no progress")
+    ended.set()
 
 
 async def test_a_layer_that_is_longer_than_the_manifest_says(server, rooms, image):
