@@ -70,12 +70,14 @@ class AdminService:
 
     async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
         os.makedirs(self._spool, mode=0o700, exist_ok=True)
+        name = ""
         # A file without a name: nothing of it is left, however the call or the daemon ends.
         with tempfile.TemporaryFile(dir=self._spool) as spool:
             async for piece in request:
+                name = piece.name or name
                 await asyncio.to_thread(spool.write, piece.data)
             spool.flush()
-            images = await self._images.import_archive(f"/proc/self/fd/{spool.fileno()}")
+            images = await self._images.import_archive(f"/proc/self/fd/{spool.fileno()}", name=name)
         return admin.ImportImageResponse(
             images=[admin.ImportedImage(id=i.id, names=[*i.repo_tags, *i.repo_digests]) for i in images]
         )

@@ -21,15 +21,15 @@ def import_file(address: str, path: str) -> int:
     refuses or does not answer.
     """
     if path == "-":
-        return _import(address, sys.stdin.buffer)
+        return _import(address, sys.stdin.buffer, "on standard input")
     try:
         with open(path, "rb") as f:
-            return _import(address, f)
+            return _import(address, f, path)
     except OSError as e:
         raise InvalidArgumentError(f"{path}: {e.strerror}") from e
 
 
-def _import(address: str, archive: BinaryIO) -> int:
+def _import(address: str, archive: BinaryIO, name: str) -> int:
     with grpc.insecure_channel(f"unix:{address}") as channel:
         call = channel.stream_unary(
             "/criserver.v1.AdminService/ImportImage",
@@ -37,7 +37,7 @@ def _import(address: str, archive: BinaryIO) -> int:
             response_deserializer=admin.ImportImageResponse.FromString,
         )
         try:
-            response: admin.ImportImageResponse = call(_pieces(archive))
+            response: admin.ImportImageResponse = call(_pieces(archive, name))
         except grpc.RpcError as e:
             raise CriError(_words(address, e)) from e
     for image in response.images:
@@ -45,7 +45,8 @@ def _import(address: str, archive: BinaryIO) -> int:
     return 0
 
 
-def _pieces(archive: BinaryIO) -> Iterator[admin.ImportImageRequest]:
+def _pieces(archive: BinaryIO, name: str) -> Iterator[admin.ImportImageRequest]:
+    yield admin.ImportImageRequest(name=name)
     while piece := archive.read(_PIECE):
         yield admin.ImportImageRequest(data=piece)
 

@@ -62,8 +62,8 @@ class ArchivedImage:
 class Archive:
     """An open archive; a :class:`~criserver.images.pull.Source`. Made by :func:`open_archive`."""
 
-    def __init__(self, path: str, tar: tarfile.TarFile, fd: int) -> None:
-        self.name = self.origin = f"archive {path}"
+    def __init__(self, name: str, tar: tarfile.TarFile, fd: int) -> None:
+        self.name = self.origin = f"archive {name}"
         self._tar = tar
         self._fd = fd
         self._members: dict[str, tarfile.TarInfo] = {}
@@ -220,22 +220,23 @@ class Archive:
 
 
 @contextmanager
-def open_archive(path: str) -> Iterator[Archive]:
-    """The archive at ``path``. Raises NotFoundError, InvalidArgumentError."""
+def open_archive(path: str, name: str = "") -> Iterator[Archive]:
+    """The archive at ``path``, which errors call ``name``. Raises NotFoundError, InvalidArgumentError."""
+    name = name or path
     try:
         file = _BoundedFile(path)
     except OSError as e:
-        raise NotFoundError(f"archive {path}: {e.strerror}") from e
+        raise NotFoundError(f"archive {name}: {e.strerror}") from e
     with file:
         if file.read(len(_GZIP)) == _GZIP:
-            raise InvalidArgumentError(f"archive {path} is compressed; give it as a plain tar file (gunzip)")
+            raise InvalidArgumentError(f"archive {name} is compressed; give it as a plain tar file (gunzip)")
         file.seek(0)
         try:
             tar = tarfile.TarFile(fileobj=file)
         except tarfile.TarError as e:
-            raise InvalidArgumentError(f"archive {path} is no tar file: {e}") from e
+            raise InvalidArgumentError(f"archive {name} is no tar file: {e}") from e
         with tar:
-            yield Archive(path, tar, file.fileno())
+            yield Archive(name, tar, file.fileno())
 
 
 class _BoundedFile(io.FileIO):

@@ -163,14 +163,14 @@ class Images:
         finally:
             pull.waiters -= 1
 
-    async def import_archive(self, path: str, *, pinned: bool = False) -> list[Image]:
+    async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
         """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
 
         ``pinned`` images are kept from the kubelet's garbage collection. One without a name has its ID only. All
         are here, or none where an error is raised: NotFoundError, InvalidArgumentError, DataLossError,
         UnimplementedError, ResourceExhaustedError.
         """
-        with open_archive(path) as archive:
+        with open_archive(path, name) as archive:
             async with self._lease() as lease:
                 loaded: list[tuple[Descriptor, list[str]]] = []
                 for archived in await archive.images():

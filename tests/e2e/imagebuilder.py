@@ -88,15 +88,18 @@ class BuiltImage:
 
 
 def build_image(
-    layers: Iterable[Layer],
+    layers: Iterable[Layer | bytes],
     config: Mapping[str, Any] | None = None,
     *,
     platform: Platform | None = None,
     docker: bool = False,
 ) -> BuiltImage:
-    """An image of gzip layers, for this host where nothing else is said; ``docker`` makes it schema 2."""
+    """An image of gzip layers, for this host where nothing else is said; ``docker`` makes it schema 2.
+
+    A layer of bytes is a tar archive as it is.
+    """
     platform = platform or host_platform()
-    tars = [tar_of(layer) for layer in layers]
+    tars = [layer if isinstance(layer, bytes) else tar_of(layer) for layer in layers]
     blobs: dict[str, bytes] = {}
     configuration = {
         "architecture": platform.architecture,

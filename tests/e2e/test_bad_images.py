@@ -1,0 +1,138 @@
+"""Pulls that must fail, by CRI: the gRPC code, the words, and a node as it was. The room's own tests go deeper."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e import layers
+from tests.e2e.imagebuilder import BuiltImage, build_image
+from tests.e2e.node import Node
+from tests.e2e.test_bad_input import refused
+
+IMAGE = build_image([{"file": b"content" * 1000}])
+LAYER = IMAGE.manifest["layers"][0]["digest"]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A registry that serves one image, with the lies of a test: a body for a path's last part, and its length."""
+
+    daemon_threads = True
+    image: BuiltImage = IMAGE
+    bodies: dict[str, bytes]
+    lengths: dict[str, int]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.path.rpartition("/")[2]
+        known = self.server.image.digest if wanted == "latest" else wanted
+        body = self.server.bodies.get(wanted, self.server.image.blobs.get(known))
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        kind = "manifests" in self.path and self.server.image.manifest["mediaType"]
+        self.send_header("Content-Type", kind or "application/octet-stream")
+        self.send_header("Content-Length", str(self.server.lengths.get(wanted, len(body))))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(("127.0.0.1", 0), Handler)
+    server.bodies, server.lengths = {}, {}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def pull(node: Node, server: Server):
+    """Pull the served image; afterwards nothing of it is on the node."""
+    before = stored(node)
+    yield lambda: node.client.PullImage(image=cri.ImageSpec(image=f"127.0.0.1:{server.server_port}/bad:latest"))
+    assert stored(node) == before
+    assert node.leftovers() == []
+
+
+def stored(node: Node) -> set[str]:
+    directories = ("content/blobs/sha256", "content/ingest", "snapshots/layers", "snapshots/staging")
+    return {f"{d}/{name}" for d in directories for name in os.listdir(f"{node.root}/{d}")}
+
+
+def test_the_server_is_sound_where_it_does_not_lie(node: Node, server: Server):
+    name = f"127.0.0.1:{server.server_port}/good:latest"
+    assert node.client.PullImage(image=cri.ImageSpec(image=name)).image_ref == IMAGE.id
+    node.client.RemoveImage(image=cri.ImageSpec(image=name))
+
+
+def test_a_wrong_digest(pull, server: Server):
+    server.bodies[LAYER] = b"x" * len(IMAGE.blobs[LAYER])
+    with refused(grpc.StatusCode.DATA_LOSS, LAYER, f"127.0.0.1:{server.server_port}"):
+        pull()
+
+
+def test_a_truncated_layer(pull, server: Server):
+    server.bodies[LAYER] = IMAGE.blobs[LAYER][:50]
+    server.lengths[LAYER] = len(IMAGE.blobs[LAYER])
+    with refused(grpc.StatusCode.UNAVAILABLE, LAYER):
+        pull()
+
+
+def test_a_manifest_that_is_not_valid(pull, server: Server):
+    server.bodies["latest"] = b'{"schemaVersion": 2, "layers": "none"}'
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "manifest", "bad:latest"):
+        pull()
+
+
+def test_a_configuration_that_is_not_valid(pull, server: Server):
+    server.image = with_configuration(b'{"rootfs": 1}')
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "configuration", "rootfs"):
+        pull()
+
+
+@pytest.mark.parametrize(
+    ("trick", "word"),
+    [
+        ([layers.item("../../escaped", b"x")], "escaped"),
+        ([layers.symlink("way", "/etc"), layers.item("way/escaped", b"x")], "way/escaped"),
+        ([layers.symlink("way", "../../../etc"), layers.item("way/escaped", b"x")], "way/escaped"),
+        ([layers.hardlink("passwd", "/../../etc/passwd")], "passwd"),
+        ([layers.item("disk", type=tarfile.BLKTYPE, devmajor=8, devminor=0)], "disk"),
+    ],
+    ids=["dotdot", "absolute link", "relative link", "hard link out", "device"],
+)
+def test_a_layer_that_wants_to_write_outside_its_root(pull, server: Server, trick, word):
+    server.image = build_image([layers.archive(*trick)])
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, word):
+        pull()
+    assert not os.path.exists("/etc/escaped")
+    assert not os.path.exists("/escaped")
+
+
+def with_configuration(body: bytes) -> BuiltImage:
+    """The image with another configuration, rightly named by its manifest."""
+    from tests.e2e.imagebuilder import add_blob
+
+    blobs = dict(IMAGE.blobs)
+    manifest = {**IMAGE.manifest, "config": add_blob(blobs, IMAGE.manifest["config"]["mediaType"], body)}
+    top = add_blob(blobs, manifest["mediaType"], json.dumps(manifest).encode())
+    return BuiltImage(blobs, top, IMAGE.layers)
