@@ -104,7 +104,7 @@ def test_a_manifest_that_is_not_valid(pull, server: Server):
 
 
 def test_a_configuration_that_is_not_valid(pull, server: Server):
-    server.image = with_configuration(b'{"rootfs": 1}')
+    server.image = with_configuration(b'{"os": "linux", "architecture": "amd64", "rootfs": 1}')
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "configuration", "rootfs"):
         pull()
 

@@ -273,7 +273,7 @@ def test_output_and_exit_code(host: Host) -> None:
     record = container.exit_record()
     assert record == {key: value for key, value in exited.items() if key != "event"}
     assert not (host.runtime_root / "c").exists()
-    _until(lambda: not _is_shim_of(container.shim, container.directory / "state"))
+    _until(lambda: not Path(f"/proc/{container.shim}").exists())  # the nursery has reaped it
 
 
 def test_started_names_the_init(host: Host) -> None:
@@ -652,3 +652,10 @@ def test_a_long_state_directory(host: Host) -> None:
     assert (state / "shim.sock").is_socket()
     container.client.expect("gone")
     assert container.log() == b"here\r\n"
+
+
+def test_a_shim_is_small(host: Host) -> None:
+    containers = [host.start(f"c{number}", "sleep", "1000") for number in range(3)]
+    rollup = Path(f"/proc/{containers[0].shim}/smaps_rollup").read_text()
+    private = sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE))
+    assert private < 1536  # KiB; about 1100 is what it takes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shims
 from shims.wire import MAX_FDS, MAX_FRAME, Channel, Frames, ProtocolError, encode
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=40)
@@ -29,6 +32,16 @@ def test_any_chunking_decodes_the_same(messages: list[dict[str, Any]], cuts: lis
     frames = Frames()
     decoded = [message for chunk in _chunks(b"".join(map(encode, messages)), cuts) for message in frames.feed(chunk)]
     assert decoded == messages
+
+
+@given(MESSAGES)
+def test_a_body_is_json_as_any_library_has_it(message: dict[str, Any]) -> None:
+    frame = encode(message)
+    assert int.from_bytes(frame[:4], "big") == len(frame) - 4
+    assert json.loads(frame[4:]) == message
+    for text in (json.dumps(message, indent=2), json.dumps(message, ensure_ascii=False) + "\n"):
+        body = text.encode("utf-8")
+        assert Frames().feed(len(body).to_bytes(4, "big") + body) == [message]
 
 
 def test_byte_by_byte() -> None:
@@ -51,7 +64,7 @@ def test_the_largest_frame_passes_and_one_byte_more_does_not() -> None:
         encode({"k": "x" * (room + 1)})
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"1", b"{", b"\xff\xfe", b"nul", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"[]", b"1", b"{", b"{} {}", b'{"a":}', b"\xff\xfe", b"nul", b"[" * 100_000])
 def test_a_body_that_is_no_object_is_refused_for_good(body: bytes) -> None:
     frames = Frames()
     with pytest.raises(ProtocolError):
@@ -128,3 +141,13 @@ def test_a_peer_that_does_not_read_is_an_error_and_not_a_wait(pair: tuple[Channe
     with pytest.raises(OSError):
         for _ in range(1000):
             pair[0].send({"text": "x" * 10_000})
+
+
+def test_a_shim_imports_little() -> None:
+    """Each module that comes along costs memory on every node; enum and re alone 0.3 MiB in every pod."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import shims.nursery; print(*sys.modules)"
+    root = os.path.dirname(os.path.dirname(shims.__file__))
+    argv = [sys.executable, "-E", "-s", "-S", "-B", "-P", "-c", code, root]
+    modules = set(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split())
+    assert "shims.shim" in modules
+    assert not modules & {"enum", "re", "json", "socket", "signal", "typing", "collections", "logging", "criserver"}
