@@ -1,4 +1,4 @@
-"""The event loop of one shim: file descriptors, child processes and deadlines, in one thread.
+"""The event loop of a shim and of the nursery: descriptors, child processes and deadlines, in one thread.
 
 The shim's life is a straight script that waits in `Loop.until`; what happens meanwhile is handled by short
 callbacks, which never wait themselves.
@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import time
+
+from .lean import SIGKILL, SIGSTOP, wake_by_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
 
-_DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (signal.SIGKILL, signal.SIGSTOP)]
+_DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (SIGKILL, SIGSTOP)]
 """What a child gets back to default. Ignored signals pass through exec: without this a container's process
 would be born deaf to SIGTERM (ignored by shims) and SIGPIPE (ignored by Python)."""
 
+_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath)}
 
-def _wake(_number: int, _frame: FrameType | None) -> None:
-    """SIGCHLD has to have a handler for the wakeup descriptor to be written."""
+
+def wake(_number: int, _frame: FrameType | None) -> None:
+    """The handler that SIGCHLD must have before a Loop is made: it makes the wakeup descriptor be written."""
 
 
 class Loop:
-    """epoll, the children of this process and timers. Only one may exist in a process."""
+    """epoll, the children of this process and timers. Only one may be in use in a process."""
 
-    __slots__ = ("_calls", "_children", "_epoll", "_timers", "_wakeup", "_watched")
+    __slots__ = ("_calls", "_children", "_epoll", "_pipe", "_timers", "_watched")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -36,10 +39,15 @@ class Loop:
         self._children: dict[int, Callable[[int], None]] = {}
         self._calls = 0
         self._timers: dict[object, tuple[float, Callable[[], None]]] = {}
-        self._wakeup, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, _wake)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        self.watch(self._wakeup, select.EPOLLIN, self._woken)
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        wake_by_signals(self._pipe[1])
+        self.watch(self._pipe[0], select.EPOLLIN, self._woken)
+
+    def close(self) -> None:
+        """Close what the loop has opened: for a fork, which must not wait on its parent's epoll."""
+        self._epoll.close()
+        for fd in self._pipe:
+            os.close(fd)
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Call `callback(events)` whenever `fd` has any of them; EPOLLERR and EPOLLHUP always count."""
@@ -73,13 +81,13 @@ class Loop:
         pid = os.posix_spawn(
             argv[0],
             argv,
-            {"PATH": os.environ.get("PATH", os.defpath)},
+            _ENVIRONMENT,
             file_actions=actions,
             setsigmask=(),
             setsigdef=_DEFAULT_SIGNALS,
         )
         self._calls += 1
-        timer = self.later(limit, lambda: os.kill(pid, signal.SIGKILL))
+        timer = self.later(limit, lambda: os.kill(pid, SIGKILL))
 
         def finished(code: int) -> None:
             self.cancel(timer)
@@ -129,7 +137,7 @@ class Loop:
 
     def _woken(self, _events: int) -> None:
         try:
-            os.read(self._wakeup, 4096)
+            os.read(self._pipe[0], 4096)
         except BlockingIOError:
             pass
         self._reap()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import signal
-import socket
+import select
 
+from .lean import ENDING_SIGNALS, SIGCHLD, Socket, ignore_signal, on_signal
+from .loop import Loop, wake
 from .shim import Config, RequestError, Shim
 from .wire import VERSION, Channel, ProtocolError
 
@@ -33,39 +34,79 @@ def main(fd: int) -> None:
     first connection, is answered with {"ok": true, "pid": N} or {"error": text}.
     """
     _prctl(_PR_SET_NAME, b"criserver-nurse", 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the shims
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    on_signal(SIGCHLD, wake)
+    for number in ENDING_SIGNALS:
+        ignore_signal(number)
     os.umask(0o022)
     os.chdir("/")
-    devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    channel = Channel(socket.socket(fileno=fd))
+    nursery = _Nursery(Channel(Socket(fileno=fd)))
     gc.collect()
     _libc.malloc_trim(0)
     gc.freeze()
-    try:
-        channel.send({"hello": "nursery", "version": VERSION, "pid": os.getpid()})
-        while True:
-            for message, fds in channel.receive():
-                answer = _answer(channel, devnull, message, fds)
-                channel.send({"re": message.get("re"), **answer})
-    except (EOFError, OSError, ProtocolError):
-        return  # the daemon has gone, or is no daemon
+    nursery.run()
 
 
-def _answer(channel: Channel, devnull: int, message: Message, fds: list[int]) -> Message:
-    try:
-        config = _fork_request(message, fds)
-        pid = os.fork()
-        if pid == 0:
-            channel.close()
-            _become_shim(config, devnull, fds[0])
-    except (OSError, RequestError) as error:
-        return {"error": str(error)}
-    finally:
-        for fd in fds:
-            os.close(fd)
-    return {"ok": True, "pid": pid}
+class _Nursery:
+    """The nursery's own state; a shim closes it after the fork."""
+
+    __slots__ = ("_channel", "_devnull", "_gone", "_loop")
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._gone = False
+        self._loop = Loop()
+
+    def run(self) -> None:
+        """Serve until the daemon has gone; shims that end meanwhile are reaped by the loop."""
+        self._loop.watch(self._channel.fileno(), select.EPOLLIN, self._serve)
+        self._channel.send({"hello": "nursery", "version": VERSION, "pid": os.getpid()})
+        self._loop.until(lambda: self._gone)
+
+    def _serve(self, _events: int) -> None:
+        try:
+            for message, fds in self._channel.receive():
+                answer = self._answer(message, fds)
+                self._channel.send({"re": message.get("re"), **answer})
+        except (EOFError, OSError, ProtocolError):
+            self._gone = True
+
+    def _answer(self, message: Message, fds: list[int]) -> Message:
+        try:
+            config = _fork_request(message, fds)
+            pid = os.fork()
+            if pid == 0:
+                self._become_shim(config, fds[0])
+        except (OSError, RequestError) as error:
+            return {"error": str(error)}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return {"ok": True, "pid": pid}
+
+    def _become_shim(self, config: Config, fd: int) -> None:
+        """Live a shim's life in a fork of the nursery; does not return.
+
+        Only SIGKILL ends it early: service managers send the others to everything that the daemon has
+        started.
+        """
+        code = 1
+        try:
+            self._channel.close()
+            self._loop.close()
+            os.setsid()
+            _prctl(_PR_SET_NAME, b"criserver-shim", 0, 0, 0)
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            for number in (0, 1, 2):
+                os.dup2(self._devnull, number)
+            os.close(self._devnull)
+            os.chdir(config.directory)
+            Shim(config, Socket(fileno=fd)).run()
+            code = 0
+        except BaseException:  # noqa: BLE001 - there is nowhere else to go from here
+            _report_crash(config)
+        finally:
+            os._exit(code)
 
 
 def _fork_request(message: Message, fds: list[int]) -> Config:
@@ -75,28 +116,6 @@ def _fork_request(message: Message, fds: list[int]) -> Config:
     if not isinstance(settings, dict) or len(fds) != 1:
         raise RequestError("fork takes a configuration and one file descriptor")
     return Config(settings)
-
-
-def _become_shim(config: Config, devnull: int, fd: int) -> None:
-    """Live a shim's life in a fork of the nursery; does not return.
-
-    Only SIGKILL ends it early: service managers send the others to everything that the daemon has started.
-    """
-    code = 1
-    try:
-        os.setsid()
-        _prctl(_PR_SET_NAME, b"criserver-shim", 0, 0, 0)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        for number in (0, 1, 2):
-            os.dup2(devnull, number)
-        os.close(devnull)
-        os.chdir(config.directory)
-        Shim(config, socket.socket(fileno=fd)).run()
-        code = 0
-    except BaseException:  # noqa: BLE001 - there is nowhere else to go from here
-        _report_crash(config)
-    finally:
-        os._exit(code)
 
 
 def _report_crash(config: Config) -> None:

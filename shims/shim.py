@@ -7,18 +7,16 @@ whole life, from top to bottom; requests are served meanwhile.
 
 from __future__ import annotations
 
-import json
 import os
 import select
-import signal
-import socket
 import time
 
+from .lean import AF_UNIX, SIGKILL, SOCK_STREAM, Socket, accept, dumps
 from .logs import LogWriter
 from .loop import Loop
 from .output import Output
-from .runtime import Runtime, last_error, oom_kills, start_ticks
-from .wire import VERSION, Channel, ProtocolError
+from .runtime import Runtime, last_error, oom_kills, read_small, start_ticks
+from .wire import VERSION, Channel, ProtocolError, receive_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,7 +104,7 @@ class _Exec:
 class Shim:
     """One container's life."""
 
-    def __init__(self, config: Config, first: socket.socket) -> None:
+    def __init__(self, config: Config, first: Socket) -> None:
         """Takes over `first`, the connection of the daemon that asked for this shim."""
         self._config = config
         self._loop = Loop()
@@ -142,7 +140,7 @@ class Shim:
 
     # The way up
 
-    def _listen(self) -> socket.socket:
+    def _listen(self) -> Socket:
         """The socket for later daemons. Bound by a relative name: the directory's may be too long for one."""
         listener = _bind(SOCKET)
         self._loop.watch(listener.fileno(), select.EPOLLIN, lambda _: self._accept(listener))
@@ -182,7 +180,7 @@ class Shim:
         self._pipes = [stdout, stderr]
         return [stdin, stdout_end, stderr_end]
 
-    def _ran(self, code: int, console: socket.socket | None) -> None:
+    def _ran(self, code: int, console: Socket | None) -> None:
         """The runtime has ended: take over the container's init, which cannot have been reaped yet."""
         try:
             pid = self._started_pid(code, _PID_FILE, _LOG)
@@ -205,8 +203,7 @@ class Shim:
         """The process that the runtime has started. Raises RequestError, OSError or ValueError."""
         if code:
             raise RequestError(last_error(log, self._config.runtime, code))
-        with open(pid_file, "rb") as file:
-            return int(file.read(32))
+        return int(read_small(pid_file))
 
     def _init_ended(self, status: int) -> None:
         self._times["finished_at"] = time.time_ns()
@@ -257,14 +254,14 @@ class Shim:
 
     # Connections
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Socket) -> None:
         try:
-            sock, _ = listener.accept()
+            sock = accept(listener)
         except OSError:
             return  # it has hung up already
         self._connect(sock)
 
-    def _connect(self, sock: socket.socket) -> None:
+    def _connect(self, sock: Socket) -> None:
         sock.setblocking(False)
         channel = Channel(sock)
         self._channels[channel.fileno()] = channel
@@ -279,7 +276,7 @@ class Shim:
         channel.close()
         for execution in self._execs.values():
             if execution.channel is channel and execution.owned:
-                execution.kill(signal.SIGKILL)
+                execution.kill(SIGKILL)
 
     def _send(self, channel: Channel, message: Message, fds: Sequence[int] = ()) -> None:
         if channel.fileno() in self._channels:
@@ -301,6 +298,10 @@ class Shim:
             self._hang_up(channel)
             return
         for message, fds in requests:
+            if channel.fileno() < 0:  # hung up on by an answer; what it asked for after that has no owner
+                for fd in fds:
+                    os.close(fd)
+                continue
             answer, sent = self._answer(channel, message, fds)
             self._send(channel, {"re": message.get("re"), **answer}, sent)
 
@@ -477,9 +478,9 @@ def _result(status: int | None) -> Message:
     return {"code": status if status >= 0 else 128 - status, "signal": max(0, -status)}
 
 
-def _bind(name: str) -> socket.socket:
+def _bind(name: str) -> Socket:
     """A listening socket in the current directory that only root may use. Raises OSError if it exists."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = Socket(AF_UNIX, SOCK_STREAM)
     mask = os.umask(0o177)
     try:
         listener.bind(name)
@@ -493,11 +494,11 @@ def _bind(name: str) -> socket.socket:
     return listener
 
 
-def _receive_console(listener: socket.socket) -> int:
+def _receive_console(listener: Socket) -> int:
     """The master side of the container's terminal, which the runtime sent before it ended."""
-    connection = listener.accept()[0]
+    connection = accept(listener)
     try:
-        _, fds, _, _ = socket.recv_fds(connection, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        _, fds = receive_once(connection)
     finally:
         connection.close()
     if not fds:
@@ -513,7 +514,7 @@ def _save(name: str, record: Message) -> bool:
     try:
         fd = os.open(name + ".tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, json.dumps(record).encode())
+            os.write(fd, dumps(record).encode())
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -7,10 +7,19 @@ keys that it does not know. `Frames` does no I/O; `Channel` puts it on a unix st
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import struct
+
+from .lean import (
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+    Socket,
+    dumps,
+    loads,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +32,7 @@ VERSION = 1
 MAX_FRAME = 1 << 20
 MAX_FDS = 8
 
-_ANCILLARY_SPACE = socket.CMSG_SPACE(MAX_FDS * 4)
+_ANCILLARY_SPACE = CMSG_SPACE(MAX_FDS * 4)
 _READ_SIZE = 1 << 16
 
 
@@ -33,7 +42,7 @@ class ProtocolError(Exception):
 
 def encode(message: Message) -> bytes:
     """One frame. Raises ProtocolError if the message is larger than a frame may be."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = dumps(message).encode()
     if len(body) > MAX_FRAME:
         raise ProtocolError(f"a message of {len(body)} bytes is larger than a frame ({MAX_FRAME} bytes)")
     return len(body).to_bytes(4, "big") + body
@@ -69,7 +78,7 @@ class Frames:
 
 def _decode(body: bytearray) -> Message:
     try:
-        message = json.loads(body.decode())
+        message = loads(body.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame's body is not JSON: {error}") from None
     if not isinstance(message, dict):
@@ -77,12 +86,30 @@ def _decode(body: bytearray) -> Message:
     return message
 
 
+def receive_once(sock: Socket) -> tuple[bytes, list[int]]:
+    """Read once: bytes, empty at the stream's end, and the descriptors that came with them.
+
+    Raises OSError, and ProtocolError if more descriptors came than a frame may bring.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(_READ_SIZE, _ANCILLARY_SPACE, MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, payload in ancillary:
+        if level == SOL_SOCKET and kind == SCM_RIGHTS:
+            count = len(payload) // 4
+            fds += struct.unpack(f"{count}i", payload[: count * 4])
+    if flags & MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"more than {MAX_FDS} file descriptors came with one frame")
+    return data, fds
+
+
 class Channel:
     """Messages with file descriptors over a connected unix stream socket, blocking or not."""
 
     __slots__ = ("_fds", "_frames", "sock")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Socket) -> None:
         self.sock = sock
         self._frames = Frames()
         self._fds: list[int] = []
@@ -97,7 +124,7 @@ class Channel:
         stopped reading, and the stream is of no further use.
         """
         if fds:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+            rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
             data = encode({**message, "fds": len(fds)})
             sent = self.sock.sendmsg([data], rights)
         else:
@@ -114,13 +141,8 @@ class Channel:
         Raises EOFError when the peer has closed, ProtocolError for anything that is not the protocol, and
         OSError (BlockingIOError on a non-blocking socket with nothing to read).
         """
-        data, ancillary, flags, _ = self.sock.recvmsg(_READ_SIZE, _ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                count = len(payload) // 4
-                self._fds.extend(struct.unpack(f"{count}i", payload[: count * 4]))
-        if flags & socket.MSG_CTRUNC:
-            raise ProtocolError(f"more than {MAX_FDS} file descriptors came with one frame")
+        data, fds = receive_once(self.sock)
+        self._fds += fds
         if not data:
             raise EOFError("the peer has closed the connection")
         return [(message, self._take(message)) for message in self._frames.feed(data)]

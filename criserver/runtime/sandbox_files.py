@@ -28,10 +28,8 @@ def resolv_conf(dns: Dns) -> str:
 
 
 def hostname(config: PodConfig) -> str:
-    """The pod's hostname; the node's where it shares the node's network and names none."""
-    if config.hostname or config.namespaces.network is not NamespaceMode.NODE:
-        return config.hostname or config.name
-    return os.uname().nodename
+    """The pod's hostname; the node's where it names none."""
+    return config.hostname or os.uname().nodename
 
 
 def hosts(name: str, ips: tuple[str, ...]) -> str:

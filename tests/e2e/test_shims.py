@@ -119,12 +119,11 @@ class Host:
         self.containers: dict[str, Container] = {}
         self.clients: list[Client] = []
         ours, theirs = socket.socketpair()
+        self.nursery = Client(ours)
         self.process = subprocess.Popen(
             command(sys.executable, theirs.fileno()), pass_fds=[theirs.fileno()], close_fds=True
         )
         theirs.close()
-        self.nursery = Client(ours)
-        self.nursery.greeting()
 
     def prepare(self, name: str, *args: str, **options: Any) -> Message:
         """A bundle on disk and the shim's configuration for it."""
@@ -258,6 +257,7 @@ def rootfs() -> Iterator[Path]:
 def host(rootfs: Path) -> Iterator[Host]:
     host = Host(rootfs)
     try:
+        host.nursery.greeting()
         yield host
     finally:
         host.close()
