@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ class Client:
         for service in cri.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 if not method.server_streaming:
-                    call = self.channel.unary_unary(
+                    call: Any = self.channel.unary_unary(
                         f"/{service.full_name}/{method.name}",
                         request_serializer=lambda m: m.SerializeToString(),
                         response_deserializer=GetMessageClass(method.output_type).FromString,
@@ -156,13 +157,14 @@ class Node:
         answer = self.client.Version()
         return f"{self.name} {answer.runtime_version}"
 
-    def await_image(self, name: str) -> None:
-        """Wait until the daemon serves an image that it was given."""
+    def await_images(self) -> None:
+        """Wait until the daemon serves the images that it was given."""
         deadline = time.monotonic() + 20
-        while not self.client.ImageStatus(image=cri.ImageSpec(image=name)).HasField("image"):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} does not have {name}")
-            time.sleep(0.05)
+        for name in (IMAGE, PAUSE):
+            while not self.client.ImageStatus(image=cri.ImageSpec(image=name)).HasField("image"):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.name} does not have {name}")
+                time.sleep(0.05)
 
     def pod(self, name: str) -> cri.PodSandboxConfig:
         """A pod as the kubelet describes it; each of its containers has a PID namespace of its own."""
@@ -299,9 +301,11 @@ Root = "{self.state}/runc"
     def _remove_sockets(self) -> None:
         """Shims listen in /run/containerd whatever the configuration says, and leave a socket where they are killed."""
         for directory, _, files in os.walk(f"{self.state}/io.containerd.runtime.v2.task"):
-            if "address" in files:
-                with open(f"{directory}/address") as f, contextlib.suppress(FileNotFoundError):
-                    os.unlink(f.read().strip().removeprefix("unix://"))
+            for name in {"address", "bootstrap.json"} & set(files):  # of containerd 1 and 2
+                with open(f"{directory}/{name}") as f:
+                    for path in re.findall(r'unix://([^"\s]+)', f.read()):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(path)
         for path in self._fresh:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
@@ -397,19 +401,20 @@ def scratch() -> Iterator[str]:
 
 def _undo(base: str) -> None:
     forced = _kill_descendants()
-    points = mounts(base)
+    points = _mounts(base)
     forced += [f"mount {point}" for point in points if point != base]
     for point in reversed(points):
         subprocess.run(["umount", "--lazy", point], check=False)
     os.rmdir(base)
-    for hierarchy in os.listdir("/sys/fs/cgroup"):
-        for directory, below, _ in os.walk(f"/sys/fs/cgroup/{hierarchy}{CGROUP}", topdown=False):
-            if directory.count("/") > 6:  # deeper than a runtime's own group: a container's
-                forced.append(f"cgroup {directory}")
+    for hierarchy in _hierarchies():
+        top = hierarchy + CGROUP
+        for directory, _, _ in os.walk(top, topdown=False):
+            if directory != top and os.path.dirname(directory) != top:  # these two are made for the pods to be in
+                forced.append(f"cgroup {directory.removeprefix(hierarchy)}")
             os.rmdir(directory)
     for link in _links():
         subprocess.run(["ip", "link", "delete", link], check=True)
-    for what in forced:
+    for what in dict.fromkeys(forced):  # a cgroup is in each hierarchy
         print(f"undone by force: {what}", file=sys.stderr)
 
 
@@ -429,10 +434,16 @@ def _kill_descendants() -> list[str]:
     return forced
 
 
-def mounts(base: str) -> list[str]:
+def _mounts(base: str) -> list[str]:
     """The mount points at and below ``base``, in the order in which they were mounted."""
     with open("/proc/self/mountinfo") as f:
         return [point for line in f if (point := line.split()[4]) == base or point.startswith(f"{base}/")]
+
+
+def _hierarchies() -> list[str]:
+    """Where cgroup hierarchies are mounted, of either version."""
+    with open("/proc/self/mountinfo") as f:
+        return [line.split()[4] for line in f if line.partition(" - ")[2].startswith("cgroup")]
 
 
 def _links() -> list[str]:
