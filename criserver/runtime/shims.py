@@ -24,6 +24,8 @@ Message = dict[str, Any]
 
 # A shim answers in well under a millisecond; one that takes longer than this is stuck.
 REPLY_TIMEOUT = 10.0
+# The nursery needs a tenth of a second to start; a node that boots may be slow.
+START_TIMEOUT = 30.0
 
 
 class Link:
@@ -142,7 +144,7 @@ class Nursery:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the process where none runs."""
+        """Start the process where none runs, and wait until it can fork. Raises CriError where it cannot."""
         async with self._starting:
             if self._link is not None and not self._link.closed:
                 return
@@ -155,7 +157,25 @@ class Nursery:
                     start_new_session=True,  # a signal to the daemon's group is not for the shims
                     cwd="/",
                 )
-            self._link = Link(ours, lambda _: None, lambda: None, "the nursery of shims")
+            greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+            def greeted(message: Message) -> None:
+                if not greeting.done():
+                    greeting.set_result(message)
+
+            link = Link(ours, greeted, lambda: greeted({}), "the nursery of shims")
+            try:
+                async with asyncio.timeout(START_TIMEOUT):
+                    version = (await greeting).get("version")
+            except TimeoutError:
+                version = None
+            if version != wire.VERSION:
+                link.close()
+                raise CriError(
+                    f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
+                    "its words are above on standard error: is the installation whole?"
+                )
+            self._link = link
 
     async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
         """A new shim with ``config`` (shims.shim says its keys), and a connection to it."""
