@@ -23,6 +23,7 @@ from criserver.images import ContentStore, Images, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.events import Events
 from criserver.runtime.node import Node
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
@@ -89,9 +90,11 @@ async def serve(config: Config) -> None:
 
 def _node(config: Config, store: Store) -> Node:
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+    registry = Registry(store)
     return Node(
         config=config,
-        registry=Registry(store),
+        registry=registry,
+        events=Events(registry),
         images=Images(
             store,
             ContentStore(os.path.join(config.root, "content")),
@@ -106,14 +109,16 @@ def _node(config: Config, store: Store) -> Node:
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    services = cri.DESCRIPTOR.services_by_name
     images = image_service.ImageService(node.images, os.path.join(node.config.root, "snapshots"))
     operator = image_service.AdminService(node.images, os.path.join(node.config.root, "spool"))
-    return [
-        generic_handler(services["RuntimeService"], runtime_service.RuntimeService(node), runtime_service.MISSING),
-        generic_handler(services["ImageService"], images, image_service.MISSING),
-        generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {}),
-    ]
+    handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
+    # Kubelets before 1.23 speak v1alpha2 alone: the same messages on the wire, with fewer fields in them.
+    for version in ("v1", "v1alpha2"):
+        runtime = runtime_service.RuntimeService(node, version)
+        for service, missing in ((runtime, runtime_service.MISSING), (images, image_service.MISSING)):
+            descriptor = cri.DESCRIPTOR.services_by_name[type(service).__name__]
+            handlers.append(generic_handler(descriptor, service, missing, f"runtime.{version}.{descriptor.name}"))
+    return handlers
 
 
 def _lock(directory: str) -> int:

@@ -17,7 +17,7 @@ from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 # RPCs that a later version builds, with the feature that each belongs to.
-MISSING = {"StreamImages": "streaming lists"}
+MISSING: dict[str, str] = {}
 
 
 class ImageService:
@@ -30,6 +30,10 @@ class ImageService:
     async def list_images(self, request: cri.ListImagesRequest) -> cri.ListImagesResponse:
         wanted = request.filter.image.image
         return cri.ListImagesResponse(images=[views.image(i) for i in self._images.list(wanted or None)])
+
+    async def stream_images(self, request: cri.StreamImagesRequest) -> AsyncIterator[cri.StreamImagesResponse]:
+        for image in self._images.list(request.filter.image.image or None):
+            yield cri.StreamImagesResponse(images=[views.image(image)])
 
     async def image_status(self, request: cri.ImageStatusRequest) -> cri.ImageStatusResponse:
         image = self._images.get(_named(request.image))

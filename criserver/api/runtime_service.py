@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TypeVar
 
 import structlog
 
@@ -45,18 +46,22 @@ MISSING = {
     "ListMetricDescriptors": "metrics",
     "ListPodSandboxMetrics": "metrics",
     "StreamPodSandboxMetrics": "metrics",
-    "StreamPodSandboxes": "streaming lists",
-    "StreamContainers": "streaming lists",
-    "GetContainerEvents": "container events",
     "CheckpointContainer": "checkpoints",
 }
+
+
+# Entries in one message of a streamed list.
+BATCH = 100
+
+_Listed = TypeVar("_Listed")
 
 
 class RuntimeService:
     """The methods are named after the RPCs; what each promises is CRI's."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, api_version: str) -> None:
         self._node = node
+        self._api_version = api_version
         self._sandboxes: Fragments[Sandbox] = Fragments(
             lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString()
         )
@@ -66,7 +71,10 @@ class RuntimeService:
 
     async def version(self, request: cri.VersionRequest) -> cri.VersionResponse:
         return cri.VersionResponse(
-            version="0.1.0", runtime_name="criserver", runtime_version=__version__, runtime_api_version="v1"
+            version="0.1.0",
+            runtime_name="criserver",
+            runtime_version=__version__,
+            runtime_api_version=self._api_version,
         )
 
     async def status(self, request: cri.StatusRequest) -> cri.StatusResponse:
@@ -125,15 +133,18 @@ class RuntimeService:
         return response
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
-        wanted, registry = request.filter, self._node.registry
-        found = [s for s in registry.sandboxes.values() if s.state is not SandboxState.CREATING]
+        found = self._filtered_sandboxes(request.filter)
+        return self._sandboxes.join(found, len(self._node.registry.sandboxes))
+
+    def _filtered_sandboxes(self, wanted: cri.PodSandboxFilter) -> list[Sandbox]:
+        found = [s for s in self._node.registry.sandboxes.values() if s.state is not SandboxState.CREATING]
         if wanted.id:
             found = [s for s in found if s.id.startswith(wanted.id)]
         if wanted.HasField("state"):
             found = [s for s in found if views.SANDBOX_STATES[s.state] == wanted.state.state]
         if wanted.label_selector:
             found = [s for s in found if _selected(s.config.labels, wanted.label_selector)]
-        return self._sandboxes.join(found, len(registry.sandboxes))
+        return found
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
         sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
@@ -163,8 +174,11 @@ class RuntimeService:
         )
 
     async def list_containers(self, request: cri.ListContainersRequest) -> bytes:
-        wanted, registry = request.filter, self._node.registry
-        found = [c for c in registry.containers.values() if c.state is not ContainerState.CREATING]
+        found = self._filtered_containers(request.filter)
+        return self._containers.join(found, len(self._node.registry.containers))
+
+    def _filtered_containers(self, wanted: cri.ContainerFilter) -> list[Container]:
+        found = [c for c in self._node.registry.containers.values() if c.state is not ContainerState.CREATING]
         if wanted.id:
             found = [c for c in found if c.id.startswith(wanted.id)]
         if wanted.pod_sandbox_id:
@@ -173,7 +187,23 @@ class RuntimeService:
             found = [c for c in found if views.CONTAINER_STATES[c.state] == wanted.state.state]
         if wanted.label_selector:
             found = [c for c in found if _selected(c.config.labels, wanted.label_selector)]
-        return self._containers.join(found, len(registry.containers))
+        return found
+
+    async def get_container_events(self, request: cri.GetEventsRequest) -> AsyncIterator[cri.ContainerEventResponse]:
+        async for event in self._node.events.listen():
+            yield views.event(event)
+
+    async def stream_pod_sandboxes(
+        self, request: cri.StreamPodSandboxesRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
+        for batch in _batches(self._filtered_sandboxes(request.filter)):
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=[views.sandbox(s) for s in batch])
+
+    async def stream_containers(
+        self, request: cri.StreamContainersRequest
+    ) -> AsyncIterator[cri.StreamContainersResponse]:
+        for batch in _batches(self._filtered_containers(request.filter)):
+            yield cri.StreamContainersResponse(containers=[views.container(c) for c in batch])
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)
@@ -204,6 +234,12 @@ class RuntimeService:
             rootfs=self._node.rootfs(container.id),
             runtimeSpec=runtime_spec,
         )
+
+
+def _batches(records: list[_Listed]) -> Iterator[list[_Listed]]:
+    """Pieces of a list for a streamed answer: none comes near the size that gRPC allows for a message."""
+    for start in range(0, len(records), BATCH):
+        yield records[start : start + BATCH]
 
 
 def _given(value: str, field: str) -> str:

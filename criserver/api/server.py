@@ -31,11 +31,12 @@ def method_name(rpc: str) -> str:
 
 
 def generic_handler(
-    descriptor: ServiceDescriptor, service: object, missing: Mapping[str, str]
+    descriptor: ServiceDescriptor, service: object, missing: Mapping[str, str], name: str = ""
 ) -> grpc.GenericRpcHandler:
     """All RPCs of a service: those that ``service`` has a method for, and UNIMPLEMENTED for the others.
 
-    ``missing`` names the feature that an absent RPC belongs to. Raises KeyError where an RPC is neither.
+    ``missing`` names the feature that an absent RPC belongs to; ``name`` is what the service is called on the
+    wire where that is not its own. Raises KeyError where an RPC is neither.
     """
     handlers = {}
     for method in descriptor.methods:
@@ -43,7 +44,7 @@ def generic_handler(
         if implementation is None:
             implementation = _absent(method.name, missing[method.name], streams=method.server_streaming)
         handlers[method.name] = _rpc(method, implementation)
-    return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
+    return grpc.method_handlers_generic_handler(name or descriptor.full_name, handlers)
 
 
 def _rpc(method: MethodDescriptor, implementation: Handler) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from criserver.images import Image
 from criserver.model import NamespaceMode, Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.events import Event, EventType
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 
 # Intentions under way are seen as the state that they start from.
@@ -22,6 +23,12 @@ SANDBOX_STATES = {
     SandboxState.READY: cri.SANDBOX_READY,
     SandboxState.NOT_READY: cri.SANDBOX_NOTREADY,
     SandboxState.REMOVING: cri.SANDBOX_NOTREADY,
+}
+_EVENTS = {
+    EventType.CREATED: cri.CONTAINER_CREATED_EVENT,
+    EventType.STARTED: cri.CONTAINER_STARTED_EVENT,
+    EventType.STOPPED: cri.CONTAINER_STOPPED_EVENT,
+    EventType.DELETED: cri.CONTAINER_DELETED_EVENT,
 }
 _MODES = {NamespaceMode.POD: cri.POD, NamespaceMode.CONTAINER: cri.CONTAINER, NamespaceMode.NODE: cri.NODE}
 
@@ -103,6 +110,18 @@ def container_status(record: Container) -> cri.ContainerStatus:
         user = record.user
         status.user.linux.CopyFrom(cri.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups))
     return status
+
+
+def event(happened: Event) -> cri.ContainerEventResponse:
+    """What happened, with the statuses of the whole pod."""
+    seen = [c for c in happened.containers if c.state in CONTAINER_STATES]
+    return cri.ContainerEventResponse(
+        container_id=happened.id,
+        container_event_type=_EVENTS[happened.type],
+        created_at=happened.at,
+        pod_sandbox_status=sandbox_status(happened.sandbox),
+        containers_statuses=[container_status(c) for c in seen],
+    )
 
 
 def image(record: Image) -> cri.Image:

@@ -16,6 +16,7 @@ from criserver.errors import InvalidArgumentError
 from criserver.images import Images
 from criserver.network import Network
 from criserver.runtime.attempts import Attempts
+from criserver.runtime.events import Events
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
 from snapshotter import Snapshotter
@@ -33,6 +34,7 @@ class Node:
     network: Network
     snapshotter: Snapshotter
     nursery: Nursery
+    events: Events
     attempts: Attempts = field(default_factory=Attempts)
     # One operation at a time for each sandbox and container, by ID.
     locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))

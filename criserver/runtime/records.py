@@ -81,7 +81,10 @@ class Container:
     message: str = ""
 
 
-def dump(record: Sandbox | Container) -> bytes:
+Record = Sandbox | Container
+
+
+def dump(record: Record) -> bytes:
     """The record as it is stored: JSON with the kubelet's own message in it instead of our reading of it."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "config"}
     fields["sent"] = base64.b64encode(record.sent).decode()

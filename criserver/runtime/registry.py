@@ -7,18 +7,18 @@ neither, before the next step of the event loop.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import structlog
 
 from criserver.errors import AlreadyExistsError, CriError, InvalidArgumentError, NotFoundError
-from criserver.runtime.records import Container, Sandbox, dump, load_container, load_sandbox
+from criserver.runtime.records import Container, Record, Sandbox, dump, load_container, load_sandbox
 from criserver.store import Store
 
 log = structlog.get_logger(__name__)
 
-_Record = TypeVar("_Record", Sandbox, Container)
+_Kind = TypeVar("_Kind", Sandbox, Container)
 
 
 class Registry:
@@ -29,6 +29,7 @@ class Registry:
         self._sandboxes: dict[str, Sandbox] = {}
         self._containers: dict[str, Container] = {}
         self._names: dict[str, str] = {}
+        self._watchers: list[Callable[[Record | None, Record | None], None]] = []
         for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
             for key, stored in store.items(table):
                 try:
@@ -37,6 +38,11 @@ class Registry:
                     # One record must not keep the node down; what it owned is cleared as nobody's.
                     log.exception("a record cannot be read and is dropped", table=table, id=key)
                     store.delete(table, key)
+        self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))
+
+    def watch(self, watcher: Callable[[Record | None, Record | None], None]) -> None:
+        """Call ``watcher`` with the old and the new record at each change; None is one that is not there."""
+        self._watchers.append(watcher)
 
     def _load_sandbox(self, stored: bytes) -> None:
         sandbox = load_sandbox(stored)
@@ -75,7 +81,7 @@ class Registry:
         config, pod = container.config, self._sandboxes[container.sandbox_id].config
         return f"{config.name}_{pod.full_name}_{config.attempt}"
 
-    def add(self, record: Sandbox | Container) -> None:
+    def add(self, record: Record) -> None:
         """Take a new record in, and its name with it. Raises AlreadyExistsError where the name is taken."""
         if isinstance(record, Sandbox):
             name, what = record.config.full_name, "pod sandbox"
@@ -86,15 +92,18 @@ class Registry:
         self.save(record)
         self._names[name] = record.id
 
-    def save(self, record: Sandbox | Container) -> None:
+    def save(self, record: Record) -> None:
         """Replace a record by its next state."""
         self._store.put(_table(record), record.id, dump(record))
+        old: Record | None
         if isinstance(record, Sandbox):
-            self._sandboxes[record.id] = record
+            old, self._sandboxes[record.id] = self._sandboxes.get(record.id), record
         else:
-            self._containers[record.id] = record
+            old, self._containers[record.id] = self._containers.get(record.id), record
+        for watcher in self._watchers:
+            watcher(old, record)
 
-    def forget(self, record: Sandbox | Container) -> None:
+    def forget(self, record: Record) -> None:
         """Let go of a record and its name: the last step of its removal."""
         self._store.delete(_table(record), record.id)
         if isinstance(record, Sandbox):
@@ -103,13 +112,15 @@ class Registry:
         else:
             self._names.pop(self.container_name(record), None)
             self._containers.pop(record.id, None)
+        for watcher in self._watchers:
+            watcher(record, None)
 
 
-def _table(record: Sandbox | Container) -> str:
+def _table(record: Record) -> str:
     return "sandboxes" if isinstance(record, Sandbox) else "containers"
 
 
-def _find(what: str, records: Mapping[str, _Record], given: str) -> _Record:
+def _find(what: str, records: Mapping[str, _Kind], given: str) -> _Kind:
     """By exact ID first, as the kubelet asks; a prefix is for people."""
     if (record := records.get(given)) is not None:
         return record

@@ -1,0 +1,106 @@
+"""Container events and streamed lists: what an evented kubelet lives on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.node import Node
+
+CREATED, STARTED = cri.CONTAINER_CREATED_EVENT, cri.CONTAINER_STARTED_EVENT
+STOPPED, DELETED = cri.CONTAINER_STOPPED_EVENT, cri.CONTAINER_DELETED_EVENT
+
+
+class Listener:
+    def __init__(self, node: Node) -> None:
+        self.call = node.client.GetContainerEvents(deadline=120)
+        self.events: queue.Queue[cri.ContainerEventResponse] = queue.Queue()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for event in self.call:
+                self.events.put(event)
+        except grpc.RpcError:
+            return
+
+    def next(self) -> cri.ContainerEventResponse:
+        return self.events.get(timeout=10)
+
+    def close(self) -> None:
+        self.call.cancel()
+        self.thread.join()
+
+
+@pytest.fixture
+def listener(node: Node):
+    listener = Listener(node)
+    threading.Event().wait(0.3)  # until the daemon has the call
+    yield listener
+    listener.close()
+
+
+def test_a_pods_life_in_events(node: Node, listener: Listener):
+    pod = node.run_pod("told", labels={"a": "b"})
+    for kind in (CREATED, STARTED):
+        event = listener.next()
+        assert (event.container_id, event.container_event_type) == (pod, kind)
+        assert event.pod_sandbox_status.state == cri.SANDBOX_READY
+        assert event.pod_sandbox_status.labels == {"a": "b"}
+        assert event.pod_sandbox_status.network.ip
+    container = node.run(pod, "c", ["sh", "-c", "exit 9"])
+    states = []
+    for kind in (CREATED, STARTED, STOPPED):
+        event = listener.next()
+        assert (event.container_id, event.container_event_type) == (container, kind)
+        assert event.pod_sandbox_status.id == pod
+        assert [s.id for s in event.containers_statuses] == [container]
+        assert event.created_at > 0
+        states.append(event.containers_statuses[0].state)
+    assert states == [cri.CONTAINER_CREATED, cri.CONTAINER_RUNNING, cri.CONTAINER_EXITED]
+    assert event.containers_statuses[0].exit_code == 9
+    assert event.containers_statuses[0] == node.status(container)
+    node.client.RemoveContainer(container_id=container)
+    event = listener.next()
+    assert (event.container_id, event.container_event_type) == (container, DELETED)
+    assert list(event.containers_statuses) == []
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    event = listener.next()
+    assert (event.container_id, event.container_event_type) == (pod, STOPPED)
+    assert event.pod_sandbox_status.state == cri.SANDBOX_NOTREADY
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    event = listener.next()
+    assert (event.container_id, event.container_event_type) == (pod, DELETED)
+    assert event.pod_sandbox_status.metadata.uid == "uid-told"
+
+
+def test_every_listener_is_told(node: Node, listener: Listener):
+    other = Listener(node)
+    try:
+        threading.Event().wait(0.3)
+        pod = node.run_pod("both")
+        for each in (listener, other):
+            assert each.next().container_id == pod
+    finally:
+        other.close()
+
+
+def test_streamed_lists_are_the_lists(node: Node):
+    pod = node.run_pod("streamed")
+    for n in range(3):
+        node.create(pod, f"c{n}", ["true"])
+    client = node.client
+    streamed = [c for part in client.StreamContainers() for c in part.containers]
+    assert streamed == list(client.ListContainers().containers)
+    assert len(streamed) == 3
+    wanted = cri.ContainerFilter(id=streamed[1].id)
+    assert [c for part in client.StreamContainers(filter=wanted) for c in part.containers] == [streamed[1]]
+    assert [p for part in client.StreamPodSandboxes() for p in part.pod_sandboxes] == list(
+        client.ListPodSandbox().items
+    )
+    assert [i for part in client.StreamImages() for i in part.images] == list(client.ListImages().images)
