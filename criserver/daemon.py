@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 
 import grpc
 import structlog
@@ -24,6 +25,7 @@ from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.events import Events
+from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
@@ -53,7 +55,8 @@ async def serve(config: Config) -> None:
         os.makedirs(directory, mode=0o711, exist_ok=True)
     locks = [_lock(directory) for directory in dict.fromkeys((config.root, config.state))]
     store = Store(os.path.join(config.root, "criserver.db"))
-    node = _node(config, store)
+    features = {name: await probe(runtime) for name, runtime in config.runtimes.items()}
+    node = _node(config, store, features)
     try:
         await node.nursery.start()
         await recover(node)
@@ -88,13 +91,14 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def _node(config: Config, store: Store) -> Node:
+def _node(config: Config, store: Store, features: Mapping[str, Features]) -> Node:
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
     registry = Registry(store)
     return Node(
         config=config,
         registry=registry,
         events=Events(registry),
+        features=features,
         images=Images(
             store,
             ContentStore(os.path.join(config.root, "content")),

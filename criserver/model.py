@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 
 class NamespaceMode(enum.Enum):
-    """Whose namespace a pod or container is in (CRI NamespaceMode, without TARGET)."""
+    """Whose namespace a pod or container is in (CRI NamespaceMode)."""
 
     POD = "pod"
     CONTAINER = "container"
     NODE = "node"
+    TARGET = "target"
 
 
 class Propagation(enum.Enum):
@@ -47,11 +48,12 @@ class Dns:
 
 @dataclass(frozen=True, slots=True)
 class Namespaces:
-    """The namespace modes of a pod or container."""
+    """The namespace modes of a pod or container; ``target`` is the container whose PIDs it sees with TARGET."""
 
     network: NamespaceMode = NamespaceMode.POD
     pid: NamespaceMode = NamespaceMode.POD
     ipc: NamespaceMode = NamespaceMode.POD
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,15 @@ class PodConfig:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A path of the host to be seen in the container."""
+    """A path of the host, or an image (whole, or a path in it), to be seen in the container."""
 
     container_path: str
     host_path: str
     readonly: bool
     propagation: Propagation
+    recursive_readonly: bool = False
+    image: str = ""
+    image_sub_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)

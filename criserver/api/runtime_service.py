@@ -82,12 +82,17 @@ class RuntimeService:
         network = cri.RuntimeCondition(type="NetworkReady", status=reason is None)
         if reason is not None:
             network.reason, network.message = "NetworkPluginNotReady", reason
-        handlers = ["", *sorted(self._node.config.runtimes)]
+        features = self._node.features
+        handlers = {"": features[self._node.config.default_runtime], **features}
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=[cri.RuntimeCondition(type="RuntimeReady", status=True), network]),
             info=views.info(root=self._node.config.root, state=self._node.config.state) if request.verbose else {},
             runtime_handlers=[
-                cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in handlers
+                cri.RuntimeHandler(
+                    name=name,
+                    features=cri.RuntimeHandlerFeatures(recursive_read_only_mounts=found.recursive_readonly_mounts),
+                )
+                for name, found in handlers.items()
             ],
             features=cri.RuntimeFeatures(supplemental_groups_policy=True),
         )

@@ -302,7 +302,7 @@ def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
 
 
 def _user_mount(mount: Mount) -> Spec:
-    access = "ro" if mount.readonly else "rw"
+    access = "rro" if mount.recursive_readonly else "ro" if mount.readonly else "rw"
     return {
         "destination": mount.container_path,
         "type": "bind",
@@ -320,7 +320,7 @@ def _namespaces(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     found: list[Spec] = [{"type": "mount"}]
     if config.namespaces.pid is NamespaceMode.CONTAINER:
         found.append({"type": "pid"})
-    elif config.namespaces.pid is NamespaceMode.POD:
+    elif config.namespaces.pid in (NamespaceMode.POD, NamespaceMode.TARGET):
         found += _joined(("pid", pod.pid_namespace))
     found += _joined(("network", pod.net_namespace), ("ipc", pod.ipc_namespace), ("uts", pod.uts_namespace))
     return found

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shutil
 import signal
 import time
 
@@ -15,9 +14,10 @@ import structlog
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Image
-from criserver.model import ContainerConfig, Mount, User
+from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.oci import spec, users
-from criserver.runtime import host
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -51,11 +51,12 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
     defaults = _defaults(image)
     spec.process_args(config, defaults)
+    _check_features(node, sandbox, config)
     container = Container(
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
         config=config,
-        sent=sent,
+        sent=_with_image_refs(node, sent),
         image_id=image.id,
         image_ref=image.repo_digests[0] if image.repo_digests else image.id,
         state=ContainerState.CREATING,
@@ -75,26 +76,35 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     return container.id
 
 
+def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> None:
+    """Refuse what the pod's runtime handler or this kernel cannot do."""
+    features = node.features[node.handler(sandbox.handler).name]
+    if not features.recursive_readonly_mounts and any(m.recursive_readonly for m in config.mounts):
+        raise FailedPreconditionError(
+            f"container {config.name}: recursive read-only mounts need runc 1.1 or newer and Linux 5.12 or newer"
+        )
+
+
 async def _prepare(
     node: Node, sandbox: Sandbox, container: Container, image: Image, defaults: spec.ImageDefaults
 ) -> User:
-    config, rootfs = container.config, node.rootfs(container.id)
-    os.makedirs(rootfs, mode=0o711)
+    config = container.config
+    pid_namespace = _target_namespace(node, container)
     if container.log_path:
         os.makedirs(os.path.dirname(container.log_path), mode=0o755, exist_ok=True)
-    config = dataclasses.replace(config, mounts=tuple(_resolved(m) for m in config.mounts))
     if config.security.privileged:
         devices = host.all_devices()
     else:
         devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
-    await node.snapshotter.prepare(container.id, image.chain_id)
-    await node.snapshotter.mount(container.id, rootfs)
+    rootfs = await filesystems.make_root(node, container, image)
+    config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
     user = await asyncio.to_thread(_user, config, image, rootfs)
+    pod = pod_facts(node, sandbox)
     document = spec.build(
         config=config,
         image=defaults,
         user=user,
-        pod=pod_facts(node, sandbox),
+        pod=dataclasses.replace(pod, pid_namespace=pid_namespace or pod.pid_namespace),
         host=host.facts(),
         cgroups_path=cgroups_path(sandbox, container),
         rootfs=rootfs,
@@ -106,10 +116,39 @@ async def _prepare(
     return user
 
 
+def _with_image_refs(node: Node, sent: bytes) -> bytes:
+    """What the kubelet sent, with the image IDs that its image volumes have at this moment, for the status to tell.
+
+    Raises NotFoundError for an image that is not here.
+    """
+    config = cri.ContainerConfig.FromString(sent)
+    for mount in config.mounts:
+        if mount.HasField("image"):
+            image = node.images.get(mount.image.image)
+            if image is None:
+                what = f"mount {mount.container_path}: image {mount.image.image}"
+                raise NotFoundError(f"{what} is not on this node; pull it first")
+            mount.image.image_ref = image.id
+    return config.SerializeToString(deterministic=True)
+
+
+def _target_namespace(node: Node, container: Container) -> str:
+    """The PID namespace of the container that this one is to see into; "" where it asks for none."""
+    namespaces = container.config.namespaces
+    if namespaces.pid is not NamespaceMode.TARGET:
+        return ""
+    target = node.registry.container(namespaces.target)
+    if target.sandbox_id != container.sandbox_id:
+        raise InvalidArgumentError(f"target container {target.id} is of another pod, {target.sandbox_id}")
+    if target.state is not ContainerState.RUNNING:
+        raise FailedPreconditionError(f"target container {target.id} is {target.state.value}, not running")
+    return f"/proc/{target.pid}/ns/pid"
+
+
 async def _undo(node: Node, container: Container, cause: BaseException) -> None:
     """Leave nothing of a container that cannot be made; what resists is left to the kubelet to remove."""
     try:
-        await discard(node, container)
+        await filesystems.discard(node, container.id)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
         words = f"it cannot be made: {cause}"
@@ -118,13 +157,6 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         return
     node.registry.forget(container)
     node.locks.pop(container.id, None)
-
-
-async def discard(node: Node, container: Container) -> None:
-    """Undo all that creating a container did; what is gone, or was never made, is no error."""
-    await node.snapshotter.unmount(node.rootfs(container.id))
-    await node.snapshotter.remove(container.id)
-    await asyncio.to_thread(shutil.rmtree, node.container_dir(container.id), ignore_errors=True)
 
 
 def cgroups_path(sandbox: Sandbox, container: Container) -> str:
@@ -152,19 +184,6 @@ def signal_number(name: str) -> int:
 def _defaults(image: Image) -> spec.ImageDefaults:
     found = image.config
     return spec.ImageDefaults(tuple(found.entrypoint), tuple(found.cmd), tuple(found.env), found.working_dir)
-
-
-def _resolved(mount: Mount) -> Mount:
-    """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
-    real = os.path.realpath(mount.host_path)
-    if not os.path.lexists(real):
-        try:
-            os.makedirs(real, mode=0o755)
-        except OSError as e:
-            raise InvalidArgumentError(
-                f"mount {mount.container_path}: host path {mount.host_path}: {e.strerror}"
-            ) from e
-    return dataclasses.replace(mount, host_path=real)
 
 
 def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:

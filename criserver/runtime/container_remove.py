@@ -7,8 +7,7 @@ import dataclasses
 import structlog
 
 from criserver.errors import NotFoundError
-from criserver.runtime import supervision
-from criserver.runtime.container_create import discard
+from criserver.runtime import filesystems, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState
@@ -38,7 +37,7 @@ async def remove_locked(node: Node, container: Container) -> None:
         sandbox = node.registry.sandbox(found.sandbox_id)
         await supervision.wait_gone(node, found.id)
         await supervision.destroy(node, found.id, sandbox.handler)
-        await discard(node, found)
+        await filesystems.discard(node, found.id)
         node.registry.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from criserver.images import Images
 from criserver.network import Network
 from criserver.runtime.attempts import Attempts
 from criserver.runtime.events import Events
+from criserver.runtime.features import Features
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
 from snapshotter import Snapshotter
@@ -35,6 +36,8 @@ class Node:
     snapshotter: Snapshotter
     nursery: Nursery
     events: Events
+    # By the handler's name.
+    features: Mapping[str, Features]
     attempts: Attempts = field(default_factory=Attempts)
     # One operation at a time for each sandbox and container, by ID.
     locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))

@@ -26,7 +26,12 @@ from criserver.model import (
 )
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
-_MODES = {cri.POD: NamespaceMode.POD, cri.CONTAINER: NamespaceMode.CONTAINER, cri.NODE: NamespaceMode.NODE}
+_MODES = {
+    cri.POD: NamespaceMode.POD,
+    cri.CONTAINER: NamespaceMode.CONTAINER,
+    cri.NODE: NamespaceMode.NODE,
+    cri.TARGET: NamespaceMode.TARGET,
+}
 _PROTOCOLS = {cri.TCP: "tcp", cri.UDP: "udp", cri.SCTP: "sctp"}
 _PROPAGATIONS = {
     cri.PROPAGATION_PRIVATE: Propagation.PRIVATE,
@@ -49,6 +54,8 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
     namespaces = _namespaces(security.namespace_options)
     if namespaces.network is NamespaceMode.CONTAINER:
         raise InvalidArgumentError("namespace_options.network = CONTAINER: containers of a pod share its network")
+    if namespaces.pid is NamespaceMode.TARGET:
+        raise InvalidArgumentError("namespace_options.pid = TARGET: a pod sandbox has no target, a container has")
     if len(sent.hostname) > 64:
         raise InvalidArgumentError(
             f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
@@ -141,12 +148,14 @@ def _cgroup_parent(parent: str) -> str:
 
 
 def _namespaces(options: cri.NamespaceOption) -> Namespaces:
-    for kind in ("network", "pid", "ipc"):
+    for kind in ("network", "ipc"):
         if getattr(options, kind) == cri.TARGET:
-            raise UnimplementedError(f"namespace_options.{kind} = TARGET is not supported yet")
+            raise InvalidArgumentError(f"namespace_options.{kind} = TARGET: only a PID namespace can be a target's")
+    if (options.pid == cri.TARGET) != bool(options.target_id):
+        raise InvalidArgumentError("namespace_options: pid = TARGET and target_id go together")
     if options.HasField("userns_options") and options.userns_options.mode == cri.POD:
         raise UnimplementedError("user namespaces (namespace_options.userns_options) are not supported yet")
-    return Namespaces(_MODES[options.network], _MODES[options.pid], _MODES[options.ipc])
+    return Namespaces(_MODES[options.network], _MODES[options.pid], _MODES[options.ipc], options.target_id)
 
 
 def _container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> Namespaces:
@@ -207,29 +216,40 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
         raise InvalidArgumentError(
             f"container {name}: mount container_path = {sent.container_path!r} must be an absolute path"
         )
-    for field, feature in (
-        ("image", "image volumes"),
-        ("uidMappings", "id-mapped mounts"),
-        ("gidMappings", "id-mapped mounts"),
-        ("recursive_read_only", "recursive read-only mounts"),
-    ):
-        if sent.HasField("image") if field == "image" else getattr(sent, field):
-            raise UnimplementedError(f"container {name}: mount {sent.container_path}: {feature} are not supported yet")
+    what = f"container {name}: mount {sent.container_path}"
+    if sent.uidMappings or sent.gidMappings:
+        raise UnimplementedError(f"{what}: id-mapped mounts are not supported yet")
     if sent.selinux_relabel and os.path.isdir("/sys/fs/selinux"):
-        raise UnimplementedError(
-            f"container {name}: mount {sent.container_path}: SELinux relabelling is not supported yet"
-        )
+        raise UnimplementedError(f"{what}: SELinux relabelling is not supported yet")
+    if sent.recursive_read_only and not (sent.readonly and sent.propagation == cri.PROPAGATION_PRIVATE):
+        raise InvalidArgumentError(f"{what}: recursive_read_only needs readonly, and PROPAGATION_PRIVATE")
+    image = sent.image.image
+    if sent.HasField("image"):
+        if not image:
+            raise InvalidArgumentError(f"{what}: image.image is empty; an image must be named")
+        if not sent.readonly:
+            raise InvalidArgumentError(f"{what}: an image volume must be readonly")
+        if sent.host_path:
+            raise InvalidArgumentError(f"{what}: image and host_path = {sent.host_path!r} are both set; give one")
+    elif sent.image_sub_path:
+        raise InvalidArgumentError(f"{what}: image_sub_path is set without an image")
+    elif not sent.host_path:
+        raise InvalidArgumentError(f"{what}: host_path is empty; it must be given")
     return Mount(
         container_path=os.path.normpath(sent.container_path),
-        host_path=_absolute(f"container {name}: mount {sent.container_path}: host_path", sent.host_path)
-        or _missing(f"container {name}: mount {sent.container_path}: host_path"),
+        host_path=_absolute(f"{what}: host_path", sent.host_path),
         readonly=sent.readonly,
         propagation=_PROPAGATIONS[sent.propagation],
+        recursive_readonly=sent.recursive_read_only,
+        image=image,
+        image_sub_path=_sub_path(what, sent.image_sub_path),
     )
 
 
-def _missing(field: str) -> str:
-    raise InvalidArgumentError(f"{field} is empty; it must be given")
+def _sub_path(what: str, path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise InvalidArgumentError(f"{what}: image_sub_path = {path!r} must be a relative path without '..'")
+    return path
 
 
 def _device(sent: cri.Device, name: str) -> Device:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import shutil
 import time
 
 import structlog
 
 from criserver.model import NamespaceMode
 from criserver.network import namespaces, strays
-from criserver.runtime import sandbox_files, supervision
-from criserver.runtime.container_create import discard
+from criserver.runtime import filesystems, sandbox_files, supervision
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
@@ -40,7 +38,7 @@ async def _container(node: Node, container: Container) -> None:
         match container.state:
             case ContainerState.CREATING:
                 log.warning("rolling back a container whose making was cut off", container=container.id)
-                await discard(node, container)
+                await filesystems.discard(node, container.id)
                 node.registry.forget(container)
             case ContainerState.REMOVING:
                 await remove_locked(node, container)
@@ -51,7 +49,7 @@ async def _container(node: Node, container: Container) -> None:
                     _lost_before_start(node, container)
         left = node.registry.containers.get(container.id)
         if left is not None and left.state is ContainerState.EXITED:
-            await node.snapshotter.unmount(node.rootfs(container.id))
+            await filesystems.unmount(node, container.id)
     except Exception:
         log.exception("recovery of a container failed", container=container.id)
 
@@ -126,11 +124,11 @@ async def _sweep(node: Node) -> None:
                 await supervision.destroy(node, name, handler)
     for name in _entries(node.config.state, "containers"):
         if name not in containers and name not in sandboxes:
-            await node.snapshotter.unmount(node.rootfs(name))
-            await asyncio.to_thread(shutil.rmtree, node.container_dir(name), ignore_errors=True)
-    for name in list(node.snapshotter.snapshots()):
+            await filesystems.discard(node, name)
+    owners = {filesystems.owner(key) for key in node.snapshotter.snapshots()}
+    for name in owners.union(_entries(filesystems.volumes_root(node))):
         if name not in containers:
-            await node.snapshotter.remove(name)
+            await filesystems.discard(node, name)
 
 
 def _entries(*parts: str) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from criserver.errors import DeadlineExceededError, FailedPreconditionError
-from criserver.runtime import host
+from criserver.runtime import filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
 from criserver.runtime.shims import Message, connect
@@ -131,7 +131,7 @@ def start_failed(node: Node, key: str, words: str) -> None:
             message=words,
         )
     )
-    node.background(node.snapshotter.unmount(node.rootfs(key)), "unmount of an unstarted container's root failed")
+    node.background(filesystems.unmount(node, key), "unmount of an unstarted container's files failed")
 
 
 def running(node: Node, key: str, begun: Started) -> None:
@@ -309,7 +309,7 @@ def _gone(node: Node, key: str) -> None:
         return
     event.set()
     if key in node.registry.containers:
-        node.background(node.snapshotter.unmount(node.rootfs(key)), "unmount of an exited container's root failed")
+        node.background(filesystems.unmount(node, key), "unmount of an exited container's files failed")
 
 
 def _exit_record(node: Node, key: str) -> Message | None:

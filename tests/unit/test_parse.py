@@ -20,7 +20,7 @@ def container(**fields) -> cri.ContainerConfig:
     return cri.ContainerConfig(**{**defaults, **fields})
 
 
-def options(**modes: int) -> cri.LinuxPodSandboxConfig:
+def options(**modes: int | str) -> cri.LinuxPodSandboxConfig:
     return cri.LinuxPodSandboxConfig(
         security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(**modes))
     )
@@ -55,7 +55,9 @@ def test_a_pods_fields():
         ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="/a/../../b")}, InvalidArgumentError, "cgroup_parent"),
         ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="kubepods.slice")}, UnimplementedError, "systemd"),
         ({"linux": options(network=cri.CONTAINER)}, InvalidArgumentError, "network"),
-        ({"linux": options(pid=cri.TARGET)}, UnimplementedError, "TARGET"),
+        ({"linux": options(pid=cri.TARGET, target_id="x")}, InvalidArgumentError, "TARGET"),
+        ({"linux": options(pid=cri.TARGET)}, InvalidArgumentError, "target_id"),
+        ({"linux": options(ipc=cri.TARGET, target_id="x")}, InvalidArgumentError, "ipc"),
     ],
 )
 def test_a_pod_that_is_refused(fields, kind, word):
@@ -127,12 +129,12 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
         ({"mounts": [cri.Mount(container_path="/a")]}, InvalidArgumentError, "host_path"),
         (
             {"mounts": [cri.Mount(container_path="/a", image=cri.ImageSpec(image="x"))]},
-            UnimplementedError,
-            "image volumes",
+            InvalidArgumentError,
+            "readonly",
         ),
         (
             {"mounts": [cri.Mount(container_path="/a", host_path="/h", recursive_read_only=True)]},
-            UnimplementedError,
+            InvalidArgumentError,
             "recursive",
         ),
         ({"devices": [cri.Device(host_path="/dev/x", permissions="rwx")]}, InvalidArgumentError, "rwx"),

@@ -1,0 +1,155 @@
+"""What a container's file tree is made of: its root, the volumes of its image, and other images as volumes.
+
+All that is written to lies below the root directory, on disk; what is mounted lies below the container's
+directory, and everything is found again by the container's ID alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import shutil
+
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.images import Image
+from criserver.model import Mount, Propagation
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container
+from snapshotter import mounts
+
+
+async def make_root(node: Node, container: Container, image: Image) -> str:
+    """Mount the container's root file system, the image with a writable layer over it; where it is mounted."""
+    rootfs = node.rootfs(container.id)
+    os.makedirs(rootfs, mode=0o711)
+    await node.snapshotter.prepare(container.id, image.chain_id)
+    await node.snapshotter.mount(container.id, rootfs)
+    return rootfs
+
+
+async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
+    """The container's mounts with real paths of the host, and those that its image asks for before them.
+
+    Raises NotFoundError for an image or path in it that is not there, InvalidArgumentError for a host path that
+    cannot be made.
+    """
+    found = []
+    for number, mount in enumerate(container.config.mounts):
+        if mount.image:
+            path = await _mount_image(node, container, number, mount)
+            found.append(dataclasses.replace(mount, host_path=path))
+        else:
+            found.append(_resolved(mount))
+    covered = {mount.container_path for mount in found}
+    volumes = []
+    for number, volume in enumerate(sorted(set(map(os.path.normpath, image.config.volumes)) - covered)):
+        if volume.startswith("/") and volume != "/":
+            path = os.path.join(_volumes_dir(node, container.id), str(number))
+            await _copy_up(rootfs, volume, path)
+            volumes.append(Mount(volume, path, readonly=False, propagation=Propagation.PRIVATE))
+    return (*volumes, *found)
+
+
+async def unmount(node: Node, container_id: str) -> None:
+    """Unmount all file systems of a container that does not run; what is not mounted is no error."""
+    for point in (*mounts.mounts_below(node.container_dir(container_id)), node.rootfs(container_id)):
+        await node.snapshotter.unmount(point)
+
+
+async def discard(node: Node, container_id: str) -> None:
+    """Unmount and delete all that a container's files are; what is gone, or was never made, is no error."""
+    await unmount(node, container_id)
+    for key in list(node.snapshotter.snapshots()):
+        if owner(key) == container_id:
+            await node.snapshotter.remove(key)
+    for directory in (_volumes_dir(node, container_id), node.container_dir(container_id)):
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+def owner(key: str) -> str:
+    """The container that a snapshot or volume directory belongs to, by its key."""
+    return key.partition(".")[0]
+
+
+def volumes_root(node: Node) -> str:
+    """Where the volumes of images are, a directory a container."""
+    return os.path.join(node.config.root, "volumes")
+
+
+def _volumes_dir(node: Node, container_id: str) -> str:
+    return os.path.join(volumes_root(node), container_id)
+
+
+def _resolved(mount: Mount) -> Mount:
+    """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
+    real = os.path.realpath(mount.host_path)
+    if not os.path.lexists(real):
+        try:
+            os.makedirs(real, mode=0o755)
+        except OSError as e:
+            words = f"mount {mount.container_path}: host path {mount.host_path}: {e.strerror}"
+            raise InvalidArgumentError(words) from e
+    return dataclasses.replace(mount, host_path=real)
+
+
+async def _mount_image(node: Node, container: Container, number: int, mount: Mount) -> str:
+    """Mount another image for the container to see; the path of what it is to see.
+
+    A writable snapshot of its own, that nobody writes to, keeps the image's layers for as long as it is used.
+    """
+    image = node.images.get(mount.image)
+    if image is None:
+        raise NotFoundError(f"mount {mount.container_path}: image {mount.image} is not on this node; pull it first")
+    key = f"{container.id}.image{number}"
+    point = os.path.join(node.container_dir(container.id), f"image{number}")
+    os.mkdir(point, 0o711)
+    await node.snapshotter.prepare(key, image.chain_id)
+    await node.snapshotter.mount(key, point)
+    if not mount.image_sub_path:
+        return point
+    try:
+        fd = _open_inside(point, mount.image_sub_path)
+    except OSError as e:
+        raise NotFoundError(
+            f"mount {mount.container_path}: {mount.image_sub_path!r} in image {mount.image}: {e.strerror}"
+        ) from e
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+async def _copy_up(rootfs: str, volume: str, target: str) -> None:
+    """Make a volume with what the image has at its place: content, owners, modes and attributes."""
+    os.makedirs(target, mode=0o755)
+    try:
+        fd = _open_inside(rootfs, volume)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e
+    try:
+        source = f"/proc/self/fd/{fd}/."
+        process = await asyncio.create_subprocess_exec(
+            *("cp", "-a", "--", source, target), pass_fds=[fd], stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            _, stderr = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode:
+            raise CriError(f"the image's volume {volume} cannot be copied: {stderr.decode(errors='replace').strip()}")
+    finally:
+        os.close(fd)
+
+
+def _open_inside(root: str, path: str) -> int:
+    """A path descriptor of something in an image; links in the image never lead out of it. Raises OSError."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return mounts.openat2(directory, path.lstrip("/") or ".", os.O_PATH, mounts.RESOLVE_IN_ROOT)
+    finally:
+        os.close(directory)

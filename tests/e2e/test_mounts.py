@@ -1,0 +1,141 @@
+"""Mounts beyond the ordinary: recursive read-only ones, images as volumes, the volumes of an image; and targets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.conftest import import_image
+from tests.e2e.imagebuilder import File, busybox_image, write_archive
+from tests.e2e.node import Node
+from tests.e2e.test_bad_input import refused
+
+
+@pytest.fixture
+def pod(node: Node) -> str:
+    return node.run_pod("pod")
+
+
+@pytest.fixture
+def volume(node: Node, tmp_path) -> str:
+    """An image with a file and a directory, by name."""
+    layer = {"data/inner": b"from the image", "data/tool": File(b"#!/bin/sh\necho ran", 0o755)}
+    write_archive(busybox_image(layers=[layer]), str(tmp_path / "v.tar"), "localhost/volume:1")
+    import_image(node, str(tmp_path / "v.tar"))
+    return "localhost/volume:1"
+
+
+def image_mount(name: str, sub_path: str = "", readonly: bool = True) -> cri.Mount:
+    return cri.Mount(container_path="/vol", readonly=readonly, image=cri.ImageSpec(image=name), image_sub_path=sub_path)
+
+
+def test_an_image_as_a_volume(node: Node, pod: str, volume: str):
+    container = node.run(pod, "c", ["sleep", "1000"], mounts=[image_mount(volume)])
+    assert node.sh(container, "cat /vol/data/inner; /vol/data/tool") == "from the imageran\n"
+    assert "Read-only" in node.sh(container, "touch /vol/x 2>&1 || true")
+    (mount,) = node.status(container).mounts
+    image_id = node.client.ImageStatus(image=cri.ImageSpec(image=volume)).image.id
+    assert mount.image.image_ref == image_id
+    node.client.RemoveImage(image=cri.ImageSpec(image=volume))
+    assert node.sh(container, "cat /vol/data/inner") == "from the image"
+
+
+def test_a_path_of_an_image_as_a_volume(node: Node, pod: str, volume: str):
+    container = node.run(pod, "c", ["sleep", "1000"], mounts=[image_mount(volume, "data")])
+    assert node.sh(container, "ls /vol") == "inner\ntool\n"
+    node.client.StopContainer(container_id=container, timeout=0)
+    node.client.RemoveContainer(container_id=container)
+    assert os.listdir(f"{node.root}/snapshots/active") == []
+
+
+@pytest.mark.parametrize(
+    ("mount", "code", "word"),
+    [
+        (image_mount("localhost/absent:1"), grpc.StatusCode.NOT_FOUND, "pull it first"),
+        (image_mount("localhost/volume:1", readonly=False), grpc.StatusCode.INVALID_ARGUMENT, "readonly"),
+        (image_mount("localhost/volume:1", "nowhere"), grpc.StatusCode.NOT_FOUND, "'nowhere'"),
+        (image_mount("localhost/volume:1", "../etc"), grpc.StatusCode.INVALID_ARGUMENT, "../etc"),
+        (
+            cri.Mount(container_path="/v", host_path="/tmp", recursive_read_only=True),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "recursive_read_only",
+        ),
+        (
+            cri.Mount(
+                container_path="/v",
+                host_path="/tmp",
+                readonly=True,
+                recursive_read_only=True,
+                propagation=cri.PROPAGATION_BIDIRECTIONAL,
+            ),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "PROPAGATION_PRIVATE",
+        ),
+    ],
+)
+def test_a_mount_that_is_refused(node: Node, pod: str, volume: str, mount: cri.Mount, code, word: str):
+    with refused(code, word):
+        node.create(pod, "c", ["true"], mounts=[mount])
+    assert node.client.ListContainers().containers == []
+    assert os.listdir(f"{node.state}/containers") == []
+
+
+def test_a_recursive_read_only_mount(node: Node, pod: str, tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "rro", str(inner)], check=True)
+    try:
+        mounts = [
+            cri.Mount(container_path="/ro", host_path=str(tmp_path), readonly=True),
+            cri.Mount(container_path="/rro", host_path=str(tmp_path), readonly=True, recursive_read_only=True),
+        ]
+        container = node.run(pod, "c", ["sleep", "1000"], mounts=mounts)
+        assert node.sh(container, "touch /ro/inner/x && echo written") == "written\n"
+        assert "Read-only" in node.sh(container, "touch /rro/inner/y 2>&1 || true")
+        handlers = {h.name: h.features.recursive_read_only_mounts for h in node.client.Status().runtime_handlers}
+        assert handlers == {"": True, "runc": True}
+        node.client.StopContainer(container_id=container, timeout=0)
+    finally:
+        subprocess.run(["umount", str(inner)], check=True)
+
+
+def test_the_volumes_of_an_image_are_copied_up_and_writable_under_a_read_only_root(node: Node, pod: str, tmp_path):
+    layer = {"var/data/file": b"seed", "var/data/sub/deep": File(b"deep", 0o640)}
+    image = busybox_image(layers=[layer], config={"Volumes": {"/var/data": {}, "/made/up": {}, "/given": {}}})
+    write_archive(image, str(tmp_path / "i.tar"), "localhost/volumes:1")
+    import_image(node, str(tmp_path / "i.tar"))
+    (tmp_path / "host").mkdir()
+    security = cri.LinuxContainerSecurityContext(readonly_rootfs=True)
+    container = node.run(
+        pod,
+        "c",
+        ["sleep", "1000"],
+        image="localhost/volumes:1",
+        linux=cri.LinuxContainerConfig(security_context=security),
+        mounts=[cri.Mount(container_path="/given", host_path=str(tmp_path / "host"))],
+    )
+    assert node.sh(container, "cat /var/data/file /var/data/sub/deep; stat -c %a /var/data/sub/deep") == "seeddeep640\n"
+    node.sh(container, "echo x > /var/data/new; echo y > /made/up/new; echo z > /given/new")
+    assert (tmp_path / "host" / "new").read_text() == "z\n"
+    assert "Read-only" in node.sh(container, "touch /var/other 2>&1 || true")
+    node.client.StopContainer(container_id=container, timeout=0)
+    node.client.RemoveContainer(container_id=container)
+    assert os.listdir(f"{node.root}/volumes") == []
+
+
+def test_a_container_that_sees_the_processes_of_another(node: Node, pod: str):
+    target = node.run(pod, "target", ["sleep", "1234"])
+    options = cri.NamespaceOption(pid=cri.TARGET, target_id=target)
+    linux = cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(namespace_options=options))
+    debugger = node.run(pod, "debugger", ["sleep", "1000"], linux=linux)
+    assert "sleep 1234" in node.sh(debugger, "ps -o args")
+    other = node.run_pod("other")
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "another pod"):
+        node.create(other, "c", ["true"], linux=linux)
+    node.client.StopContainer(container_id=target, timeout=0)
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "exited, not running"):
+        node.create(pod, "late", ["true"], linux=linux)
