@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TypeVar
 
 import structlog
+from google.protobuf import json_format
 
 from criserver import __version__
 from criserver.api import views
@@ -21,12 +22,14 @@ from criserver.runtime.container_log import reopen_log
 from criserver.runtime.container_remove import remove_container
 from criserver.runtime.container_start import start_container
 from criserver.runtime.container_stop import stop_container
+from criserver.runtime.container_update import update_container
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import run_sandbox
 from criserver.runtime.sandbox_stop import stop_sandbox
+from criserver.runtime.sandbox_update import update_sandbox
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +38,6 @@ MISSING = {
     "Exec": "streaming exec",
     "Attach": "streaming attach",
     "PortForward": "port forwarding",
-    "UpdateContainerResources": "resource updates",
-    "UpdatePodSandboxResources": "resource updates",
     "ContainerStats": "statistics",
     "ListContainerStats": "statistics",
     "StreamContainerStats": "statistics",
@@ -178,6 +179,20 @@ class RuntimeService:
             info=self._container_info(container) if request.verbose else {},
         )
 
+    async def update_container_resources(
+        self, request: cri.UpdateContainerResourcesRequest
+    ) -> cri.UpdateContainerResourcesResponse:
+        if request.HasField("windows"):
+            raise InvalidArgumentError("the windows section is set, and this node runs Linux")
+        await update_container(self._node, request.container_id, request.linux)
+        return cri.UpdateContainerResourcesResponse()
+
+    async def update_pod_sandbox_resources(
+        self, request: cri.UpdatePodSandboxResourcesRequest
+    ) -> cri.UpdatePodSandboxResourcesResponse:
+        update_sandbox(self._node, request.pod_sandbox_id, request.overhead, request.resources)
+        return cri.UpdatePodSandboxResourcesResponse()
+
     async def list_containers(self, request: cri.ListContainersRequest) -> bytes:
         found = self._filtered_containers(request.filter)
         return self._containers.join(found, len(self._node.registry.containers))
@@ -219,11 +234,14 @@ class RuntimeService:
         return cri.ReopenContainerLogResponse()
 
     def _sandbox_info(self, sandbox: Sandbox) -> dict[str, str]:
+        sent = cri.PodSandboxConfig.FromString(sandbox.sent)
         return views.info(
             sandboxID=sandbox.id,
             runtimeHandler=sandbox.handler or self._node.config.default_runtime,
             namespaces=self._node.namespaces_dir(sandbox.id),
             cgroupParent=sandbox.cgroup_parent,
+            resources=_document(sent.linux.resources),
+            overhead=_document(sent.linux.overhead),
             network=json.loads(sandbox.attachment) if sandbox.attachment else None,
         )
 
@@ -245,6 +263,11 @@ def _batches(records: list[_Listed]) -> Iterator[list[_Listed]]:
     """Pieces of a list for a streamed answer: none comes near the size that gRPC allows for a message."""
     for start in range(0, len(records), BATCH):
         yield records[start : start + BATCH]
+
+
+def _document(message: cri.LinuxContainerResources) -> dict[str, object]:
+    found: dict[str, object] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return found
 
 
 def _given(value: str, field: str) -> str:

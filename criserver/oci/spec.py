@@ -155,7 +155,7 @@ def build(
         "linux": {
             "cgroupsPath": cgroups_path,
             "namespaces": _namespaces(config, pod),
-            "resources": {**_limits(resources), "devices": _device_rules(config, nodes)},
+            "resources": {**limits(resources), "devices": _device_rules(config, nodes)},
             "devices": [_device_node(n) for n in nodes],
             "maskedPaths": [] if security.privileged else list(security.masked_paths),
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
@@ -326,7 +326,8 @@ def _namespaces(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     return found
 
 
-def _limits(resources: Resources) -> Spec:
+def limits(resources: Resources) -> Spec:
+    """The ``resources`` of a spec (config-linux.md), without devices; what is unset is not in it."""
     cpu = {
         "period": resources.cpu_period,
         "quota": resources.cpu_quota,

@@ -132,6 +132,17 @@ def remove_cgroup(cgroups_path: str) -> None:
                 continue
 
 
+def processes(cgroups_path: str) -> list[int]:
+    """The PIDs in a cgroup, as its pids or unified hierarchy has them; none where it is gone."""
+    roots = cgroup_roots()
+    root = roots.get("pids") or roots.get("", "")
+    try:
+        with open(f"{root}{cgroups_path}/cgroup.procs") as f:
+            return [int(line) for line in f]
+    except OSError:
+        return []
+
+
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. 0 where it is gone."""
     try:

@@ -106,7 +106,7 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
         stdin=sent.stdin,
         stdin_once=sent.stdin_once,
         tty=sent.tty,
-        resources=_resources(sent.linux.resources),
+        resources=resources(sent.linux.resources),
         security=_security(security, name),
         namespaces=_container_namespaces(security, pod),
         stop_signal="" if sent.stop_signal == cri.RUNTIME_DEFAULT else cri.Signal.Name(sent.stop_signal),
@@ -265,7 +265,12 @@ def _device(sent: cri.Device, name: str) -> Device:
     )
 
 
-def _resources(sent: cri.LinuxContainerResources) -> Resources:
+def resources(sent: cri.LinuxContainerResources) -> Resources:
+    """The limits that a LinuxContainerResources names. Raises InvalidArgumentError for what the host cannot do."""
+    if sent.unified and not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        raise InvalidArgumentError("resources.unified is set, and this node has cgroup version 1")
+    if not -1000 <= sent.oom_score_adj <= 1000:
+        raise InvalidArgumentError(f"resources.oom_score_adj = {sent.oom_score_adj} is not between -1000 and 1000")
     return Resources(
         cpu_period=sent.cpu_period,
         cpu_quota=sent.cpu_quota,

@@ -1,0 +1,113 @@
+"""UpdateContainerResources: new limits for a container, running or not yet."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+
+import structlog
+
+from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.oci import spec
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import host
+from criserver.runtime.node import Node
+from criserver.runtime.parse import container_config, resources
+from criserver.runtime.records import Container, ContainerState
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT = 30.0
+
+
+async def update_container(node: Node, given: str, asked: cri.LinuxContainerResources) -> None:
+    """Set the limits that ``asked`` names; what it leaves unset stays as it is.
+
+    Raises FailedPreconditionError for a container that has exited, and where the kernel refuses a limit: nothing
+    has changed then.
+    """
+    container_id = node.registry.container(given).id
+    await node.finish(_update(node, container_id, asked))
+
+
+async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
+    async with node.locks[container_id]:
+        container = node.registry.container(container_id)
+        if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+            raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
+        sent = cri.ContainerConfig.FromString(container.sent)
+        _merge(sent.linux.resources, asked)
+        sandbox = node.registry.sandbox(container.sandbox_id)
+        changed = dataclasses.replace(
+            container,
+            config=container_config(sent, sandbox.config),
+            sent=sent.SerializeToString(deterministic=True),
+        )
+        if container.state is ContainerState.RUNNING:
+            await _apply(node, sandbox.handler, changed, asked)
+        _rewrite(node, changed)
+        # It may have exited meanwhile: only the limits are new, whatever the record says by now.
+        current = node.registry.container(container_id)
+        node.registry.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+
+
+def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
+    """Protobuf's own merge, but lists of limits replace each other."""
+    hugepages = list(asked.hugepage_limits)
+    if hugepages:
+        del into.hugepage_limits[:]
+    into.MergeFrom(asked)
+
+
+async def _apply(node: Node, handler: str, container: Container, asked: cri.LinuxContainerResources) -> None:
+    runtime = node.handler(handler)
+    program = shutil.which(runtime.path)
+    if program is None:
+        raise FailedPreconditionError(f"runtime handler {runtime.name}: {runtime.path} is not an executable")
+    process = await asyncio.create_subprocess_exec(
+        *(program, "--root", node.runtime_root(handler), "update", "--resources", "-", container.id),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            _, stderr = await process.communicate(json.dumps(spec.limits(resources(asked))).encode())
+    except TimeoutError:
+        raise DeadlineExceededError(f"{runtime.path} did not update {container.id} within {_TIMEOUT:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        words = stderr.decode(errors="replace").strip().splitlines() or ["it left no message"]
+        raise FailedPreconditionError(f"container {container.id} cannot be given these limits: {words[-1]}")
+    if asked.oom_score_adj:
+        _set_oom_score(node, container, asked.oom_score_adj)
+
+
+def _set_oom_score(node: Node, container: Container, score: int) -> None:
+    """Give the score to every process of the container: the OCI runtime's update has none."""
+    sandbox = node.registry.sandbox(container.sandbox_id)
+    for pid in host.processes(f"{sandbox.cgroup_parent}/{container.id}"):
+        try:
+            with open(f"/proc/{pid}/oom_score_adj", "w") as f:
+                f.write(str(max(score, host.facts().oom_score_adj_floor)))
+        except ProcessLookupError:
+            continue
+
+
+def _rewrite(node: Node, container: Container) -> None:
+    """Keep the bundle true: a container not yet started is started from it, and an exec reads it."""
+    path = os.path.join(node.container_dir(container.id), "config.json")
+    with open(path) as f:
+        document = json.load(f)
+    linux, asked = document["linux"], container.config.resources
+    linux["resources"] = {**spec.limits(asked), "devices": linux["resources"]["devices"]}
+    document["process"]["oomScoreAdj"] = max(asked.oom_score_adj, host.facts().oom_score_adj_floor)
+    with open(path + ".new", "w") as f:
+        json.dump(document, f)
+    os.rename(path + ".new", path)
