@@ -24,12 +24,15 @@ from criserver.images import ContentStore, Images, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import host
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
+from criserver.runtime.records import ContainerState
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Nursery
+from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from snapshotter import Snapshotter
 
@@ -62,7 +65,7 @@ async def serve(config: Config) -> None:
         await recover(node)
         await node.images.collect()
         server = await listen(config.grpc_address, _services(node))
-        checkpoints = asyncio.create_task(_checkpoint(store))
+        upkeep = [asyncio.create_task(_checkpoint(store)), asyncio.create_task(node.stats.disk.run())]
         # What start-up made lives as long as the daemon; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -78,13 +81,15 @@ async def serve(config: Config) -> None:
         await stop.wait()
         log.info("stopping")
         _notify("STOPPING=1")
-        checkpoints.cancel()
+        for task in upkeep:
+            task.cancel()
         await server.stop(STOP_GRACE)
         await _within(node.settle(), STOP_GRACE)
     finally:
         for link in list(node.links.values()):
             link.close()
         await node.nursery.stop()
+        node.stats.close()
         node.snapshotter.close()
         store.close()
         for lock in locks:
@@ -109,7 +114,18 @@ def _node(config: Config, store: Store, features: Mapping[str, Features]) -> Nod
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,
         nursery=Nursery(),
+        stats=Statistics(
+            Cgroups(host.cgroup_roots()),
+            Networks(),
+            DiskMeter(snapshotter.usage, lambda: _writable_layers(registry)),
+        ),
     )
+
+
+def _writable_layers(registry: Registry) -> dict[str, bool]:
+    """The snapshots to be measured, and whether each may still change."""
+    unready = (ContainerState.CREATING, ContainerState.REMOVING)
+    return {c.id: c.state is not ContainerState.EXITED for c in registry.containers.values() if c.state not in unready}
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:

@@ -121,7 +121,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext)."""
+    """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext).
+
+    ``seccomp`` is "" for no filter, "default" for the runtime's own, or the absolute path of a profile.
+    """
 
     privileged: bool = False
     run_as_user: int | None = None
@@ -136,6 +139,7 @@ class Security:
     ambient_capabilities: tuple[str, ...] = ()
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
+    seccomp: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ class ContainerConfig:
     envs: tuple[tuple[str, str], ...]
     mounts: tuple[Mount, ...]
     devices: tuple[Device, ...]
+    cdi_devices: tuple[str, ...]
     labels: Mapping[str, str]
     annotations: Mapping[str, str]
     log_path: str

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 import structlog
 from google.protobuf import json_format
 
 from criserver import __version__
 from criserver.api import views
+from criserver.api.filters import batches, selected
 from criserver.api.lists import Fragments
+from criserver.api.stats_rpcs import StatsRpcs
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.container_create import create_container
@@ -38,30 +39,15 @@ MISSING = {
     "Exec": "streaming exec",
     "Attach": "streaming attach",
     "PortForward": "port forwarding",
-    "ContainerStats": "statistics",
-    "ListContainerStats": "statistics",
-    "StreamContainerStats": "statistics",
-    "PodSandboxStats": "statistics",
-    "ListPodSandboxStats": "statistics",
-    "StreamPodSandboxStats": "statistics",
-    "ListMetricDescriptors": "metrics",
-    "ListPodSandboxMetrics": "metrics",
-    "StreamPodSandboxMetrics": "metrics",
     "CheckpointContainer": "checkpoints",
 }
 
 
-# Entries in one message of a streamed list.
-BATCH = 100
-
-_Listed = TypeVar("_Listed")
-
-
-class RuntimeService:
+class RuntimeService(StatsRpcs):
     """The methods are named after the RPCs; what each promises is CRI's."""
 
     def __init__(self, node: Node, api_version: str) -> None:
-        self._node = node
+        super().__init__(node)
         self._api_version = api_version
         self._sandboxes: Fragments[Sandbox] = Fragments(
             lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString()
@@ -149,7 +135,7 @@ class RuntimeService:
         if wanted.HasField("state"):
             found = [s for s in found if views.SANDBOX_STATES[s.state] == wanted.state.state]
         if wanted.label_selector:
-            found = [s for s in found if _selected(s.config.labels, wanted.label_selector)]
+            found = [s for s in found if selected(s.config.labels, wanted.label_selector)]
         return found
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
@@ -206,7 +192,7 @@ class RuntimeService:
         if wanted.HasField("state"):
             found = [c for c in found if views.CONTAINER_STATES[c.state] == wanted.state.state]
         if wanted.label_selector:
-            found = [c for c in found if _selected(c.config.labels, wanted.label_selector)]
+            found = [c for c in found if selected(c.config.labels, wanted.label_selector)]
         return found
 
     async def get_container_events(self, request: cri.GetEventsRequest) -> AsyncIterator[cri.ContainerEventResponse]:
@@ -216,13 +202,13 @@ class RuntimeService:
     async def stream_pod_sandboxes(
         self, request: cri.StreamPodSandboxesRequest
     ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
-        for batch in _batches(self._filtered_sandboxes(request.filter)):
+        for batch in batches(self._filtered_sandboxes(request.filter)):
             yield cri.StreamPodSandboxesResponse(pod_sandboxes=[views.sandbox(s) for s in batch])
 
     async def stream_containers(
         self, request: cri.StreamContainersRequest
     ) -> AsyncIterator[cri.StreamContainersResponse]:
-        for batch in _batches(self._filtered_containers(request.filter)):
+        for batch in batches(self._filtered_containers(request.filter)):
             yield cri.StreamContainersResponse(containers=[views.container(c) for c in batch])
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
@@ -259,12 +245,6 @@ class RuntimeService:
         )
 
 
-def _batches(records: list[_Listed]) -> Iterator[list[_Listed]]:
-    """Pieces of a list for a streamed answer: none comes near the size that gRPC allows for a message."""
-    for start in range(0, len(records), BATCH):
-        yield records[start : start + BATCH]
-
-
 def _document(message: cri.LinuxContainerResources) -> dict[str, object]:
     found: dict[str, object] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     return found
@@ -274,7 +254,3 @@ def _given(value: str, field: str) -> str:
     if not value:
         raise InvalidArgumentError(f"{field} is empty; it must be given")
     return value
-
-
-def _selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    return all(labels.get(key) == value for key, value in selector.items())

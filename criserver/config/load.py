@@ -38,6 +38,7 @@ class Config:
     registry_config_path: str
     default_runtime: str
     infra: str
+    cdi_dirs: tuple[str, ...]
     runtimes: Mapping[str, Runtime] = field(default_factory=dict)
 
 
@@ -75,6 +76,7 @@ def load(path: str | None) -> Config:
         registry_config_path=merged["registry"]["config_path"],
         default_runtime=runtime["default"],
         infra=runtime["infra"],
+        cdi_dirs=tuple(merged["cdi"]["dirs"]),
         runtimes=runtimes,
     )
 

@@ -123,12 +123,14 @@ def build(
     cgroups_path: str,
     rootfs: str,
     devices: Iterable[DeviceNode] = (),
+    seccomp: Spec | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> Spec:
     """The whole spec.
 
     ``devices`` are the host's nodes for ``config.devices``, in their order, or all of the host's for a
-    privileged container. Raises InvalidArgumentError for a capability that the kernel does not know.
+    privileged container; ``seccomp`` is the filter (config-linux.md, "Seccomp") or None. Raises
+    InvalidArgumentError for a capability that the kernel does not know.
     """
     security, resources = config.security, config.resources
     mounts = [*_base_mounts(config, pod), *_sandbox_files(config, pod), *map(_user_mount, config.mounts)]
@@ -161,6 +163,8 @@ def build(
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },
     }
+    if seccomp is not None:
+        spec["linux"]["seccomp"] = seccomp
     if any(m.propagation is Propagation.BIDIRECTIONAL for m in config.mounts):
         spec["linux"]["rootfsPropagation"] = "rshared"
     elif any(m.propagation is Propagation.HOST_TO_CONTAINER for m in config.mounts):

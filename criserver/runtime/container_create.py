@@ -13,9 +13,9 @@ import time
 import structlog
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.images import Image
+from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
-from criserver.oci import spec, users
+from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import filesystems, host
 from criserver.runtime.node import Node
@@ -42,7 +42,6 @@ async def create_container(node: Node, sandbox_id: str, config: ContainerConfig,
 
 
 async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: bytes) -> str:
-    # From here to the record nothing waits: a sandbox whose removal has begun gets no new containers.
     sandbox = node.registry.sandbox(sandbox_id)
     if sandbox.state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
@@ -52,6 +51,11 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     defaults = _defaults(image)
     spec.process_args(config, defaults)
     _check_features(node, sandbox, config)
+    filter_ = await _seccomp(config)
+    edits = await _device_edits(node, config)
+    # Again, now that something has been waited for.
+    if node.registry.sandbox(sandbox_id).state is not SandboxState.READY:
+        raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
     container = Container(
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
@@ -67,7 +71,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     node.registry.add(container)
     async with node.locks[container.id]:
         try:
-            user = await _prepare(node, sandbox, container, image, defaults)
+            user = await _prepare(node, sandbox, container, image, defaults, filter_, edits)
         except BaseException as e:
             await _undo(node, container, e)
             raise
@@ -85,8 +89,34 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         )
 
 
+async def _seccomp(config: ContainerConfig) -> spec.Spec | None:
+    """The filter that the container asks for. Raises NotFoundError, InvalidArgumentError for a profile's file."""
+    profile = config.security.seccomp
+    if not profile:
+        return None
+    capabilities = spec.capabilities(config, host.facts())["bounding"]
+    architecture = host_platform().architecture
+    if profile == "default":
+        return seccomp.default_profile(capabilities, architecture)
+    return await asyncio.to_thread(seccomp.localhost_profile, profile, capabilities, architecture, os.uname().release)
+
+
+async def _device_edits(node: Node, config: ContainerConfig) -> cdi.Edits:
+    """What the container's CDI devices change in its spec. Raises NotFoundError for one that is not there."""
+    if not config.cdi_devices:
+        return cdi.Edits()
+    node.cdi = await asyncio.to_thread(cdi.load, node.config.cdi_dirs, node.cdi)
+    return cdi.resolve(config.cdi_devices, node.cdi)
+
+
 async def _prepare(
-    node: Node, sandbox: Sandbox, container: Container, image: Image, defaults: spec.ImageDefaults
+    node: Node,
+    sandbox: Sandbox,
+    container: Container,
+    image: Image,
+    defaults: spec.ImageDefaults,
+    filter_: spec.Spec | None,
+    edits: cdi.Edits,
 ) -> User:
     config = container.config
     pid_namespace = _target_namespace(node, container)
@@ -109,10 +139,11 @@ async def _prepare(
         cgroups_path=cgroups_path(sandbox, container),
         rootfs=rootfs,
         devices=devices,
+        seccomp=filter_,
         annotations=_annotations(sandbox, container),
     )
     with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:
-        json.dump(document, f)
+        json.dump(cdi.apply(document, edits), f)
     return user
 
 

@@ -15,11 +15,13 @@ from criserver.config import Config, Runtime
 from criserver.errors import InvalidArgumentError
 from criserver.images import Images
 from criserver.network import Network
+from criserver.oci import cdi
 from criserver.runtime.attempts import Attempts
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
+from criserver.stats import Statistics
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
@@ -35,9 +37,12 @@ class Node:
     network: Network
     snapshotter: Snapshotter
     nursery: Nursery
+    stats: Statistics
     events: Events
     # By the handler's name.
     features: Mapping[str, Features]
+    # As last read, so that only what has changed is read again.
+    cdi: cdi.Registry | None = None
     attempts: Attempts = field(default_factory=Attempts)
     # One operation at a time for each sandbox and container, by ID.
     locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))

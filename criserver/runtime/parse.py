@@ -24,6 +24,7 @@ from criserver.model import (
     Resources,
     Security,
 )
+from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 _MODES = {
@@ -61,6 +62,7 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
             f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
         )
     _refuse_profiles(security, "pod sandbox")
+    _seccomp(security, "pod sandbox")  # checked alone: a sandbox has no process, or one that can do nothing
     return PodConfig(
         name=meta.name,
         namespace=meta.namespace,
@@ -87,8 +89,6 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
     _no_windows(sent, f"container {name}")
     if not sent.image.image:
         raise InvalidArgumentError(f"container {name}: image.image is empty; an image must be named")
-    if sent.CDI_devices:
-        raise UnimplementedError(f"container {name}: CDI devices are not supported yet")
     security = sent.linux.security_context
     return ContainerConfig(
         name=name,
@@ -100,6 +100,7 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
         envs=tuple(_env(e, name) for e in sent.envs),
         mounts=tuple(_mount(m, name) for m in sent.mounts),
         devices=tuple(_device(d, name) for d in sent.devices),
+        cdi_devices=_cdi_devices(sent),
         labels=dict(sent.labels),
         annotations=dict(sent.annotations),
         log_path=_log_path(sent.log_path, pod),
@@ -289,16 +290,43 @@ def _refuse_profiles(security: cri.LinuxContainerSecurityContext | cri.LinuxSand
     """Refuse confinement that this version cannot give: running without it would be worse than not running."""
     if security.privileged:
         return
-    profiles = cri.SecurityProfile
-    if security.HasField("seccomp"):
-        if security.seccomp.profile_type != profiles.Unconfined:
-            raise UnimplementedError(f"{what}: seccomp profiles other than Unconfined are not supported yet")
-    elif security.seccomp_profile_path not in ("", "unconfined"):
-        raise UnimplementedError(f"{what}: seccomp profile {security.seccomp_profile_path!r} is not supported yet")
-    if security.HasField("apparmor") and security.apparmor.profile_type == profiles.Localhost:
+    if security.HasField("apparmor") and security.apparmor.profile_type == cri.SecurityProfile.Localhost:
         raise UnimplementedError(f"{what}: AppArmor profile {security.apparmor.localhost_ref!r} is not supported yet")
     if security.HasField("selinux_options") and os.path.isdir("/sys/fs/selinux"):
         raise UnimplementedError(f"{what}: SELinux options are not supported yet")
+
+
+def _seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, what: str) -> str:
+    """The profile as Security has it, from the new field or, where that is not set, the deprecated one."""
+    if security.privileged:
+        return ""
+    if security.HasField("seccomp"):
+        match security.seccomp.profile_type:
+            case cri.SecurityProfile.RuntimeDefault:
+                return "default"
+            case cri.SecurityProfile.Unconfined:
+                return ""
+        path = security.seccomp.localhost_ref
+    else:
+        given = security.seccomp_profile_path
+        if given in ("", "unconfined"):
+            return ""
+        if given in ("runtime/default", "docker/default"):
+            return "default"
+        kind, _, path = given.partition("/")
+        if kind != "localhost":
+            raise InvalidArgumentError(f"{what}: seccomp_profile_path = {given!r} is of no known form")
+    if not path.startswith("/"):
+        raise InvalidArgumentError(f"{what}: the seccomp profile {path!r} must be an absolute path")
+    return path
+
+
+def _cdi_devices(sent: cri.ContainerConfig) -> tuple[str, ...]:
+    """The CDI devices by name, from the field and from the annotations that kubelets used before it."""
+    names = (*(device.name for device in sent.CDI_devices), *cdi.from_annotations(sent.annotations))
+    for name in names:
+        cdi.parse(name)
+    return tuple(dict.fromkeys(names))
 
 
 def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
@@ -329,4 +357,5 @@ def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
         ambient_capabilities=tuple(capabilities.add_ambient_capabilities),
         masked_paths=tuple(sent.masked_paths),
         readonly_paths=tuple(sent.readonly_paths),
+        seccomp=_seccomp(sent, what),
     )

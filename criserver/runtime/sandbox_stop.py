@@ -57,7 +57,9 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     await stop_infra(node, sandbox)
     if sandbox.attachment:
         await node.network.delete(Attachment.from_json(sandbox.attachment))
-    await asyncio.to_thread(namespaces.unpin, node.namespaces_dir(sandbox.id))
+    pins = node.namespaces_dir(sandbox.id)
+    node.stats.networks.forget(os.path.join(pins, "net"))
+    await asyncio.to_thread(namespaces.unpin, pins)
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
     if sandbox.cgroup_owned:
         host.remove_cgroup(sandbox.cgroup_parent)

@@ -143,6 +143,7 @@ def running(node: Node, key: str, begun: Started) -> None:
             container, state=state, pid=begun.pid, start_ticks=begun.start_ticks, started_at=begun.started_at
         )
     )
+    node.stats.disk.nudge()
     log.info("container started", container=key, pid=begun.pid)
 
 

@@ -59,7 +59,7 @@ class Node:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
         self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"
-        for directory in (self.root, self.state, self.logs, self.cni, self.certs):
+        for directory in (self.root, self.state, self.logs, self.cni, self.certs, f"{self.base}/cdi"):
             os.makedirs(directory)
         self.socket = f"{self.base}/cri.sock"
         self.config = f"{self.base}/config.toml"
@@ -69,6 +69,7 @@ class Node:
                 f'[grpc]\naddress = "{self.socket}"\n'
                 f'[log]\nformat = "json"\nlevel = "debug"\n'
                 f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\ntimeout = 10\n'
+                f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n{runtimes}'
             )
         self.write_network()

@@ -239,16 +239,24 @@ def test_calls_on_a_container_in_the_wrong_state(node: Node):
 
 @pytest.mark.parametrize(
     ("rpc", "feature"),
-    [("Attach", "streaming attach"), ("ContainerStats", "statistics"), ("CheckpointContainer", "checkpoints")],
+    [("Attach", "streaming attach"), ("CheckpointContainer", "checkpoints")],
 )
 def test_what_a_later_version_builds_is_refused_by_name(node: Node, rpc: str, feature: str):
     with refused(grpc.StatusCode.UNIMPLEMENTED, rpc, feature):
         getattr(node.client, rpc)()
 
 
-def test_confinement_that_cannot_be_given_is_refused_not_ignored(node: Node):
+def test_a_seccomp_profile_that_is_not_there(node: Node):
     pod = node.run_pod()
-    profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.RuntimeDefault)
+    profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="/no/profile.json")
     security = cri.LinuxContainerSecurityContext(seccomp=profile)
-    with refused(grpc.StatusCode.UNIMPLEMENTED, "seccomp"):
+    with refused(grpc.StatusCode.NOT_FOUND, "/no/profile.json"):
         node.create(pod, "c", ["true"], linux=cri.LinuxContainerConfig(security_context=security))
+    assert node.client.ListContainers().containers == []
+
+
+def test_a_cdi_device_that_is_not_there(node: Node):
+    pod = node.run_pod()
+    with refused(grpc.StatusCode.NOT_FOUND, "vendor.com/class=none", f"{node.base}/cdi"):
+        node.create(pod, "c", ["true"], CDI_devices=[cri.CDIDevice(name="vendor.com/class=none")])
+    assert node.client.ListContainers().containers == []

@@ -138,13 +138,19 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
             "recursive",
         ),
         ({"devices": [cri.Device(host_path="/dev/x", permissions="rwx")]}, InvalidArgumentError, "rwx"),
-        ({"CDI_devices": [cri.CDIDevice(name="v/c=d")]}, UnimplementedError, "CDI"),
+        ({"CDI_devices": [cri.CDIDevice(name="no device")]}, InvalidArgumentError, "no device"),
+        ({"annotations": {"cdi.k8s.io/x": "neither"}}, InvalidArgumentError, "neither"),
         (linux(run_as_group=cri.Int64Value(value=1)), InvalidArgumentError, "run_as_group"),
         (linux(run_as_user=cri.Int64Value(value=1), run_as_username="x"), InvalidArgumentError, "both"),
         (linux(run_as_user=cri.Int64Value(value=-1)), InvalidArgumentError, "-1"),
         (linux(supplemental_groups=[2**40]), InvalidArgumentError, "supplemental_groups"),
-        (linux(seccomp=cri.SecurityProfile()), UnimplementedError, "seccomp"),
-        (linux(seccomp_profile_path="localhost/x"), UnimplementedError, "seccomp"),
+        (linux(seccomp_profile_path="localhost/x"), InvalidArgumentError, "absolute path"),
+        (linux(seccomp_profile_path="strange"), InvalidArgumentError, "strange"),
+        (
+            linux(seccomp=cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost)),
+            InvalidArgumentError,
+            "absolute path",
+        ),
         (
             linux(apparmor=cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="x")),
             UnimplementedError,
@@ -182,3 +188,36 @@ def test_signal_names(name, number):
     from criserver.runtime.container_create import signal_number
 
     assert signal_number(name) == number
+
+
+def profile(kind: int, path: str = "") -> cri.SecurityProfile:
+    return cri.SecurityProfile(profile_type=kind, localhost_ref=path)
+
+
+@pytest.mark.parametrize(
+    ("security", "expected"),
+    [
+        ({}, ""),
+        ({"seccomp": profile(cri.SecurityProfile.RuntimeDefault)}, "default"),
+        ({"seccomp": profile(cri.SecurityProfile.Unconfined)}, ""),
+        ({"seccomp": profile(cri.SecurityProfile.Localhost, "/p.json")}, "/p.json"),
+        ({"seccomp_profile_path": "unconfined"}, ""),
+        ({"seccomp_profile_path": "runtime/default"}, "default"),
+        ({"seccomp_profile_path": "localhost//p.json"}, "/p.json"),
+        (
+            {"seccomp": profile(cri.SecurityProfile.Unconfined), "seccomp_profile_path": "runtime/default"},
+            "",
+        ),
+        ({"seccomp": profile(cri.SecurityProfile.RuntimeDefault), "privileged": True}, ""),
+    ],
+)
+def test_the_seccomp_profile_is_the_new_fields_before_the_old_ones(security, expected):
+    assert container_config(container(**linux(**security)), POD).security.seccomp == expected
+
+
+def test_cdi_devices_of_the_field_and_of_annotations():
+    found = container_config(
+        container(CDI_devices=[cri.CDIDevice(name="v.com/c=1")], annotations={"cdi.k8s.io/old": "v.com/c=1,v.com/c=2"}),
+        POD,
+    )
+    assert found.cdi_devices == ("v.com/c=1", "v.com/c=2")

@@ -44,6 +44,7 @@ CONFIG = ContainerConfig(
     envs=(),
     mounts=(),
     devices=(),
+    cdi_devices=(),
     labels={},
     annotations={},
     log_path="",

@@ -1,0 +1,345 @@
+"""Statistics and metrics of sandboxes and containers as CRI messages.
+
+Numbers come from stats/, names from the records. The event loop gets a turn between one thing and the next, so a
+full node's list does not hold up other calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+
+from criserver.model import NamespaceMode
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.container_create import cgroups_path
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.stats import (
+    LABELS,
+    METRICS,
+    Cpu,
+    Descriptors,
+    FileSystem,
+    Interface,
+    Limits,
+    Memory,
+    Metric,
+    Pressure,
+    Stall,
+    Subject,
+    Swap,
+    Usage,
+    device_name,
+    samples,
+    survey,
+)
+
+# The pod network's interface, as the CNI plugins are told to name it.
+_DEFAULT_INTERFACE = "eth0"
+# Seconds for counting the descriptors of all containers' processes; those beyond have none in this answer.
+_SURVEY_TIME = 2.0
+
+_KINDS = {True: cri.COUNTER, False: cri.GAUGE}
+
+
+class StatsViews:
+    """Answers for a node's statistics RPCs. ``directory`` is where the writable layers are, as ImageFsInfo names it."""
+
+    def __init__(self, node: Node, directory: str) -> None:
+        self._node = node
+        self._directory = directory
+
+    def container(self, record: Container) -> cri.ContainerStats:
+        """Statistics of a container; what only runs with one is absent where it does not run."""
+        config = record.config
+        found = cri.ContainerStats(
+            attributes=cri.ContainerAttributes(
+                id=record.id,
+                metadata=cri.ContainerMetadata(name=config.name, attempt=config.attempt),
+                labels=config.labels,
+                annotations=config.annotations,
+            ),
+            writable_layer=self._writable_layer(record),
+        )
+        sandbox = self._node.registry.sandboxes.get(record.sandbox_id)
+        if record.state is ContainerState.RUNNING and sandbox is not None:
+            usage = self._node.stats.cgroups.reader(cgroups_path(sandbox, record)).usage()
+            _fill(found, usage)
+            if usage.swap is not None:
+                found.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
+        return found
+
+    async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
+        """Statistics of each container."""
+        self._retain()
+        for record in records:
+            yield self.container(record)
+            await asyncio.sleep(0)
+
+    async def sandbox(self, record: Sandbox) -> cri.PodSandboxStats:
+        """Statistics of a sandbox and its containers; a stopped one has the attributes and writable layers only."""
+        networks = await self._networks([record])
+        return self._sandbox(record, self._members().get(record.id, []), networks.get(self._network_namespace(record)))
+
+    async def sandboxes(self, records: Iterable[Sandbox]) -> AsyncIterator[cri.PodSandboxStats]:
+        """Statistics of each sandbox and its containers."""
+        self._retain()
+        wanted = list(records)
+        networks = await self._networks(wanted)
+        members = self._members()
+        for record in wanted:
+            yield self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
+            await asyncio.sleep(0)
+
+    async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
+        """Metrics of each sandbox that is ready, and of its running containers."""
+        self._retain()
+        ready = [s for s in self._node.registry.sandboxes.values() if s.state is SandboxState.READY]
+        networks = await self._networks(ready)
+        members = self._members()
+        pods = [(pod, [c for c in members.get(pod.id, []) if c.state is ContainerState.RUNNING]) for pod in ready]
+        pids: dict[str, list[int]] = {}
+        for pod, containers in pods:
+            pids |= self._processes(pod, containers)
+            await asyncio.sleep(0)
+        counts = await asyncio.to_thread(survey, pids.values(), _SURVEY_TIME)
+        descriptors = dict(zip(pids, counts, strict=True))
+        file_system = await asyncio.to_thread(_file_system, self._directory)
+        for pod, containers in pods:
+            interfaces = networks.get(self._network_namespace(pod), ())
+            processes = sum(len(pids[key]) for key in (pod.id, *(c.id for c in containers)))
+            response = cri.PodSandboxMetrics(
+                pod_sandbox_id=pod.id,
+                metrics=_metrics(self._pod_subject(pod, processes, interfaces), _pod_labels(pod)),
+            )
+            for container in containers:
+                subject = self._container_subject(
+                    pod, container, len(pids[container.id]), descriptors[container.id], file_system
+                )
+                response.container_metrics.add(
+                    container_id=container.id, metrics=_metrics(subject, _container_labels(pod, container))
+                )
+                await asyncio.sleep(0)
+            yield response
+
+    def _writable_layer(self, record: Container) -> cri.FilesystemUsage | None:
+        usage = self._node.stats.disk.latest(record.id)
+        if usage is None:
+            return None
+        return cri.FilesystemUsage(
+            timestamp=usage.timestamp,
+            fs_id=cri.FilesystemIdentifier(mountpoint=self._directory),
+            used_bytes=_number(usage.bytes),
+            inodes_used=_number(usage.inodes),
+        )
+
+    def _sandbox(
+        self, record: Sandbox, containers: list[Container], interfaces: tuple[Interface, ...] | None
+    ) -> cri.PodSandboxStats:
+        config = record.config
+        linux = cri.LinuxPodSandboxStats(containers=[self.container(c) for c in containers])
+        if record.state is SandboxState.READY:
+            usage = self._node.stats.cgroups.reader(record.cgroup_parent).usage()
+            _fill(linux, usage)
+            count = sum(len(pids) for pids in self._processes(record, containers).values())
+            linux.process.CopyFrom(cri.ProcessUsage(timestamp=usage.timestamp, process_count=_number(count)))
+            if interfaces is not None:
+                linux.network.CopyFrom(_network(interfaces))
+        return cri.PodSandboxStats(
+            attributes=cri.PodSandboxAttributes(
+                id=record.id,
+                metadata=cri.PodSandboxMetadata(
+                    name=config.name, uid=config.uid, namespace=config.namespace, attempt=config.attempt
+                ),
+                labels=config.labels,
+                annotations=config.annotations,
+            ),
+            linux=linux,
+        )
+
+    def _processes(self, pod: Sandbox, containers: Iterable[Container]) -> dict[str, list[int]]:
+        """The PIDs of each container, and of the infra process under the pod's own ID.
+
+        Not those of the pod's cgroup: several pods may have been given the same one.
+        """
+        paths = {pod.id: f"{pod.cgroup_parent}/{pod.id}", **{c.id: cgroups_path(pod, c) for c in containers}}
+        return {key: self._node.stats.cgroups.reader(path).processes() for key, path in paths.items()}
+
+    def _pod_subject(self, pod: Sandbox, processes: int, interfaces: tuple[Interface, ...]) -> Subject:
+        reader = self._node.stats.cgroups.reader(pod.cgroup_parent)
+        return Subject(
+            usage=reader.usage(),
+            details=reader.details(),
+            processes=processes,
+            interfaces=interfaces,
+            started_at=pod.created_at,
+        )
+
+    def _container_subject(
+        self,
+        pod: Sandbox,
+        container: Container,
+        processes: int,
+        descriptors: Descriptors | None,
+        file_system: FileSystem,
+    ) -> Subject:
+        stats, given = self._node.stats, container.config.resources
+        reader = stats.cgroups.reader(cgroups_path(pod, container))
+        return Subject(
+            usage=reader.usage(),
+            details=reader.details(),
+            processes=processes,
+            descriptors=descriptors,
+            disk=stats.disk.latest(container.id),
+            file_system=file_system,
+            limits=Limits(
+                cpu_period=given.cpu_period,
+                cpu_quota=given.cpu_quota,
+                cpu_shares=given.cpu_shares,
+                memory=given.memory_limit,
+                swap=given.memory_swap_limit,
+            ),
+            started_at=container.started_at,
+        )
+
+    async def _networks(self, sandboxes: Iterable[Sandbox]) -> Mapping[str, tuple[Interface, ...]]:
+        """The interfaces by namespace, of those sandboxes that are up and have one."""
+        paths = [self._network_namespace(s) for s in sandboxes if s.state is SandboxState.READY]
+        return await self._node.stats.networks.read(path for path in paths if path)
+
+    def _network_namespace(self, sandbox: Sandbox) -> str:
+        """Where the sandbox's network namespace is pinned; "" where it is the node's."""
+        if sandbox.config.namespaces.network is NamespaceMode.NODE:
+            return ""
+        return os.path.join(self._node.namespaces_dir(sandbox.id), "net")
+
+    def _members(self) -> dict[str, list[Container]]:
+        """All containers by sandbox, those still being made left out."""
+        members: dict[str, list[Container]] = {}
+        for container in self._node.registry.containers.values():
+            if container.state is not ContainerState.CREATING:
+                members.setdefault(container.sandbox_id, []).append(container)
+        return members
+
+    def _retain(self) -> None:
+        """Close what is kept of containers and sandboxes that run no more."""
+        registry, stats = self._node.registry, self._node.stats
+        ready = [s for s in registry.sandboxes.values() if s.state is SandboxState.READY]
+        running = (c for c in registry.containers.values() if c.state is ContainerState.RUNNING)
+        stats.cgroups.retain(
+            {s.cgroup_parent for s in ready} | {cgroups_path(registry.sandboxes[c.sandbox_id], c) for c in running}
+        )
+        stats.networks.retain({self._network_namespace(s) for s in ready})
+
+
+def descriptors() -> list[cri.MetricDescriptor]:
+    """All metrics with their labels."""
+    return [cri.MetricDescriptor(name=m.name, help=m.help, label_keys=[*LABELS, *m.labels]) for m in METRICS]
+
+
+def _metrics(subject: Subject, labels: tuple[str, ...]) -> list[cri.Metric]:
+    return [_metric(metric, subject.usage.timestamp, value, (*labels, *own)) for metric, value, own in samples(subject)]
+
+
+def _metric(metric: Metric, timestamp: int, value: int, labels: tuple[str, ...]) -> cri.Metric:
+    return cri.Metric(
+        name=metric.name,
+        timestamp=timestamp,
+        metric_type=_KINDS[metric.counter],
+        label_values=labels,
+        value=_number(value),
+    )
+
+
+def _pod_labels(pod: Sandbox) -> tuple[str, ...]:
+    """The values of LABELS for what is the pod's own."""
+    return pod.config.name, pod.config.namespace, "", pod.cgroup_parent, "", ""
+
+
+def _container_labels(pod: Sandbox, container: Container) -> tuple[str, ...]:
+    config, path = container.config, cgroups_path(pod, container)
+    return pod.config.name, pod.config.namespace, config.name, path, config.image, container.id
+
+
+def _file_system(directory: str) -> FileSystem:
+    found, device = os.statvfs(directory), os.stat(directory).st_dev
+    return FileSystem(
+        device=device_name(os.major(device), os.minor(device)),
+        size=found.f_blocks * found.f_frsize,
+        inodes=found.f_files,
+        inodes_free=found.f_ffree,
+    )
+
+
+def _fill(found: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: Usage) -> None:
+    """The fields that a container and a pod have in common."""
+    if usage.cpu is not None:
+        found.cpu.CopyFrom(_cpu(usage, usage.cpu))
+    if usage.memory is not None:
+        found.memory.CopyFrom(_memory(usage, usage.memory))
+    if usage.io_pressure is not None:
+        found.io.CopyFrom(cri.IoUsage(timestamp=usage.timestamp, psi=_psi(usage.io_pressure)))
+
+
+def _cpu(usage: Usage, cpu: Cpu) -> cri.CpuUsage:
+    return cri.CpuUsage(
+        timestamp=usage.timestamp,
+        usage_core_nano_seconds=_number(cpu.total_ns),
+        usage_nano_cores=_number(cpu.rate),
+        psi=_psi(usage.cpu_pressure),
+    )
+
+
+def _memory(usage: Usage, memory: Memory) -> cri.MemoryUsage:
+    return cri.MemoryUsage(
+        timestamp=usage.timestamp,
+        working_set_bytes=_number(memory.working_set),
+        available_bytes=_number(memory.available),
+        usage_bytes=_number(memory.usage),
+        rss_bytes=_number(memory.rss),
+        page_faults=_number(memory.page_faults),
+        major_page_faults=_number(memory.major_page_faults),
+        psi=_psi(usage.memory_pressure),
+    )
+
+
+def _swap(timestamp: int, swap: Swap) -> cri.SwapUsage:
+    return cri.SwapUsage(
+        timestamp=timestamp, swap_available_bytes=_number(swap.available), swap_usage_bytes=_number(swap.usage)
+    )
+
+
+def _network(interfaces: tuple[Interface, ...]) -> cri.NetworkUsage:
+    """``interfaces`` of the answer are all but the default one."""
+    default = [_interface(i) for i in interfaces if i.name == _DEFAULT_INTERFACE]
+    return cri.NetworkUsage(
+        timestamp=time.time_ns(),
+        default_interface=default[0] if default else None,
+        interfaces=[_interface(i) for i in interfaces if i.name != _DEFAULT_INTERFACE],
+    )
+
+
+def _interface(interface: Interface) -> cri.NetworkInterfaceUsage:
+    return cri.NetworkInterfaceUsage(
+        name=interface.name,
+        rx_bytes=_number(interface.rx_bytes),
+        rx_errors=_number(interface.rx_errors),
+        tx_bytes=_number(interface.tx_bytes),
+        tx_errors=_number(interface.tx_errors),
+    )
+
+
+def _psi(pressure: Pressure | None) -> cri.PsiStats | None:
+    return None if pressure is None else cri.PsiStats(Full=_stall(pressure.full), Some=_stall(pressure.some))
+
+
+def _stall(stall: Stall | None) -> cri.PsiData | None:
+    if stall is None:
+        return None
+    return cri.PsiData(Total=stall.total_ns, Avg10=stall.avg10, Avg60=stall.avg60, Avg300=stall.avg300)
+
+
+def _number(value: int | None) -> cri.UInt64Value | None:
+    return None if value is None else cri.UInt64Value(value=value)

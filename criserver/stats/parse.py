@@ -1,0 +1,159 @@
+"""The texts of cgroup and proc files as numbers, for the readers beside it; no I/O.
+
+Nothing here raises: what a file does not say, or says in a way that is not understood, is None or absent. Numbers
+stay below 2**64 whatever a file says, so that each fits a CRI field. Formats: the kernel's
+Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst, accounting/psi.rst, and proc(5) for net/dev.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+# v1 writes "no limit" as the largest multiple of a page in 63 bits; v2 writes "max".
+_UNLIMITED = 1 << 62
+# Digits that fit 64 bits whatever they are.
+_MAX_DIGITS = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """How much of the time tasks were stalled: percentages over 10, 60 and 300 s, and nanoseconds in all."""
+
+    avg10: float
+    avg60: float
+    avg300: float
+    total_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """Stalls of some task, and of all tasks at once."""
+
+    some: Stall | None
+    full: Stall | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIo:
+    """What was read from and written to a block device since the cgroup was made."""
+
+    major: int
+    minor: int
+    read_bytes: int = 0
+    write_bytes: int = 0
+    reads: int = 0
+    writes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface's counters."""
+
+    name: str
+    rx_bytes: int
+    rx_packets: int
+    rx_errors: int
+    rx_dropped: int
+    tx_bytes: int
+    tx_packets: int
+    tx_errors: int
+    tx_dropped: int
+
+
+def number(text: bytes) -> int | None:
+    """A number alone in its file, spaces aside; None for "max" and for any other text."""
+    digits = text.strip()
+    return int(digits) if digits.isdigit() and len(digits) <= _MAX_DIGITS else None
+
+
+def limit(text: bytes) -> int | None:
+    """A limit in bytes or tasks; None where there is none."""
+    found = number(text)
+    return found if found is not None and found < _UNLIMITED else None
+
+
+def pairs(text: bytes) -> dict[bytes, bytes]:
+    """A flat keyed file ("KEY VALUE" lines, such as memory.stat), values unread: few of them are wanted."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=False))
+
+
+def value(of: Mapping[bytes, bytes], key: bytes, scale: int = 1) -> int | None:
+    """A number of :func:`pairs`, ``scale`` times."""
+    found = number(of.get(key, b""))
+    return None if found is None else min(found * scale, 2**64 - 1)
+
+
+def numbers(text: bytes) -> list[int]:
+    """A number on each line, such as cgroup.procs; other lines are left out."""
+    return [found for line in text.splitlines() if (found := number(line)) is not None]
+
+
+def pressure(text: bytes) -> Pressure | None:
+    """A PSI file: "some avg10=0.00 avg60=0.00 avg300=0.00 total=0" in microseconds, and the same for "full"."""
+    found: dict[bytes, Stall] = {}
+    for line in text.splitlines():
+        kind, *fields = line.split()[:5] or [b""]
+        values = dict(field.partition(b"=")[::2] for field in fields)
+        avg10, avg60, avg300 = (_percentage(values.get(key, b"")) for key in (b"avg10", b"avg60", b"avg300"))
+        total = value(values, b"total", 1000)
+        if avg10 is not None and avg60 is not None and avg300 is not None and total is not None:
+            found[kind] = Stall(avg10, avg60, avg300, total)
+    some, full = found.get(b"some"), found.get(b"full")
+    return Pressure(some, full) if some or full else None
+
+
+def _percentage(text: bytes) -> float | None:
+    whole, point, part = text.partition(b".")
+    return float(text) if point and whole.isdigit() and part.isdigit() and len(text) < 16 else None
+
+
+def io_stat(text: bytes) -> tuple[DeviceIo, ...]:
+    """v2's io.stat: "8:0 rbytes=0 wbytes=0 rios=0 wios=0 dbytes=0 dios=0", a line for each device."""
+    found = []
+    for line in text.splitlines():
+        device, *fields = line.split() or [b""]
+        if (numbers_of := _device(device)) is None:
+            continue
+        values = dict(field.partition(b"=")[::2] for field in fields)
+        counts = [value(values, key) or 0 for key in (b"rbytes", b"wbytes", b"rios", b"wios")]
+        found.append(DeviceIo(*numbers_of, *counts))
+    return tuple(found)
+
+
+def blkio(service_bytes: bytes, serviced: bytes) -> tuple[DeviceIo, ...]:
+    """v1's blkio.throttle.io_service_bytes and io_serviced: "8:0 Read 4096" lines, and a total at the end."""
+    sizes, counts = _blkio(service_bytes), _blkio(serviced)
+    devices = sorted({device for device, _ in (*sizes, *counts)})
+    return tuple(
+        DeviceIo(
+            *device,
+            *(of.get((device, operation), 0) for of in (sizes, counts) for operation in (b"Read", b"Write")),
+        )
+        for device in devices
+    )
+
+
+def _blkio(text: bytes) -> dict[tuple[tuple[int, int], bytes], int]:
+    found = {}
+    for line in text.splitlines():
+        match line.split():
+            case [device, operation, count] if (at := _device(device)) and (amount := number(count)) is not None:
+                found[at, operation] = amount
+    return found
+
+
+def _device(text: bytes) -> tuple[int, int] | None:
+    major, minor = (number(part) for part in text.partition(b":")[::2])
+    return None if major is None or minor is None else (major, minor)
+
+
+def interfaces(text: bytes) -> Iterator[Interface]:
+    """/proc/net/dev without the loopback interface."""
+    for line in text.splitlines():
+        name, colon, rest = line.rpartition(b":")
+        counts = [number(word) for word in rest.split()]
+        known = [count for count in counts if count is not None]
+        if colon and len(known) == len(counts) == 16 and name.strip() != b"lo":
+            yield Interface(name.strip().decode(errors="replace"), *known[:4], *known[8:12])

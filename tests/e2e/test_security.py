@@ -1,0 +1,149 @@
+"""What a container may do: seen in the container, not only in its spec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.node import Node
+
+
+@pytest.fixture
+def pod(node: Node) -> str:
+    return node.run_pod("pod")
+
+
+def secured(**security) -> dict[str, cri.LinuxContainerConfig]:
+    return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
+
+
+def profile(kind: int, path: str = "") -> cri.SecurityProfile:
+    return cri.SecurityProfile(profile_type=kind, localhost_ref=path)
+
+
+def status_of(node: Node, container: str, field: str) -> str:
+    """A field of the first process's /proc/PID/status."""
+    return node.sh(container, f"grep {field}: /proc/1/status").split(":")[1].strip()
+
+
+def test_capabilities_added_and_dropped(node: Node, pod: str):
+    capability = cri.Capability(add_capabilities=["NET_ADMIN"], drop_capabilities=["CHOWN"])
+    container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=capability))
+    effective = int(status_of(node, container, "CapEff"), 16)
+    assert effective >> 12 & 1, "NET_ADMIN"
+    assert not effective & 1, "CHOWN"
+    node.sh(container, "ip link add dummy-x type bridge && ip link delete dummy-x")
+    assert "not permitted" in node.sh(container, "touch /f; chown 1:1 /f 2>&1 || true")
+
+
+def test_all_capabilities_dropped(node: Node, pod: str):
+    container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=cri.Capability(drop_capabilities=["ALL"])))
+    for field in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb"):
+        assert int(status_of(node, container, field), 16) == 0
+
+
+def test_ambient_capabilities_reach_a_user(node: Node, pod: str):
+    capability = cri.Capability(add_ambient_capabilities=["NET_BIND_SERVICE"])
+    user = cri.Int64Value(value=1000)
+    container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=capability, run_as_user=user))
+    assert int(status_of(node, container, "CapAmb"), 16) == 1 << 10
+    assert int(status_of(node, container, "CapEff"), 16) >> 10 & 1
+
+
+def test_privileged(node: Node, pod: str):
+    container = node.run(pod, "c", ["sleep", "1000"], **secured(privileged=True))
+    assert node.sh(container, "mkdir /mnt; mount -t tmpfs x /mnt && echo mounted") == "mounted\n"
+    assert node.sh(container, "test -c /dev/kmsg -o -c /dev/fuse && echo devices") == "devices\n"
+    assert node.sh(container, "grep ' /sys ' /proc/mounts").split()[3].startswith("rw")
+    plain = node.run(pod, "plain", ["sleep", "1000"])
+    assert "not permitted" in node.sh(plain, "mkdir -p /mnt; mount -t tmpfs x /mnt 2>&1 || true")
+    assert node.sh(plain, "grep ' /sys ' /proc/mounts").split()[3].startswith("ro")
+
+
+def test_masked_and_read_only_paths(node: Node, pod: str):
+    container = node.run(
+        pod, "c", ["sleep", "1000"], **secured(masked_paths=["/proc/meminfo"], readonly_paths=["/proc/sys"])
+    )
+    assert node.sh(container, "cat /proc/meminfo") == ""
+    assert "Read-only" in node.sh(container, "(echo 1 > /proc/sys/net/ipv4/ip_forward) 2>&1 || true")
+
+
+def test_no_new_privileges(node: Node, pod: str):
+    assert [
+        status_of(node, node.run(pod, f"c{flag}", ["sleep", "1000"], **secured(no_new_privs=flag)), "NoNewPrivs")
+        for flag in (False, True)
+    ] == ["0", "1"]
+
+
+def test_groups_by_both_policies_and_the_user_in_the_status(node: Node, pod: str):
+    for policy, expected in ((cri.Merge, "0 1234"), (cri.Strict, "0 1234")):
+        container = node.run(
+            pod,
+            f"c{policy}",
+            ["sleep", "1000"],
+            **secured(supplemental_groups=[1234], supplemental_groups_policy=policy),
+        )
+        assert node.sh(container, "id -G").strip() == expected
+        user = node.status(container).user.linux
+        assert (user.uid, user.gid, list(user.supplemental_groups)) == (0, 0, [0, 1234])
+
+
+def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_path: Path):
+    (tmp_path / "no-mkdir.json").write_text(
+        json.dumps(
+            {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}],
+            }
+        )
+    )
+    admin = cri.Capability(add_capabilities=["SYS_ADMIN"])
+    kinds = cri.SecurityProfile
+    unconfined = node.run(pod, "u", ["sleep", "1000"], **secured(seccomp=profile(kinds.Unconfined)))
+    assert status_of(node, unconfined, "Seccomp") == "0"
+    default = node.run(pod, "d", ["sleep", "1000"], **secured(seccomp=profile(kinds.RuntimeDefault)))
+    assert status_of(node, default, "Seccomp") == "2"
+    assert "not permitted" in node.sh(default, "unshare -U true 2>&1 || true")
+    assert node.sh(default, "mkdir /x && ls -d /x") == "/x\n"
+    lifted = node.run(pod, "l", ["sleep", "1000"], **secured(seccomp=profile(kinds.RuntimeDefault), capabilities=admin))
+    assert node.sh(lifted, "unshare -m true && echo allowed") == "allowed\n"
+    own = profile(kinds.Localhost, str(tmp_path / "no-mkdir.json"))
+    local = node.run(pod, "n", ["sleep", "1000"], **secured(seccomp=own))
+    assert "Permission denied" in node.sh(local, "mkdir /x 2>&1 || true")
+    old = node.run(pod, "o", ["sleep", "1000"], **secured(seccomp_profile_path="runtime/default"))
+    assert status_of(node, old, "Seccomp") == "2"
+
+
+def test_a_device_of_the_kubelets_and_one_of_a_vendors(node: Node, pod: str, tmp_path: Path):
+    document = {
+        "cdiVersion": "0.8.0",
+        "kind": "example.com/thing",
+        "devices": [
+            {
+                "name": "one",
+                "containerEdits": {
+                    "deviceNodes": [{"path": "/dev/thing", "hostPath": "/dev/fuse"}],
+                    "env": ["THING=one"],
+                    "mounts": [{"hostPath": str(tmp_path), "containerPath": "/thing", "options": ["ro", "bind"]}],
+                },
+            }
+        ],
+    }
+    Path(f"{node.base}/cdi/example.json").write_text(json.dumps(document))
+    (tmp_path / "file").write_text("of the vendor")
+    try:
+        container = node.run(
+            pod,
+            "c",
+            ["sleep", "1000"],
+            devices=[cri.Device(container_path="/dev/mine", host_path="/dev/fuse", permissions="rw")],
+            CDI_devices=[cri.CDIDevice(name="example.com/thing=one")],
+        )
+        assert node.sh(container, "test -c /dev/mine && test -c /dev/thing && echo both") == "both\n"
+        assert node.sh(container, "cat /thing/file; echo $THING") == "of the vendorone\n"
+        node.sh(container, "exec 3<>/dev/thing")
+    finally:
+        Path(f"{node.base}/cdi/example.json").unlink()

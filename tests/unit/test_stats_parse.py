@@ -1,0 +1,98 @@
+"""The parsers of cgroup and proc files: on captured texts, and on any text at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criserver.stats import DeviceIo, Interface, Pressure, Stall, parse
+
+NET_DEV = (
+    b"Inter-|   Receive                                                |  Transmit\n"
+    b" face |bytes    packets errs drop fifo frame compressed multicast|"
+    b"bytes    packets errs drop fifo colls carrier compressed\n"
+    b"    lo: 2204738056  103645    0    0    0     0          0         0 "
+    b"2204738056  103645    0    0    0     0       0          0\n"
+    b"  eth0: 3555289636   98093    1    2    0     0          0         0  "
+    b"5349462   51880    3    4    0     0       0          0\n"
+)
+
+
+def test_numbers_and_limits() -> None:
+    assert parse.number(b"4452352\n") == 4452352
+    assert parse.number(b"max\n") is None
+    assert parse.number(b"") is None
+    assert parse.number(b"-1\n") is None
+    assert parse.limit(b"67108864\n") == 67108864
+    assert parse.limit(b"max\n") is None
+    assert parse.limit(b"9223372036854771712\n") is None
+    assert parse.number(b"9" * 5000) is None
+    assert parse.numbers(b"12\n7\n") == [12, 7]
+
+
+def test_flat_keyed_files() -> None:
+    found = parse.pairs(b"usage_usec 36374\nuser_usec 0\nnr_bursts x\n")
+    assert parse.value(found, b"usage_usec", 1000) == 36374000
+    assert parse.value(found, b"user_usec") == 0
+    assert parse.value(found, b"nr_bursts") is None
+    assert parse.value(found, b"absent") is None
+
+
+def test_pressure_in_nanoseconds() -> None:
+    text = b"some avg10=1.50 avg60=0.25 avg300=12.00 total=538\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=497\n"
+    assert parse.pressure(text) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), Stall(0.0, 0.0, 0.0, 497_000))
+    assert parse.pressure(text.splitlines()[0]) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), None)
+    assert parse.pressure(b"") is None
+
+
+def test_io_of_version_2() -> None:
+    text = b"254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n253:0 \n"
+    assert parse.io_stat(text) == (DeviceIo(254, 0, 4096, 8192, 1, 2), DeviceIo(253, 0))
+
+
+def test_io_of_version_1() -> None:
+    sizes = b"8:0 Read 4096\n8:0 Write 8192\n8:0 Sync 0\n8:0 Total 12288\n8:16 Read 1\nTotal 12289\n"
+    counts = b"8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n"
+    assert parse.blkio(sizes, counts) == (DeviceIo(8, 0, 4096, 8192, 1, 2), DeviceIo(8, 16, 1))
+    assert parse.blkio(b"Total 0\n", b"Total 0\n") == ()
+
+
+def test_interfaces_without_loopback() -> None:
+    assert list(parse.interfaces(NET_DEV)) == [Interface("eth0", 3555289636, 98093, 1, 2, 5349462, 51880, 3, 4)]
+
+
+WORDS = (b"8:0", b"Read", b"some", b"full", b"avg10=1.0", b"avg60=1.0", b"avg300=1.0", b"total=1", b"eth0:", b"\n")
+ODDITIES = (b"rbytes=", b"rbytes=7", b"max", b"1", b"9" * 19, b"9" * 20, "٣".encode(), b"=", b":", b"1.", b".1", b" ")
+ANY = st.binary(max_size=200) | st.lists(st.sampled_from(WORDS + ODDITIES), max_size=40).map(b" ".join)
+
+
+def _numbers_in(found: Any) -> list[int]:
+    if isinstance(found, int):
+        return [found]
+    if isinstance(found, (list, tuple)):
+        return [n for part in found for n in _numbers_in(part)]
+    if hasattr(type(found), "__slots__"):
+        return [n for name in type(found).__slots__ for n in _numbers_in(getattr(found, name))]
+    return []
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        parse.number,
+        parse.limit,
+        parse.numbers,
+        parse.pressure,
+        parse.io_stat,
+        lambda text: parse.blkio(text, text[::-1]),
+        lambda text: list(parse.interfaces(text)),
+        lambda text: [parse.value(parse.pairs(text), key, 10_000_000) for key in parse.pairs(text)],
+    ],
+)
+@given(text=ANY)
+def test_any_text_is_read_and_gives_numbers_of_64_bits(read: Callable[[bytes], object], text: bytes) -> None:
+    assert all(0 <= n < 2**64 for n in _numbers_in(read(text)))
