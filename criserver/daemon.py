@@ -24,7 +24,7 @@ from criserver.images import ContentStore, Images, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import host
+from criserver.runtime import cgroups
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
@@ -115,7 +115,7 @@ def _node(config: Config, store: Store, features: Mapping[str, Features]) -> Nod
         snapshotter=snapshotter,
         nursery=Nursery(),
         stats=Statistics(
-            Cgroups(host.cgroup_roots()),
+            Cgroups(cgroups.roots()),
             Networks(),
             DiskMeter(snapshotter.usage, lambda: _writable_layers(registry)),
         ),

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 
 from criserver.model import NamespaceMode
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime.container_create import cgroups_path
+from criserver.runtime import cgroups
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.stats import (
@@ -65,7 +65,7 @@ class StatsViews:
         )
         sandbox = self._node.registry.sandboxes.get(record.sandbox_id)
         if record.state is ContainerState.RUNNING and sandbox is not None:
-            usage = self._node.stats.cgroups.reader(cgroups_path(sandbox, record)).usage()
+            usage = self._node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, record.id)).usage()
             _fill(found, usage)
             if usage.swap is not None:
                 found.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
@@ -141,7 +141,7 @@ class StatsViews:
         config = record.config
         linux = cri.LinuxPodSandboxStats(containers=[self.container(c) for c in containers])
         if record.state is SandboxState.READY:
-            usage = self._node.stats.cgroups.reader(record.cgroup_parent).usage()
+            usage = self._node.stats.cgroups.reader(cgroups.pod_path(record.cgroup_parent)).usage()
             _fill(linux, usage)
             count = sum(len(pids) for pids in self._processes(record, containers).values())
             linux.process.CopyFrom(cri.ProcessUsage(timestamp=usage.timestamp, process_count=_number(count)))
@@ -164,11 +164,11 @@ class StatsViews:
 
         Not those of the pod's cgroup: several pods may have been given the same one.
         """
-        paths = {pod.id: f"{pod.cgroup_parent}/{pod.id}", **{c.id: cgroups_path(pod, c) for c in containers}}
+        paths = {key: cgroups.path(pod.cgroup_parent, key) for key in (pod.id, *(c.id for c in containers))}
         return {key: self._node.stats.cgroups.reader(path).processes() for key, path in paths.items()}
 
     def _pod_subject(self, pod: Sandbox, processes: int, interfaces: tuple[Interface, ...]) -> Subject:
-        reader = self._node.stats.cgroups.reader(pod.cgroup_parent)
+        reader = self._node.stats.cgroups.reader(cgroups.pod_path(pod.cgroup_parent))
         return Subject(
             usage=reader.usage(),
             details=reader.details(),
@@ -186,7 +186,7 @@ class StatsViews:
         file_system: FileSystem,
     ) -> Subject:
         stats, given = self._node.stats, container.config.resources
-        reader = stats.cgroups.reader(cgroups_path(pod, container))
+        reader = stats.cgroups.reader(cgroups.path(pod.cgroup_parent, container.id))
         return Subject(
             usage=reader.usage(),
             details=reader.details(),
@@ -229,7 +229,8 @@ class StatsViews:
         ready = [s for s in registry.sandboxes.values() if s.state is SandboxState.READY]
         running = (c for c in registry.containers.values() if c.state is ContainerState.RUNNING)
         stats.cgroups.retain(
-            {s.cgroup_parent for s in ready} | {cgroups_path(registry.sandboxes[c.sandbox_id], c) for c in running}
+            {cgroups.pod_path(s.cgroup_parent) for s in ready}
+            | {cgroups.path(registry.sandboxes[c.sandbox_id].cgroup_parent, c.id) for c in running}
         )
         stats.networks.retain({self._network_namespace(s) for s in ready})
 
@@ -255,11 +256,11 @@ def _metric(metric: Metric, timestamp: int, value: int, labels: tuple[str, ...])
 
 def _pod_labels(pod: Sandbox) -> tuple[str, ...]:
     """The values of LABELS for what is the pod's own."""
-    return pod.config.name, pod.config.namespace, "", pod.cgroup_parent, "", ""
+    return pod.config.name, pod.config.namespace, "", cgroups.pod_path(pod.cgroup_parent), "", ""
 
 
 def _container_labels(pod: Sandbox, container: Container) -> tuple[str, ...]:
-    config, path = container.config, cgroups_path(pod, container)
+    config, path = container.config, cgroups.path(pod.cgroup_parent, container.id)
     return pod.config.name, pod.config.namespace, config.name, path, config.image, container.id
 
 

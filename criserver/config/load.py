@@ -37,6 +37,7 @@ class Config:
     cni_timeout: float
     registry_config_path: str
     default_runtime: str
+    cgroup_driver: str
     infra: str
     cdi_dirs: tuple[str, ...]
     runtimes: Mapping[str, Runtime] = field(default_factory=dict)
@@ -75,6 +76,7 @@ def load(path: str | None) -> Config:
         cni_timeout=float(cni["timeout"]),
         registry_config_path=merged["registry"]["config_path"],
         default_runtime=runtime["default"],
+        cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],
         cdi_dirs=tuple(merged["cdi"]["dirs"]),
         runtimes=runtimes,

@@ -17,7 +17,7 @@ from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import filesystems, host
+from criserver.runtime import cgroups, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -136,7 +136,7 @@ async def _prepare(
         user=user,
         pod=dataclasses.replace(pod, pid_namespace=pid_namespace or pod.pid_namespace),
         host=host.facts(),
-        cgroups_path=cgroups_path(sandbox, container),
+        cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, container.id),
         rootfs=rootfs,
         devices=devices,
         seccomp=filter_,
@@ -188,11 +188,6 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         return
     node.registry.forget(container)
     node.locks.pop(container.id, None)
-
-
-def cgroups_path(sandbox: Sandbox, container: Container) -> str:
-    """The container's cgroup, as runc's cgroupfs driver names it."""
-    return f"{sandbox.cgroup_parent}/{container.id}"
 
 
 def signal_number(name: str) -> int:

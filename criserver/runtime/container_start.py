@@ -8,7 +8,6 @@ import structlog
 
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.runtime import supervision
-from criserver.runtime.container_create import cgroups_path
 from criserver.runtime.node import Node
 from criserver.runtime.records import ContainerState, SandboxState
 
@@ -40,7 +39,7 @@ async def _start(node: Node, container_id: str) -> str:
                 node,
                 container_id,
                 handler=sandbox.handler,
-                cgroups_path=cgroups_path(sandbox, container),
+                cgroup_parent=sandbox.cgroup_parent,
                 log_path=container.log_path,
                 tty=container.config.tty,
                 stdin=container.config.stdin,

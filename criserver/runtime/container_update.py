@@ -13,7 +13,7 @@ import structlog
 from criserver.errors import DeadlineExceededError, FailedPreconditionError
 from criserver.oci import spec
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import host
+from criserver.runtime import cgroups, host
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container, ContainerState
@@ -67,8 +67,10 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     program = shutil.which(runtime.path)
     if program is None:
         raise FailedPreconditionError(f"runtime handler {runtime.name}: {runtime.path} is not an executable")
+    parent = node.registry.sandbox(container.sandbox_id).cgroup_parent
     process = await asyncio.create_subprocess_exec(
-        *(program, "--root", node.runtime_root(handler), "update", "--resources", "-", container.id),
+        *(program, "--root", node.runtime_root(handler), *cgroups.runtime_args(parent)),
+        *("update", "--resources", "-", container.id),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
@@ -92,7 +94,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
 def _set_oom_score(node: Node, container: Container, score: int) -> None:
     """Give the score to every process of the container: the OCI runtime's update has none."""
     sandbox = node.registry.sandbox(container.sandbox_id)
-    for pid in host.processes(f"{sandbox.cgroup_parent}/{container.id}"):
+    for pid in cgroups.processes(cgroups.path(sandbox.cgroup_parent, container.id)):
         try:
             with open(f"/proc/{pid}/oom_score_adj", "w") as f:
                 f.write(str(max(score, host.facts().oom_score_adj_floor)))

@@ -1,4 +1,4 @@
-"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes, cgroup files."""
+"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes, processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ _CAPABILITIES = (
     "AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ "
     "PERFMON BPF CHECKPOINT_RESTORE "
 ).split()
-
-# Where pods are put that the kubelet gives no cgroup parent.
-OWN_CGROUPS = "/criserver"
 
 # Nodes of /dev that a container gets its own of, or that are the host's business alone.
 _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc", ".lxd-mounts"})
@@ -91,56 +88,6 @@ def _node(found: os.stat_result, path: str) -> DeviceNode:
         uid=found.st_uid,
         gid=found.st_gid,
     )
-
-
-@cache
-def cgroup_roots() -> dict[str, str]:
-    """Where each cgroup hierarchy is mounted, by controller; "" is the unified one (cgroups(7))."""
-    found: dict[str, str] = {}
-    with open("/proc/self/mountinfo") as f:
-        for line in f:
-            before, _, after = line.partition(" - ")
-            kind, _, options = after.split()[:3]
-            point = before.split()[4]
-            if kind == "cgroup2":
-                found.setdefault("", point)
-            elif kind == "cgroup":
-                for option in options.split(","):
-                    found.setdefault(option, point)
-    return found
-
-
-def oom_files(cgroups_path: str) -> list[str]:
-    """The files that count OOM kills in a cgroup: v1's memory.oom_control, v2's memory.events."""
-    roots = cgroup_roots()
-    if "memory" in roots:
-        return [f"{roots['memory']}{cgroups_path}/memory.oom_control"]
-    return [f"{roots['']}{cgroups_path}/memory.events"] if "" in roots else []
-
-
-def remove_cgroup(cgroups_path: str) -> None:
-    """Remove a cgroup and those below it from every hierarchy, and OWN_CGROUPS where it was the last in it.
-
-    One that is gone or still in use is left.
-    """
-    for root in set(cgroup_roots().values()):
-        directories = [directory for directory, _, _ in os.walk(root + cgroups_path, topdown=False)]
-        for directory in (*directories, root + OWN_CGROUPS):
-            try:
-                os.rmdir(directory)
-            except OSError:
-                continue
-
-
-def processes(cgroups_path: str) -> list[int]:
-    """The PIDs in a cgroup, as its pids or unified hierarchy has them; none where it is gone."""
-    roots = cgroup_roots()
-    root = roots.get("pids") or roots.get("", "")
-    try:
-        with open(f"{root}{cgroups_path}/cgroup.procs") as f:
-            return [int(line) for line in f]
-    except OSError:
-        return []
 
 
 def start_ticks(pid: int) -> int:

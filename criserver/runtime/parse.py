@@ -141,10 +141,7 @@ def _cgroup_parent(parent: str) -> str:
     if ".." in parent.split("/"):
         raise InvalidArgumentError(f"cgroup_parent = {parent!r} must not contain '..'")
     if parent.endswith(".slice"):
-        raise UnimplementedError(
-            f"cgroup_parent = {parent!r} is a systemd slice, and the systemd cgroup driver is not supported yet; "
-            "run the kubelet with cgroupDriver: cgroupfs"
-        )
+        return parent
     return os.path.normpath("/" + parent.strip("/"))
 
 

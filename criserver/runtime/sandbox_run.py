@@ -15,7 +15,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import host, sandbox_files, supervision
+from criserver.runtime import cgroups, host, sandbox_files, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
 from criserver.runtime.sandbox_stop import release
@@ -47,7 +47,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         handler=handler,
         state=SandboxState.CREATING,
         created_at=time.time_ns(),
-        cgroup_parent=config.cgroup_parent or f"{host.OWN_CGROUPS}/{sandbox_id}",
+        cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
     )
     if own_network:
@@ -120,17 +120,23 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> None:
     os.makedirs(os.path.join(root, "proc"), mode=0o755)
     with open(os.path.join(root, "infra"), "w"):
         pass
-    cgroups_path = f"{sandbox.cgroup_parent}/{sandbox.id}"
     document = spec.infra(
         program=node.config.infra,
         rootfs=root,
         pod=pod_facts(node, sandbox),
         host=host.facts(),
-        cgroups_path=cgroups_path,
+        cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
-    await supervision.start(node, sandbox.id, handler=sandbox.handler, cgroups_path=cgroups_path)
+    await supervision.start(node, sandbox.id, handler=sandbox.handler, cgroup_parent=sandbox.cgroup_parent)
+
+
+def _cgroup_parent(node: Node, config: PodConfig, sandbox_id: str) -> str:
+    driver = node.config.cgroup_driver
+    if config.cgroup_parent:
+        return cgroups.checked_parent(driver, config.cgroup_parent)
+    return cgroups.own_parent(driver, sandbox_id)
 
 
 def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
@@ -177,5 +183,5 @@ def _pod_network(node: Node, sandbox: Sandbox) -> PodNetwork:
         dns_servers=config.dns.servers,
         dns_searches=config.dns.searches,
         dns_options=config.dns.options,
-        cgroup_parent=sandbox.cgroup_parent,
+        cgroup_parent=cgroups.pod_path(sandbox.cgroup_parent),
     )

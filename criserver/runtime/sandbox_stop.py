@@ -11,7 +11,7 @@ import structlog
 
 from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import host, sandbox_files, supervision
+from criserver.runtime import cgroups, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
@@ -62,7 +62,7 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     await asyncio.to_thread(namespaces.unpin, pins)
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
     if sandbox.cgroup_owned:
-        host.remove_cgroup(sandbox.cgroup_parent)
+        cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
 
 
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:

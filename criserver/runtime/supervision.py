@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from criserver.errors import DeadlineExceededError, FailedPreconditionError
-from criserver.runtime import filesystems, host
+from criserver.runtime import cgroups, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
 from criserver.runtime.shims import Message, connect
@@ -47,7 +47,7 @@ async def start(
     key: str,
     *,
     handler: str,
-    cgroups_path: str,
+    cgroup_parent: str,
     log_path: str = "",
     tty: bool = False,
     stdin: bool = False,
@@ -87,11 +87,11 @@ async def start(
             "directory": directory,
             "runtime": program,
             "runtime_root": node.runtime_root(handler),
-            "runtime_args": [],
+            "runtime_args": cgroups.runtime_args(cgroup_parent),
             "log_path": log_path,
             "tty": tty,
             "stdin": stdin,
-            "oom_files": host.oom_files(cgroups_path),
+            "oom_files": cgroups.oom_files(cgroups.path(cgroup_parent, key)),
         },
         on_event,
         on_close,

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import host
+from criserver.runtime import cgroups
 from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
 
@@ -25,10 +25,10 @@ def limited(**limits) -> dict[str, cri.LinuxContainerConfig]:
 
 def seen(pod: str, container: str, controller: str, name: str) -> str:
     """A file of the container's cgroup."""
-    return Path(host.cgroup_roots()[controller], "criserver", pod, container, name).read_text().strip()
+    return Path(cgroups.roots()[controller], "criserver", pod, container, name).read_text().strip()
 
 
-pytestmark = pytest.mark.skipif("memory" not in host.cgroup_roots(), reason="reads files of cgroup version 1")
+pytestmark = pytest.mark.skipif("memory" not in cgroups.roots(), reason="reads files of cgroup version 1")
 
 
 def test_limits_are_set_at_the_start(node: Node, pod: str):

@@ -53,7 +53,6 @@ def test_a_pods_fields():
     [
         ({"windows": cri.WindowsPodSandboxConfig()}, InvalidArgumentError, "windows"),
         ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="/a/../../b")}, InvalidArgumentError, "cgroup_parent"),
-        ({"linux": cri.LinuxPodSandboxConfig(cgroup_parent="kubepods.slice")}, UnimplementedError, "systemd"),
         ({"linux": options(network=cri.CONTAINER)}, InvalidArgumentError, "network"),
         ({"linux": options(pid=cri.TARGET, target_id="x")}, InvalidArgumentError, "TARGET"),
         ({"linux": options(pid=cri.TARGET)}, InvalidArgumentError, "target_id"),

@@ -1,0 +1,106 @@
+"""Where pods and containers are in the cgroup hierarchies, by both of runc's drivers, and what is read there.
+
+A sandbox's cgroup parent tells the driver: one that ends in ".slice" is systemd's. With the cgroupfs driver a
+container's cgroup is its ID below the parent; with systemd's it is a scope in the parent slice, and systemd keeps
+slices in each other by the dashes in their names (systemd.slice(5)).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from criserver.errors import InvalidArgumentError
+
+# Where pods are put that the kubelet gives no cgroup parent.
+OWN = "/criserver"
+_PREFIX = "criserver"
+
+
+def own_parent(driver: str, sandbox_id: str) -> str:
+    """The cgroup parent of a sandbox that the kubelet gives none; ``driver`` is "cgroupfs" or "systemd"."""
+    return f"{_PREFIX}-{sandbox_id}.slice" if driver == "systemd" else f"{OWN}/{sandbox_id}"
+
+
+def checked_parent(driver: str, parent: str) -> str:
+    """The cgroup parent that the kubelet gives, where the driver can use it. Raises InvalidArgumentError."""
+    if (driver == "systemd") != parent.endswith(".slice"):
+        kind = "a systemd slice" if parent.endswith(".slice") else "no systemd slice"
+        raise InvalidArgumentError(
+            f"cgroup_parent = {parent!r} is {kind}, and this runtime's cgroup driver is {driver}; give the kubelet's "
+            "cgroupDriver and [runtime] cgroup_driver the same value"
+        )
+    return os.path.basename(parent) if driver == "systemd" else parent
+
+
+def spec_path(parent: str, key: str) -> str:
+    """The ``cgroupsPath`` of a spec for the container ``key`` (runtime specification, config-linux.md)."""
+    return f"{parent}:{_PREFIX}:{key}" if parent.endswith(".slice") else f"{parent}/{key}"
+
+
+def runtime_args(parent: str) -> list[str]:
+    """What the OCI runtime is told of the driver on its command line."""
+    return ["--systemd-cgroup"] if parent.endswith(".slice") else []
+
+
+def path(parent: str, key: str) -> str:
+    """The cgroup of the container ``key`` below the roots of the hierarchies."""
+    return f"{pod_path(parent)}/{_PREFIX}-{key}.scope" if parent.endswith(".slice") else f"{parent}/{key}"
+
+
+def pod_path(parent: str) -> str:
+    """The cgroup of a pod below the roots: for a-b.slice that is /a.slice/a-b.slice."""
+    if not parent.endswith(".slice"):
+        return parent
+    words = parent.removesuffix(".slice").split("-")
+    return "".join(f"/{'-'.join(words[:n])}.slice" for n in range(1, len(words) + 1))
+
+
+@cache
+def roots() -> dict[str, str]:
+    """Where each cgroup hierarchy is mounted, by controller; "" is the unified one (cgroups(7))."""
+    found: dict[str, str] = {}
+    with open("/proc/self/mountinfo") as f:
+        for line in f:
+            before, _, after = line.partition(" - ")
+            kind, _, options = after.split()[:3]
+            point = before.split()[4]
+            if kind == "cgroup2":
+                found.setdefault("", point)
+            elif kind == "cgroup":
+                for option in options.split(","):
+                    found.setdefault(option, point)
+    return found
+
+
+def oom_files(cgroup: str) -> list[str]:
+    """The files that count OOM kills in a cgroup: v1's memory.oom_control, v2's memory.events."""
+    found = roots()
+    if "memory" in found:
+        return [f"{found['memory']}{cgroup}/memory.oom_control"]
+    return [f"{found['']}{cgroup}/memory.events"] if "" in found else []
+
+
+def remove(cgroup: str) -> None:
+    """Remove a cgroup and those below it from every hierarchy, and OWN where it was the last in it.
+
+    One that is gone or still in use is left.
+    """
+    for root in set(roots().values()):
+        directories = [directory for directory, _, _ in os.walk(root + cgroup, topdown=False)]
+        for directory in (*directories, root + OWN):
+            try:
+                os.rmdir(directory)
+            except OSError:
+                continue
+
+
+def processes(cgroup: str) -> list[int]:
+    """The PIDs in a cgroup, as its pids or unified hierarchy has them; none where it is gone."""
+    found = roots()
+    root = found.get("pids") or found.get("", "")
+    try:
+        with open(f"{root}{cgroup}/cgroup.procs") as f:
+            return [int(line) for line in f]
+    except OSError:
+        return []
