@@ -123,7 +123,8 @@ class Device:
 class Security:
     """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext).
 
-    ``seccomp`` is "" for no filter, "default" for the runtime's own, or the absolute path of a profile.
+    ``seccomp`` is "" for no filter, "default" for the runtime's own, or the absolute path of a profile;
+    ``apparmor`` is "" for the runtime's own, "unconfined", or the name of a profile that is loaded.
     """
 
     privileged: bool = False
@@ -140,6 +141,8 @@ class Security:
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     seccomp: str = ""
+    apparmor: str = ""
+    selinux_label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class Host:
 
     capabilities: tuple[str, ...]
     oom_score_adj_floor: int = -1000
+    apparmor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ def build(
     rootfs: str,
     devices: Iterable[DeviceNode] = (),
     seccomp: Spec | None = None,
+    selinux_label: str = "",
     annotations: Mapping[str, str] | None = None,
 ) -> Spec:
     """The whole spec.
@@ -163,6 +165,11 @@ def build(
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },
     }
+    if security.apparmor and host.apparmor:
+        spec["process"]["apparmorProfile"] = security.apparmor
+    if selinux_label:
+        spec["process"]["selinuxLabel"] = selinux_label
+        spec["linux"]["mountLabel"] = selinux_label
     if seccomp is not None:
         spec["linux"]["seccomp"] = seccomp
     if any(m.propagation is Propagation.BIDIRECTIONAL for m in config.mounts):

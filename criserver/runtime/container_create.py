@@ -87,6 +87,20 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         raise FailedPreconditionError(
             f"container {config.name}: recursive read-only mounts need runc 1.1 or newer and Linux 5.12 or newer"
         )
+    profile = config.security.apparmor
+    if profile not in ("", "unconfined"):
+        loaded = host.apparmor_profiles()
+        if loaded is None:
+            raise FailedPreconditionError(
+                f"container {config.name}: AppArmor profile {profile!r} cannot be enforced: this node has no AppArmor"
+            )
+        if profile not in loaded:
+            raise FailedPreconditionError(
+                f"container {config.name}: AppArmor profile {profile!r} is not loaded; load it with apparmor_parser"
+            )
+    if config.security.selinux_label and not host.has_selinux():
+        # Not refused: manifests name SELinux types for nodes that have it, and mean nothing on others.
+        log.info("SELinux options mean nothing on this node", container=config.name)
 
 
 async def _seccomp(config: ContainerConfig) -> spec.Spec | None:
@@ -140,6 +154,7 @@ async def _prepare(
         rootfs=rootfs,
         devices=devices,
         seccomp=filter_,
+        selinux_label=config.security.selinux_label if host.has_selinux() else "",
         annotations=_annotations(sandbox, container),
     )
     with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:

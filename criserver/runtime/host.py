@@ -22,6 +22,24 @@ _CAPABILITIES = (
 _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc", ".lxd-mounts"})
 
 
+def apparmor_profiles() -> frozenset[str] | None:
+    """The names of the AppArmor profiles that are loaded, None where the kernel does not enforce any."""
+    try:
+        with open("/sys/module/apparmor/parameters/enabled") as f:
+            if f.read().strip() != "Y":
+                return None
+        with open("/sys/kernel/security/apparmor/profiles") as f:
+            return frozenset(line.rpartition(" (")[0] for line in f)
+    except OSError:
+        return None
+
+
+@cache
+def has_selinux() -> bool:
+    """Whether a SELinux policy is loaded."""
+    return os.path.exists("/sys/fs/selinux/enforce")
+
+
 @cache
 def facts() -> Host:
     """The host's facts, read once.
@@ -35,7 +53,7 @@ def facts() -> Host:
     if not _status_mask("CapEff") >> _CAPABILITIES.index("SYS_RESOURCE") & 1:
         with open("/proc/self/oom_score_adj") as f:
             floor = int(f.read())
-    return Host(capabilities=known, oom_score_adj_floor=floor)
+    return Host(capabilities=known, oom_score_adj_floor=floor, apparmor=apparmor_profiles() is not None)
 
 
 def _status_mask(field: str) -> int:

@@ -61,8 +61,9 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         raise InvalidArgumentError(
             f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
         )
-    _refuse_profiles(security, "pod sandbox")
-    _seccomp(security, "pod sandbox")  # checked alone: a sandbox has no process, or one that can do nothing
+    # Checked alone: a sandbox has no process, or one that can do nothing.
+    _seccomp(security, "pod sandbox")
+    _apparmor(security, "", "pod sandbox")
     return PodConfig(
         name=meta.name,
         namespace=meta.namespace,
@@ -283,14 +284,37 @@ def resources(sent: cri.LinuxContainerResources) -> Resources:
     )
 
 
-def _refuse_profiles(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, what: str) -> None:
-    """Refuse confinement that this version cannot give: running without it would be worse than not running."""
+def _apparmor(
+    security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, deprecated: str, what: str
+) -> str:
+    """The profile as Security has it, from the new field or, where that is not set, the deprecated one."""
     if security.privileged:
-        return
-    if security.HasField("apparmor") and security.apparmor.profile_type == cri.SecurityProfile.Localhost:
-        raise UnimplementedError(f"{what}: AppArmor profile {security.apparmor.localhost_ref!r} is not supported yet")
-    if security.HasField("selinux_options") and os.path.isdir("/sys/fs/selinux"):
-        raise UnimplementedError(f"{what}: SELinux options are not supported yet")
+        return ""
+    if security.HasField("apparmor"):
+        match security.apparmor.profile_type:
+            case cri.SecurityProfile.RuntimeDefault:
+                return ""
+            case cri.SecurityProfile.Unconfined:
+                return "unconfined"
+        name = security.apparmor.localhost_ref
+    else:
+        if deprecated in ("", "runtime/default", "unconfined"):
+            return "unconfined" if deprecated == "unconfined" else ""
+        kind, _, name = deprecated.partition("/")
+        if kind != "localhost":
+            raise InvalidArgumentError(f"{what}: apparmor_profile = {deprecated!r} is of no known form")
+    if not name:
+        raise InvalidArgumentError(f"{what}: the AppArmor profile of type Localhost has no name")
+    return name
+
+
+def _selinux_label(options: cri.SELinuxOption) -> str:
+    """The label that SELinux options make, "" where they are not set (user:role:type:level)."""
+    fields = (options.user, options.role, options.type, options.level)
+    if not any(fields):
+        return ""
+    defaults = ("system_u", "system_r", "container_t", "s0")
+    return ":".join(given or default for given, default in zip(fields, defaults, strict=True))
 
 
 def _seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, what: str) -> str:
@@ -328,9 +352,6 @@ def _cdi_devices(sent: cri.ContainerConfig) -> tuple[str, ...]:
 
 def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
     what = f"container {name}"
-    _refuse_profiles(sent, what)
-    if sent.apparmor_profile.startswith("localhost/") and not sent.privileged:
-        raise UnimplementedError(f"{what}: AppArmor profile {sent.apparmor_profile!r} is not supported yet")
     if sent.HasField("run_as_user") and sent.run_as_username:
         raise InvalidArgumentError(f"{what}: run_as_user and run_as_username are both set; give one")
     if sent.HasField("run_as_group") and not (sent.HasField("run_as_user") or sent.run_as_username):
@@ -355,4 +376,6 @@ def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
         masked_paths=tuple(sent.masked_paths),
         readonly_paths=tuple(sent.readonly_paths),
         seccomp=_seccomp(sent, what),
+        apparmor=_apparmor(sent, sent.apparmor_profile, what),
+        selinux_label="" if sent.privileged else _selinux_label(sent.selinux_options),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -74,6 +75,7 @@ class Node:
             )
         self.write_network()
         self.process: subprocess.Popen[bytes] | None = None
+        self.pods: set[str] = set()
         self.client: Client
 
     def write_network(self) -> None:
@@ -130,6 +132,7 @@ class Node:
     def remove_pods(self) -> None:
         """Stop and remove every pod."""
         for pod in self.client.ListPodSandbox().items:
+            self.pods.add(pod.id)
             self.client.StopPodSandbox(pod_sandbox_id=pod.id)
             self.client.RemovePodSandbox(pod_sandbox_id=pod.id)
 
@@ -147,7 +150,7 @@ class Node:
         found += [
             f"process {pid}: {words}" for pid, words in processes() if self.base in words and "serve" not in words
         ]
-        return found + cgroups()
+        return found + [path for path in cgroups() if path.split("/")[-2] in self.pods]
 
     def close(self) -> None:
         """Undo everything, whatever state it is in."""
@@ -191,7 +194,9 @@ class Node:
 
     def run_pod(self, name: str = "pod", **fields: Any) -> str:
         """A running sandbox's ID."""
-        return self.client.RunPodSandbox(config=self.pod(name, **fields)).pod_sandbox_id
+        pod: str = self.client.RunPodSandbox(config=self.pod(name, **fields)).pod_sandbox_id
+        self.pods.add(pod)
+        return pod
 
     def create(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A created container's ID."""
@@ -245,9 +250,5 @@ def processes() -> Iterator[tuple[int, str]]:
 
 
 def cgroups() -> list[str]:
-    """Cgroups that the daemon makes by itself."""
-    return [
-        f"/sys/fs/cgroup/{hierarchy}/criserver"
-        for hierarchy in os.listdir("/sys/fs/cgroup")
-        if os.path.isdir(f"/sys/fs/cgroup/{hierarchy}/criserver")
-    ]
+    """Cgroups that a daemon makes by itself, a directory a pod; another daemon's pods may be among them."""
+    return glob.glob("/sys/fs/cgroup/*/criserver/*/")

@@ -260,3 +260,15 @@ def test_a_cdi_device_that_is_not_there(node: Node):
     with refused(grpc.StatusCode.NOT_FOUND, "vendor.com/class=none", f"{node.base}/cdi"):
         node.create(pod, "c", ["true"], CDI_devices=[cri.CDIDevice(name="vendor.com/class=none")])
     assert node.client.ListContainers().containers == []
+
+
+@pytest.mark.skipif(os.path.exists("/sys/module/apparmor"), reason="this node has AppArmor")
+@pytest.mark.parametrize("field", ["apparmor", "apparmor_profile"])
+def test_an_apparmor_profile_on_a_node_without_apparmor(node: Node, field: str):
+    pod = node.run_pod()
+    profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="own")
+    security = {"apparmor": profile} if field == "apparmor" else {"apparmor_profile": "localhost/own"}
+    context = cri.LinuxContainerSecurityContext(**security)
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "'own'", "no AppArmor"):
+        node.create(pod, "c", ["true"], linux=cri.LinuxContainerConfig(security_context=context))
+    assert node.client.ListContainers().containers == []

@@ -150,9 +150,10 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
             InvalidArgumentError,
             "absolute path",
         ),
+        (linux(apparmor_profile="strange/x"), InvalidArgumentError, "strange"),
         (
-            linux(apparmor=cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="x")),
-            UnimplementedError,
+            linux(apparmor=cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost)),
+            InvalidArgumentError,
             "AppArmor",
         ),
         (linux(namespace_options=cri.NamespaceOption(network=cri.NODE)), InvalidArgumentError, "network"),
@@ -220,3 +221,26 @@ def test_cdi_devices_of_the_field_and_of_annotations():
         POD,
     )
     assert found.cdi_devices == ("v.com/c=1", "v.com/c=2")
+
+
+@pytest.mark.parametrize(
+    ("security", "expected"),
+    [
+        ({}, ""),
+        ({"apparmor": profile(cri.SecurityProfile.RuntimeDefault), "apparmor_profile": "localhost/x"}, ""),
+        ({"apparmor": profile(cri.SecurityProfile.Unconfined)}, "unconfined"),
+        ({"apparmor": profile(cri.SecurityProfile.Localhost, "own")}, "own"),
+        ({"apparmor_profile": "localhost/own"}, "own"),
+        ({"apparmor_profile": "unconfined"}, "unconfined"),
+        ({"apparmor_profile": "runtime/default"}, ""),
+        ({"apparmor_profile": "localhost/own", "privileged": True}, ""),
+    ],
+)
+def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security, expected):
+    assert container_config(container(**linux(**security)), POD).security.apparmor == expected
+
+
+def test_a_selinux_label_is_filled_up():
+    found = container_config(container(**linux(selinux_options=cri.SELinuxOption(type="spc_t", level="s0:c1"))), POD)
+    assert found.security.selinux_label == "system_u:system_r:spc_t:s0:c1"
+    assert container_config(container(), POD).security.selinux_label == ""

@@ -58,16 +58,19 @@ CONFIG = ContainerConfig(
 )
 
 
-def build(image: spec.ImageDefaults | None = None, pod: spec.PodFacts = POD, nodes=(), **changes) -> spec.Spec:
+def build(
+    image: spec.ImageDefaults | None = None, pod: spec.PodFacts = POD, nodes=(), host=HOST, selinux_label="", **changes
+):
     return spec.build(
         config=dataclasses.replace(CONFIG, **changes),
         image=image or spec.ImageDefaults(),
         user=User(1, 2, (2, 3)),
         pod=pod,
-        host=HOST,
+        host=host,
         cgroups_path="/p/c",
         rootfs="/r",
         devices=nodes,
+        selinux_label=selinux_label,
     )
 
 
@@ -214,3 +217,13 @@ def test_an_execs_process_is_the_containers_with_another_command():
     assert process["user"] == document["process"]["user"]
     assert document["process"]["args"] == ["run"]
     assert "TERM=xterm" in spec.exec_process(document, ["ls"], tty=True)["env"]
+
+
+def test_labels_and_profiles():
+    found = build(
+        security=Security(apparmor="own"), host=dataclasses.replace(HOST, apparmor=True), selinux_label="a:b:c:d"
+    )
+    assert found["process"]["apparmorProfile"] == "own"
+    assert found["process"]["selinuxLabel"] == found["linux"]["mountLabel"] == "a:b:c:d"
+    plain = build(security=Security(apparmor="unconfined"))
+    assert not {"apparmorProfile", "selinuxLabel"} & plain["process"].keys()
