@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 import grpc
 import structlog
@@ -58,8 +59,9 @@ async def serve(config: Config) -> None:
         os.makedirs(directory, mode=0o711, exist_ok=True)
     locks = [_lock(directory) for directory in dict.fromkeys((config.root, config.state))]
     store = Store(os.path.join(config.root, "criserver.db"))
-    features = {name: await probe(runtime) for name, runtime in config.runtimes.items()}
-    node = _node(config, store, features)
+    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+    features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
+    node = _node(config, store, snapshotter, features)
     try:
         await node.nursery.start()
         await recover(node)
@@ -87,7 +89,7 @@ async def serve(config: Config) -> None:
         await _within(node.settle(), STOP_GRACE)
     finally:
         for link in list(node.links.values()):
-            link.close()
+            link.abandon()
         await node.nursery.stop()
         node.stats.close()
         node.snapshotter.close()
@@ -96,8 +98,7 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def _node(config: Config, store: Store, features: Mapping[str, Features]) -> Node:
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+def _node(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
     registry = Registry(store)
     return Node(
         config=config,
@@ -161,13 +162,15 @@ def _lock(directory: str) -> int:
 async def _checkpoint(store: Store) -> None:
     while True:
         await asyncio.sleep(CHECKPOINT_INTERVAL)
-        await store.checkpoint()
+        try:
+            await store.checkpoint()
+        except CriError as e:
+            log.warning("the database's log stays as it is for now", error=str(e))
 
 
-async def _within(work: asyncio.Future[None] | object, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(work, seconds)  # type: ignore[arg-type]
-    except TimeoutError:
+async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
+    done, _ = await asyncio.wait([asyncio.create_task(work)], timeout=seconds)
+    if not done:
         log.warning("work was still under way at the stop; the next start finishes it")
 
 

@@ -47,13 +47,34 @@ class Dns:
 
 
 @dataclass(frozen=True, slots=True)
+class IdMapping:
+    """``length`` IDs from ``container_id`` on are those of the host from ``host_id`` on (user_namespaces(7))."""
+
+    container_id: int
+    host_id: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserNamespace:
+    """The IDs of a pod that has a user namespace of its own."""
+
+    uids: IdMapping
+    gids: IdMapping
+
+
+@dataclass(frozen=True, slots=True)
 class Namespaces:
-    """The namespace modes of a pod or container; ``target`` is the container whose PIDs it sees with TARGET."""
+    """The namespace modes of a pod or container.
+
+    ``target`` is the container whose PIDs it sees with TARGET; ``user`` is None in the host's user namespace.
+    """
 
     network: NamespaceMode = NamespaceMode.POD
     pid: NamespaceMode = NamespaceMode.POD
     ipc: NamespaceMode = NamespaceMode.POD
     target: str = ""
+    user: UserNamespace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +120,10 @@ class PodConfig:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A path of the host, or an image (whole, or a path in it), to be seen in the container."""
+    """A path of the host, or an image (whole, or a path in it), to be seen in the container.
+
+    ``uids`` and ``gids`` map the owners of what is there, () where they are seen as they are.
+    """
 
     container_path: str
     host_path: str
@@ -108,6 +132,8 @@ class Mount:
     recursive_readonly: bool = False
     image: str = ""
     image_sub_path: str = ""
+    uids: tuple[IdMapping, ...] = ()
+    gids: tuple[IdMapping, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ The file system is the only record. Below the root there are
 
     layers/<n>/    {fs/, meta.json}        committed layers, read-only; n is short, as overlay's options are
     active/<key>/  {fs/, work/, meta.json} writable snapshots
-    staging/       whatever is being made or deleted
+    staging/       whatever is being made or deleted, and mounts that are needed for a moment
 
 A layer or snapshot comes into being by one rename(2) out of staging and ends by one into it, so that at any
 instant it is there as a whole or not at all.
@@ -19,8 +19,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
 
@@ -43,6 +44,7 @@ _MAX_OPTIONS = 4095  # mount(2) takes one page, with a zero at its end
 _MOUNT_THREADS = 4
 _MAX_OUTPUT = 64 << 10
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_USERNS_SECONDS = 10.0  # to start a process and have it make a user namespace, which takes milliseconds
 
 # The worker imports this package's modules without its __init__, and without site: half of its start-up time.
 _WORKER = """
@@ -53,6 +55,12 @@ sys.modules["snapshotter"] = package
 sys.path.append(sys.argv.pop())
 from snapshotter.worker import main
 main()
+"""
+# Makes a user namespace, says with "0" that it is there, and ends with its parent.
+_USERNS_MAKER = """
+import ctypes, os
+os.write(1, b"%d" % ctypes.CDLL(None).unshare(0x10000000))
+os.read(0, 1)
 """
 _WORKER_PATHS = (os.path.dirname(os.path.dirname(isal.__file__)), os.path.dirname(__file__))
 _WORKER_ERRORS: dict[str, type[SnapshotError]] = {
@@ -74,8 +82,9 @@ class Snapshotter:
     """Layers and snapshots below one directory, which no other process changes.
 
     Creating one sweeps what an earlier process left half done. ``warnings`` says which committed layers and
-    snapshots were dropped because their metadata is missing or broken. ``workers`` bounds the layers that are
-    unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
+    snapshots were dropped because their metadata is missing or broken, and why there are no mounts for user
+    namespaces where there are none. ``workers`` bounds the layers that are unpacked at the same time. Needs root;
+    methods raise :class:`SnapshotError`.
     """
 
     def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
@@ -85,11 +94,15 @@ class Snapshotter:
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._flights: dict[str, _Flight] = {}
+        self._idmap_supported: bool | None = None
         self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
         for name in ("", "layers", "active", "staging", "empty"):
             os.makedirs(self._path(name), mode=0o700, exist_ok=True)
         self._load_layers()
         self._load_snapshots()
+        # First the mounts: what is seen through them is not to be deleted.
+        for point in mounts.mounts_below(os.path.realpath(self._path("staging"))):
+            _unmount(point)
         for name in os.listdir(self._path("staging")):
             self._delete(name)
         used = (int(os.path.basename(layer.path)) for layer in self._layers.values())
@@ -178,17 +191,22 @@ class Snapshotter:
             raise
         self._snapshots[key] = Snapshot(key, chain_id, self._path("active", key))
 
-    async def mount(self, key: str, target: str) -> None:
-        """Mount the snapshot ``key`` on the directory ``target``, writable."""
+    async def mount(self, key: str, target: str, *, userns: str | None = None) -> None:
+        """Mount the snapshot ``key`` on the directory ``target``, writable.
+
+        With ``userns``, the file of a user namespace, the image's files belong to users of that namespace. It is
+        the same one at each mount of a snapshot. Needs :meth:`idmap_supported`.
+        """
         snapshot = self._snapshot(key)
-        upper = f"../active/{key}"
+        # Relative to the directory in which the layers are seen: layers/ or, with mapped owners, one in staging/.
+        upper = f"../active/{key}" if userns is None else f"../../active/{key}"
         # volatile: no sync of the whole file system as the mount goes. A snapshot is not used again after a crash
         # of the node, which is what that sync is for. index=off: an index would tie the upper directory to these
         # layers by file handles, which copies of them do not keep. xino stays at the kernel's "auto".
         options = (
             f"lowerdir={self._lower(snapshot.chain_id)},upperdir={upper}/fs,workdir={upper}/work,index=off,volatile"
         )
-        await self._mount(target, options, 0, work=os.path.join(snapshot.path, "work"))
+        await self._mount(target, options, 0, snapshot=snapshot, userns=userns)
 
     async def mount_layer(self, chain_id: str, target: str) -> None:
         """Mount the files of ``chain_id`` and the layers below it on the directory ``target``, read-only.
@@ -197,7 +215,7 @@ class Snapshotter:
         """
         # With an empty layer beneath, one layer is mounted as several are: overlay wants two.
         options = f"lowerdir={self._lower(chain_id)}:../empty,index=off"
-        await self._mount(target, options, mounts.MS_RDONLY, work=None)
+        await self._mount(target, options, mounts.MS_RDONLY)
 
     async def unmount(self, target: str) -> None:
         """Unmount all that is mounted on ``target``, lazily where it is busy; nothing mounted is no error."""
@@ -235,6 +253,22 @@ class Snapshotter:
             return await asyncio.to_thread(tree.measure, path)
         except OSError as e:
             raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
+
+    async def idmap_supported(self) -> bool:
+        """Whether snapshots can be mounted for a user namespace: tried once, where the layers are.
+
+        It takes Linux 5.19 and a file system with id-mapped mounts.
+        """
+        if self._idmap_supported is None:
+            try:
+                async with _user_namespace() as userns:
+                    await self._in_mount_thread(self._try_idmap, userns)
+            except (SnapshotError, OSError) as e:
+                self.warnings.append(f"snapshots cannot be mounted for user namespaces: {e}")
+                self._idmap_supported = False
+            else:
+                self._idmap_supported = True
+        return self._idmap_supported
 
     def _path(self, *names: str) -> str:
         return os.path.join(self._root, *names)
@@ -370,14 +404,62 @@ class Snapshotter:
             raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
         return result
 
-    async def _mount(self, target: str, options: str, flags: int, work: str | None) -> None:
+    async def _mount(
+        self, target: str, options: str, flags: int, snapshot: Snapshot | None = None, userns: str | None = None
+    ) -> None:
         if len(os.fsencode(options)) > _MAX_OPTIONS:
             raise SnapshotError(f"cannot mount {target}: its layers do not fit into one page of options")
+        place = os.path.abspath(target)
         try:
-            await self._in_mount_thread(_mount_overlay, os.path.abspath(target), options, flags, work)
+            if snapshot is None or userns is None:
+                await self._in_mount_thread(_mount_overlay, place, options, flags, snapshot)
+            else:
+                await self._in_mount_thread(self._mount_mapped, place, options, flags, snapshot, userns)
         except asyncio.CancelledError:
-            await self._in_mount_thread(_unmount, os.path.abspath(target))
+            await self._in_mount_thread(_unmount, place)
             raise
+
+    def _mount_mapped(self, target: str, options: str, flags: int, snapshot: Snapshot, userns: str) -> None:
+        top = os.path.basename(self._layers[snapshot.chain_id].path)
+        try:
+            with self._mapped(self._path("layers"), userns):
+                _map_root(snapshot, os.path.join(top, "fs"))
+                _mount_overlay(target, options, flags, snapshot)
+        except (SnapshotError, OSError) as e:
+            raise SnapshotError(
+                f"no mount for the user namespace {userns}, which takes Linux 5.19 or newer and a file system with "
+                f"id-mapped mounts below {self._root}: {e}"
+            ) from e
+
+    def _try_idmap(self, userns: str) -> None:
+        area = tempfile.mkdtemp(dir=self._path("staging"))
+        try:
+            for name in ("one", "two", "target"):
+                os.mkdir(os.path.join(area, name))
+            target = os.path.join(area, "target")
+            with self._mapped(area, userns):
+                _mount_overlay(target, "lowerdir=one:two", mounts.MS_RDONLY, None)
+            _unmount(target)
+        finally:
+            self._delete(os.path.basename(area))
+
+    @contextmanager
+    def _mapped(self, source: str, userns: str) -> Iterator[None]:
+        """Be, in this thread, in the directory ``source`` with its files' owners mapped into a user namespace.
+
+        It is seen so through a mount in staging/, which is gone afterwards: an overlay has copies of its own.
+        """
+        point = tempfile.mkdtemp(dir=self._path("staging"))
+        try:
+            mounts.bind_idmapped(source, point, userns, mounts.MOUNT_ATTR_RDONLY)
+            try:
+                os.chdir(point)
+                yield
+            finally:
+                os.chdir(self._path("layers"))
+                _unmount(point)
+        finally:
+            os.rmdir(point)
 
     async def _in_mount_thread(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a call where relative names start at layers/. A cancelled caller leaves once the call has ended."""
@@ -394,10 +476,10 @@ class Snapshotter:
         os.chdir(self._path("layers"))
 
 
-def _mount_overlay(target: str, options: str, flags: int, work: str | None) -> None:
+def _mount_overlay(target: str, options: str, flags: int, snapshot: Snapshot | None) -> None:
     try:
-        if work is not None:
-            _forget_volatile(work)
+        if snapshot is not None:
+            _forget_volatile(os.path.join(snapshot.path, "work"))
         mounts.mount("overlay", target, "overlay", flags, options)
     except OSError as e:
         raise SnapshotError(f"cannot mount the overlay on {target}: {e.strerror} ({options})") from e
@@ -419,6 +501,45 @@ def _forget_volatile(work: str) -> None:
         tree.remove(inner, "incompat")
     finally:
         os.close(inner)
+
+
+def _map_root(snapshot: Snapshot, top: str) -> None:
+    """Give a snapshot's root directory the owner that the image's has in ``top``, where owners are mapped.
+
+    Only before the first mount, which makes work/work: afterwards the directory is the container's.
+    """
+    if not os.path.exists(os.path.join(snapshot.path, "work", "work")):
+        status = os.stat(top)
+        os.chown(os.path.join(snapshot.path, "fs"), status.st_uid, status.st_gid)
+
+
+@asynccontextmanager
+async def _user_namespace() -> AsyncIterator[str]:
+    """A user namespace for a moment, in which user and group 0 are the node's 1; yields its file."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-c", _USERNS_MAKER),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={},
+    )
+    assert process.stdout is not None
+    try:
+        try:
+            async with asyncio.timeout(_USERNS_SECONDS):
+                told = await process.stdout.read(2)
+        except TimeoutError:
+            raise SnapshotError(f"the kernel did not make a user namespace within {_USERNS_SECONDS:g} s") from None
+        if told != b"0":
+            raise SnapshotError("the kernel makes no user namespace")
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{process.pid}/{name}", "w") as file:
+                file.write("0 1 1")
+        yield f"/proc/{process.pid}/ns/user"
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 def _unmount(target: str) -> None:

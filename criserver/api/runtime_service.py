@@ -77,7 +77,10 @@ class RuntimeService(StatsRpcs):
             runtime_handlers=[
                 cri.RuntimeHandler(
                     name=name,
-                    features=cri.RuntimeHandlerFeatures(recursive_read_only_mounts=found.recursive_readonly_mounts),
+                    features=cri.RuntimeHandlerFeatures(
+                        recursive_read_only_mounts=found.recursive_readonly_mounts,
+                        user_namespaces=found.user_namespaces,
+                    ),
                 )
                 for name, found in handlers.items()
             ],
@@ -224,7 +227,7 @@ class RuntimeService(StatsRpcs):
         sent = cri.PodSandboxConfig.FromString(sandbox.sent)
         return views.info(
             sandboxID=sandbox.id,
-            runtimeHandler=sandbox.handler or self._node.config.default_runtime,
+            runtimeHandler=sandbox.runtime,
             namespaces=self._node.namespaces_dir(sandbox.id),
             cgroupParent=sandbox.cgroup_parent,
             resources=_document(sent.linux.resources),

@@ -152,4 +152,11 @@ def _pod_metadata(record: Sandbox) -> cri.PodSandboxMetadata:
 
 
 def _namespaces(modes: Namespaces) -> cri.NamespaceOption:
-    return cri.NamespaceOption(network=_MODES[modes.network], pid=_MODES[modes.pid], ipc=_MODES[modes.ipc])
+    found = cri.NamespaceOption(network=_MODES[modes.network], pid=_MODES[modes.pid], ipc=_MODES[modes.ipc])
+    if modes.user is not None:
+        found.userns_options.mode = cri.POD
+        for mapping, field in ((modes.user.uids, "uids"), (modes.user.gids, "gids")):
+            getattr(found.userns_options, field).add(
+                container_id=mapping.container_id, host_id=mapping.host_id, length=mapping.length
+            )
+    return found

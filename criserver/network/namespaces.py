@@ -1,4 +1,4 @@
-"""A pod's namespaces: made without a process, and kept alive by bind mounts.
+"""A pod's namespaces: made without a process that stays, and kept alive by bind mounts.
 
 runtime/ makes them before the network and hands their paths to CNI plugins and to runc. A pinned namespace
 lasts until :func:`unpin`, whatever becomes of the daemon; the directory's name is enough to undo it.
@@ -10,11 +10,14 @@ import asyncio
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import struct
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from criserver.errors import (
@@ -25,7 +28,7 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 
-_CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000}
+_CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
 # Sysctls that belong to a namespace (kernel Documentation/admin-guide/sysctl); every other one is the node's.
 _SYSCTLS = {
     "net": ("net/",),
@@ -42,8 +45,52 @@ _IFF_UP = 0x1
 # Seconds. The work takes milliseconds; more than that is a kernel that is stuck on its namespace locks.
 _DEADLINE = 10.0
 _GRACE = 1.0
+_MAX_WORDS = 2000
+
+# A process with threads cannot leave its user namespace, so another one makes it: unshares it, becomes its root once
+# its ids are mapped, unshares the namespaces that it is to own and writes their sysctls. For each step it prints the
+# error number, 0 for none. It waits for a line after the first step, and at the end until it is killed or alone.
+_MAKER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def unshare(flags):
+    return ctypes.get_errno() if libc.unshare(flags) else 0
+def write(path, value):
+    try:
+        os.write(os.open("/proc/sys/" + path, os.O_WRONLY), os.fsencode(value))
+    except OSError as e:
+        return e.errno
+    return 0
+def tell(number):
+    os.write(1, b"%d\\n" % number)
+tell(unshare(int(sys.argv[1])))
+if os.read(0, 1):
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    tell(unshare(int(sys.argv[2])))
+    for path, value in zip(sys.argv[3::2], sys.argv[4::2]):
+        tell(write(path, value))
+    os.read(0, 1)
+"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class IdMapping:
+    """The ``length`` ids from ``container_id`` on in a user namespace are those from ``host_id`` on of the node."""
+
+    container_id: int
+    host_id: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserMapping:
+    """The ids of a user namespace, as user_namespaces(7) has them: ranges that do not overlap, with id 0 in one."""
+
+    uids: tuple[IdMapping, ...]
+    gids: tuple[IdMapping, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +100,7 @@ class PinnedNamespaces:
     net: str | None
     ipc: str | None
     uts: str | None
+    user: str | None = None
 
 
 async def make(
@@ -63,11 +111,13 @@ async def make(
     uts: bool,
     hostname: str = "",
     sysctls: Mapping[str, str] | None = None,
+    user: UserMapping | None = None,
 ) -> PinnedNamespaces:
     """Make the namespaces asked for, set them up and pin them in ``directory``, which must not exist yet.
 
-    A new network namespace has its loopback interface up. ``sysctls`` are named with dots or slashes. Raises
-    InvalidArgumentError for a hostname or sysctl without its namespace, or that the kernel refuses;
+    A new network namespace has its loopback interface up. ``sysctls`` are named with dots or slashes. With ``user``
+    a user namespace with those ids is made as well, and it owns the others. Raises InvalidArgumentError for a
+    hostname or sysctl without its namespace, and for one or for ids that the kernel refuses;
     FailedPreconditionError where ``directory`` exists; ResourceExhaustedError at the kernel's limit;
     DeadlineExceededError; CriError. When it raises, also when cancelled, nothing is left.
     """
@@ -75,13 +125,16 @@ async def make(
     if hostname and not uts:
         raise InvalidArgumentError(f"hostname {hostname!r} cannot be set: the pod shares the node's UTS namespace")
     settings = {_sysctl_path(name, kinds): value for name, value in (sysctls or {}).items()}
+    made: dict[str, int] = {}
+    if user is not None:
+        made, settings = await _make_owned(user, kinds, settings)
 
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[PinnedNamespaces] = loop.create_future()
 
     def work() -> None:
         try:
-            pinned = _build(directory, kinds, hostname, settings)
+            pinned = _build(directory, kinds, hostname, settings, made)
         except BaseException as e:  # noqa: BLE001 - handed to the waiting coroutine, which raises it
             loop.call_soon_threadsafe(outcome.set_exception, e)
         else:
@@ -144,50 +197,175 @@ def _sysctl_path(name: str, kinds: list[str]) -> str:
     return path
 
 
-def _build(directory: str, kinds: list[str], hostname: str, settings: Mapping[str, str]) -> PinnedNamespaces:
-    """The thread's work: from the first call on it is in the pod's namespaces and sees /proc/sys as the pod."""
+async def _make_owned(
+    user: UserMapping, kinds: list[str], settings: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Make a user namespace, and ``kinds`` owned by it.
+
+    Returns their descriptors by kind, and those of the sysctls ``settings`` that only the node's root may write: the
+    kernel gives each to one of the two roots, and newer kernels give more of them to the pod's.
+    """
+    for name, ids in (("user", user.uids), ("group", user.gids)):
+        if not any(r.container_id == 0 and r.length > 0 for r in ids):
+            raise InvalidArgumentError(f"the pod's user namespace needs a mapping of {name} ID 0")
+    for path, value in settings.items():
+        if "\0" in value:
+            raise InvalidArgumentError(f"sysctl {path} = {value!r} has a zero byte")
+    opened: dict[str, int] = {}
+    left: dict[str, str] = {}
+    try:
+        async with asyncio.timeout(_DEADLINE), _maker(kinds, settings) as maker:
+            assert maker.stdin is not None
+            if number := await _told(maker):
+                raise _unshare_error(["user"], number)
+            _write_map(maker.pid, "uid_map", user.uids)
+            _write_map(maker.pid, "gid_map", user.gids)
+            maker.stdin.write(b"\n")
+            if number := await _told(maker):
+                raise _unshare_error(kinds, number)
+            for path, value in settings.items():
+                number = await _told(maker)
+                if number in (errno.EACCES, errno.EPERM):
+                    left[path] = value
+                elif number:
+                    raise _sysctl_error(path, value, number)
+            for kind in ("user", *kinds):
+                opened[kind] = os.open(f"/proc/{maker.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    except BaseException as e:
+        for fd in opened.values():
+            os.close(fd)
+        if isinstance(e, TimeoutError):
+            raise DeadlineExceededError(f"the kernel did not make a user namespace within {_DEADLINE:g} s") from e
+        if isinstance(e, OSError):
+            raise CriError(f"cannot make a user namespace: {e}") from e
+        raise
+    return opened, left
+
+
+@asynccontextmanager
+async def _maker(kinds: list[str], settings: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-c", _MAKER, str(_flags(["user"])), str(_flags(kinds))),
+        *itertools.chain.from_iterable(settings.items()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        # Longer only if the kernel itself does not let go of it; asyncio reaps it then, once it ends.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+                await process.wait()
+
+
+async def _told(process: asyncio.subprocess.Process) -> int:
+    """The error number of the next step of the maker."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    told = await process.stdout.readline()
+    if not told:
+        words = (await process.stderr.read(_MAX_WORDS)).decode(errors="replace").strip()
+        raise CriError(f"the process that makes a user namespace ended early: {words or 'without a word'}")
+    return int(told)
+
+
+def _write_map(pid: int, name: str, ids: tuple[IdMapping, ...]) -> None:
+    text = "".join(f"{r.container_id} {r.host_id} {r.length}\n" for r in ids)
+    try:
+        _write(f"/proc/{pid}/{name}", text)
+    except OSError as e:
+        if e.errno == errno.EINVAL:
+            raise InvalidArgumentError(f"{name} {text.splitlines()} of the pod is refused by the kernel") from e
+        raise
+
+
+def _build(
+    directory: str, kinds: list[str], hostname: str, settings: Mapping[str, str], made: Mapping[str, int]
+) -> PinnedNamespaces:
+    """The thread's work: from the first call on it is in the pod's namespaces and sees /proc/sys as the pod.
+
+    Enters the namespaces ``made``, and closes them, or makes them where there are none.
+    """
     try:
         os.makedirs(directory, mode=0o700)
+        try:
+            if made:
+                _enter(made[kind] for kind in kinds)
+            else:
+                _unshare(kinds)
+            if hostname:
+                socket.sethostname(hostname)
+            for path, value in settings.items():
+                _write_sysctl(path, value)
+            if "net" in kinds:
+                _raise_loopback()
+            # Not /proc/self/ns: that is the main thread's.
+            paths = {kind: _pin(kind, directory, f"/proc/thread-self/ns/{kind}") for kind in kinds}
+            if made:
+                paths["user"] = _pin("user", directory, f"/proc/thread-self/fd/{made['user']}")
+        except BaseException:
+            unpin(directory)
+            raise
     except FileExistsError as e:
         raise FailedPreconditionError(f"{directory} exists; namespaces of an earlier pod must be unpinned") from e
-    try:
-        _unshare(kinds)
-        if hostname:
-            socket.sethostname(hostname)
-        for path, value in settings.items():
-            _write_sysctl(path, value)
-        if "net" in kinds:
-            _raise_loopback()
-        paths = {kind: _pin(kind, directory) for kind in kinds}
-    except BaseException as e:
-        unpin(directory)
-        if isinstance(e, OSError):
-            raise CriError(f"cannot make the namespaces in {directory}: {e}") from e
-        raise
-    return PinnedNamespaces(paths.get("net"), paths.get("ipc"), paths.get("uts"))
+    except OSError as e:
+        raise CriError(f"cannot make the namespaces in {directory}: {e}") from e
+    finally:
+        for fd in made.values():
+            os.close(fd)
+    return PinnedNamespaces(paths.get("net"), paths.get("ipc"), paths.get("uts"), paths.get("user"))
 
 
 def _unshare(kinds: list[str]) -> None:
-    if _libc.unshare(sum(_CLONE[kind] for kind in kinds)) == 0:
-        return
-    number = ctypes.get_errno()
+    if _libc.unshare(_flags(kinds)) != 0:
+        raise _unshare_error(kinds, ctypes.get_errno())
+
+
+def _flags(kinds: list[str]) -> int:
+    return sum(_CLONE[kind] for kind in kinds)
+
+
+def _unshare_error(kinds: list[str], number: int) -> Exception:
     reason = f"unshare of {', '.join(kinds)}: {os.strerror(number)}"
     if number == errno.ENOSPC:
-        raise ResourceExhaustedError(f"{reason}; raise the user.max_*_namespaces sysctls of the node")
+        return ResourceExhaustedError(f"{reason}; raise the user.max_*_namespaces sysctls of the node")
     if number == errno.EPERM:
-        raise FailedPreconditionError(f"{reason}; the daemon needs CAP_SYS_ADMIN")
-    raise OSError(number, reason)
+        return FailedPreconditionError(f"{reason}; the daemon needs CAP_SYS_ADMIN")
+    return OSError(number, reason)
+
+
+def _enter(fds: Iterable[int]) -> None:
+    for fd in fds:
+        if _libc.setns(fd, 0) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"setns: {os.strerror(number)}")
 
 
 def _write_sysctl(path: str, value: str) -> None:
     try:
-        fd = os.open(f"/proc/sys/{path}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, value.encode())
-        finally:
-            os.close(fd)
+        _write(f"/proc/sys/{path}", value)
     except OSError as e:
-        raise InvalidArgumentError(f"sysctl {path} = {value!r} is refused by the kernel: {e.strerror}") from e
+        raise _sysctl_error(path, value, e.errno) from e
+
+
+def _sysctl_error(path: str, value: str, number: int | None) -> InvalidArgumentError:
+    reason = os.strerror(number or 0)
+    return InvalidArgumentError(f"sysctl {path} = {value!r} is refused by the kernel: {reason}")
+
+
+def _write(path: str, text: str) -> None:
+    """Write in one call, as the files of /proc want it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
 
 
 def _raise_loopback() -> None:
@@ -196,11 +374,9 @@ def _raise_loopback() -> None:
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
 
 
-def _pin(kind: str, directory: str) -> str:
+def _pin(kind: str, directory: str, source: str) -> str:
     path = os.path.join(directory, kind)
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o400))
-    # Not /proc/self/ns: that is the main thread's.
-    source = f"/proc/thread-self/ns/{kind}"
     if _libc.mount(source.encode(), os.fsencode(path), None, ctypes.c_ulong(_MS_BIND), None) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"bind mount of {source}: {os.strerror(number)}", path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
-from criserver.model import ContainerConfig, Device, Mount, NamespaceMode, Propagation, Resources, User
+from criserver.model import ContainerConfig, Device, IdMapping, Mount, NamespaceMode, Propagation, Resources, User
 
 Spec = dict[str, Any]
 
@@ -70,6 +70,8 @@ class Host:
     capabilities: tuple[str, ...]
     oom_score_adj_floor: int = -1000
     apparmor: bool = False
+    unified_cgroups: bool = False
+    swap_accounting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class PodFacts:
     ipc_namespace: str | None
     uts_namespace: str | None
     pid_namespace: str | None
+    user_namespace: str | None = None
 
 
 def process_args(config: ContainerConfig, image: ImageDefaults) -> list[str]:
@@ -135,10 +138,10 @@ def build(
     InvalidArgumentError for a capability that the kernel does not know.
     """
     security, resources = config.security, config.resources
-    mounts = [*_base_mounts(config, pod), *_sandbox_files(config, pod), *map(_user_mount, config.mounts)]
-    # runc mounts in order: a parent has to come before what lies below it.
     covered = {m.container_path for m in config.mounts}
-    mounts = [m for m in mounts if m["destination"] not in covered or "rbind" in m.get("options", ())]
+    own = (*_base_mounts(config, pod), *_sandbox_files(config, pod))
+    mounts = [*(m for m in own if m["destination"] not in covered), *map(_user_mount, config.mounts)]
+    # runc mounts in order: a parent has to come before what lies below it.
     mounts.sort(key=lambda m: m["destination"].rstrip("/").count("/"))
     nodes = list(devices)
     spec: Spec = {
@@ -158,8 +161,8 @@ def build(
         "annotations": dict(annotations or {}),
         "linux": {
             "cgroupsPath": cgroups_path,
-            "namespaces": _namespaces(config, pod),
-            "resources": {**limits(resources), "devices": _device_rules(config, nodes)},
+            "namespaces": _namespaces(config, pod, host),
+            "resources": {**limits(resources, host), "devices": _device_rules(config, nodes)},
             "devices": [_device_node(n) for n in nodes],
             "maskedPaths": [] if security.privileged else list(security.masked_paths),
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
@@ -211,7 +214,7 @@ def infra(*, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path:
             "namespaces": [
                 {"type": "pid"},
                 {"type": "mount"},
-                *_joined(("network", pod.net_namespace), ("ipc", pod.ipc_namespace), ("uts", pod.uts_namespace)),
+                *_pods_namespaces(pod),
             ],
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         },
@@ -314,12 +317,19 @@ def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
 
 def _user_mount(mount: Mount) -> Spec:
     access = "rro" if mount.recursive_readonly else "ro" if mount.readonly else "rw"
-    return {
+    found: Spec = {
         "destination": mount.container_path,
         "type": "bind",
         "source": mount.host_path,
         "options": ["rbind", mount.propagation.value, access],
     }
+    if mount.uids:
+        found["uidMappings"], found["gidMappings"] = _id_mappings(mount.uids), _id_mappings(mount.gids)
+    return found
+
+
+def _id_mappings(mappings: Iterable[IdMapping]) -> list[Spec]:
+    return [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]
 
 
 def _joined(*pairs: tuple[str, str | None]) -> list[Spec]:
@@ -327,17 +337,27 @@ def _joined(*pairs: tuple[str, str | None]) -> list[Spec]:
     return [{"type": kind, "path": path} for kind, path in pairs if path]
 
 
-def _namespaces(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+def _namespaces(config: ContainerConfig, pod: PodFacts, host: Host) -> list[Spec]:
     found: list[Spec] = [{"type": "mount"}]
+    if host.unified_cgroups and not config.security.privileged:
+        found.append({"type": "cgroup"})  # or it would see the node's whole tree (cgroup_namespaces(7))
     if config.namespaces.pid is NamespaceMode.CONTAINER:
         found.append({"type": "pid"})
     elif config.namespaces.pid in (NamespaceMode.POD, NamespaceMode.TARGET):
         found += _joined(("pid", pod.pid_namespace))
-    found += _joined(("network", pod.net_namespace), ("ipc", pod.ipc_namespace), ("uts", pod.uts_namespace))
-    return found
+    return found + _pods_namespaces(pod)
 
 
-def limits(resources: Resources) -> Spec:
+def _pods_namespaces(pod: PodFacts) -> list[Spec]:
+    return _joined(
+        ("user", pod.user_namespace),
+        ("network", pod.net_namespace),
+        ("ipc", pod.ipc_namespace),
+        ("uts", pod.uts_namespace),
+    )
+
+
+def limits(resources: Resources, host: Host) -> Spec:
     """The ``resources`` of a spec (config-linux.md), without devices; what is unset is not in it."""
     cpu = {
         "period": resources.cpu_period,
@@ -347,6 +367,8 @@ def limits(resources: Resources) -> Spec:
         "mems": resources.cpuset_mems,
     }
     memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
+    if host.swap_accounting and not resources.memory_swap_limit:
+        memory["swap"] = resources.memory_limit  # or swap would be a way around the limit
     found: Spec = {"cpu": _given(cpu), "memory": _given(memory), "unified": dict(resources.unified)}
     found["hugepageLimits"] = [{"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits]
     return _given(found)

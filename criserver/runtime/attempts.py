@@ -48,17 +48,22 @@ class Attempts:
             outcome = await asyncio.shield(attempt.task)
         except asyncio.CancelledError:
             if attempt.task.cancelled():
-                self._attempts.pop(name, None)
+                self._end(name, attempt)
             else:
                 attempt.task.add_done_callback(lambda task: self._unheard(name, task))
             raise
         except BaseException:
-            self._attempts.pop(name, None)
+            self._end(name, attempt)
             raise
         finally:
             attempt.waiting -= 1
-        self._attempts.pop(name, None)
+        self._end(name, attempt)
         return outcome
+
+    def _end(self, name: str, attempt: _Attempt) -> None:
+        """Forget an attempt that somebody was told of; the name may be another's by now."""
+        if self._attempts.get(name) is attempt:
+            del self._attempts[name]
 
     def drop(self, name: str) -> None:
         """Forget an outcome nobody took: its sandbox or container is gone."""
@@ -77,4 +82,5 @@ class Attempts:
             return
         if task.cancelled() or task.exception() is not None:
             del self._attempts[name]
-            log.warning("an attempt failed after its caller had gone", name=name, error=str(task.exception()))
+            words = "cancelled" if task.cancelled() else str(task.exception())
+            log.warning("an attempt failed after its caller had gone", name=name, error=words)

@@ -69,7 +69,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         stop_signal=signal_number(config.stop_signal or image.config.stop_signal or "SIGTERM"),
     )
     node.registry.add(container)
-    async with node.locks[container.id]:
+    async with node.lock(container.id):
         try:
             user = await _prepare(node, sandbox, container, image, defaults, filter_, edits)
         except BaseException as e:
@@ -82,11 +82,13 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
 
 def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> None:
     """Refuse what the pod's runtime handler or this kernel cannot do."""
-    features = node.features[node.handler(sandbox.handler).name]
+    features = node.features[sandbox.runtime]
     if not features.recursive_readonly_mounts and any(m.recursive_readonly for m in config.mounts):
         raise FailedPreconditionError(
             f"container {config.name}: recursive read-only mounts need runc 1.1 or newer and Linux 5.12 or newer"
         )
+    if not features.idmapped_mounts and any(m.uids for m in config.mounts):
+        raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
     profile = config.security.apparmor
     if profile not in ("", "unconfined"):
         loaded = host.apparmor_profiles()
@@ -202,7 +204,6 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         node.registry.save(dataclasses.replace(exited, exit_code=128, reason="CreateError"))
         return
     node.registry.forget(container)
-    node.locks.pop(container.id, None)
 
 
 def signal_number(name: str) -> int:

@@ -27,23 +27,22 @@ async def remove_container(node: Node, given: str) -> None:
 async def remove_locked(node: Node, container: Container) -> None:
     """Remove a container by its record; it takes the container's lock itself, so a sandbox's may be held."""
     await kill(node, container)
-    async with node.locks[container.id]:
+    async with node.lock(container.id):
         found = node.registry.containers.get(container.id)
         if found is None:
             return
         name = node.registry.container_name(found)
         found = dataclasses.replace(found, state=ContainerState.REMOVING)
-        node.registry.save(found)
+        node.registry.observe(found)
         sandbox = node.registry.sandbox(found.sandbox_id)
         await supervision.wait_gone(node, found.id)
-        await supervision.destroy(node, found.id, sandbox.handler)
+        await supervision.destroy(node, found.id, sandbox.runtime)
         await filesystems.discard(node, found.id)
         node.registry.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)
         node.exits.pop(found.id, None)
         node.gone.pop(found.id, None)
-    node.locks.pop(container.id, None)
     if node.images.get(container.image_id) is None:
         # Its image was removed before it; the layers that it stood on may be free now.
         node.background(node.images.collect(), "garbage collection after a container's removal failed")

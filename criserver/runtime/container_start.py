@@ -25,7 +25,7 @@ async def start_container(node: Node, given: str) -> None:
 
 
 async def _start(node: Node, container_id: str) -> str:
-    async with node.locks[container_id]:
+    async with node.lock(container_id):
         container = node.registry.container(container_id)
         if container.state is not ContainerState.CREATED:
             raise FailedPreconditionError(f"container {container_id} is {container.state.value}, not created")
@@ -38,7 +38,7 @@ async def _start(node: Node, container_id: str) -> str:
             started = await supervision.start(
                 node,
                 container_id,
-                handler=sandbox.handler,
+                handler=sandbox.runtime,
                 cgroup_parent=sandbox.cgroup_parent,
                 log_path=container.log_path,
                 tty=container.config.tty,

@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 
 # A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
 KILL_TIMEOUT = 30.0
+# What a shim may take to tell of a process that has ended; after that it is looked whether the shim is stuck.
+SHIM_PATIENCE = 5.0
 
 
 async def stop_container(node: Node, given: str, grace: float) -> None:
@@ -38,7 +40,7 @@ async def kill(node: Node, container: Container) -> None:
 async def _stop(node: Node, container_id: str, grace: float) -> None:
     # The lock is held only to let a start under way come to its end: a long grace must not keep another call, with
     # a shorter one, from ending the container at once.
-    async with node.locks[container_id]:
+    async with node.lock(container_id):
         container = node.registry.containers.get(container_id)
     if container is None or container.state is not ContainerState.RUNNING:
         return
@@ -54,7 +56,11 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     supervision.send_signal(container, signal.SIGKILL)
     try:
         async with asyncio.timeout(KILL_TIMEOUT):
-            await ended.wait()
+            while not ended.is_set():
+                try:
+                    await asyncio.wait_for(ended.wait(), SHIM_PATIENCE)
+                except TimeoutError:
+                    await supervision.replace_stuck_shim(node, container)
     except TimeoutError:
         raise DeadlineExceededError(
             f"container {container_id} (PID {container.pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"

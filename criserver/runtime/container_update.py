@@ -34,7 +34,7 @@ async def update_container(node: Node, given: str, asked: cri.LinuxContainerReso
 
 
 async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
-    async with node.locks[container_id]:
+    async with node.lock(container_id):
         container = node.registry.container(container_id)
         if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
             raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
@@ -47,7 +47,7 @@ async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResour
             sent=sent.SerializeToString(deterministic=True),
         )
         if container.state is ContainerState.RUNNING:
-            await _apply(node, sandbox.handler, changed, asked)
+            await _apply(node, sandbox.runtime, changed, asked)
         _rewrite(node, changed)
         # It may have exited meanwhile: only the limits are new, whatever the record says by now.
         current = node.registry.container(container_id)
@@ -77,7 +77,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     )
     try:
         async with asyncio.timeout(_TIMEOUT):
-            _, stderr = await process.communicate(json.dumps(spec.limits(resources(asked))).encode())
+            _, stderr = await process.communicate(json.dumps(spec.limits(resources(asked), host.facts())).encode())
     except TimeoutError:
         raise DeadlineExceededError(f"{runtime.path} did not update {container.id} within {_TIMEOUT:g} s") from None
     finally:
@@ -108,7 +108,7 @@ def _rewrite(node: Node, container: Container) -> None:
     with open(path) as f:
         document = json.load(f)
     linux, asked = document["linux"], container.config.resources
-    linux["resources"] = {**spec.limits(asked), "devices": linux["resources"]["devices"]}
+    linux["resources"] = {**spec.limits(asked, host.facts()), "devices": linux["resources"]["devices"]}
     document["process"]["oomScoreAdj"] = max(asked.oom_score_adj, host.facts().oom_score_adj_floor)
     with open(path + ".new", "w") as f:
         json.dump(document, f)

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from criserver.config import Runtime
+from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
 
@@ -25,12 +26,22 @@ class Features:
     """What a handler offers beyond the ordinary (CRI RuntimeHandlerFeatures)."""
 
     recursive_readonly_mounts: bool = False
+    idmapped_mounts: bool = False
+    user_namespaces: bool = False
 
 
-async def probe(runtime: Runtime) -> Features:
+async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
     """The features of a handler; none where its runtime is missing or does not tell (runc before 1.1)."""
     told = await _told(runtime)
-    return Features(recursive_readonly_mounts="rro" in told.get("mountOptions", ()) and _kernel_has_mount_setattr())
+    if not _kernel_has_mount_setattr():
+        return Features()
+    linux = told.get("linux", {})
+    idmap = linux.get("mountExtensions", {}).get("idmap", {}).get("enabled") is True
+    return Features(
+        recursive_readonly_mounts="rro" in told.get("mountOptions", ()),
+        idmapped_mounts=idmap,
+        user_namespaces=idmap and "user" in linux.get("namespaces", ()) and await snapshotter.idmap_supported(),
+    )
 
 
 async def _told(runtime: Runtime) -> dict[str, Any]:
@@ -63,7 +74,7 @@ async def _told(runtime: Runtime) -> dict[str, Any]:
 
 
 def _kernel_has_mount_setattr() -> bool:
-    """Whether mount_setattr(2) is there, which a recursive read-only mount needs (Linux 5.12)."""
+    """Whether mount_setattr(2) is there, which all of these need (Linux 5.12)."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall(_SYS_MOUNT_SETATTR, -1, None, 0, None, 0)
     return ctypes.get_errno() != errno.ENOSYS

@@ -10,22 +10,60 @@ import asyncio
 import dataclasses
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import (
+    CriError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 from criserver.images import Image
-from criserver.model import Mount, Propagation
+from criserver.model import Mount, PodConfig, Propagation
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from snapshotter import mounts
 
+# Seconds.
+HOST_PATH_TIMEOUT = 20.0
+# Of its own: threads that a dead file system holds must not be those that unmounts and deletions need.
+_host_paths = ThreadPoolExecutor(8, "host-paths")
+
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
     """Mount the container's root file system, the image with a writable layer over it; where it is mounted."""
-    rootfs = node.rootfs(container.id)
-    os.makedirs(rootfs, mode=0o711)
-    await node.snapshotter.prepare(container.id, image.chain_id)
-    await node.snapshotter.mount(container.id, rootfs)
+    rootfs = make_directory(node, container.id, node.registry.sandbox(container.sandbox_id).config)
+    await _mount(node, container, container.id, image, rootfs)
     return rootfs
+
+
+def make_directory(node: Node, key: str, config: PodConfig) -> str:
+    """Make a container's directory with a place for its root file system, and return that.
+
+    Nobody but root looks into it: it has environment variables, and the set-user-ID programs of images. The root
+    user of a user namespace has to get through to its file system, and no further.
+    """
+    directory, rootfs = node.container_dir(key), node.rootfs(key)
+    os.makedirs(os.path.dirname(directory), mode=0o711, exist_ok=True)
+    os.mkdir(directory, 0o700)
+    if config.namespaces.user is not None:
+        os.chown(directory, 0, config.namespaces.user.gids.host_id)
+        os.chmod(directory, 0o710)  # noqa: S103 - its group is the namespace's root alone
+    os.mkdir(rootfs, 0o711)
+    return rootfs
+
+
+async def _mount(node: Node, container: Container, key: str, image: Image, point: str) -> None:
+    """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
+    user = node.registry.sandbox(container.sandbox_id).config.namespaces.user
+    if user is None:
+        await node.snapshotter.prepare(key, image.chain_id)
+        await node.snapshotter.mount(key, point)
+        return
+    pinned = os.path.join(node.namespaces_dir(container.sandbox_id), "user")
+    await node.snapshotter.prepare(key, image.chain_id, owner=(user.uids.host_id, user.gids.host_id))
+    await node.snapshotter.mount(key, point, userns=pinned)
 
 
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
@@ -40,7 +78,7 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
             path = await _mount_image(node, container, number, mount)
             found.append(dataclasses.replace(mount, host_path=path))
         else:
-            found.append(_resolved(mount))
+            found.append(await _resolved_in_time(mount))
     covered = {mount.container_path for mount in found}
     volumes = []
     for number, volume in enumerate(sorted(set(map(os.path.normpath, image.config.volumes)) - covered)):
@@ -81,6 +119,18 @@ def _volumes_dir(node: Node, container_id: str) -> str:
     return os.path.join(volumes_root(node), container_id)
 
 
+async def _resolved_in_time(mount: Mount) -> Mount:
+    """:func:`_resolved` where it holds up nobody else: a dead network file system answers never."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(HOST_PATH_TIMEOUT):
+            return await loop.run_in_executor(_host_paths, _resolved, mount)
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"mount {mount.container_path}: host path {mount.host_path} does not answer within {HOST_PATH_TIMEOUT:g} s"
+        ) from None
+
+
 def _resolved(mount: Mount) -> Mount:
     """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
     real = os.path.realpath(mount.host_path)
@@ -104,8 +154,7 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
     key = f"{container.id}.image{number}"
     point = os.path.join(node.container_dir(container.id), f"image{number}")
     os.mkdir(point, 0o711)
-    await node.snapshotter.prepare(key, image.chain_id)
-    await node.snapshotter.mount(key, point)
+    await _mount(node, container, key, image, point)
     if not mount.image_sub_path:
         return point
     try:

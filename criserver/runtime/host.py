@@ -53,7 +53,22 @@ def facts() -> Host:
     if not _status_mask("CapEff") >> _CAPABILITIES.index("SYS_RESOURCE") & 1:
         with open("/proc/self/oom_score_adj") as f:
             floor = int(f.read())
-    return Host(capabilities=known, oom_score_adj_floor=floor, apparmor=apparmor_profiles() is not None)
+    return Host(
+        capabilities=known,
+        oom_score_adj_floor=floor,
+        apparmor=apparmor_profiles() is not None,
+        unified_cgroups=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
+        swap_accounting=_has_swap_accounting(),
+    )
+
+
+def _has_swap_accounting() -> bool:
+    """Whether the kernel counts swap by cgroup: version 1 in every memory cgroup, 2 in each but the root."""
+    if os.path.exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"):
+        return True
+    with open("/proc/self/cgroup") as f:
+        own = next((line.rstrip("\n")[3:] for line in f if line.startswith("0::")), "")
+    return os.path.exists(f"/sys/fs/cgroup{own}/memory.swap.max")
 
 
 def _status_mask(field: str) -> int:
@@ -106,6 +121,34 @@ def _node(found: os.stat_result, path: str) -> DeviceNode:
         uid=found.st_uid,
         gid=found.st_gid,
     )
+
+
+def processes_in(directory: str) -> list[int]:
+    """The processes whose working directory this is: a container's shim."""
+    found = []
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdecimal() and os.readlink(f"/proc/{name}/cwd") == directory:
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def zombie_code(pid: int) -> int | None:
+    """The exit code of a process that has ended and was not reaped (128 + a signal's number); None for any other.
+
+    proc(5), /proc/PID/stat: fields 3 and 52.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if fields[0] != b"Z":
+        return None
+    code = os.waitstatus_to_exitcode(int(fields[49]))
+    return code if code >= 0 else 128 - code
 
 
 def start_ticks(pid: int) -> int:

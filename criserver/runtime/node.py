@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -44,14 +44,13 @@ class Node:
     # As last read, so that only what has changed is read again.
     cdi: cdi.Registry | None = None
     attempts: Attempts = field(default_factory=Attempts)
-    # One operation at a time for each sandbox and container, by ID.
-    locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     links: dict[str, Link] = field(default_factory=dict)
     # Set when a container has exited, by ID; made where somebody waits.
     exits: dict[str, asyncio.Event] = field(default_factory=dict)
     # Set when nothing of a container runs any more and its shim has cleaned up.
     gone: dict[str, asyncio.Event] = field(default_factory=dict)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def handler(self, name: str) -> Runtime:
         """The runtime handler by name, the default one for "". Raises InvalidArgumentError for an unknown one."""
@@ -79,7 +78,14 @@ class Node:
 
     def runtime_root(self, handler: str) -> str:
         """Where an OCI runtime keeps its own state, apart from any other user of it on the node."""
-        return os.path.join(self.config.state, "runtimes", handler or self.config.default_runtime)
+        return os.path.join(self.config.state, "runtimes", handler)
+
+    def lock(self, record_id: str) -> asyncio.Lock:
+        """The lock of a sandbox or container: one operation at a time. It lasts as long as somebody has it."""
+        lock = self._locks.get(record_id)
+        if lock is None:
+            lock = self._locks[record_id] = asyncio.Lock()
+        return lock
 
     def background(self, work: Coroutine[Any, Any, None], what: str) -> None:
         """Let work go on by itself; a failure is logged."""

@@ -6,15 +6,17 @@ the feature's name for what this version does not do.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from criserver.errors import InvalidArgumentError, UnimplementedError
 from criserver.model import (
     ContainerConfig,
     Device,
     Dns,
+    IdMapping,
     Mount,
     NamespaceMode,
     Namespaces,
@@ -23,6 +25,7 @@ from criserver.model import (
     Propagation,
     Resources,
     Security,
+    UserNamespace,
 )
 from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -57,6 +60,8 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         raise InvalidArgumentError("namespace_options.network = CONTAINER: containers of a pod share its network")
     if namespaces.pid is NamespaceMode.TARGET:
         raise InvalidArgumentError("namespace_options.pid = TARGET: a pod sandbox has no target, a container has")
+    if namespaces.user is not None and namespaces.network is NamespaceMode.NODE:
+        raise InvalidArgumentError("a pod with a user namespace of its own cannot use the host's network")
     if len(sent.hostname) > 64:
         raise InvalidArgumentError(
             f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
@@ -152,15 +157,54 @@ def _namespaces(options: cri.NamespaceOption) -> Namespaces:
             raise InvalidArgumentError(f"namespace_options.{kind} = TARGET: only a PID namespace can be a target's")
     if (options.pid == cri.TARGET) != bool(options.target_id):
         raise InvalidArgumentError("namespace_options: pid = TARGET and target_id go together")
-    if options.HasField("userns_options") and options.userns_options.mode == cri.POD:
-        raise UnimplementedError("user namespaces (namespace_options.userns_options) are not supported yet")
-    return Namespaces(_MODES[options.network], _MODES[options.pid], _MODES[options.ipc], options.target_id)
+    return Namespaces(
+        _MODES[options.network],
+        _MODES[options.pid],
+        _MODES[options.ipc],
+        options.target_id,
+        _user_namespace(options.userns_options) if options.HasField("userns_options") else None,
+    )
+
+
+def _user_namespace(sent: cri.UserNamespace) -> UserNamespace | None:
+    """The pod's user namespace, None for the host's (CRI UserNamespace: one mapping each, from ID 0 on)."""
+    what = "namespace_options.userns_options"
+    if sent.mode == cri.NODE:
+        if sent.uids or sent.gids:
+            raise InvalidArgumentError(f"{what}: mode = NODE has no mappings, and some are given")
+        return None
+    if sent.mode != cri.POD:
+        raise InvalidArgumentError(f"{what}: mode = {cri.NamespaceMode.Name(sent.mode)} is neither POD nor NODE")
+    return UserNamespace(_only_mapping(f"{what}.uids", sent.uids), _only_mapping(f"{what}.gids", sent.gids))
+
+
+def _only_mapping(what: str, sent: Sequence[cri.IDMapping]) -> IdMapping:
+    if len(sent) != 1:
+        raise InvalidArgumentError(f"{what} has {len(sent)} mappings; there must be one")
+    mapping = _id_mapping(what, sent[0])
+    if mapping.container_id != 0:
+        raise InvalidArgumentError(
+            f"{what} maps IDs from {mapping.container_id} on; the container's ID 0 must be mapped"
+        )
+    return mapping
+
+
+def _id_mapping(what: str, sent: cri.IDMapping) -> IdMapping:
+    if not sent.length or max(sent.host_id, sent.container_id) + sent.length > 2**32 - 1:
+        raise InvalidArgumentError(
+            f"{what}: {sent.length} IDs from {sent.container_id} and {sent.host_id} on do not exist"
+        )
+    return IdMapping(sent.container_id, sent.host_id, sent.length)
 
 
 def _container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> Namespaces:
     if not security.HasField("namespace_options"):
         return pod.namespaces
     asked = _namespaces(security.namespace_options)
+    if not security.namespace_options.HasField("userns_options"):
+        asked = dataclasses.replace(asked, user=pod.namespaces.user)
+    if asked.user != pod.namespaces.user:
+        raise InvalidArgumentError("namespace_options.userns_options differ from the pod sandbox's; both must agree")
     if asked.pid is NamespaceMode.POD and pod.namespaces.pid is not NamespaceMode.POD:
         raise InvalidArgumentError(
             "namespace_options.pid = POD, but the pod sandbox was made without a shared PID namespace "
@@ -216,8 +260,8 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
             f"container {name}: mount container_path = {sent.container_path!r} must be an absolute path"
         )
     what = f"container {name}: mount {sent.container_path}"
-    if sent.uidMappings or sent.gidMappings:
-        raise UnimplementedError(f"{what}: id-mapped mounts are not supported yet")
+    if bool(sent.uidMappings) != bool(sent.gidMappings):
+        raise InvalidArgumentError(f"{what}: uidMappings and gidMappings go together")
     if sent.selinux_relabel and os.path.isdir("/sys/fs/selinux"):
         raise UnimplementedError(f"{what}: SELinux relabelling is not supported yet")
     if sent.recursive_read_only and not (sent.readonly and sent.propagation == cri.PROPAGATION_PRIVATE):
@@ -242,6 +286,8 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
         recursive_readonly=sent.recursive_read_only,
         image=image,
         image_sub_path=_sub_path(what, sent.image_sub_path),
+        uids=tuple(_id_mapping(f"{what}: uidMappings", m) for m in sent.uidMappings),
+        gids=tuple(_id_mapping(f"{what}: gidMappings", m) for m in sent.gidMappings),
     )
 
 

@@ -39,7 +39,10 @@ class ContainerState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A sandbox's record. ``sent`` is the CRI PodSandboxConfig as the kubelet serialised it."""
+    """A sandbox's record. ``sent`` is the CRI PodSandboxConfig as the kubelet serialised it.
+
+    ``handler`` is what the kubelet asked for, "" for the default one; ``runtime`` the handler that it meant then.
+    """
 
     id: str
     config: PodConfig
@@ -49,6 +52,7 @@ class Sandbox:
     created_at: int
     cgroup_parent: str
     cgroup_owned: bool
+    runtime: str
     attachment: str = ""
     ips: tuple[str, ...] = ()
 

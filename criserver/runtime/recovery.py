@@ -21,7 +21,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import pod_facts
-from criserver.runtime.sandbox_stop import release
+from criserver.runtime.sandbox_stop import release, unpin_pids
 
 log = structlog.get_logger(__name__)
 
@@ -59,9 +59,11 @@ async def _running(node: Node, container: Container) -> None:
         return
     cut_off = container.state is ContainerState.STARTING
     if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
-        log.warning("rolling back a start that was cut off", container=container.id)
-        await supervision.destroy(node, container.id, node.registry.sandbox(container.sandbox_id).handler)
-        node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED))
+        # Not back to created: a shim that is late would start it a second time. Its root is unmounted, so that one
+        # that still comes finds nothing to run, and the kubelet makes a new attempt.
+        log.warning("a start was cut off", container=container.id)
+        await supervision.destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
+        supervision.start_failed(node, container.id, "the daemon was ended while the container was being started")
         return
     supervision.settle(node, container.id)
 
@@ -101,7 +103,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
 async def _whole(node: Node, sandbox: Sandbox) -> bool:
     """Whether the sandbox still has what makes it one: a reboot takes all of it."""
     facts = pod_facts(node, sandbox)
-    pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace)
+    pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace, facts.user_namespace, facts.pid_namespace)
     if not all(namespaces.is_pinned(path) for path in pins if path):
         return False
     if sandbox.config.namespaces.pid is not NamespaceMode.POD:
@@ -114,11 +116,12 @@ async def _sweep(node: Node) -> None:
     sandboxes, containers = node.registry.sandboxes, node.registry.containers
     for name in _entries(node.config.state, "ns"):
         if name not in sandboxes:
+            unpin_pids(node, name)
             namespaces.unpin(node.namespaces_dir(name))
     for name in _entries(node.config.state, "sandboxes"):
         if name not in sandboxes:
             sandbox_files.remove(node.sandbox_dir(name))
-    for handler in node.config.runtimes:
+    for handler in _entries(node.config.state, "runtimes"):
         for name in _entries(node.runtime_root(handler)):
             if name not in containers and name not in sandboxes:
                 await supervision.destroy(node, name, handler)

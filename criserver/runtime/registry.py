@@ -12,7 +12,13 @@ from typing import TypeVar
 
 import structlog
 
-from criserver.errors import AlreadyExistsError, CriError, InvalidArgumentError, NotFoundError
+from criserver.errors import (
+    AlreadyExistsError,
+    CriError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
 from criserver.runtime.records import Container, Record, Sandbox, dump, load_container, load_sandbox
 from criserver.store import Store
 
@@ -34,10 +40,12 @@ class Registry:
             for key, stored in store.items(table):
                 try:
                     load(stored)
-                except (CriError, KeyError, TypeError, ValueError):
-                    # One record must not keep the node down; what it owned is cleared as nobody's.
-                    log.exception("a record cannot be read and is dropped", table=table, id=key)
-                    store.delete(table, key)
+                except (CriError, KeyError, TypeError, ValueError) as e:
+                    # Not passed over: what no record owns is cleared, and this one's containers may be running.
+                    raise CriError(
+                        f"database: the record {key} of {table} cannot be read ({e}); was it written by a newer "
+                        "criserver? Its containers go on meanwhile"
+                    ) from e
         self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))
 
     def watch(self, watcher: Callable[[Record | None, Record | None], None]) -> None:
@@ -93,8 +101,22 @@ class Registry:
         self._names[name] = record.id
 
     def save(self, record: Record) -> None:
-        """Replace a record by its next state."""
+        """Replace a record by its next state. Raises ResourceExhaustedError, and nothing has changed then."""
         self._store.put(_table(record), record.id, dump(record))
+        self._replace(record)
+
+    def observe(self, record: Record) -> None:
+        """Replace a record by a state that has come about by itself: it is so even where it cannot be written.
+
+        What is lost with the memory then is found again at the next start: in the shim's own record, or in the kernel.
+        """
+        try:
+            self._store.put(_table(record), record.id, dump(record))
+        except ResourceExhaustedError as e:
+            log.warning("a state cannot be written down", id=record.id, state=record.state.value, error=str(e))
+        self._replace(record)
+
+    def _replace(self, record: Record) -> None:
         old: Record | None
         if isinstance(record, Sandbox):
             old, self._sandboxes[record.id] = self._sandboxes.get(record.id), record

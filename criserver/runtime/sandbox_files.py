@@ -56,13 +56,10 @@ def write(directory: str, config: PodConfig) -> None:
     if config.namespaces.ipc is not NamespaceMode.NODE:
         shm = os.path.join(directory, "shm")
         os.makedirs(shm, exist_ok=True)
-        mounts.mount(
-            "shm",
-            shm,
-            "tmpfs",
-            mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC,
-            f"mode=1777,size={SHM_SIZE}",
-        )
+        options = f"mode=1777,size={SHM_SIZE}"
+        if (user := config.namespaces.user) is not None:
+            options += f",uid={user.uids.host_id},gid={user.gids.host_id}"
+        mounts.mount("shm", shm, "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC, options)
 
 
 def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...]) -> None:

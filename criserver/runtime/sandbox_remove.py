@@ -25,16 +25,15 @@ async def remove_sandbox(node: Node, given: str) -> None:
 
 
 async def _remove(node: Node, sandbox_id: str) -> None:
-    async with node.locks[sandbox_id]:
+    async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is None:
             return
         sandbox = dataclasses.replace(sandbox, state=SandboxState.REMOVING)
-        node.registry.save(sandbox)
+        node.registry.observe(sandbox)
         sandbox = await stop_locked(node, sandbox)
         for container in node.registry.containers_of(sandbox_id):
             await remove_locked(node, container)
         node.registry.forget(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
-    node.locks.pop(sandbox_id, None)
     log.info("pod sandbox removed", sandbox=sandbox_id)

@@ -15,10 +15,11 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import cgroups, host, sandbox_files, supervision
+from criserver.runtime import cgroups, filesystems, host, sandbox_files, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
-from criserver.runtime.sandbox_stop import release
+from criserver.runtime.sandbox_stop import pid_pin, release
+from snapshotter import mounts
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +31,12 @@ async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) 
     InvalidArgumentError for an unknown handler, FailedPreconditionError without a usable network
     configuration; nothing is left behind by a failure.
     """
-    node.handler(handler)
+    runtime = node.handler(handler)
+    if config.namespaces.user is not None and not node.features[runtime.name].user_namespaces:
+        raise FailedPreconditionError(
+            f"pod {config.namespace}/{config.name} asks for a user namespace, which runtime handler {runtime.name} or "
+            "this kernel cannot give: it needs runc 1.2 or newer, and id-mapped mounts under overlay (Linux 5.19)"
+        )
     name = config.full_name
     return await node.attempts.run(
         f"pod sandbox {name}", sent + handler.encode(), lambda: _run(node, config, sent, handler)
@@ -49,6 +55,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         created_at=time.time_ns(),
         cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
+        runtime=node.handler(handler).name,
     )
     if own_network:
         attachment = node.network.attach_plan(_pod_network(node, sandbox))
@@ -59,11 +66,11 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
             "install catatonit or change [runtime] infra"
         )
     node.registry.add(sandbox)
-    async with node.locks[sandbox_id]:
+    async with node.lock(sandbox_id):
         try:
             sandbox = await _set_up(node, sandbox)
         except BaseException:
-            await _undo(node, sandbox)
+            await _undo(node, node.registry.sandboxes[sandbox_id])
             raise
     log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
     return sandbox_id
@@ -78,7 +85,6 @@ async def _undo(node: Node, sandbox: Sandbox) -> None:
         node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
         return
     node.registry.forget(sandbox)
-    node.locks.pop(sandbox.id, None)
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
@@ -94,6 +100,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         ipc=config.namespaces.ipc is not NamespaceMode.NODE,
         hostname=sandbox_files.hostname(config) if own_network else "",
         sysctls=config.sysctls,
+        user=_user_mapping(config),
     )
     async with asyncio.TaskGroup() as group:
         # Side by side: the infra process takes about as long as one CNI plugin.
@@ -110,14 +117,16 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
-    assert attachment.result is not None
-    return dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.result.ips)
+    # Written at once: whatever happens next, DEL is given what ADD has done.
+    sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
+    node.registry.save(sandbox)
+    return sandbox
 
 
 async def _start_infra(node: Node, sandbox: Sandbox) -> None:
     directory = node.container_dir(sandbox.id)
-    root = node.rootfs(sandbox.id)
-    os.makedirs(os.path.join(root, "proc"), mode=0o755)
+    root = filesystems.make_directory(node, sandbox.id, sandbox.config)
+    os.mkdir(os.path.join(root, "proc"), 0o755)
     with open(os.path.join(root, "infra"), "w"):
         pass
     document = spec.infra(
@@ -129,7 +138,22 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> None:
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
-    await supervision.start(node, sandbox.id, handler=sandbox.handler, cgroup_parent=sandbox.cgroup_parent)
+    begun = await supervision.start(node, sandbox.id, handler=sandbox.runtime, cgroup_parent=sandbox.cgroup_parent)
+    # Pinned like the others: a PID may be another process's by the time that a container joins.
+    pin = pid_pin(node, sandbox.id)
+    with open(pin, "w"):
+        pass
+    mounts.mount(f"/proc/{begun.pid}/ns/pid", pin, None, mounts.MS_BIND)
+    if node.exits[sandbox.id].is_set():
+        raise FailedPreconditionError(f"the infra process of pod sandbox {sandbox.id} ended at once")
+
+
+def _user_mapping(config: PodConfig) -> namespaces.UserMapping | None:
+    user = config.namespaces.user
+    if user is None:
+        return None
+    uids, gids = (namespaces.IdMapping(m.container_id, m.host_id, m.length) for m in (user.uids, user.gids))
+    return namespaces.UserMapping((uids,), (gids,))
 
 
 def _cgroup_parent(node: Node, config: PodConfig, sandbox_id: str) -> str:
@@ -155,17 +179,9 @@ def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
         net_namespace=os.path.join(pins, "net") if own_network else None,
         uts_namespace=os.path.join(pins, "uts") if own_network else None,
         ipc_namespace=os.path.join(pins, "ipc") if own_ipc else None,
-        pid_namespace=f"/proc/{infra_pid(node, sandbox)}/ns/pid" if shared_pid else None,
+        pid_namespace=pid_pin(node, sandbox.id) if shared_pid else None,
+        user_namespace=os.path.join(pins, "user") if config.namespaces.user is not None else None,
     )
-
-
-def infra_pid(node: Node, sandbox: Sandbox) -> int:
-    """The PID of the sandbox's infra process as its runtime wrote it; 0 while there is none."""
-    try:
-        with open(os.path.join(node.container_dir(sandbox.id), "init.pid")) as f:
-            return int(f.read())
-    except (OSError, ValueError):
-        return 0
 
 
 def _pod_network(node: Node, sandbox: Sandbox) -> PodNetwork:

@@ -15,6 +15,7 @@ from criserver.runtime import cgroups, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
+from snapshotter import mounts
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ async def stop_sandbox(node: Node, given: str) -> None:
 
 
 async def _stop(node: Node, sandbox_id: str) -> None:
-    async with node.locks[sandbox_id]:
+    async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is not None:
             await stop_locked(node, sandbox)
@@ -41,14 +42,16 @@ async def _stop(node: Node, sandbox_id: str) -> None:
 async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
     """Stop the sandbox under its lock, which the caller holds. Every step succeeds where its thing is gone."""
     if sandbox.state is SandboxState.READY:
-        # First of all: no container is made or started in it any more, whatever fails below.
+        # First of all: no container is made or started in it any more, whatever fails below. On a full disk too:
+        # stopping and removing is what frees it.
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
-        node.registry.save(sandbox)
+        node.registry.observe(sandbox)
+        node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     await asyncio.gather(*(kill(node, c) for c in node.registry.containers_of(sandbox.id)))
     await release(node, sandbox)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
-        node.registry.save(sandbox)
+        node.registry.observe(sandbox)
     return sandbox
 
 
@@ -65,12 +68,26 @@ async def release(node: Node, sandbox: Sandbox) -> None:
         cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
 
 
+def pid_pin(node: Node, sandbox_id: str) -> str:
+    """Where the PID namespace is pinned that the containers of a pod share."""
+    return os.path.join(node.namespaces_dir(sandbox_id), "pid")
+
+
+def unpin_pids(node: Node, sandbox_id: str) -> None:
+    """Let go of a shared PID namespace; where none is pinned that is no error."""
+    pin = pid_pin(node, sandbox_id)
+    mounts.unmount(pin)
+    if os.path.lexists(pin):
+        os.unlink(pin)
+
+
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     """End the process that holds the pod's PID namespace, where it has one."""
+    unpin_pids(node, sandbox.id)
     directory = node.container_dir(sandbox.id)
     if not os.path.isdir(directory):
         return
-    await supervision.destroy(node, sandbox.id, sandbox.handler)
+    await supervision.destroy(node, sandbox.id, sandbox.runtime)
     await supervision.wait_gone(node, sandbox.id)
     node.exits.pop(sandbox.id, None)
     node.gone.pop(sandbox.id, None)

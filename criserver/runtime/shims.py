@@ -83,6 +83,12 @@ class Link:
 
     def close(self) -> None:
         """End the connection; the other side goes on."""
+        if not self.closed:
+            self.abandon()
+            self._on_close()
+
+    def abandon(self) -> None:
+        """End the connection without a word to whoever watches it: the daemon is going, the shim is not."""
         if self.closed:
             return
         self.closed = True
@@ -95,7 +101,6 @@ class Link:
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(UnavailableError(f"{self._peer} has ended"))
-        self._on_close()
 
     def _flush(self) -> None:
         while self._out:

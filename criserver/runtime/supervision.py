@@ -74,7 +74,9 @@ async def start(
             _on_event(node, key, message)
 
     def on_close() -> None:
-        if not begun.done():
+        if begun.cancelled():
+            node.links.pop(key, None)
+        elif not begun.done():
             begun.set_result({"event": "failed", "error": "the shim ended before the container had started"})
         elif begun.result()["event"] == "started":
             _on_close(node, key)
@@ -102,6 +104,7 @@ async def start(
             message = await begun
     except TimeoutError:
         await destroy(node, key, handler)
+        link.close()
         raise DeadlineExceededError(f"{runtime.path} did not start {key} within {START_TIMEOUT:g} s") from None
     if message["event"] == "failed":
         node.links.pop(key, None)
@@ -121,7 +124,7 @@ def start_failed(node: Node, key: str, words: str) -> None:
     container = node.registry.containers.get(key)
     if container is None or container.state is not ContainerState.STARTING:
         return
-    node.registry.save(
+    node.registry.observe(
         dataclasses.replace(
             container,
             state=ContainerState.EXITED,
@@ -134,11 +137,27 @@ def start_failed(node: Node, key: str, words: str) -> None:
     node.background(filesystems.unmount(node, key), "unmount of an unstarted container's files failed")
 
 
+async def replace_stuck_shim(node: Node, container: Container) -> None:
+    """Where the process has ended and its shim does not take note: take its code from the kernel and end the shim.
+
+    Nothing where the process still runs, or is gone with the shim's knowledge.
+    """
+    code = host.zombie_code(container.pid)
+    if code is None or host.start_ticks(container.pid) != container.start_ticks:
+        return
+    log.error("a shim is stuck; its container's end is taken from the kernel", container=container.id, code=code)
+    exited(node, container.id, {"code": code, "finished_at": time.time_ns()})
+    directory = node.container_dir(container.id)
+    for pid in await asyncio.to_thread(host.processes_in, directory):
+        os.kill(pid, signal.SIGKILL)
+    await destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
+
+
 def running(node: Node, key: str, begun: Started) -> None:
     """Record that a container runs. It may have exited by now: then only what was not known yet is filled in."""
     container = node.registry.container(key)
     state = ContainerState.RUNNING if container.state is ContainerState.STARTING else container.state
-    node.registry.save(
+    node.registry.observe(
         dataclasses.replace(
             container, state=state, pid=begun.pid, start_ticks=begun.start_ticks, started_at=begun.started_at
         )
@@ -174,6 +193,11 @@ async def reconnect(node: Node, key: str) -> bool:
 
     try:
         link = connect(os.path.join(node.container_dir(key), "shim.sock"), on_event, lambda: _on_close(node, key))
+    except BlockingIOError:
+        # It is there, and so busy or so stopped that its queue is full: what it says is awaited, not guessed.
+        log.warning("a shim does not accept; its container is taken as it was", container=key)
+        node.background(_connect_later(node, key), "connecting to a busy shim failed")
+        return True
     except OSError:
         return False
     node.links[key] = link
@@ -185,9 +209,27 @@ async def reconnect(node: Node, key: str) -> bool:
     return True
 
 
+async def _connect_later(node: Node, key: str) -> None:
+    while key in node.registry.containers or key in node.registry.sandboxes:
+        await asyncio.sleep(GREETING_TIMEOUT)
+        try:
+            node.links[key] = connect(
+                os.path.join(node.container_dir(key), "shim.sock"),
+                lambda message: _on_event(node, key, message),
+                lambda: _on_close(node, key),
+            )
+        except BlockingIOError:
+            continue
+        except OSError:
+            settle(node, key)
+        return
+
+
 def settle(node: Node, key: str) -> None:
     """A started container without a shim to tell of it: take the record it left, or watch the kernel."""
     container = node.registry.containers.get(key)
+    if container is None and not node.exits[key].is_set():
+        exited(node, key, {"reason": "its shim is gone"})
     if container is None or container.state not in (ContainerState.RUNNING, ContainerState.STARTING):
         return
     if (record := _exit_record(node, key)) is not None:
@@ -228,8 +270,11 @@ def send_signal(container: Container, number: int) -> None:
 
 
 async def destroy(node: Node, key: str, handler: str) -> None:
-    """End whatever runs of a container by its runtime, and what the runtime keeps of it. Never raises."""
-    runtime = node.handler(handler)
+    """End whatever runs of a container by its runtime, and what the runtime keeps of it; failures are logged.
+
+    A handler that is not configured any more leaves its work to the default one.
+    """
+    runtime = node.config.runtimes.get(handler) or node.handler("")
     program = shutil.which(runtime.path)
     if program is None or not os.path.isdir(os.path.join(node.runtime_root(handler), key)):
         return
@@ -261,12 +306,12 @@ def exited(node: Node, key: str, record: Message) -> None:
     if container is None:
         sandbox = node.registry.sandboxes.get(key)
         if sandbox is not None and sandbox.state is SandboxState.READY:
-            log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=key, **record)
-            node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+            log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=key, record=record)
+            node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
     elif container.state in (ContainerState.RUNNING, ContainerState.STARTING):
         code = record["code"]
         reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
-        node.registry.save(
+        node.registry.observe(
             dataclasses.replace(
                 container,
                 state=ContainerState.EXITED,
@@ -339,7 +384,7 @@ def _watch(node: Node, key: str, pidfd: int) -> None:
 
 def _unknown(node: Node, key: str) -> None:
     container = node.registry.containers[key]
-    node.registry.save(
+    node.registry.observe(
         dataclasses.replace(
             container,
             state=ContainerState.EXITED,
@@ -353,7 +398,7 @@ def _unknown(node: Node, key: str) -> None:
         event.set()
 
     async def clean() -> None:
-        await destroy(node, key, node.registry.sandbox(container.sandbox_id).handler)
+        await destroy(node, key, node.registry.sandbox(container.sandbox_id).runtime)
         _gone(node, key)
 
     node.background(clean(), "clean-up after a lost shim failed")

@@ -9,11 +9,15 @@ container too, and start-up clears what no record owns. The log is folded into t
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from criserver.errors import CriError
+from criserver.errors import CriError, ResourceExhaustedError
+
+# Seconds. Nobody else writes; what waits here holds up the whole event loop.
+_LOCK_TIMEOUT = 0.2
 
 TABLES = frozenset({"meta", "sandboxes", "containers", "images", "image_names"})
 
@@ -37,8 +41,10 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        # For root alone: records hold environment variables. The log beside it takes its mode over.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
@@ -66,12 +72,18 @@ class Store:
         return self._db.execute(f"SELECT key, value FROM {_name(table)} ORDER BY key").fetchall()  # noqa: S608 - a name of TABLES
 
     def put(self, table: str, key: str, value: bytes) -> None:
-        """Write a record, replacing what the key had."""
-        self._db.execute(f"INSERT OR REPLACE INTO {_name(table)} VALUES (?, ?)", (key, value))  # noqa: S608 - a name of TABLES
+        """Write a record, replacing what the key had. Raises ResourceExhaustedError where the disk takes no more."""
+        self._write(f"INSERT OR REPLACE INTO {_name(table)} VALUES (?, ?)", key, value)  # noqa: S608 - a name of TABLES
 
     def delete(self, table: str, key: str) -> None:
-        """Remove a record; one that is not there is no error."""
-        self._db.execute(f"DELETE FROM {_name(table)} WHERE key = ?", (key,))  # noqa: S608 - a name of TABLES
+        """Remove a record; one that is not there is no error. Raises as :meth:`put` does."""
+        self._write(f"DELETE FROM {_name(table)} WHERE key = ?", key)  # noqa: S608 - a name of TABLES
+
+    def _write(self, statement: str, *values: str | bytes) -> None:
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.Error as e:
+            raise ResourceExhaustedError(f"database {self._path} cannot be written: {e}; is its disk full?") from e
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -85,16 +97,22 @@ class Store:
         self._db.execute("COMMIT")
 
     async def checkpoint(self) -> None:
-        """Fold the write-ahead log into the database, by a connection of its own in a thread."""
+        """Fold the write-ahead log into the database, by a connection of its own in a thread, in nobody's way.
+
+        Raises CriError.
+        """
 
         def run() -> None:
             db = sqlite3.connect(self._path)
             try:
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
             finally:
                 db.close()
 
-        await asyncio.to_thread(run)
+        try:
+            await asyncio.to_thread(run)
+        except sqlite3.Error as e:
+            raise CriError(f"database {self._path}: checkpoint: {e}") from e
 
     def close(self) -> None:
         """Close the database; SQLite folds the log in as the last connection goes."""

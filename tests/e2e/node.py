@@ -62,6 +62,8 @@ class Node:
         self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"
         for directory in (self.root, self.state, self.logs, self.cni, self.certs, f"{self.base}/cdi"):
             os.makedirs(directory)
+        # Of its own, as on a node: the disk may be full while the state directory is not.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.root], check=True)
         self.socket = f"{self.base}/cri.sock"
         self.config = f"{self.base}/config.toml"
         with open(self.config, "w") as f:
@@ -138,7 +140,7 @@ class Node:
 
     def leftovers(self) -> list[str]:
         """What is on the node although no pod is: mounts, pins, bundles, addresses, shims."""
-        found = mounts.mounts_below(self.base)
+        found = [point for point in mounts.mounts_below(self.base) if point != self.root]
         for directory in ("ns", "sandboxes", "containers", "runtimes/runc"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]

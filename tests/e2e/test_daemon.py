@@ -140,6 +140,86 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
             os.kill(shim, signal.SIGCONT)
 
 
+def test_an_orderly_stop_invents_no_exit_code(node: Node):
+    pod = node.run_pod("exact")
+    # The grandchild keeps the log's pipe open, so that the shim is still draining it when the daemon goes.
+    container = node.run(pod, "c", ["sh", "-c", "(trap '' HUP; sleep 1.5) & sleep 0.4; exit 7"])
+    time.sleep(0.45)
+    assert node.stop() == 0
+    time.sleep(2.5)
+    node.start()
+    ended = node.wait(container)
+    assert (ended.exit_code, ended.reason) == (7, "Error")
+    assert "its shim is gone" not in node.daemon_log()
+
+
+def test_nobody_but_root_sees_what_containers_are_given(node: Node):
+    pod = node.run_pod("secret")
+    container = node.run(pod, "c", ["sleep", "1000"], envs=[cri.KeyValue(key="PASSWORD", value=b"hunter2")])
+    directory = f"{node.state}/containers/{container}"
+    os.chmod(node.base, 0o755)
+    try:
+        for tried in (
+            f"cat {directory}/config.json",
+            f"ls {directory}",
+            f"ls {node.state}/containers",
+            f"{directory}/rootfs/bin/true",
+            f"cat {node.root}/criserver.db",
+        ):
+            # By a shell: setpriv itself still has its capabilities when it looks the program up.
+            command = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-c", tried]
+            assert subprocess.run(command, capture_output=True).returncode != 0, tried
+    finally:
+        os.chmod(node.base, 0o700)
+
+
+def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node):
+    pod = node.run_pod("stuck")
+    container = node.run(pod, "c", ["sleep", "1000"])
+    (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(container))
+    os.kill(shim, signal.SIGSTOP)
+    began = time.monotonic()
+    node.client.StopContainer(container_id=container, timeout=0)
+    assert time.monotonic() - began < 10
+    ended = node.status(container)
+    assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    assert not os.path.exists(f"/proc/{shim}")
+
+
+def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: Node):
+    options = cri.NamespaceOption(pid=cri.POD)
+    linux = cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+    pod = node.run_pod("pids", linux=linux)
+    with open(f"{node.state}/containers/{pod}/init.pid") as f:
+        infra = int(f.read())
+    (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(pod))
+    os.kill(shim, signal.SIGKILL)
+    os.kill(infra, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state != cri.SANDBOX_NOTREADY:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(grpc.RpcError) as e:
+        node.create(pod, "late", ["true"])
+    assert e.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node):
+    pod = node.run_pod("full")
+    container = node.run(pod, "c", ["sleep", "1000"])
+    size = os.statvfs(node.root)
+    used = (size.f_blocks - size.f_bfree) * size.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={used}", node.root], check=True)
+    try:
+        node.client.StopContainer(container_id=container, timeout=0)
+        assert node.status(container).exit_code == 137
+        node.client.StopPodSandbox(pod_sandbox_id=pod)
+    finally:
+        subprocess.run(["mount", "-o", "remount,size=8g", node.root], check=True)
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+
+
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):
     lease = f"{node.base}/lease"
     os.makedirs(f"{node.base}/bin", exist_ok=True)

@@ -188,6 +188,13 @@ def test_resources_that_are_unset_are_not_in_the_spec():
     ]
     assert limits["cpu"] == {"shares": 2}
     assert limits["memory"] == {"limit": 5}
+    swap = dataclasses.replace(HOST, swap_accounting=True)
+    assert build(resources=Resources(memory_limit=5), host=swap)["linux"]["resources"]["memory"] == {
+        "limit": 5,
+        "swap": 5,
+    }
+    both = Resources(memory_limit=5, memory_swap_limit=7)
+    assert build(resources=both, host=swap)["linux"]["resources"]["memory"] == {"limit": 5, "swap": 7}
     assert limits["hugepageLimits"] == [{"pageSize": "2MB", "limit": 7}]
 
 
