@@ -202,8 +202,8 @@ async def _make_owned(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Make a user namespace, and ``kinds`` owned by it.
 
-    Returns their descriptors by kind, and those of the sysctls ``settings`` that only the node's root may write: the
-    kernel gives each to one of the two roots, and newer kernels give more of them to the pod's.
+    Returns their descriptors by kind, and those of the sysctls ``settings`` that are still to be written, by the node's
+    root: the kernel lets one of the two roots write each, and newer kernels let the pod's write more of them.
     """
     for name, ids in (("user", user.uids), ("group", user.gids)):
         if not any(r.container_id == 0 and r.length > 0 for r in ids):
@@ -212,23 +212,15 @@ async def _make_owned(
         if "\0" in value:
             raise InvalidArgumentError(f"sysctl {path} = {value!r} has a zero byte")
     opened: dict[str, int] = {}
-    left: dict[str, str] = {}
     try:
         async with asyncio.timeout(_DEADLINE), _maker(kinds, settings) as maker:
             assert maker.stdin is not None
-            if number := await _told(maker):
-                raise _unshare_error(["user"], number)
+            await _unshared(maker, ["user"])
             _write_map(maker.pid, "uid_map", user.uids)
             _write_map(maker.pid, "gid_map", user.gids)
             maker.stdin.write(b"\n")
-            if number := await _told(maker):
-                raise _unshare_error(kinds, number)
-            for path, value in settings.items():
-                number = await _told(maker)
-                if number in (errno.EACCES, errno.EPERM):
-                    left[path] = value
-                elif number:
-                    raise _sysctl_error(path, value, number)
+            await _unshared(maker, kinds)
+            left = {path: value for path, value in settings.items() if not await _written(maker, path, value)}
             for kind in ("user", *kinds):
                 opened[kind] = os.open(f"/proc/{maker.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     except BaseException as e:
@@ -264,13 +256,26 @@ async def _maker(kinds: list[str], settings: Mapping[str, str]) -> AsyncIterator
                 await process.wait()
 
 
-async def _told(process: asyncio.subprocess.Process) -> int:
-    """The error number of the next step of the maker."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    told = await process.stdout.readline()
+async def _unshared(maker: asyncio.subprocess.Process, kinds: list[str]) -> None:
+    if number := await _told(maker):
+        raise _unshare_error(kinds, number)
+
+
+async def _written(maker: asyncio.subprocess.Process, path: str, value: str) -> bool:
+    """Whether the maker wrote a sysctl; it did not where it may not."""
+    number = await _told(maker)
+    if number and number not in (errno.EACCES, errno.EPERM):
+        raise _sysctl_error(path, value, number)
+    return number == 0
+
+
+async def _told(maker: asyncio.subprocess.Process) -> int:
+    """The error number of the maker's next step."""
+    assert maker.stdout is not None
+    assert maker.stderr is not None
+    told = await maker.stdout.readline()
     if not told:
-        words = (await process.stderr.read(_MAX_WORDS)).decode(errors="replace").strip()
+        words = (await maker.stderr.read(_MAX_WORDS)).decode(errors="replace").strip()
         raise CriError(f"the process that makes a user namespace ended early: {words or 'without a word'}")
     return int(told)
 
@@ -351,12 +356,11 @@ def _write_sysctl(path: str, value: str) -> None:
     try:
         _write(f"/proc/sys/{path}", value)
     except OSError as e:
-        raise _sysctl_error(path, value, e.errno) from e
+        raise _sysctl_error(path, value, e.errno or 0) from e
 
 
-def _sysctl_error(path: str, value: str, number: int | None) -> InvalidArgumentError:
-    reason = os.strerror(number or 0)
-    return InvalidArgumentError(f"sysctl {path} = {value!r} is refused by the kernel: {reason}")
+def _sysctl_error(path: str, value: str, number: int) -> InvalidArgumentError:
+    return InvalidArgumentError(f"sysctl {path} = {value!r} is refused by the kernel: {os.strerror(number)}")
 
 
 def _write(path: str, text: str) -> None:

@@ -51,18 +51,16 @@ def make_directory(node: Node, key: str, config: PodConfig) -> str:
         os.chown(directory, 0, config.namespaces.user.gids.host_id)
         os.chmod(directory, 0o710)  # noqa: S103 - its group is the namespace's root alone
     os.mkdir(rootfs, 0o711)
+    if config.namespaces.user is not None:
+        os.chown(rootfs, config.namespaces.user.uids.host_id, config.namespaces.user.gids.host_id)
     return rootfs
 
 
 async def _mount(node: Node, container: Container, key: str, image: Image, point: str) -> None:
     """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
     user = node.registry.sandbox(container.sandbox_id).config.namespaces.user
-    if user is None:
-        await node.snapshotter.prepare(key, image.chain_id)
-        await node.snapshotter.mount(key, point)
-        return
-    pinned = os.path.join(node.namespaces_dir(container.sandbox_id), "user")
-    await node.snapshotter.prepare(key, image.chain_id, owner=(user.uids.host_id, user.gids.host_id))
+    pinned = None if user is None else os.path.join(node.namespaces_dir(container.sandbox_id), "user")
+    await node.snapshotter.prepare(key, image.chain_id)
     await node.snapshotter.mount(key, point, userns=pinned)
 
 

@@ -1,0 +1,123 @@
+"""Pods with a user namespace of their own. They need runc 1.2 or newer: CRISERVER_TEST_RUNC names one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.conftest import import_image
+from tests.e2e.node import Node
+from tests.e2e.test_bad_input import refused
+
+RUNC = os.environ.get("CRISERVER_TEST_RUNC", "")
+BASE = 1_000_000
+
+
+def userns(mode: int = cri.POD, uids: list[tuple[int, int, int]] | None = None) -> cri.LinuxPodSandboxConfig:
+    mappings = [
+        cri.IDMapping(container_id=c, host_id=h, length=n)
+        for c, h, n in (uids if uids is not None else [(0, BASE, 65536)])
+    ]
+    options = cri.NamespaceOption(
+        pid=cri.CONTAINER, userns_options=cri.UserNamespace(mode=mode, uids=mappings, gids=mappings)
+    )
+    return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+
+
+@pytest.mark.parametrize(
+    ("linux", "words"),
+    [
+        (userns(uids=[(0, BASE, 10), (10, BASE + 10, 10)]), ["2 mappings"]),
+        (userns(uids=[]), ["0 mappings"]),
+        (userns(uids=[(1, BASE, 10)]), ["ID 0 must be mapped"]),
+        (userns(uids=[(0, BASE, 0)]), ["0 IDs"]),
+        (userns(mode=cri.CONTAINER), ["CONTAINER"]),
+        (userns(mode=cri.TARGET), ["TARGET"]),
+        (userns(mode=cri.NODE), ["NODE"]),
+    ],
+)
+def test_mappings_that_are_refused(node: Node, linux, words):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, *words):
+        node.run_pod("bad", linux=linux)
+    assert node.client.ListPodSandbox().items == []
+
+
+def test_a_handler_that_cannot_says_so(node: Node):
+    features = {h.name: h.features.user_namespaces for h in node.client.Status().runtime_handlers}
+    if features["runc"]:
+        pytest.skip("this runc has id-mapped mounts")
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "user namespace", "runc 1.2"):
+        node.run_pod("bad", linux=userns())
+    assert node.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def newer(busybox_archive: str) -> Iterator[Node]:
+    """A daemon with the newer runc as a second handler."""
+    if not RUNC:
+        pytest.skip("CRISERVER_TEST_RUNC names no runc with id-mapped mounts (1.2 or newer)")
+    node = Node(f'[runtimes.runc]\npath = "runc"\n[runtimes.newer]\npath = "{RUNC}"\n')
+    try:
+        os.chmod(node.base, 0o711)  # the pod's root has to get through, as it does through /run
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        node.close()
+
+
+def run(node: Node, name: str, linux: cri.LinuxPodSandboxConfig, **fields) -> tuple[str, str]:
+    config = node.pod(name, linux=linux)
+    pod = node.client.RunPodSandbox(config=config, runtime_handler="newer").pod_sandbox_id
+    node.pods.add(pod)
+    return pod, node.run(pod, "c", ["sleep", "1000"], **fields)
+
+
+def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path):
+    (tmp_path / "plain").write_text("of the host's root")
+    mapped = [cri.IDMapping(container_id=0, host_id=BASE, length=65536)]
+    mounts = [
+        cri.Mount(container_path="/plain", host_path=str(tmp_path)),
+        cri.Mount(container_path="/mapped", host_path=str(tmp_path), uidMappings=mapped, gidMappings=mapped),
+    ]
+    os.chmod(tmp_path, 0o755)
+    pod, container = run(newer, "userns", userns(), mounts=mounts)
+    assert newer.sh(container, "cat /proc/self/uid_map").split() == ["0", str(BASE), "65536"]
+    assert newer.sh(container, "id -u; stat -c %u /bin /etc/passwd /") == "0\n0\n0\n0\n"
+    assert newer.sh(container, "echo x > /etc/new && stat -c %u /etc/new") == "0\n"
+    upper = Path(f"{newer.root}/snapshots/active/{container}/fs/etc/new")
+    assert upper.stat().st_uid == BASE
+    assert newer.sh(container, "stat -c %u /plain/plain /mapped/plain") == "65534\n0\n"
+    newer.sh(container, "echo y > /mapped/made")
+    assert (tmp_path / "made").stat().st_uid == 0
+    assert "denied" in newer.sh(container, "touch /plain/x 2>&1 || true")
+    assert newer.sh(container, "echo shm > /dev/shm/x && cat /dev/shm/x") == "shm\n"
+    assert "eth0" in newer.sh(container, "ip link")
+    status = newer.client.PodSandboxStatus(pod_sandbox_id=pod).status
+    assert status.linux.namespaces.options.userns_options.uids[0].host_id == BASE
+    newer.remove_pods()
+    assert newer.leftovers() == []
+
+
+def test_a_shared_pid_namespace_within(newer: Node):
+    linux = userns()
+    linux.security_context.namespace_options.pid = cri.POD
+    pod, one = run(newer, "pids", linux)
+    two = newer.run(pod, "two", ["sleep", "1001"])
+    assert "sleep 1000" in newer.sh(two, "ps -o args")
+    newer.kill()
+    newer.start()
+    assert newer.sh(one, "id -u") == "0\n"
+    assert newer.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_READY
+    newer.remove_pods()
+    assert newer.leftovers() == []
+
+
+def test_features_by_handler(newer: Node):
+    features = {h.name: h.features.user_namespaces for h in newer.client.Status().runtime_handlers}
+    assert features == {"": False, "runc": False, "newer": True}
