@@ -82,13 +82,10 @@ def oom_files(cgroup: str) -> list[str]:
 
 
 def remove(cgroup: str) -> None:
-    """Remove a cgroup and those below it from every hierarchy, and OWN where it was the last in it.
-
-    One that is gone or still in use is left.
-    """
+    """Remove a cgroup and those below it from every hierarchy; one that is gone or still in use is left."""
     for root in set(roots().values()):
         directories = [directory for directory, _, _ in os.walk(root + cgroup, topdown=False)]
-        for directory in (*directories, root + OWN):
+        for directory in directories:
             try:
                 os.rmdir(directory)
             except OSError:

@@ -66,6 +66,9 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
     if sandbox.cgroup_owned:
         cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
+        if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
+            # Not while another pod may be making its own in there.
+            cgroups.remove(cgroups.OWN)
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:
