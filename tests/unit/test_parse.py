@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from criserver.errors import InvalidArgumentError, UnimplementedError
+from criserver.errors import InvalidArgumentError
 from criserver.model import NamespaceMode, Namespaces, Propagation
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.parse import container_config, pod_config
@@ -159,8 +159,8 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
         (linux(namespace_options=cri.NamespaceOption(network=cri.NODE)), InvalidArgumentError, "network"),
         (
             linux(namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace(mode=cri.POD))),
-            UnimplementedError,
-            "user namespaces",
+            InvalidArgumentError,
+            "0 mappings",
         ),
     ],
 )
