@@ -61,6 +61,8 @@ async def serve(config: Config) -> None:
     store = Store(os.path.join(config.root, "criserver.db"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
+    for words in snapshotter.warnings:
+        log.warning("snapshots", warning=words)
     node = _node(config, store, snapshotter, features)
     try:
         await node.nursery.start()

@@ -136,10 +136,10 @@ async def test_a_sysctl_that_the_kernel_refuses_undoes_everything(base: str) -> 
 async def test_a_pin_that_fails_undoes_the_ones_before(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = namespaces._pin
 
-    def fail_at_uts(kind: str, directory: str) -> str:
+    def fail_at_uts(kind: str, directory: str, source: str) -> str:
         if kind == "uts":
             raise OSError(28, "No space left on device")
-        return pin(kind, directory)
+        return pin(kind, directory, source)
 
     monkeypatch.setattr(namespaces, "_pin", fail_at_uts)
     with pytest.raises(CriError, match="No space left on device"):

@@ -8,6 +8,7 @@ import pytest
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.network import namespaces
+from criserver.network.namespaces import IdMapping, UserMapping
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,31 @@ async def test_a_sysctl_that_only_looks_like_the_pods_is_refused(tmp_path: Path,
 async def test_a_hostname_needs_a_namespace_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="shares the node's UTS namespace"):
         await namespaces.make(str(tmp_path / "ns"), net=True, ipc=True, uts=False, hostname="pod")
+
+
+@pytest.mark.parametrize(
+    ("uids", "gids", "name"),
+    [
+        ((), (IdMapping(0, 200000, 10),), "user"),
+        ((IdMapping(0, 200000, 10),), (), "group"),
+        ((IdMapping(1, 200000, 10),), (IdMapping(0, 200000, 10),), "user"),
+        ((IdMapping(0, 200000, 10),), (IdMapping(0, 200000, 0),), "group"),
+    ],
+)
+async def test_a_user_namespace_needs_a_root(
+    tmp_path: Path, uids: tuple[IdMapping, ...], gids: tuple[IdMapping, ...], name: str
+) -> None:
+    user = UserMapping(uids, gids)
+    with pytest.raises(InvalidArgumentError, match=f"{name} ID 0"):
+        await namespaces.make(str(tmp_path / "ns"), net=True, ipc=True, uts=True, user=user)
+
+
+async def test_a_sysctl_for_a_user_namespace_has_no_zero_byte(tmp_path: Path) -> None:
+    user = UserMapping((IdMapping(0, 200000, 10),), (IdMapping(0, 200000, 10),))
+    with pytest.raises(InvalidArgumentError, match="zero byte"):
+        await namespaces.make(
+            str(tmp_path / "ns"), net=False, ipc=False, uts=True, sysctls={"kernel.domainname": "a\0b"}, user=user
+        )
 
 
 async def test_a_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
