@@ -33,7 +33,7 @@ _CONSOLE = "console.sock"
 _PID_FILE = "init.pid"
 _LOG = "runtime.log"
 
-_RUN_LIMIT = 120.0
+_RUN_LIMIT = 100.0
 _EXEC_LIMIT = 60.0
 _KILL_LIMIT = 10.0
 _DELETE_LIMIT = 30.0

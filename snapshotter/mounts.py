@@ -197,6 +197,26 @@ def mounts_below(directory: str) -> list[str]:
     return sorted((p for p in reversed(points) if p.startswith(prefix)), key=lambda p: -p.count("/"))
 
 
+def mount_of(path: str) -> tuple[str, list[str]]:
+    """The mount point of the mount that ``path`` is in, and its tags, as "shared:1" (proc_pid_mountinfo(5)).
+
+    Raises OSError where there is no such path.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            wanted = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
+    finally:
+        os.close(fd)
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.split(b" ")
+            if fields[0] == wanted:
+                tags = fields[6 : fields.index(b"-")]
+                return os.fsdecode(_unescaped(fields[4])), [tag.decode() for tag in tags]
+    return path, []
+
+
 def _unescaped(field: bytes) -> bytes:
     return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from criserver.errors import InvalidArgumentError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import ContainerConfig, Device, IdMapping, Mount, NamespaceMode, Propagation, Resources, User
 
 Spec = dict[str, Any]
@@ -64,7 +64,8 @@ class Host:
     """Facts of this host that a spec depends on.
 
     ``capabilities`` are all that the kernel knows and the daemon may give; ``oom_score_adj_floor`` is the
-    lowest value that the daemon may set (its own, where it lacks CAP_SYS_RESOURCE).
+    lowest value that the daemon may set (its own, where it lacks CAP_SYS_RESOURCE). ``hugepage_sizes`` are those
+    whose use cgroups can limit, as "2MB".
     """
 
     capabilities: tuple[str, ...]
@@ -72,6 +73,7 @@ class Host:
     apparmor: bool = False
     unified_cgroups: bool = False
     swap_accounting: bool = False
+    hugepage_sizes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,8 @@ def build(
 ) -> Spec:
     """The whole spec.
 
-    ``devices`` are the host's nodes for ``config.devices``, in their order, or all of the host's for a
-    privileged container; ``seccomp`` is the filter (config-linux.md, "Seccomp") or None. Raises
+    ``devices`` are the host's nodes for ``config.devices``, in their order, before which a privileged container has
+    all of the host's; ``seccomp`` is the filter (config-linux.md, "Seccomp") or None. Raises
     InvalidArgumentError for a capability that the kernel does not know.
     """
     security, resources = config.security, config.resources
@@ -358,7 +360,17 @@ def _pods_namespaces(pod: PodFacts) -> list[Spec]:
 
 
 def limits(resources: Resources, host: Host) -> Spec:
-    """The ``resources`` of a spec (config-linux.md), without devices; what is unset is not in it."""
+    """The ``resources`` of a spec (config-linux.md), without devices; what is unset is not in it.
+
+    Raises FailedPreconditionError for huge pages that this node cannot limit. The kubelet sends a limit of 0 for
+    each size of the node's; where nothing can be limited, that is left out.
+    """
+    for size, limit in resources.hugepage_limits:
+        if limit and size not in host.hugepage_sizes:
+            able = ", ".join(sorted(host.hugepage_sizes)) or "none: there is no hugetlb cgroup controller"
+            raise FailedPreconditionError(
+                f"hugepage_limits: {size} = {limit} cannot be enforced; page sizes that this node can limit: {able}"
+            )
     cpu = {
         "period": resources.cpu_period,
         "quota": resources.cpu_quota,
@@ -370,7 +382,9 @@ def limits(resources: Resources, host: Host) -> Spec:
     if host.swap_accounting and not resources.memory_swap_limit:
         memory["swap"] = resources.memory_limit  # or swap would be a way around the limit
     found: Spec = {"cpu": _given(cpu), "memory": _given(memory), "unified": dict(resources.unified)}
-    found["hugepageLimits"] = [{"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits]
+    found["hugepageLimits"] = [
+        {"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits if size in host.hugepage_sizes
+    ]
     return _given(found)
 
 

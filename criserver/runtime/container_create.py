@@ -49,7 +49,9 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     if image is None:
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
     defaults = _defaults(image)
+    # For their refusals, before anything is made.
     spec.process_args(config, defaults)
+    spec.limits(config.resources, host.facts())
     _check_features(node, sandbox, config)
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, config)
@@ -138,10 +140,9 @@ async def _prepare(
     pid_namespace = _target_namespace(node, container)
     if container.log_path:
         os.makedirs(os.path.dirname(container.log_path), mode=0o755, exist_ok=True)
+    devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
     if config.security.privileged:
-        devices = host.all_devices()
-    else:
-        devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
+        devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
     user = await asyncio.to_thread(_user, config, image, rootfs)

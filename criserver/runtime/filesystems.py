@@ -132,6 +132,7 @@ async def _resolved_in_time(mount: Mount) -> Mount:
 def _resolved(mount: Mount) -> Mount:
     """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
     real = os.path.realpath(mount.host_path)
+    _check_propagation(mount, real)
     if not os.path.lexists(real):
         try:
             os.makedirs(real, mode=0o755)
@@ -139,6 +140,21 @@ def _resolved(mount: Mount) -> Mount:
             words = f"mount {mount.container_path}: host path {mount.host_path}: {e.strerror}"
             raise InvalidArgumentError(words) from e
     return dataclasses.replace(mount, host_path=real)
+
+
+def _check_propagation(mount: Mount, path: str) -> None:
+    """Raises FailedPreconditionError where mounts cannot travel as is asked: the host's own mount has to take part."""
+    if mount.propagation is Propagation.PRIVATE:
+        return
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)  # it will be made in there
+    point, tags = mounts.mount_of(path)
+    wanted = ("shared:",) if mount.propagation is Propagation.BIDIRECTIONAL else ("shared:", "master:")
+    if not any(tag.startswith(wanted) for tag in tags):
+        raise FailedPreconditionError(
+            f"mount {mount.container_path}: propagation {mount.propagation.name} of {path} needs a shared mount, and "
+            f"{point} is not one; run `mount --make-rshared {point}` on the node"
+        )
 
 
 async def _mount_image(node: Node, container: Container, number: int, mount: Mount) -> str:

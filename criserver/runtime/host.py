@@ -8,6 +8,7 @@ from functools import cache
 
 from criserver.errors import InvalidArgumentError
 from criserver.oci.spec import DeviceNode, Host
+from criserver.stats.cgroup import huge_page_sizes
 
 # By number, from 0 (capabilities(7), linux/capability.h).
 _CAPABILITIES = (
@@ -59,7 +60,16 @@ def facts() -> Host:
         apparmor=apparmor_profiles() is not None,
         unified_cgroups=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
         swap_accounting=_has_swap_accounting(),
+        hugepage_sizes=frozenset(huge_page_sizes() if _can_limit_hugepages() else ()),
     )
+
+
+def _can_limit_hugepages() -> bool:
+    try:
+        with open("/sys/fs/cgroup/cgroup.controllers") as f:
+            return "hugetlb" in f.read().split()
+    except FileNotFoundError:
+        return os.path.isdir("/sys/fs/cgroup/hugetlb")
 
 
 def _has_swap_accounting() -> bool:

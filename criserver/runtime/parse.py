@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from criserver.errors import InvalidArgumentError, UnimplementedError
 from criserver.model import (
@@ -30,6 +31,8 @@ from criserver.model import (
 from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
+_Value = TypeVar("_Value")
+
 _MODES = {
     cri.POD: NamespaceMode.POD,
     cri.CONTAINER: NamespaceMode.CONTAINER,
@@ -42,6 +45,15 @@ _PROPAGATIONS = {
     cri.PROPAGATION_HOST_TO_CONTAINER: Propagation.HOST_TO_CONTAINER,
     cri.PROPAGATION_BIDIRECTIONAL: Propagation.BIDIRECTIONAL,
 }
+_KINDS = {
+    cri.SecurityProfile.RuntimeDefault: "default",
+    cri.SecurityProfile.Unconfined: "unconfined",
+    cri.SecurityProfile.Localhost: "localhost",
+}
+_STRICT = {cri.Merge: False, cri.Strict: True}
+_SIGNALS = {number: "" if number == cri.RUNTIME_DEFAULT else name for name, number in cri.Signal.items()}
+# What ends a line, or a word, of the pod's files: resolv.conf(5), hosts(5).
+_NOT_A_WORD = re.compile(r"[\s\x00-\x1f\x7f]")
 _SYSCTL = re.compile(r"^[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+$")
 # Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
 _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
@@ -56,17 +68,20 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
     _no_windows(sent, f"pod {meta.namespace}/{meta.name}")
     linux, security = sent.linux, sent.linux.security_context
     namespaces = _namespaces(security.namespace_options)
-    if namespaces.network is NamespaceMode.CONTAINER:
-        raise InvalidArgumentError("namespace_options.network = CONTAINER: containers of a pod share its network")
+    for kind in ("network", "ipc"):
+        if getattr(namespaces, kind) is NamespaceMode.CONTAINER:
+            raise InvalidArgumentError(f"namespace_options.{kind} = CONTAINER: containers of a pod share it")
     if namespaces.pid is NamespaceMode.TARGET:
         raise InvalidArgumentError("namespace_options.pid = TARGET: a pod sandbox has no target, a container has")
     if namespaces.user is not None and namespaces.network is NamespaceMode.NODE:
         raise InvalidArgumentError("a pod with a user namespace of its own cannot use the host's network")
+    _words("hostname", [sent.hostname] if sent.hostname else [])
     if len(sent.hostname) > 64:
         raise InvalidArgumentError(
             f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
         )
     # Checked alone: a sandbox has no process, or one that can do nothing.
+    _known("supplemental_groups_policy", security.supplemental_groups_policy, _STRICT)
     _seccomp(security, "pod sandbox")
     _apparmor(security, "", "pod sandbox")
     return PodConfig(
@@ -76,7 +91,11 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         attempt=meta.attempt,
         hostname=sent.hostname,
         log_directory=_absolute("log_directory", sent.log_directory),
-        dns=Dns(tuple(sent.dns_config.servers), tuple(sent.dns_config.searches), tuple(sent.dns_config.options)),
+        dns=Dns(
+            _words("dns_config.servers", sent.dns_config.servers),
+            _words("dns_config.searches", sent.dns_config.searches),
+            _words("dns_config.options", sent.dns_config.options),
+        ),
         port_mappings=tuple(_port_mapping(p) for p in sent.port_mappings),
         labels=dict(sent.labels),
         annotations=dict(sent.annotations),
@@ -96,6 +115,10 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
     if not sent.image.image:
         raise InvalidArgumentError(f"container {name}: image.image is empty; an image must be named")
     security = sent.linux.security_context
+    if security.privileged and not pod.privileged:
+        raise InvalidArgumentError(
+            f"container {name} is privileged and its pod sandbox is not: CRI wants security_context.privileged of both"
+        )
     return ContainerConfig(
         name=name,
         attempt=sent.metadata.attempt,
@@ -116,8 +139,24 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
         resources=resources(sent.linux.resources),
         security=_security(security, name),
         namespaces=_container_namespaces(security, pod),
-        stop_signal="" if sent.stop_signal == cri.RUNTIME_DEFAULT else cri.Signal.Name(sent.stop_signal),
+        stop_signal=_known("stop_signal", sent.stop_signal, _SIGNALS),
     )
+
+
+def _known(field: str, number: int, values: Mapping[Any, _Value]) -> _Value:
+    """What a number of an enumeration means; a later CRI than this one may have more of them."""
+    if number not in values:
+        raise InvalidArgumentError(f"{field} = {number} is not known to this version of CRI")
+    return values[number]
+
+
+def _words(field: str, given: Iterable[str]) -> tuple[str, ...]:
+    """Values that become words of a line in a file of the pod's."""
+    found = tuple(given)
+    for word in found:
+        if not word or _NOT_A_WORD.search(word):
+            raise InvalidArgumentError(f"{field}: {word!r} must be a word, without white space or control characters")
+    return found
 
 
 def _no_windows(sent: cri.PodSandboxConfig | cri.ContainerConfig, what: str) -> None:
@@ -158,9 +197,9 @@ def _namespaces(options: cri.NamespaceOption) -> Namespaces:
     if (options.pid == cri.TARGET) != bool(options.target_id):
         raise InvalidArgumentError("namespace_options: pid = TARGET and target_id go together")
     return Namespaces(
-        _MODES[options.network],
-        _MODES[options.pid],
-        _MODES[options.ipc],
+        _known("namespace_options.network", options.network, _MODES),
+        _known("namespace_options.pid", options.pid, _MODES),
+        _known("namespace_options.ipc", options.ipc, _MODES),
         options.target_id,
         _user_namespace(options.userns_options) if options.HasField("userns_options") else None,
     )
@@ -174,7 +213,8 @@ def _user_namespace(sent: cri.UserNamespace) -> UserNamespace | None:
             raise InvalidArgumentError(f"{what}: mode = NODE has no mappings, and some are given")
         return None
     if sent.mode != cri.POD:
-        raise InvalidArgumentError(f"{what}: mode = {cri.NamespaceMode.Name(sent.mode)} is neither POD nor NODE")
+        mode = _known(f"{what}.mode", sent.mode, _MODES)
+        raise InvalidArgumentError(f"{what}: mode = {mode.name} is neither POD nor NODE")
     return UserNamespace(_only_mapping(f"{what}.uids", sent.uids), _only_mapping(f"{what}.gids", sent.gids))
 
 
@@ -242,7 +282,8 @@ def _port_mapping(sent: cri.PortMapping) -> PortMapping:
     for field in ("container_port", "host_port"):
         if not 0 <= getattr(sent, field) <= 65535:
             raise InvalidArgumentError(f"port_mappings: {field} = {getattr(sent, field)} is not a port")
-    return PortMapping(_PROTOCOLS[sent.protocol], sent.container_port, sent.host_port, sent.host_ip)
+    protocol = _known("port_mappings: protocol", sent.protocol, _PROTOCOLS)
+    return PortMapping(protocol, sent.container_port, sent.host_port, sent.host_ip)
 
 
 def _env(sent: cri.KeyValue, name: str) -> tuple[str, str]:
@@ -282,7 +323,7 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
         container_path=os.path.normpath(sent.container_path),
         host_path=_absolute(f"{what}: host_path", sent.host_path),
         readonly=sent.readonly,
-        propagation=_PROPAGATIONS[sent.propagation],
+        propagation=_known(f"{what}: propagation", sent.propagation, _PROPAGATIONS),
         recursive_readonly=sent.recursive_read_only,
         image=image,
         image_sub_path=_sub_path(what, sent.image_sub_path),
@@ -337,11 +378,9 @@ def _apparmor(
     if security.privileged:
         return ""
     if security.HasField("apparmor"):
-        match security.apparmor.profile_type:
-            case cri.SecurityProfile.RuntimeDefault:
-                return ""
-            case cri.SecurityProfile.Unconfined:
-                return "unconfined"
+        kind = _known(f"{what}: apparmor.profile_type", security.apparmor.profile_type, _KINDS)
+        if kind != "localhost":
+            return "" if kind == "default" else kind
         name = security.apparmor.localhost_ref
     else:
         if deprecated in ("", "runtime/default", "unconfined"):
@@ -368,11 +407,9 @@ def _seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecur
     if security.privileged:
         return ""
     if security.HasField("seccomp"):
-        match security.seccomp.profile_type:
-            case cri.SecurityProfile.RuntimeDefault:
-                return "default"
-            case cri.SecurityProfile.Unconfined:
-                return ""
+        kind = _known(f"{what}: seccomp.profile_type", security.seccomp.profile_type, _KINDS)
+        if kind != "localhost":
+            return "" if kind == "unconfined" else kind
         path = security.seccomp.localhost_ref
     else:
         given = security.seccomp_profile_path
@@ -413,7 +450,9 @@ def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
         run_as_group=sent.run_as_group.value if sent.HasField("run_as_group") else None,
         run_as_username=sent.run_as_username,
         supplemental_groups=tuple(sent.supplemental_groups),
-        supplemental_groups_strict=sent.supplemental_groups_policy == cri.Strict,
+        supplemental_groups_strict=_known(
+            f"{what}: supplemental_groups_policy", sent.supplemental_groups_policy, _STRICT
+        ),
         readonly_rootfs=sent.readonly_rootfs,
         no_new_privs=sent.no_new_privs,
         add_capabilities=tuple(capabilities.add_capabilities),

@@ -102,14 +102,16 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         sysctls=config.sysctls,
         user=_user_mapping(config),
     )
-    async with asyncio.TaskGroup() as group:
-        # Side by side: the infra process takes about as long as one CNI plugin.
-        if config.namespaces.pid is NamespaceMode.POD:
-            group.create_task(_start_infra(node, sandbox))
-        network = group.create_task(_connect(node, sandbox)) if own_network else None
+    # Side by side: the infra process takes about as long as one CNI plugin. Both come to their end whatever becomes of
+    # the other: a start that is cut off half-way leaves nobody to say what runs.
+    infra = asyncio.create_task(_start_infra(node, sandbox)) if config.namespaces.pid is NamespaceMode.POD else None
+    network = asyncio.create_task(_connect(node, sandbox)) if own_network else None
+    await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
         sandbox = network.result()
         sandbox_files.write_hosts(directory, config, sandbox.ips)
+    if infra is not None and infra.result().is_set():
+        raise _infra_ended(node)
     sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)
     node.registry.save(sandbox)
     return sandbox
@@ -123,7 +125,8 @@ async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     return sandbox
 
 
-async def _start_infra(node: Node, sandbox: Sandbox) -> None:
+async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
+    """Start the process that holds the pod's PID namespace, and pin that; returns what is set when it ends."""
     directory = node.container_dir(sandbox.id)
     root = filesystems.make_directory(node, sandbox.id, sandbox.config)
     os.mkdir(os.path.join(root, "proc"), 0o755)
@@ -143,9 +146,15 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> None:
     pin = pid_pin(node, sandbox.id)
     with open(pin, "w"):
         pass
-    mounts.mount(f"/proc/{begun.pid}/ns/pid", pin, None, mounts.MS_BIND)
-    if node.exits[sandbox.id].is_set():
-        raise FailedPreconditionError(f"the infra process of pod sandbox {sandbox.id} ended at once")
+    try:
+        mounts.mount(f"/proc/{begun.pid}/ns/pid", pin, None, mounts.MS_BIND)
+    except FileNotFoundError as e:
+        raise _infra_ended(node) from e
+    return node.exits[sandbox.id]
+
+
+def _infra_ended(node: Node) -> FailedPreconditionError:
+    return FailedPreconditionError(f"the pod's infra process ended at once: is {node.config.infra} a catatonit?")
 
 
 def _user_mapping(config: PodConfig) -> namespaces.UserMapping | None:

@@ -26,7 +26,7 @@ from criserver.runtime.shims import Message, connect
 
 log = structlog.get_logger(__name__)
 
-# runc takes 30 ms; on an overloaded node seconds. The kubelet gives up after two minutes.
+# A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
 START_TIMEOUT = 110.0
 # What a shim needs to delete an exited container.
 GONE_TIMEOUT = 15.0
@@ -74,9 +74,7 @@ async def start(
             _on_event(node, key, message)
 
     def on_close() -> None:
-        if begun.cancelled():
-            node.links.pop(key, None)
-        elif not begun.done():
+        if not begun.done():
             begun.set_result({"event": "failed", "error": "the shim ended before the container had started"})
         elif begun.result()["event"] == "started":
             _on_close(node, key)
@@ -99,13 +97,14 @@ async def start(
         on_close,
     )
     node.links[key] = link
-    try:
-        async with asyncio.timeout(START_TIMEOUT):
-            message = await begun
-    except TimeoutError:
+    await asyncio.wait([begun], timeout=START_TIMEOUT)
+    if not begun.done():
+        await _end_shim(node, key)
         await destroy(node, key, handler)
         link.close()
-        raise DeadlineExceededError(f"{runtime.path} did not start {key} within {START_TIMEOUT:g} s") from None
+        node.links.pop(key, None)
+        raise DeadlineExceededError(f"{runtime.path} did not start {key} within {START_TIMEOUT:g} s")
+    message = begun.result()
     if message["event"] == "failed":
         node.links.pop(key, None)
         raise FailedPreconditionError(message["error"])
@@ -147,10 +146,17 @@ async def replace_stuck_shim(node: Node, container: Container) -> None:
         return
     log.error("a shim is stuck; its container's end is taken from the kernel", container=container.id, code=code)
     exited(node, container.id, {"code": code, "finished_at": time.time_ns()})
-    directory = node.container_dir(container.id)
-    for pid in await asyncio.to_thread(host.processes_in, directory):
-        os.kill(pid, signal.SIGKILL)
+    await _end_shim(node, container.id)
     await destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
+
+
+async def _end_shim(node: Node, key: str) -> None:
+    """Kill a shim that is stuck, and the runtime that it runs: they are a process group."""
+    for pid in await asyncio.to_thread(host.processes_in, node.container_dir(key)):
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
 
 def running(node: Node, key: str, begun: Started) -> None:
@@ -176,7 +182,8 @@ async def wait_gone(node: Node, key: str) -> None:
             await event.wait()
     except TimeoutError:
         log.warning("a shim has not cleaned up in time; done without it", container=key)
-        node.links[key].close()
+        if (link := node.links.get(key)) is not None:
+            link.close()
 
 
 async def reconnect(node: Node, key: str) -> bool:
@@ -295,8 +302,7 @@ async def destroy(node: Node, key: str, handler: str) -> None:
         if process.returncode:
             log.warning("runtime delete failed", container=key, error=stderr.decode(errors="replace").strip())
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        process.kill()  # asyncio reaps it, also where the kernel does not let go of it now
         log.warning("runtime delete timed out", container=key)
 
 

@@ -294,7 +294,7 @@ class CgroupV1(CgroupReader):
             return ()
         return tuple(
             HugePages(size, usage, parse.number(self._read_once("hugetlb", f"hugetlb.{size}.max_usage_in_bytes")))
-            for size in _huge_page_sizes()
+            for size in huge_page_sizes()
             if (usage := parse.number(self._read_once("hugetlb", f"hugetlb.{size}.usage_in_bytes"))) is not None
         )
 
@@ -332,7 +332,7 @@ class CgroupV2(CgroupReader):
             io=parse.io_stat(self._read_once("", "io.stat")),
             huge_pages=tuple(
                 HugePages(size, usage, None)
-                for size in _huge_page_sizes()
+                for size in huge_page_sizes()
                 if (usage := parse.number(self._read_once("", f"hugetlb.{size}.current"))) is not None
             ),
         )
@@ -417,8 +417,8 @@ def _read_whole(path: str) -> bytes:
         return b""
 
 
-def _huge_page_sizes() -> list[str]:
-    """The page sizes as the hugetlb controller writes them in its files' names."""
+def huge_page_sizes() -> list[str]:
+    """The kernel's sizes of huge pages as the hugetlb controller's files have them: "2MB", "1GB"."""
     sizes = []
     try:
         names = os.listdir("/sys/kernel/mm/hugepages")

@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.node import SCRATCH, Node, cgroups, processes
+from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, cgroups, processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,15 +21,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def host_state() -> set[str]:
-    """What a test could leave: mounts, links, named namespaces, cgroups, shims."""
+    """What a test could leave: mounts, links, cgroups, shims, rules. Another runtime's on this machine are not ours."""
     with open("/proc/self/mountinfo") as f:
-        found = {"mount " + line.split()[4] for line in f}
-    found |= {"link " + name for name in os.listdir("/sys/class/net")}
+        points = [line.split()[4] for line in f]
+    found = {"mount " + point for point in points if SCRATCH in point or tempfile.gettempdir() in point}
+    found |= {"link " + name for name in os.listdir("/sys/class/net") if name == BRIDGE or _is_stray(name)}
     found |= {"cgroup " + path for path in cgroups()}
     found |= {f"process {pid} {words}" for pid, words in processes() if f" {SCRATCH}" in words}
     rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
-    found |= {"rule " + line for line in rules.splitlines() if line.startswith("-A CNI-") or "CNI-DN" in line}
+    ours = (f'\\"{NETWORK}\\"', SUBNET.removesuffix("0.0/16"))
+    found |= {"rule " + line for line in rules.splitlines() if any(word in line for word in ours)}
     return found
+
+
+def _is_stray(link: str) -> bool:
+    """Whether it is the end of a pod's cable that is plugged in nowhere."""
+    return link.startswith("veth") and not os.path.exists(f"/sys/class/net/{link}/master")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,6 +23,7 @@ from snapshotter import mounts
 
 BRIDGE = "crie2e0"
 SUBNET = "10.213.0.0/16"
+NETWORK = "e2e"
 SCRATCH = "/run/cri-e2e-"
 
 
@@ -90,7 +91,7 @@ class Node:
         }
         plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]
         with open(f"{self.cni}/10-e2e.conflist", "w") as f:
-            json.dump({"cniVersion": "1.0.0", "name": "e2e", "plugins": plugins}, f)
+            json.dump({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins}, f)
 
     def start(self) -> None:
         """Start the daemon and wait until it serves."""
@@ -148,7 +149,7 @@ class Node:
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.root}/{directory}/{name}" for name in os.listdir(f"{self.root}/{directory}")]
         with contextlib.suppress(FileNotFoundError):
-            found += [f"ipam {name}" for name in os.listdir(f"{self.base}/ipam/e2e") if name[0].isdigit()]
+            found += [f"ipam {name}" for name in os.listdir(f"{self.base}/ipam/{NETWORK}") if name[0].isdigit()]
         found += [
             f"process {pid}: {words}" for pid, words in processes() if self.base in words and "serve" not in words
         ]
@@ -194,9 +195,9 @@ class Node:
             **fields,
         )
 
-    def run_pod(self, name: str = "pod", **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = 60, **fields: Any) -> str:
         """A running sandbox's ID."""
-        pod: str = self.client.RunPodSandbox(config=self.pod(name, **fields)).pod_sandbox_id
+        pod: str = self.client.RunPodSandbox(deadline, config=self.pod(name, **fields)).pod_sandbox_id
         self.pods.add(pod)
         return pod
 

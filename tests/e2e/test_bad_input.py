@@ -140,21 +140,32 @@ def test_a_missing_cni_plugin(node: Node):
     assert node.leftovers() == []
 
 
-def test_a_plugin_that_fails_half_way_leaves_nothing(node: Node):
+SHARED_PIDS = cri.LinuxPodSandboxConfig(
+    security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.POD))
+)
+
+
+# With a shared PID namespace an infra process is started beside the plugins: they may fail before it runs, or after.
+@pytest.mark.parametrize(("linux", "delay"), [(None, 0), (SHARED_PIDS, 0), (SHARED_PIDS, 0.3)])
+def test_a_plugin_that_fails_half_way_leaves_nothing(node: Node, linux: cri.LinuxPodSandboxConfig | None, delay: float):
     os.makedirs(f"{node.base}/bin", exist_ok=True)
     with open(f"{node.base}/bin/broken", "w") as f:
         f.write(
-            '#!/bin/sh\ncat >/dev/null\n[ "$CNI_COMMAND" = ADD ] || exit 0\n'
+            f'#!/bin/sh\ncat >/dev/null\n[ "$CNI_COMMAND" = ADD ] || exit 0\nsleep {delay}\n'
             'echo \'{"cniVersion":"1.0.0","code":999,"msg":"the cable is cut"}\'\nexit 1\n'
         )
         os.fchmod(f.fileno(), 0o755)
     with open(f"{node.cni}/10-e2e.conflist") as f:
         text = f.read()
     with open(f"{node.cni}/05-first.conflist", "w") as f:
-        f.write(text.replace('"plugins": [', '"plugins": [').replace("}]}", '}, {"type": "broken"}]}'))
+        # Alone, where it is to fail before an infra process can run.
+        more = '}, {"type": "broken"}]}'
+        f.write(
+            text.replace("}]}", more) if delay or linux is None else text[: text.index("[")] + '[{"type": "broken"}]}'
+        )
     try:
         with refused(grpc.StatusCode.INTERNAL, "broken", "the cable is cut"):
-            node.run_pod("lonely")
+            node.run_pod("lonely", linux=linux, deadline=10)
     finally:
         os.unlink(f"{node.cni}/05-first.conflist")
     assert node.leftovers() == []

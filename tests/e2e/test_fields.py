@@ -192,7 +192,8 @@ def shared_mount(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-R", str(point)], check=True)
 
 
-def test_mounts_made_later_travel_as_the_propagation_says(node: Node, pod: str, shared_mount: Path):
+def test_mounts_made_later_travel_as_the_propagation_says(node: Node, shared_mount: Path):
+    pod = node.run_pod("pod", linux=sandbox(privileged=True))
     kinds = {
         "/private": cri.PROPAGATION_PRIVATE,
         "/slave": cri.PROPAGATION_HOST_TO_CONTAINER,
@@ -214,6 +215,15 @@ def test_mounts_made_later_travel_as_the_propagation_says(node: Node, pod: str, 
     assert [k for k in ("private", "slave", "shared") if os.listdir(shared_mount / k)] == ["shared"]
     assert node.sh(container, "ls /slave/shared; echo -; ls /private/shared") == "file\n-\n"
     node.client.StopContainer(container_id=container, timeout=0)
+
+
+@pytest.mark.parametrize("kind", [cri.PROPAGATION_HOST_TO_CONTAINER, cri.PROPAGATION_BIDIRECTIONAL])
+def test_propagation_where_the_hosts_mount_is_private(node: Node, pod: str, shared_mount: Path, kind: int):
+    subprocess.run(["mount", "--make-private", str(shared_mount)], check=True)
+    mount = cri.Mount(container_path="/m", host_path=str(shared_mount / "new"), propagation=kind)
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "/m", "propagation", f"--make-rshared {shared_mount}"):
+        node.create(pod, "c", ["true"], mounts=[mount])
+    assert not (shared_mount / "new").exists()
 
 
 def test_a_device_keeps_to_its_permissions(node: Node, pod: str):
@@ -256,8 +266,12 @@ def test_huge_pages(node: Node, pod: str):
 )
 def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str):
     limit = cri.HugepageLimit(page_size="2MB", limit=4 << 20)
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "hugetlb"):
-        node.run(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "2MB", "hugetlb"):
+        node.create(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
+    # What a kubelet may send for every size that the kernel has.
+    none = [cri.HugepageLimit(page_size=size, limit=0) for size in ("2MB", "1GB")]
+    container = node.run(pod, "none", ["sleep", "1000"], **limited(hugepage_limits=none))
+    assert node.status(container).state == cri.CONTAINER_RUNNING
 
 
 @pytest.mark.skipif("memory" in cgroups.roots(), reason="writes files of cgroup version 2")

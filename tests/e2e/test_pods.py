@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -117,6 +118,26 @@ def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: N
         assert (len(links) == 1) is same, kind
     node.sh(one, "echo shared > /dev/shm/x")
     assert node.sh(two, "cat /dev/shm/x") == "shared\n"
+
+
+def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive: str):
+    node = Node('[runtime]\ninfra = "/bin/busybox"\n')
+    try:
+        node.start()
+        try:
+            pod = node.run_pod("short", linux=shared(pid=cri.POD), deadline=30)
+        except grpc.RpcError as e:
+            assert e.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert "infra process ended at once: is /bin/busybox a catatonit?" in e.details()
+        else:  # it was ready before its end was told
+            deadline = time.monotonic() + 10
+            while node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state != cri.SANDBOX_NOTREADY:
+                assert time.monotonic() < deadline
+            node.remove_pods()
+        assert node.client.ListPodSandbox().items == []
+        assert node.leftovers() == []
+    finally:
+        node.close()
 
 
 def test_a_pod_that_shares_its_pid_namespace(node: Node):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.node import Node
+from tests.e2e.test_bad_input import refused
 
 
 @pytest.fixture
@@ -53,14 +55,24 @@ def test_ambient_capabilities_reach_a_user(node: Node, pod: str):
     assert int(status_of(node, container, "CapEff"), 16) >> 10 & 1
 
 
-def test_privileged(node: Node, pod: str):
-    container = node.run(pod, "c", ["sleep", "1000"], **secured(privileged=True))
+def test_privileged(node: Node):
+    options = cri.NamespaceOption(pid=cri.CONTAINER)
+    security = cri.LinuxSandboxSecurityContext(namespace_options=options, privileged=True)
+    pod = node.run_pod("privileged", linux=cri.LinuxPodSandboxConfig(security_context=security))
+    renamed = cri.Device(host_path="/dev/null", container_path="/dev/nothing")
+    container = node.run(pod, "c", ["sleep", "1000"], devices=[renamed], **secured(privileged=True))
+    assert node.sh(container, "test -c /dev/nothing && echo x > /dev/nothing && echo renamed") == "renamed\n"
     assert node.sh(container, "mkdir /mnt; mount -t tmpfs x /mnt && echo mounted") == "mounted\n"
     assert node.sh(container, "test -c /dev/kmsg -o -c /dev/fuse && echo devices") == "devices\n"
     assert node.sh(container, "grep ' /sys ' /proc/mounts").split()[3].startswith("rw")
     plain = node.run(pod, "plain", ["sleep", "1000"])
     assert "denied" in node.sh(plain, "mkdir -p /mnt; mount -t tmpfs x /mnt 2>&1 || true")
     assert node.sh(plain, "grep ' /sys ' /proc/mounts").split()[3].startswith("ro")
+
+
+def test_a_privileged_container_in_a_pod_that_is_not(node: Node, pod: str):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "container c is privileged", "pod sandbox is not"):
+        node.create(pod, "c", ["true"], **secured(privileged=True))
 
 
 def test_masked_and_read_only_paths(node: Node, pod: str):

@@ -27,6 +27,9 @@ def options(**modes: int | str) -> cri.LinuxPodSandboxConfig:
 
 
 POD = pod_config(pod())
+PRIVILEGED = pod_config(
+    pod(linux=cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(privileged=True)))
+)
 
 
 def test_a_pods_fields():
@@ -57,6 +60,14 @@ def test_a_pods_fields():
         ({"linux": options(pid=cri.TARGET, target_id="x")}, InvalidArgumentError, "TARGET"),
         ({"linux": options(pid=cri.TARGET)}, InvalidArgumentError, "target_id"),
         ({"linux": options(ipc=cri.TARGET, target_id="x")}, InvalidArgumentError, "ipc"),
+        ({"linux": options(ipc=cri.CONTAINER)}, InvalidArgumentError, "ipc"),
+        ({"linux": options(pid=9)}, InvalidArgumentError, "pid = 9"),
+        ({"linux": options(userns_options=cri.UserNamespace(mode=9))}, InvalidArgumentError, "mode = 9"),
+        ({"port_mappings": [cri.PortMapping(protocol=9)]}, InvalidArgumentError, "protocol = 9"),
+        ({"hostname": "a\nb"}, InvalidArgumentError, "hostname"),
+        ({"dns_config": cri.DNSConfig(servers=["1.1.1.1\nsearch evil"])}, InvalidArgumentError, "dns_config.servers"),
+        ({"dns_config": cri.DNSConfig(searches=["a b"])}, InvalidArgumentError, "dns_config.searches"),
+        ({"dns_config": cri.DNSConfig(options=["\t"])}, InvalidArgumentError, "dns_config.options"),
     ],
 )
 def test_a_pod_that_is_refused(fields, kind, word):
@@ -85,6 +96,11 @@ def test_only_a_namespaced_sysctl_is_taken(sysctl, modes, ok):
     else:
         with pytest.raises(InvalidArgumentError, match="sysctl"):
             pod_config(pod(linux=linux))
+
+
+def test_every_signal_of_cri_has_a_name():
+    assert container_config(container(), POD).stop_signal == ""
+    assert container_config(container(stop_signal=cri.SIGRTMINPLUS3), POD).stop_signal == "SIGRTMINPLUS3"
 
 
 def test_a_containers_log_path_is_the_pods_directory_and_its_own():
@@ -162,6 +178,16 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
             InvalidArgumentError,
             "0 mappings",
         ),
+        (
+            {"mounts": [cri.Mount(container_path="/a", host_path="/h", propagation=9)]},
+            InvalidArgumentError,
+            "propagation = 9",
+        ),
+        ({"stop_signal": 999}, InvalidArgumentError, "stop_signal = 999"),
+        (linux(supplemental_groups_policy=9), InvalidArgumentError, "supplemental_groups_policy = 9"),
+        (linux(seccomp=cri.SecurityProfile(profile_type=9)), InvalidArgumentError, "seccomp.profile_type = 9"),
+        (linux(apparmor=cri.SecurityProfile(profile_type=9)), InvalidArgumentError, "apparmor.profile_type = 9"),
+        (linux(privileged=True), InvalidArgumentError, "pod sandbox is not"),
     ],
 )
 def test_a_container_that_is_refused(fields, kind, word):
@@ -212,7 +238,7 @@ def profile(kind: int, path: str = "") -> cri.SecurityProfile:
     ],
 )
 def test_the_seccomp_profile_is_the_new_fields_before_the_old_ones(security, expected):
-    assert container_config(container(**linux(**security)), POD).security.seccomp == expected
+    assert container_config(container(**linux(**security)), PRIVILEGED).security.seccomp == expected
 
 
 def test_cdi_devices_of_the_field_and_of_annotations():
@@ -237,7 +263,7 @@ def test_cdi_devices_of_the_field_and_of_annotations():
     ],
 )
 def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security, expected):
-    assert container_config(container(**linux(**security)), POD).security.apparmor == expected
+    assert container_config(container(**linux(**security)), PRIVILEGED).security.apparmor == expected
 
 
 def test_a_selinux_label_is_filled_up():

@@ -22,7 +22,11 @@ from criserver.model import (
 )
 from criserver.oci import spec
 
-HOST = spec.Host(capabilities=(*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"), oom_score_adj_floor=-500)
+HOST = spec.Host(
+    capabilities=(*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"),
+    oom_score_adj_floor=-500,
+    hugepage_sizes=frozenset({"2MB"}),
+)
 POD = spec.PodFacts(
     hostname="pod",
     resolv_conf="/s/resolv.conf",
