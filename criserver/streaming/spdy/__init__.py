@@ -1,0 +1,41 @@
+"""SPDY/3.1 without I/O, for either side of a connection."""
+
+from __future__ import annotations
+
+from criserver.streaming.spdy.connection import Connection, Limits
+from criserver.streaming.spdy.events import (
+    ConnectionFailed,
+    Data,
+    Event,
+    GoneAway,
+    Headers,
+    Pong,
+    Refused,
+    Replied,
+    Reset,
+    StreamOpened,
+    WindowGrown,
+)
+from criserver.streaming.spdy.frames import MAX_WINDOW, Farewell, LocalError, Status
+from criserver.streaming.spdy.states import Half
+
+__all__ = [
+    "MAX_WINDOW",
+    "Connection",
+    "ConnectionFailed",
+    "Data",
+    "Event",
+    "Farewell",
+    "GoneAway",
+    "Half",
+    "Headers",
+    "Limits",
+    "LocalError",
+    "Pong",
+    "Refused",
+    "Replied",
+    "Reset",
+    "Status",
+    "StreamOpened",
+    "WindowGrown",
+]

@@ -1,0 +1,542 @@
+"""SPDY/3.1 without I/O: bytes in, events out, and the bytes to send (SPDY Protocol Draft 3.1, section 2).
+
+kubectl's exec, attach and port-forward and crictl speak it after an HTTP upgrade, with moby/spdystream on their side.
+What that peer does shapes this module where the specification leaves room:
+
+- It drops data for a stream that has no SYN_REPLY yet, so ``send`` before ``reply`` is refused here.
+- It reads nothing after a GOAWAY, not even data of open streams, so ``go_away`` comes after all that it is to get.
+- It takes no part in flow control: no WINDOW_UPDATE ever comes from it. Ours it reads and ignores, yet each takes a
+  place in one of five bounded queues, and behind a stream whose user does not read these fill up until all of its
+  streams stand still. So windows are a language for peers that speak it: until a WINDOW_UPDATE or a SETTINGS with an
+  initial window has come, none is sent and sending is not bounded by any.
+
+A peer that goes beyond a window of ours is not cut off. The caller bounds its own memory by not reading the socket
+while it holds too much (``held``), and while the transport does not take what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from criserver.streaming.spdy.events import (
+    ConnectionFailed,
+    Data,
+    Event,
+    GoneAway,
+    Headers,
+    Pong,
+    Refused,
+    Replied,
+    Reset,
+    StreamOpened,
+    WindowGrown,
+)
+from criserver.streaming.spdy.frames import (
+    DEFAULT_WINDOW,
+    FIN,
+    HEAD,
+    MAX_ID,
+    MAX_SIZE,
+    MAX_WINDOW,
+    UNIDIRECTIONAL,
+    ConnectionFault,
+    Farewell,
+    FrameReader,
+    LocalError,
+    Payload,
+    Setting,
+    Status,
+    StreamFault,
+    Type,
+    control,
+    data_head,
+    parse_settings,
+    settings,
+    two_words,
+)
+from criserver.streaming.spdy.headers import HeaderDecoder, HeaderEncoder, Pairs, split_pairs
+from criserver.streaming.spdy.states import REASONS, RULES, Half, Sent, Stream
+
+# An attribute of an Enum costs too much for each frame of data.
+_OPEN, _DONE = Half.OPEN, Half.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what a peer may ask of one connection; sizes are in bytes.
+
+    ``control`` is the body of a control frame, which section 2.2.1 wants to be 8192 at least; ``headers`` a header
+    block after its decompression; ``pairs`` the headers in one block, each value counted; ``settings`` the entries of
+    a SETTINGS frame. ``streams`` may be open at once, of both sides together. ``answers`` are frames that the peer
+    makes us send (PING, RST_STREAM) between two calls of ``take``. ``frame`` is the payload of a DATA frame that we
+    send, ``window`` what a peer that takes part in flow control may send of one stream ahead of ``consumed``.
+    """
+
+    control: int = 16 * 1024
+    headers: int = 64 * 1024
+    pairs: int = 128
+    settings: int = 64
+    streams: int = 1024
+    answers: int = 1024
+    frame: int = 64 * 1024
+    window: int = 256 * 1024
+
+
+class Connection:
+    """One side of a connection, the server unless ``client``.
+
+    With ``announce`` the peer is told our windows from the start, and by that to keep to them; without, once it has
+    told us of its own. None of the methods blocks or does I/O; those that make frames raise LocalError for what the
+    state of the connection or stream forbids, and then nothing has changed.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_answers",
+        "_balance",
+        "_bounded",
+        "_client",
+        "_credit",
+        "_decoder",
+        "_encoder",
+        "_failed",
+        "_held",
+        "_initial",
+        "_last_opened",
+        "_limits",
+        "_next_id",
+        "_next_ping",
+        "_out",
+        "_peer_gone",
+        "_peer_limit",
+        "_pings",
+        "_reader",
+        "_reset",
+        "_speaking",
+        "_streams",
+        "_wanted",
+        "_went",
+    )
+
+    def __init__(self, *, client: bool = False, limits: Limits | None = None, announce: bool = False) -> None:
+        self._client = client
+        self._limits = limits or Limits()
+        self._streams: dict[int, Stream] = {}
+        self._decoder = HeaderDecoder()
+        self._encoder = HeaderEncoder()
+        self._next_id = self._next_ping = 1 if client else 2
+        self._last_opened = 0  # the last stream that the peer opened or tried to
+        self._accepted = 0
+        self._pings: set[int] = set()
+        self._peer_limit = MAX_ID
+        self._peer_gone = False
+        self._went = False
+        self._failed = False
+        # What is to be sent.
+        self._out: list[bytes | memoryview] = []
+        self._answers = 0
+        self._reset: set[int] = set()  # streams that have got an RST_STREAM since the last take()
+        self._reader = FrameReader(self._limits.control)
+        self._wanted = False  # whether the payload of the DATA frame that is being read goes to the caller
+        # Flow control: the peer's windows, which bound us, and ours.
+        self._bounded = False
+        self._initial = DEFAULT_WINDOW
+        self._balance = DEFAULT_WINDOW
+        self._speaking = False
+        self._held = 0
+        self._credit = 0
+        if announce:
+            self._speak()
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """The streams that are open in a direction."""
+        return tuple(self._streams)
+
+    @property
+    def held(self) -> int:
+        """Bytes handed out in Data events and not yet ``consumed``."""
+        return self._held
+
+    def state(self, stream: int) -> tuple[Half, Half]:
+        """What we and the peer may still send on a stream."""
+        known = self._streams.get(stream)
+        return (known.ours, known.theirs) if known else (_DONE, _DONE)
+
+    def window(self, stream: int) -> int:
+        """How many bytes ``send`` may carry on the stream now; MAX_WINDOW where the peer has no windows."""
+        known = self._streams.get(stream)
+        if known is None or known.ours is not _OPEN:
+            return 0
+        return max(0, self._room(known))
+
+    def open(self, headers: Iterable[tuple[str, str]] = (), *, end: bool = False) -> int:
+        """Open a stream and return its ID; ``end``: this side sends nothing more on it."""
+        if self._failed or self._went or self._peer_gone:
+            raise LocalError("no stream can be opened: the connection is going away")
+        own = sum(1 for stream in self._streams if self._is_own(stream))
+        if own >= self._peer_limit:
+            raise LocalError(f"no stream can be opened: the peer allows {self._peer_limit} at once")
+        stream = self._next_id
+        if stream > MAX_ID:
+            raise LocalError("no stream can be opened: the connection has used up its stream IDs")
+        block = self._encoder.encode(headers)
+        body = HEAD.pack(stream, 0) + b"\x00\x00" + block
+        self._out.append(control(Type.SYN_STREAM, body, FIN if end else 0))
+        self._next_id += 2
+        self._streams[stream] = Stream(stream, _DONE if end else _OPEN, Half.SILENT)
+        return stream
+
+    def reply(self, stream: int, headers: Iterable[tuple[str, str]] = (), *, end: bool = False) -> None:
+        """Accept a stream of the peer's; ``end``: this side sends no data on it."""
+        self._send_block(Type.SYN_REPLY, Sent.REPLY, stream, headers, end=end)
+
+    def headers(self, stream: int, headers: Iterable[tuple[str, str]], *, end: bool = False) -> None:
+        """Send more headers on a stream."""
+        self._send_block(Type.HEADERS, Sent.HEADERS, stream, headers, end=end)
+
+    def send(self, stream: int, data: bytes | bytearray | memoryview, *, end: bool = False) -> None:
+        """Send data, not more than ``window`` allows; with ``end`` it is this side's last, and may be empty."""
+        known, _ = self._may_send(stream, Sent.DATA)
+        if type(data) is not bytes:
+            data = bytes(data)  # it may change before take()
+        size = len(data)
+        if size > self._room(known):
+            raise LocalError(f"{size} bytes exceed the window of stream {stream} ({max(0, self._room(known))} bytes)")
+        known.balance -= size
+        self._balance -= size
+        most = min(self._limits.frame, MAX_SIZE)
+        if size <= most:
+            if size or end:
+                self._out += (data_head(stream, size, end=end), data)
+        else:
+            view = memoryview(data)
+            for start in range(0, size, most):
+                part = view[start : start + most]
+                self._out += (data_head(stream, len(part), end=end and start + most >= size), part)
+        if end:
+            known.ours = _DONE
+            self._forget_closed(known)
+
+    def reset(self, stream: int, status: int) -> None:
+        """End a stream in both directions; nothing to do where it has ended already."""
+        if not 0 < status <= 0xFFFFFFFF:
+            raise LocalError(f"{status} is no status of RST_STREAM")
+        if self._drop(stream):
+            self._reset.add(stream)
+            self._out.append(two_words(Type.RST_STREAM, stream, status))
+
+    def ping(self) -> int:
+        """Ask for a sign of life and return the ID that the Pong will have."""
+        if self._failed:
+            raise LocalError("no ping can be sent: the connection has failed")
+        ping = self._next_ping
+        self._next_ping = ping + 2 if ping + 2 <= MAX_ID else 2 - ping % 2
+        self._pings.add(ping)
+        self._out.append(control(Type.PING, ping.to_bytes(4, "big")))
+        return ping
+
+    def go_away(self, status: int = Farewell.OK) -> None:
+        """Accept no more streams; those that are open go on. The second call does nothing."""
+        if not (self._went or self._failed):
+            self._went = True
+            self._out.append(two_words(Type.GOAWAY, self._accepted, status))
+
+    def consumed(self, stream: int, count: int) -> None:
+        """``count`` bytes of the stream's Data have been passed on or thrown away, also of a stream that has ended."""
+        if not 0 <= count <= self._held:
+            raise LocalError(f"{count} bytes cannot have been consumed: {self._held} are held")
+        self._held -= count
+        known = self._streams.get(stream)
+        if known is not None and known.theirs is not _DONE:
+            known.credit += count
+            if self._speaking and known.credit * 2 >= self._limits.window:
+                self._grant(known)
+        self._restore(count)
+
+    def take(self) -> bytes:
+        """What is to be sent now, b"" if nothing is."""
+        out = b"".join(self._out)
+        self._out.clear()
+        self._reset.clear()
+        self._answers = 0
+        return out
+
+    def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
+        """The events in what the peer has sent. A fault of the peer's is an event and never raised."""
+        events: list[Event] = []
+        if self._failed:
+            return events
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        try:
+            for frame in self._reader.read(view):
+                if isinstance(frame, Payload):
+                    self._payload(frame, events)
+                else:
+                    _HANDLERS[frame.kind](self, frame.body, frame.flags, events)
+        except ConnectionFault as fault:
+            self._failed = True
+            self._streams.clear()
+            self._out.append(two_words(Type.GOAWAY, self._accepted, fault.status))
+            events.append(ConnectionFailed(fault.status, fault.reason))
+        return events
+
+    def _payload(self, frame: Payload, events: list[Event]) -> None:
+        stream, data, begins, ended = frame
+        known = self._streams.get(stream)
+        if begins:
+            self._wanted = known is not None and known.theirs is _OPEN
+            if known is None:
+                self._unknown(stream, Sent.DATA)
+            elif known.theirs is not _OPEN:
+                step = known.theirs, Sent.DATA
+                self._stream_fault(stream, RULES[step], REASONS[step], events)
+        size = len(data)
+        if known is None or not self._wanted:  # also where the caller has reset it in the middle of a frame
+            # Nobody will consume it, and still it has used up the connection's window (section 2.6.8).
+            self._restore(size)
+            return
+        if size or ended:
+            self._held += size
+            events.append(Data(stream, data, ended))
+        if ended:
+            known.theirs = _DONE
+            self._forget_closed(known)
+
+    def _syn_stream(self, body: bytes, flags: int, events: list[Event]) -> None:
+        # The block comes first in each of these: whatever becomes of the frame, the next one's needs this one's text.
+        text = self._decoder.decode(body[10:], self._limits.headers)
+        if self._went:
+            return
+        stream = HEAD.unpack_from(body)[0] & MAX_ID
+        if stream in self._streams or (stream == self._last_opened and stream):
+            self._stream_fault(stream, Status.PROTOCOL_ERROR, "a second SYN_STREAM for the stream", events)
+            return
+        if not stream or self._is_own(stream) or stream < self._last_opened:
+            raise ConnectionFault(
+                Farewell.PROTOCOL_ERROR, f"stream {stream} cannot be opened after stream {self._last_opened}"
+            )
+        self._last_opened = stream
+        if len(self._streams) >= self._limits.streams:
+            self._refuse(stream, Status.REFUSED_STREAM, f"{self._limits.streams} streams are open", events)
+            return
+        try:
+            pairs = split_pairs(text, self._limits.pairs)
+        except StreamFault as fault:
+            self._refuse(stream, fault.status, fault.reason, events)
+            return
+        self._accepted = stream
+        ended, unidirectional = bool(flags & FIN), bool(flags & UNIDIRECTIONAL)
+        known = Stream(stream, _DONE if unidirectional else Half.SILENT, _DONE if ended else _OPEN)
+        self._streams[stream] = known
+        events.append(StreamOpened(stream, pairs, ended, unidirectional))
+        self._forget_closed(known)
+
+    def _syn_reply(self, body: bytes, flags: int, events: list[Event]) -> None:
+        self._block(Sent.REPLY, Replied, body, flags, events)
+
+    def _headers(self, body: bytes, flags: int, events: list[Event]) -> None:
+        self._block(Sent.HEADERS, Headers, body, flags, events)
+
+    def _block(
+        self,
+        sent: Sent,
+        event: Callable[[int, Pairs, bool], Replied | Headers],
+        body: bytes,
+        flags: int,
+        events: list[Event],
+    ) -> None:
+        text = self._decoder.decode(body[4:], self._limits.headers)
+        stream = int.from_bytes(body[:4], "big") & MAX_ID
+        known = self._streams.get(stream)
+        if known is None:
+            self._unknown(stream, sent)
+            return
+        step = known.theirs, sent
+        after = RULES[step]
+        if isinstance(after, Status):
+            self._stream_fault(stream, after, REASONS[step], events)
+            return
+        try:
+            pairs = split_pairs(text, self._limits.pairs)
+        except StreamFault as fault:
+            self._stream_fault(stream, fault.status, fault.reason, events)
+            return
+        ended = bool(flags & FIN)
+        known.theirs = _DONE if ended else after
+        events.append(event(stream, pairs, ended))
+        self._forget_closed(known)
+
+    def _rst_stream(self, body: bytes, _flags: int, events: list[Event]) -> None:
+        stream, status = HEAD.unpack(body)
+        if self._drop(stream & MAX_ID):
+            events.append(Reset(stream & MAX_ID, status))
+
+    def _settings(self, body: bytes, _flags: int, events: list[Event]) -> None:
+        values = parse_settings(body, self._limits.settings)
+        self._peer_limit = values.get(Setting.MAX_CONCURRENT_STREAMS, self._peer_limit)
+        initial = values.get(Setting.INITIAL_WINDOW_SIZE)
+        if initial is None:
+            return
+        if initial > MAX_WINDOW:
+            raise ConnectionFault(Farewell.FLOW_CONTROL_ERROR, f"an initial window of {initial} bytes")
+        self._heed()
+        grown = initial > self._initial
+        self._initial = initial
+        if grown:
+            events.append(WindowGrown(0))
+
+    def _ping(self, body: bytes, _flags: int, events: list[Event]) -> None:
+        ping = int.from_bytes(body, "big")
+        if not self._is_own(ping):
+            self._answer(control(Type.PING, body))
+        elif ping in self._pings:
+            self._pings.remove(ping)
+            events.append(Pong(ping))
+
+    def _goaway(self, body: bytes, _flags: int, events: list[Event]) -> None:
+        last, status = HEAD.unpack(body)
+        self._peer_gone = True
+        events.append(GoneAway(last & MAX_ID, status))
+
+    def _window_update(self, body: bytes, _flags: int, events: list[Event]) -> None:
+        stream, delta = (word & MAX_ID for word in HEAD.unpack(body))
+        self._heed()
+        if not stream:
+            if not delta:
+                raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes")
+            if self._balance + delta > MAX_WINDOW:
+                raise ConnectionFault(Farewell.FLOW_CONTROL_ERROR, f"a window of more than {MAX_WINDOW} bytes")
+            self._balance += delta
+            events.append(WindowGrown(0))
+            return
+        known = self._streams.get(stream)
+        if known is None or known.ours is _DONE:
+            return
+        if not delta:
+            self._stream_fault(stream, Status.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes", events)
+        elif self._initial + known.balance + delta > MAX_WINDOW:
+            reason = f"a window of more than {MAX_WINDOW} bytes"
+            self._stream_fault(stream, Status.FLOW_CONTROL_ERROR, reason, events)
+        else:
+            known.balance += delta
+            events.append(WindowGrown(stream))
+
+    def _stream_fault(self, stream: int, status: int, reason: str, events: list[Event]) -> None:
+        if self._drop(stream):
+            events.append(Reset(stream, status, reason))
+        self._answer_reset(stream, status)
+
+    def _refuse(self, stream: int, status: int, reason: str, events: list[Event]) -> None:
+        events.append(Refused(stream, status, reason))
+        self._answer_reset(stream, status)
+
+    def _unknown(self, stream: int, sent: Sent) -> None:
+        """A frame for a stream that is not open. That is no event: after a reset it is what is still on its way."""
+        if not stream:
+            raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a frame for stream 0")
+        if self._went:  # it may be for a stream that we have ignored (section 2.2.2)
+            return
+        closed = stream < self._next_id if self._is_own(stream) else stream <= self._last_opened
+        # Section 2.3.7 for data after the close, 2.2.2 and 2.6.3 for the rest.
+        wrong = sent is Sent.DATA and closed
+        self._answer_reset(stream, Status.PROTOCOL_ERROR if wrong else Status.INVALID_STREAM)
+
+    def _answer_reset(self, stream: int, status: int) -> None:
+        # One is enough for all frames that follow in succession (section 2.4.2).
+        if stream not in self._reset:
+            self._reset.add(stream)
+            self._answer(two_words(Type.RST_STREAM, stream, status))
+
+    def _answer(self, frame: bytes) -> None:
+        self._answers += 1
+        if self._answers > self._limits.answers:
+            raise ConnectionFault(
+                Farewell.PROTOCOL_ERROR, f"more than {self._limits.answers} frames that demand an answer at once"
+            )
+        self._out.append(frame)
+
+    def _is_own(self, number: int) -> bool:
+        """Whether a stream's or ping's ID is one of ours: odd ones are the client's (sections 2.3.2, 2.6.5)."""
+        return number % 2 == self._client
+
+    def _drop(self, stream: int) -> bool:
+        known = self._streams.pop(stream, None)
+        if known is None:
+            return False
+        known.ours = known.theirs = _DONE
+        return True
+
+    def _forget_closed(self, known: Stream) -> None:
+        if known.ours is _DONE and known.theirs is _DONE:
+            del self._streams[known.id]
+
+    def _may_send(self, stream: int, sent: Sent) -> tuple[Stream, Half]:
+        known = self._streams.get(stream)
+        if known is None:
+            raise LocalError(f"stream {stream} is not open")
+        step = known.ours, sent
+        after = RULES[step]
+        if isinstance(after, Status):
+            raise LocalError(f"stream {stream}: {REASONS[step]}")
+        return known, after
+
+    def _send_block(
+        self, kind: Type, sent: Sent, stream: int, headers: Iterable[tuple[str, str]], *, end: bool
+    ) -> None:
+        known, after = self._may_send(stream, sent)
+        body = stream.to_bytes(4, "big") + self._encoder.encode(headers)
+        self._out.append(control(kind, body, FIN if end else 0))
+        known.ours = _DONE if end else after
+        self._forget_closed(known)
+
+    def _room(self, known: Stream) -> int:
+        return min(self._initial + known.balance, self._balance) if self._bounded else MAX_WINDOW
+
+    def _heed(self) -> None:
+        """The peer takes part in flow control: keep to its windows, and tell it ours."""
+        self._bounded = True
+        self._speak()
+
+    def _speak(self) -> None:
+        """Tell the peer our windows, from now on."""
+        if self._speaking:
+            return
+        self._speaking = True
+        window = self._limits.window
+        self._out.append(
+            settings({Setting.MAX_CONCURRENT_STREAMS: self._limits.streams, Setting.INITIAL_WINDOW_SIZE: window})
+        )
+        # A peer that kept to its windows in silence cannot have sent more than one of them.
+        self._credit = min(self._credit, DEFAULT_WINDOW) + max(0, window - DEFAULT_WINDOW)
+        self._restore(0)
+        for known in self._streams.values():
+            known.credit = min(known.credit, DEFAULT_WINDOW)
+            if known.credit:
+                self._grant(known)
+
+    def _grant(self, known: Stream) -> None:
+        self._out.append(two_words(Type.WINDOW_UPDATE, known.id, known.credit))
+        known.credit = 0
+
+    def _restore(self, count: int) -> None:
+        """Give back a part of the connection's window, half a window at a time."""
+        self._credit += count
+        if self._speaking and self._credit * 2 >= max(self._limits.window, DEFAULT_WINDOW):
+            self._out.append(two_words(Type.WINDOW_UPDATE, 0, self._credit))
+            self._credit = 0
+
+
+_HANDLERS: Mapping[int, Callable[[Connection, bytes, int, list[Event]], None]] = {
+    Type.SYN_STREAM: Connection._syn_stream,
+    Type.SYN_REPLY: Connection._syn_reply,
+    Type.RST_STREAM: Connection._rst_stream,
+    Type.SETTINGS: Connection._settings,
+    Type.PING: Connection._ping,
+    Type.GOAWAY: Connection._goaway,
+    Type.HEADERS: Connection._headers,
+    Type.WINDOW_UPDATE: Connection._window_update,
+}
