@@ -35,6 +35,7 @@ from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
+from criserver.streaming import StreamingServer
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
@@ -68,6 +69,7 @@ async def serve(config: Config) -> None:
         await node.nursery.start()
         await recover(node)
         await node.images.collect()
+        await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))
         upkeep = [asyncio.create_task(_checkpoint(store)), asyncio.create_task(node.stats.disk.run())]
         # What start-up made lives as long as the daemon; the collector need not look at it again.
@@ -88,6 +90,7 @@ async def serve(config: Config) -> None:
         for task in upkeep:
             task.cancel()
         await server.stop(STOP_GRACE)
+        await node.streaming.stop()
         await _within(node.settle(), STOP_GRACE)
     finally:
         for link in list(node.links.values()):
@@ -117,12 +120,31 @@ def _node(config: Config, store: Store, snapshotter: Snapshotter, features: Mapp
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,
         nursery=Nursery(),
+        streaming=_streaming(config),
         stats=Statistics(
             Cgroups(cgroups.roots()),
             Networks(),
             DiskMeter(snapshotter.usage, lambda: _writable_layers(registry)),
         ),
     )
+
+
+def _streaming(config: Config) -> StreamingServer:
+    """The streaming server, not yet listening. Raises FailedPreconditionError for a certificate that is none."""
+    given = config.streaming
+    tls = None
+    if given.tls_cert:
+        # Imported here: most nodes do without its memory.
+        import ssl
+
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            tls.load_cert_chain(given.tls_cert, given.tls_key)
+        except (OSError, ssl.SSLError) as e:
+            raise FailedPreconditionError(
+                f"streaming.tls_cert = {given.tls_cert!r} and tls_key = {given.tls_key!r} cannot be used: {e}"
+            ) from e
+    return StreamingServer(given.host, given.port, tls=tls, idle=given.idle_timeout)
 
 
 def _writable_layers(registry: Registry) -> dict[str, bool]:

@@ -23,6 +23,7 @@ from criserver.runtime.container_log import reopen_log
 from criserver.runtime.container_remove import remove_container
 from criserver.runtime.container_start import start_container
 from criserver.runtime.container_stop import stop_container
+from criserver.runtime.container_stream import attach_address, exec_address, forward_address
 from criserver.runtime.container_update import update_container
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
@@ -31,14 +32,12 @@ from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import run_sandbox
 from criserver.runtime.sandbox_stop import stop_sandbox
 from criserver.runtime.sandbox_update import update_sandbox
+from criserver.streaming import Wanted
 
 log = structlog.get_logger(__name__)
 
 # RPCs that a later version builds, with the feature that each belongs to.
 MISSING = {
-    "Exec": "streaming exec",
-    "Attach": "streaming attach",
-    "PortForward": "port forwarding",
     "CheckpointContainer": "checkpoints",
 }
 
@@ -218,6 +217,17 @@ class RuntimeService(StatsRpcs):
     async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)
         return cri.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.code)
+
+    async def exec(self, request: cri.ExecRequest) -> cri.ExecResponse:
+        wanted = Wanted(request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.ExecResponse(url=exec_address(self._node, request.container_id, list(request.cmd), wanted))
+
+    async def attach(self, request: cri.AttachRequest) -> cri.AttachResponse:
+        wanted = Wanted(request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.AttachResponse(url=attach_address(self._node, request.container_id, wanted))
+
+    async def port_forward(self, request: cri.PortForwardRequest) -> cri.PortForwardResponse:
+        return cri.PortForwardResponse(url=forward_address(self._node, request.pod_sandbox_id, list(request.port)))
 
     async def reopen_container_log(self, request: cri.ReopenContainerLogRequest) -> cri.ReopenContainerLogResponse:
         await reopen_log(self._node, request.container_id)

@@ -24,6 +24,17 @@ class Runtime:
 
 
 @dataclass(frozen=True, slots=True)
+class Streaming:
+    """Where the streaming server listens, with TLS where both files are named."""
+
+    host: str
+    port: int
+    tls_cert: str
+    tls_key: str
+    idle_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; default.toml says what each field means. Times are seconds."""
 
@@ -40,6 +51,7 @@ class Config:
     cgroup_driver: str
     infra: str
     cdi_dirs: tuple[str, ...]
+    streaming: Streaming
     runtimes: Mapping[str, Runtime] = field(default_factory=dict)
 
 
@@ -79,8 +91,18 @@ def load(path: str | None) -> Config:
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],
         cdi_dirs=tuple(merged["cdi"]["dirs"]),
+        streaming=_streaming(path, merged["streaming"]),
         runtimes=runtimes,
     )
+
+
+def _streaming(path: str | None, table: Mapping[str, Any]) -> Streaming:
+    host, _, port = table["address"].rpartition(":")
+    if int(port) >= 1 << 16:
+        raise InvalidArgumentError(f"configuration {path}: streaming.address = {table['address']!r}: {port} is no port")
+    if bool(table["tls_cert"]) != bool(table["tls_key"]):
+        raise InvalidArgumentError(f"configuration {path}: streaming.tls_cert and streaming.tls_key go together")
+    return Streaming(host.strip("[]"), int(port), table["tls_cert"], table["tls_key"], float(table["idle_timeout"]))
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -119,6 +141,10 @@ def _explain(schema: dict[str, Any], error: Any) -> str:
             return f"{where} = {error.instance!r}; it must be of type {error.validator_value}"
         case "pattern" if error.validator_value == schema["$defs"]["path"]["pattern"]:
             return f"{where} = {error.instance!r}; it must be an absolute path"
+        case "pattern" if error.validator_value == schema["$defs"]["path_or_none"]["pattern"]:
+            return f"{where} = {error.instance!r}; it must be an absolute path, or empty"
+        case "pattern" if where == "streaming.address":
+            return f"{where} = {error.instance!r}; it must be HOST:PORT, with an IPv6 address in brackets"
         case _:
             return f"{where} = {error.instance!r}: {error.message}"
 

@@ -158,6 +158,46 @@ async def make(
     return outcome.result()
 
 
+async def stream_socket(path: str | None, family: int) -> socket.socket:
+    """A TCP socket of the network namespace that is pinned at ``path``, None for the node's; it does not block.
+
+    Raises OSError where there is no such namespace, or where it lacks the address family.
+    """
+    if path is None:
+        return _stream_socket(family)
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[socket.socket] = loop.create_future()
+
+    def work() -> None:
+        try:
+            with open(path) as file:
+                _enter([file.fileno()])
+            made = _stream_socket(family)
+        except OSError as e:
+            loop.call_soon_threadsafe(settle, e)
+        else:
+            loop.call_soon_threadsafe(settle, made)
+
+    def settle(found: socket.socket | OSError) -> None:
+        if isinstance(found, OSError):
+            if not outcome.done():
+                outcome.set_exception(found)
+        elif outcome.done():
+            found.close()
+        else:
+            outcome.set_result(found)
+
+    # A thread of its own, as above.
+    threading.Thread(target=work, name="dial", daemon=True).start()
+    return await outcome
+
+
+def _stream_socket(family: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
 def unpin(directory: str) -> None:
     """Unmount and remove what :func:`make` left in ``directory``, whole or in part, and the directory.
 

@@ -22,6 +22,7 @@ from criserver.runtime.features import Features
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
 from criserver.stats import Statistics
+from criserver.streaming import StreamingServer
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
@@ -39,6 +40,7 @@ class Node:
     nursery: Nursery
     stats: Statistics
     events: Events
+    streaming: StreamingServer
     # By the handler's name.
     features: Mapping[str, Features]
     # As last read, so that only what has changed is read again.

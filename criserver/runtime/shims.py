@@ -32,7 +32,7 @@ class Link:
     """A connection to a shim or to the nursery: frames out with descriptors, replies and events in.
 
     ``on_event`` gets every message that is not a reply; ``on_close`` is called once, when the other side is
-    gone.
+    gone. A reply's key "fds" is the descriptors that came with it, which are the caller's.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._out: list[tuple[bytes, list[int]]] = []
+        self._fds: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._readable)
         self.closed = False
@@ -75,6 +76,10 @@ class Link:
                 answer = await reply
         except TimeoutError:
             raise DeadlineExceededError(f"{self._peer} did not answer {message['op']!r} within {timeout:g} s") from None
+        except asyncio.CancelledError:
+            if reply.done() and not reply.cancelled() and reply.exception() is None:
+                _close_all(reply.result()["fds"])
+            raise
         finally:
             self._replies.pop(number, None)
         if "error" in answer:
@@ -98,6 +103,8 @@ class Link:
         for _, fds in self._out:
             _close_all(fds)
         self._out.clear()
+        _close_all(self._fds)
+        self._fds.clear()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(UnavailableError(f"{self._peer} has ended"))
@@ -122,7 +129,8 @@ class Link:
 
     def _readable(self) -> None:
         try:
-            data = self._sock.recv(65536)
+            data, fds = wire.receive_once(self._sock)
+            self._fds += fds
             messages = self._frames.feed(data) if data else None
         except BlockingIOError:
             return
@@ -133,11 +141,15 @@ class Link:
             self.close()
             return
         for message in messages:
+            count = message.get("fds", 0)
+            fds, self._fds = self._fds[:count], self._fds[count:]
             number = message.get("re")
             if number is None:
                 self._on_event(message)
             elif (reply := self._replies.get(number)) is not None and not reply.done():
-                reply.set_result(message)
+                reply.set_result({**message, "fds": fds})
+                continue
+            _close_all(fds)
 
 
 class Nursery:

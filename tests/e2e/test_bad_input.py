@@ -250,7 +250,7 @@ def test_calls_on_a_container_in_the_wrong_state(node: Node):
 
 @pytest.mark.parametrize(
     ("rpc", "feature"),
-    [("Attach", "streaming attach"), ("CheckpointContainer", "checkpoints")],
+    [("CheckpointContainer", "checkpoints")],
 )
 def test_what_a_later_version_builds_is_refused_by_name(node: Node, rpc: str, feature: str):
     with refused(grpc.StatusCode.UNIMPLEMENTED, rpc, feature):

@@ -1,0 +1,279 @@
+"""Exec, Attach and PortForward: what a client of the streaming server does with a container or a pod.
+
+The calls themselves check what can be checked and answer with an address; the rest happens when a client comes there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack, closing, suppress
+from typing import Any, Self
+
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from criserver.model import NamespaceMode
+from criserver.network import namespaces
+from criserver.runtime.exec_process import Console, exec_process, link_to_shim, running_container
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, SandboxState
+from criserver.runtime.shims import Link
+from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
+
+# Seconds. Output that a command has left in its pipes is taken however long the client needs; when there is none, but
+# a process that ran away into the background may write some yet, it is not waited for longer than this.
+DRAIN_TIMEOUT = 2.0
+DIAL_TIMEOUT = 30.0
+# A WebSocket's channels are named by one character; each port takes two.
+MAX_PORTS = 40
+_PIPE_SIZE = 1 << 20
+_LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+
+def exec_address(node: Node, given: str, command: Sequence[str], wanted: Wanted) -> str:
+    """The URL at which a client can run a command in a container.
+
+    Raises NotFoundError, FailedPreconditionError where the container does not run, InvalidArgumentError.
+    """
+    _check(wanted)
+    if not command:
+        raise InvalidArgumentError("the command is empty; it must be given")
+    container = running_container(node, given)
+    return node.streaming.offer(Command(wanted, lambda streams: _exec(node, container.id, command, wanted, streams)))
+
+
+def attach_address(node: Node, given: str, wanted: Wanted) -> str:
+    """The URL at which a client can attach to a container's own process; it raises as :func:`exec_address` does."""
+    _check(wanted)
+    container = running_container(node, given)
+    if wanted.tty != container.config.tty:
+        has = "has" if container.config.tty else "has not"
+        raise InvalidArgumentError(f"tty = {wanted.tty} and container {container.id} {has} a terminal; both must agree")
+    return node.streaming.offer(Command(wanted, lambda streams: _attach(node, container.id, streams)))
+
+
+def forward_address(node: Node, given: str, ports: Sequence[int]) -> str:
+    """The URL at which a client can reach ports of a pod; ``ports`` are those of clients that cannot name them.
+
+    Raises NotFoundError, FailedPreconditionError for a pod that is stopped, InvalidArgumentError.
+    """
+    for port in ports:
+        if not 0 < port < 1 << 16:
+            raise InvalidArgumentError(f"port = {port} is not a port")
+    if len(ports) > MAX_PORTS:
+        raise InvalidArgumentError(f"{len(ports)} ports are more than one connection carries ({MAX_PORTS})")
+    sandbox_id = node.registry.sandbox(given).id
+    _network_of(node, sandbox_id)
+    return node.streaming.offer(Forward(tuple(ports), lambda port: _dial(node, sandbox_id, port)))
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.tty and wanted.stderr:
+        raise InvalidArgumentError("tty and stderr are both set: a terminal has one output, stdout")
+    if not (wanted.stdin or wanted.stdout or wanted.stderr):
+        raise InvalidArgumentError("none of stdin, stdout and stderr is set; one must be")
+
+
+async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: Wanted, streams: Streams) -> int:
+    container = running_container(node, container_id)
+    if wanted.tty:
+        return await _exec_on_terminal(node, container, command, streams)
+    async with AsyncExitStack() as stack:
+        stdin, stdout, stderr = (stack.enter_context(_Pipe()) for _ in range(3))
+        # Nothing wants what is not asked for.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, null)
+        stdio = [
+            stdin.reader if streams.stdin else null,
+            stdout.writer if streams.stdout else null,
+            stderr.writer if streams.stderr else null,
+        ]
+        ended = await stack.enter_async_context(exec_process(node, container, command, stdio=stdio))
+        stdin.close_reader()
+        stdout.close_writer()
+        stderr.close_writer()
+        inputs = [_feed(streams.stdin, stdin)] if streams.stdin else []
+        outputs = [(stdout.reader, streams.stdout), (stderr.reader, streams.stderr)]
+        return await _carry(inputs, outputs, ended)
+
+
+async def _feed(source: Source, pipe: _Pipe) -> None:
+    """Copy to a command's standard input, and end it when the client does."""
+    await copy_in(source, pipe.writer)
+    pipe.close_writer()
+
+
+async def _exec_on_terminal(node: Node, container: Container, command: Sequence[str], streams: Streams) -> int:
+    async with AsyncExitStack() as stack:
+        console = stack.enter_context(closing(Console(node.container_dir(container.id))))
+        ended = await stack.enter_async_context(exec_process(node, container, command, console=console.path))
+        arrival = asyncio.create_task(console.master())
+        await asyncio.wait({arrival, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not arrival.done():
+            arrival.cancel()
+            return await ended  # raises what hindered it
+        terminal = arrival.result()
+        stack.callback(os.close, terminal)
+        inputs = [_resize(streams, terminal), *([copy_in(streams.stdin, terminal)] if streams.stdin else [])]
+        return await _carry(inputs, [(terminal, streams.stdout)], ended)
+
+
+async def _attach(node: Node, container_id: str, streams: Streams) -> int:
+    container = running_container(node, container_id)
+    gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_close() -> None:
+        if not gone.done():
+            gone.set_result(0)
+
+    async with AsyncExitStack() as stack:
+        link = link_to_shim(node, container, lambda _: None, on_close)
+        stack.callback(link.close)
+        wanted = {name: sink for name in ("stdout", "stderr") if (sink := getattr(streams, name)) is not None}
+        pipes = {name: stack.enter_context(_Pipe()) for name in wanted}
+        request = {"op": "attach", "streams": list(wanted)}
+        reply = await link.request(request, [pipe.writer for pipe in pipes.values()])
+        for pipe in pipes.values():
+            pipe.close_writer()
+        inputs = []
+        if reply["fds"]:
+            (stdin,) = reply["fds"]
+            os.set_blocking(stdin, False)
+            stack.callback(os.close, stdin)
+            if container.config.tty:
+                inputs.append(_resize(streams, stdin))
+            if streams.stdin:
+                inputs.append(_feed_container(container, streams.stdin, stdin, link))
+        elif streams.stdin:
+            inputs.append(discard(streams.stdin))
+        outputs = [(pipe.reader, wanted[name]) for name, pipe in pipes.items()]
+        await _carry(inputs, outputs, gone)
+        return await _parted(node, container)
+
+
+async def _feed_container(container: Container, source: Source, stdin: int, link: Link) -> None:
+    """Copy to a container's standard input, which ends with the first client where the kubelet wants that."""
+    try:
+        await copy_in(source, stdin)
+    finally:
+        if container.config.stdin_once and not link.closed:
+            await link.request({"op": "close-stdin"})
+
+
+async def _parted(node: Node, container: Container) -> int:
+    """0 where a container has ended. Its shim also parts with a client that has not taken anything for too long."""
+    event = node.exits.get(container.id)
+    if event is not None:
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await event.wait()
+        except TimeoutError:
+            raise UnavailableError(f"container {container.id} runs on: its output was not taken in time") from None
+    return 0
+
+
+async def _carry(
+    inputs: Sequence[Coroutine[Any, Any, None]], outputs: Sequence[tuple[int, Sink | None]], ended: asyncio.Future[int]
+) -> int:
+    """Move bytes both ways until the process has ended and its output is taken; its exit code.
+
+    Raises ConnectionError where the client goes before, and what ``ended`` raises.
+    """
+    flows = [Outflow(fd, sink) for fd, sink in outputs if sink is not None]
+    try:
+        async with asyncio.TaskGroup() as group:
+            feeding = [group.create_task(work) for work in inputs]
+            draining = [group.create_task(flow.run()) for flow in flows]
+            code = await asyncio.shield(ended)
+            await _drained(draining, flows)
+            for task in (*feeding, *draining):
+                task.cancel()
+    except BaseExceptionGroup as e:
+        raise e.exceptions[0] from None
+    return code
+
+
+async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[Outflow]) -> None:
+    """Wait until all output is taken, or has come to rest in the hands of a process that lives on."""
+    while pending := [task for task in tasks if not task.done()]:
+        before = sum(flow.moved for flow in flows)
+        await asyncio.wait(pending, timeout=DRAIN_TIMEOUT)
+        resting = all(flow.waiting for task, flow in zip(tasks, flows, strict=True) if not task.done())
+        if resting and sum(flow.moved for flow in flows) == before:
+            return
+
+
+async def _resize(streams: Streams, terminal: int) -> None:
+    async for size in streams.sizes():
+        with suppress(OSError):  # a terminal that is gone has no size
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
+
+
+class _Pipe:
+    """A pipe whose one end is given away: closing it here leaves the other, which then does not block, to us."""
+
+    def __enter__(self) -> Self:
+        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
+        with suppress(OSError):  # the user's pipe budget is used up: the default size works too
+            fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_reader()
+        self.close_writer()
+
+    def close_reader(self) -> None:
+        """The reading end has been given away, or is of no use any more."""
+        self.reader = _closed(self.reader)
+        if self.writer >= 0:
+            os.set_blocking(self.writer, False)
+
+    def close_writer(self) -> None:
+        """The writing end has been given away, or is of no use any more."""
+        self.writer = _closed(self.writer)
+        if self.reader >= 0:
+            os.set_blocking(self.reader, False)
+
+
+def _closed(fd: int) -> int:
+    if fd >= 0:
+        os.close(fd)
+    return -1
+
+
+def _network_of(node: Node, sandbox_id: str) -> str | None:
+    """Where a pod's network namespace is pinned, None for the node's. Raises FailedPreconditionError, NotFoundError."""
+    sandbox = node.registry.sandbox(sandbox_id)
+    if sandbox.state is not SandboxState.READY:
+        raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; it has no network")
+    if sandbox.config.namespaces.network is NamespaceMode.NODE:
+        return None
+    return os.path.join(node.namespaces_dir(sandbox.id), "net")
+
+
+async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
+    """A connection to a port of a pod on its loopback interface, over IPv4 or else IPv6. Raises UnavailableError."""
+    network = _network_of(node, sandbox_id)
+    loop = asyncio.get_running_loop()
+    words = "no address family"
+    for family, host in _LOCALHOSTS:
+        try:
+            sock = await namespaces.stream_socket(network, family)
+        except OSError as e:
+            words = e.strerror or str(e)
+            continue
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT):
+                await loop.sock_connect(sock, (host, port))
+            return sock
+        except (OSError, TimeoutError) as e:
+            sock.close()
+            words = e.strerror if isinstance(e, OSError) and e.strerror else f"no answer within {DIAL_TIMEOUT:g} s"
+        except BaseException:
+            sock.close()
+            raise
+    raise UnavailableError(f"port {port} of pod sandbox {sandbox_id}: {words}")

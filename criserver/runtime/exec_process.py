@@ -1,0 +1,134 @@
+"""A command beside a container's own process: started by the shim, ended with whoever asked for it.
+
+The shim runs it, so that its end is seen; its standard streams are the daemon's pipes or a terminal, so that no byte
+of them passes through the shim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
+from criserver.oci import spec
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.shims import Link, Message, connect
+from criserver.streaming import ready
+
+_numbers = itertools.count(1)
+
+
+def running_container(node: Node, given: str) -> Container:
+    """The container by its ID, where it runs. Raises NotFoundError, FailedPreconditionError."""
+    container = node.registry.container(given)
+    if container.state is not ContainerState.RUNNING:
+        raise FailedPreconditionError(f"container {container.id} is {container.state.value}, not running")
+    return container
+
+
+def link_to_shim(
+    node: Node, container: Container, on_event: Callable[[Message], None], on_close: Callable[[], None]
+) -> Link:
+    """A connection of its own to the container's shim: when it closes, the shim ends what it asked for."""
+    try:
+        return connect(os.path.join(node.container_dir(container.id), "shim.sock"), on_event, on_close)
+    except OSError as e:
+        raise CriError(f"the shim of container {container.id} cannot be reached: {e.strerror}") from e
+
+
+@asynccontextmanager
+async def exec_process(
+    node: Node, container: Container, command: Sequence[str], *, stdio: Sequence[int] = (), console: str = ""
+) -> AsyncIterator[asyncio.Future[int]]:
+    """Start a command in a running container; the future is its exit code, 128 and the signal where one ended it.
+
+    ``stdio`` are its standard input, output and error, which stay the caller's to close; or ``console`` is the path
+    of a socket to which its terminal is sent. The future raises FailedPreconditionError where the command cannot be
+    run. At the end of the context whatever still runs of it is killed with its process group. Raises
+    InvalidArgumentError for an empty command, and CriError where the shim cannot be reached or does not answer.
+    """
+    if not command:
+        raise InvalidArgumentError("the command is empty; it must be given")
+    exec_id = f"{os.getpid()}-{next(_numbers)}"
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_event(message: Message) -> None:
+        if message.get("exec") != exec_id or ended.done():
+            return
+        if message.get("event") == "exec-exited":
+            ended.set_result(message["code"])
+        elif message.get("event") == "exec-failed":
+            ended.set_exception(FailedPreconditionError(f"{command[0]!r} cannot be run: {message['error']}"))
+
+    def on_close() -> None:
+        if not ended.done():
+            ended.set_exception(CriError(f"the shim of container {container.id} ended during the exec"))
+
+    path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
+    _write_process(node, container, command, path, tty=bool(console))
+    try:
+        link = link_to_shim(node, container, on_event, on_close)
+        try:
+            request = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
+            await link.request({**request, "console": console} if console else request, stdio)
+            yield ended
+        finally:
+            if ended.done() and not ended.cancelled():
+                ended.exception()  # taken, so that asyncio does not complain of one nobody waits for
+            link.close()
+    finally:
+        with suppress(FileNotFoundError):  # the container may have been removed meanwhile
+            os.unlink(path)
+
+
+def _write_process(node: Node, container: Container, command: Sequence[str], path: str, *, tty: bool) -> None:
+    with open(os.path.join(node.container_dir(container.id), "config.json")) as f:
+        document = json.load(f)
+    with open(path, "w") as f:
+        json.dump(spec.exec_process(document, command, tty=tty), f)
+
+
+class Console:
+    """A socket on which an OCI runtime hands over the master side of a terminal (runc, docs/terminals.md)."""
+
+    def __init__(self, directory: str) -> None:
+        """Listen in ``directory``, under a name that is nobody else's."""
+        name = f"console-{os.getpid()}-{next(_numbers)}.sock"
+        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._file = os.path.join(directory, name)
+        # By way of the descriptor: a socket's address has room for 107 bytes, a state directory may be longer.
+        self.path = f"/proc/{os.getpid()}/fd/{self._directory}/{name}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.setblocking(False)
+        mask = os.umask(0o177)
+        try:
+            self._listener.bind(self.path)
+        finally:
+            os.umask(mask)
+        self._listener.listen(1)
+
+    async def master(self) -> int:
+        """The terminal's master side, once the runtime has sent it; the caller closes it. Raises CriError."""
+        loop = asyncio.get_running_loop()
+        connection, _ = await loop.sock_accept(self._listener)
+        with connection:
+            await ready(connection.fileno(), write=False)
+            _, fds, _, _ = socket.recv_fds(connection, 4096, 1)
+        if not fds:
+            raise CriError("the OCI runtime sent no terminal")
+        os.set_blocking(fds[0], False)
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+        os.close(self._directory)
+        with suppress(FileNotFoundError):
+            os.unlink(self._file)

@@ -1,0 +1,370 @@
+"""The streaming server: a client comes with the address that CRI's Exec, Attach or PortForward has given out.
+
+Kubernetes' clients reach it through the kubelet, crictl directly; each request is upgraded to SPDY/3.1 or to a
+WebSocket. What is done with the streams is the offer's: this room knows no containers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from criserver.errors import CriError
+from criserver.streaming import handshake, pipes, portforward, remotecommand, websocket
+from criserver.streaming.handshake import Handshake, Kind, Request
+from criserver.streaming.link import Link
+from criserver.streaming.offers import Offers
+from criserver.streaming.remotecommand import Features, Size, Wanted
+from criserver.streaming.spdy.headers import Pairs
+from criserver.streaming.streams import ChannelCarrier, SpdyCarrier, Stream
+
+log = structlog.get_logger(__name__)
+
+# Seconds: for the request's head, and for all streams of a command, or both of a forwarded connection, to be opened.
+HEAD_TIMEOUT = 10.0
+STREAMS_TIMEOUT = 30.0
+# Connections at once, each with a few hundred KiB at most of what its client does not take.
+MAX_CONNECTIONS = 1000
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """A client's side of a command: None for what was not asked for."""
+
+    stdin: Stream | None
+    stdout: Stream | None
+    stderr: Stream | None
+    resize: Stream | None
+
+    async def sizes(self) -> AsyncIterator[Size]:
+        """The sizes that the client's terminal takes."""
+        if self.resize is None:
+            return
+        decoder = remotecommand.Resizes()
+        while data := await self.resize.read():
+            if (size := decoder.feed(bytes(data))) is not None:
+                yield size
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Exec or attach: ``run`` returns the exit code, and raises CriError where there is none to tell."""
+
+    wanted: Wanted
+    run: Callable[[Streams], Awaitable[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Port forwarding: ``dial`` returns a connected socket that does not block, for a port of the pod."""
+
+    ports: Sequence[int]
+    dial: Callable[[int], Awaitable[socket.socket]]
+
+
+Offer = Command | Forward
+
+
+class StreamingServer:
+    """Serves on one TCP address; :meth:`offer` gives out what can be asked of it.
+
+    ``idle`` is the seconds after which a connection on which nothing moves is closed.
+    """
+
+    def __init__(self, host: str, port: int, *, tls: ssl.SSLContext | None = None, idle: float) -> None:
+        self._host = host
+        self._port = port
+        self._tls = tls
+        self._idle = idle
+        self._offers: Offers[Offer] = Offers()
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._base = ""
+
+    async def start(self) -> None:
+        """Listen. Raises CriError where the address is taken or not this node's."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: Link(self._opened), self._host, self._port, ssl=self._tls, backlog=_BACKLOG
+            )
+        except OSError as e:
+            raise CriError(f"streaming: cannot listen on {self._host}:{self._port}: {e.strerror or e}") from e
+        host, port = self._server.sockets[0].getsockname()[:2]
+        # The kubelet is on this node: an address that means all of them means the loopback one to it.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not listened on
+        scheme = "http" if self._tls is None else "https"
+        self._base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def stop(self) -> None:
+        """Listen no more, and end what is under way."""
+        if self._server is not None:
+            self._server.close()
+        for session in self._sessions:
+            session.cancel()
+        if self._sessions:
+            await asyncio.wait(self._sessions)
+
+    def offer(self, offer: Offer) -> str:
+        """The URL at which one client may take the offer, once. Raises ResourceExhaustedError."""
+        kind = "command" if isinstance(offer, Command) else "portforward"
+        return f"{self._base}/{kind}/{self._offers.add(offer)}"
+
+    def _opened(self, link: Link) -> None:
+        if len(self._sessions) >= MAX_CONNECTIONS:
+            log.warning("streaming connection refused: too many at once", limit=MAX_CONNECTIONS)
+            link.abort()
+            return
+        task = asyncio.create_task(self._session(link))
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+
+    async def _session(self, link: Link) -> None:
+        """A connection's life: one request, what it asks for, and a clean end."""
+        watch = asyncio.create_task(self._watch(link))
+        try:
+            await self._serve(link)
+            await link.finish()
+        except ConnectionError:
+            pass  # the client is gone
+        except Exception as e:
+            log.exception("a streaming session failed", error=str(e))
+        finally:
+            watch.cancel()
+            link.abort()
+
+    async def _watch(self, link: Link) -> None:
+        """Close a connection on which nothing has moved for too long."""
+        loop = asyncio.get_running_loop()
+        while (left := link.used + self._idle - loop.time()) > 0:
+            await asyncio.sleep(left)
+        log.info("a streaming connection was idle for too long", seconds=self._idle)
+        link.abort()
+
+    async def _serve(self, link: Link) -> None:
+        shake, request = await _request(link)
+        if request is None:
+            return
+        offer = self._offers.take(request.path.rpartition("/")[2])
+        if offer is None:
+            link.send(shake.refuse(404, "there is no such address any more: it works once, and not for long"))
+            return
+        protocols = _protocols(offer, request.kind)
+        protocol = remotecommand.negotiate(request.protocols, protocols)
+        if protocol is None:
+            link.send(shake.refuse_protocols(protocols))
+            return
+        link.send(shake.accept(protocol))
+        session = _Session(link, request.kind, protocol, shake.rest)
+        await (session.command(offer) if isinstance(offer, Command) else session.forward(offer))
+
+
+def _protocols(offer: Offer, kind: Kind) -> Sequence[str]:
+    if isinstance(offer, Command):
+        return tuple(remotecommand.SPDY_PROTOCOLS if kind is Kind.SPDY else remotecommand.WEBSOCKET_PROTOCOLS)
+    return portforward.SPDY_PROTOCOLS if kind is Kind.SPDY else portforward.WEBSOCKET_PROTOCOLS
+
+
+async def _request(link: Link) -> tuple[Handshake, Request | None]:
+    """The client's request; None where it was refused, or did not come in time."""
+    shake = Handshake()
+    answer: asyncio.Future[Request | handshake.Refusal] = asyncio.get_running_loop().create_future()
+
+    def received(data: bytes) -> None:
+        found = shake.receive(data)
+        if found is not None and not answer.done():
+            answer.set_result(found)
+            link.hold(shake)  # until somebody takes what comes behind
+
+    link.received = received
+    either: set[asyncio.Future[Any]] = {answer, link.lost}
+    await asyncio.wait(either, timeout=HEAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+    if link.lost.done():
+        raise ConnectionResetError("the client is gone")
+    link.release(shake)
+    if not answer.done():
+        link.send(shake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
+        return shake, None
+    found = answer.result()
+    if isinstance(found, handshake.Refusal):
+        link.send(found.response)
+        return shake, None
+    return shake, found
+
+
+class _Session:
+    """What one client does with the streams of its connection."""
+
+    def __init__(self, link: Link, kind: Kind, protocol: str, rest: bytes) -> None:
+        self._link = link
+        self._kind = kind
+        self._protocol = protocol
+        self._rest = rest
+
+    async def command(self, offer: Command) -> None:
+        """Run a command on the client's streams and tell it how that ended."""
+        carrier: SpdyCarrier | ChannelCarrier
+        if self._kind is Kind.SPDY:
+            features = remotecommand.SPDY_PROTOCOLS[self._protocol]
+            carrier, streams = await self._spdy_streams(offer.wanted, features)
+        else:
+            features = remotecommand.WEBSOCKET_PROTOCOLS[self._protocol]
+            readable, writable = offer.wanted.websocket_channels()
+            carrier = ChannelCarrier(self._link, self._protocol, readable=readable, writable=writable)
+            streams = {remotecommand.Stream(number): stream for number, stream in carrier.streams.items()}
+            carrier.receive(self._rest)
+            await streams[offer.wanted.greeting_channel()].write(b"")
+        message = await self._while_connected(_outcome(offer, streams, features))
+        if message:
+            await streams[remotecommand.Stream.ERROR].write(message)
+        for stream in streams.values():
+            stream.close()
+        carrier.close()
+
+    async def _spdy_streams(
+        self, wanted: Wanted, features: Features
+    ) -> tuple[SpdyCarrier, dict[remotecommand.Stream, Stream]]:
+        """The streams of a command, when the client has opened them all. Raises ConnectionError where it does not."""
+        expected = wanted.spdy_streams(features)
+        found: dict[remotecommand.Stream, Stream] = {}
+        complete = asyncio.Event()
+
+        def opened(stream: Stream, headers: Pairs) -> None:
+            try:
+                kind = remotecommand.stream_of(headers)
+            except CriError as e:
+                raise ValueError(str(e)) from e
+            if kind in found or kind not in expected:
+                raise ValueError(f"a {kind.type} stream is not expected")
+            found[kind] = stream
+            if found.keys() == expected:
+                complete.set()
+
+        carrier = SpdyCarrier(self._link, opened)
+        carrier.receive(self._rest)
+        try:
+            async with asyncio.timeout(STREAMS_TIMEOUT):
+                await self._while_connected(complete.wait())
+        except TimeoutError:
+            missing = ", ".join(kind.type for kind in expected - found.keys())
+            raise ConnectionAbortedError(f"the client did not open its streams: {missing}") from None
+        return carrier, found
+
+    async def forward(self, offer: Forward) -> None:
+        """Serve forwarded connections until the client goes."""
+        tasks: set[asyncio.Task[None]] = set()
+
+        def carry(port: int, data: Stream, error: Stream, greeting: bytes = b"") -> None:
+            task = asyncio.create_task(_forwarded(offer, port, data, error, greeting))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        try:
+            if self._kind is Kind.SPDY or self._protocol == websocket.TUNNEL_PROTOCOL:
+                self._forward_streams(carry)
+            else:
+                self._forward_channels(offer, carry)
+            await asyncio.wait({self._link.lost})
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forward_streams(self, carry: Callable[[int, Stream, Stream], None]) -> None:
+        """Two streams that the client opens are a connection."""
+        pairs = portforward.Pairs()
+        waiting: dict[int, Stream] = {}
+        loop = asyncio.get_running_loop()
+
+        def opened(stream: Stream, headers: Pairs) -> None:
+            try:
+                pair = pairs.add(stream.number, headers)
+            except CriError as e:
+                raise ValueError(str(e)) from e
+            waiting[stream.number] = stream
+            if pair.data is not None and pair.error is not None:
+                carry(pair.port, waiting.pop(pair.data), waiting.pop(pair.error))
+            else:
+                loop.call_later(STREAMS_TIMEOUT, expire, pair)
+
+        def expire(pair: portforward.Pair) -> None:
+            if pairs.expire(pair):
+                for number in (pair.data, pair.error):
+                    if number is not None:
+                        waiting.pop(number).reset()
+
+        tunnel = websocket.Tunnel() if self._kind is Kind.WEBSOCKET else None
+        SpdyCarrier(self._link, opened, tunnel)
+        self._link.received(self._rest)
+
+    def _forward_channels(self, offer: Forward, carry: Callable[[int, Stream, Stream, bytes], None]) -> None:
+        """Two channels of the WebSocket are a connection to each of the request's ports."""
+        readable, writable = portforward.websocket_channels(offer.ports)
+        carrier = ChannelCarrier(self._link, self._protocol, readable=readable, writable=writable)
+        carrier.receive(self._rest)
+        for number, port in enumerate(offer.ports):
+            carry(port, carrier.streams[2 * number], carrier.streams[2 * number + 1], portforward.greeting(port))
+
+    async def _while_connected(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of work that is cancelled when the client goes; ConnectionResetError then."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task, self._link.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise ConnectionResetError("the client is gone")
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+
+async def _outcome(offer: Command, streams: dict[remotecommand.Stream, Stream], features: Features) -> bytes:
+    """Run the command; what the error stream is to say of its end."""
+    kind = remotecommand.Stream
+    given = Streams(*(streams.get(k) for k in (kind.STDIN, kind.STDOUT, kind.STDERR, kind.RESIZE)))
+    try:
+        return remotecommand.exit_message(await offer.run(given), features)
+    except CriError as e:
+        log.info("a streamed command failed", error=str(e))
+        return remotecommand.failure_message(str(e), features)
+
+
+async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, greeting: bytes) -> None:
+    """Carry one connection between a client and a port of the pod."""
+    try:
+        if greeting:
+            await data.write(greeting)
+            await error.write(greeting)
+        try:
+            sock = await offer.dial(port)
+        except CriError as e:
+            log.info("a port cannot be forwarded", port=port, error=str(e))
+            await error.write(str(e).encode())
+            return
+        with sock:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_send_all(data, sock))
+                await pipes.Outflow(sock.fileno(), data).run()
+                data.close()
+    except* ConnectionError:
+        pass  # the client is gone, or has let go of the stream
+    finally:
+        for stream in (error, data):
+            stream.close()
+            stream.reset()
+
+
+async def _send_all(data: Stream, sock: socket.socket) -> None:
+    await pipes.copy_in(data, sock.fileno())
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # it is closed already

@@ -1,0 +1,313 @@
+"""Streams of a client over one connection: SPDY's, and the channels of a WebSocket, behind one face."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import structlog
+
+from criserver.streaming import spdy, websocket
+from criserver.streaming.link import Link
+from criserver.streaming.spdy.headers import Pairs
+
+log = structlog.get_logger(__name__)
+
+Buffer = bytes | memoryview
+
+# Bytes that a stream, and all of a connection, keep of what a client has sent and nobody has taken yet. More come only
+# with the read that passes the limit.
+STREAM_LIMIT = 128 << 10
+CONNECTION_LIMIT = 1 << 20
+
+
+class Carrier(Protocol):
+    """What multiplexes streams over a connection."""
+
+    async def send(self, stream: int, data: bytes) -> None:
+        """Send, and wait until more may be sent. Raises ConnectionError where the client or its stream is gone."""
+
+    def end(self, stream: int) -> None:
+        """Nothing more is sent on a stream."""
+
+    def reset(self, stream: int) -> None:
+        """Let go of a stream at once, both ways."""
+
+    def taken(self, stream: Stream, count: int) -> None:
+        """So many bytes that the client had sent are gone from memory."""
+
+
+class Stream:
+    """One stream: what the client sends is read, what is written goes to it."""
+
+    def __init__(self, carrier: Carrier, number: int) -> None:
+        self._carrier = carrier
+        self._pieces: deque[Buffer] = deque()
+        self._more: asyncio.Event = asyncio.Event()
+        self._ended = False
+        self._broken = False
+        self.number = number
+        self.kept = 0
+
+    async def read(self) -> Buffer:
+        """The next bytes that the client has sent, b"" at the end. Raises ConnectionResetError where it is gone."""
+        while not self._pieces:
+            if self._broken:
+                raise ConnectionResetError("the client is gone")
+            if self._ended:
+                return b""
+            self._more.clear()
+            await self._more.wait()
+        data = self._pieces.popleft()
+        self.kept -= len(data)
+        self._carrier.taken(self, len(data))
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send, and wait until more may be sent. Raises ConnectionResetError where the client is gone."""
+        if self._broken:
+            raise ConnectionResetError("the client is gone")
+        await self._carrier.send(self.number, data)
+
+    def close(self) -> None:
+        """Write no more; what the client sends can still be read."""
+        self._carrier.end(self.number)
+
+    def reset(self) -> None:
+        """Let go of the stream at once."""
+        self._carrier.reset(self.number)
+        self.break_off()
+
+    def feed(self, data: Buffer) -> None:
+        """Take what has come."""
+        self._pieces.append(data)
+        self.kept += len(data)
+        self._more.set()
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        self._ended = True
+        self._more.set()
+
+    def break_off(self) -> None:
+        """The stream is gone: what is not read yet is of no use, nothing can be sent."""
+        self._broken = True
+        self._pieces.clear()
+        dropped, self.kept = self.kept, 0
+        self._carrier.taken(self, dropped)
+        self._more.set()
+
+
+class _Kept:
+    """Holds a connection back while too much of what it has brought is kept."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._all = 0
+
+    def grow(self, stream: Stream, count: int) -> None:
+        self._all += count
+        if stream.kept > STREAM_LIMIT:
+            self._link.hold(stream)
+        if self._all > CONNECTION_LIMIT:
+            self._link.hold(self)
+
+    def shrink(self, stream: Stream, count: int) -> None:
+        self._all -= count
+        if stream.kept <= STREAM_LIMIT:
+            self._link.release(stream)
+        if self._all <= CONNECTION_LIMIT:
+            self._link.release(self)
+
+
+class SpdyCarrier:
+    """Streams of SPDY/3.1, straight on a connection or in the tunnel of a WebSocket.
+
+    ``opened`` is called with each stream that the client opens, and its headers; what it raises as ValueError is no
+    fault of ours: the stream is reset.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        opened: Callable[[Stream, Pairs], None],
+        tunnel: websocket.Tunnel | None = None,
+    ) -> None:
+        self._link = link
+        self._opened = opened
+        self._tunnel = tunnel
+        self._spdy = spdy.Connection()
+        self._streams: dict[int, Stream] = {}
+        self._kept = _Kept(link)
+        self._windows: dict[int, asyncio.Event] = {}
+        link.received = self.receive if tunnel is None else self._receive_tunnelled
+        link.lost.add_done_callback(lambda _: self._break_off())
+        self._flush()
+
+    async def send(self, stream: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._check(stream)
+            room = self._spdy.window(stream)
+            if room <= 0:
+                window = self._windows.setdefault(stream, asyncio.Event())
+                window.clear()
+                await window.wait()
+                continue
+            self._spdy.send(stream, rest[:room])
+            rest = rest[room:]
+            self._flush()
+            await self._link.drained()
+
+    def _check(self, stream: int) -> None:
+        if stream not in self._streams:
+            raise ConnectionResetError("the client is gone, or has reset the stream")
+
+    def end(self, stream: int) -> None:
+        if stream in self._streams and self._spdy.state(stream)[0] is not spdy.Half.DONE:
+            self._spdy.send(stream, b"", end=True)
+            self._flush()
+            self._forget_closed(stream)
+
+    def _forget_closed(self, number: int) -> None:
+        if self._spdy.state(number) == (spdy.Half.DONE, spdy.Half.DONE):
+            self._forget(number)
+
+    def _forget(self, number: int) -> Stream | None:
+        if (window := self._windows.pop(number, None)) is not None:
+            window.set()
+        return self._streams.pop(number, None)
+
+    def reset(self, stream: int) -> None:
+        if self._forget(stream) is not None:
+            self._spdy.reset(stream, spdy.Status.CANCEL)
+            self._flush()
+
+    def taken(self, stream: Stream, count: int) -> None:
+        self._spdy.consumed(stream.number, count)
+        self._flush()
+        self._kept.shrink(stream, count)
+
+    def close(self) -> None:
+        """Say that no more streams are taken; to be followed by the link's finish."""
+        self._spdy.go_away()
+        self._flush()
+        if self._tunnel is not None:
+            self._tunnel.close_all()
+            self._link.send(self._tunnel.take())
+
+    def receive(self, data: Buffer) -> None:
+        """Take bytes from the client."""
+        for event in self._spdy.receive(data):
+            match event:
+                case spdy.Data(stream=number, data=piece, ended=ended):
+                    if (stream := self._streams.get(number)) is None:
+                        self._spdy.consumed(number, len(piece))
+                    else:
+                        if piece:
+                            stream.feed(piece)
+                            self._kept.grow(stream, len(piece))
+                        if ended:
+                            stream.finish()
+                            self._forget_closed(number)
+                case spdy.StreamOpened(stream=number, headers=headers, ended=ended):
+                    self._open(number, headers, ended)
+                case spdy.Reset(stream=number):
+                    if (stream := self._forget(number)) is not None:
+                        stream.break_off()
+                case spdy.WindowGrown(stream=number):
+                    for waiting in [number] if number else list(self._windows):
+                        if (window := self._windows.get(waiting)) is not None:
+                            window.set()
+                case spdy.ConnectionFailed(reason=reason):
+                    log.info("a streaming client broke the protocol", error=reason)
+                    self._flush()
+                    self._link.abort()
+                    return
+        self._flush()
+
+    def _open(self, number: int, headers: Pairs, ended: bool) -> None:
+        stream = self._streams[number] = Stream(self, number)
+        self._spdy.reply(number)
+        if ended:
+            stream.finish()
+        try:
+            self._opened(stream, headers)
+        except ValueError:
+            stream.reset()
+
+    def _receive_tunnelled(self, data: bytes) -> None:
+        assert self._tunnel is not None
+        for event in self._tunnel.receive(data):
+            match event:
+                case websocket.Data(data=piece):
+                    self.receive(piece)
+                case websocket.Closed():
+                    self._link.send(self._tunnel.take())
+                    self._link.abort()
+                    return
+        self._link.send(self._tunnel.take())
+
+    def _flush(self) -> None:
+        data = self._spdy.take()
+        if data and self._tunnel is not None:
+            self._tunnel.send(data)
+            data = self._tunnel.take()
+        self._link.send(data)
+
+    def _break_off(self) -> None:
+        for number in list(self._streams):
+            if (stream := self._forget(number)) is not None:
+                stream.break_off()
+
+
+class ChannelCarrier:
+    """The channels of a WebSocket: the streams are there from the beginning, by their numbers."""
+
+    def __init__(self, link: Link, protocol: str, *, readable: Collection[int], writable: Collection[int]) -> None:
+        self._link = link
+        self._socket = websocket.Channels(protocol, readable=readable, writable=writable)
+        self._kept = _Kept(link)
+        self.streams = {number: Stream(self, number) for number in {*readable, *writable}}
+        link.received = self.receive
+        link.lost.add_done_callback(lambda _: self._break_off())
+
+    async def send(self, stream: int, data: bytes) -> None:
+        self._socket.send(stream, data)
+        self._link.send(self._socket.take())
+        await self._link.drained()
+
+    def end(self, stream: int) -> None:
+        self._socket.close(stream)
+
+    def reset(self, stream: int) -> None:
+        self._socket.close(stream)
+
+    def taken(self, stream: Stream, count: int) -> None:
+        self._kept.shrink(stream, count)
+
+    def close(self) -> None:
+        """Begin to close; to be followed by the link's finish."""
+        self._socket.close_all()
+        self._link.send(self._socket.take())
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the client."""
+        for event in self._socket.receive(data):
+            match event:
+                case websocket.ChannelData(channel=number, data=piece):
+                    self.streams[number].feed(piece)
+                    self._kept.grow(self.streams[number], len(piece))
+                case websocket.ChannelClosed(channel=number):
+                    self.streams[number].finish()
+                case websocket.Closed():
+                    self._link.send(self._socket.take())
+                    self._link.abort()
+                    return
+        self._link.send(self._socket.take())
+
+    def _break_off(self) -> None:
+        for stream in self.streams.values():
+            stream.break_off()
