@@ -51,8 +51,8 @@ def attach_address(node: Node, given: str, wanted: Wanted) -> str:
     _check(wanted)
     container = running_container(node, given)
     if wanted.tty != container.config.tty:
-        has = "has" if container.config.tty else "has not"
-        raise InvalidArgumentError(f"tty = {wanted.tty} and container {container.id} {has} a terminal; both must agree")
+        has = "has a" if container.config.tty else "has no"
+        raise InvalidArgumentError(f"tty = {wanted.tty} and container {container.id} {has} terminal; both must agree")
     return node.streaming.offer(Command(wanted, lambda streams: _attach(node, container.id, streams)))
 
 
@@ -140,18 +140,21 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
         for pipe in pipes.values():
             pipe.close_writer()
         inputs = []
-        if reply["fds"]:
-            (stdin,) = reply["fds"]
+        for stdin in reply["fds"]:  # one, or none where the container has no input
             os.set_blocking(stdin, False)
-            stack.callback(os.close, stdin)
             if container.config.tty:
+                stack.callback(os.close, stdin)
                 inputs.append(_resize(streams, stdin))
-            if streams.stdin:
+                if streams.stdin:
+                    inputs.append(copy_in(streams.stdin, stdin))
+            elif streams.stdin:
                 inputs.append(_feed_container(container, streams.stdin, stdin, link))
-        elif streams.stdin:
+            else:
+                os.close(stdin)
+        if streams.stdin and not reply["fds"]:
             inputs.append(discard(streams.stdin))
         outputs = [(pipe.reader, wanted[name]) for name, pipe in pipes.items()]
-        await _carry(inputs, outputs, gone)
+        await _carry(inputs, outputs, None if outputs else gone)
         return await _parted(node, container)
 
 
@@ -160,6 +163,7 @@ async def _feed_container(container: Container, source: Source, stdin: int, link
     try:
         await copy_in(source, stdin)
     finally:
+        os.close(stdin)
         if container.config.stdin_once and not link.closed:
             await link.request({"op": "close-stdin"})
 
@@ -177,19 +181,25 @@ async def _parted(node: Node, container: Container) -> int:
 
 
 async def _carry(
-    inputs: Sequence[Coroutine[Any, Any, None]], outputs: Sequence[tuple[int, Sink | None]], ended: asyncio.Future[int]
+    inputs: Sequence[Coroutine[Any, Any, None]],
+    outputs: Sequence[tuple[int, Sink | None]],
+    ended: asyncio.Future[int] | None,
 ) -> int:
     """Move bytes both ways until the process has ended and its output is taken; its exit code.
 
-    Raises ConnectionError where the client goes before, and what ``ended`` raises.
+    Without ``ended`` the end of the output is the end, and the code 0. Raises ConnectionError where the client goes
+    before, and what ``ended`` raises.
     """
     flows = [Outflow(fd, sink) for fd, sink in outputs if sink is not None]
     try:
         async with asyncio.TaskGroup() as group:
             feeding = [group.create_task(work) for work in inputs]
             draining = [group.create_task(flow.run()) for flow in flows]
-            code = await asyncio.shield(ended)
-            await _drained(draining, flows)
+            code = 0 if ended is None else await asyncio.shield(ended)
+            if ended is None:
+                await asyncio.wait(draining)
+            else:
+                await _drained(draining, flows)
             for task in (*feeding, *draining):
                 task.cancel()
     except BaseExceptionGroup as e:
@@ -272,7 +282,8 @@ async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
             return sock
         except (OSError, TimeoutError) as e:
             sock.close()
-            words = e.strerror if isinstance(e, OSError) and e.strerror else f"no answer within {DIAL_TIMEOUT:g} s"
+            # asyncio has words of its own there.
+            words = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else f"no answer in {DIAL_TIMEOUT:g} s"
         except BaseException:
             sock.close()
             raise

@@ -281,6 +281,7 @@ class _Session:
         """Two streams that the client opens are a connection."""
         pairs = portforward.Pairs()
         waiting: dict[int, Stream] = {}
+        timers: dict[str, asyncio.TimerHandle] = {}
         loop = asyncio.get_running_loop()
 
         def opened(stream: Stream, headers: Pairs) -> None:
@@ -290,11 +291,13 @@ class _Session:
                 raise ValueError(str(e)) from e
             waiting[stream.number] = stream
             if pair.data is not None and pair.error is not None:
+                timers.pop(pair.key).cancel()
                 carry(pair.port, waiting.pop(pair.data), waiting.pop(pair.error))
             else:
-                loop.call_later(STREAMS_TIMEOUT, expire, pair)
+                timers[pair.key] = loop.call_later(STREAMS_TIMEOUT, expire, pair)
 
         def expire(pair: portforward.Pair) -> None:
+            del timers[pair.key]
             if pairs.expire(pair):
                 for number in (pair.data, pair.error):
                     if number is not None:
