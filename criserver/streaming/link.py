@@ -110,11 +110,13 @@ class Link(asyncio.Protocol):
         self._held.clear()
         if not self._transport.is_closing():
             self._transport.resume_reading()
-            self._transport.set_write_buffer_limits(0)
+            self._transport.set_write_buffer_limits(high=1, low=0)
             if self._room is not None:
                 await self._room
-            if self._transport.can_write_eof() and not self.lost.done():
+            if self._transport.can_write_eof():
                 self._transport.write_eof()
+            else:  # TLS has no half-close; its close waits for the client's
+                self._transport.close()
         while not self.lost.done():
             await asyncio.wait({self.lost}, timeout=_LINGER)
             if not self._on_its_way():

@@ -1,0 +1,273 @@
+"""The streaming server on loopback with offers of the tests' own: what clients may do wrong, and what that costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from criserver.errors import CriError, ResourceExhaustedError
+from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, offers, server
+from tests.e2e.streaming_client import Refused, Spdy, WebSocket
+
+OUTPUT = Wanted(stdin=False, stdout=True, stderr=False, tty=False)
+CAT = Wanted(stdin=True, stdout=True, stderr=False, tty=False)
+
+
+async def say_hi(streams: Streams) -> int:
+    assert streams.stdout is not None
+    await streams.stdout.write(b"hi")
+    return 0
+
+
+async def cat(streams: Streams) -> int:
+    assert streams.stdin is not None
+    assert streams.stdout is not None
+    while data := await streams.stdin.read():
+        await streams.stdout.write(bytes(data))
+    return 0
+
+
+@pytest.fixture
+async def serving() -> AsyncIterator[StreamingServer]:
+    found = StreamingServer("127.0.0.1", 0, idle=60)
+    await found.start()
+    yield found
+    await found.stop()
+
+
+def hi(serving: StreamingServer) -> str:
+    return serving.offer(Command(OUTPUT, say_hi))
+
+
+async def blocking(work: Callable[..., Any], *args: Any) -> Any:
+    """A client's work, beside the server in this test's loop."""
+    return await asyncio.to_thread(work, *args)
+
+
+def raw(url: str, data: bytes) -> bytes:
+    """Send bytes, and return all that comes until the server closes."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as sock:
+        sock.sendall(data)
+        found = b""
+        while piece := sock.recv(65536):
+            found += piece
+        return found
+
+
+def run_command(url: str) -> tuple[bytes, dict[str, Any]]:
+    client = Spdy(url).open_command("error", "stdout")
+    status = client.finish()
+    return bytes(client.got["stdout"]), status
+
+
+async def test_an_offer_is_carried_out_once(serving: StreamingServer):
+    url = hi(serving)
+    assert await blocking(run_command, url) == (b"hi", {"status": "Success"})
+    with pytest.raises(Refused, match="404"):
+        await blocking(run_command, url)
+
+
+async def test_an_offer_that_is_too_old(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offers, "LIFETIME", 0.0)
+    with pytest.raises(Refused, match="404"):
+        await blocking(run_command, hi(serving))
+
+
+async def test_a_forged_token_takes_no_other_offer(serving: StreamingServer):
+    url = hi(serving)
+    for forged in (url[:-1], url + "x", url.rpartition("/")[0] + "/", url.rpartition("/")[0] + "/../" + "A" * 22):
+        with pytest.raises(Refused, match="404"):
+            await blocking(run_command, forged)
+    assert (await blocking(run_command, url))[0] == b"hi"
+
+
+async def test_offers_that_nobody_takes_are_bounded(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offers, "LIMIT", 3)
+    first = hi(serving)
+    for _ in range(2):
+        hi(serving)
+    with pytest.raises(ResourceExhaustedError, match="3 streaming requests"):
+        hi(serving)
+    await blocking(run_command, first)
+    hi(serving)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET {} HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"GET {} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", b"400"),
+        (b"POST {} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n", b"400"),
+        (b"GET {} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", b"400"),
+        (b"GET {} HTTP/1.1\r\nX: " + b"x" * 20000, b"431"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10, b"400"),
+        (b"DELETE {} HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
+    ],
+)
+async def test_requests_that_are_no_upgrade(serving: StreamingServer, head: bytes, status: bytes):
+    url = hi(serving)
+    answer = await blocking(raw, url, head.replace(b"{}", urlsplit(url).path.encode()))
+    assert answer.startswith(b"HTTP/1.1 " + status), answer
+    assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
+
+
+async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "HEAD_TIMEOUT", 0.2)
+    answer = await blocking(raw, hi(serving), b"GET /command")
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "STREAMS_TIMEOUT", 0.2)
+
+    def work() -> None:
+        client = Spdy(hi(serving)).open_command("stdout")
+        while client.read():
+            pass
+        assert client.got["stdout"] == b""
+
+    await blocking(work)
+
+
+async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "STREAMS_TIMEOUT", 0.2)
+
+    async def dial(port: int) -> socket.socket:
+        raise CriError(f"nobody at {port}")
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        client.open("half", streamtype="data", port="80", requestid="1")
+        while "half" not in client.reset:
+            assert client.read()
+        client.open("e", streamtype="error", port="81", requestid="2")
+        client.open("d", streamtype="data", port="81", requestid="2")
+        client.until("e", b"nobody at 81")
+
+    await blocking(work, serving.offer(Forward((), dial)))
+
+
+async def test_a_connection_on_which_nothing_moves():
+    found = StreamingServer("127.0.0.1", 0, idle=0.3)
+    await found.start()
+    gone = asyncio.Event()
+
+    async def wait(streams: Streams) -> int:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            gone.set()
+        return 0
+
+    def work(url: str) -> None:
+        client = Spdy(url).open_command("error", "stdout")
+        while client.read():
+            pass
+
+    await blocking(work, found.offer(Command(OUTPUT, wait)))
+    assert gone.is_set()
+    await found.stop()
+
+
+async def test_connections_are_bounded(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
+    parts = urlsplit(hi(serving))
+    first, second = (socket.create_connection((parts.hostname, parts.port)) for _ in range(2))
+    await asyncio.sleep(0.1)
+    with pytest.raises((ConnectionResetError, AssertionError, IndexError)):
+        await blocking(run_command, hi(serving))
+    first.close()
+    second.close()
+    await asyncio.sleep(0.1)
+    assert (await blocking(run_command, hi(serving)))[0] == b"hi"
+
+
+async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
+    ended = asyncio.Event()
+
+    async def wait(streams: Streams) -> int:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        return 0
+
+    client = await blocking(lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, wait)))
+    await asyncio.sleep(0.1)
+    await serving.stop()
+    assert ended.is_set()
+    while await blocking(client.read):
+        pass
+
+
+async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer):
+    async def refuse(streams: Streams) -> int:
+        raise CriError("it cannot be done")
+
+    async def crash(streams: Streams) -> int:
+        raise RuntimeError("a bug")
+
+    _, status = await blocking(run_command, serving.offer(Command(OUTPUT, refuse)))
+    assert status["message"] == "Internal error occurred: it cannot be done"
+    assert (await blocking(run_command, serving.offer(Command(OUTPUT, crash)))) == (b"", {})
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = f"{directory}/cert.pem", f"{directory}/key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run([*command.split(), *more], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.parametrize("client_of", [Spdy, WebSocket])
+async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., Any]):
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*certificate)
+    found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
+    await found.start()
+    trusted = ssl.create_default_context(cafile=certificate[0])
+    piece = os.urandom(1_000_000)
+
+    def work(url: str) -> None:
+        assert url.startswith("https://")
+        client = client_of(url, tls=trusted)
+        if isinstance(client, Spdy):
+            client.open_command("error", "stdin", "stdout")
+            client.send("stdin", piece, end=True)
+            assert client.finish() == {"status": "Success"}
+            assert client.got["stdout"] == piece
+        else:
+            client.send(0, piece)
+            client.end(0)
+            assert client.finish() == {"status": "Success"}
+            assert client.got[1] == piece
+
+    await blocking(work, found.offer(Command(CAT, cat)))
+    await found.stop()
+
+
+async def test_an_address_that_is_taken(serving: StreamingServer):
+    port = urlsplit(hi(serving)).port
+    assert port is not None
+    with pytest.raises(CriError, match=f"cannot listen on 127.0.0.1:{port}"):
+        await StreamingServer("127.0.0.1", port, idle=60).start()
+
+
+@pytest.mark.parametrize(("host", "base"), [("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+async def test_the_address_that_is_given_out(host: str, base: str):
+    found = StreamingServer(host, 0, idle=60)
+    await found.start()
+    assert hi(found).startswith(base)
+    await found.stop()
