@@ -58,7 +58,7 @@ class Node:
 
     def __init__(self, runtimes: str = "") -> None:
         self.base = tempfile.mkdtemp(prefix=SCRATCH)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "cri-e2e", self.base], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
         self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"
         for directory in (self.root, self.state, self.logs, self.cni, self.certs, f"{self.base}/cdi"):

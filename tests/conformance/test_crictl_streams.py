@@ -1,0 +1,148 @@
+"""What a person does with crictl at a terminal: exec -it, attach and port-forward, over both transports."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.node import Node
+from tests.e2e.streaming_client import eventually
+from tests.e2e.test_port_forward import Services
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: real mounts, namespaces and containers"),
+    pytest.mark.parametrize("transport", ["spdy", "websocket"]),
+]
+
+
+def command(node: Node, verb: str, transport: str, *arguments: str) -> list[str]:
+    options = ["--config", "/dev/null", "--runtime-endpoint", f"unix://{node.socket}"]
+    return ["crictl", *options, verb, "--transport", transport, *arguments]
+
+
+class Terminal:
+    """A program at a terminal of its own."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.master, other = pty.openpty()
+        self.resize(100, 30)
+        self.process = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
+        os.close(other)
+        self.seen = b""
+
+    def resize(self, width: int, height: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, wanted: bytes) -> None:
+        deadline = time.monotonic() + 20
+        while wanted not in self.seen:
+            readable, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
+            assert readable, self.seen
+            self.seen += os.read(self.master, 4096)
+        self.seen = self.seen.partition(wanted)[2]
+
+    def wait(self) -> int:
+        with contextlib.suppress(OSError):
+            while True:
+                os.read(self.master, 4096)
+        return self.process.wait(20)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@contextlib.contextmanager
+def terminal(words: list[str]) -> Iterator[Terminal]:
+    found = Terminal(words)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
+    container = node.run(node.run_pod(), "c", ["sleep", "1000"])
+    with terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
+        person.until(b"# ")
+        person.type("stty size\n")
+        person.until(b"30 100")
+        person.resize(77, 22)
+        os.killpg(person.process.pid, signal.SIGWINCH)  # as a terminal does
+        eventually(lambda: node.sh(container, "stty size < /dev/pts/0") == "22 77\n")
+        person.type("stty size\n")
+        person.until(b"22 77")
+        person.type("exit 0\n")
+        assert person.wait() == 0
+
+
+def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
+    container = node.run(node.run_pod(), "c", ["sleep", "1000"])
+    words = command(node, "exec", transport, "-i", container, "sh", "-c", "cat; echo err >&2; exit 4")
+    done = subprocess.run(words, input=b"x" * 300_000, capture_output=True, timeout=30, check=False)
+    assert done.stdout == b"x" * 300_000
+    assert b"err\n" in done.stderr
+    assert b"exit code 4" in done.stderr
+    assert done.returncode != 0
+
+
+def test_attach_at_a_terminal(node: Node, transport: str):
+    container = node.run(node.run_pod(), "c", ["sh"], stdin=True, tty=True)
+    with terminal(command(node, "attach", transport, "-it", container)) as person:
+        person.type("echo $((6*7)); tty\n")
+        person.until(b"42")
+        person.until(b"/dev/pts/0")
+        person.type("exit\n")
+        assert person.wait() == 0
+    assert node.wait(container).exit_code == 0
+
+
+def test_port_forward(node: Node, transport: str):
+    pod = node.run_pod()
+    services = Services(f"{node.state}/ns/{pod}/net")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        command(node, "port-forward", transport, pod, f"{port}:7002"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        eventually(lambda: reachable(port))
+        for _ in range(5):
+            assert fetched(port) == b"hello from the pod"
+    finally:
+        process.terminate()
+        process.wait(10)
+        services.close()
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def fetched(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        found = b""
+        while piece := sock.recv(4096):
+            found += piece
+        return found
