@@ -225,7 +225,7 @@ class Channels(_Socket):
             self._within = True
             data = self._begin(data)
         if self._signal is not None:
-            self._signal += data[:2]
+            self._signal += data
             if len(self._signal) > 1:
                 raise _PeerError(CloseReason.PROTOCOL_ERROR, "a sign of closing names one channel")
         elif self._channel is not None:
@@ -245,7 +245,7 @@ class Channels(_Socket):
         if self._signals and first == _CLOSE_SIGNAL:
             self._signal = b""
             return rest
-        channel = (first - 48) & 255 if self._base64 else first
+        channel = first - 48 if self._base64 else first
         self._channel = channel if channel in self._readable else None
         self._quantum, self._padded = b"", False
         return rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import os
 import struct
 
@@ -25,6 +24,7 @@ from criserver.streaming.websocket import (
     Tunnel,
     channel_limit,
 )
+from tests.fuzz import websocket as fuzz
 
 V4, V5, V4_BASE64 = "v4.channel.k8s.io", "v5.channel.k8s.io", "v4.base64.channel.k8s.io"
 EVERY = sorted(BINARY_PROTOCOLS | BASE64_PROTOCOLS)
@@ -447,32 +447,8 @@ FRAMES = st.builds(
     PAYLOADS,
     MASKS,
 )
-CONNECTIONS = [*(lambda name=name: channels(name) for name in EVERY), Tunnel]
 
 
-@given(st.sampled_from(CONNECTIONS), st.lists(FRAMES | st.binary(max_size=6), max_size=6), st.lists(st.integers(0, 99)))
-def test_how_the_bytes_are_cut_makes_no_difference(make, frames, cuts):
-    data = b"".join(frames)
-    edges = [0, *sorted(cuts), len(data)]
-    whole, cut = make(), make()
-    at_once = joined(whole.receive(data))
-    in_pieces = joined([event for a, b in itertools.pairwise(edges) for event in cut.receive(data[a:b])])
-    if at_once and isinstance(at_once[-1], Closed) and at_once[-1].code == 1007:
-        # Of text that turns out to be none, more may have been handed on before it did, and the words differ.
-        assert in_pieces[-1].code == 1007
-        assert len(in_pieces) - len(at_once) in (0, 1)
-        at_once = at_once[:-2]
-        in_pieces = in_pieces[: len(at_once)]
-    else:
-        assert whole.take() == cut.take()
-    assert at_once == in_pieces
-    assert (whole.open, whole.ended) == (cut.open, cut.ended)
-
-
-@given(st.sampled_from(CONNECTIONS), st.lists(st.binary(max_size=200), max_size=5))
-def test_no_bytes_raise_and_the_answer_is_bounded(make, pieces):
-    here = make()
-    events = [event for piece in pieces for event in here.receive(piece)]
-    assert sum(isinstance(event, Closed) for event in events) == here.ended
-    assert len(here.take()) <= 2 * 127
-    assert sum(len(event.data) for event in events if isinstance(event, ChannelData | Data)) <= sum(map(len, pieces))
+@given(st.integers(0, 255), st.integers(0, 255), st.lists(FRAMES | st.binary(max_size=6), max_size=6))
+def test_no_bytes_raise_and_how_they_are_cut_makes_no_difference(kind, size, frames):
+    fuzz.check(bytes((kind, size)) + b"".join(frames))
