@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := criserver shims snapshotter tests bench contrib setup.py
 
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
-TEST_PACKAGES := docker-registry skopeo procps golang-github-opencontainers-specs-dev
+TEST_PACKAGES := docker-registry skopeo procps criu golang-github-opencontainers-specs-dev
 
 .PHONY: demo test lint unit e2e format proto run-packages test-packages clean
 

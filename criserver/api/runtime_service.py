@@ -17,6 +17,7 @@ from criserver.api.lists import Fragments
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.container_checkpoint import checkpoint_container
 from criserver.runtime.container_create import create_container
 from criserver.runtime.container_exec import exec_sync
 from criserver.runtime.container_log import reopen_log
@@ -37,9 +38,7 @@ from criserver.streaming import Wanted
 log = structlog.get_logger(__name__)
 
 # RPCs that a later version builds, with the feature that each belongs to.
-MISSING = {
-    "CheckpointContainer": "checkpoints",
-}
+MISSING: dict[str, str] = {}
 
 
 class RuntimeService(StatsRpcs):
@@ -228,6 +227,10 @@ class RuntimeService(StatsRpcs):
 
     async def port_forward(self, request: cri.PortForwardRequest) -> cri.PortForwardResponse:
         return cri.PortForwardResponse(url=forward_address(self._node, request.pod_sandbox_id, list(request.port)))
+
+    async def checkpoint_container(self, request: cri.CheckpointContainerRequest) -> cri.CheckpointContainerResponse:
+        await checkpoint_container(self._node, request.container_id, request.location, request.timeout)
+        return cri.CheckpointContainerResponse()
 
     async def reopen_container_log(self, request: cri.ReopenContainerLogRequest) -> cri.ReopenContainerLogResponse:
         await reopen_log(self._node, request.container_id)

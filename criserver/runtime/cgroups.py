@@ -7,14 +7,20 @@ slices in each other by the dashes in their names (systemd.slice(5)).
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
-from criserver.errors import InvalidArgumentError
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
 
 # Where pods are put that the kubelet gives no cgroup parent.
 OWN = "/criserver"
 _PREFIX = "criserver"
+
+# How often freezing is tried, how often it is looked each time whether it is done, and the seconds between.
+_TRIES, _LOOKS, _LOOK = 50, 50, 0.002
 
 
 def own_parent(driver: str, sandbox_id: str) -> str:
@@ -101,3 +107,77 @@ def processes(cgroup: str) -> list[int]:
             return [int(line) for line in f]
     except OSError:
         return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Freezer:
+    """The files of a cgroup's freezer: version 1 (kernel, cgroup-v1/freezer-subsystem), version 2 (cgroup-v2, Core).
+
+    ``state`` has the words ``reached`` in it once every process is frozen; ``asked`` is 0 once it is to be thawed.
+    """
+
+    switch: str
+    on: str
+    off: str
+    state: str
+    reached: str
+    asked: str
+
+
+def _freezer(cgroup: str) -> _Freezer:
+    found = roots()
+    if "freezer" in found:
+        files = f"{found['freezer']}{cgroup}/freezer"
+        return _Freezer(f"{files}.state", "FROZEN", "THAWED", f"{files}.state", "FROZEN", f"{files}.self_freezing")
+    files = f"{found.get('', '')}{cgroup}/cgroup"
+    return _Freezer(f"{files}.freeze", "1", "0", f"{files}.events", "frozen 1", f"{files}.freeze")
+
+
+def freeze(cgroup: str, wait: Callable[[float], None]) -> None:
+    """Freeze all processes of a cgroup: when it returns, none of them runs. Blocks.
+
+    ``wait`` sleeps so many seconds, and raises what is to end the attempt. Raises FailedPreconditionError for a cgroup
+    that is gone, or that has a process that cannot be frozen. However it ends, the cgroup is to be thawed.
+    """
+    freezer = _freezer(cgroup)
+    try:
+        for _ in range(_TRIES):
+            _write(freezer.switch, freezer.on)
+            for _ in range(_LOOKS):
+                if freezer.reached in _read(freezer.state):
+                    return
+                wait(_LOOK)
+            # Version 1 stays at FREEZING where a process was forking just then; from anew it gets there.
+            _write(freezer.switch, freezer.off)
+            wait(_LOOK)
+    except OSError as e:
+        raise FailedPreconditionError(f"cgroup {cgroup} cannot be frozen: {e.strerror}") from e
+    raise FailedPreconditionError(f"cgroup {cgroup} cannot be frozen: a process in it does not stop")
+
+
+def thaw(cgroup: str) -> None:
+    """Let all processes of a cgroup run; one that is not frozen, or gone, is no error. Raises CriError, OSError."""
+    freezer = _freezer(cgroup)
+    try:
+        _write(freezer.switch, freezer.off)
+        thawed = _read(freezer.asked).strip() == "0"
+    except OSError as e:
+        # ENODEV: it was removed since its file was opened.
+        if e.errno in (errno.ENOENT, errno.ENODEV):
+            return
+        raise
+    if not thawed:
+        raise CriError(f"cgroup {cgroup} is frozen again by somebody as soon as it is thawed")
+
+
+def _read(path: str) -> str:
+    with open(path) as f:
+        return f.read()
+
+
+def _write(path: str, word: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, word.encode())
+    finally:
+        os.close(fd)

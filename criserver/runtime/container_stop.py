@@ -8,7 +8,7 @@ import signal
 import structlog
 
 from criserver.errors import DeadlineExceededError, NotFoundError
-from criserver.runtime import supervision
+from criserver.runtime import cgroups, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState
 
@@ -38,12 +38,18 @@ async def kill(node: Node, container: Container) -> None:
 
 
 async def _stop(node: Node, container_id: str, grace: float) -> None:
-    # The lock is held only to let a start under way come to its end: a long grace must not keep another call, with
-    # a shorter one, from ending the container at once.
+    checkpoint = node.checkpoints.get(container_id)
+    if checkpoint is not None and not checkpoint.thawed:
+        checkpoint.cut.set()
+    # The lock is held only to let a start or checkpoint under way come to its end: a long grace must not keep another
+    # call, with a shorter one, from ending the container at once.
     async with node.lock(container_id):
         container = node.registry.containers.get(container_id)
     if container is None or container.state is not ContainerState.RUNNING:
         return
+    # From here on no checkpoint freezes it; whoever else did, a frozen process takes no signal, not even SIGKILL.
+    node.stopping.add(container_id)
+    cgroups.thaw(cgroups.path(node.registry.sandbox(container.sandbox_id).cgroup_parent, container_id))
     ended = node.exits[container_id]
     if grace > 0:
         supervision.send_signal(container, container.stop_signal)

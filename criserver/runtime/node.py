@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,16 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint under way. Setting ``cut`` ends it early; ``thawed`` tells that its container runs again."""
+
+    location: str
+    cut: threading.Event = field(default_factory=threading.Event)
+    thawed: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
 class Node:
     """The rooms below, the records, and what is under way."""
 
@@ -51,6 +62,10 @@ class Node:
     exits: dict[str, asyncio.Event] = field(default_factory=dict)
     # Set when nothing of a container runs any more and its shim has cleaned up.
     gone: dict[str, asyncio.Event] = field(default_factory=dict)
+    # Under way, by the container's ID.
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    # The containers that a stop has been sent to: none of them is frozen any more.
+    stopping: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
@@ -102,14 +117,20 @@ class Node:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await work that goes on to its end even where the caller is cancelled."""
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start work that is kept hold of to its end, whoever waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await work that goes on to its end even where the caller is cancelled."""
+        await asyncio.shield(self.begin(work))
 
     async def settle(self) -> None:
-        """Wait for what is under way, at the daemon's orderly stop."""
+        """Wait for what is under way, at the daemon's orderly stop; what may last is ended early."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.cut.set()
         await self.attempts.finish()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -14,8 +14,9 @@ import time
 import structlog
 
 from criserver.model import NamespaceMode
-from criserver.network import namespaces, strays
-from criserver.runtime import filesystems, sandbox_files, supervision
+from criserver.network import namespaces
+from criserver.runtime import filesystems, sandbox_files, strays, supervision
+from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 async def recover(node: Node) -> None:
     """Bring records and host into agreement. Work on one thing that fails is logged and does not stop the rest."""
+    # First of all: what is frozen cannot be ended.
+    await recover_checkpoints(node)
     await asyncio.gather(*(_container(node, c) for c in list(node.registry.containers.values())))
     await asyncio.gather(*(_sandbox(node, s) for s in list(node.registry.sandboxes.values())))
     await _sweep(node)
@@ -86,11 +89,11 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
         match sandbox.state:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
-                await strays.wait(sandbox.id)
+                await strays.wait("CNI_CONTAINERID", sandbox.id)
                 await release(node, sandbox)
                 node.registry.forget(sandbox)
             case SandboxState.REMOVING:
-                await strays.wait(sandbox.id)
+                await strays.wait("CNI_CONTAINERID", sandbox.id)
                 await remove_sandbox(node, sandbox.id)
             case SandboxState.READY:
                 if not await _whole(node, sandbox):

@@ -145,7 +145,7 @@ class Node:
         for directory in ("ns", "sandboxes", "containers", "runtimes/runc"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]
-        for directory in ("snapshots/active", "snapshots/staging", "content/ingest"):
+        for directory in ("snapshots/active", "snapshots/staging", "content/ingest", "checkpoints"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.root}/{directory}/{name}" for name in os.listdir(f"{self.root}/{directory}")]
         with contextlib.suppress(FileNotFoundError):

@@ -248,15 +248,6 @@ def test_calls_on_a_container_in_the_wrong_state(node: Node):
         node.create(pod, "late", ["true"])
 
 
-@pytest.mark.parametrize(
-    ("rpc", "feature"),
-    [("CheckpointContainer", "checkpoints")],
-)
-def test_what_a_later_version_builds_is_refused_by_name(node: Node, rpc: str, feature: str):
-    with refused(grpc.StatusCode.UNIMPLEMENTED, rpc, feature):
-        getattr(node.client, rpc)()
-
-
 def test_a_seccomp_profile_that_is_not_there(node: Node):
     pod = node.run_pod()
     profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="/no/profile.json")

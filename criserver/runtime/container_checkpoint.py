@@ -1,0 +1,265 @@
+"""CheckpointContainer: a running container's processes and changed files in an archive; it runs on afterwards.
+
+For the kubelet's checkpoint API (forensic container checkpointing). criu dumps the processes under the OCI runtime;
+what else it is to be told (tcp-established) the operator writes into /etc/criu/runc.conf, which runc reads.
+
+The container is frozen from before the dump until its changed files are copied, so that both are of one moment. All of
+that is one blocking function in a thread that thaws at its end: a task could be cancelled while it does so. The
+directory of a checkpoint below the root is the intention: where start-up finds one, its container is thawed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from criserver.errors import (
+    AlreadyExistsError,
+    CriError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+)
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import cgroups, checkpoint_archive, strays
+from criserver.runtime.node import Checkpoint, Node
+from criserver.runtime.records import Container, ContainerState
+
+log = structlog.get_logger(__name__)
+
+# Seconds. The kubelet, where its user names no timeout, sends its own for all of CRI, two minutes.
+DEFAULT_TIMEOUT = 120.0
+_LOOK = 0.005
+_MAX_WORDS = 2000
+# The OCI runtime and criu are known by this variable of their environment; it names the checkpoint's directory.
+_VARIABLE = "CRISERVER_CHECKPOINT"
+# More than a node has containers: none waits for another's.
+_threads = ThreadPoolExecutor(1024, "checkpoint")
+# While it dumps, criu drops what comes into and goes out of the pod's network. Where it is killed, its rules stay.
+_UNLOCK = """
+for iptables in iptables ip6tables; do
+    for chain in INPUT OUTPUT; do while $iptables -w 5 -D $chain -j CRIU; do :; done; done
+    $iptables -w 5 -F CRIU && $iptables -w 5 -X CRIU
+done
+nft list tables | while read -r _ family name; do
+    case $name in CRIU-*) nft delete table "$family" "$name" ;; esac
+done
+"""
+
+
+async def checkpoint_container(node: Node, given: str, location: str, timeout: float) -> None:
+    """Write a checkpoint of a running container to the file ``location``, mode 0600; ``timeout`` in seconds.
+
+    A caller that gives up leaves it to its end, where the same request meets it. Raises AlreadyExistsError while
+    one to another location is under way; InvalidArgumentError for a location that is no absolute path of a file in an
+    existing directory; FailedPreconditionError where there is no criu, where it cannot do it, and for a container that
+    does not run or is being stopped; DeadlineExceededError after the timeout, DEFAULT_TIMEOUT where that is 0. After a
+    failure the container runs on and nothing is left of the checkpoint.
+    """
+    if timeout < 0:
+        raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means {DEFAULT_TIMEOUT:g} s")
+    container_id = node.registry.container(given).id
+    found = node.checkpoints.get(container_id)
+    if found is None:
+        _check_location(location)
+        _running(node, container_id)
+        found = node.checkpoints[container_id] = Checkpoint(location)
+        found.task = node.begin(_checkpoint(node, container_id, found, timeout or DEFAULT_TIMEOUT))
+    elif found.location != location:
+        raise AlreadyExistsError(f"container {container_id} is being checkpointed to {found.location}; wait for that")
+    assert found.task is not None
+    await asyncio.shield(found.task)
+
+
+async def recover_checkpoints(node: Node) -> None:
+    """Undo the checkpoints that an earlier daemon did not see the end of; a failure is logged."""
+    left = os.listdir(_directory(node)) if os.path.isdir(_directory(node)) else []
+    await asyncio.gather(*(_recover(node, container_id) for container_id in left))
+
+
+async def _recover(node: Node, container_id: str) -> None:
+    log.warning("undoing a checkpoint that was cut off", container=container_id)
+    container = node.registry.containers.get(container_id)
+    try:
+        await strays.wait(_VARIABLE, _directory(node, container_id))
+        if container is not None:
+            await asyncio.to_thread(_undo, node, container)
+        await asyncio.to_thread(_discard, _directory(node, container_id))
+    except Exception:
+        log.exception("recovery of a checkpoint failed", container=container_id)
+
+
+def _check_location(location: str) -> None:
+    if not os.path.isabs(location) or "\0" in location:
+        raise InvalidArgumentError(f"location = {location!r} is not an absolute path")
+    if not os.path.isdir(os.path.dirname(location)):
+        raise InvalidArgumentError(f"location = {location!r} is not in a directory that exists")
+    if os.path.lexists(location) and not os.path.isfile(location):
+        raise InvalidArgumentError(f"location = {location!r} is there already, and no file")
+
+
+def _running(node: Node, container_id: str) -> Container:
+    container = node.registry.container(container_id)
+    if container.state is not ContainerState.RUNNING:
+        raise FailedPreconditionError(f"container {container_id} is {container.state.value}, not running")
+    if container_id in node.stopping:
+        raise FailedPreconditionError(f"container {container_id} is being stopped")
+    return container
+
+
+async def _checkpoint(node: Node, container_id: str, found: Checkpoint, timeout: float) -> None:
+    """All of it, whoever waits for it."""
+    deadline = time.monotonic() + timeout
+
+    def wait(seconds: float = 0.0) -> None:
+        if found.cut.wait(seconds):
+            raise FailedPreconditionError(f"the checkpoint of {container_id} was cut short: container or daemon stops")
+        if time.monotonic() > deadline:
+            raise DeadlineExceededError(f"the checkpoint of {container_id} was not done within {timeout:g} s")
+
+    loop = asyncio.get_running_loop()
+    try:
+        async with node.lock(container_id):
+            container = _running(node, container_id)
+            await loop.run_in_executor(_threads, _dump, node, container, wait)
+        found.thawed = True
+        await loop.run_in_executor(_threads, _archive, node, container, found.location, wait)
+        log.info("container checkpointed", container=container_id, location=found.location)
+    except (CriError, OSError) as e:
+        log.warning("container not checkpointed", container=container_id, error=str(e))
+        if isinstance(e, CriError):
+            raise
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (ResourceExhaustedError if full else CriError)(f"the checkpoint of {container_id} failed: {e}") from e
+    finally:
+        await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
+        del node.checkpoints[container_id]
+
+
+def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
+    """Put all that the archive is to hold, but for the log, into the directory. The container runs afterwards."""
+    directory = _directory(node, container.id)
+    content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
+    _discard(directory)
+    # What was in the container is for root alone.
+    os.makedirs(_directory(node), mode=0o700, exist_ok=True)
+    os.makedirs(images)
+    sandbox = node.registry.sandbox(container.sandbox_id)
+    runtime = node.handler(sandbox.runtime)
+    image = cri.ContainerConfig.FromString(container.sent).image
+    name = image.user_specified_image or image.image
+    config = checkpoint_archive.config_dump(container, name, runtime.name, time.time_ns())
+    _write_json(content, "config.dump", config)
+    _write_json(content, "status", checkpoint_archive.status_dump(container))
+    shutil.copyfile(os.path.join(node.container_dir(container.id), "config.json"), os.path.join(content, "spec.dump"))
+    _check_criu(directory, wait)
+    command = (runtime.path, "--root", node.runtime_root(sandbox.runtime), *cgroups.runtime_args(sandbox.cgroup_parent))
+    options = ("--leave-running", "--file-locks", "--image-path", images, "--work-path", content)
+    upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
+    diff = os.path.join(content, "rootfs-diff.tar")
+    try:
+        cgroups.freeze(cgroups.path(sandbox.cgroup_parent, container.id), wait)
+        if _run(directory, wait, *command, "checkpoint", *options, container.id):
+            words = _words(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
+            raise FailedPreconditionError(f"criu cannot dump container {container.id}: {words}")  # noqa: TRY301 - undone below
+        deleted = checkpoint_archive.write_diff(upper, diff, sandbox.config.namespaces.user, wait)
+    except BaseException:
+        _undo(node, container)
+        raise
+    cgroups.thaw(cgroups.path(sandbox.cgroup_parent, container.id))
+    _write_json(content, "deleted.files", deleted)
+
+
+def _undo(node: Node, container: Container) -> None:
+    """Let a container go on whose dump was cut off, and its pod's network. What worked on that has ended."""
+    cgroups.thaw(cgroups.path(node.registry.sandbox(container.sandbox_id).cgroup_parent, container.id))
+    network = os.path.join(node.namespaces_dir(container.sandbox_id), "net")
+    if os.path.exists(network):
+        command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _check_criu(directory: str, wait: Callable[..., None]) -> None:
+    """Refuse where criu is not installed, or says itself that it cannot work with this kernel."""
+    if shutil.which("criu") is None:
+        raise FailedPreconditionError("CheckpointContainer needs criu, which is not there: install the package criu")
+    if _run(directory, wait, "criu", "check"):
+        words = _words(os.path.join(directory, "output"))
+        raise FailedPreconditionError(f"criu cannot work on this node; is it older than the kernel? It says: {words}")
+
+
+def _run(directory: str, wait: Callable[..., None], *command: str) -> int:
+    """A command's exit code; what it prints is in ``output``. Where it fails, nothing that it started is left."""
+    with open(os.path.join(directory, "output"), "wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, _VARIABLE: directory},
+            start_new_session=True,
+        )
+    code = None
+    try:
+        while (code := process.poll()) is None:
+            wait(_LOOK)
+    finally:
+        if code != 0:
+            strays.kill(_VARIABLE, directory)
+            process.poll()
+    return code
+
+
+def _words(*paths: str) -> str:
+    """The first errors that criu tells of, the cause of the others, in the first file that has any; or a last line."""
+    last = ""
+    for path in paths:
+        if os.path.exists(path):
+            with open(path, errors="replace") as f:
+                lines = [line.strip() for line in itertools.islice(f, 100000)]
+            if errors := [line[line.index("Error (") :] for line in lines if "Error (" in line]:
+                return "; ".join(errors[:5])[:_MAX_WORDS]
+            last = lines[-1] if lines else last
+    return last[:_MAX_WORDS] or "it left no message"
+
+
+def _archive(node: Node, container: Container, location: str, wait: Callable[..., None]) -> None:
+    """Make the archive beside its place, and put it there."""
+    directory = _directory(node, container.id)
+    partial = os.path.join(os.path.dirname(location), f".checkpoint-{secrets.token_hex(8)}")
+    # _discard finds it by this.
+    os.symlink(partial, os.path.join(directory, "partial"))
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    checkpoint_archive.write_archive(os.path.join(directory, "content"), container.log_path, partial, wait)
+    os.rename(partial, location)
+
+
+def _discard(directory: str) -> None:
+    """Delete a checkpoint's directory and its unfinished archive; what is gone is no error."""
+    try:
+        os.unlink(os.readlink(os.path.join(directory, "partial")))
+    except FileNotFoundError:
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _directory(node: Node, container_id: str = "") -> str:
+    """Where a checkpoint is while it is made: on disk, as it holds all of the container's memory."""
+    return os.path.join(node.config.root, "checkpoints", container_id)
+
+
+def _write_json(directory: str, name: str, document: object) -> None:
+    with open(os.path.join(directory, name), "w") as f:
+        json.dump(document, f)

@@ -1,0 +1,83 @@
+"""The archive of a checkpoint, without a container: its documents, and tars of what a container may have made."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from criserver.model import IdMapping, UserNamespace
+from criserver.runtime import checkpoint_archive
+
+
+def nothing() -> None:
+    """Nothing ends it early."""
+
+
+class Ends:
+    """Ends the work at its ``left + 1``th look."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise InterruptedError
+
+
+def entries(path: Path) -> dict[str, tarfile.TarInfo]:
+    with tarfile.open(path) as tar:
+        return {entry.name: entry for entry in tar}
+
+
+def test_a_diff_keeps_names_links_and_modes(tmp_path: Path):
+    upper = tmp_path / "upper"
+    long = "l" * 200
+    (upper / "directory" / long).mkdir(parents=True)
+    Path(os.fsdecode(os.fsencode(upper) + b"/not utf-8 \xff")).write_text("x")
+    (upper / "directory" / "outside").symlink_to("/etc/shadow")
+    (upper / "one").write_text("shared")
+    (upper / "two").hardlink_to(upper / "one")
+    (upper / "one").chmod(0o4755)
+    assert checkpoint_archive.write_diff(str(upper), str(tmp_path / "diff.tar"), None, nothing) == []
+    found = entries(tmp_path / "diff.tar")
+    assert {"directory", f"directory/{long}", "directory/outside", "not utf-8 \udcff", "one", "two"} == set(found)
+    assert (found["directory/outside"].type, found["directory/outside"].linkname) == (tarfile.SYMTYPE, "/etc/shadow")
+    assert (found["two"].type, found["two"].linkname) == (tarfile.LNKTYPE, "one")
+    assert found["one"].mode == 0o4755
+    assert {entry.uname for entry in found.values()} == {""}
+
+
+@pytest.mark.parametrize(("first", "length", "seen"), [(0, 1, 0), (-5, 10, 5), (1, 10, 65534), (-5, 5, 65534)])
+def test_the_owners_in_a_diff_are_those_that_the_pod_sees(tmp_path: Path, first: int, length: int, seen: int):
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper" / "file").touch()
+    ids = IdMapping(container_id=0, host_id=os.getuid() + first, length=length)
+    groups = IdMapping(container_id=7, host_id=os.getgid(), length=1)
+    user = UserNamespace(ids, groups)
+    checkpoint_archive.write_diff(str(tmp_path / "upper"), str(tmp_path / "diff.tar"), user, nothing)
+    entry = entries(tmp_path / "diff.tar")["file"]
+    assert (entry.uid, entry.gid) == (seen, 7)
+
+
+def test_a_large_file_can_be_cut_off_in_its_middle(tmp_path: Path):
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper" / "large").write_bytes(b"x" * (10 << 20))
+    with pytest.raises(InterruptedError):
+        checkpoint_archive.write_diff(str(tmp_path / "upper"), str(tmp_path / "diff.tar"), None, Ends(4))
+    assert 1 << 20 <= (tmp_path / "diff.tar").stat().st_size <= 6 << 20
+
+
+@pytest.mark.parametrize("log", ["there", "gone", "none"])
+def test_the_archive_has_the_log_where_there_is_one(tmp_path: Path, log: str):
+    (tmp_path / "content" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "content" / "status").write_text("{}")
+    if log == "there":
+        (tmp_path / "c.log").write_text("line\n")
+    path = "" if log == "none" else str(tmp_path / "c.log")
+    checkpoint_archive.write_archive(str(tmp_path / "content"), path, str(tmp_path / "a.tar"), nothing)
+    expected = {"checkpoint", "status"} | ({"container.log"} if log == "there" else set())
+    assert set(entries(tmp_path / "a.tar")) == expected
