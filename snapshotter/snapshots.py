@@ -129,15 +129,16 @@ class Snapshotter:
         self,
         blob: str,
         *,
-        compression: Literal["gzip", "none"],
+        compression: Literal["gzip", "none", "zstd"],
         diff_id: str,
         chain_id: str,
         parent: str | None,
     ) -> Layer:
         """Unpack the layer in the file ``blob`` and commit it as ``chain_id``; at once where it is committed.
 
-        The parent may still be missing: a layer's files do not depend on it. Callers with the same chain ID share
-        one unpack, which ends early when the last of them is cancelled; nothing is left of it then.
+        Where ``compression`` is not "none", the blob's first bytes say which of them all it is. The parent may still be
+        missing: a layer's files do not depend on it. Callers with the same chain ID share one unpack, which ends
+        early when the last of them is cancelled; nothing is left of it then.
 
         Raises LayerError for content that is broken or hostile, with DiffMismatchError where its digest is not
         ``diff_id`` and TruncatedLayerError where it ends early, and SnapshotError for the node's own trouble.

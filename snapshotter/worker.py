@@ -14,7 +14,7 @@ import sys
 
 from snapshotter import errors, unpacker
 from snapshotter.limits import Limits
-from snapshotter.streams import LayerStream
+from snapshotter.streams import LayerStream, decoder
 from snapshotter.tar import TarReader
 
 _PR_SET_PDEATHSIG = 1
@@ -32,11 +32,12 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     limits = Limits(**options["limits"])
     try:
+        decode = decoder(sys.stdin.buffer, options["compression"])
         area = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         _confine()
         _die_with(options["daemon"])
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY, dir_fd=area)
-        stream = LayerStream(sys.stdin.buffer, options["compression"], limits)
+        stream = LayerStream(sys.stdin.buffer, decode, limits)
         reader = TarReader(stream.read, limits)
         made = unpacker.unpack(reader, root, area)
         reader.drain()

@@ -9,6 +9,8 @@ import tarfile
 from dataclasses import dataclass
 from typing import Any
 
+import zstandard
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
@@ -51,8 +53,19 @@ def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+def packed(data: bytes, compression: str) -> bytes:
+    """Data as the compression has it; "none" leaves it alone."""
+    match compression:
+        case "gzip":
+            return gzip.compress(data, 1)
+        case "zstd":
+            return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+        case _:
+            return data
+
+
 def write_blob(path: str, *items: tuple[tarfile.TarInfo, bytes], compression: str = "gzip") -> Blob:
     data = archive(*items)
     with open(path, "wb") as file:
-        file.write(gzip.compress(data, 1) if compression == "gzip" else data)
+        file.write(packed(data, compression))
     return Blob(path, digest(data))
