@@ -21,7 +21,7 @@ from criserver.api import image_service, runtime_service
 from criserver.api.server import generic_handler, listen
 from criserver.config import Config
 from criserver.errors import CriError, FailedPreconditionError
-from criserver.images import ContentStore, Images, host_platform
+from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -114,7 +114,12 @@ def _node(config: Config, store: Store, snapshotter: Snapshotter, features: Mapp
             store,
             ContentStore(os.path.join(config.root, "content")),
             snapshotter,
-            config.registry_config_path,
+            RegistrySettings(
+                config.registry_config_path,
+                config.registry_auth_file,
+                config.registry_max_downloads,
+                config.registry_progress_timeout,
+            ),
             host_platform(),
         ),
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),

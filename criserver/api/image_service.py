@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import os
 import tempfile
@@ -11,8 +10,9 @@ import time
 from collections.abc import AsyncIterator
 
 from criserver.api import views
-from criserver.errors import InvalidArgumentError, UnimplementedError
+from criserver.errors import InvalidArgumentError
 from criserver.images import Credentials, Images
+from criserver.images.credentials import decode_basic
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
@@ -94,13 +94,13 @@ def _named(spec: cri.ImageSpec) -> str:
 
 
 def _credentials(auth: cri.AuthConfig) -> Credentials | None:
-    """What an AuthConfig says: user and password, by themselves or as docker's base64 of "user:password"."""
-    if auth.identity_token or auth.registry_token:
-        raise UnimplementedError("identity and registry tokens are not supported yet; give a user name and a password")
+    """What an AuthConfig says: tokens, or user and password, by themselves or as docker's base64 of both."""
     username, password = auth.username, auth.password
     if auth.auth and not username:
         try:
-            username, _, password = base64.b64decode(auth.auth, validate=True).decode().rstrip("\0").partition(":")
+            username, password = decode_basic(auth.auth)
         except ValueError as e:
             raise InvalidArgumentError("auth.auth is not base64 of a user name, a colon and a password") from e
-    return Credentials(username, password, auth.server_address) if username else None
+    if not (username or auth.identity_token or auth.registry_token):
+        return None
+    return Credentials(username, password, auth.server_address, auth.identity_token, auth.registry_token)

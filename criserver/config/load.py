@@ -47,6 +47,9 @@ class Config:
     cni_conf_dir: str
     cni_timeout: float
     registry_config_path: str
+    registry_auth_file: str
+    registry_max_downloads: int
+    registry_progress_timeout: float
     default_runtime: str
     cgroup_driver: str
     infra: str
@@ -70,7 +73,7 @@ def load(path: str | None) -> Config:
         given = _read(path)
         _check(path, given)
         _merge(merged, given)
-    cni, runtime = merged["cni"], merged["runtime"]
+    cni, registry, runtime = merged["cni"], merged["registry"], merged["runtime"]
     runtimes = {name: Runtime(name, table["path"]) for name, table in merged["runtimes"].items()}
     if runtime["default"] not in runtimes:
         raise InvalidArgumentError(
@@ -86,7 +89,10 @@ def load(path: str | None) -> Config:
         cni_bin_dirs=tuple(cni["bin_dirs"]),
         cni_conf_dir=cni["conf_dir"],
         cni_timeout=float(cni["timeout"]),
-        registry_config_path=merged["registry"]["config_path"],
+        registry_config_path=registry["config_path"],
+        registry_auth_file=registry["auth_file"],
+        registry_max_downloads=registry["max_downloads"],
+        registry_progress_timeout=float(registry["progress_timeout"]),
         default_runtime=runtime["default"],
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],

@@ -6,11 +6,14 @@ the snapshotter and the errors; knows nothing of pods and containers.
 
 from __future__ import annotations
 
-from criserver.images.auth import Credentials
 from criserver.images.content import ContentStore
+from criserver.images.credentials import Credentials
 from criserver.images.images import FsUsage, Image, Images
-from criserver.images.manifests import ImageConfig, Platform, host_platform
+from criserver.images.manifests import ImageConfig
+from criserver.images.platforms import Platform, host_platform
+from criserver.images.policy import ImagePolicy
 from criserver.images.references import Reference, parse
+from criserver.images.settings import RegistrySettings
 
 __all__ = [
     "ContentStore",
@@ -18,9 +21,11 @@ __all__ = [
     "FsUsage",
     "Image",
     "ImageConfig",
+    "ImagePolicy",
     "Images",
     "Platform",
     "Reference",
+    "RegistrySettings",
     "host_platform",
     "parse",
 ]

@@ -27,6 +27,7 @@ from criserver.images.manifests import (
     OCI_CONFIG,
     OCI_LAYER,
     OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     OCI_MANIFEST,
     Descriptor,
     Index,
@@ -43,6 +44,7 @@ _MAX_LINKS = 8
 _MAX_HEADER = 1 << 20
 _CHUNK = 1 << 20
 _GZIP = b"\x1f\x8b"
+_PACKED = {_GZIP: OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": OCI_LAYER_ZSTD}
 _NAME = "io.containerd.image.name"
 _REF_NAME = "org.opencontainers.image.ref.name"
 
@@ -153,14 +155,16 @@ class Archive:
     def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
         """A plain layer's digest is its diff ID, which is checked when it is read; a compressed one is hashed."""
         member = self._member(name)
-        if not self._piece(member, 0).startswith(_GZIP):
+        start = self._piece(member, 0)
+        packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
+        if packed is None:
             descriptor = Descriptor(OCI_LAYER, diff_id, member.size)
         else:
             digest, position = hashlib.sha256(), 0
             while piece := self._piece(member, position):
                 digest.update(piece)
                 position += len(piece)
-            descriptor = Descriptor(OCI_LAYER_GZIP, f"sha256:{digest.hexdigest()}", member.size)
+            descriptor = Descriptor(packed, f"sha256:{digest.hexdigest()}", member.size)
         self._digests[descriptor.digest] = name
         return descriptor
 

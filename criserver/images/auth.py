@@ -1,62 +1,118 @@
-"""Who we are to a registry: credentials, and what its servers ask for.
+"""Who we are to each server of a pull.
 
-Credentials are sent to no server that did not ask for them, and to none but the registry that they are for and
-what the operator put in its place: a mirror gets none.
+Nothing is sent to a server that did not ask for it, nor to any but the one that it was given for. What the kubelet
+gives is for the registry that the image's name says, or for what the operator put in its place, and not for mirrors;
+what the node's docker config file has is for the servers that it names.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from criserver.errors import UnauthenticatedError
+import structlog
+
+from criserver.images.credentials import Credentials, DockerConfig, canonical_server
 from criserver.images.hosts import Host
+from criserver.images.references import Reference
+from criserver.images.tokens import Challenge, Token, Wanted, parse_challenges, wanted_by
 
-_DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+_log = structlog.get_logger(__name__)
+
+FetchToken = Callable[[Host, Wanted, Credentials | None], Awaitable[Token]]
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What the kubelet gives for one pull (CRI AuthConfig); ``server_address`` limits it to that server."""
+class Keyring:
+    """The credentials for one pull, by server."""
 
-    username: str
-    password: str = field(repr=False)
-    server_address: str = ""
+    def __init__(self, reference: Reference, given: Credentials | None, file: DockerConfig | None) -> None:
+        self._reference = reference
+        self._given = given
+        self._file = file
+
+    def find(self, host: Host) -> Credentials | None:
+        """What ``host`` may see, if anything."""
+        names = {canonical_server(host.authority)}
+        if host.origin:
+            names.add(canonical_server(self._reference.domain))
+        if self._given is not None:
+            only_for = canonical_server(self._given.server_address).partition("/")[0]
+            if only_for in names or (host.origin and not only_for):
+                return self._given
+        if self._file is None:
+            return None
+        path = f"{host.path.removeprefix('/v2')}/{self._reference.path}".strip("/")
+        for name in sorted(names, key=lambda name: name == self._reference.domain):
+            if found := self._file.find(name, path):
+                return found
+            if self._file.leaves_to_helper(name):
+                _log.warning(
+                    "a credential helper of registry.auth_file is not asked: criserver runs none; write the "
+                    "credentials into the file",
+                    server=name,
+                )
+        return None
+
+
+@dataclass(slots=True)
+class _Identity:
+    """What one host is known to want."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    header: str = ""
+    wanted: Wanted | None = None  # a token, which may have to be fetched anew
+    expires: float = 0.0
 
 
 class Authorizer:
-    """The Authorization headers of one pull, by host."""
+    """The Authorization headers of one pull. ``scope`` is what is to be done, as authorisation servers call it."""
 
-    def __init__(self, credentials: Credentials | None) -> None:
-        self._credentials = credentials
-        self._headers: dict[Host, str] = {}
+    def __init__(self, keyring: Keyring, fetch_token: FetchToken, scope: str) -> None:
+        self._keyring = keyring
+        self._fetch_token = fetch_token
+        self._scope = scope
+        self._identities: dict[Host, _Identity] = {}
 
-    def header(self, host: Host) -> str | None:
-        """What this host is known to want, if anything."""
-        return self._headers.get(host)
+    async def header(self, host: Host) -> str:
+        """What this host is known to want; "" where that is nothing. Raises as :meth:`answer`."""
+        identity = self._identities.get(host)
+        if identity is None:
+            return ""
+        async with identity.lock:
+            if identity.wanted is not None and time.monotonic() >= identity.expires:
+                await self._fetch(host, identity, identity.wanted)
+            return identity.header
 
-    def answer(self, host: Host, challenges: Iterable[str]) -> bool:
-        """Take up a 401's WWW-Authenticate headers; True where the request is worth another try.
+    async def answer(self, host: Host, challenges: Sequence[str], sent: str) -> bool:
+        """Take up the WWW-Authenticate headers of the 401 that the header ``sent`` met with.
 
-        Raises UnauthenticatedError for a challenge that cannot be answered.
+        True where the request is worth another try. Raises UnauthenticatedError, TryAgainError, UnavailableError.
         """
-        if host in self._headers:
+        identity = self._identities.setdefault(host, _Identity())
+        async with identity.lock:
+            if identity.header != sent:
+                return True  # another request was quicker
+            offered = {challenge.scheme: challenge for challenge in reversed(parse_challenges(challenges))}
+            credentials = self._keyring.find(host)
+            if "bearer" in offered:
+                return await self._answer_bearer(host, identity, offered["bearer"], credentials)
+            if "basic" in offered and credentials is not None and credentials.username:
+                identity.header, identity.wanted = credentials.basic, None
+                return identity.header != sent
             return False
-        schemes = {challenge.partition(" ")[0].lower() for challenge in challenges}
-        if "basic" in schemes:
-            if self._credentials is None or not self._is_for(host, self._credentials):
-                return False
-            pair = f"{self._credentials.username}:{self._credentials.password}"
-            self._headers[host] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-            return True
-        if "bearer" in schemes:
-            raise UnauthenticatedError("wants a bearer token, which this version does not fetch")
-        return False
 
-    @staticmethod
-    def _is_for(host: Host, credentials: Credentials) -> bool:
-        address = credentials.server_address
-        named = urlsplit(address if "://" in address else f"//{address}").netloc
-        return host.origin and (named in ("", host.authority) or {named, host.authority} <= _DOCKER_HUB)
+    async def _answer_bearer(
+        self, host: Host, identity: _Identity, challenge: Challenge, credentials: Credentials | None
+    ) -> bool:
+        if credentials is not None and credentials.registry_token:
+            sent, identity.header = identity.header, f"Bearer {credentials.registry_token}"
+            return identity.header != sent
+        scopes = {self._scope, *(identity.wanted.scopes if identity.wanted else ())}
+        await self._fetch(host, identity, wanted_by(challenge, host, scopes))
+        return True
+
+    async def _fetch(self, host: Host, identity: _Identity, wanted: Wanted) -> None:
+        token = await self._fetch_token(host, wanted, self._keyring.find(host))
+        identity.header, identity.wanted, identity.expires = f"Bearer {token.text}", wanted, token.expires

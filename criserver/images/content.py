@@ -164,6 +164,13 @@ class Ingest:
             raise self._failure(e) from e
         self.size += len(data)
 
+    def reset(self) -> None:
+        """Forget what was written: the blob begins anew."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
     def commit(self, digest: str) -> None:
         """Make the blob part of the store. Raises DataLossError where its content has another digest."""
         found = f"sha256:{self._hash.hexdigest()}"

@@ -39,7 +39,8 @@ class Host:
     ``url`` is scheme and authority, ``path`` the root of the API there, usually ``/v2``. ``namespace`` is the
     domain that a mirror is asked for by the query parameter ``ns``; it is empty for the registry itself.
     ``origin`` says that the server is the registry, or the operator's replacement for it, and no mirror:
-    credentials for the domain go to it. ``dial_timeout`` is in seconds.
+    credentials for the domain go to it. ``dial_timeout`` is in seconds. ``fallback`` says that it is the host
+    before it without TLS, and only asked where that one speaks none.
     """
 
     url: str
@@ -52,6 +53,7 @@ class Host:
     dial_timeout: float = _DIAL_TIMEOUT
     namespace: str = ""
     origin: bool = False
+    fallback: bool = False
 
     @property
     def authority(self) -> str:
@@ -62,8 +64,9 @@ class Host:
 def hosts_for(domain: str, config_path: str) -> tuple[Host, ...]:
     """The servers to ask for images of ``domain``, in order; the registry itself is last.
 
-    An empty ``config_path`` means that no directory is configured. Raises FailedPreconditionError that names
-    the file and the key of what cannot be read.
+    ``config_path`` is a directory, or several with ":" between them, of which the first that knows the domain
+    counts; empty where there is none. Raises FailedPreconditionError that names the file and the key of what
+    cannot be read.
     """
     directory = _directory(domain, config_path) if config_path else None
     if directory is None:
@@ -86,10 +89,11 @@ def hosts_for(domain: str, config_path: str) -> tuple[Host, ...]:
 def _directory(domain: str, config_path: str) -> str | None:
     host, colon, port = domain.rpartition(":")
     names = [f"{host}_{port}_"] if colon and not domain.endswith("]") else []
-    for name in (*names, domain, "_default"):
-        candidate = os.path.join(config_path, name)
-        if os.path.isdir(candidate):
-            return candidate
+    for root in filter(None, config_path.split(":")):
+        for name in (*names, domain, "_default"):
+            candidate = os.path.join(root, name)
+            if os.path.isdir(candidate):
+                return candidate
     return None
 
 
@@ -130,7 +134,7 @@ def _is_loopback(domain: str) -> bool:
 
 
 def _expanded(host: Host, domain: str) -> tuple[Host, ...]:
-    """The host as it is asked: TLS settings at an http:// address mean https first, and http where that fails."""
+    """The host as it is asked: TLS settings at an http:// address mean https first, and http as its fallback."""
     if host.authority not in (domain, _DOCKER_HUB if domain == DEFAULT_DOMAIN else domain):
         host = replace(host, namespace=domain)
     else:
@@ -138,7 +142,7 @@ def _expanded(host: Host, domain: str) -> tuple[Host, ...]:
     parts = urlsplit(host.url)
     has_tls = host.ca or host.client or host.skip_verify is not None
     if parts.scheme == "http" and has_tls and parts.port != 80:
-        return replace(host, url=f"https://{parts.netloc}"), host
+        return replace(host, url=f"https://{parts.netloc}"), replace(host, fallback=True)
     return (host,)
 
 

@@ -21,8 +21,8 @@ import structlog
 from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
-from criserver.images.auth import Credentials
 from criserver.images.content import ContentStore
+from criserver.images.credentials import Credentials, load_docker_config
 from criserver.images.hosts import hosts_for
 from criserver.images.manifests import (
     MAX_CONFIG,
@@ -30,14 +30,16 @@ from criserver.images.manifests import (
     Descriptor,
     ImageConfig,
     Manifest,
-    Platform,
     chain_ids,
     choose,
     parse_config,
     parse_manifest,
 )
+from criserver.images.platforms import Platform
+from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.pull import Lease, Loader
 from criserver.images.references import Reference
+from criserver.images.settings import RegistrySettings
 from criserver.store import Store
 from snapshotter import SnapshotError, Snapshotter
 
@@ -109,8 +111,7 @@ class _Pull:
 class Images:
     """The images of a node. One for a daemon, which calls :meth:`collect` once at its start.
 
-    Creating it drops the records of images that are no longer here as a whole. ``hosts_config_path`` is the
-    certs.d directory, "" for none.
+    Creating it drops the records of images that are no longer here as a whole.
     """
 
     def __init__(
@@ -118,18 +119,21 @@ class Images:
         store: Store,
         content: ContentStore,
         snapshotter: Snapshotter,
-        hosts_config_path: str,
+        registries: RegistrySettings,
         platform: Platform,
+        policy: ImagePolicy | None = None,
     ) -> None:
         self._store = store
         self._content = content
         self._snapshotter = snapshotter
-        self._hosts_config_path = hosts_config_path
+        self._registries = registries
+        self._policy = policy or AcceptAll()
         self._platform = platform
         self._loader = Loader(content, snapshotter, platform)
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
         self._leases: set[Lease] = set()
+        self._downloads = asyncio.Semaphore(registries.max_downloads)
         self._pulls: dict[tuple[str, Credentials | None], _Pull] = {}
         self._collecting = asyncio.Lock()
         self._load()
@@ -141,8 +145,9 @@ class Images:
         and credentials share one pull, which ends early when the last of them is cancelled.
 
         Raises InvalidArgumentError for what is malformed, NotFoundError, UnauthenticatedError,
-        PermissionDeniedError, UnavailableError, DataLossError for content that is not what its digest says,
-        UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
+        PermissionDeniedError, which is the policy's too, UnavailableError, DataLossError for content that is not what
+        its digest says, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry
+        configuration.
         """
         reference = references.parse(ref)
         key = (str(reference), credentials)
@@ -266,12 +271,19 @@ class Images:
         return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
 
     async def _pull(self, reference: Reference, credentials: Credentials | None) -> Image:
-        from criserver.images.registry import RegistryClient  # aiohttp: see there
+        from criserver.images.auth import Keyring  # with aiohttp: see transport
+        from criserver.images.registry import RegistryClient
 
-        hosts = hosts_for(reference.domain, self._hosts_config_path)
+        registries = self._registries
+        hosts = hosts_for(reference.domain, registries.config_path)
+        file = load_docker_config(registries.auth_file) if registries.auth_file else None
+        keyring = Keyring(reference, credentials, file)
         async with self._lease() as lease:
-            async with RegistryClient(reference, hosts, credentials) as client:
+            async with RegistryClient(
+                reference, hosts, keyring, self._downloads, registries.progress_timeout
+            ) as client:
                 target = await client.resolve()
+                await self._policy.check(reference, target)
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
             image = self._record(descriptor, names, pinned=False)

@@ -1,14 +1,13 @@
 """Image manifests, indexes and configurations: from bytes that nobody vouches for to checked values.
 
 Pure functions after the OCI image-spec and Docker's schema 2. What is known to exist and not supported (schema
-1, artifacts, foreign layers, zstd) is refused by name, with what to do about it.
+1, artifacts, foreign layers) is refused by name, with what to do about it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform as host
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,31 +17,38 @@ import jsonschema
 import referencing
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+from criserver.images.platforms import Platform, rank
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+OCI_LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 
 MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 MAX_MANIFEST = 4 << 20
 MAX_CONFIG = 8 << 20
 
-Compression = Literal["gzip", "none"]
+Compression = Literal["gzip", "none", "zstd"]
 
 _COMPRESSIONS: dict[str, Compression] = {
     OCI_LAYER: "none",
     OCI_LAYER_GZIP: "gzip",
-    DOCKER_LAYER: "none",
+    OCI_LAYER_ZSTD: "zstd",
+    DOCKER_LAYER: "gzip",  # or not: it is older than the types that say so, and the unpacker looks
     DOCKER_LAYER_GZIP: "gzip",
+    DOCKER_LAYER_ZSTD: "zstd",
 }
+# Beside the proper ones what old registries and builders gave to the configurations of images.
+_CONFIGS = (OCI_CONFIG, DOCKER_CONFIG, "application/octet-stream", "application/json", "text/html", "")
 _FOREIGN = (
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -52,31 +58,7 @@ _SCHEMA_1 = (
     "application/vnd.docker.distribution.manifest.v1+prettyjws",
 )
 _ATTESTATION = "vnd.docker.reference.type"
-_ARCHITECTURES = {
-    "x86_64": ("amd64", ""),
-    "aarch64": ("arm64", ""),
-    "armv7l": ("arm", "v7"),
-    "armv6l": ("arm", "v6"),
-    "i686": ("386", ""),
-    "ppc64le": ("ppc64le", ""),
-    "riscv64": ("riscv64", ""),
-    "s390x": ("s390x", ""),
-}
-_IMPLIED_VARIANTS = {"amd64": 1, "arm": 7, "arm64": 8}
 _SHOWN = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """What a program is built for, in the terms of Go (OCI image-spec, image index, "platform")."""
-
-    os: str
-    architecture: str
-    variant: str = ""
-
-    def __str__(self) -> str:
-        """As operators write it: ``linux/arm/v7``."""
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +137,7 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
         return Index(tuple(_descriptor(d) for d in document["manifests"]))
     _validate(document, "manifest.json", what)
     manifest = Manifest(_descriptor(document["config"]), tuple(_descriptor(layer) for layer in document["layers"]))
-    if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
+    if manifest.config.media_type not in _CONFIGS:
         raise UnimplementedError(
             f"{what} is an artifact with a configuration of type {_shown(manifest.config.media_type)}, not a "
             "container image"
@@ -200,8 +182,6 @@ def compression(layer: Descriptor, what: str) -> Compression:
         return found
     if layer.media_type.startswith(_FOREIGN):
         reason = "is foreign: it is not distributed with the image; build the image again on a base without one"
-    elif layer.media_type.endswith(("+zstd", ".zstd")):
-        reason = "is compressed with zstd, which this version does not unpack; push the image with gzip"
     else:
         reason = f"has the type {_shown(layer.media_type)}, which is no layer of files"
     raise UnimplementedError(f"{what}: layer {layer.digest} {reason}")
@@ -227,45 +207,15 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     for entry in index.manifests:
         if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or _ATTESTATION in entry.annotations:
             continue
-        rank = 0 if entry.platform is None else _rank(entry.platform, platform)
-        if rank > best_rank:
-            best, best_rank = entry, rank
+        found = 0 if entry.platform is None else rank(entry.platform, platform)
+        if found > best_rank:
+            best, best_rank = entry, found
     if best is None:
         others = sorted({str(e.platform) for e in index.manifests if e.platform and e.platform.os != "unknown"})
         raise NotFoundError(
             f"{what} has no image for {platform}; it has {_shown(', '.join(others)) if others else 'none at all'}"
         )
     return best
-
-
-def runs_on(image: Platform, platform: Platform) -> bool:
-    """Whether a program built for ``image`` runs on ``platform``."""
-    return _rank(image, platform) >= 0
-
-
-def host_platform() -> Platform:
-    """What this host runs."""
-    machine = host.machine()
-    architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
-    return Platform("linux", architecture, variant)
-
-
-def _rank(image: Platform, platform: Platform) -> int:
-    """-1 for what cannot run; else the higher the better."""
-    if (image.os, image.architecture) != (platform.os, platform.architecture):
-        return -1
-    wanted, own = _variant(image), _variant(platform)
-    if wanted is None or own is None:
-        return 1 if image.variant == platform.variant else -1
-    return wanted + 1 if wanted <= own else -1
-
-
-def _variant(platform: Platform) -> int | None:
-    """The number of a variant such as v8; None for one that is no number."""
-    if not platform.variant:
-        return _IMPLIED_VARIANTS.get(platform.architecture, 0)
-    number = platform.variant.removeprefix("v")
-    return int(number) if number.isascii() and number.isdecimal() and len(number) < 4 else None
 
 
 def _document(body: bytes, what: str) -> dict[str, Any]:

@@ -19,15 +19,14 @@ from criserver.images.manifests import (
     Configuration,
     Descriptor,
     Manifest,
-    Platform,
     chain_ids,
     check_layers,
     choose,
     compression,
     parse_config,
     parse_manifest,
-    runs_on,
 )
+from criserver.images.platforms import Platform, runs_on
 from snapshotter import DiffMismatchError, LayerError, SnapshotError, Snapshotter
 
 _DOWNLOADS = 3

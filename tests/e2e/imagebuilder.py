@@ -13,23 +13,33 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import zstandard
+
 from criserver.images.manifests import (
     DOCKER_CONFIG,
+    DOCKER_LAYER,
     DOCKER_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD,
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_CONFIG,
     OCI_INDEX,
+    OCI_LAYER,
     OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     OCI_MANIFEST,
-    Platform,
-    host_platform,
 )
+from criserver.images.platforms import Platform, host_platform
 
+_COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
+    "gzip": (lambda tar: gzip.compress(tar, 1, mtime=0), OCI_LAYER_GZIP, DOCKER_LAYER_GZIP),
+    "zstd": (lambda tar: zstandard.ZstdCompressor().compress(tar), OCI_LAYER_ZSTD, DOCKER_LAYER_ZSTD),
+    "none": (lambda tar: tar, OCI_LAYER, DOCKER_LAYER),
+}
 _BUSYBOX = "/bin/busybox"
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
 _GROUP = b"root:x:0:\nnogroup:x:65534:\n"
@@ -93,10 +103,11 @@ def build_image(
     *,
     platform: Platform | None = None,
     docker: bool = False,
+    compression: str = "gzip",
 ) -> BuiltImage:
-    """An image of gzip layers, for this host where nothing else is said; ``docker`` makes it schema 2.
+    """An image, for this host where nothing else is said; ``docker`` makes it schema 2.
 
-    A layer of bytes is a tar archive as it is.
+    A layer of bytes is a tar archive as it is. ``compression`` is gzip, zstd or none.
     """
     platform = platform or host_platform()
     tars = [layer if isinstance(layer, bytes) else tar_of(layer) for layer in layers]
@@ -109,8 +120,8 @@ def build_image(
         "rootfs": {"type": "layers", "diff_ids": [digest(tar) for tar in tars]},
     }
     described = add_blob(blobs, DOCKER_CONFIG if docker else OCI_CONFIG, json.dumps(configuration).encode())
-    layer_type = DOCKER_LAYER_GZIP if docker else OCI_LAYER_GZIP
-    packed = [add_blob(blobs, layer_type, gzip.compress(tar, 1, mtime=0)) for tar in tars]
+    pack, *types = _COMPRESSIONS[compression]
+    packed = [add_blob(blobs, types[docker], pack(tar)) for tar in tars]
     kind = DOCKER_MANIFEST if docker else OCI_MANIFEST
     manifest = {"schemaVersion": 2, "mediaType": kind, "config": described, "layers": packed}
     top = add_blob(blobs, kind, json.dumps(manifest).encode())
@@ -162,13 +173,13 @@ def write_archive(image: BuiltImage, path: str, name: str = "") -> None:
     write_tar(path, _layout(image, {"io.containerd.image.name": name} if name else {}))
 
 
-def write_docker_archive(image: BuiltImage, path: str, names: Sequence[str] = (), *, packed: bool = False) -> None:
-    """The image as ``docker save`` wrote it: manifest.json, and layers plain or ``packed``."""
+def write_docker_archive(image: BuiltImage, path: str, names: Sequence[str] = (), *, packed: str = "none") -> None:
+    """The image as ``docker save`` wrote it: manifest.json, and layers compressed as ``packed`` says."""
     entry = {"Config": f"{image.id.removeprefix('sha256:')}.json", "RepoTags": list(names), "Layers": []}
     members = {entry["Config"]: image.blobs[image.id]}
     for number, layer in enumerate(image.layers):
         entry["Layers"].append(f"{number}/layer.tar")
-        members[f"{number}/layer.tar"] = gzip.compress(layer, mtime=0) if packed else layer
+        members[f"{number}/layer.tar"] = _COMPRESSIONS[packed][0](layer)
     write_tar(path, {**members, "manifest.json": json.dumps([entry]).encode()})
 
 

@@ -9,32 +9,46 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
 from tests.e2e.imagebuilder import BuiltImage, write_directory
 
+# User "me", password "secret", by bcrypt.
+HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
+
 _START_TIMEOUT = 20.0
 
 
 class Registry:
-    """A running registry; its storage is a directory below ``directory``, its log ``directory``/registry.log."""
+    """A running registry; its log is ``directory``/registry.log, its storage below ``directory`` or another's.
 
-    def __init__(self, directory: str) -> None:
+    ``auth`` and ``tls`` are the sections of its configuration.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        storage: Registry | None = None,
+        auth: Mapping[str, Any] | None = None,
+        tls: Mapping[str, Any] | None = None,
+    ) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
-        self._log = os.path.join(directory, "registry.log")
-        config = {
+        self.log = os.path.join(directory, "registry.log")
+        self._storage: str = storage._storage if storage else os.path.join(directory, "storage")
+        config: dict[str, Any] = {
             "version": 0.1,
-            "storage": {"filesystem": {"rootdirectory": os.path.join(directory, "storage")}},
-            "http": {"addr": self.address},
+            "storage": {"filesystem": {"rootdirectory": self._storage}},
+            "http": {"addr": self.address, **({"tls": tls} if tls else {})},
+            **({"auth": auth} if auth else {}),
         }
         path = os.path.join(directory, "registry.json")  # JSON is YAML
         with open(path, "w") as f:
             json.dump(config, f)
-        with open(self._log, "wb") as log:
+        with open(self.log, "wb") as log:
             self._process = subprocess.Popen(["docker-registry", "serve", path], stdout=log, stderr=log)
         self._wait()
 
@@ -51,7 +65,7 @@ class Registry:
 
     def blob_requests(self) -> list[str]:
         """The digests of blobs that were fetched from the registry, in order."""
-        with open(self._log) as f:
+        with open(self.log) as f:
             lines = [line for line in f if '"GET /v2/' in line and "/blobs/" in line]
         return [line.partition("/blobs/")[2].split()[0] for line in lines]
 
@@ -65,23 +79,25 @@ class Registry:
             self._process.wait()
 
     def _wait(self) -> None:
+        host, _, port = self.address.partition(":")
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
             try:
-                with urllib.request.urlopen(f"http://{self.address}/v2/", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
+                socket.create_connection((host, int(port)), timeout=1).close()
+                return
+            except OSError:
                 if time.monotonic() > deadline or self._process.poll() is not None:
                     self.close()
-                    with open(self._log) as f:
+                    with open(self.log) as f:
                         raise AssertionError(f"docker-registry did not start:\n{f.read()}") from None
                 time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def running(directory: str) -> Iterator[Registry]:
-    """A registry for a with block."""
-    registry = Registry(directory)
+def running(directory: str, **options: Any) -> Iterator[Registry]:
+    """A registry for a with block; ``options`` as Registry has them."""
+    os.makedirs(directory, exist_ok=True)
+    registry = Registry(directory, **options)
     try:
         yield registry
     finally:

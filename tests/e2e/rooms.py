@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from typing import Any
 
-from criserver.images import ContentStore, Image, Images, Platform, host_platform
+from criserver.images import ContentStore, Image, ImagePolicy, Images, Platform, RegistrySettings, host_platform
 from criserver.store import Store
 from snapshotter import Snapshotter
 
@@ -12,13 +14,22 @@ from snapshotter import Snapshotter
 class Rooms:
     """Opened again on the same directory it is what a restarted daemon sees. Needs a running event loop."""
 
-    def __init__(self, root: str, platform: Platform | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        platform: Platform | None = None,
+        settings: RegistrySettings | None = None,
+        policy: ImagePolicy | None = None,
+    ) -> None:
+        os.makedirs(root, exist_ok=True)
         self.root = root
         self.certs = os.path.join(root, "certs.d")
         self.store = Store(os.path.join(root, "db"))
         self.content = ContentStore(os.path.join(root, "content"))
         self.snapshotter = Snapshotter(os.path.join(root, "snapshots"))
-        self.images = Images(self.store, self.content, self.snapshotter, self.certs, platform or host_platform())
+        settings = replace(settings or RegistrySettings(), config_path=self.certs)
+        platform = platform or host_platform()
+        self.images = Images(self.store, self.content, self.snapshotter, settings, platform, policy)
 
     def close(self) -> None:
         """End the threads and close the database."""
@@ -30,6 +41,10 @@ class Rooms:
         os.makedirs(os.path.join(self.certs, domain), exist_ok=True)
         with open(os.path.join(self.certs, domain, "hosts.toml"), "w") as f:
             f.write(text)
+
+    def change(self, **settings: Any) -> None:
+        """Have other settings from the next pull on; ``max_downloads`` stays."""
+        self.images._registries = replace(self.images._registries, **settings)
 
     def leftovers(self) -> list[str]:
         """Files, layers and records on disk: none where there is no image."""

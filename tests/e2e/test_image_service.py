@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.conftest import import_image
 from tests.e2e.imagebuilder import busybox_image, write_docker_archive
 from tests.e2e.node import Node
-from tests.e2e.registry import Registry, registry
+from tests.e2e.registry import HTPASSWD, Registry, registry, running
 from tests.e2e.test_bad_input import refused
 
 __all__ = ["registry"]
@@ -82,9 +83,30 @@ def test_refusals(node: Node, registry: Registry):
         node.client.PullImage(image=spec(f"{registry.address}/absent:1"))
     with refused(grpc.StatusCode.UNAVAILABLE, "127.0.0.1:1"):
         node.client.PullImage(image=spec("127.0.0.1:1/x:1"))
-    with refused(grpc.StatusCode.UNIMPLEMENTED, "tokens"):
-        node.client.PullImage(image=spec("x"), auth=cri.AuthConfig(identity_token="t"))
+    for text in ("no base64", "bm8gY29sb24="):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "auth.auth is not base64 of a user name"):
+            node.client.PullImage(image=spec("x"), auth=cri.AuthConfig(auth=text))
     assert node.leftovers() == []
+
+
+def test_a_pull_with_the_secret_of_a_pod(node: Node, registry: Registry, tmp_path):
+    (tmp_path / "htpasswd").write_text(HTPASSWD)
+    image = busybox_image(config={"Labels": {"private": "yes"}})
+    registry.push(image, "private/app:1")
+    auth = {"htpasswd": {"realm": "here", "path": str(tmp_path / "htpasswd")}}
+    with running(str(tmp_path), storage=registry, auth=auth) as private:
+        name = f"{private.address}/private/app:1"
+        for wrong in (None, cri.AuthConfig(), cri.AuthConfig(username="me", password="wrong")):
+            with refused(grpc.StatusCode.UNAUTHENTICATED, "check the pull secret"):
+                node.client.PullImage(image=spec(name), auth=wrong)
+        for right in (
+            cri.AuthConfig(username="me", password="secret"),
+            cri.AuthConfig(auth=base64.b64encode(b"me:secret").decode()),
+            cri.AuthConfig(username="me", password="secret", server_address=f"http://{private.address}"),
+        ):
+            assert node.client.PullImage(image=spec(name), auth=right).image_ref == image.id
+            node.client.RemoveImage(image=spec(name))
+    assert "secret" not in node.daemon_log().replace("pull secret", "")
 
 
 def test_import_by_the_operators_command(node: Node, tmp_path):

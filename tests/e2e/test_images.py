@@ -85,6 +85,31 @@ async def test_pull_of_docker_schema_2(rooms, registry):
     assert rooms.read(image, "etc/text") == b"one"
 
 
+@pytest.mark.parametrize(("compression", "docker"), [("zstd", False), ("none", False), ("none", True)])
+async def test_pull_of_layers_that_are_no_gzip(rooms, registry, compression, docker):
+    built = two_layers(docker=docker, compression=compression)
+    image = await rooms.images.pull(registry.push(built, f"{compression}:{docker}".lower()))
+    assert image.id == built.id
+    assert rooms.read(image, "etc/text") == b"one"
+    assert rooms.read(image, "etc/os") == b"base"
+
+
+async def test_pull_from_an_index_takes_the_best_variant_that_runs_here(registry, tmp_path):
+    variants = [Platform("linux", "arm", variant) for variant in ("v6", "v7", "v8")]
+    built = {p.variant: two_layers(p.variant.encode(), platform=p) for p in variants}
+    name = registry.push(build_index(built.values()), "variants:1")
+    for variant in built:
+        rooms = Rooms(str(tmp_path / variant), Platform("linux", "arm", variant))
+        image = await rooms.images.pull(name)
+        assert image.id == built[variant].id
+        assert rooms.read(image, "etc/text") == variant.encode()
+        rooms.close()
+    rooms = Rooms(str(tmp_path / "v5"), Platform("linux", "arm", "v5"))
+    with pytest.raises(NotFoundError, match="no image for linux/arm/v5; it has linux/arm/v6, linux/arm/v7"):
+        await rooms.images.pull(name)
+    rooms.close()
+
+
 @pytest.mark.parametrize("docker", [False, True])
 async def test_pull_from_an_index_takes_this_platform(rooms, registry, docker):
     own = two_layers(docker=docker)
@@ -343,7 +368,7 @@ async def test_import_takes_this_platform_from_an_index(rooms, tmp_path):
     assert (image.id, image.repo_tags, image.repo_digests) == (own.id, (), ())
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["none", "gzip", "zstd"])
 async def test_import_of_a_docker_archive(rooms, tmp_path, packed):
     built = two_layers()
     write_docker_archive(built, str(tmp_path / "a.tar"), ["app:1", "example.com/app:2"], packed=packed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -13,27 +14,27 @@ from criserver.images.manifests import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
     DOCKER_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD,
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_CONFIG,
     OCI_INDEX,
     OCI_LAYER,
     OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
     OCI_MANIFEST,
     Descriptor,
     ImageConfig,
     Index,
     Manifest,
-    Platform,
     chain_ids,
     check_layers,
     choose,
     compression,
-    host_platform,
     parse_config,
     parse_manifest,
-    runs_on,
 )
+from criserver.images.platforms import Platform, amd64_variant, host_platform, rank, runs_on
 
 A, B, C = ("sha256:" + c * 64 for c in "abc")
 AMD64 = Platform("linux", "amd64")
@@ -231,7 +232,14 @@ def test_manifest_and_configuration_must_agree():
 
 @pytest.mark.parametrize(
     ("media_type", "expected"),
-    [(OCI_LAYER, "none"), (OCI_LAYER_GZIP, "gzip"), (DOCKER_LAYER, "none"), (DOCKER_LAYER_GZIP, "gzip")],
+    [
+        (OCI_LAYER, "none"),
+        (OCI_LAYER_GZIP, "gzip"),
+        (OCI_LAYER_ZSTD, "zstd"),
+        (DOCKER_LAYER, "gzip"),  # or none: the unpacker looks
+        (DOCKER_LAYER_GZIP, "gzip"),
+        (DOCKER_LAYER_ZSTD, "zstd"),
+    ],
 )
 def test_compressions(media_type, expected):
     assert compression(Descriptor(media_type, A, 1), "m") == expected
@@ -242,7 +250,6 @@ def test_compressions(media_type, expected):
     [
         ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "is foreign"),
         ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "is foreign"),
-        ("application/vnd.oci.image.layer.v1.tar+zstd", "zstd"),
         ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "no layer of files"),
     ],
 )
@@ -280,6 +287,12 @@ def entry(platform: str, digest: str = A, media_type: str = OCI_MANIFEST, **anno
         (["", "linux/amd64"], "linux/amd64", 1),
         (["linux/arm64", ""], "linux/amd64", 1),
         (["linux/arm64/strange", "linux/arm64"], "linux/arm64", 1),
+        (["linux/amd64", "linux/amd64/v4", "linux/amd64/v3", "linux/amd64/v2"], "linux/amd64/v3", 2),
+        (["linux/amd64/v4", "linux/amd64/v3"], "linux/amd64/v4", 0),
+        (["linux/arm/v8", "linux/arm/v7"], "linux/arm/v8", 0),
+        (["linux/386", "linux/amd64"], "linux/amd64/v2", 1),
+        (["linux/s390x", "linux/386"], "linux/amd64", 1),
+        (["linux/arm/v6", "linux/arm/v7"], "linux/arm64", 1),
     ],
 )
 def test_choosing_by_platform(offered, host, chosen):
@@ -311,3 +324,44 @@ def test_what_runs_where():
     assert runs_on(Platform("linux", "arm", "v6"), Platform("linux", "arm"))
     assert not runs_on(Platform("linux", "arm", "v8"), Platform("linux", "arm"))
     assert not runs_on(Platform("windows", "amd64"), AMD64)
+    assert not runs_on(Platform("linux", "amd64", "v2"), AMD64)
+    assert not runs_on(Platform("linux", "arm64"), Platform("linux", "arm", "v8"))
+    assert runs_on(Platform("linux", "386"), AMD64)
+    assert rank(Platform("linux", "386"), AMD64) < rank(AMD64, AMD64)
+
+
+V2 = "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3"
+V3 = f"{V2} abm avx avx2 bmi1 bmi2 f16c fma movbe xsave"
+V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "variant"),
+    [
+        ("", ""),
+        ("sse2", ""),
+        (V2, "v2"),
+        (V2.replace("popcnt", ""), ""),
+        (V3, "v3"),
+        (V3.replace("movbe", "") + " avx512f", "v2"),
+        (V4, "v4"),
+        (V4.replace("ssse3", ""), ""),
+    ],
+)
+def test_levels_of_amd64(flags, variant):
+    cpuinfo = f"processor\t: 0\nflags\t\t: fpu {flags} sse2\nvmx flags\t: ept\n\nprocessor\t: 1\nflags\t\t: {V4}\n"
+    assert amd64_variant(cpuinfo) == variant
+
+
+@pytest.mark.parametrize("config_type", ["application/octet-stream", "application/json", "text/html", ""])
+def test_configurations_that_old_tools_gave_another_type(config_type):
+    assert isinstance(parse(manifest(config=described(config_type))), Manifest)
+
+
+@pytest.mark.parametrize(
+    "config_type",
+    ["application/vnd.oci.empty.v1+json", "application/vnd.cncf.helm.config.v1+json", "application/vnd.unknown"],
+)
+def test_artifacts_are_refused_by_their_type(config_type):
+    with pytest.raises(UnimplementedError, match=f"is an artifact with a .* of type {re.escape(config_type)}"):
+        parse(manifest(config=described(config_type)))

@@ -1,0 +1,130 @@
+"""Credentials: what they can be, and the docker config file that a node may keep its own in."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from criserver.errors import FailedPreconditionError
+
+_HUB_NAMES = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+_MAX_FILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who somebody is to a registry (CRI AuthConfig); any part may be empty.
+
+    An identity token is exchanged for bearer tokens by an authorisation server, a registry token is such a bearer
+    token. Both go before user and password. ``server_address`` limits all to that server.
+    """
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    server_address: str = ""
+    identity_token: str = field(default="", repr=False)
+    registry_token: str = field(default="", repr=False)
+
+    @property
+    def basic(self) -> str:
+        """User and password as an Authorization header (RFC 7617)."""
+        return f"Basic {base64.b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class DockerConfig:
+    """The credentials of a docker config file by server, or by server and beginning of a repository's path.
+
+    ``helpers`` are the servers, and "" for all of them, whose credentials another program keeps.
+    """
+
+    entries: Mapping[str, Credentials]
+    helpers: frozenset[str]
+
+    def find(self, server: str, path: str) -> Credentials | None:
+        """The entry for a repository that says most of its name, if any."""
+        name = f"{canonical_server(server)}/{path}"
+        while name:
+            if name in self.entries:
+                return self.entries[name]
+            name = name.rpartition("/")[0]
+        return None
+
+    def leaves_to_helper(self, server: str) -> bool:
+        """Whether a credential helper would be asked about ``server``."""
+        return bool(self.helpers & {"", canonical_server(server)})
+
+
+def load_docker_config(path: str) -> DockerConfig:
+    """The file that ``docker login`` writes. Raises FailedPreconditionError that names it and the entry."""
+    try:
+        with open(path, "rb") as f:
+            content = f.read(_MAX_FILE + 1)
+    except OSError as e:
+        raise FailedPreconditionError(f"registry.auth_file {path}: {e.strerror}") from e
+    if len(content) > _MAX_FILE:
+        raise FailedPreconditionError(f"registry.auth_file {path} is larger than {_MAX_FILE} bytes")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):  # whose text may show a secret
+        document = None
+    if not isinstance(document, dict):
+        raise FailedPreconditionError(f"registry.auth_file {path} is no JSON object")
+    auths, helpers = (_table(path, document, name) for name in ("auths", "credHelpers"))
+    found = {canonical_server(server): _entry(path, server, entry) for server, entry in auths.items()}
+    everywhere = [""] if document.get("credsStore") else []
+    return DockerConfig(
+        # An entry without anything in it stands for one that a helper has.
+        {server: credentials for server, credentials in found.items() if credentials != Credentials()},
+        frozenset([*everywhere, *map(canonical_server, helpers)]),
+    )
+
+
+def decode_basic(text: str) -> tuple[str, str]:
+    """User and password of docker's ``auth``: base64 of both with a colon. Raises ValueError."""
+    username, colon, password = base64.b64decode(text, validate=True).decode().rstrip("\0").partition(":")
+    if not colon:
+        raise ValueError("there is no colon")
+    return username, password
+
+
+def canonical_server(server: str) -> str:
+    """A server as ``docker login`` was given it, ``https://index.docker.io/v1/`` for one: host[:port][/path]."""
+    name = server.partition("://")[2] or server
+    name = name.rstrip("/").removesuffix("/v1").removesuffix("/v2")
+    host, slash, path = name.partition("/")
+    host = host.lower()
+    return f"{'docker.io' if host in _HUB_NAMES else host}{slash}{path}"
+
+
+def _table(path: str, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = document.get(name)
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise FailedPreconditionError(f"registry.auth_file {path}: {name} is no JSON object")
+    return table
+
+
+def _entry(path: str, server: str, entry: Any) -> Credentials:
+    where = f"registry.auth_file {path}: auths.{server!r}"
+    if not isinstance(entry, dict):
+        raise FailedPreconditionError(f"{where} is no JSON object")
+    values = {key: entry.get(key) or "" for key in ("auth", "username", "password", "identitytoken", "registrytoken")}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise FailedPreconditionError(f"{where}.{key} is not a string")
+    username, password = values["username"], values["password"]
+    if values["auth"]:
+        try:
+            username, password = decode_basic(values["auth"])
+        except ValueError:
+            raise FailedPreconditionError(
+                f"{where}.auth is not base64 of a user name, a colon and a password"
+            ) from None
+    return Credentials(
+        username, password, identity_token=values["identitytoken"], registry_token=values["registrytoken"]
+    )

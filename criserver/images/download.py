@@ -1,0 +1,94 @@
+"""A blob on its way, over as many attempts and hosts as it takes: each goes on where the one before broke off."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import aiohttp
+
+from criserver.errors import DataLossError
+from criserver.images.content import Ingest
+from criserver.images.exchange import Exchange
+from criserver.images.hosts import Host
+from criserver.images.manifests import Descriptor
+from criserver.images.retries import TryAgainError
+
+# What is progress: a server that sends a byte a second makes none.
+MIN_PROGRESS = 16 << 10
+
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+class Download:
+    """Brings the blob ``descriptor`` into ``ingest``, which it commits. ``idle`` is the longest time without
+    progress for one attempt, in seconds.
+    """
+
+    def __init__(self, exchange: Exchange, descriptor: Descriptor, ingest: Ingest, idle: float) -> None:
+        self._exchange = exchange
+        self._descriptor = descriptor
+        self._ingest = ingest
+        self._idle = idle
+        self._best = 0
+
+    def progressed(self) -> bool:
+        """Whether there is progress since this was asked before."""
+        if self._ingest.size < self._best + MIN_PROGRESS:
+            return False
+        self._best = self._ingest.size
+        return True
+
+    async def attempt(self, host: Host) -> None:
+        """Fetch from ``host`` what is missing.
+
+        Raises as Exchange.get, DataLossError where the host has other content, ResourceExhaustedError.
+        """
+        resumed = self._ingest.size > 0
+        try:
+            await self._fetch(host)
+        except DataLossError:
+            self._ingest.reset()
+            if not resumed:
+                raise
+            # What is wrong may be what came before, from another host.
+            await self._fetch(host)
+
+    async def _fetch(self, host: Host) -> None:
+        digest, size, offset = self._descriptor.digest, self._descriptor.size, self._ingest.size
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with self._exchange.get(host, f"blobs/{digest}", headers, idle=self._idle) as response:
+            await self._receive(response, offset)
+        if self._ingest.size < size:
+            raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
+        self._ingest.commit(digest)
+
+    async def _receive(self, response: aiohttp.ClientResponse, offset: int) -> None:
+        digest, size = self._descriptor.digest, self._descriptor.size
+        skip = 0
+        if response.status == 206:
+            self._check_range(response, offset)
+        else:
+            skip = offset  # the server knows no ranges
+        loop = asyncio.get_running_loop()
+        taken, mark = 0, MIN_PROGRESS
+        async with asyncio.timeout(self._idle) as timer:
+            async for chunk in response.content.iter_any():
+                taken += len(chunk)
+                if skip:
+                    chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+                if self._ingest.size + len(chunk) > size:
+                    raise DataLossError(f"blob {digest} is longer than its {size} bytes")
+                if chunk:
+                    await self._ingest.write(chunk)
+                if taken >= mark:
+                    mark = taken + MIN_PROGRESS
+                    timer.reschedule(loop.time() + self._idle)
+
+    def _check_range(self, response: aiohttp.ClientResponse, offset: int) -> None:
+        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if found is None or int(found[1]) != offset or found[2] not in ("*", str(self._descriptor.size)):
+            raise DataLossError(
+                f"blob {self._descriptor.digest}: asked for what comes after {offset} of {self._descriptor.size} "
+                f"bytes, and the server sends {response.headers.get('Content-Range', 'something')[:100]!r}"
+            )

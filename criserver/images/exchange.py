@@ -1,0 +1,114 @@
+"""One request to one host: who we are, where it sends us, what it refuses (OCI distribution-spec)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+from yarl import URL
+
+from criserver.errors import (
+    CriError,
+    DataLossError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from criserver.images.auth import Authorizer
+from criserver.images.hosts import Host
+from criserver.images.retries import TryAgainError, retry_after
+from criserver.images.transport import Transport
+
+_MAX_REDIRECTS = 5
+_MAX_ANSWERS = 2  # to 401s: one for what it wants at all, one for a token that is no longer good
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Exchange:
+    """Requests for the repository ``repository``."""
+
+    def __init__(self, transport: Transport, authorizer: Authorizer, repository: str) -> None:
+        self._transport = transport
+        self._authorizer = authorizer
+        self._repository = repository
+
+    @asynccontextmanager
+    async def get(
+        self,
+        host: Host,
+        path: str,
+        headers: dict[str, str],
+        *,
+        idle: float,
+        total: float | None = None,
+        trusted: bool = False,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response with status 200, or 206 where a range was asked for; ``idle`` and ``total`` as Transport.send.
+
+        ``trusted`` content has no digest to prove it: it must not come over plain HTTP where the host itself does
+        not. Redirects are followed here: what identifies us goes to the configured host only.
+
+        Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError for a range
+        that is not there, and TryAgainError for what may be over soon.
+        """
+        asked = url = self._url(host, path)
+        redirects = answers = 0
+        while True:
+            own = url.origin() == asked.origin()
+            authorization = await self._authorizer.header(host) if own else ""
+            sent = [*headers.items(), *(_identity(host, authorization) if own else ())]
+            async with self._transport.send(host, url, sent, path, identified=own, idle=idle, total=total) as response:
+                if response.status == 200 or (response.status == 206 and "Range" in headers):
+                    yield response
+                    return
+                if response.status in _REDIRECTS and redirects < _MAX_REDIRECTS:
+                    redirects += 1
+                    url = _redirected(url, response, trusted)
+                    continue
+                if response.status != 401 or not own or answers >= _MAX_ANSWERS:
+                    raise _refusal(response, path)
+                answers += 1
+                challenges = response.headers.getall("WWW-Authenticate", ())
+                refusal = _refusal(response, path)
+            if not await self._authorizer.answer(host, challenges, authorization):
+                raise refusal
+
+    def _url(self, host: Host, path: str) -> URL:
+        url = URL(f"{host.url}{host.path}/{self._repository}/{path}")
+        return url.with_query(ns=host.namespace) if host.namespace else url
+
+
+def _identity(host: Host, authorization: str) -> list[tuple[str, str]]:
+    """The operator's headers, and ours; a server that wants another Authorization than the operator's gets that."""
+    if not authorization:
+        return list(host.headers)
+    return [*(h for h in host.headers if h[0].lower() != "authorization"), ("Authorization", authorization)]
+
+
+def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> URL:
+    # Encoded already: a signed URL must not change.
+    target = url.join(URL(response.headers.get("Location", ""), encoded=True))
+    if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
+        raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
+    return target
+
+
+def _refusal(response: aiohttp.ClientResponse, path: str) -> CriError:
+    answer = f"{path}: {response.status} {response.reason or ''}".rstrip()
+    match response.status:
+        case 401:
+            return UnauthenticatedError(f"{answer}; the image is private or does not exist: check the pull secret")
+        case 403:
+            return PermissionDeniedError(f"{answer}; the credentials given do not allow to pull it")
+        case 404:
+            return NotFoundError(answer)
+        case 416:
+            return DataLossError(f"{answer}: there is less of it than was received already")
+        case 408 | 429 | 500 | 502 | 503 | 504:
+            after = retry_after(response.headers)
+            asks = f"; it asks to be left alone for {after:.0f} s" if after else ""
+            return TryAgainError(f"{answer}{asks}", after)
+        case _:
+            return UnavailableError(answer)

@@ -1,0 +1,81 @@
+"""Which proxy a request goes through: HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
+
+They are read as Go programs read them (golang.org/x/net/http/httpproxy), as the NO_PROXY of nodes is written for
+those, with networks in it. aiohttp's own reading of the environment knows no networks, and takes passwords from
+``~/.netrc`` besides.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from criserver.errors import FailedPreconditionError
+
+_PORTS = {"http": 80, "https": 443}
+
+
+class Proxies:
+    """The proxies that ``environment`` names. Either case of a name counts, the upper one first."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._proxies = {scheme: _variable(environment, f"{scheme}_proxy") for scheme in _PORTS}
+        listed = _variable(environment, "no_proxy")[1].split(",")
+        self._direct = [entry.strip().lower() for entry in listed if entry.strip()]
+
+    def proxy_for(self, scheme: str, host: str, port: int) -> str | None:
+        """The URL of the proxy for a request, or None where it goes straight to ``host``.
+
+        Raises FailedPreconditionError for a proxy that is not http or https.
+        """
+        name, proxy = self._proxies[scheme]
+        if not proxy or self._is_direct(host.lower(), port):
+            return None
+        url = proxy if "://" in proxy else f"http://{proxy}"
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in _PORTS and parts.hostname and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid:  # without the value, which may hold a password
+            raise FailedPreconditionError(f"the environment's {name} is not an http or https URL of a proxy")
+        return url
+
+    def _is_direct(self, host: str, port: int) -> bool:
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            address = None
+        if host == "localhost" or (address is not None and address.is_loopback):
+            return True
+        return any(_matches(entry, host, address, port) for entry in self._direct)
+
+
+def _variable(environment: Mapping[str, str], name: str) -> tuple[str, str]:
+    for spelling in (name.upper(), name):
+        if value := environment.get(spelling, "").strip():
+            return spelling, value
+    return name.upper(), ""
+
+
+def _matches(entry: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, port: int) -> bool:
+    """Whether an entry of NO_PROXY, ``*``, a network, or an address or a domain with or without a port, has a host."""
+    if entry == "*":
+        return True
+    try:
+        network = ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        pass
+    else:
+        return address is not None and address in network
+    name, colon, number = entry.rpartition(":")
+    if colon and number.isdecimal():
+        if int(number) != port:
+            return False
+        entry = name
+    if address is not None:
+        return entry.strip("[]") == host
+    domain = entry.removeprefix("*")
+    # A leading dot leaves out the domain itself.
+    return host.endswith(domain) if domain.startswith(".") else host == domain or host.endswith(f".{domain}")

@@ -1,0 +1,162 @@
+"""What a registry's 401 asks for, and the tokens that its authorisation server gives.
+
+RFC 9110, section 11.6.1, for the header; for tokens distribution's "Token Authentication Specification", and its
+OAuth2 variant for identity tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from yarl import URL
+
+from criserver.errors import UnauthenticatedError, UnavailableError
+from criserver.images.credentials import Credentials
+from criserver.images.hosts import Host
+from criserver.images.retries import TryAgainError, retry_after
+from criserver.images.transport import Transport, read_bounded
+
+_IDLE = 30.0
+_MAX_ANSWER = 1 << 20
+_MAX_REALM = 2048
+_MAX_SCOPES = 20
+_LIFETIME = 60  # seconds, where the answer says none
+_CLIENT_ID = "criserver"
+
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_ITEM = re.compile(
+    rf'[\s,]*(?:(?P<name>{_WORD})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<value>{_WORD}))|(?P<scheme>{_WORD})(?=\s|,|$))'
+)
+_TOKEN = re.compile(r"[!-~]{1,65536}")
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way in that a 401 offers; the scheme and the parameters' names are lowercase."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The token that a challenge asks for, and where it is to be had. ``scopes`` are sorted."""
+
+    realm: URL
+    service: str
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A bearer token; to be used no more from ``expires`` on, a time of the monotonic clock."""
+
+    text: str = field(repr=False)
+    expires: float
+
+
+def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
+    """The challenges of WWW-Authenticate headers, of which each may have several. What cannot be read is left out."""
+    found: list[Challenge] = []
+    for header in headers:
+        parameters: dict[str, str] | None = None
+        for item in _items(header):
+            if item["scheme"]:
+                parameters = {}
+                found.append(Challenge(item["scheme"].lower(), parameters))
+            elif parameters is not None:
+                quoted = item["quoted"]
+                value = item["value"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                parameters.setdefault(item["name"].lower(), value)
+    return found
+
+
+def _items(header: str) -> Iterable[re.Match[str]]:
+    position = 0
+    while item := _ITEM.match(header, position):
+        yield item
+        position = item.end()
+
+
+def wanted_by(challenge: Challenge, host: Host, scopes: Iterable[str]) -> Wanted:
+    """What a host's bearer challenge asks for, with ``scopes`` beside its own.
+
+    Raises UnauthenticatedError for an authorisation server that nobody should be sent to: a host that speaks TLS
+    must not have us speak to another without.
+    """
+    text = challenge.parameters.get("realm", "")
+    try:
+        realm = URL(text)
+        valid = realm.scheme in ("https", "http") and realm.host and realm.user is None and len(text) <= _MAX_REALM
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UnauthenticatedError(f"wants a token from {text[:_MAX_REALM]!r}, which is no URL of a server")
+    if realm.scheme == "http" and not host.url.startswith("http:"):
+        raise UnauthenticatedError(
+            f"wants a token from {text!r}, over plain HTTP, though it is asked over TLS itself: correct the realm in "
+            "the registry's configuration"
+        )
+    asked = challenge.parameters.get("scope", "").split()[:_MAX_SCOPES]
+    return Wanted(realm, challenge.parameters.get("service", ""), tuple(sorted({*scopes, *asked})))
+
+
+async def fetch_token(transport: Transport, host: Host, wanted: Wanted, credentials: Credentials | None) -> Token:
+    """Ask for a token as ``credentials`` say who we are, without any as nobody.
+
+    Raises UnauthenticatedError where it is refused, TryAgainError, UnavailableError.
+    """
+    began = time.monotonic()
+    what = f"token from {wanted.realm.origin()}"
+    url, headers, form = wanted.realm, [("Accept", "application/json")], None
+    if wanted.realm.origin() == URL(host.url).origin():
+        headers += host.headers
+    if credentials is not None and credentials.identity_token:
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": credentials.identity_token,
+            "client_id": _CLIENT_ID,
+            "service": wanted.service,
+            "scope": " ".join(wanted.scopes),
+        }
+    else:
+        query = [("service", wanted.service)] if wanted.service else []
+        url = url.extend_query([*query, *(("scope", scope) for scope in wanted.scopes)])
+        if credentials is not None and credentials.username:
+            headers.append(("Authorization", credentials.basic))
+    async with transport.send(
+        host, url, headers, what, identified=True, idle=_IDLE, total=2 * _IDLE, form=form
+    ) as response:
+        answer = f"{what}: {response.status} {response.reason or ''}".rstrip()
+        match response.status:
+            case 200:
+                body = await read_bounded(response, _MAX_ANSWER, what)
+            case 400 | 401 | 403:
+                known = "the credentials are refused" if credentials else "it gives none without credentials"
+                raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
+            case 408 | 429 | 500 | 502 | 503 | 504:
+                raise TryAgainError(answer, retry_after(response.headers))
+            case _:
+                raise UnavailableError(answer)
+    return _token(body, began, what)
+
+
+def _token(body: bytes, began: float, what: str) -> Token:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise UnavailableError(f"{what}: the answer is no JSON object")
+    text = document.get("token") or document.get("access_token")
+    if not isinstance(text, str) or not _TOKEN.fullmatch(text):
+        raise UnavailableError(f"{what}: the answer has no token")
+    lifetime = document.get("expires_in")
+    if not isinstance(lifetime, int | float) or not 0 < lifetime < 1e9:
+        lifetime = _LIFETIME
+    # A request that is under way when the token expires must not fail for it.
+    return Token(text, began + lifetime - min(10.0, lifetime / 10))

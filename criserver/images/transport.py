@@ -1,0 +1,132 @@
+"""HTTP as registries and authorisation servers are spoken to: one request at a time, its failures as our errors.
+
+The only module beside its callers that knows aiohttp, 9 MiB and 80 ms, so images/ imports it at the first pull and
+not before.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from yarl import URL
+
+import criserver
+from criserver.errors import InvalidArgumentError, UnavailableError
+from criserver.images.hosts import Host
+from criserver.images.proxies import Proxies
+from criserver.images.retries import TryAgainError
+from criserver.images.tls import context_for
+
+_READ_BUFFER = 1 << 20
+# What OpenSSL says where the other side answers a TLS greeting in plain text; the second since version 3.2.
+_PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
+
+
+class NotConnectedError(UnavailableError):
+    """There is no way to a host; ``plain`` says that it is there, and does not speak TLS."""
+
+    def __init__(self, message: str, *, plain: bool = False) -> None:
+        super().__init__(message)
+        self.plain = plain
+
+
+class Transport:
+    """The connections of one pull. An async context manager."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[tuple[Host, bool], ssl.SSLContext] = {}
+        self._proxies = Proxies(os.environ)
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            auto_decompress=False,  # a digest is that of the bytes sent
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
+            read_bufsize=_READ_BUFFER,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    @asynccontextmanager
+    async def send(
+        self,
+        host: Host,
+        url: URL,
+        headers: Iterable[tuple[str, str]],
+        what: str,
+        *,
+        identified: bool,
+        idle: float,
+        total: float | None = None,
+        form: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response to a GET, or to a POST of ``form``; redirects are responses as any.
+
+        ``host`` has the settings for TLS, also where ``url`` is of another server that it led to; its client
+        certificate is shown where we are to be ``identified``. ``idle`` and ``total`` are seconds, without a byte
+        and in all. What goes wrong until the response is closed is raised as NotConnectedError, TryAgainError or
+        UnavailableError.
+        """
+        timeout = aiohttp.ClientTimeout(total=total, sock_connect=host.dial_timeout, sock_read=idle)
+        try:
+            async with self._session.request(
+                "GET" if form is None else "POST",
+                url,
+                headers=list(headers),
+                data=form,
+                allow_redirects=False,
+                ssl=self._context(host, identified),
+                proxy=self._proxies.proxy_for(url.scheme, url.host or "", url.port or 0),
+                timeout=timeout,
+            ) as response:
+                yield response
+        except aiohttp.ClientConnectorCertificateError as e:
+            raise _not_connected(host, url, what, e.certificate_error) from e
+        except aiohttp.ClientProxyConnectionError as e:
+            raise _not_connected(host, url, what, f"the proxy: {e.os_error}") from e
+        except aiohttp.ClientConnectorError as e:
+            plain = getattr(e.os_error, "reason", None) in _PLAIN_TEXT
+            raise _not_connected(host, url, what, e.os_error, plain=plain) from e
+        except aiohttp.ClientHttpProxyError as e:
+            raise _not_connected(host, url, what, f"the proxy answers {e.status} {e.message}") from e
+        except aiohttp.ConnectionTimeoutError as e:
+            raise _not_connected(host, url, what, f"no connection within {host.dial_timeout:g} s") from e
+        except TimeoutError as e:
+            raise TryAgainError(f"{what}: no progress within its deadline") from e
+        except aiohttp.ClientPayloadError as e:
+            raise TryAgainError(f"{what}: the connection ended in the middle of the content") from e
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
+            raise TryAgainError(f"{what}: the connection ended: {str(e) or type(e).__name__}") from e
+        except (aiohttp.ClientError, ValueError) as e:
+            raise UnavailableError(f"{what}: {str(e) or type(e).__name__}") from e
+
+    def _context(self, host: Host, identified: bool) -> ssl.SSLContext:
+        if (host, identified) not in self._contexts:
+            self._contexts[host, identified] = context_for(host, identified=identified)
+        return self._contexts[host, identified]
+
+
+async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
+    """The whole of a small body. Raises InvalidArgumentError where it is larger than ``limit`` bytes."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise InvalidArgumentError(f"{what} is larger than {limit} bytes")
+    return bytes(body)
+
+
+def _not_connected(host: Host, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:
+    if url.origin() == URL(host.url).origin():
+        return NotConnectedError(f"cannot connect: {reason}", plain=plain)
+    return UnavailableError(f"{what}: cannot connect to {url.origin()}: {reason}")
