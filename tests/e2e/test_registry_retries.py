@@ -75,7 +75,7 @@ def statuses(*answers: int, **headers: str) -> Callable[[Server], Answer]:
 
 async def test_a_layer_that_breaks_off_goes_on_where_it_was(server, rooms, image):
     digest, body = first_layer(image)
-    server.answers[digest] = breaking(body, 60_000)  # more often than a download without progress is tried
+    server.answers[digest] = breaking(body, 20_000)  # more often than a download without progress is tried
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
     starts = [offset(request) for request in server.asked(digest)]
     assert starts[0] == 0
@@ -298,6 +298,7 @@ async def test_retry_after_is_kept_to(server, rooms, image, monkeypatch):
 
 
 async def test_a_registry_that_wants_to_be_left_alone_for_long_is(server, rooms):
+    rooms.change(progress_timeout=10_000)
     server.answers["1"] = lambda _: web.Response(status=429, headers={"Retry-After": "3600"})
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "429", "left alone for 3600 s")
     assert len(server.requests) == 1
