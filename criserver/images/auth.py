@@ -31,9 +31,15 @@ class Keyring:
         self._reference = reference
         self._given = given
         self._file = file
+        self._found: dict[Host, Credentials | None] = {}
 
     def find(self, host: Host) -> Credentials | None:
         """What ``host`` may see, if anything."""
+        if host not in self._found:
+            self._found[host] = self._find(host)
+        return self._found[host]
+
+    def _find(self, host: Host) -> Credentials | None:
         names = {canonical_server(host.authority)}
         if host.origin:
             names.add(canonical_server(self._reference.domain))

@@ -44,6 +44,7 @@ class Exchange:
         idle: float,
         total: float | None = None,
         trusted: bool = False,
+        method: str = "GET",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response with status 200, or 206 where a range was asked for; ``idle`` and ``total`` as Transport.send.
 
@@ -59,7 +60,9 @@ class Exchange:
             own = url.origin() == asked.origin()
             authorization = await self._authorizer.header(host) if own else ""
             sent = [*headers.items(), *(_identity(host, authorization) if own else ())]
-            async with self._transport.send(host, url, sent, path, identified=own, idle=idle, total=total) as response:
+            async with self._transport.send(
+                host, url, sent, path, identified=own, idle=idle, total=total, method=method
+            ) as response:
                 if response.status == 200 or (response.status == 206 and "Range" in headers):
                     yield response
                     return

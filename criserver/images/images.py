@@ -15,6 +15,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -42,6 +43,9 @@ from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
 from criserver.store import Store
 from snapshotter import SnapshotError, Snapshotter
+
+if TYPE_CHECKING:
+    from criserver.images.registry import RegistryClient
 
 _log = structlog.get_logger(__name__)
 
@@ -282,6 +286,8 @@ class Images:
             async with RegistryClient(
                 reference, hosts, keyring, self._downloads, registries.progress_timeout
             ) as client:
+                if image := await self._unchanged(client, reference):
+                    return image
                 target = await client.resolve()
                 await self._policy.check(reference, target)
                 descriptor = await self._loader.load(client, target, lease)
@@ -290,6 +296,17 @@ class Images:
         await self._collect_if_any()
         _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
         return image
+
+    async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:
+        """The image that has the name already, where that means the same at its registry at this moment."""
+        if str(reference) not in self._names or (target := await client.peek()) is None:
+            return None
+        await self._policy.check(reference, target)
+        image_id = self._names.get(str(reference))
+        if image_id is None or image_id != self._names.get(f"{reference.name}@{target.digest}"):
+            return None
+        _log.info("image is as it was", reference=str(reference), image=image_id)
+        return self._entries[image_id].image
 
     def _forget(self, key: tuple[str, Credentials | None], pull: _Pull) -> None:
         if self._pulls.get(key) is pull:

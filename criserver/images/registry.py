@@ -8,10 +8,12 @@ transport), so images/ imports it at the first pull and not before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
+import aiohttp
 import structlog
 
 from criserver.errors import CriError, DataLossError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
@@ -75,6 +77,33 @@ class RegistryClient:
     ) -> None:
         await self._transport.__aexit__(kind, error, traceback)
 
+    async def peek(self) -> Descriptor | None:
+        """What the reference means at this moment, or None where no host tells: by HEAD, which registries that limit
+        pulls do not count.
+        """
+        wanted = self._reference.digest
+
+        async def attempt(host: Host) -> Descriptor:
+            name = wanted or f"{self._reference.tag}"
+            async with self._exchange.get(
+                host,
+                f"manifests/{name}",
+                {"Accept": _ACCEPT},
+                idle=self._idle,
+                total=self._idle,
+                trusted=wanted is None,
+                method="HEAD",
+            ) as response:
+                digest = response.headers.get("Docker-Content-Digest", "") if wanted is None else wanted
+                if not is_digest(digest):
+                    raise UnavailableError(f"manifests/{name}: HEAD tells no digest")
+                return Descriptor(_media_type(response), digest, response.content_length or 0)
+
+        try:
+            return await self._from_any({PULL} if wanted else {PULL, RESOLVE}, attempt, Retries(0))
+        except CriError:
+            return None
+
     async def resolve(self) -> Descriptor:
         """The manifest or index that the reference means at this moment.
 
@@ -105,17 +134,24 @@ class RegistryClient:
 
         Raises as :meth:`resolve`, and ResourceExhaustedError where the disk is full.
         """
+        retries = Retries(self._patience)
         with content.ingest() as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: Host) -> None:
+                queued = time.monotonic()
                 async with self._downloads:
-                    await download.attempt(host)
+                    retries.forgive(time.monotonic() - queued)
+                    try:
+                        await download.attempt(host)
+                    finally:
+                        if download.progressed():
+                            retries.progressed()
 
-            await self._from_any({PULL}, attempt, download.progressed)
+            await self._from_any({PULL}, attempt, retries)
 
     async def _from_any(
-        self, capabilities: set[str], attempt: Callable[[Host], Awaitable[_T]], progressed: Callable[[], bool] = bool
+        self, capabilities: set[str], attempt: Callable[[Host], Awaitable[_T]], retries: Retries | None = None
     ) -> _T:
         hosts = [host for host in self._hosts if host.capabilities >= capabilities]
         if not hosts:
@@ -123,7 +159,7 @@ class RegistryClient:
                 f"{self.name}: no host of {self.origin} is configured with the capabilities "
                 f"{', '.join(sorted(capabilities))}"
             )
-        retries = Retries(self._patience)
+        retries = retries or Retries(self._patience)
         failures: dict[Host, CriError] = {}
         asked = hosts
         while True:
@@ -136,8 +172,6 @@ class RegistryClient:
                     raise  # the node's own trouble: no other host helps
                 except CriError as e:
                     failures[host] = e
-                if progressed():
-                    retries.progressed()
             again = {h: e.after for h, e in failures.items() if isinstance(e, TryAgainError) and e.after <= MAX_WAIT}
             last = list(failures.values())[-1]
             if not again or not isinstance(last, UnavailableError) or not await retries.wait(max(again.values())):
@@ -182,8 +216,11 @@ class RegistryClient:
             stated = response.headers.get("Docker-Content-Digest", "") if digest is None else digest
             if found != stated and is_digest(stated):
                 raise DataLossError(f"manifest {name}: the content received has digest {found}, not {stated}")
-            media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-            return Descriptor(media_type, found, len(body)), body
+            return Descriptor(_media_type(response), found, len(body)), body
 
     async def _fetch_token(self, host: Host, wanted: Wanted, credentials: Credentials | None) -> Token:
         return await fetch_token(self._transport, host, wanted, credentials)
+
+
+def _media_type(response: aiohttp.ClientResponse) -> str:
+    return response.headers.get("Content-Type", "").partition(";")[0].strip()

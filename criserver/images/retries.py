@@ -42,6 +42,10 @@ class Retries:
         self._failures = 0
         self._deadline = time.monotonic() + self._patience
 
+    def forgive(self, seconds: float) -> None:
+        """Leave out of account what was spent in a queue."""
+        self._deadline += seconds
+
     async def wait(self, after: float) -> bool:
         """Wait before another attempt, at least ``after`` seconds; False, at once, where there is to be none."""
         self._failures += 1

@@ -24,6 +24,7 @@ from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
 _READ_BUFFER = 1 << 20
+_MAX_HEADER = 64 << 10  # signed URLs that we are redirected to may be long
 # What OpenSSL says where the other side answers a TLS greeting in plain text; the second since version 3.2.
 _PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
 
@@ -49,6 +50,8 @@ class Transport:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
             read_bufsize=_READ_BUFFER,
+            max_line_size=_MAX_HEADER,
+            max_field_size=_MAX_HEADER,
         )
         return self
 
@@ -68,19 +71,22 @@ class Transport:
         identified: bool,
         idle: float,
         total: float | None = None,
+        method: str = "GET",
         form: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a GET, or to a POST of ``form``; redirects are responses as any.
+        """The response to a request, or to a POST of ``form``; redirects are responses as any.
 
         ``host`` has the settings for TLS, also where ``url`` is of another server that it led to; its client
         certificate is shown where we are to be ``identified``. ``idle`` and ``total`` are seconds, without a byte
         and in all. What goes wrong until the response is closed is raised as NotConnectedError, TryAgainError or
         UnavailableError.
         """
-        timeout = aiohttp.ClientTimeout(total=total, sock_connect=host.dial_timeout, sock_read=idle)
+        timeout = aiohttp.ClientTimeout(
+            total, connect=host.dial_timeout, sock_connect=host.dial_timeout, sock_read=idle
+        )
         try:
             async with self._session.request(
-                "GET" if form is None else "POST",
+                method if form is None else "POST",
                 url,
                 headers=list(headers),
                 data=form,

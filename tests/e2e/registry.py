@@ -63,6 +63,15 @@ class Registry:
         assert done.returncode == 0, done.stderr
         return target
 
+    def requests(self) -> list[str]:
+        """What was asked of the registry, in order: ``GET /v2/… HTTP/1.1``."""
+        with open(self.log) as f:
+            return [
+                line.split('"')[1]
+                for line in f
+                if '" ' in line and line.partition('"')[2].startswith(("GET /", "HEAD /"))
+            ]
+
     def blob_requests(self) -> list[str]:
         """The digests of blobs that were fetched from the registry, in order."""
         with open(self.log) as f:

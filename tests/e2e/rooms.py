@@ -28,8 +28,8 @@ class Rooms:
         self.content = ContentStore(os.path.join(root, "content"))
         self.snapshotter = Snapshotter(os.path.join(root, "snapshots"))
         settings = replace(settings or RegistrySettings(), config_path=self.certs)
-        platform = platform or host_platform()
-        self.images = Images(self.store, self.content, self.snapshotter, settings, platform, policy)
+        self.platform = platform or host_platform()
+        self.images = Images(self.store, self.content, self.snapshotter, settings, self.platform, policy)
 
     def close(self) -> None:
         """End the threads and close the database."""

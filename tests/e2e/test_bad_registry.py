@@ -235,3 +235,28 @@ async def test_a_policy_refuses_an_image_before_it_is_downloaded(server, image, 
     assert asked == [(name, image.digest)]
     assert [request.path for request in server.requests] == ["/v2/app/manifests/1"]
     rooms.close()
+
+
+async def test_a_registry_that_knows_no_head_is_asked_for_the_manifest(server, rooms, image):
+    name = f"{server.address}/app:1"
+    await rooms.images.pull(name)
+    for headers in (None, {}, {"Docker-Content-Digest": "nonsense"}, {"Docker-Content-Digest": digest(b"another")}):
+
+        def answer(request: web.Request, headers: dict[str, str] | None = headers) -> web.Response:
+            if request.method != "HEAD":
+                return server.serve(request)
+            return web.Response(status=405) if headers is None else web.Response(headers=headers)
+
+        server.answers["1"] = answer
+        del server.requests[:]
+        assert (await rooms.images.pull(name)).id == image.id
+        assert [request.method for request in server.requests] == ["HEAD", "GET"]
+
+
+async def test_a_tag_that_is_gone_is_not_found_though_the_image_is_here(server, rooms, image):
+    name = f"{server.address}/app:1"
+    await rooms.images.pull(name)
+    server.answers["1"] = lambda _: web.Response(status=404)
+    with pytest.raises(NotFoundError, match="404"):
+        await rooms.images.pull(name)
+    assert rooms.images.get(name).id == image.id

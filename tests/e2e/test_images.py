@@ -129,6 +129,19 @@ async def test_an_image_for_another_platform_is_refused(rooms, registry):
         assert rooms.leftovers() == []
 
 
+@pytest.mark.parametrize("by", ["tag", "digest"])
+async def test_an_image_that_is_as_it_was_costs_a_head_request(rooms, registry, by):
+    built = two_layers(os.urandom(9), platform=rooms.platform)
+    index = build_index([built])
+    name = registry.push(index, f"same:{by}")
+    name = name if by == "tag" else f"{registry.address}/same@{index.digest}"
+    image = await rooms.images.pull(name)
+    before = registry.requests()
+    assert await rooms.images.pull(name) == image
+    (line,) = registry.requests()[len(before) :]
+    assert line.startswith("HEAD /v2/same/manifests/")
+
+
 async def test_layers_that_are_here_are_not_fetched_again(rooms, registry):
     base = {"base": os.urandom(5000)}
     first, second = build_image([base, {"a": b"1"}]), build_image([base, {"a": b"2"}])

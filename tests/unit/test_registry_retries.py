@@ -51,6 +51,14 @@ async def test_nobody_waits_beyond_the_patience(monkeypatch):
     assert await waits(5, monkeypatch, after=10) == []
 
 
+async def test_a_queue_is_forgiven(monkeypatch):
+    monkeypatch.setattr(retries, "_FIRST_WAIT", 0)
+    tries = Retries(0)
+    tries.forgive(60)
+    assert await tries.wait(0)
+    assert not await Retries(0).wait(0)
+
+
 async def test_progress_begins_anew(monkeypatch):
     monkeypatch.setattr(retries, "_FIRST_WAIT", 0)
     tries = Retries(60)
