@@ -42,6 +42,13 @@ def test_a_file_needs_only_what_differs(tmp_path):
     assert config.cni_conf_dir == "/etc/cni/net.d"
 
 
+def test_the_registry_table(tmp_path):
+    config = load(written(tmp_path, '[registry]\nauth_file = "/a.json"\nmax_downloads = 3\nprogress_timeout = 9'))
+    assert config.registry_config_path == "/etc/containerd/certs.d:/etc/docker/certs.d"
+    assert config.registry_auth_file == "/a.json"
+    assert (config.registry_max_downloads, config.registry_progress_timeout) == (3, 9.0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -53,6 +60,10 @@ def test_a_file_needs_only_what_differs(tmp_path):
         ('[runtime]\ndefault = "kata"', ["'kata'", "[runtimes.kata]", "runc"]),
         ("[runtimes.runc]", ["runtimes.runc", "'path' is a required property"]),
         ('[runtimes."Not A Name"]\npath = "x"', ["Not A Name"]),
+        ('[registry]\nauth_file = "config.json"', ["registry.auth_file = 'config.json'", "absolute path, or empty"]),
+        ("[registry]\nmax_downloads = 0", ["registry.max_downloads = 0"]),
+        ("[registry]\nmax_downloads = 1.5", ["registry.max_downloads = 1.5", "integer"]),
+        ("[registry]\nprogress_timeout = 0", ["registry.progress_timeout = 0"]),
         ("root = ", ["not valid TOML"]),
     ],
 )

@@ -108,7 +108,9 @@ def test_paths_of_certificates(write):
 
 def test_tls_keys_at_an_http_address_mean_https_first(write):
     path = write("r.example", 'server = "http://10.0.0.1:5000"\nskip_verify = true')
-    assert urls(hosts_for("r.example", path)) == ["https://10.0.0.1:5000/v2", "http://10.0.0.1:5000/v2"]
+    hosts = hosts_for("r.example", path)
+    assert urls(hosts) == ["https://10.0.0.1:5000/v2", "http://10.0.0.1:5000/v2"]
+    assert [host.fallback for host in hosts] == [False, True]
     path = write("r.example", 'server = "http://10.0.0.1:80"\nskip_verify = true')
     assert urls(hosts_for("r.example", path)) == ["http://10.0.0.1:80/v2"]
 
@@ -121,6 +123,15 @@ def test_directory_names(write):
     write("r.example_5000_", 'server = "https://underscore.example"')
     assert urls(hosts_for("r.example:5000", path)) == ["https://underscore.example/v2"]
     assert urls(hosts_for("r.example", path)) == ["https://default.example/v2"]
+
+
+def test_of_several_directories_the_first_that_knows_a_registry_counts(write, tmp_path):
+    write("one/r.example", 'server = "https://one.example"')
+    write("two/r.example", 'server = "https://two.example"')
+    write("two/_default", 'server = "https://default.example"')
+    path = f"{tmp_path}/none:{tmp_path}/one:{tmp_path}/two"
+    assert urls(hosts_for("r.example", path)) == ["https://one.example/v2"]
+    assert urls(hosts_for("other.example", path)) == ["https://default.example/v2"]
 
 
 def test_certificate_files_in_place_of_hosts_toml(tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import replace
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from yarl import URL
 
 from criserver.errors import UnauthenticatedError
@@ -55,6 +58,14 @@ def test_a_header_of_a_megabyte_is_parsed_in_time():
     for text in ("a" * 1_000_000, "Bearer " + 'a="' * 300_000, "Bearer " + "a=b," * 250_000, '"\\' * 500_000):
         parse_challenges([text])
     assert time.process_time() - began < 5
+
+
+@hypothesis.given(st.text(alphabet='Bearer basic,="\\realm \t/:ü\n') | st.text())
+def test_any_header_is_read(text):
+    for challenge in parse_challenges([text]):
+        assert challenge.scheme == challenge.scheme.lower()
+        with contextlib.suppress(UnauthenticatedError):
+            wanted_by(challenge, OWN, ["a"])
 
 
 @pytest.mark.parametrize(
