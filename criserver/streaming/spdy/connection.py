@@ -68,9 +68,10 @@ class Limits:
 
     ``control`` is the body of a control frame, which section 2.2.1 wants to be 8192 at least; ``headers`` a header
     block after its decompression; ``pairs`` the headers in one block, each value counted; ``settings`` the entries of
-    a SETTINGS frame. ``streams`` may be open at once, of both sides together. ``answers`` are frames that the peer
-    makes us send (PING, RST_STREAM) between two calls of ``take``. ``frame`` is the payload of a DATA frame that we
-    send, ``window`` what a peer that takes part in flow control may send of one stream ahead of ``consumed``.
+    a SETTINGS frame. ``streams`` may be open at once, of both sides together. Two hold for all that is received
+    between two calls of ``take``: ``answers``, the frames that the peer makes us send (PING, RST_STREAM), and
+    ``text``, the header blocks together. ``frame`` is the payload of a DATA frame that we send, ``window`` what a
+    peer that takes part in flow control may send of one stream ahead of ``consumed``.
     """
 
     control: int = 16 * 1024
@@ -79,6 +80,7 @@ class Limits:
     settings: int = 64
     streams: int = 1024
     answers: int = 1024
+    text: int = 1024 * 1024
     frame: int = 64 * 1024
     window: int = 256 * 1024
 
@@ -115,6 +117,7 @@ class Connection:
         "_reset",
         "_speaking",
         "_streams",
+        "_text",
         "_wanted",
         "_went",
     )
@@ -135,8 +138,9 @@ class Connection:
         self._failed = False
         # What is to be sent.
         self._out: list[bytes | memoryview] = []
-        self._answers = 0
         self._reset: set[int] = set()  # streams that have got an RST_STREAM since the last take()
+        self._answers = 0
+        self._text = 0
         self._reader = FrameReader(self._limits.control)
         self._wanted = False  # whether the payload of the DATA frame that is being read goes to the caller
         # Flow control: the peer's windows, which bound us, and ours.
@@ -260,7 +264,7 @@ class Connection:
         out = b"".join(self._out)
         self._out.clear()
         self._reset.clear()
-        self._answers = 0
+        self._answers = self._text = 0
         return out
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
@@ -307,8 +311,7 @@ class Connection:
             self._forget_closed(known)
 
     def _syn_stream(self, body: bytes, flags: int, events: list[Event]) -> None:
-        # The block comes first in each of these: whatever becomes of the frame, the next one's needs this one's text.
-        text = self._decoder.decode(body[10:], self._limits.headers)
+        text = self._decode(body[10:])
         if self._went:
             return
         stream = HEAD.unpack_from(body)[0] & MAX_ID
@@ -349,7 +352,7 @@ class Connection:
         flags: int,
         events: list[Event],
     ) -> None:
-        text = self._decoder.decode(body[4:], self._limits.headers)
+        text = self._decode(body[4:])
         stream = int.from_bytes(body[:4], "big") & MAX_ID
         known = self._streams.get(stream)
         if known is None:
@@ -369,6 +372,14 @@ class Connection:
         known.theirs = _DONE if ended else after
         events.append(event(stream, pairs, ended))
         self._forget_closed(known)
+
+    def _decode(self, block: bytes) -> bytes:
+        """A header block's text. Done for every block, whatever becomes of its frame: the next one builds on it."""
+        text = self._decoder.decode(block, self._limits.headers)
+        self._text += len(text)
+        if self._text > self._limits.text:
+            raise ConnectionFault(Farewell.PROTOCOL_ERROR, f"more than {self._limits.text} bytes of headers at once")
+        return text
 
     def _rst_stream(self, body: bytes, _flags: int, events: list[Event]) -> None:
         stream, status = HEAD.unpack(body)
@@ -400,6 +411,9 @@ class Connection:
     def _goaway(self, body: bytes, _flags: int, events: list[Event]) -> None:
         last, status = HEAD.unpack(body)
         self._peer_gone = True
+        for stream in [stream for stream in self._streams if self._is_own(stream) and stream > last & MAX_ID]:
+            self._drop(stream)
+            events.append(Reset(stream, Status.REFUSED_STREAM, "the peer went away before it took the stream"))
         events.append(GoneAway(last & MAX_ID, status))
 
     def _window_update(self, body: bytes, _flags: int, events: list[Event]) -> None:

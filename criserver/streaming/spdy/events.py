@@ -81,7 +81,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class GoneAway:
-    """The peer takes no new streams; of ours it has accepted those up to ``last``."""
+    """The peer takes no new streams. Of ours it has taken those up to ``last``; the others are Reset before this."""
 
     last: int
     status: int

@@ -78,31 +78,31 @@ class HeaderEncoder:
 class HeaderDecoder:
     """Header blocks from one peer: one zlib stream, with a flush to a byte's boundary after each block.
 
-    Because of that flush a block can be inflated by itself as long as the text before it is known. So all that is
-    kept between blocks is that text: of a peer like kubectl the dictionary and a few hundred bytes, where zlib would
-    keep a window of 32 KiB and its tables.
+    Because of that flush a block can be inflated by itself as long as the text before it is known. So that text is all
+    that is kept between blocks, a few hundred bytes of a peer like kubectl, where zlib would keep a window of 32 KiB
+    and its tables.
     """
 
-    __slots__ = ("_history",)
+    __slots__ = ("_text",)
 
     def __init__(self) -> None:
-        self._history: bytes | None = None
+        self._text: bytes | None = None
 
     def decode(self, block: bytes, limit: int) -> bytes:
         """The decompressed block. Raises ConnectionFault, for its stream cannot be read on, if it is no zlib or
         more than ``limit`` bytes."""
         if not block:  # a block without headers may be left out (section 2.6.7)
             return b"\x00\x00\x00\x00"
-        history = self._history
-        if history is None:
+        before = self._text
+        if before is None:
             head = int.from_bytes(block[:2], "big")
             if head & 0x0F20 != 0x0820 or head % 31 or block[2:6] != _ZLIB_HEAD[2:]:  # RFC 1950, section 2.2
                 raise ConnectionFault(
                     Farewell.PROTOCOL_ERROR, "the first header block is not compressed with SPDY's dictionary"
                 )
-            history = DICTIONARY
+            before = b""
             block = block[6:]
-        inflate = zlib.decompressobj(-zlib.MAX_WBITS, zdict=history)
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS, zdict=DICTIONARY + before)
         try:
             text = inflate.decompress(block, limit + 1)
         except zlib.error as error:
@@ -113,7 +113,7 @@ class HeaderDecoder:
             )
         if inflate.eof or not block.endswith(_SYNC_FLUSH):
             raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a header block does not end with a flush")
-        self._history = (history + text)[-_ZLIB_WINDOW:]
+        self._text = (before + text)[-_ZLIB_WINDOW:]
         return text
 
 
