@@ -342,6 +342,9 @@ BREAKS: dict[str, tuple[Callable[[Peer], bytes], Farewell, str]] = {
     "PING of 5 bytes": (lambda _: control(PING, bytes(5)), Farewell.PROTOCOL_ERROR, "PING.*5 bytes"),
     "PING of nothing": (lambda _: control(PING, b""), Farewell.PROTOCOL_ERROR, "PING.*0 bytes"),
     "RST_STREAM of 4 bytes": (lambda _: control(RST_STREAM, bytes(4)), Farewell.PROTOCOL_ERROR, "RST_STREAM"),
+    "RST_STREAM of 9 bytes": (lambda _: control(RST_STREAM, bytes(9)), Farewell.PROTOCOL_ERROR, "RST_STREAM"),
+    "GOAWAY of 9 bytes": (lambda _: control(GOAWAY, bytes(9)), Farewell.PROTOCOL_ERROR, "GOAWAY"),
+    "WINDOW_UPDATE of 7": (lambda _: control(WINDOW_UPDATE, bytes(7)), Farewell.PROTOCOL_ERROR, "WINDOW_UPDATE"),
     "GOAWAY of 4 bytes, as in SPDY/2": (lambda _: control(GOAWAY, bytes(4)), Farewell.PROTOCOL_ERROR, "GOAWAY"),
     "WINDOW_UPDATE of 9": (lambda _: control(WINDOW_UPDATE, bytes(9)), Farewell.PROTOCOL_ERROR, "WINDOW_UPDATE"),
     "SYN_STREAM of 9 bytes": (lambda _: control(SYN_STREAM, bytes(9)), Farewell.PROTOCOL_ERROR, "SYN_STREAM"),
@@ -413,6 +416,22 @@ def test_a_callers_mistakes_are_told() -> None:
     assert connection.state(1) == (OPEN, OPEN)
 
 
+@pytest.mark.parametrize("status", [1, 0xFFFFFFFF])
+def test_any_status_but_0_can_be_sent(status: int) -> None:
+    connection, _ = opened()
+    connection.reset(1, status)
+    assert resets(connection.take()) == [(1, status)]
+
+
+def test_stream_ids_are_not_used_again() -> None:
+    client = Connection(client=True)
+    client._next_id = 0x7FFFFFFF
+    assert client.open() == 0x7FFFFFFF
+    client.reset(0x7FFFFFFF, Status.CANCEL)
+    with pytest.raises(LocalError, match="used up its stream IDs"):
+        client.open()
+
+
 def test_no_more_streams_are_opened_than_the_peer_allows() -> None:
     client, peer = Connection(client=True), Peer()
     client.receive(_entries((4, 2)))
@@ -466,6 +485,18 @@ def test_a_peer_that_shows_windows_bounds_us_and_is_told_ours(sign: bytes) -> No
     ]
     connection.receive(sign)
     assert frames(connection.take()) == []
+
+
+def test_a_peer_that_went_beyond_our_windows_unseen_gets_no_more_than_one_when_it_shows_its_own() -> None:
+    connection, _ = opened(limits=Limits(window=64 * KIB))
+    connection.receive(data(1, bytes(1000 * KIB)))
+    connection.consumed(1, 1000 * KIB)
+    connection.receive(words(WINDOW_UPDATE, 1, 1))
+    assert _updates(connection.take()) == [(0, 64 * KIB), (1, 64 * KIB)]
+
+
+def _updates(output: bytes) -> list[tuple[int, int]]:
+    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == WINDOW_UPDATE]  # type: ignore[misc]
 
 
 def _bounded(initial: int = 64 * KIB) -> tuple[Connection, Peer]:
@@ -541,10 +572,6 @@ def test_the_largest_window_is_allowed() -> None:
     assert connection.window(1) == MAX_WINDOW
 
 
-def _updates(output: bytes) -> list[tuple[int, int]]:
-    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == WINDOW_UPDATE]  # type: ignore[misc]
-
-
 def test_our_windows_are_given_back_by_halves_as_data_is_consumed() -> None:
     connection, _ = opened(announce=True, limits=Limits(window=100_000))
     connection.receive(data(1, bytes(100_000)))
@@ -553,7 +580,9 @@ def test_our_windows_are_given_back_by_halves_as_data_is_consumed() -> None:
     assert connection.take() == b""
     connection.consumed(1, 1_000)
     assert _updates(connection.take()) == [(0, 34_464 + 16_000)]
-    connection.consumed(1, 34_000)
+    connection.consumed(1, 33_999)
+    assert connection.take() == b""
+    connection.consumed(1, 1)
     assert _updates(connection.take()) == [(1, 50_000)]
     connection.consumed(1, 15_999)
     assert connection.take() == b""

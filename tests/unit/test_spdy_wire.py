@@ -30,7 +30,7 @@ from criserver.streaming.spdy import (
 )
 from criserver.streaming.spdy.headers import DICTIONARY
 
-from .spdy_peer import HEADERS, SYN_STREAM, Peer, block_text, control, frames, opened
+from .spdy_peer import HEADERS, SYN_REPLY, SYN_STREAM, Peer, block_text, control, frames, opened
 
 NOTHING = memoryview(b"")
 
@@ -261,7 +261,9 @@ def test_what_is_sent_is_cut_into_frames() -> None:
     ]
     connection, _ = opened(limits=Limits(frame=1000))
     connection.send(1, bytes(2000))
-    assert [(flags, len(payload)) for _, flags, payload in frames(connection.take())] == [(0, 1000), (0, 1000)]
+    connection.send(1, bytes(2000), end=True)
+    sent = [(flags, len(payload)) for _, flags, payload in frames(connection.take())]
+    assert sent == [(0, 1000), (0, 1000), (0, 1000), (1, 1000)]
 
 
 def test_a_buffer_that_is_sent_may_be_used_again_at_once() -> None:
@@ -339,6 +341,8 @@ def test_a_block_without_headers_may_be_left_out() -> None:
     connection, peer = Connection(), Peer()
     assert connection.receive(control(SYN_STREAM, struct.pack(">IIH", 1, 0, 0))) == [StreamOpened(1, (), False, False)]
     assert connection.receive(control(HEADERS, struct.pack(">I", 1), 1)) == [Headers(1, (), True)]
+    stream = connection.open()
+    assert connection.receive(control(SYN_REPLY, struct.pack(">I", stream))) == [Replied(stream, (), False)]
     assert connection.receive(peer.syn_stream(3, [(b"a", b"b")])) == [StreamOpened(3, (("a", "b"),), False, False)]
 
 

@@ -1,4 +1,15 @@
-"""SPDY/3.1 without I/O, for either side of a connection."""
+"""SPDY/3.1 without I/O, for either side of a connection.
+
+connection = Connection()
+for event in connection.receive(what_came):
+    match event:
+        case StreamOpened(stream, headers):
+            connection.reply(stream)
+        case Data(stream, data, ended):
+            ...  # pass it on, and then
+            connection.consumed(stream, len(data))
+transport.write(connection.take())
+"""
 
 from __future__ import annotations
 

@@ -103,6 +103,7 @@ class Connection:
         "_decoder",
         "_encoder",
         "_failed",
+        "_going",
         "_held",
         "_initial",
         "_last_opened",
@@ -119,7 +120,6 @@ class Connection:
         "_streams",
         "_text",
         "_wanted",
-        "_went",
     )
 
     def __init__(self, *, client: bool = False, limits: Limits | None = None, announce: bool = False) -> None:
@@ -134,7 +134,7 @@ class Connection:
         self._pings: set[int] = set()
         self._peer_limit = MAX_ID
         self._peer_gone = False
-        self._went = False
+        self._going = False
         self._failed = False
         # What is to be sent.
         self._out: list[bytes | memoryview] = []
@@ -177,7 +177,7 @@ class Connection:
 
     def open(self, headers: Iterable[tuple[str, str]] = (), *, end: bool = False) -> int:
         """Open a stream and return its ID; ``end``: this side sends nothing more on it."""
-        if self._failed or self._went or self._peer_gone:
+        if self._failed or self._going or self._peer_gone:
             raise LocalError("no stream can be opened: the connection is going away")
         own = sum(1 for stream in self._streams if self._is_own(stream))
         if own >= self._peer_limit:
@@ -243,8 +243,8 @@ class Connection:
 
     def go_away(self, status: int = Farewell.OK) -> None:
         """Accept no more streams; those that are open go on. The second call does nothing."""
-        if not (self._went or self._failed):
-            self._went = True
+        if not (self._going or self._failed):
+            self._going = True
             self._out.append(two_words(Type.GOAWAY, self._accepted, status))
 
     def consumed(self, stream: int, count: int) -> None:
@@ -272,11 +272,8 @@ class Connection:
         events: list[Event] = []
         if self._failed:
             return events
-        view = memoryview(data)
-        if view.format != "B" or view.ndim != 1:
-            view = view.cast("B")
         try:
-            for frame in self._reader.read(view):
+            for frame in self._reader.read(memoryview(data)):
                 if isinstance(frame, Payload):
                     self._payload(frame, events)
                 else:
@@ -312,7 +309,7 @@ class Connection:
 
     def _syn_stream(self, body: bytes, flags: int, events: list[Event]) -> None:
         text = self._decode(body[10:])
-        if self._went:
+        if self._going:
             return
         stream = HEAD.unpack_from(body)[0] & MAX_ID
         if stream in self._streams or (stream == self._last_opened and stream):
@@ -410,11 +407,13 @@ class Connection:
 
     def _goaway(self, body: bytes, _flags: int, events: list[Event]) -> None:
         last, status = HEAD.unpack(body)
+        last &= MAX_ID
         self._peer_gone = True
-        for stream in [stream for stream in self._streams if self._is_own(stream) and stream > last & MAX_ID]:
-            self._drop(stream)
-            events.append(Reset(stream, Status.REFUSED_STREAM, "the peer went away before it took the stream"))
-        events.append(GoneAway(last & MAX_ID, status))
+        if last < self._next_id - 2:
+            for stream in [stream for stream in self._streams if self._is_own(stream) and stream > last]:
+                self._drop(stream)
+                events.append(Reset(stream, Status.REFUSED_STREAM, "the peer went away before it took the stream"))
+        events.append(GoneAway(last, status))
 
     def _window_update(self, body: bytes, _flags: int, events: list[Event]) -> None:
         stream, delta = (word & MAX_ID for word in HEAD.unpack(body))
@@ -452,7 +451,7 @@ class Connection:
         """A frame for a stream that is not open. That is no event: after a reset it is what is still on its way."""
         if not stream:
             raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a frame for stream 0")
-        if self._went:  # it may be for a stream that we have ignored (section 2.2.2)
+        if self._going:  # it may be for a stream that we have ignored (section 2.2.2)
             return
         closed = stream < self._next_id if self._is_own(stream) else stream <= self._last_opened
         # Section 2.3.7 for data after the close, 2.2.2 and 2.6.3 for the rest.
@@ -478,11 +477,8 @@ class Connection:
         return number % 2 == self._client
 
     def _drop(self, stream: int) -> bool:
-        known = self._streams.pop(stream, None)
-        if known is None:
-            return False
-        known.ours = known.theirs = _DONE
-        return True
+        """Close a stream; tells whether there was one."""
+        return self._streams.pop(stream, None) is not None
 
     def _forget_closed(self, known: Stream) -> None:
         if known.ours is _DONE and known.theirs is _DONE:

@@ -170,7 +170,7 @@ class FrameReader:
         self._left = 0  # what is to come of the frame's body
 
     def read(self, view: memoryview) -> Iterator[Control | Payload]:
-        """What ``view``, of single bytes, holds and completes. Raises ConnectionFault.
+        """What ``view`` holds and completes. Raises ConnectionFault.
 
         Control frames of unknown types are skipped (section 2.2.1), however large they are.
         """
