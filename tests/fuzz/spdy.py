@@ -42,9 +42,7 @@ from tests.unit.spdy_peer import (
     words,
 )
 
-LIMITS = Limits(
-    control=9000, headers=2000, pairs=8, settings=4, streams=6, answers=32, text=9000, frame=500, window=1000
-)
+LIMITS = Limits(control=9000, headers=2000, pairs=8, settings=4, streams=6, answers=32, text=4000, frame=500, window=60)
 MAX_ID = 0x7FFFFFFF
 
 
@@ -207,7 +205,7 @@ class Session:
         flags, count = source.number() % 4, source.number()
         match what:
             case 0:
-                return data(stream, source.bytes(count), flags)
+                return data(stream, source.bytes(count) * (1 + flags // 2 * 400), flags)
             case 1:
                 return self.peer.syn_stream(stream, [(b"streamtype", source.bytes(count % 16))], flags)
             case 2:
@@ -247,8 +245,10 @@ def run(content: bytes) -> None:
         elif what < 176:
             session.receive(session.frame(source))
         elif what < 192:
-            for byte in session.frame(source):
+            frame = session.frame(source)
+            for byte in frame[:1000]:
                 session.receive(bytes([byte]))
+            session.receive(frame[1000:])
         elif what < 248:
             session.act(source)
         else:

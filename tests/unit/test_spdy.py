@@ -570,6 +570,9 @@ def test_the_largest_window_is_allowed() -> None:
     connection.receive(words(WINDOW_UPDATE, 0, MAX_WINDOW - 64 * KIB))
     connection.receive(words(WINDOW_UPDATE, 1, MAX_WINDOW - 64 * KIB))
     assert connection.window(1) == MAX_WINDOW
+    connection, _ = _bounded(MAX_WINDOW)
+    connection.receive(words(WINDOW_UPDATE, 0, MAX_WINDOW - 64 * KIB))
+    assert connection.window(1) == MAX_WINDOW
 
 
 def test_our_windows_are_given_back_by_halves_as_data_is_consumed() -> None:
