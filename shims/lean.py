@@ -80,6 +80,8 @@ def loads(text: str) -> Any:
         value, end = _scan(text, 0)
     except StopIteration as place:
         raise ValueError(f"no JSON value at character {place.value}") from None
+    except SystemError:  # the scanner at the end of a text that is cut off
+        raise ValueError("the JSON value is cut off") from None
     if end != len(text):
         raise ValueError(f"text after the JSON value, at character {end}")
     return value

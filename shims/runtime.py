@@ -49,12 +49,13 @@ def last_error(log: str, program: str, code: int) -> str:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
-            lines = file.read(_TAIL).splitlines()
+            # Not lines: crun's records have several.
+            records = file.read(_TAIL).split(b"}\n")
     except OSError:
-        lines = []
-    for line in reversed(lines):
+        records = []
+    for record in reversed(records):
         try:
-            entry = loads(line.decode(errors="replace"))
+            entry = loads(record.decode(errors="replace") + "}")
         except ValueError:
             continue
         if isinstance(entry, dict) and entry.get("level") in ("error", "fatal", "panic"):

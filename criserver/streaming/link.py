@@ -32,7 +32,8 @@ class Link(asyncio.BufferedProtocol):
         self._held: set[object] = set()
         self._glance: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
-        self._buffer = bytearray(READ_SIZE)
+        # A view, since asyncio's TLS fills slices of it.
+        self._buffer = memoryview(bytearray(READ_SIZE))
         self.received: Callable[[bytes], None] = lambda _: None
         self.lost: asyncio.Future[None] = loop.create_future()
         self.used = loop.time()
@@ -45,12 +46,12 @@ class Link(asyncio.BufferedProtocol):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._opened(self)
 
-    def get_buffer(self, _sizehint: int) -> bytearray:
+    def get_buffer(self, _sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
         self.used = self._loop.time()
-        self.received(bytes(memoryview(self._buffer)[:count]))
+        self.received(bytes(self._buffer[:count]))
 
     def connection_lost(self, _exc: Exception | None) -> None:
         if not self.lost.done():

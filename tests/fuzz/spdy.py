@@ -1,15 +1,8 @@
-"""SPDY against arbitrary bytes and an arbitrary caller, for atheris (PyPI; not among the project's dependencies).
-
-    .venv/bin/pip install atheris
-    .venv/bin/python -m tests.fuzz.spdy -max_len=2000 -max_total_time=600 /tmp/corpus tests/fuzz/corpus/spdy
-
-``run`` is one input. tests/unit/test_spdy_fuzz.py replays the corpus with it, without atheris.
-"""
+"""SPDY against arbitrary bytes and an arbitrary caller; ``check`` is one input."""
 
 from __future__ import annotations
 
 import struct
-import sys
 
 from criserver.streaming.spdy import (
     Connection,
@@ -233,7 +226,7 @@ class Session:
                 return control(count % 16, source.bytes(count), flags)
 
 
-def run(content: bytes) -> None:
+def check(content: bytes) -> None:
     """One input. Raises AssertionError, or what the protocol raised, if something does not hold."""
     source = Source(content)
     mode = source.number()
@@ -256,15 +249,3 @@ def run(content: bytes) -> None:
     session.take()
     session.connection.consumed(0, session.held)
     session.take()
-
-
-def main() -> None:
-    import atheris
-
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, run)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

@@ -174,7 +174,7 @@ async def test_a_connection_on_which_nothing_moves():
             pass
 
     await blocking(work, found.offer(Command(OUTPUT, wait)))
-    assert gone.is_set()
+    await asyncio.wait_for(gone.wait(), 10)
     await found.stop()
 
 
