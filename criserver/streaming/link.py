@@ -9,6 +9,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 
 # Bytes that are read at once, and so the longest turn that a client can take of the loop: nothing but tiny frames costs
 # a millisecond for each KiB.
@@ -122,7 +123,8 @@ class Link(asyncio.BufferedProtocol):
             if self._room is not None:
                 await self._room
             if self._transport.can_write_eof():
-                self._transport.write_eof()
+                with suppress(OSError):  # the client has closed already
+                    self._transport.write_eof()
             else:  # TLS has no half-close; its close waits for the client's
                 self._transport.close()
         while not self.lost.done():

@@ -271,3 +271,20 @@ async def test_the_address_that_is_given_out(host: str, base: str):
     await found.start()
     assert hi(found).startswith(base)
     await found.stop()
+
+
+async def test_a_client_that_closes_when_it_has_heard_the_end(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
+):
+    """As kubectl does; the server may find the connection closed before it closes it itself."""
+    failures: list[str] = []
+    monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
+
+    def work(url: str) -> None:
+        client = Spdy(url).open_command("error", "stdout")
+        client.until("error", b"Success")
+        client.close()
+
+    for _ in range(50):
+        await blocking(work, hi(serving))
+    assert failures == []
