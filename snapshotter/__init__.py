@@ -9,6 +9,7 @@ from __future__ import annotations
 from snapshotter.errors import (
     DiffMismatchError,
     LayerError,
+    LimitError,
     SnapshotError,
     SnapshotNotFoundError,
     TruncatedLayerError,
@@ -22,6 +23,7 @@ __all__ = [
     "DiffMismatchError",
     "Layer",
     "LayerError",
+    "LimitError",
     "Limits",
     "Snapshot",
     "SnapshotError",

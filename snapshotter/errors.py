@@ -21,6 +21,10 @@ class TruncatedLayerError(LayerError):
     """The layer ends in the middle of its content."""
 
 
+class LimitError(LayerError):
+    """The layer asks for more than the Limits allow; the message names the field."""
+
+
 class DiffMismatchError(LayerError):
     """The unpacked stream is not the one that the image's configuration names."""
 

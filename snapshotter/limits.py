@@ -16,7 +16,8 @@ class Limits(NamedTuple):
 
     ``max_bytes`` bounds the tar stream. ``max_ratio`` (stream to blob) holds from ``ratio_floor`` bytes on: long
     runs of zeros compress a thousandfold in honest layers too, but not for gigabytes. ``max_name`` is in bytes and
-    holds for links' targets too. ``max_seconds`` bounds the time of one unpack, and its end is a SnapshotError.
+    holds for links' targets too. ``max_seconds`` bounds the time of one unpack, and ``max_stall`` the seconds in which
+    its worker neither reads nor takes any CPU time; their end is a SnapshotError.
     """
 
     max_entries: int = 1_000_000
@@ -25,3 +26,4 @@ class Limits(NamedTuple):
     ratio_floor: int = 4 * _GIB
     max_name: int = 4096
     max_seconds: float = 3600.0
+    max_stall: float = 300.0

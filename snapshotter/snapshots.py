@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
 
 import isal
 
-from snapshotter import errors, mounts, tree
+from snapshotter import errors, marks, mounts, tree
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
@@ -65,7 +66,13 @@ os.read(0, 1)
 _WORKER_PATHS = (os.path.dirname(os.path.dirname(isal.__file__)), os.path.dirname(__file__))
 _WORKER_ERRORS: dict[str, type[SnapshotError]] = {
     kind.__name__: kind
-    for kind in (errors.LayerError, errors.TruncatedLayerError, errors.DiffMismatchError, SnapshotError)
+    for kind in (
+        errors.LayerError,
+        errors.LimitError,
+        errors.TruncatedLayerError,
+        errors.DiffMismatchError,
+        SnapshotError,
+    )
 }
 
 
@@ -375,27 +382,19 @@ class Snapshotter:
             return layer
 
     async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-I", "-S", "-c", _WORKER, json.dumps(options), *_WORKER_PATHS),
-            stdin=blob,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=area,
-            env={},
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            async with asyncio.timeout(self._limits.max_seconds):
-                output, complaint = await asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr))
-                await process.wait()
-        except TimeoutError:
-            raise SnapshotError(f"unpacking took longer than {self._limits.max_seconds} seconds") from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        async with _answered_marks(area) as theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-I", "-S", "-c", _WORKER, json.dumps({**options, "marks": theirs.fileno()}), *_WORKER_PATHS),
+                stdin=blob,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=area,
+                env={},
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+            output, complaint = await self._supervise(process, blob)
         try:
             result: dict[str, Any] = json.loads(output)
         except ValueError:
@@ -404,6 +403,29 @@ class Snapshotter:
         if "error" in result:
             raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
         return result
+
+    async def _supervise(self, process: asyncio.subprocess.Process, blob: BinaryIO) -> tuple[bytes, bytes]:
+        """What the worker writes to its output and its error output; it has ended then, by itself or not."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        limits = self._limits
+        outputs = asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr), process.wait())
+        try:
+            async with asyncio.timeout(limits.max_seconds):
+                seen = _progress(process.pid, blob)
+                while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
+                    before, seen = seen, _progress(process.pid, blob)
+                    if before == seen:
+                        raise SnapshotError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
+            output, complaint, _ = outputs.result()
+        except TimeoutError:
+            raise SnapshotError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            outputs.cancel()
+        return output, complaint
 
     async def _mount(
         self, target: str, options: str, flags: int, snapshot: Snapshot | None = None, userns: str | None = None
@@ -572,6 +594,36 @@ def _read_meta(path: str) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise ValueError("no JSON object")  # noqa: TRY004 - one class for all that a file may say wrongly
     return meta
+
+
+def _progress(pid: int, blob: BinaryIO) -> tuple[int, str]:
+    """Something that changes while a worker does anything: how far it has read, and the CPU time that it has taken."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0, "ended"
+    return os.lseek(blob.fileno(), 0, os.SEEK_CUR), " ".join(fields[11:13])  # utime, stime (proc_pid_stat(5))
+
+
+@asynccontextmanager
+async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
+    """A worker's end of a socket at whose other end its opaque marks are set, below ``area``, while the block lasts."""
+    device = os.stat(area).st_dev
+    loop = asyncio.get_running_loop()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+
+        def answer() -> None:
+            if not marks.answer(ours, device):
+                loop.remove_reader(ours)
+
+        loop.add_reader(ours, answer)
+        try:
+            yield theirs
+        finally:
+            loop.remove_reader(ours)
 
 
 async def _read_bounded(stream: asyncio.StreamReader) -> bytes:

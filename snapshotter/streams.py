@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from isal import isal_zlib
 
-from snapshotter.errors import LayerError, TruncatedLayerError
+from snapshotter.errors import LayerError, LimitError, TruncatedLayerError
 from snapshotter.limits import Limits
 
 _INPUT = 128 << 10
@@ -146,10 +146,11 @@ class LayerStream:
             for piece in self._pieces:
                 given += len(piece)
                 if given > limits.max_bytes:
-                    raise LayerError(f"the layer is larger than {limits.max_bytes} bytes")  # noqa: TRY301 - crosses to the reader
+                    raise LimitError(f"the layer is larger than {limits.max_bytes} bytes (max_bytes)")  # noqa: TRY301 - crosses to the reader
                 if given > limits.ratio_floor and given > limits.max_ratio * self._taken:
-                    raise LayerError(  # noqa: TRY301 - crosses to the reader
-                        f"the layer unpacks to more than {limits.max_ratio} times the size of its blob"
+                    raise LimitError(  # noqa: TRY301 - crosses to the reader
+                        f"the layer unpacks to {given} bytes and more from {self._taken}: more than "
+                        f"{limits.max_ratio} times as much (max_ratio)"
                     )
                 self._queue.put(piece)
                 self._to_hash.put(piece)

@@ -1,16 +1,18 @@
 """A tar reader for layers: one pass, no seeking, nothing believed.
 
 Reads what tools write: ustar, GNU (long names, base-256 numbers) and PAX (POSIX.1-2001 pax interchange format),
-including the SCHILY.xattr records. Knows nothing of files; the unpacker does.
+including the SCHILY.xattr records, and GNU's four formats of sparse files (tar manual, "Storing Sparse Files"). Knows
+nothing of files; the unpacker does.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from snapshotter.errors import LayerError, TruncatedLayerError, shown
+from snapshotter.errors import LayerError, LimitError, TruncatedLayerError, shown
 from snapshotter.limits import Limits
 
 BLOCK = 512
@@ -20,16 +22,25 @@ _ZEROS = bytes(BLOCK)
 _USTAR = b"ustar\x0000"
 _CHECKSUM = slice(148, 156)
 _MAX_PAX = 1 << 20
+_MAX_MAP = 1 << 20  # bytes of a sparse file's map
+_MAX_DEVICE = (1 << 12) - 1, (1 << 20) - 1  # major and minor, as the kernel keeps them
 _MAX_ID = (1 << 32) - 2  # the last one means "unchanged" to chown
 _MAX_SECONDS = 1 << 55
 _XATTR = b"SCHILY.xattr."
+_SPARSE = b"GNU.sparse."
+_SPARSE_MAP = b"GNU.sparse.map"
+_SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+_SPARSE_FLAG = b"S"
+_OLD_MAP, _OLD_MORE, _OLD_SIZE = slice(386, 482), 482, slice(483, 495)  # in a header of GNU's first format
+_NEXT_MAP, _NEXT_MORE = slice(0, 504), 504  # in the blocks after it
 
 FILE = "file"
 LINK = "hard link"
 SYMLINK = "symbolic link"
 DIRECTORY = "directory"
 FIFO = "fifo"
-DEVICE = "device"
+CHARACTER = "character device"
+BLOCK_DEVICE = "block device"
 
 _KINDS = {
     b"\0": FILE,
@@ -37,15 +48,20 @@ _KINDS = {
     b"7": FILE,
     b"1": LINK,
     b"2": SYMLINK,
-    b"3": DEVICE,
-    b"4": DEVICE,
+    b"3": CHARACTER,
+    b"4": BLOCK_DEVICE,
     b"5": DIRECTORY,
     b"6": FIFO,
+    _SPARSE_FLAG: FILE,
 }
 
 
 class Entry(NamedTuple):
-    """One member: ``link`` is a link's target, ``mode`` has the permission bits only, ``mtime`` is in ns."""
+    """One member: ``link`` is a link's target, ``mode`` has the permission bits only, ``mtime`` is in ns.
+
+    ``size`` is the file's. Of a sparse file ``extents`` says where the content goes, as offsets and lengths in their
+    order; the rest is holes. ``device`` is a device's number.
+    """
 
     kind: str
     name: bytes
@@ -56,6 +72,8 @@ class Entry(NamedTuple):
     size: int
     mtime: int
     xattrs: dict[bytes, bytes]
+    extents: tuple[tuple[int, int], ...] | None = None
+    device: int = 0
 
 
 class TarReader:
@@ -88,10 +106,17 @@ class TarReader:
                 continue
             entries += 1
             if entries > self._limits.max_entries:
-                raise LayerError(f"the layer has more than {self._limits.max_entries} entries")
+                raise LimitError(f"the layer has more than {self._limits.max_entries} entries (max_entries)")
             entry = self._entry(header, records)
+            if entry.size > self._limits.max_bytes:
+                raise LimitError(
+                    f"entry {shown(entry.name)} has {entry.size} bytes; {self._limits.max_bytes} are the most that a "
+                    "layer may unpack to (max_bytes)"
+                )
             self._left = entry.size
             self._padding = -entry.size % BLOCK
+            if flag == _SPARSE_FLAG or (records and any(key.startswith(_SPARSE) for key in records)):
+                entry = self._sparse(header, entry, records)
             yield entry
             if records or self._global:
                 records = dict(self._global)
@@ -176,19 +201,18 @@ class TarReader:
     def _entry(self, header: bytes, records: dict[bytes, bytes]) -> Entry:
         # fmt: off
         (name, mode, uid, gid, size, mtime, _, flag, link, magic,
-         _, _, _, _, prefix) = _HEADER.unpack(header)
+         _, _, major, minor, prefix) = _HEADER.unpack(header)
         # fmt: on
         name = name.partition(b"\0")[0]
         if magic == _USTAR and prefix[0]:
             name = prefix.partition(b"\0")[0] + b"/" + name
         link = link.partition(b"\0")[0]
         if records:
-            name = records.get(b"path") or name
+            name = records.get(b"GNU.sparse.name") or records.get(b"path") or name
             link = records.get(b"linkpath") or link
         kind = _KINDS.get(flag)
-        if kind is None or any(key.startswith(b"GNU.sparse.") for key in records):
-            what = "a sparse file" if kind or flag == b"S" else f"of the unknown type {flag!r}"
-            raise LayerError(f"entry {shown(name)} is {what}, which is not supported in layers")
+        if kind is None:
+            raise LayerError(f"entry {shown(name)} is of the unknown type {flag!r}, which is not supported in layers")
         if kind is FILE and name.endswith(b"/"):
             kind = DIRECTORY  # how tar wrote them before ustar
         if len(name) > self._limits.max_name or len(link) > self._limits.max_name:
@@ -206,9 +230,81 @@ class TarReader:
                 _size(size, records.get(b"size")) if kind is FILE else 0,
                 _time(mtime, records.get(b"mtime")),
                 {k[len(_XATTR) :]: v for k, v in records.items() if k.startswith(_XATTR)} if records else {},
+                None,
+                _device(major, minor) if kind is CHARACTER or kind is BLOCK_DEVICE else 0,
             )
         except LayerError as e:
             raise LayerError(f"entry {shown(name)}: {e}") from None
+
+    def _sparse(self, header: bytes, entry: Entry, records: dict[bytes, bytes]) -> Entry:
+        """The entry as a sparse file, once its map is read."""
+        try:
+            if entry.kind is not FILE:
+                raise LayerError("has the map of a sparse file and is none")  # noqa: TRY301 - named below
+            if header[156:157] == _SPARSE_FLAG:
+                numbers = self._old_map(header)
+                size = _number(header[_OLD_SIZE], "size")
+            elif records.get(b"GNU.sparse.major", b"0") == b"0":
+                numbers = [_decimal(n, "map") for n in records.get(_SPARSE_MAP, b"").split(b",") if n]
+                size = _decimal(records.get(b"GNU.sparse.size", b""), "size")
+            elif (records[b"GNU.sparse.major"], records.get(b"GNU.sparse.minor")) == (b"1", b"0"):
+                numbers = self._inner_map()
+                size = _decimal(records.get(b"GNU.sparse.realsize", b""), "size")
+            else:
+                raise LayerError("is a sparse file of an unknown format")  # noqa: TRY301 - named below
+            if size > self._limits.max_bytes:
+                raise LimitError(f"its {size} bytes are more than {self._limits.max_bytes} (max_bytes)")
+            return entry._replace(size=size, extents=_extents(numbers, size, self._left))
+        except LayerError as e:
+            raise type(e)(f"entry {shown(entry.name)}: {e}") from None
+
+    def _old_map(self, header: bytes) -> list[int]:
+        """The map of GNU's first format: in the header, and in blocks after it."""
+        parts = [header[_OLD_MAP]]
+        more = header[_OLD_MORE]
+        while more:
+            if len(parts) * BLOCK > _MAX_MAP:
+                raise LayerError(f"its map has more than {_MAX_MAP} bytes")
+            block = self._take(BLOCK)
+            parts.append(block[_NEXT_MAP])
+            more = block[_NEXT_MORE]
+        fields = b"".join(parts)
+        numbers: list[int] = []
+        for at in range(0, len(fields), 24):
+            if not fields[at]:
+                break
+            numbers += _number(fields[at : at + 12], "map"), _number(fields[at + 12 : at + 24], "map")
+        return numbers
+
+    def _inner_map(self) -> list[int]:
+        """The map of PAX's format 1.0, before the content: in lines, how many pairs there are, and those."""
+        data = bytearray()
+        lines, wanted = 0, 1
+        while lines < wanted:
+            if self._left < BLOCK or len(data) >= _MAX_MAP:
+                raise LayerError("its map does not end where its content begins")
+            block = self._take(BLOCK)
+            self._left -= BLOCK
+            first = not lines
+            lines += block.count(b"\n")
+            data += block
+            if first and lines:
+                wanted = 1 + 2 * _decimal(bytes(data[: data.index(b"\n")]), "map")
+        return [_decimal(number, "map") for number in bytes(data).split(b"\n", wanted)[1:wanted]]
+
+
+def _extents(numbers: list[int], size: int, stored: int) -> tuple[tuple[int, int], ...]:
+    """The checked map of a file of ``size`` bytes, of which ``stored`` are in the stream."""
+    extents = tuple(zip(numbers[::2], numbers[1::2], strict=False))
+    at = total = 0
+    for offset, length in extents:
+        if offset < at or length < 0:
+            raise LayerError("its map is not in order")
+        at = offset + length
+        total += length
+    if len(numbers) % 2 or at > size or total != stored:
+        raise LayerError(f"its map does not fit its {size} bytes, of which {stored} are in the layer")
+    return extents
 
 
 def _verify(header: bytes) -> None:
@@ -260,6 +356,13 @@ def _identity(field: bytes, record: bytes | None, what: str) -> int:
     return number
 
 
+def _device(major: bytes, minor: bytes) -> int:
+    numbers = _number(major, "major number"), _number(minor, "minor number")
+    if not all(0 <= number <= limit for number, limit in zip(numbers, _MAX_DEVICE, strict=True)):
+        raise LayerError(f"its device number {numbers[0]}:{numbers[1]} is out of range")
+    return os.makedev(*numbers)
+
+
 def _time(field: bytes, record: bytes | None) -> int:
     """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25``."""
     if record:
@@ -281,6 +384,7 @@ def _time(field: bytes, record: bytes | None) -> int:
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
     """``LENGTH KEY=VALUE\\n`` records, where LENGTH counts the whole record."""
     records = {}
+    pairs: list[bytes] = []  # of format 0.0 of sparse files, which says the same keys again and again
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 21)
@@ -291,6 +395,12 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if end <= space + 1 or end > len(data) or data[end - 1] != 0x0A or not equals or not key:
             raise LayerError(f"a PAX record is broken: {shown(data[at : at + 40])}")
+        if key in _SPARSE_PAIR:
+            if key != _SPARSE_PAIR[len(pairs) % 2] or b"," in value:
+                raise LayerError("a sparse file's map is not in order")
+            pairs.append(value)
         records[key] = value
         at = end
+    if pairs:
+        records[_SPARSE_MAP] = b",".join(pairs)
     return records

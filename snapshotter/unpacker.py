@@ -1,8 +1,9 @@
 """Makes the files of one layer in an empty directory, as overlayfs wants to find them.
 
-Runs as root in the unpack worker and trusts nothing in the layer. Every path is resolved by the kernel beneath the
-root (openat2 with RESOLVE_BENEATH), one component is then made, replaced or linked relative to that descriptor, and
-no link is followed on the way out. Whiteouts follow the OCI image specification, "Representing Changes".
+Runs as root in the unpack worker and trusts nothing in the layer. The kernel resolves every path as it would for a
+process with the layer for its root (openat2 with RESOLVE_IN_ROOT), so that symbolic links lead nowhere else; one
+component is then made, replaced or linked relative to that descriptor. A name with ``..`` out of the layer is refused.
+Whiteouts follow the OCI image specification, "Representing Changes".
 """
 
 from __future__ import annotations
@@ -10,29 +11,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import NamedTuple
 
-from snapshotter import tar, tree
+from snapshotter import marks, tar, tree
 from snapshotter.errors import LayerError, SnapshotError, shown
-from snapshotter.mounts import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
+from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
 _WHITEOUT = b".wh."
 _OPAQUE_MARK = b".wh..wh..opq"
 _RESERVED = b".wh..wh."
-_OPAQUE_XATTR = "trusted.overlay.opaque"
+_ACCESS_LISTS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
-_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
+_INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _ACCOUNTED = 4096
 _IMPLICIT_MODE = 0o755
+_MAX_LINKS = 40  # on one path, as in the kernel
 
 _REASONS = {
-    errno.EXDEV: "leads out of the layer through a symbolic link",
     errno.ELOOP: "passes through too many symbolic links",
     errno.ENOTDIR: "has a parent that is not a directory",
-    errno.ENOENT: "has a parent that is a dangling symbolic link",
     errno.ENAMETOOLONG: "has a name that is too long for the file system",
 }
 # What no layer can bring about by its content: the node's trouble.
@@ -49,13 +50,16 @@ class Unpacked(NamedTuple):
     opaque: bool
 
 
-def unpack(reader: tar.TarReader, root: int, area: int) -> Unpacked:
+def unpack(
+    reader: tar.TarReader, root: int, area: int, set_opaque: Callable[[int], None] = marks.set_opaque
+) -> Unpacked:
     """Make the entries of ``reader`` in the directory ``root``; ``area`` takes what is to be deleted on the way.
 
-    Both are descriptors of directories on one file system, ``area`` outside of ``root``. Raises LayerError where
-    the content is at fault and SnapshotError where the node is; what was made by then stays.
+    Both are descriptors of directories on one mount, ``area`` outside of ``root``. ``set_opaque`` marks a directory
+    as overlayfs has it. Raises LayerError where the content is at fault and SnapshotError where the node is; what was
+    made by then stays.
     """
-    unpacker = _Unpacker(reader, root, area)
+    unpacker = _Unpacker(reader, root, area, set_opaque)
     for entry in reader:
         try:
             unpacker.make(entry)
@@ -76,10 +80,11 @@ def _told_of(entry: tar.Entry, error: OSError | LayerError) -> SnapshotError:
 
 
 class _Unpacker:
-    def __init__(self, reader: tar.TarReader, root: int, area: int) -> None:
+    def __init__(self, reader: tar.TarReader, root: int, area: int, set_opaque: Callable[[int], None]) -> None:
         self._reader = reader
         self._root = root
         self._area = area
+        self._set_opaque = set_opaque
         self.size = 0
         self.inodes = 0
         self.opaque = False
@@ -94,6 +99,8 @@ class _Unpacker:
             tar.SYMLINK: self._symlink,
             tar.LINK: self._link,
             tar.FIFO: self._fifo,
+            tar.CHARACTER: self._device,
+            tar.BLOCK_DEVICE: self._device,
         }
 
     def make(self, entry: tar.Entry) -> None:
@@ -106,9 +113,7 @@ class _Unpacker:
                 return
         if _WHITEOUT in entry.name and self._is_mark(entry.name, parent, base):
             return
-        maker = self._makers.get(entry.kind)
-        if maker is None:
-            raise LayerError("is refused: device nodes in layers are not accepted")
+        maker = self._makers[entry.kind]
         fd = self._open_parent(parent)
         try:
             maker(fd, base, entry)
@@ -120,7 +125,7 @@ class _Unpacker:
         """Set the directories' times, now that nothing is made in them any more."""
         for name, mtime in self._times.items():
             try:
-                fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _BENEATH)
+                fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _INSIDE)
             except OSError:
                 continue  # a later entry replaced it
             os.utime(fd, ns=(mtime, mtime))
@@ -129,15 +134,30 @@ class _Unpacker:
     def _file(self, fd: int, base: bytes, entry: tar.Entry) -> None:
         file = os.open(base, _NEW_FILE, entry.mode & 0o777, dir_fd=fd)
         try:
-            for piece in self._reader.content():
-                written = os.write(file, piece)
-                while written < len(piece):
-                    written += os.write(file, piece[written:])
+            if entry.extents is None:
+                for piece in self._reader.content():
+                    written = os.write(file, piece)
+                    while written < len(piece):
+                        written += os.write(file, piece[written:])
+            else:
+                self._fill(file, entry.size, entry.extents)
             self._set_attributes(file, entry, fresh=True)
             os.utime(file, ns=(entry.mtime, entry.mtime))
         finally:
             os.close(file)
-        self._account(entry.size)
+        self._account(entry.size if entry.extents is None else sum(length for _, length in entry.extents))
+
+    def _fill(self, file: int, size: int, extents: tuple[tuple[int, int], ...]) -> None:
+        """Write a sparse file: its content into its ``extents``, and holes between them."""
+        places = iter(extents)
+        at = left = 0
+        for piece in self._reader.content():
+            while piece:
+                while not left:
+                    at, left = next(places)
+                written = os.pwrite(file, piece[:left], at)
+                at, left, piece = at + written, left - written, piece[written:]
+        os.ftruncate(file, size)
 
     def _directory(self, fd: int, base: bytes, entry: tar.Entry) -> None:
         fresh = self._make_directory(fd, base, entry.mode & 0o777)
@@ -159,6 +179,18 @@ class _Unpacker:
         os.mkfifo(base, entry.mode & 0o777, dir_fd=fd)
         self._finish_special(fd, base, entry)
 
+    def _device(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+        """Make a device node, or leave it out where the node's user namespace may not: containerd does so, too.
+
+        Nobody here opens it, and the device cgroup says who may in a container. 0:0 is overlayfs's whiteout.
+        """
+        kind = stat.S_IFBLK if entry.kind is tar.BLOCK_DEVICE else stat.S_IFCHR
+        try:
+            os.mknod(base, kind | entry.mode & 0o777, entry.device, dir_fd=fd)
+        except PermissionError:
+            return
+        self._finish_special(fd, base, entry)
+
     def _link(self, fd: int, base: bytes, entry: tar.Entry) -> None:
         parent, target = _split(entry.link)
         if not target:
@@ -169,8 +201,7 @@ class _Unpacker:
             raise LayerError(f"has a target {shown(entry.link)} that cannot be reached: {e.strerror}") from e
         try:
             status = _status(source, target)
-            # A whiteout is no file that could be linked.
-            if status is None or stat.S_ISCHR(status.st_mode):
+            if status is None or _is_whiteout(status):
                 raise LayerError(f"has a target {shown(entry.link)} that is not in the layer")
             if stat.S_ISDIR(status.st_mode):
                 raise LayerError(f"has a directory, {shown(entry.link)}, as its target")
@@ -183,7 +214,7 @@ class _Unpacker:
         """Whether the entry is a whiteout, which is then made, or something of AUFS's own, which is left out."""
         if base == _OPAQUE_MARK:
             fd = self._open_parent(parent)
-            os.setxattr(fd, _OPAQUE_XATTR, b"y")
+            self._set_opaque(fd)
             if os.path.sameopenfile(fd, self._root):
                 self.opaque = True
             return True
@@ -227,13 +258,25 @@ class _Unpacker:
         for name, value in entry.xattrs.items():
             if name.startswith(b"trusted.overlay."):
                 raise LayerError(f"has the attribute {shown(name)}, which is overlayfs's own")
-            # Others are labels of the host that built the layer (security.selinux, system.posix_acl_*).
+            # Others are the building host's own (security.selinux, security.ima). An access list is kept: without it,
+            # the mode's group bits would give the group what they only bound.
             if name.startswith(b"user.") or name == b"security.capability":
                 os.setxattr(fd, name, value)
+            elif name in _ACCESS_LISTS:
+                self._set_access_list(fd, name, value)
+
+    def _set_access_list(self, fd: int, name: bytes, value: bytes) -> None:
+        try:
+            os.setxattr(fd, name, value)
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
 
     def _finish_special(self, fd: int, base: bytes, entry: tar.Entry) -> None:
         if entry.uid or entry.gid or not self._root_owned:
             os.chown(base, entry.uid, entry.gid, dir_fd=fd, follow_symlinks=False)
+        if entry.mode & 0o7000 and entry.kind is not tar.SYMLINK:
+            os.chmod(base, entry.mode, dir_fd=fd)
         os.utime(base, ns=(entry.mtime, entry.mtime), dir_fd=fd, follow_symlinks=False)
         self._account(0)
 
@@ -254,7 +297,7 @@ class _Unpacker:
                 return False
             self._clear(fd, base)
             os.mkdir(base, mode, dir_fd=fd)
-            if status is not None and stat.S_ISCHR(status.st_mode):
+            if status is not None and _is_whiteout(status):
                 self._make_opaque(fd, base)
         self._account(_ACCOUNTED)
         return True
@@ -262,7 +305,7 @@ class _Unpacker:
     def _make_opaque(self, fd: int, base: bytes) -> None:
         directory = os.open(base, _DIRECTORY, dir_fd=fd)
         try:
-            os.setxattr(directory, _OPAQUE_XATTR, b"y")
+            self._set_opaque(directory)
         finally:
             os.close(directory)
 
@@ -292,35 +335,61 @@ class _Unpacker:
 
     def _open_directory(self, parts: list[bytes], *, make: bool) -> int:
         try:
-            return openat2(self._root, b"/".join(parts) or b".", os.O_RDONLY | os.O_DIRECTORY, _BENEATH)
+            return openat2(self._root, b"/".join(parts) or b".", os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
         except (FileNotFoundError, NotADirectoryError):
             if not make:
                 raise
         fd = os.dup(self._root)
+        done: list[bytes] = []  # without symbolic links
+        todo = parts[::-1]
+        links = 0
         try:
-            for depth, part in enumerate(parts, start=1):
-                below = self._enter(fd, part, parts[:depth])
+            while todo:
+                part = todo.pop()
+                target = _link_target(fd, part)
+                if target is not None:
+                    links += 1
+                    if links > _MAX_LINKS:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))  # noqa: TRY301 - closes fd
+                    todo += reversed([piece for piece in target.split(b"/") if piece not in (b"", b".")])
+                    done = [] if target.startswith(b"/") else done
+                elif part == b"..":
+                    del done[-1:]
+                else:
+                    below = self._enter(fd, part)
+                    os.close(fd)
+                    fd = below
+                    done.append(part)
+                    continue
+                above = openat2(self._root, b"/".join(done) or b".", _DIRECTORY, _INSIDE)
                 os.close(fd)
-                fd = below
+                fd = above
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    def _enter(self, fd: int, part: bytes, path: list[bytes]) -> int:
-        """Open ``part`` in ``fd``, making it a directory where there is nothing or a whiteout.
-
-        Where it is a symbolic link, ``path`` leads there from the root, beneath which the link is resolved.
-        """
+    def _enter(self, fd: int, part: bytes) -> int:
+        """Open ``part`` in ``fd``, making it a directory where there is nothing or a whiteout."""
         status = _status(fd, part)
-        if status is not None and stat.S_ISLNK(status.st_mode):
-            return openat2(self._root, b"/".join(path), os.O_RDONLY | os.O_DIRECTORY, _BENEATH)
-        if status is None or stat.S_ISCHR(status.st_mode):
+        if status is None or _is_whiteout(status):
             self._make_directory(fd, part, _IMPLICIT_MODE)
             directory = os.open(part, _DIRECTORY, dir_fd=fd)
             os.chown(directory, 0, 0)
             return directory
-        return openat2(fd, part, _DIRECTORY, _BENEATH | RESOLVE_NO_SYMLINKS)
+        return os.open(part, _DIRECTORY, dir_fd=fd)
+
+
+def _link_target(fd: int, base: bytes) -> bytes | None:
+    """What the symbolic link ``base`` says; None where it is none."""
+    try:
+        return os.readlink(base, dir_fd=fd)
+    except OSError:
+        return None
+
+
+def _is_whiteout(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 def _status(fd: int, base: bytes) -> os.stat_result | None:

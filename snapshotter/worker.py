@@ -7,22 +7,30 @@ unpacked, or the class and text of the error.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import resource
 import signal
 import sys
 
-from snapshotter import errors, unpacker
+from snapshotter import errors, mounts, unpacker
 from snapshotter.limits import Limits
+from snapshotter.marks import Asker
 from snapshotter.streams import LayerStream, decoder
 from snapshotter.tar import TarReader
+
+# Of address space: an honest layer takes a fifth of it, a zstd window of the largest size allowed a third.
+_MAX_MEMORY = 1 << 30
+_MAX_FILES = 64
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 _CAPABILITY_VERSION_3 = 0x20080522
-# CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN (for trusted.overlay.opaque), MKNOD (for whiteouts), SETFCAP
-_CAPABILITIES = sum(1 << bit for bit in (0, 1, 3, 4, 21, 27, 31))
+# CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP
+_CAPABILITIES = sum(1 << bit for bit in (0, 1, 3, 4, 27, 31))
+_HARMLESS = mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,13 +41,14 @@ def main() -> None:
     limits = Limits(**options["limits"])
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])
-        area = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-        _confine()
+        asker = Asker(options["marks"])
+        _confine(limits.max_bytes)
         _die_with(options["daemon"])
+        area = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY, dir_fd=area)
         stream = LayerStream(sys.stdin.buffer, decode, limits)
         reader = TarReader(stream.read, limits)
-        made = unpacker.unpack(reader, root, area)
+        made = unpacker.unpack(reader, root, area, asker.set_opaque)
         reader.drain()
         digest = stream.digest()
         if digest != options["diff_id"]:
@@ -49,6 +58,8 @@ def main() -> None:
         result = made._asdict()
     except (errors.SnapshotError, OSError) as e:
         result = {"error": type(e).__name__, "message": str(e)}
+    except MemoryError:
+        result = {"error": "LayerError", "message": f"unpacking it takes more than {_MAX_MEMORY} bytes of memory"}
     sys.stdout.write(json.dumps(result))
     sys.stdout.flush()
 
@@ -63,18 +74,43 @@ def _die_with(daemon: int) -> None:
         raise SystemExit("the daemon ended before its worker began")
 
 
-def _confine() -> None:
+def _confine(max_bytes: int) -> None:
     """See nothing but the staging directory, gain nothing, and keep the capabilities that unpacking takes."""
+    for what, limit in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, _MAX_MEMORY),
+        (resource.RLIMIT_NOFILE, _MAX_FILES),
+        (resource.RLIMIT_FSIZE, max_bytes),
+    ):
+        hard = resource.getrlimit(what)[1]
+        lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(what, (lower, lower))
     os.umask(0)
+    os.setgroups(())
     os.setresgid(0, 0, 0)
+    _enter_mount()
     os.chroot(".")
-    os.chdir("/")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; the low words of all, then the high ones
     _check(_libc.capget(header, sets))
     sets[:] = [sets[0] & _CAPABILITIES, sets[1] & _CAPABILITIES, 0, 0, 0, 0]
     _check(_libc.capset(header, sets))
+
+
+def _enter_mount() -> None:
+    """Be in a mount of the directory of this process's own, which leads nowhere else and where no device opens.
+
+    Before Linux 5.12 it is the directory itself.
+    """
+    own = mounts.open_tree(mounts.AT_FDCWD, ".", mounts.OPEN_TREE_CLONE)
+    try:
+        mounts.mount_setattr(own, "", mounts.AT_EMPTY_PATH, _HARMLESS)
+    except OSError as e:
+        if e.errno != errno.ENOSYS:
+            raise
+        return
+    os.fchdir(own)  # which is never closed: the mount would go with it
 
 
 def _check(result: int) -> None:

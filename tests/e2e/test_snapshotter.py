@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import signal
 import stat
 import struct
 import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncIterator, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -120,24 +122,63 @@ async def test_attributes_are_kept(snapshotter: Snapshotter, disk: str) -> None:
 
 
 async def test_a_capability_outlives_owner_and_mode(snapshotter: Snapshotter, disk: str) -> None:
-    # The standard library writes text records; these bytes are text in Latin-1 alone, so PAX is written by hand.
     record = b"SCHILY.xattr.security.capability=" + CAPABILITY + b"\n"
-    record = b"%d %s" % (len(record) + 3, record)
-    path = f"{disk}/plain"
+    path, diff_id = with_record(f"{disk}/plain", record, mode=0o755, uid=1, gid=1)
+    layer = await snapshotter.unpack(path, compression="none", diff_id=diff_id, chain_id="c", parent=None)
+    assert os.getxattr(f"{layer.path}/fs/file", "security.capability") == CAPABILITY
+
+
+def with_record(path: str, record: bytes, **fields: Any) -> tuple[str, str]:
+    """The path and the digest of a plain layer whose one file has a PAX record of bytes that are no text.
+
+    The standard library would write it as text.
+    """
+    length = len(record) + 3
+    record = b"%d %s" % (length + (length > 99), record)
     header, body = item("header", record, type=tarfile.XHDTYPE)
-    file, _ = item("ping", b"x", mode=0o755, uid=1, gid=1)
-    parts = (
-        header.tobuf(tarfile.USTAR_FORMAT),
-        body.ljust(512, b"\0"),
-        file.tobuf(tarfile.USTAR_FORMAT),
-        b"x".ljust(512, b"\0"),
-        bytes(1024),
-    )
-    data = b"".join(parts)
+    file, _ = item("file", b"x", **fields)
+    padded = body + bytes(-len(body) % 512)
+    parts = header.tobuf(tarfile.USTAR_FORMAT), padded, file.tobuf(tarfile.USTAR_FORMAT), b"x".ljust(512, b"\0")
+    data = b"".join(parts) + bytes(1024)
     with open(path, "wb") as plain:
         plain.write(data)
-    layer = await snapshotter.unpack(path, compression="none", diff_id=digest(data), chain_id="c", parent=None)
-    assert os.getxattr(f"{layer.path}/fs/ping", "security.capability") == CAPABILITY
+    return path, digest(data)
+
+
+async def test_devices_are_made_as_they_are(snapshotter: Snapshotter, disk: str) -> None:
+    blob = write_blob(
+        f"{disk}/blob",
+        item("null", type=tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666, mtime=100),
+        item("disk", type=tarfile.BLKTYPE, devmajor=259, devminor=1 << 19, mode=0o4660, uid=1, gid=6, mtime=200),
+    )
+    layer = await unpack(snapshotter, blob)
+    null, block = (os.lstat(f"{layer.path}/fs/{name}") for name in ("null", "disk"))
+    assert (null.st_mode, null.st_rdev, null.st_mtime) == (stat.S_IFCHR | 0o666, os.makedev(1, 3), 100)
+    assert (block.st_mode, block.st_rdev) == (stat.S_IFBLK | 0o4660, os.makedev(259, 1 << 19))
+    assert (block.st_uid, block.st_gid, block.st_mtime) == (1, 6, 200)
+
+
+async def test_a_device_0_0_is_a_whiteout(snapshotter: Snapshotter, disk: str) -> None:
+    """What overlayfs takes for one: it hides what is below, can be replaced by a directory and not be linked to."""
+    lower = await unpack(snapshotter, write_blob(f"{disk}/lower", item("gone"), item("d/old")))
+    null = {"type": tarfile.CHRTYPE, "devmajor": 0, "devminor": 0}
+    upper = write_blob(f"{disk}/upper", item("gone", **null), item("d", **null), item("d/new"))
+    layer = await unpack(snapshotter, upper, lower.chain_id)
+    await snapshotter.mount_layer(layer.chain_id, f"{disk}/target")
+    assert os.listdir(f"{disk}/target") == ["d"]
+    assert os.listdir(f"{disk}/target/d") == ["new"]
+    await snapshotter.unmount(f"{disk}/target")
+
+
+async def test_an_access_list_is_kept(snapshotter: Snapshotter, disk: str) -> None:
+    """Without it the mode's group bits, the list's mask, would be the group's."""
+    entries = ((0x01, 6, -1), (0x02, 4, 7), (0x04, 4, -1), (0x10, 6, -1), (0x20, 0, -1))  # tag, bits, identity
+    access = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    record = b"SCHILY.xattr.system.posix_acl_access=" + access + b"\n"
+    path, diff_id = with_record(f"{disk}/plain", record, mode=0o660)
+    layer = await snapshotter.unpack(path, compression="none", diff_id=diff_id, chain_id="c", parent=None)
+    assert os.getxattr(f"{layer.path}/fs/file", "system.posix_acl_access") == access
+    assert stat.S_IMODE(os.stat(f"{layer.path}/fs/file").st_mode) == 0o660
 
 
 async def test_whiteouts_and_opaque_directories_hide_what_is_below(snapshotter: Snapshotter, disk: str) -> None:
@@ -451,7 +492,7 @@ async def until_a_worker_writes(disk: str) -> int:
 def worker_of(area: str) -> int:
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{pid}/root") == area:
+            if os.path.samefile(f"/proc/{pid}/root", area):
                 return int(pid)
         except OSError:
             continue
@@ -508,15 +549,70 @@ async def test_a_worker_that_dies_is_told(snapshotter: Snapshotter, disk: str) -
     assert staging(disk) == []
 
 
-async def test_a_worker_is_confined(snapshotter: Snapshotter, disk: str) -> None:
+@contextlib.asynccontextmanager
+async def stopped_worker(snapshotter: Snapshotter, disk: str) -> AsyncIterator[tuple[int, asyncio.Task[Layer]]]:
+    """The pid of a worker that was stopped in the middle of its layer, and who waits for it."""
     caller = asyncio.create_task(unpack(snapshotter, slow_blob(disk)))
     pid = await until_a_worker_writes(disk)
-    status = dict(line.split(":\t", 1) for line in content(f"/proc/{pid}/status").splitlines())
-    await caller
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid, caller
+    finally:
+        caller.cancel()
+        await asyncio.wait([caller])
+
+
+async def test_a_worker_sees_its_layer_alone(snapshotter: Snapshotter, disk: str) -> None:
+    async with stopped_worker(snapshotter, disk) as (pid, _):
+        area = f"{disk}/snapshots/staging/{staging(disk)[0]}"
+        assert os.path.samefile(f"/proc/{pid}/root", area)
+        assert os.path.samefile(f"/proc/{pid}/cwd", area)
+        # It is no place in the node's tree: there is no way up from it.
+        assert os.readlink(f"/proc/{pid}/root") == "/"
+        assert os.path.samefile(f"/proc/{pid}/root/..", area)
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            target = os.readlink(f"/proc/{pid}/fd/{fd}")
+            assert target.startswith(("socket:", "pipe:", "/fs", f"{disk}/slow")) or target == "/"
+
+
+async def test_a_worker_has_the_capabilities_that_it_needs(snapshotter: Snapshotter, disk: str) -> None:
+    async with stopped_worker(snapshotter, disk) as (pid, _):
+        status = dict(line.split(":\t", 1) for line in content(f"/proc/{pid}/status").splitlines())
+        environment = content(f"/proc/{pid}/environ")
+    # chown, dac_override, fowner, fsetid, mknod, setfcap; neither sys_admin nor sys_chroot nor sys_ptrace.
+    assert status["CapPrm"] == status["CapEff"] == f"{0x8800001B:016x}"
+    assert status["CapInh"] == status["CapAmb"] == "0" * 16
     assert status["NoNewPrivs"] == "1"
-    # chown, dac_override, fowner, fsetid, sys_admin, mknod, setfcap; not sys_chroot, net_admin, sys_module ...
-    assert int(status["CapEff"], 16) & ~0x8820001B == 0
-    assert status["CapEff"] == status["CapPrm"]
+    assert status["Groups"].split() == []
+    assert environment == ""
+
+
+async def test_a_worker_is_bounded(snapshotter: Snapshotter, disk: str) -> None:
+    async with stopped_worker(snapshotter, disk) as (pid, _):
+        limits = {line[:26].strip(): line[26:].split()[0] for line in content(f"/proc/{pid}/limits").splitlines()}
+    assert limits["Max core file size"] == "0"
+    assert int(limits["Max address space"]) == 1 << 30
+    assert int(limits["Max open files"]) == 64
+    assert int(limits["Max file size"]) == Limits().max_bytes
+
+
+async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter, disk: str) -> None:
+    async with stopped_worker(snapshotter, disk) as (pid, caller):
+        caller.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait([caller])
+        assert not os.path.exists(f"/proc/{pid}")
+        assert staging(disk) == []
+
+
+async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=Limits(max_stall=0.2))
+    async with stopped_worker(snapshotter, disk) as (pid, caller):
+        with pytest.raises(SnapshotError, match=r"did nothing for 0\.2 seconds"):
+            await caller
+        assert not os.path.exists(f"/proc/{pid}")
+        assert staging(disk) == []
+    snapshotter.close()
 
 
 async def test_an_unpack_has_a_deadline(disk: str) -> None:
