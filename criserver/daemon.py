@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -36,7 +37,7 @@ from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
-from snapshotter import Snapshotter
+from snapshotter import Limits, Snapshotter
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +61,7 @@ async def serve(config: Config) -> None:
         os.makedirs(directory, mode=0o711, exist_ok=True)
     locks = [_lock(directory) for directory in dict.fromkeys((config.root, config.state))]
     store = Store(os.path.join(config.root, "criserver.db"))
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
     for words in snapshotter.warnings:
         log.warning("snapshots", warning=words)

@@ -90,13 +90,13 @@ class Snapshotter:
 
     Creating one sweeps what an earlier process left half done. ``warnings`` says which committed layers and
     snapshots were dropped because their metadata is missing or broken, and why there are no mounts for user
-    namespaces where there are none. ``workers`` bounds the layers that are unpacked at the same time. Needs root;
-    methods raise :class:`SnapshotError`.
+    namespaces where there are none. ``limits`` hold for every layer; ``workers`` bounds how many are unpacked at the
+    same time. Needs root; methods raise :class:`SnapshotError`.
     """
 
     def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
         self._root = os.path.abspath(root)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self.warnings: list[str] = []
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
@@ -361,7 +361,7 @@ class Snapshotter:
                 options = {
                     "compression": compression,
                     "diff_id": diff_id,
-                    "limits": self._limits._asdict(),
+                    "limits": self.limits._asdict(),
                     "daemon": os.getpid(),
                 }
                 try:
@@ -408,7 +408,7 @@ class Snapshotter:
         """What the worker writes to its output and its error output; it has ended then, by itself or not."""
         assert process.stdout is not None
         assert process.stderr is not None
-        limits = self._limits
+        limits = self.limits
         outputs = asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr), process.wait())
         try:
             async with asyncio.timeout(limits.max_seconds):

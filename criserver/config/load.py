@@ -35,6 +35,17 @@ class Streaming:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """The most that an image and each of its layers may ask of the node."""
+
+    max_layers: int
+    max_entries: int
+    max_bytes: int
+    max_ratio: int
+    ratio_floor: int
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; default.toml says what each field means. Times are seconds."""
 
@@ -50,6 +61,7 @@ class Config:
     registry_auth_file: str
     registry_max_downloads: int
     registry_progress_timeout: float
+    images: ImageLimits
     default_runtime: str
     cgroup_driver: str
     infra: str
@@ -93,6 +105,7 @@ def load(path: str | None) -> Config:
         registry_auth_file=registry["auth_file"],
         registry_max_downloads=registry["max_downloads"],
         registry_progress_timeout=float(registry["progress_timeout"]),
+        images=ImageLimits(**merged["images"]),
         default_runtime=runtime["default"],
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from criserver.images.content import ContentStore
 from criserver.images.manifests import (
     MAX_CONFIG,
@@ -27,10 +27,11 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.platforms import Platform, runs_on
-from snapshotter import DiffMismatchError, LayerError, SnapshotError, Snapshotter
+from snapshotter import DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
 
 _DOWNLOADS = 3
 _MAX_NESTING = 3
+_LIMITED = "the configuration has this limit in [images]"
 
 
 class Source(Protocol):
@@ -75,6 +76,11 @@ class Loader:
         """
         descriptor, manifest = await self._manifest(source, target, lease)
         what = f"{source.name}: manifest {descriptor.digest}"
+        most = self._snapshotter.limits.max_layers
+        if len(manifest.layers) > most:
+            raise ResourceExhaustedError(
+                f"{what} has {len(manifest.layers)} layers, more than {most} (max_layers); {_LIMITED}"
+            )
         lease.blobs.add(manifest.config.digest)
         lease.blobs.update(layer.digest for layer in manifest.layers)
         configuration = await self._configuration(source, manifest)
@@ -136,6 +142,8 @@ class Loader:
             )
         except DiffMismatchError as e:
             raise DataLossError(f"{source.name}: layer {layer.digest}: {e}") from e
+        except LimitError as e:
+            raise ResourceExhaustedError(f"{source.name}: layer {layer.digest}: {e}; {_LIMITED}") from e
         except LayerError as e:
             raise InvalidArgumentError(f"{source.name}: layer {layer.digest}: {e}") from e
         except SnapshotError as e:

@@ -8,7 +8,9 @@ import pytest
 
 from criserver.cli import main
 from criserver.config import default_text, load
+from criserver.config.load import ImageLimits
 from criserver.errors import InvalidArgumentError
+from snapshotter import Limits
 
 
 def written(tmp_path, text: str) -> str:
@@ -49,6 +51,12 @@ def test_the_registry_table(tmp_path):
     assert (config.registry_max_downloads, config.registry_progress_timeout) == (3, 9.0)
 
 
+def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path):
+    assert load(None).images == ImageLimits(*(getattr(Limits(), name) for name in ImageLimits.__slots__))
+    config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5"))
+    assert (config.images.max_layers, config.images.max_bytes, config.images.max_ratio) == (3, 5, 200)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -64,6 +72,10 @@ def test_the_registry_table(tmp_path):
         ("[registry]\nmax_downloads = 0", ["registry.max_downloads = 0"]),
         ("[registry]\nmax_downloads = 1.5", ["registry.max_downloads = 1.5", "integer"]),
         ("[registry]\nprogress_timeout = 0", ["registry.progress_timeout = 0"]),
+        ("[images]\nmax_layers = 501", ["images.max_layers = 501"]),
+        ("[images]\nmax_entries = 0", ["images.max_entries = 0"]),
+        ("[images]\nmax_bytes = 9223372036854775808", ["images.max_bytes = 9223372036854775808"]),
+        ("[images]\nmax_ratio = 1.5", ["images.max_ratio = 1.5", "integer"]),
         ("root = ", ["not valid TOML"]),
     ],
 )
