@@ -8,7 +8,7 @@ SOURCES := criserver shims snapshotter tests bench contrib setup.py
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
 TEST_PACKAGES := docker-registry skopeo procps criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test lint unit e2e format proto run-packages test-packages clean
+.PHONY: demo test lint unit e2e format proto wheel deb run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -33,6 +33,13 @@ format: $(VENV)/ready
 
 proto: $(VENV)/ready
 	$(BIN)/python -c "import setup; setup.generate()"
+
+# The Python that the package is for, and which build of this version it is: a higher one is an upgrade.
+DEB_PYTHON ?= 3.11
+DEB_REVISION ?= 1
+
+deb: $(VENV)/ready
+	$(BIN)/python contrib/deb/build.py --python $(DEB_PYTHON) --revision $(DEB_REVISION)
 
 run-packages:
 	@contrib/need.sh $(RUN_PACKAGES)

@@ -28,8 +28,10 @@ class BuildWithMessages(build_py):
     """build_py that generates the messages first."""
 
     def run(self) -> None:
-        """Generate, then build."""
+        """Generate, then build. From a clean tree setuptools has looked for packages before these were there."""
         generate()
+        made = {str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "criserver/pb").rglob("*_pb2.py")}
+        self.packages = sorted(made.union(self.packages))
         super().run()
 
 
