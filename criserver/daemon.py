@@ -59,13 +59,13 @@ async def serve(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     for directory in (config.root, config.state):
         os.makedirs(directory, mode=0o711, exist_ok=True)
-    locks = [_lock(directory) for directory in dict.fromkeys((config.root, config.state))]
+    locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     store = Store(os.path.join(config.root, "criserver.db"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
     for words in snapshotter.warnings:
         log.warning("snapshots", warning=words)
-    node = _node(config, store, snapshotter, features)
+    node = assemble(config, store, snapshotter, features)
     try:
         await node.nursery.start()
         await recover(node)
@@ -104,7 +104,7 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def _node(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
+def assemble(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
     registry = Registry(store)
     return Node(
         config=config,
@@ -172,7 +172,7 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
     return handlers
 
 
-def _lock(directory: str) -> int:
+def hold(directory: str) -> int:
     """Hold a directory for this process; the kernel lets go of it however the process ends."""
     path = os.path.join(directory, "criserver.lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -216,6 +216,12 @@ def _notify(state: str) -> None:
             log.warning("the service manager cannot be told", state=state, error=str(e))
 
 
+def watch_children() -> None:
+    """Have the event loop watch its children by pidfd; before Python 3.12 it had a thread for each."""
+    if sys.version_info < (3, 12):
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
 def run(config: Config) -> int:
     """Run :func:`serve` in an event loop of its own; the process's exit code."""
     if os.geteuid() != 0:
@@ -224,9 +230,7 @@ def run(config: Config) -> int:
             file=sys.stderr,
         )
         return 1
-    if sys.version_info < (3, 12):
-        # Later versions watch children by pidfd of themselves; before, each child had a thread.
-        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    watch_children()
     try:
         asyncio.run(serve(config))
     except CriError as e:

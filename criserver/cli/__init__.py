@@ -1,4 +1,4 @@
-"""The command line: serve, config, image."""
+"""The command line: serve, config, image, reset."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("file", metavar="FILE", help='the archive, or "-" for standard input')
     add.add_argument("--config", metavar="FILE", help="the daemon's configuration, for its address")
     add.set_defaults(run=_image_import)
+
+    reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
+    reset.add_argument("--config", metavar="FILE", help="the daemon's configuration")
+    reset.add_argument("--yes", action="store_true", help="do not ask")
+    reset.add_argument(
+        "--grace", metavar="SECONDS", type=float, default=10, help="between stop signal and SIGKILL (10)"
+    )
+    reset.add_argument("--images", action="store_true", help="delete images and records too")
+    reset.set_defaults(run=_reset)
     return parser
 
 
@@ -64,3 +73,9 @@ def _image_import(options: argparse.Namespace) -> int:
     from criserver.cli.image import import_file
 
     return import_file(load(options.config).grpc_address, options.file)
+
+
+def _reset(options: argparse.Namespace) -> int:
+    from criserver.cli.reset import reset
+
+    return reset(load(options.config), grace=options.grace, everything=options.images, yes=options.yes)

@@ -1,0 +1,166 @@
+"""Taking a node's pods down for good, without a daemon: what `criserver reset` does, and the package's removal.
+
+It begins as the daemon does, with recovery, so that whatever state the last one left things in is understood. A kubelet
+can bring nothing back meanwhile, as nobody serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import structlog
+
+from criserver.config import Config
+from criserver.daemon import assemble, hold, watch_children
+from criserver.errors import CriError, FailedPreconditionError
+from criserver.runtime import cgroups
+from criserver.runtime.container_stop import stop_container
+from criserver.runtime.features import Features
+from criserver.runtime.node import Node
+from criserver.runtime.records import ContainerState, Sandbox
+from criserver.runtime.recovery import recover
+from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.store import Store
+from snapshotter import Snapshotter, mounts
+
+log = structlog.get_logger(__name__)
+
+# Pods that are taken down at the same time: each runs network plugins.
+_AT_ONCE = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a reset did: ``failures`` is what others have to clean up, ``left`` what is still on this node."""
+
+    pods: int
+    containers: int
+    failures: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+def run(config: Config, *, grace: float, everything: bool, agreed: Callable[[int, int], bool]) -> Outcome | None:
+    """Stop and remove all pods, and then the state directory; with ``everything`` images and records too.
+
+    ``agreed`` is asked with the numbers of pods and containers before anything is done; where it says no, None is
+    returned. Containers get their stop signal and ``grace`` seconds. A network plugin that fails does not keep its pod.
+    Raises FailedPreconditionError while a daemon runs, CriError where the records cannot be read.
+    """
+    watch_children()
+    return asyncio.run(_reset(config, grace, everything, agreed))
+
+
+async def _reset(config: Config, grace: float, everything: bool, agreed: Callable[[int, int], bool]) -> Outcome | None:
+    directories = tuple(dict.fromkeys((config.root, config.state)))
+    if not any(map(os.path.isdir, directories)):
+        return Outcome(0, 0)
+    with contextlib.ExitStack() as held:
+        for directory in directories:
+            os.makedirs(directory, mode=0o711, exist_ok=True)
+            held.callback(os.close, _held(directory))
+        outcome = await _take_down(config, grace, agreed)
+        if outcome is not None and not outcome.left:
+            _delete(config.state, config.grpc_address)
+            if everything:
+                _delete(config.root)
+    return outcome
+
+
+def _held(directory: str) -> int:
+    try:
+        return hold(directory)
+    except FailedPreconditionError as e:
+        words = str(e).partition(";")[0]
+        raise FailedPreconditionError(f"{words}; stop it first: `systemctl stop criserver`, or end that process") from e
+
+
+async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], bool]) -> Outcome | None:
+    # Nobody streams anything, so a certificate that is gone is no hindrance.
+    config = dataclasses.replace(config, streaming=dataclasses.replace(config.streaming, tls_cert="", tls_key=""))
+    store = Store(os.path.join(config.root, "criserver.db"))
+    try:
+        snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
+        node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()))
+        try:
+            pods, containers = len(node.registry.sandboxes), len(node.registry.containers)
+            if not agreed(pods, containers):
+                return None
+            await recover(node)
+            running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
+            # What does not end is met again below, with its pod.
+            await asyncio.gather(*(stop_container(node, c, grace) for c in running), return_exceptions=True)
+            turn = asyncio.Semaphore(_AT_ONCE)
+            told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
+            await node.settle()
+            if not node.registry.sandboxes:
+                # Of pods whose records were lost; one that another daemon's processes are in stays.
+                cgroups.remove(cgroups.OWN)
+        finally:
+            for link in list(node.links.values()):
+                link.abandon()
+            node.stats.close()
+            snapshotter.close()
+    finally:
+        store.close()
+    left = [words for fatal, words in filter(None, told) if fatal]
+    failures = [words for fatal, words in filter(None, told) if not fatal]
+    return Outcome(pods, containers, tuple(failures), (*left, *_left(config)))
+
+
+async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tuple[bool, str] | None:
+    """Remove one pod; else whether it is still there, and why."""
+    name = f"pod {sandbox.config.namespace}/{sandbox.config.name} ({sandbox.id})"
+    async with turn:
+        try:
+            await remove_sandbox(node, sandbox.id)
+            return None
+        except (CriError, OSError) as e:
+            failure = str(e)
+        current = node.registry.sandboxes.get(sandbox.id)
+        if current is None or not current.attachment:
+            return True, f"{name}: {failure}"
+        # The plugin has had its chance. The namespace ends with the pod, and the interfaces in it; what the network
+        # keeps elsewhere, such as a lease, is for the cluster's operator.
+        node.registry.observe(dataclasses.replace(current, attachment=""))
+        try:
+            await remove_sandbox(node, sandbox.id)
+        except (CriError, OSError) as e:
+            return True, f"{name}: {e}"
+        return False, f"{name}: its network was not told: {failure}"
+
+
+def _left(config: Config) -> Iterator[str]:
+    """What is still of pods on this node, whatever the records say."""
+    for directory in dict.fromkeys((config.state, config.root)):
+        for point in mounts.mounts_below(directory):
+            if point not in (config.root, config.state):
+                yield f"mount {point}"
+    below = os.path.join(config.state, "containers") + "/"
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdecimal() and os.readlink(f"/proc/{name}/cwd").startswith(below):
+                yield f"process {name}, a shim"
+        except OSError:
+            continue  # it has ended
+
+
+def _delete(directory: str, *others: str) -> None:
+    """Delete a directory's contents, and itself where it is no mount point."""
+    for path in others:
+        if os.path.lexists(path):
+            os.unlink(path)
+    with os.scandir(directory) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+    try:
+        os.rmdir(directory)
+    except OSError as e:
+        log.debug("the directory stays", path=directory, error=str(e))

@@ -1,0 +1,177 @@
+"""``criserver reset``: a node's pods are taken down without a daemon, and nothing of them is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from snapshotter import mounts
+from tests.e2e.conftest import import_image
+from tests.e2e.node import BRIDGE, Node, cgroups, processes
+
+
+@pytest.fixture
+def own_node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
+    """A node of the test's own, which it leaves without a daemon."""
+    node = Node()
+    try:
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        node.close()
+
+
+def reset(node: Node, *words: str, answer: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "criserver", "reset", "--config", node.config, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, input=answer)
+
+
+def shared_pids() -> cri.LinuxPodSandboxConfig:
+    options = cri.NamespaceOption(pid=cri.POD)
+    return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+
+
+def traces(node: Node) -> list[str]:
+    """All that a node's pods could leave on the host, wherever it is."""
+    found = [point for point in mounts.mounts_below(node.base) if point != node.root]
+    found += [f"{pid} {words}" for pid, words in processes() if node.base in words]
+    found += [path for path in cgroups() if path.split("/")[-2] in node.pods]
+    found += [
+        link for link in os.listdir(f"/sys/class/net/{BRIDGE}/brif") if os.path.exists(f"/sys/class/net/{BRIDGE}")
+    ]
+    return found + [f"lease {name}" for name in os.listdir(f"{node.base}/ipam/e2e") if name[0].isdigit()]
+
+
+def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: Node):
+    node = own_node
+    for name in ("one", "two"):
+        pod = node.run_pod(name, linux=shared_pids())
+        node.run(pod, "running", ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"])
+        node.create(pod, "created", ["true"])
+        node.wait(node.run(pod, "exited", ["true"]))
+    node.stop()
+    node.start()
+    node.kill()
+    assert traces(node) != []
+
+    done = reset(node, "--yes")
+    assert (done.returncode, done.stdout) == (0, "removed 2 pods and 6 containers\n"), done.stderr
+    assert traces(node) == []
+    assert not os.path.exists(node.state)
+    assert os.listdir(f"{node.root}/snapshots/active") == []
+    # The images are there still: the next daemon starts with them and without pods.
+    node.start()
+    assert node.client.ListPodSandbox().items == []
+    assert [i.repo_tags for i in node.client.ListImages().images] == [["localhost/busybox:latest"]]
+    node.stop()
+
+    done = reset(node, "--yes", "--images")
+    assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n"), done.stderr
+    assert os.listdir(node.root) == []  # it is a file system of its own here
+
+
+def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node):
+    node = own_node
+    pod = node.run_pod("graceful")
+    script = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done"
+    polite = node.status(node.run(pod, "polite", ["sh", "-c", script])).log_path
+    node.run(pod, "deaf", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
+    node.kill()
+    done = reset(node, "--yes", "--grace", "1")
+    assert done.returncode == 0, done.stderr
+    with open(polite) as f:
+        assert f.read().endswith("bye\n")
+    assert traces(node) == []
+
+
+def test_a_running_daemon_is_named_and_nothing_is_done(own_node: Node):
+    node = own_node
+    container = node.run(node.run_pod("safe"), "c", ["sleep", "1000"])
+    done = reset(node, "--yes")
+    assert done.returncode == 1
+    assert node.process is not None
+    assert f"another criserver (PID {node.process.pid}) uses {node.root}; stop it first" in done.stderr
+    assert node.status(container).state == cri.CONTAINER_RUNNING
+
+
+def test_without_a_terminal_it_wants_to_be_told_yes(own_node: Node):
+    node = own_node
+    container = node.run(node.run_pod("asked"), "c", ["sleep", "1000"])
+    node.kill()
+    done = reset(node, answer="y\n")
+    assert done.returncode == 1
+    assert "give --yes" in done.stderr
+    node.start()
+    assert node.status(container).state == cri.CONTAINER_RUNNING
+
+
+def test_a_network_plugin_that_fails_keeps_no_pod(own_node: Node):
+    node = own_node
+    node.run(node.run_pod("stuck"), "c", ["sleep", "1000"])
+    os.mkdir(f"{node.base}/bin")
+    refusing = f"{node.base}/bin/bridge"
+    words = json.dumps({"code": 999, "msg": "the cluster does not answer"})
+    with open(refusing, "w") as f:
+        f.write(f"#!/bin/sh\ncat >/dev/null\necho '{words}'\nexit 1\n")
+        os.fchmod(f.fileno(), 0o755)
+    node.kill()
+    done = reset(node, "--yes", "--grace", "0")
+    assert done.returncode == 0, done.stderr
+    assert "warning: pod e2e/stuck (" in done.stderr
+    assert "the cluster does not answer" in done.stderr
+    # Only what the plugin keeps outside the pod's namespaces is there still.
+    assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
+
+
+def test_a_pod_that_cannot_be_ended_is_named_and_what_it_needs_is_kept(own_node: Node):
+    node = own_node
+    pod = node.run_pod("busy")
+    node.run(pod, "c", ["sleep", "1000"])
+    node.kill()
+    # Something else of the node in the state directory, which nobody may delete through.
+    mine = f"{node.state}/mine"
+    os.mkdir(mine)
+    subprocess.run(["mount", "-t", "tmpfs", "mine", mine], check=True)
+    with open(f"{mine}/precious", "w"):
+        pass
+    try:
+        done = reset(node, "--yes", "--images", "--grace", "0")
+        assert done.returncode == 1
+        assert f"left: mount {mine}" in done.stderr
+        assert os.path.exists(f"{mine}/precious")
+    finally:
+        mounts.unmount(mine)
+    assert reset(node, "--yes").returncode == 0
+    assert traces(node) == []
+
+
+def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text(f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n')
+    command = [sys.executable, "-m", "criserver", "reset", "--yes", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n")
+    assert os.listdir(tmp_path) == ["config.toml"]
+
+
+def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node):
+    node = own_node
+    container = node.run(node.run_pod("forgotten"), "c", ["sleep", "1000"])
+    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    node.kill()
+    for name in os.listdir(node.root):
+        if name.startswith("criserver.db"):
+            os.unlink(f"{node.root}/{name}")
+    done = reset(node, "--yes")
+    assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n"), done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
