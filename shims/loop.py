@@ -1,7 +1,7 @@
 """The event loop of a shim and of the nursery: descriptors, child processes and deadlines, in one thread.
 
 The shim's life is a straight script that waits in `Loop.until`; what happens meanwhile is handled by short
-callbacks, which never wait themselves.
+callbacks, which never wait themselves, but for the moment that `Loop.adopt` may need.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (SIGKILL, SIGSTOP)]
 """What a child gets back to default. Ignored signals pass through exec: without this a container's process
 would be born deaf to SIGTERM (ignored by shims) and SIGPIPE (ignored by Python)."""
+
+# Seconds.
+_ADOPTION_LIMIT = 5.0
+_ADOPTION_PAUSE = 0.0005
 
 _ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath)}
 
@@ -102,10 +106,18 @@ class Loop:
         """Wait for a process that a spawned program left to us; `ended` as in `spawn`.
 
         To be called from the program's `ended`: until then an orphan is not reaped, so its status is not
-        lost and its number is not used again. Raises ChildProcessError if `pid` is not our child.
+        lost and its number is not used again. Raises ChildProcessError if `pid` does not become our child.
         """
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        self._children[pid] = ended
+        deadline = time.monotonic() + _ADOPTION_LIMIT
+        while pid not in self._children:
+            try:
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                self._children[pid] = ended
+            except ChildProcessError:
+                # crun ends a moment before the fork of itself that is the process's parent.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_ADOPTION_PAUSE)
 
     def until(self, done: Callable[[], bool], limit: float | None = None) -> bool:
         """Handle events until `done()`, or for `limit` seconds; returns `done()`."""

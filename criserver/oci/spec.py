@@ -205,6 +205,14 @@ def infra(*, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path:
                 "options": ["nosuid", "noexec", "nodev"],
             },
             {
+                # The OCI runtime puts device nodes there, also where the root directory is not for its user namespace
+                # to write to.
+                "destination": "/dev",
+                "type": "tmpfs",
+                "source": "tmpfs",
+                "options": ["nosuid", "noexec", "mode=755", "size=64k"],
+            },
+            {
                 "destination": "/infra",
                 "type": "bind",
                 "source": program,

@@ -126,7 +126,8 @@ async def _sweep(node: Node) -> None:
             sandbox_files.remove(node.sandbox_dir(name))
     for handler in _entries(node.config.state, "runtimes"):
         for name in _entries(node.runtime_root(handler)):
-            if name not in containers and name not in sandboxes:
+            # What begins with a dot is no container's: crun keeps a cache there.
+            if name not in containers and name not in sandboxes and not name.startswith("."):
                 await supervision.destroy(node, name, handler)
     for name in _entries(node.config.state, "containers"):
         if name not in containers and name not in sandboxes:

@@ -129,7 +129,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
     """Start the process that holds the pod's PID namespace, and pin that; returns what is set when it ends."""
     directory = node.container_dir(sandbox.id)
     root = filesystems.make_directory(node, sandbox.id, sandbox.config)
-    for name in ("proc", "dev"):  # crun wants a /dev in each root
+    for name in ("proc", "dev"):
         os.mkdir(os.path.join(root, name), 0o755)
     with open(os.path.join(root, "infra"), "w"):
         pass

@@ -25,6 +25,8 @@ BRIDGE = "crie2e0"
 SUBNET = "10.213.0.0/16"
 NETWORK = "e2e"
 SCRATCH = "/run/cri-e2e-"
+# The OCI runtime of all tests that do not name one: a path, or a name on PATH.
+RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
 
 
 class Client:
@@ -56,7 +58,7 @@ class Client:
 class Node:
     """One daemon. ``start`` and ``kill`` may alternate; ``close`` undoes everything."""
 
-    def __init__(self, runtimes: str = "") -> None:
+    def __init__(self, runtimes: str = f'[runtimes.runc]\npath = "{RUNTIME}"\n') -> None:
         self.base = tempfile.mkdtemp(prefix=SCRATCH)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
@@ -142,9 +144,10 @@ class Node:
     def leftovers(self) -> list[str]:
         """What is on the node although no pod is: mounts, pins, bundles, addresses, shims."""
         found = [point for point in mounts.mounts_below(self.base) if point != self.root]
-        for directory in ("ns", "sandboxes", "containers", "runtimes/runc"):
+        for directory in ("ns", "sandboxes", "containers"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]
+        found += self._kept_by_runtimes()
         for directory in ("snapshots/active", "snapshots/staging", "content/ingest", "checkpoints"):
             with contextlib.suppress(FileNotFoundError):
                 found += [f"{self.root}/{directory}/{name}" for name in os.listdir(f"{self.root}/{directory}")]
@@ -166,8 +169,9 @@ class Node:
             if self.process is not None and self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
-            for name in self._runc_containers():
-                subprocess.run(["runc", "--root", f"{self.state}/runtimes/runc", "delete", "-f", name], check=False)
+            for kept in self._kept_by_runtimes():
+                root, name = os.path.split(kept)
+                subprocess.run([RUNTIME, "--root", root, "delete", "-f", name], check=False)
             for pid, words in processes():
                 if self.base in words:
                     os.kill(pid, signal.SIGKILL)
@@ -176,11 +180,9 @@ class Node:
             shutil.rmtree(self.base)
             subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
 
-    def _runc_containers(self) -> list[str]:
-        try:
-            return os.listdir(f"{self.state}/runtimes/runc")
-        except FileNotFoundError:
-            return []
+    def _kept_by_runtimes(self) -> list[str]:
+        """The directories of containers that the OCI runtimes know; crun has a hidden cache beside them."""
+        return glob.glob(f"{self.state}/runtimes/*/*")
 
     def pod(self, name: str = "pod", attempt: int = 0, **fields: Any) -> cri.PodSandboxConfig:
         """A pod as a kubelet would describe it, each container with a PID namespace of its own."""
