@@ -46,6 +46,7 @@ run-packages:
 
 test-packages: run-packages
 	@contrib/need.sh $(TEST_PACKAGES)
+	@contrib/newer-criu.sh $(VENV)/criu
 
 $(VENV)/ready: requirements-dev.lock pyproject.toml setup.py proto/runtime/v1/api.proto proto/criserver/v1/admin.proto
 	@contrib/need.sh python3-venv

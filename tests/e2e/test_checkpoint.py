@@ -1,7 +1,8 @@
 """CheckpointContainer: what is in the archive, and that the container runs on whatever becomes of the checkpoint.
 
-criu has to be as new as the kernel: CRISERVER_TEST_CRIU names one where the installed one is older. Tests of what the
-daemon does meanwhile use programs in criu's place that hang, fail or die at will.
+criu has to be as new as the kernel: where the installed one is older, ``make test`` unpacks another, or
+CRISERVER_TEST_CRIU names one. Tests of what the daemon does meanwhile use programs in criu's place that hang, fail or
+die at will.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"
+UNPACKED = Path(__file__).parents[2] / ".venv/criu/criu"
 # Looked up before the tests' own PATH.
-REAL_CRIU = os.environ.get("CRISERVER_TEST_CRIU") or shutil.which("criu")
+REAL_CRIU = os.environ.get("CRISERVER_TEST_CRIU") or (str(UNPACKED) if UNPACKED.exists() else shutil.which("criu"))
 HANGS = '[ "$1" = check ] || sleep 1000'
 DIES = '[ "$1" = check ] || { sleep 0.1; kill -9 $$; }'
 
