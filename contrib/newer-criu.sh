@@ -21,6 +21,9 @@ Dir::State::Lists "$scratch/lists";
 Dir::State::Status "$scratch/status";
 Dir::Cache "$scratch";
 APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::Retries "0";
+Acquire::http::Timeout "10";
 END
 export APT_CONFIG="$scratch/apt.conf"
 echo "unpacking the criu of $next for the tests"
