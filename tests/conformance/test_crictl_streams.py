@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import pty
-import select
 import shutil
-import signal
 import socket
-import struct
 import subprocess
-import termios
-import time
-from collections.abc import Iterator
 
 import pytest
 
+from tests.conformance.terminal import terminal
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
 from tests.e2e.test_port_forward import Services
@@ -34,51 +26,6 @@ def command(node: Node, verb: str, transport: str, *arguments: str) -> list[str]
     return ["crictl", *options, verb, "--transport", transport, *arguments]
 
 
-class Terminal:
-    """A program at a terminal of its own."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.master, other = pty.openpty()
-        self.resize(100, 30)
-        self.process = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
-        os.close(other)
-        self.seen = b""
-
-    def resize(self, width: int, height: int) -> None:
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def until(self, wanted: bytes) -> None:
-        deadline = time.monotonic() + 20
-        while wanted not in self.seen:
-            readable, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
-            assert readable, self.seen
-            self.seen += os.read(self.master, 4096)
-        self.seen = self.seen.partition(wanted)[2]
-
-    def wait(self) -> int:
-        with contextlib.suppress(OSError):
-            while True:
-                os.read(self.master, 4096)
-        return self.process.wait(20)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-@contextlib.contextmanager
-def terminal(words: list[str]) -> Iterator[Terminal]:
-    found = Terminal(words)
-    try:
-        yield found
-    finally:
-        found.close()
-
-
 def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     with terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
@@ -86,7 +33,6 @@ def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
         person.type("stty size\n")
         person.until(b"30 100")
         person.resize(77, 22)
-        os.killpg(person.process.pid, signal.SIGWINCH)  # as a terminal does
         eventually(lambda: node.sh(container, "stty size < /dev/pts/0") == "22 77\n")
         person.type("stty size\n")
         person.until(b"22 77")
