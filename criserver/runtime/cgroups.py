@@ -23,6 +23,11 @@ _PREFIX = "criserver"
 _TRIES, _LOOKS, _LOOK = 50, 50, 0.002
 
 
+def is_slice(parent: str) -> bool:
+    """Whether a cgroup parent is systemd's."""
+    return parent.endswith(".slice")
+
+
 def own_parent(driver: str, sandbox_id: str) -> str:
     """The cgroup parent of a sandbox that the kubelet gives none; ``driver`` is "cgroupfs" or "systemd"."""
     return f"{_PREFIX}-{sandbox_id}.slice" if driver == "systemd" else f"{OWN}/{sandbox_id}"
@@ -30,8 +35,8 @@ def own_parent(driver: str, sandbox_id: str) -> str:
 
 def checked_parent(driver: str, parent: str) -> str:
     """The cgroup parent that the kubelet gives, where the driver can use it. Raises InvalidArgumentError."""
-    if (driver == "systemd") != parent.endswith(".slice"):
-        kind = "a systemd slice" if parent.endswith(".slice") else "no systemd slice"
+    if (driver == "systemd") != is_slice(parent):
+        kind = "a systemd slice" if is_slice(parent) else "no systemd slice"
         raise InvalidArgumentError(
             f"cgroup_parent = {parent!r} is {kind}, and this runtime's cgroup driver is {driver}; give the kubelet's "
             "cgroupDriver and [runtime] cgroup_driver the same value"
@@ -41,22 +46,22 @@ def checked_parent(driver: str, parent: str) -> str:
 
 def spec_path(parent: str, key: str) -> str:
     """The ``cgroupsPath`` of a spec for the container ``key`` (runtime specification, config-linux.md)."""
-    return f"{parent}:{_PREFIX}:{key}" if parent.endswith(".slice") else f"{parent}/{key}"
+    return f"{parent}:{_PREFIX}:{key}" if is_slice(parent) else f"{parent}/{key}"
 
 
 def runtime_args(parent: str) -> list[str]:
     """What the OCI runtime is told of the driver on its command line."""
-    return ["--systemd-cgroup"] if parent.endswith(".slice") else []
+    return ["--systemd-cgroup"] if is_slice(parent) else []
 
 
 def path(parent: str, key: str) -> str:
     """The cgroup of the container ``key`` below the roots of the hierarchies."""
-    return f"{pod_path(parent)}/{_PREFIX}-{key}.scope" if parent.endswith(".slice") else f"{parent}/{key}"
+    return f"{pod_path(parent)}/{_PREFIX}-{key}.scope" if is_slice(parent) else f"{parent}/{key}"
 
 
 def pod_path(parent: str) -> str:
     """The cgroup of a pod below the roots: for a-b.slice that is /a.slice/a-b.slice."""
-    if not parent.endswith(".slice"):
+    if not is_slice(parent):
         return parent
     words = parent.removesuffix(".slice").split("-")
     return "".join(f"/{'-'.join(words[:n])}.slice" for n in range(1, len(words) + 1))

@@ -11,7 +11,7 @@ import structlog
 
 from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, sandbox_files, supervision
+from criserver.runtime import cgroups, sandbox_files, service_manager, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
@@ -64,7 +64,9 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     node.stats.networks.forget(os.path.join(pins, "net"))
     await asyncio.to_thread(namespaces.unpin, pins)
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
-    if sandbox.cgroup_owned:
+    if sandbox.cgroup_owned and cgroups.is_slice(sandbox.cgroup_parent):
+        await service_manager.stop_slice(sandbox.cgroup_parent)
+    elif sandbox.cgroup_owned:
         cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
             # Not while another pod may be making its own in there.

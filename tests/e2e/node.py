@@ -1,4 +1,7 @@
-"""A node for tests: a real daemon in a scratch directory on a tmpfs, and a client of its socket."""
+"""A node for tests: a real daemon in a scratch directory on a tmpfs, and a client of its socket.
+
+E2E_CGROUP_DRIVER ("cgroupfs" where it is not set, or "systemd") and E2E_RUNTIME (runc) are what its daemon is given.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import cgroups
 from snapshotter import mounts
 
 BRIDGE = "crie2e0"
 SUBNET = "10.213.0.0/16"
 NETWORK = "e2e"
 SCRATCH = "/run/cri-e2e-"
+DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
 
@@ -58,7 +64,7 @@ class Client:
 class Node:
     """One daemon. ``start`` and ``kill`` may alternate; ``close`` undoes everything."""
 
-    def __init__(self, runtimes: str = f'[runtimes.runc]\npath = "{RUNTIME}"\n') -> None:
+    def __init__(self, runtimes: str = "", infra: str = "/usr/bin/catatonit") -> None:
         self.base = tempfile.mkdtemp(prefix=SCRATCH)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
@@ -76,7 +82,9 @@ class Node:
                 f'[log]\nformat = "json"\nlevel = "debug"\n'
                 f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\ntimeout = 10\n'
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
-                f'[registry]\nconfig_path = "{self.certs}"\n{runtimes}'
+                f'[registry]\nconfig_path = "{self.certs}"\n'
+                f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n'
+                + (runtimes or f'[runtimes.runc]\npath = "{RUNTIME}"\n')
             )
         self.write_network()
         self.process: subprocess.Popen[bytes] | None = None
@@ -156,7 +164,7 @@ class Node:
         found += [
             f"process {pid}: {words}" for pid, words in processes() if self.base in words and "serve" not in words
         ]
-        return found + [path for path in cgroups() if path.split("/")[-2] in self.pods]
+        return found + [path for path in own_cgroups() if any(pod in path for pod in self.pods)]
 
     def close(self) -> None:
         """Undo everything, whatever state it is in."""
@@ -254,6 +262,19 @@ def processes() -> Iterator[tuple[int, str]]:
                     yield int(name), f"{words} in {os.readlink(f'/proc/{name}/cwd')}"
 
 
-def cgroups() -> list[str]:
+def cgroup(pod: str, container: str) -> str:
+    """The cgroup of a container whose pod has been given no cgroup parent, below the hierarchies' roots."""
+    return cgroups.path(cgroups.own_parent(DRIVER, pod), container)
+
+
+def limit_of(pod: str, container: str, controller: str, name: str) -> str:
+    """What a file of such a container's cgroup says; ``name`` is version 1's, or 2's for the controller ""."""
+    return Path(cgroups.roots()[controller] + cgroup(pod, container), name).read_text().strip()
+
+
+def own_cgroups() -> list[str]:
     """Cgroups that a daemon makes by itself, a directory a pod; another daemon's pods may be among them."""
-    return glob.glob("/sys/fs/cgroup/*/criserver/*/")
+    tops = set(cgroups.roots().values())
+    return [
+        found for top in tops for part in ("criserver", "criserver.slice") for found in glob.glob(f"{top}/{part}/*/")
+    ]

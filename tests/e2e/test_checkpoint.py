@@ -29,7 +29,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.e2e.conftest import import_image
-from tests.e2e.node import Node
+from tests.e2e.node import Node, cgroup
 from tests.e2e.test_bad_input import refused
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"
@@ -141,7 +141,7 @@ def assert_counts(node: Node, container: str) -> None:
 
 def container_cgroup(node: Node, container: str) -> str:
     pod = node.client.ListContainers(filter=cri.ContainerFilter(id=container)).containers[0].pod_sandbox_id
-    return cgroups.path(cgroups.own_parent("cgroupfs", pod), container)
+    return cgroup(pod, container)
 
 
 def is_frozen(cgroup: str) -> bool:

@@ -20,7 +20,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.e2e.conftest import import_image
 from tests.e2e.imagebuilder import busybox_image, write_archive
-from tests.e2e.node import Node
+from tests.e2e.node import Node, limit_of
 from tests.e2e.test_bad_input import refused
 
 # Everything that a label's or an annotation's value may hold.
@@ -244,10 +244,8 @@ def test_a_device_keeps_to_its_permissions(node: Node, pod: str):
 def test_memory_nodes_and_swap(node: Node, pod: str):
     limits = {"cpuset_mems": "0", "memory_limit_in_bytes": 32 << 20, "memory_swap_limit_in_bytes": 48 << 20}
     container = node.run(pod, "c", ["sleep", "1000"], **limited(**limits))
-    roots = cgroups.roots()
-    below = f"criserver/{pod}/{container}"
-    assert Path(roots["cpuset"], below, "cpuset.mems").read_text() == "0\n"
-    assert Path(roots["memory"], below, "memory.memsw.limit_in_bytes").read_text() == f"{48 << 20}\n"
+    assert limit_of(pod, container, "cpuset", "cpuset.mems") == "0"
+    assert limit_of(pod, container, "memory", "memory.memsw.limit_in_bytes") == str(48 << 20)
     absent = node.create(pod, "absent", ["true"], **limited(cpuset_mems="1023"))
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "1023"):
         node.client.StartContainer(container_id=absent)
@@ -257,8 +255,7 @@ def test_memory_nodes_and_swap(node: Node, pod: str):
 def test_huge_pages(node: Node, pod: str):
     limit = cri.HugepageLimit(page_size="2MB", limit=4 << 20)
     container = node.run(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
-    path = Path(cgroups.roots()["hugetlb"], f"criserver/{pod}/{container}/hugetlb.2MB.limit_in_bytes")
-    assert path.read_text() == f"{4 << 20}\n"
+    assert limit_of(pod, container, "hugetlb", "hugetlb.2MB.limit_in_bytes") == str(4 << 20)
 
 
 @pytest.mark.skipif(
@@ -277,7 +274,7 @@ def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str):
 @pytest.mark.skipif("memory" in cgroups.roots(), reason="writes files of cgroup version 2")
 def test_files_of_cgroup_version_2_by_name(node: Node, pod: str):
     container = node.run(pod, "c", ["sleep", "1000"], **limited(unified={"memory.high": str(48 << 20)}))
-    assert Path(cgroups.roots()[""], f"criserver/{pod}/{container}/memory.high").read_text() == f"{48 << 20}\n"
+    assert limit_of(pod, container, "", "memory.high") == str(48 << 20)
 
 
 def test_a_container_alone_among_those_that_share_their_processes(node: Node):

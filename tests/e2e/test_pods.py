@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
+from criserver.runtime import cgroups
+from tests.e2e.node import DRIVER, Node
 
 
 def shared(**modes: int) -> cri.LinuxPodSandboxConfig:
@@ -121,7 +122,7 @@ def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: N
 
 
 def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive: str):
-    node = Node('[runtime]\ninfra = "/bin/busybox"\n')
+    node = Node(infra="/bin/busybox")
     try:
         node.start()
         try:
@@ -185,21 +186,61 @@ def test_a_host_port_leads_to_the_pod(node: Node):
     assert f"{address}:80" not in rules
 
 
+@pytest.mark.skipif(DRIVER != "cgroupfs", reason="the cgroup driver is systemd's")
 def test_the_cgroup_parent_holds_the_container(node: Node):
     linux = shared()
     linux.cgroup_parent = "/crie2e/pod-x"
     pod = node.run_pod("cgroup", linux=linux)
     container = node.run(pod, "c", ["sleep", "1000"])
-    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
-    with open(f"/proc/{pid}/cgroup") as f:
-        assert f":/crie2e/pod-x/{container}\n" in f.read()
+    assert f":/crie2e/pod-x/{container}\n" in cgroups_of_process(node, container)
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    for hierarchy in os.listdir("/sys/fs/cgroup"):
-        top = f"/sys/fs/cgroup/{hierarchy}/crie2e"
+    for hierarchy in set(cgroups.roots().values()):
+        top = f"{hierarchy}/crie2e"
         if os.path.isdir(top):
             assert [d for d in os.listdir(f"{top}/pod-x") if os.path.isdir(f"{top}/pod-x/{d}")] == []
             os.rmdir(f"{top}/pod-x")
             os.rmdir(top)
+
+
+@pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
+def test_a_slice_holds_the_containers_scope(node: Node):
+    linux = shared(pid=cri.POD)
+    # As a kubelet names it; systemd nests slices by the dashes.
+    name = "crie2e-burstable-pod0a_1.slice"
+    linux.cgroup_parent = f"/crie2e.slice/crie2e-burstable.slice/{name}"
+    pod = node.run_pod("cgroup", linux=linux)
+    container = node.run(pod, "c", ["sleep", "1000"])
+    path = f"{linux.cgroup_parent}/criserver-{container}.scope"
+    assert f":{path}\n" in cgroups_of_process(node, container)
+    assert unit(f"criserver-{container}.scope")["Slice"] == name
+    assert unit(f"criserver-{pod}.scope")["Slice"] == name  # the process that holds the PID namespace
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    for key in (container, pod):
+        assert unit(f"criserver-{key}.scope")["LoadState"] == "not-found"
+    # The kubelet's own: it is left to who has named it.
+    assert unit(name)["ActiveState"] == "active"
+    subprocess.run(["systemctl", "stop", "crie2e.slice"], check=True)
+
+
+@pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
+def test_a_slice_of_the_pods_own_ends_with_it(node: Node):
+    pod = node.run_pod("own")
+    node.run(pod, "c", ["sleep", "1000"])
+    assert unit(f"criserver-{pod}.slice")["ActiveState"] == "active"
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    assert unit(f"criserver-{pod}.slice")["ActiveState"] == "inactive"
+
+
+def cgroups_of_process(node: Node, container: str) -> str:
+    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    return Path(f"/proc/{pid}/cgroup").read_text()
+
+
+def unit(name: str) -> dict[str, str]:
+    """What systemd says of a unit."""
+    command = ["systemctl", "show", "--property=LoadState,ActiveState,Slice", name]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(line.split("=", 1) for line in shown.splitlines())
 
 
 def test_many_pods_at_once_get_different_addresses(node: Node):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import Node
+from tests.e2e.node import Node, limit_of
 from tests.e2e.test_bad_input import refused
+
+ON_V1 = "memory" in cgroups.roots()
 
 
 @pytest.fixture
@@ -23,12 +24,28 @@ def limited(**limits) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**limits))}
 
 
-def seen(pod: str, container: str, controller: str, name: str) -> str:
-    """A file of the container's cgroup."""
-    return Path(cgroups.roots()[controller], "criserver", pod, container, name).read_text().strip()
+def seen(pod: str, container: str) -> dict[str, str]:
+    """The limits in the container's own cgroup, named as version 1 has them; shares are version 2's weight there."""
+    if ON_V1:
+        return {
+            "quota": limit_of(pod, container, "cpu", "cpu.cfs_quota_us"),
+            "period": limit_of(pod, container, "cpu", "cpu.cfs_period_us"),
+            "shares": limit_of(pod, container, "cpu", "cpu.shares"),
+            "memory": limit_of(pod, container, "memory", "memory.limit_in_bytes"),
+            "cpus": limit_of(pod, container, "cpuset", "cpuset.cpus"),
+        }
+    quota, period = limit_of(pod, container, "", "cpu.max").split()
+    return {
+        "quota": quota,
+        "period": period,
+        "shares": limit_of(pod, container, "", "cpu.weight"),
+        "memory": limit_of(pod, container, "", "memory.max"),
+        "cpus": limit_of(pod, container, "", "cpuset.cpus"),
+    }
 
 
-pytestmark = pytest.mark.skipif("memory" not in cgroups.roots(), reason="reads files of cgroup version 1")
+# What shares become: as they are, or weights by the formula of runc before 1.3.2 (linear), or of later ones.
+SHARES = {512: {"512"}, 256: {"256"}} if ON_V1 else {512: {"20", "59"}, 256: {"10", "35"}}
 
 
 def test_limits_are_set_at_the_start(node: Node, pod: str):
@@ -42,11 +59,9 @@ def test_limits_are_set_at_the_start(node: Node, pod: str):
         "oom_score_adj": 321,
     }
     container = node.run(pod, "c", ["sleep", "1000"], **limited(**limits))
-    assert seen(pod, container, "cpu", "cpu.cfs_period_us") == "50000"
-    assert seen(pod, container, "cpu", "cpu.cfs_quota_us") == "20000"
-    assert seen(pod, container, "cpu", "cpu.shares") == "512"
-    assert seen(pod, container, "memory", "memory.limit_in_bytes") == str(64 << 20)
-    assert seen(pod, container, "cpuset", "cpuset.cpus") == "0"
+    found = seen(pod, container)
+    assert found.pop("shares") in SHARES[512]
+    assert found == {"quota": "20000", "period": "50000", "memory": str(64 << 20), "cpus": "0"}
     assert node.sh(container, "cat /proc/1/oom_score_adj") == "321\n"
     assert node.status(container).resources.linux == cri.LinuxContainerResources(**limits)
 
@@ -57,9 +72,9 @@ def test_a_running_container_is_given_new_limits(node: Node, pod: str):
         container_id=container,
         linux=cri.LinuxContainerResources(memory_limit_in_bytes=128 << 20, cpu_quota=30000, oom_score_adj=500),
     )
-    assert seen(pod, container, "memory", "memory.limit_in_bytes") == str(128 << 20)
-    assert seen(pod, container, "cpu", "cpu.cfs_quota_us") == "30000"
-    assert seen(pod, container, "cpu", "cpu.shares") == "512"
+    found = seen(pod, container)
+    assert found["shares"] in SHARES[512]
+    assert (found["quota"], found["period"], found["memory"]) == ("30000", "100000", str(128 << 20))
     assert node.sh(container, "cat /proc/1/oom_score_adj") == "500\n"
     shown = node.status(container).resources.linux
     assert (shown.cpu_shares, shown.cpu_quota, shown.memory_limit_in_bytes) == (512, 30000, 128 << 20)
@@ -72,7 +87,26 @@ def test_a_created_container_starts_with_its_new_limits(node: Node, pod: str):
     container = node.create(pod, "c", ["sleep", "1000"], **limited(cpu_shares=512))
     node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=256))
     node.client.StartContainer(container_id=container)
-    assert seen(pod, container, "cpu", "cpu.shares") == "256"
+    assert seen(pod, container)["shares"] in SHARES[256]
+
+
+@pytest.mark.skipif(ON_V1, reason="writes files of cgroup version 2")
+def test_files_of_version_2_are_changed_by_name(node: Node, pod: str):
+    container = node.run(pod, "c", ["sleep", "1000"], **limited(unified={"memory.high": str(48 << 20)}))
+    assert limit_of(pod, container, "", "memory.high") == str(48 << 20)
+    changed = cri.LinuxContainerResources(unified={"memory.high": str(40 << 20), "pids.max": "77"})
+    node.client.UpdateContainerResources(container_id=container, linux=changed)
+    assert limit_of(pod, container, "", "memory.high") == str(40 << 20)
+    assert limit_of(pod, container, "", "pids.max") == "77"
+
+
+@pytest.mark.skipif(ON_V1, reason="is told of version 2")
+def test_swap_is_what_is_left_of_the_sum_of_version_1(node: Node, pod: str):
+    limits = {"memory_limit_in_bytes": 64 << 20, "memory_swap_limit_in_bytes": 80 << 20}
+    container = node.run(pod, "c", ["sleep", "1000"], **limited(**limits))
+    assert limit_of(pod, container, "", "memory.swap.max") == str(16 << 20)
+    none = node.run(pod, "none", ["sleep", "1000"], **limited(memory_limit_in_bytes=64 << 20))
+    assert limit_of(pod, none, "", "memory.swap.max") == "0"
 
 
 def test_refusals(node: Node, pod: str):
@@ -85,8 +119,9 @@ def test_refusals(node: Node, pod: str):
     assert node.status(container).resources == before
     with refused(grpc.StatusCode.NOT_FOUND, "f" * 64):
         node.client.UpdateContainerResources(container_id="f" * 64)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "unified"):
-        node.create(pod, "v2", ["true"], **limited(unified={"memory.high": "1"}))
+    if ON_V1:
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "unified"):
+            node.create(pod, "v2", ["true"], **limited(unified={"memory.high": "1"}))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "oom_score_adj"):
         node.create(pod, "score", ["true"], **limited(oom_score_adj=1001))
     node.client.StopContainer(container_id=container, timeout=0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node, processes
+from tests.e2e.node import Node, cgroup, processes
 
 MIB = 1 << 20
 SLEEP = ["sleep", "1000"]
@@ -262,7 +262,7 @@ def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
         "pod": "metered",
         "namespace": "e2e",
         "container": "c",
-        "id": f"/criserver/{pod}/{container}",
+        "id": cgroup(pod, container),
         "image": "localhost/busybox:latest",
         "name": container,
     }
