@@ -26,7 +26,7 @@ from criserver.images import ContentStore, Images, RegistrySettings, host_platfo
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups
+from criserver.runtime import apparmor, cgroups
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
@@ -68,6 +68,7 @@ async def serve(config: Config) -> None:
     node = assemble(config, store, snapshotter, features)
     try:
         await node.nursery.start()
+        await apparmor.load()
         await recover(node)
         await node.images.collect()
         await node.streaming.start()

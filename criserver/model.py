@@ -150,7 +150,8 @@ class Security:
     """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext).
 
     ``seccomp`` is "" for no filter, "default" for the runtime's own, or the absolute path of a profile;
-    ``apparmor`` is "" for the runtime's own, "unconfined", or the name of a profile that is loaded.
+    ``apparmor`` is "" where nothing is said, "runtime/default" for the runtime's own, "unconfined", or the name of
+    a profile that is loaded.
     """
 
     privileged: bool = False

@@ -70,7 +70,6 @@ class Host:
 
     capabilities: tuple[str, ...]
     oom_score_adj_floor: int = -1000
-    apparmor: bool = False
     unified_cgroups: bool = False
     swap_accounting: bool = False
     hugepage_sizes: frozenset[str] = frozenset()
@@ -130,6 +129,7 @@ def build(
     rootfs: str,
     devices: Iterable[DeviceNode] = (),
     seccomp: Spec | None = None,
+    apparmor_profile: str = "",
     selinux_label: str = "",
     annotations: Mapping[str, str] | None = None,
 ) -> Spec:
@@ -170,8 +170,8 @@ def build(
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },
     }
-    if security.apparmor and host.apparmor:
-        spec["process"]["apparmorProfile"] = security.apparmor
+    if apparmor_profile:
+        spec["process"]["apparmorProfile"] = apparmor_profile
     if selinux_label:
         spec["process"]["selinuxLabel"] = selinux_label
         spec["linux"]["mountLabel"] = selinux_label
@@ -184,9 +184,11 @@ def build(
     return spec
 
 
-def infra(*, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path: str) -> Spec:
+def infra(
+    *, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path: str, apparmor_profile: str = ""
+) -> Spec:
     """The process that holds a pod's shared PID namespace: no capabilities, no files but its own program."""
-    return {
+    spec: Spec = {
         "ociVersion": "1.0.2",
         "process": {
             "user": {"uid": 65535, "gid": 65535},
@@ -229,6 +231,9 @@ def infra(*, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path:
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         },
     }
+    if apparmor_profile:
+        spec["process"]["apparmorProfile"] = apparmor_profile
+    return spec
 
 
 def exec_process(spec: Spec, command: Iterable[str], *, tty: bool) -> Spec:

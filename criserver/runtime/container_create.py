@@ -17,7 +17,7 @@ from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, filesystems, host
+from criserver.runtime import apparmor, cgroups, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -53,6 +53,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     spec.process_args(config, defaults)
     spec.limits(config.resources, host.facts())
     _check_features(node, sandbox, config)
+    profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, config)
     # Again, now that something has been waited for.
@@ -73,7 +74,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     node.registry.add(container)
     async with node.lock(container.id):
         try:
-            user = await _prepare(node, sandbox, container, image, defaults, filter_, edits)
+            user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
         except BaseException as e:
             await _undo(node, container, e)
             raise
@@ -91,17 +92,6 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         )
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
-    profile = config.security.apparmor
-    if profile not in ("", "unconfined"):
-        loaded = host.apparmor_profiles()
-        if loaded is None:
-            raise FailedPreconditionError(
-                f"container {config.name}: AppArmor profile {profile!r} cannot be enforced: this node has no AppArmor"
-            )
-        if profile not in loaded:
-            raise FailedPreconditionError(
-                f"container {config.name}: AppArmor profile {profile!r} is not loaded; load it with apparmor_parser"
-            )
     if config.security.selinux_label and not host.has_selinux():
         # Not refused: manifests name SELinux types for nodes that have it, and mean nothing on others.
         log.info("SELinux options mean nothing on this node", container=config.name)
@@ -134,6 +124,7 @@ async def _prepare(
     image: Image,
     defaults: spec.ImageDefaults,
     filter_: spec.Spec | None,
+    profile: str,
     edits: cdi.Edits,
 ) -> User:
     config = container.config
@@ -157,6 +148,7 @@ async def _prepare(
         rootfs=rootfs,
         devices=devices,
         seccomp=filter_,
+        apparmor_profile=profile,
         selinux_label=config.security.selinux_label if host.has_selinux() else "",
         annotations=_annotations(sandbox, container),
     )

@@ -57,7 +57,6 @@ def facts() -> Host:
     return Host(
         capabilities=known,
         oom_score_adj_floor=floor,
-        apparmor=apparmor_profiles() is not None,
         unified_cgroups=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
         swap_accounting=_has_swap_accounting(),
         hugepage_sizes=frozenset(huge_page_sizes() if _can_limit_hugepages() else ()),

@@ -376,15 +376,16 @@ def _apparmor(
 ) -> str:
     """The profile as Security has it, from the new field or, where that is not set, the deprecated one."""
     if security.privileged:
-        return ""
+        return "unconfined"
     if security.HasField("apparmor"):
         kind = _known(f"{what}: apparmor.profile_type", security.apparmor.profile_type, _KINDS)
         if kind != "localhost":
-            return "" if kind == "default" else kind
-        name = security.apparmor.localhost_ref
+            return "runtime/default" if kind == "default" else kind
+        # Kubelets write the name alone, others as the deprecated field has it.
+        name = security.apparmor.localhost_ref.removeprefix("localhost/")
     else:
         if deprecated in ("", "runtime/default", "unconfined"):
-            return "unconfined" if deprecated == "unconfined" else ""
+            return deprecated
         kind, _, name = deprecated.partition("/")
         if kind != "localhost":
             raise InvalidArgumentError(f"{what}: apparmor_profile = {deprecated!r} is of no known form")

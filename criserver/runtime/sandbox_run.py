@@ -15,7 +15,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import cgroups, filesystems, host, sandbox_files, supervision
+from criserver.runtime import apparmor, cgroups, filesystems, host, sandbox_files, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
 from criserver.runtime.sandbox_stop import pid_pin, release
@@ -139,6 +139,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         pod=pod_facts(node, sandbox),
         host=host.facts(),
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
+        apparmor_profile=await apparmor.default(),
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)

@@ -253,13 +253,17 @@ def test_cdi_devices_of_the_field_and_of_annotations():
     ("security", "expected"),
     [
         ({}, ""),
-        ({"apparmor": profile(cri.SecurityProfile.RuntimeDefault), "apparmor_profile": "localhost/x"}, ""),
+        (
+            {"apparmor": profile(cri.SecurityProfile.RuntimeDefault), "apparmor_profile": "localhost/x"},
+            "runtime/default",
+        ),
         ({"apparmor": profile(cri.SecurityProfile.Unconfined)}, "unconfined"),
         ({"apparmor": profile(cri.SecurityProfile.Localhost, "own")}, "own"),
+        ({"apparmor": profile(cri.SecurityProfile.Localhost, "localhost/own")}, "own"),
         ({"apparmor_profile": "localhost/own"}, "own"),
         ({"apparmor_profile": "unconfined"}, "unconfined"),
-        ({"apparmor_profile": "runtime/default"}, ""),
-        ({"apparmor_profile": "localhost/own", "privileged": True}, ""),
+        ({"apparmor_profile": "runtime/default"}, "runtime/default"),
+        ({"apparmor_profile": "localhost/own", "privileged": True}, "unconfined"),
     ],
 )
 def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security, expected):

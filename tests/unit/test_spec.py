@@ -63,7 +63,13 @@ CONFIG = ContainerConfig(
 
 
 def build(
-    image: spec.ImageDefaults | None = None, pod: spec.PodFacts = POD, nodes=(), host=HOST, selinux_label="", **changes
+    image: spec.ImageDefaults | None = None,
+    pod: spec.PodFacts = POD,
+    nodes=(),
+    host=HOST,
+    selinux_label="",
+    apparmor_profile="",
+    **changes,
 ):
     return spec.build(
         config=dataclasses.replace(CONFIG, **changes),
@@ -75,6 +81,7 @@ def build(
         rootfs="/r",
         devices=nodes,
         selinux_label=selinux_label,
+        apparmor_profile=apparmor_profile,
     )
 
 
@@ -231,10 +238,8 @@ def test_an_execs_process_is_the_containers_with_another_command():
 
 
 def test_labels_and_profiles():
-    found = build(
-        security=Security(apparmor="own"), host=dataclasses.replace(HOST, apparmor=True), selinux_label="a:b:c:d"
-    )
+    found = build(apparmor_profile="own", selinux_label="a:b:c:d")
     assert found["process"]["apparmorProfile"] == "own"
     assert found["process"]["selinuxLabel"] == found["linux"]["mountLabel"] == "a:b:c:d"
-    plain = build(security=Security(apparmor="unconfined"))
+    plain = build(security=Security(apparmor="own"))  # what is asked for is decided elsewhere
     assert not {"apparmorProfile", "selinuxLabel"} & plain["process"].keys()

@@ -147,7 +147,6 @@ hosts = st.builds(
     spec.Host,
     capabilities=st.just(KNOWN),
     oom_score_adj_floor=st.integers(-1000, 1000),
-    apparmor=st.booleans(),
     unified_cgroups=st.booleans(),
     swap_accounting=st.booleans(),
     hugepage_sizes=st.just(frozenset({"64KB", "2MB"})),
