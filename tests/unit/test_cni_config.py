@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from criserver.errors import FailedPreconditionError
@@ -200,7 +200,6 @@ JSON = st.recursive(
 KEYS = ("name", "cniVersion", "cniVersions", "plugins", "disableCheck", "loadOnlyInlinedPlugins", "type")
 
 
-@settings(deadline=None)  # files are written, and the first example imports jsonschema
 @given(st.dictionaries(st.sampled_from(KEYS), JSON))
 def test_any_document_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]) -> None:
     directory = tmp_path_factory.mktemp("conf")

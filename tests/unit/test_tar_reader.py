@@ -95,7 +95,7 @@ files = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(files, max_size=5),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -112,7 +112,7 @@ def test_what_is_written_is_read_in_pieces_of_any_size(
     assert found == members
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 1535), st.binary(min_size=1, max_size=40), st.booleans())
 def test_any_damage_ends_in_entries_or_in_a_layer_error(at: int, junk: bytes, fixed: bool) -> None:
     data = archive((member("a" * 150, mtime=1.5), b"content"))
