@@ -1,4 +1,4 @@
-"""The command line: serve, config, image, reset."""
+"""The command line: serve, check, config, image, reset."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", metavar="FILE", help="TOML file; without it the defaults are used")
     serve.set_defaults(run=_serve)
 
+    check = commands.add_parser("check", help="tell what this node lacks before pods can run; fails where they cannot")
+    check.add_argument("--config", metavar="FILE", help="the configuration that the daemon is to have")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_check)
+
     config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="ACTION")
     default = config.add_parser("default", help="print every key with its default and what it means")
     default.set_defaults(run=_config_default)
@@ -62,6 +67,12 @@ def _serve(options: argparse.Namespace) -> int:
 
     logs.set_up(config.log_level, config.log_format)
     return daemon.run(config)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from criserver.cli.check import check
+
+    return check(load(options.config), as_json=options.json)
 
 
 def _config_default(_: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ class Features:
 
 async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
     """The features of a handler; none where its runtime is missing or does not tell (runc before 1.1)."""
-    told = await _told(runtime)
+    told = await ask(runtime)
     if not _kernel_has_mount_setattr():
         return Features()
     linux = told.get("linux", {})
@@ -44,7 +44,7 @@ async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
     )
 
 
-async def _told(runtime: Runtime) -> dict[str, Any]:
+async def ask(runtime: Runtime) -> dict[str, Any]:
     """What ``features`` of the runtime prints (runtime specification, features.md)."""
     program = shutil.which(runtime.path)
     if program is None:

@@ -1,0 +1,114 @@
+"""The pod network: its configuration, its plugins, and what of the kernel they use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from criserver.check.finding import Finding, missing, ok, warning
+from criserver.check.host import Host
+from criserver.config import Config
+from criserver.errors import FailedPreconditionError
+from criserver.network.config import ConfigDirectory, NetworkConfig
+
+# The kinds of network interfaces that the CNI project's plugins make, by plugin.
+_LINKS = {
+    "bridge": ("bridge", "veth"),
+    "ptp": ("veth",),
+    "macvlan": ("macvlan",),
+    "ipvlan": ("ipvlan",),
+    "vlan": ("vlan",),
+}
+_FORWARD = "/proc/sys/net/ipv4/ip_forward"
+_BRIDGE = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+
+
+def check(host: Host, config: Config) -> Iterator[Finding]:
+    """The network in force, and whether packets get through the node."""
+    try:
+        network = ConfigDirectory(host.path(config.cni_conf_dir)).current()
+    except FailedPreconditionError as e:
+        yield missing(
+            str(e),
+            "until then only pods on the host's network run; a cluster's network plugin installs its file itself, and "
+            "for a node alone there is an example, 10-bridge.conflist",
+        )
+    else:
+        yield from _network(host, config, network)
+    yield from _forwarding(host)
+
+
+def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Finding]:
+    types = [plugin["type"] for plugin in network.plugins]
+    # A plugin leaves addresses to another, which nobody looks for before the first pod.
+    types += [plugin["ipam"]["type"] for plugin in network.plugins if plugin.get("ipam", {}).get("type")]
+    absent = [
+        name
+        for name in dict.fromkeys(types)
+        if not any(os.access(host.path(os.path.join(d, name)), os.X_OK) for d in config.cni_bin_dirs)
+    ]
+    if absent:
+        yield missing(
+            f"network {network.name} ({network.source}) needs the plugin{'s' * (len(absent) > 1)} "
+            f"{', '.join(absent)}, not in {' or '.join(config.cni_bin_dirs)}",
+            "install what the network comes from, or containernetworking-plugins, or name the directory in bin_dirs "
+            "below [cni]",
+        )
+    elif host.privileged and (words := host.network(config)):
+        yield missing(f"network {network.name} ({network.source}): {words}")
+    else:
+        yield ok(f"network {network.name} ({network.source}) with the plugins {', '.join(dict.fromkeys(types))}")
+    for kind in dict.fromkeys(kind for name in types for kind in _LINKS.get(name, ())):
+        if host.privileged and (words := host.link(kind)):
+            yield missing(
+                f"the kernel makes no {kind} interfaces: {words}", f"modprobe {kind}, or use a kernel with that module"
+            )
+    if any(_needs_iptables(plugin) for plugin in network.plugins):
+        yield from _iptables(host)
+
+
+def _needs_iptables(plugin: Mapping[str, Any]) -> bool:
+    if "nftables" in (plugin.get("backend"), plugin.get("ipMasqBackend")):
+        return False
+    return plugin["type"] in ("portmap", "firewall") or plugin.get("ipMasq") is True
+
+
+def _iptables(host: Host) -> Iterator[Finding]:
+    program = host.which("iptables")
+    if program is None:
+        yield missing(
+            "there is no program iptables, which the network's plugins run for masquerading and host ports",
+            "apt-get install iptables",
+        )
+    elif host.privileged and (words := host.iptables(program)):
+        yield missing(
+            f"{program} does not work: {words}",
+            "modprobe nf_tables (or ip_tables, iptable_nat for iptables-legacy), or use a kernel with these",
+        )
+    else:
+        yield ok(f"{program} works")
+
+
+def _forwarding(host: Host) -> Iterator[Finding]:
+    if host.read(_FORWARD) == "1":
+        yield ok("the node forwards packets")
+    else:
+        yield warning(
+            "net.ipv4.ip_forward is not 1: pods reach nobody outside this node, and kubeadm's preflight fails",
+            "echo net.ipv4.ip_forward=1 > /etc/sysctl.d/99-kubernetes.conf; sysctl --system",
+        )
+    # Version 2 of the proxy's rules, and networks without a bridge, do without; it is what most guides ask for.
+    if (value := host.read(_BRIDGE)) is None:
+        yield warning(
+            "the module br_netfilter is not loaded: Services do not work between pods of one node on a bridge network",
+            "echo br_netfilter > /etc/modules-load.d/kubernetes.conf; modprobe br_netfilter",
+        )
+    elif value != "1":
+        yield warning(
+            "net.bridge.bridge-nf-call-iptables is not 1: Services do not work between pods of one node on a bridge "
+            "network",
+            "echo net.bridge.bridge-nf-call-iptables=1 >> /etc/sysctl.d/99-kubernetes.conf; sysctl --system",
+        )
+    else:
+        yield ok("bridged packets meet the node's rules")

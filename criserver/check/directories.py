@@ -1,0 +1,65 @@
+"""Where images and pods are kept: file systems, their options, and the room in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from criserver.check.finding import Finding, missing, ok, warning
+from criserver.check.host import Host
+from criserver.config import Config
+
+# The kubelet's defaults: it collects images, and later evicts pods, below these shares.
+_SPACE, _INODES = 0.15, 0.05
+
+
+def check(host: Host, config: Config) -> Iterator[Finding]:
+    """The root and the state directory."""
+    root = host.nearest(config.root)
+    mount = host.mount_of(root)
+    where = f"root = {config.root}" + (f", on {mount.kind} ({mount.point})" if mount else "")
+    if mount is not None and "ro" in mount.options:
+        yield missing(f"{where}: it is read-only", "give root a directory that can be written to, on a local disk")
+        return
+    if host.privileged and (words := host.overlay(host.path(root))):
+        yield missing(
+            f"{where}: containers' file systems cannot be there: {words}",
+            "load the module overlay (modprobe overlay), and give root a directory on a local ext4, xfs (ftype=1), "
+            "btrfs or tmpfs",
+        )
+        return
+    yield ok(f"{where}{': overlay works there' if host.privileged else ''}")
+    if host.privileged and (words := host.idmap(host.path(root))):
+        yield warning(
+            f"{where}: no pods with user namespaces: {words}",
+            "Linux 5.19 and ext4, xfs or btrfs (tmpfs from 6.3) have what these need",
+        )
+    yield from _room(host.path(root), config.root)
+    state = host.mount_of(host.nearest(config.state))
+    if state is not None and "ro" in state.options:
+        yield missing(f"state = {config.state}: it is read-only", "give state a directory that can be written to")
+    elif state is not None and state.kind not in ("tmpfs", "ramfs"):
+        yield warning(
+            f"state = {config.state}, on {state.kind}: what is in it outlives the boot that it belongs to, and is "
+            "cleared at the next start only",
+            "give state a directory on a tmpfs, as /run is with systemd",
+        )
+    else:
+        yield ok(f"state = {config.state}")
+
+
+def _room(path: str, name: str) -> Iterator[Finding]:
+    room = os.statvfs(path)
+    free = room.f_bavail / room.f_blocks if room.f_blocks else 1.0
+    if free < _SPACE:
+        yield warning(
+            f"{name}: {free:.0%} of its file system is free ({room.f_bavail * room.f_frsize >> 20} MiB): the kubelet "
+            f"removes images below {_SPACE:.0%}",
+            "free some, or give root a larger disk",
+        )
+    inodes = room.f_favail / room.f_files if room.f_files else 1.0
+    if inodes < _INODES:
+        yield warning(
+            f"{name}: {inodes:.0%} of its file system's inodes are free: the kubelet evicts pods below {_INODES:.0%}",
+            "delete what is in small files, or make the file system anew with more inodes",
+        )

@@ -1,0 +1,82 @@
+"""The host as the checks see it: its files, its mounts, and what can only be told by trying."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from criserver.check import tries
+from criserver.config import Config, Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mount of the host (proc_pid_mountinfo(5)), with the options of the mount and of its file system."""
+
+    point: str
+    kind: str
+    options: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Files below ``root``, which is "/" on a node, and the tries: each returns None, or why it does not work.
+
+    ``privileged`` says whether the tries may be made at all: they need root.
+    """
+
+    root: str = "/"
+    privileged: bool = True
+    user: Callable[[], int] = os.geteuid
+    which: Callable[[str], str | None] = shutil.which
+    overlay: Callable[[str], str | None] = tries.overlay
+    idmap: Callable[[str], str | None] = tries.idmap
+    link: Callable[[str], str | None] = tries.link
+    iptables: Callable[[str], str | None] = tries.iptables
+    calls: Callable[[], list[str]] = tries.missing_calls
+    version: Callable[[str], str | None] = tries.version
+    network: Callable[[Config], str | None] = tries.network
+    features: Callable[[Runtime], tuple[str, ...] | None] = tries.features
+    container: Callable[[Config, str], str | None] = tries.container
+    synchronised: Callable[[], bool] = tries.clock_is_synchronised
+
+    def path(self, path: str) -> str:
+        """Where a file of the host is."""
+        return os.path.join(self.root, path.lstrip("/"))
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        return os.path.exists(self.path(path))
+
+    def read(self, path: str) -> str | None:
+        """A file's text without the space around it, None where there is none or it cannot be read."""
+        try:
+            with open(self.path(path)) as f:
+                return f.read().strip()
+        except OSError:
+            return None
+
+    def mounts(self) -> Iterator[Mount]:
+        """The host's mounts, in the order in which they were made."""
+        for line in (self.read("/proc/self/mountinfo") or "").splitlines():
+            before, _, after = line.partition(" - ")
+            fields, (kind, _, options) = before.split(), after.split()[:3]
+            point = fields[4].replace("\\040", " ")
+            yield Mount(point, kind, frozenset((*fields[5].split(","), *options.split(","))))
+
+    def mount_of(self, path: str) -> Mount | None:
+        """The mount that a path is in: the last one made at the longest point."""
+        best: Mount | None = None
+        for mount in self.mounts():
+            inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")
+            if inside and (best is None or len(mount.point) >= len(best.point)):
+                best = mount
+        return best
+
+    def nearest(self, path: str) -> str:
+        """The path, or the nearest directory above it that is there already."""
+        while not self.exists(path) and path != "/":
+            path = os.path.dirname(path)
+        return path

@@ -1,0 +1,54 @@
+"""What the kernel has of what containers are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from criserver.check.finding import Finding, missing, ok, warning
+from criserver.check.host import Host
+from criserver.config import Config
+
+_NAMESPACES = ("mnt", "pid", "net", "ipc", "uts")
+
+
+def check(host: Host, _: Config) -> Iterator[Finding]:
+    """System calls, namespaces, seccomp, security modules."""
+    release = host.read("/proc/sys/kernel/osrelease") or "unknown"
+    if calls := host.calls():
+        yield missing(
+            f"Linux {release} lacks {', '.join(calls)}", "run Linux 5.10 or newer, and no filter on this process"
+        )
+    else:
+        yield ok(f"Linux {release} has the system calls")
+    if lacking := [name for name in _NAMESPACES if not host.exists(f"/proc/self/ns/{name}")]:
+        yield missing(
+            f"the kernel has no {', '.join(lacking)} namespaces", "use a kernel that was configured for containers"
+        )
+    else:
+        yield ok("namespaces of processes, networks, mounts, IPC and host names")
+    yield _users(host)
+    if host.exists("/proc/sys/kernel/seccomp/actions_avail"):
+        yield ok("seccomp filters")
+    else:
+        yield warning(
+            "no seccomp: pods with the profile RuntimeDefault or Localhost cannot start",
+            "use a kernel with CONFIG_SECCOMP_FILTER",
+        )
+    if host.read("/sys/module/apparmor/parameters/enabled") == "Y":
+        yield ok("AppArmor is in force")
+    elif host.exists("/sys/fs/selinux/enforce"):
+        yield ok("SELinux has a policy")
+
+
+def _users(host: Host) -> Finding:
+    if not host.exists("/proc/self/ns/user"):
+        return warning(
+            "the kernel has no user namespaces: pods with hostUsers: false cannot start",
+            "use a kernel with CONFIG_USER_NS",
+        )
+    if host.read("/proc/sys/user/max_user_namespaces") == "0":
+        return warning(
+            "user.max_user_namespaces is 0: pods with hostUsers: false cannot start",
+            "sysctl -w user.max_user_namespaces=15000, and the same in a file below /etc/sysctl.d",
+        )
+    return ok("user namespaces")

@@ -1,0 +1,110 @@
+"""What the daemon itself needs: its addresses, its certificate, and a clock that others agree with."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+
+from criserver.check.finding import Finding, missing, ok, warning
+from criserver.check.host import Host
+from criserver.config import Config
+
+_OTHERS = {
+    "containerd": "/run/containerd/containerd.sock",
+    "CRI-O": "/var/run/crio/crio.sock",
+    "cri-dockerd": "/var/run/cri-dockerd.sock",
+}
+
+
+def check(host: Host, config: Config) -> Iterator[Finding]:
+    """The socket, the streaming server, other runtimes, the clock."""
+    serving = _holder(host, config)
+    if serving:
+        yield ok(f"criserver serves at {config.grpc_address} (PID {serving})")
+    else:
+        yield _socket(host, config)
+        yield from _streaming(config)
+    for name, path in _OTHERS.items():
+        if path != config.grpc_address and host.exists(path):
+            yield warning(
+                f"{name} is here too, at {path}: kubeadm asks which runtime it is to take",
+                f"give kubeadm criSocket: unix://{config.grpc_address}, or disable {name}",
+            )
+    if host.synchronised():
+        yield ok("the clock is synchronised")
+    else:
+        yield warning(
+            "the clock is not synchronised: certificates and tokens of registries and of the cluster depend on it",
+            "run systemd-timesyncd, chrony or ntpd",
+        )
+
+
+def _holder(host: Host, config: Config) -> int:
+    """The PID of the daemon that has the state directory, 0 for none."""
+    path = os.path.join(config.state, "criserver.lock")
+    held = host.read(path)
+    if not held or not held.isdecimal():
+        return 0
+    number = os.stat(host.path(path)).st_ino
+    # A lock is the kernel's: what is written in the file may be of a daemon that is gone.
+    for line in (host.read("/proc/locks") or "").splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[-3].rpartition(":")[2] == str(number):
+            return int(held)
+    return 0
+
+
+def _socket(host: Host, config: Config) -> Finding:
+    path = host.path(config.grpc_address)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return ok(f"the socket's place is free: {config.grpc_address}")
+    if not stat.S_ISSOCK(found.st_mode):
+        return missing(f"{config.grpc_address} is no socket", "remove it, or give [grpc] another address")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.settimeout(2)
+            probe.connect(path)
+        except OSError:
+            return ok(f"the socket at {config.grpc_address} is of a daemon that has ended")
+    return missing(
+        f"another daemon answers at {config.grpc_address}", "stop it, or give [grpc] another address (and the kubelet)"
+    )
+
+
+def _streaming(config: Config) -> Iterator[Finding]:
+    given = config.streaming
+    where = f"streaming.address = {given.host}:{given.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            given.host, given.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as e:
+        yield missing(
+            f"{where}: {e.strerror}: the daemon does not start", "give [streaming] an address of this node that is free"
+        )
+        return
+    if given.tls_cert:
+        import ssl
+
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(given.tls_cert, given.tls_key)
+        except (OSError, ssl.SSLError) as e:
+            yield missing(
+                f"streaming.tls_cert and tls_key cannot be used: {e}",
+                "name a certificate and the key that belongs to it",
+            )
+            return
+    elif not given.host.startswith("127.") and given.host not in ("::1", "localhost"):
+        yield warning(
+            f"{where}: what passes through kubectl exec can be read on the network",
+            "give it 127.0.0.1, which is enough for the kubelet, or a certificate",
+        )
+        return
+    yield ok(where)

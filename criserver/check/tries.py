@@ -1,0 +1,285 @@
+"""What can only be told by trying. Each try returns None where it works, and otherwise why not.
+
+Mounts and interfaces are made in namespaces of a thread, which the kernel takes down with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from criserver.config import Config, Runtime
+from criserver.errors import CriError
+from criserver.network import Network
+from criserver.oci import spec
+from criserver.runtime import cgroups, host
+from criserver.runtime import features as runtime_features
+from snapshotter import mounts
+
+_T = TypeVar("_T")
+
+_CLONE_NEWNET = 0x40000000
+_SECONDS = 20.0
+_TIME_ERROR = 5  # adjtimex(2)
+
+_USERNS = """
+import ctypes, os
+os.write(1, b"%d" % (ctypes.CDLL(None).unshare(0x10000000) != 0))
+os.read(0, 1)
+"""
+
+
+def missing_calls() -> list[str]:
+    """The system calls that the kernel, or a filter on this process, does not have of those that we make."""
+    found = []
+    try:
+        os.close(mounts.openat2(mounts.AT_FDCWD, "/", os.O_PATH, mounts.RESOLVE_IN_ROOT))
+    except OSError:
+        found.append("openat2")
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        found.append("pidfd_open")
+    try:
+        os.close(os.memfd_create("check"))
+    except OSError:
+        found.append("memfd_create")
+    return found
+
+
+def overlay(directory: str) -> str | None:
+    """Whether containers' file systems can be in ``directory``: mounted, written to, and programs in it run."""
+    return _in_scratch(directory, _overlay)
+
+
+def _overlay() -> str | None:
+    for name in ("lower", "upper", "work", "merged"):
+        os.mkdir(name, 0o755)
+    with open("lower/program", "w") as f:
+        f.write("#!/bin/sh\n")
+        os.fchmod(f.fileno(), 0o755)
+    os.mkdir("lower/directory")
+    try:
+        # As snapshots are mounted: "volatile" takes Linux 5.10.
+        options = "lowerdir=lower,upperdir=upper,workdir=work,index=off,volatile"
+        mounts.mount("overlay", "merged", "overlay", 0, options)
+    except OSError as e:
+        if e.errno == errno.ENODEV:
+            return "the kernel has no overlay file system"
+        return f"overlay is not mounted ({e.strerror}): the file system does not take it, or Linux is older than 5.10"
+    try:
+        try:
+            subprocess.run(["./merged/program"], check=True, timeout=_SECONDS)
+        except (OSError, subprocess.SubprocessError) as e:
+            return f"programs do not run there ({e}): is it mounted noexec?"
+        try:
+            os.unlink("merged/program")
+            os.rmdir("merged/directory")
+            os.mkdir("merged/directory")
+        except OSError as e:
+            return f"files of images cannot be replaced there ({e.strerror})"
+        if os.statvfs("merged").f_flag & os.ST_NOSUID:
+            return "set-user-ID programs do not work there: is it mounted nosuid?"
+    finally:
+        mounts.umount2("merged", mounts.MNT_DETACH)
+    return None
+
+
+def idmap(directory: str) -> str | None:
+    """Whether the file system of ``directory`` can be seen with other owners, as pods with user namespaces need."""
+    return _in_scratch(directory, _idmap)
+
+
+def _idmap() -> str | None:
+    os.mkdir("source")
+    os.mkdir("target")
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _USERNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as maker:
+        assert maker.stdout is not None
+        try:
+            if maker.stdout.read(1) != b"0":
+                return "the kernel makes no user namespace"
+            for file in ("uid_map", "gid_map"):
+                with open(f"/proc/{maker.pid}/{file}", "w") as f:
+                    f.write("0 1 1")
+            mounts.bind_idmapped("source", "target", f"/proc/{maker.pid}/ns/user")
+        except OSError as e:
+            return f"its files cannot be seen with other owners ({e.strerror})"
+        finally:
+            maker.kill()
+    return None
+
+
+def link(kind: str) -> str | None:
+    """Whether the kernel makes network interfaces of this kind (rtnetlink(7)); it loads their module."""
+
+    def work() -> str | None:
+        mounts.unshare(_CLONE_NEWNET)
+        name = kind.encode() + b"\0"
+        info = _attribute(18, _attribute(1, name))  # IFLA_LINKINFO, IFLA_INFO_KIND
+        body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + info
+        # RTM_NEWLINK; NLM_F_REQUEST, ACK, CREATE, EXCL
+        message = struct.pack("=IHHII", 16 + len(body), 16, 0x605, 1, 0) + body
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+            netlink.settimeout(_SECONDS)
+            netlink.send(message)
+            answer = netlink.recv(65536)
+        number = -struct.unpack_from("=i", answer, 16)[0]
+        # Some kinds want to be told of a parent, and refuse otherwise: they are there.
+        return os.strerror(number) if number == errno.EOPNOTSUPP else None
+
+    return _in_thread(work)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def iptables(program: str) -> str | None:
+    """Whether the program gets on with the kernel, in a network namespace without rules."""
+
+    def work() -> str | None:
+        mounts.unshare(_CLONE_NEWNET)
+        done = subprocess.run(
+            [program, "-w", "5", "-t", "nat", "-S"], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+        return _last(done.stderr) if done.returncode else None
+
+    return _in_thread(work)
+
+
+def version(program: str) -> str | None:
+    """The first line of what ``--version`` prints, None where it fails."""
+    try:
+        done = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()[:200] if done.returncode == 0 else None
+
+
+def network(config: Config) -> str | None:
+    """Whether the network's plugins speak its version, and say that they are ready, where they are asked that."""
+    room = Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout)
+    return asyncio.run(room.ready())
+
+
+def features(runtime: Runtime) -> tuple[str, ...] | None:
+    """What a runtime has beyond the ordinary, None where it does not tell."""
+    told = asyncio.run(runtime_features.ask(runtime))
+    if not told:
+        return None
+    idmapped = told.get("linux", {}).get("mountExtensions", {}).get("idmap", {}).get("enabled") is True
+    found = [("recursive read-only mounts", "rro" in told.get("mountOptions", ())), ("id-mapped mounts", idmapped)]
+    return tuple(name for name, there in found if there)
+
+
+def container(config: Config, handler: str) -> str | None:
+    """Run and end a container of the infra program alone, with namespaces and a cgroup of its own."""
+    runtime = config.runtimes[handler]
+    program = shutil.which(runtime.path)
+    assert program is not None, "programs.check has looked"
+    key = f"check{secrets.token_hex(8)}"
+    above = config.state
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    directory = tempfile.mkdtemp(prefix="check-", dir=above)
+    parent = cgroups.own_parent(config.cgroup_driver, key)
+    command = [program, "--root", os.path.join(directory, "runtime"), *cgroups.runtime_args(parent)]
+    try:
+        _write_bundle(config, directory, cgroups.spec_path(parent, key))
+        done = subprocess.run(
+            [*command, "run", "--bundle", directory, key],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+            errors="replace",
+        )
+        return _last(done.stderr or done.stdout) if done.returncode else None
+    except subprocess.TimeoutExpired:
+        return f"it was not done within {_SECONDS:g} s"
+    except OSError as e:
+        return str(e)
+    finally:
+        subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
+        cgroups.remove(cgroups.pod_path(parent))
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_bundle(config: Config, directory: str, cgroups_path: str) -> None:
+    rootfs = os.path.join(directory, "rootfs")
+    for name in ("proc", "dev"):
+        os.makedirs(os.path.join(rootfs, name))
+    with open(os.path.join(rootfs, "infra"), "w"):
+        pass
+    document = spec.infra(
+        program=config.infra,
+        rootfs=rootfs,
+        pod=spec.PodFacts("", "", "", "", "", None, None, None, None),
+        host=host.facts(),
+        cgroups_path=cgroups_path,
+    )
+    document["process"]["args"] = ["/infra", "--version"]
+    kinds = {namespace["type"] for namespace in document["linux"]["namespaces"]}
+    document["linux"]["namespaces"] += [{"type": kind} for kind in ("network", "ipc", "uts") if kind not in kinds]
+    with open(os.path.join(directory, "config.json"), "w") as f:
+        json.dump(document, f)
+
+
+def clock_is_synchronised() -> bool:
+    """Whether the kernel is told that something keeps its clock right (adjtimex(2))."""
+    # struct timex with all fields zero: nothing is set. It has 208 bytes where longs have 8.
+    timex = ctypes.create_string_buffer(256)
+    state: int = ctypes.CDLL(None).adjtimex(timex)
+    return state not in (-1, _TIME_ERROR)
+
+
+def _in_scratch(directory: str, work: Callable[[], str | None]) -> str | None:
+    """Do ``work`` in a directory of its own within ``directory``, and in a mount namespace of its own."""
+    try:
+        scratch = tempfile.mkdtemp(prefix=".check-", dir=directory)
+    except OSError as e:
+        return f"nothing can be written there ({e.strerror})"
+
+    def enter() -> str | None:
+        mounts.unshare(mounts.CLONE_FS | mounts.CLONE_NEWNS)
+        mounts.mount("none", "/", None, mounts.MS_REC | mounts.MS_SLAVE)
+        os.chdir(scratch)
+        return work()
+
+    try:
+        return _in_thread(enter)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _in_thread(work: Callable[[], str | None]) -> str | None:
+    """Do ``work`` in a thread whose namespaces end with it; what the system refuses is the answer."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(work).result()
+        except (CriError, OSError, subprocess.SubprocessError) as e:
+            return str(e)
+
+
+def _last(text: str) -> str:
+    """The last line of what a program said."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it fails without a word"

@@ -1,0 +1,43 @@
+"""``criserver check``: what this node lacks, printed for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+
+from criserver import logs
+from criserver.check import Finding, Host, Level, able, run
+from criserver.config import Config
+
+_COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.MISSING: "31"}
+_INDENT = " " * 23
+
+
+def check(config: Config, *, as_json: bool) -> int:
+    """Look at the node and print each finding; 1 where pods could not run."""
+    # What a room has to say to a log is in the findings.
+    logs.set_up("critical", "auto")
+    found = run(config, Host(privileged=os.geteuid() == 0))
+    if as_json:
+        lines = [{"check": f.check, "level": f.level.value, "found": f.words, "advice": f.advice} for f in found]
+        print(json.dumps({"pods_can_run": able(found), "findings": lines}, indent=2))
+    else:
+        for finding in found:
+            print(_line(finding))
+        lacking = sum(finding.level is Level.MISSING for finding in found)
+        print(f"\npods cannot run: {lacking} missing" if lacking else "\npods can run")
+    return 0 if able(found) else 1
+
+
+def _line(finding: Finding) -> str:
+    level = f"{finding.level.value:<8}"
+    if sys.stdout.isatty():
+        level = f"\033[{_COLOURS[finding.level]}m{level}\033[0m"
+    words = textwrap.fill(finding.words, 120, initial_indent=_INDENT, subsequent_indent=_INDENT).lstrip()
+    line = f"{level} {finding.check:<13} {words}"
+    if finding.advice:
+        advice = textwrap.fill(finding.advice, 120, initial_indent=_INDENT + "-> ", subsequent_indent=_INDENT + "   ")
+        line += f"\n{advice}"
+    return line
