@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import fcntl
 import gc
 import os
+import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Coroutine, Mapping
@@ -30,9 +31,10 @@ from criserver.runtime import apparmor, cgroups
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
-from criserver.runtime.records import ContainerState
+from criserver.runtime.records import ContainerState, SandboxState
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
+from criserver.runtime.service_manager import notify, report
 from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
@@ -65,7 +67,7 @@ async def serve(config: Config) -> None:
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
     for words in snapshotter.warnings:
         log.warning("snapshots", warning=words)
-    node = assemble(config, store, snapshotter, features)
+    node = assemble(config, store, snapshotter, features, _raise_open_files())
     try:
         await node.nursery.start()
         await apparmor.load()
@@ -73,7 +75,11 @@ async def serve(config: Config) -> None:
         await node.images.collect()
         await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))
-        upkeep = [asyncio.create_task(_checkpoint(store)), asyncio.create_task(node.stats.disk.run())]
+        upkeep = [
+            asyncio.create_task(_checkpoint(store)),
+            asyncio.create_task(node.stats.disk.run()),
+            asyncio.create_task(report(lambda: _status(node.registry))),
+        ]
         # What start-up made lives as long as the daemon; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -85,10 +91,10 @@ async def serve(config: Config) -> None:
             containers=len(node.registry.containers),
             seconds=round(time.monotonic() - began, 3),
         )
-        _notify("READY=1")
+        notify("READY=1")
         await stop.wait()
         log.info("stopping")
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
         for task in upkeep:
             task.cancel()
         await server.stop(STOP_GRACE)
@@ -105,7 +111,13 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def assemble(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
+def assemble(
+    config: Config,
+    store: Store,
+    snapshotter: Snapshotter,
+    features: Mapping[str, Features],
+    open_files: int | None = None,
+) -> Node:
     registry = Registry(store)
     return Node(
         config=config,
@@ -126,7 +138,7 @@ def assemble(config: Config, store: Store, snapshotter: Snapshotter, features: M
         ),
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,
-        nursery=Nursery(),
+        nursery=Nursery(open_files),
         streaming=_streaming(config),
         stats=Statistics(
             Cgroups(cgroups.roots()),
@@ -152,6 +164,13 @@ def _streaming(config: Config) -> StreamingServer:
                 f"streaming.tls_cert = {given.tls_cert!r} and tls_key = {given.tls_key!r} cannot be used: {e}"
             ) from e
     return StreamingServer(given.host, given.port, tls=tls, idle=given.idle_timeout)
+
+
+def _status(registry: Registry) -> str:
+    """What ``systemctl status`` shows."""
+    pods = sum(s.state is SandboxState.READY for s in registry.sandboxes.values())
+    running = sum(c.state is ContainerState.RUNNING for c in registry.containers.values())
+    return f"{pods} pods ready, {running} containers running"
 
 
 def _writable_layers(registry: Registry) -> dict[str, bool]:
@@ -205,16 +224,14 @@ async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
         log.warning("work was still under way at the stop; the next start finishes it")
 
 
-def _notify(state: str) -> None:
-    """Tell systemd, where it started us (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as e:
-            log.warning("the service manager cannot be told", state=state, error=str(e))
+def _raise_open_files() -> int:
+    """Take as many descriptors as we may; the soft limit that was, which is what containers are to have.
+
+    A soft limit is low for the sake of programs that use select(2), or go through all numbers that there could be.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft
 
 
 def watch_children() -> None:
@@ -231,6 +248,8 @@ def run(config: Config) -> int:
             file=sys.stderr,
         )
         return 1
+    # For whoever ends us by SIGABRT, as systemd's watchdog does: where every thread was goes to the log.
+    faulthandler.enable()
     watch_children()
     try:
         asyncio.run(serve(config))

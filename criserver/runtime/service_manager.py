@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import socket
+from collections.abc import Callable
 
 import structlog
 
@@ -16,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 # Seconds. systemd answers in some milliseconds; it may be busy while a node starts.
 _TIMEOUT = 15.0
+# Between two reports of how things are, where no watchdog sets the pace.
+_REPORT_INTERVAL = 30.0
 
 
 def notify(*states: str) -> None:
@@ -30,6 +34,41 @@ def notify(*states: str) -> None:
             sock.sendto("\n".join(states).encode(), "\0" + address[1:] if address[0] == "@" else address)
         except OSError as e:
             log.warning("the service manager cannot be told", state=states[0], error=str(e))
+
+
+def watchdog_interval() -> float | None:
+    """Seconds between two pings, half of what systemd waits for one (sd_watchdog_enabled(3)); None without one."""
+    pid, given = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    if not given.isdecimal() or int(given) == 0 or pid not in ("", str(os.getpid())):
+        return None
+    return int(given) / 2_000_000
+
+
+async def report(status: Callable[[], str]) -> None:
+    """Ping the watchdog for as long as the event loop runs, with a line for ``systemctl status``; does not return.
+
+    That the loop runs is all that a ping says: what waits for a plugin, a runtime or a registry has its own deadline,
+    and a restart would help none of them.
+    """
+    watchdog = watchdog_interval()
+    while os.environ.get("NOTIFY_SOCKET"):
+        notify(f"STATUS={status()}", *([] if watchdog is None else ["WATCHDOG=1"]))
+        await asyncio.sleep(_REPORT_INTERVAL if watchdog is None else watchdog)
+
+
+def apart(what: str) -> list[str]:
+    """What comes before a command that is to outlive our unit; nothing where systemd has not started us.
+
+    The command gets a scope of its own, in which whatever it forks stays: our unit then ends with us, and can be
+    started again, stopped and taken away while that runs. Without dependencies, as runtimes make those of containers,
+    or a shutdown would stop shims before what they watch. Delegated: that the kernel kills one process for want of
+    memory is no reason to end the others.
+    """
+    program = shutil.which("systemd-run")
+    if program is None or "INVOCATION_ID" not in os.environ or not os.path.isdir("/run/systemd/system"):
+        return []
+    options = (f"--unit={what}-{secrets.token_hex(4)}", "--property=DefaultDependencies=no", "--property=Delegate=yes")
+    return [program, "--scope", "--quiet", "--collect", *options, "--property=TasksMax=infinity", "--"]
 
 
 async def stop_slice(name: str) -> None:

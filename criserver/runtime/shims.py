@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, UnavailableError
+from criserver.runtime import service_manager
 from shims import launch, wire
 
 log = structlog.get_logger(__name__)
@@ -155,7 +157,9 @@ class Link:
 class Nursery:
     """The process that forks shims; started again where it has died."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_files: int | None = None) -> None:
+        """``open_files`` is the soft limit of descriptors that shims, and so containers, are to have; None for ours."""
+        self._open_files = open_files
         self._link: Link | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
@@ -165,34 +169,48 @@ class Nursery:
         async with self._starting:
             if self._link is not None and not self._link.closed:
                 return
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self._process = await asyncio.create_subprocess_exec(
-                    *launch.command(sys.executable, theirs.fileno()),
-                    pass_fds=[theirs.fileno()],
-                    stdin=asyncio.subprocess.DEVNULL,
-                    start_new_session=True,  # a signal to the daemon's group is not for the shims
-                    cwd="/",
-                )
-            greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-
-            def greeted(message: Message) -> None:
-                if not greeting.done():
-                    greeting.set_result(message)
-
-            link = Link(ours, greeted, lambda: greeted({}), "the nursery of shims")
+            apart = service_manager.apart("criserver-shims")
             try:
-                async with asyncio.timeout(START_TIMEOUT):
-                    version = (await greeting).get("version")
-            except TimeoutError:
-                version = None
-            if version != wire.VERSION:
-                link.close()
-                raise CriError(
-                    f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
-                    "its words are above on standard error: is the installation whole?"
-                )
-            self._link = link
+                self._link = await self._start(apart)
+            except CriError as e:
+                if not apart:
+                    raise
+                log.warning("systemd gives shims no scope of their own; they stay in the daemon's", error=str(e))
+                self._link = await self._start([])
+
+    async def _start(self, before: list[str]) -> Link:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *before,
+                *launch.command(sys.executable, theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a signal to the daemon's group is not for the shims
+                cwd="/",
+            )
+        greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        def greeted(message: Message) -> None:
+            if not greeting.done():
+                greeting.set_result(message)
+
+        link = Link(ours, greeted, lambda: greeted({}), "the nursery of shims")
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                hello = await greeting
+        except TimeoutError:
+            hello = {}
+        if hello.get("version") != wire.VERSION:
+            link.close()
+            raise CriError(
+                f"the nursery of shims does not start (it says version {hello.get('version')}, wanted {wire.VERSION}); "
+                "its words are above on standard error: is the installation whole?"
+            )
+        if self._open_files is not None:
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.prlimit(hello["pid"], resource.RLIMIT_NOFILE, (min(self._open_files, hard), hard))
+        return link
 
     async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
         """A new shim with ``config`` (shims.shim says its keys), and a connection to it."""
