@@ -41,16 +41,19 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
     try:
         with open("/dev/null", "rb") as null:
             stdio = [null.fileno(), out.writer, err.writer]
-            async with exec_process(node, container, command, stdio=stdio) as ended:
-                out.handed_over()
-                err.handed_over()
-                try:
-                    async with asyncio.timeout(timeout or None):
-                        code = await ended
-                except TimeoutError:
-                    words = f"command {' '.join(command)!r} timed out after {timeout:g} s"
-                    raise DeadlineExceededError(words) from None
-                await asyncio.wait([out.finished, err.finished], timeout=DRAIN_TIMEOUT)
+            try:
+                async with (
+                    asyncio.timeout(timeout or None) as limit,
+                    exec_process(node, container, command, stdio=stdio) as ended,
+                ):
+                    out.handed_over()
+                    err.handed_over()
+                    code = await ended
+                    limit.reschedule(None)
+                    await asyncio.wait([out.finished, err.finished], timeout=DRAIN_TIMEOUT)
+            except TimeoutError:
+                words = f"command {' '.join(command)!r} in container {container.id} timed out after {timeout:g} s"
+                raise DeadlineExceededError(words) from None
         return ExecResult(bytes(out.data), bytes(err.data), code)
     finally:
         out.close()

@@ -14,7 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.oci import spec
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState
@@ -35,9 +35,16 @@ def running_container(node: Node, given: str) -> Container:
 def link_to_shim(
     node: Node, container: Container, on_event: Callable[[Message], None], on_close: Callable[[], None]
 ) -> Link:
-    """A connection of its own to the container's shim: when it closes, the shim ends what it asked for."""
+    """A connection of its own to the container's shim: when it closes, the shim ends what it asked for.
+
+    Raises UnavailableError where it is stuck, CriError where it is gone.
+    """
     try:
         return connect(os.path.join(node.container_dir(container.id), "shim.sock"), on_event, on_close)
+    except BlockingIOError as e:
+        raise UnavailableError(
+            f"the shim of container {container.id} is stuck: it accepts no connection and its queue is full"
+        ) from e
     except OSError as e:
         raise CriError(f"the shim of container {container.id} cannot be reached: {e.strerror}") from e
 

@@ -223,7 +223,7 @@ class Nursery:
             except BaseException:
                 ours.close()
                 raise
-        return Link(ours, on_event, on_close)
+        return Link(ours, on_event, on_close, _of(config["id"]))
 
     async def stop(self) -> None:
         """End the process; the shims live on."""
@@ -239,7 +239,10 @@ class Nursery:
 
 
 def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
-    """A connection to the shim that listens at ``path``. Raises OSError where none does."""
+    """A connection to the shim that listens at ``path``, in the directory of its container.
+
+    Raises OSError where none does: BlockingIOError where it is there and its queue is full.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
     try:
@@ -252,7 +255,11 @@ def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[
         raise
     finally:
         os.close(directory)
-    return Link(sock, on_event, on_close)
+    return Link(sock, on_event, on_close, _of(os.path.basename(os.path.dirname(path))))
+
+
+def _of(container: str) -> str:
+    return f"the shim of container {container}"
 
 
 def _close_all(fds: Sequence[int]) -> None:

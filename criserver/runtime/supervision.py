@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
@@ -28,8 +28,9 @@ log = structlog.get_logger(__name__)
 
 # A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
 START_TIMEOUT = 110.0
-# What a shim needs to delete an exited container.
+# What a shim needs to delete an exited container. It takes milliseconds; one that takes longer is asked if it is there.
 GONE_TIMEOUT = 15.0
+GONE_PATIENCE = 2.0
 GREETING_TIMEOUT = 2.0
 
 
@@ -173,17 +174,38 @@ def running(node: Node, key: str, begun: Started) -> None:
 
 
 async def wait_gone(node: Node, key: str) -> None:
-    """Wait until a container's shim has cleaned up after it; one without a shim needs no wait."""
+    """Wait until the shim of a container that has ended has cleaned up after it; one without a shim needs no wait.
+
+    A shim that is stuck is ended.
+    """
     event = node.gone.get(key)
     if event is None or key not in node.links:
         return
-    try:
-        async with asyncio.timeout(GONE_TIMEOUT):
-            await event.wait()
-    except TimeoutError:
+    for patience in (GONE_PATIENCE, GONE_TIMEOUT):
+        try:
+            async with asyncio.timeout(patience):
+                await event.wait()
+            return
+        except TimeoutError:
+            if not await _answers(node, key):
+                log.warning("a shim is stuck; its container is cleaned up without it", container=key)
+                await _end_shim(node, key)
+                break
+    else:
         log.warning("a shim has not cleaned up in time; done without it", container=key)
-        if (link := node.links.get(key)) is not None:
-            link.close()
+    if (link := node.links.get(key)) is not None:
+        link.close()
+
+
+async def _answers(node: Node, key: str) -> bool:
+    """Whether a shim is at work: it answers whatever it waits for."""
+    link = node.links.get(key)
+    try:
+        return link is not None and bool(await link.request({"op": "status"}, timeout=GREETING_TIMEOUT))
+    except DeadlineExceededError:
+        return False
+    except CriError:
+        return True  # it has just ended
 
 
 async def reconnect(node: Node, key: str) -> bool:
