@@ -30,6 +30,7 @@ class Link(asyncio.BufferedProtocol):
         self._loop = loop
         self._opened = opened
         self._transport: asyncio.Transport
+        self._socket: socket.socket
         self._held: set[object] = set()
         self._glance: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
@@ -43,8 +44,9 @@ class Link(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(WRITE_LIMIT)
-        sock: socket.socket = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Kept: asyncio's TLS forgets it when the connection is lost.
+        self._socket = transport.get_extra_info("socket")
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._opened(self)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
@@ -100,15 +102,19 @@ class Link(asyncio.BufferedProtocol):
     def _look(self) -> None:
         """A client that goes while nothing is read from it is not told of by the loop."""
         poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        poll.register(self._socket.fileno(), select.POLLRDHUP)
         if poll.poll(0):
             self._transport.abort()
         else:
             self._glance = self._loop.call_later(_GLANCE, self._look_again)
 
     def _look_again(self) -> None:
-        if self._held and not self.lost.done():
+        if self._held and not self._gone():
             self._look()
+
+    def _gone(self) -> bool:
+        """Whether the socket is closed, which a connection over TLS is told of a little later."""
+        return self.lost.done() or self._socket.fileno() < 0
 
     async def finish(self) -> None:
         """Close when all that was sent has been taken; what still comes is dropped.
@@ -129,16 +135,13 @@ class Link(asyncio.BufferedProtocol):
                 self._transport.close()
         while not self.lost.done():
             await asyncio.wait({self.lost}, timeout=_LINGER)
-            if not self._on_its_way():
+            if self._gone() or not self._on_its_way():
                 break
         self._transport.abort()
 
     def _on_its_way(self) -> bool:
         """Whether the kernel has bytes that the client has not acknowledged (tcp(7), SIOCOUTQ)."""
-        sock: socket.socket = self._transport.get_extra_info("socket")
-        if sock.fileno() < 0:
-            return False
-        (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        (count,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         return bool(count)
 
     def abort(self) -> None:

@@ -326,7 +326,8 @@ class _Session:
         finally:
             if not task.done():
                 task.cancel()
-                await asyncio.wait({task})
+                # Not wait: what a task that is cut off raises is to be taken, or asyncio complains of it.
+                await asyncio.gather(task, return_exceptions=True)
 
 
 async def _outcome(offer: Command, streams: dict[remotecommand.Stream, Stream], features: Features) -> bytes:

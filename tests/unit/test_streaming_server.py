@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import ssl
@@ -19,6 +20,7 @@ from tests.e2e.streaming_client import Refused, Spdy, WebSocket
 
 OUTPUT = Wanted(stdin=False, stdout=True, stderr=False, tty=False)
 CAT = Wanted(stdin=True, stdout=True, stderr=False, tty=False)
+INPUT = Wanted(stdin=True, stdout=False, stderr=False, tty=False)
 
 
 async def say_hi(streams: Streams) -> int:
@@ -156,6 +158,29 @@ async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypa
     await blocking(work, serving.offer(Forward((), dial)))
 
 
+async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    begun = asyncio.Event()
+
+    async def both(streams: Streams) -> int:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(cat(streams))
+            begun.set()
+            await asyncio.sleep(60)
+        return 0
+
+    client = await blocking(
+        lambda url: Spdy(url).open_command("error", "stdin", "stdout"), serving.offer(Command(CAT, both))
+    )
+    await begun.wait()
+    client.close()
+    while serving._sessions:
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert complaints == []
+
+
 async def test_a_connection_on_which_nothing_moves():
     found = StreamingServer("127.0.0.1", 0, idle=0.3)
     await found.start()
@@ -232,7 +257,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("client_of", [Spdy, WebSocket])
-async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., Any]):
+async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    failures: list[str] = []
+    monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate)
     found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
@@ -255,6 +282,9 @@ async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., A
             assert client.got[1] == piece
 
     await blocking(work, found.offer(Command(CAT, cat)))
+    while found._sessions:
+        await asyncio.sleep(0.01)
+    assert failures == []
     await found.stop()
 
 
