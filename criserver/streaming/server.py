@@ -258,7 +258,7 @@ class _Session:
         return carrier, found
 
     async def forward(self, offer: Forward) -> None:
-        """Serve forwarded connections until the client goes."""
+        """Serve forwarded connections until the client goes, or none can come any more."""
         tasks: set[asyncio.Task[None]] = set()
 
         def carry(port: int, data: Stream, error: Stream, greeting: bytes = b"") -> None:
@@ -269,9 +269,12 @@ class _Session:
         try:
             if self._kind is Kind.SPDY or self._protocol == websocket.TUNNEL_PROTOCOL:
                 self._forward_streams(carry)
+                await asyncio.wait({self._link.lost})
             else:
-                self._forward_channels(offer, carry)
-            await asyncio.wait({self._link.lost})
+                carrier = self._forward_channels(offer, carry)
+                if tasks:
+                    await self._while_connected(asyncio.wait(tasks))
+                carrier.close()
         finally:
             for task in tasks:
                 task.cancel()
@@ -307,13 +310,14 @@ class _Session:
         SpdyCarrier(self._link, opened, tunnel)
         self._link.received(self._rest)
 
-    def _forward_channels(self, offer: Forward, carry: Callable[[int, Stream, Stream, bytes], None]) -> None:
+    def _forward_channels(self, offer: Forward, carry: Callable[[int, Stream, Stream, bytes], None]) -> ChannelCarrier:
         """Two channels of the WebSocket are a connection to each of the request's ports."""
         readable, writable = portforward.websocket_channels(offer.ports)
         carrier = ChannelCarrier(self._link, self._protocol, readable=readable, writable=writable)
         carrier.receive(self._rest)
         for number, port in enumerate(offer.ports):
             carry(port, carrier.streams[2 * number], carrier.streams[2 * number + 1], portforward.greeting(port))
+        return carrier
 
     async def _while_connected(self, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of work that is cancelled when the client goes; ConnectionResetError then."""
@@ -342,7 +346,10 @@ async def _outcome(offer: Command, streams: dict[remotecommand.Stream, Stream], 
 
 
 async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, greeting: bytes) -> None:
-    """Carry one connection between a client and a port of the pod."""
+    """Carry one connection between a client and a port of the pod.
+
+    A ``greeting`` goes first on both streams, of a client that has no sign for the end of one but that of all.
+    """
     try:
         if greeting:
             await data.write(greeting)
@@ -355,9 +362,13 @@ async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, gre
             return
         with sock:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_send_all(data, sock))
+                sending = group.create_task(_send_all(data, sock))
                 await pipes.Outflow(sock.fileno(), data).run()
                 data.close()
+                # Kubernetes' clients before 1.30 say that they have nothing more to send only when this has ended.
+                error.close()
+                if greeting:
+                    sending.cancel()
     except* ConnectionError:
         pass  # the client is gone, or has let go of the stream
     finally:

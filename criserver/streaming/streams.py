@@ -229,6 +229,10 @@ class SpdyCarrier:
         self._flush()
 
     def _open(self, number: int, headers: Pairs, ended: bool) -> None:
+        if self._spdy.state(number)[0] is not spdy.Half.SILENT:
+            # Reset in the same breath, or one on which nothing may be said, and nobody has a use for that.
+            self._spdy.reset(number, spdy.Status.REFUSED_STREAM)
+            return
         stream = self._streams[number] = Stream(self, number)
         self._spdy.reply(number)
         if ended:

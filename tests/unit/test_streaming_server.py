@@ -7,8 +7,9 @@ import gc
 import os
 import socket
 import ssl
+import struct
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ import pytest
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, offers, server
 from tests.e2e.streaming_client import Refused, Spdy, WebSocket
+from tests.unit import spdy_peer
 
 OUTPUT = Wanted(stdin=False, stdout=True, stderr=False, tty=False)
 CAT = Wanted(stdin=True, stdout=True, stderr=False, tty=False)
@@ -156,6 +158,100 @@ async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypa
         client.until("e", b"nobody at 81")
 
     await blocking(work, serving.offer(Forward((), dial)))
+
+
+class Pod:
+    """One port of a pod."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+
+    async def dial(self, port: int) -> socket.socket:
+        sock = socket.create_connection(self.listener.getsockname())
+        sock.setblocking(False)
+        return sock
+
+    def accept(self) -> socket.socket:
+        return self.listener.accept()[0]
+
+
+@pytest.fixture
+def pod() -> Iterator[Pod]:
+    found = Pod()
+    yield found
+    found.listener.close()
+
+
+def open_port(client: Spdy, number: int) -> None:
+    client.open(f"error{number}", streamtype="error", port="80", requestid=str(number))
+    client.open(f"data{number}", streamtype="data", port="80", requestid=str(number))
+
+
+@pytest.mark.parametrize("flags", [0, spdy_peer.UNIDIRECTIONAL, spdy_peer.UNIDIRECTIONAL | spdy_peer.FIN])
+async def test_a_stream_that_is_opened_and_reset_in_one_breath(serving: StreamingServer, pod: Pod, flags: int):
+    """And one on which only the client may speak. Other connections on the same one are not to notice."""
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        open_port(client, 1)
+        pod.accept().sendall(b"one")
+        client.until("data1", b"one")
+        # A header block of another zlib stream would be none; this one has no headers, and so no block.
+        opening = spdy_peer.control(spdy_peer.SYN_STREAM, struct.pack(">IIH", 5, 0, 0), flags)
+        reset = spdy_peer.words(spdy_peer.RST_STREAM, 5, 5)
+        client.sock.sendall(opening + (b"" if flags else reset))
+        client.ids["5"], client.spdy._next_id = 5, 7
+        open_port(client, 2)
+        pod.accept().sendall(b"two")
+        client.until("data2", b"two")
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
+
+
+async def test_a_client_that_waits_for_the_end_of_the_errors(serving: StreamingServer, pod: Pod):
+    """kubectl before 1.32 closes its side only then, also when the pod has closed the connection."""
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        open_port(client, 1)
+        client.send("error1", b"", end=True)
+        with pod.accept() as connection:
+            connection.sendall(b"all")
+        while not client.ended >= {"data1", "error1"}:
+            assert client.read(5)
+        assert client.got["data1"] == b"all"
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
+
+
+async def test_a_plain_websocket_ends_with_the_last_of_its_connections(serving: StreamingServer, pod: Pod):
+    """It has no other sign for that, and a client that reads to the end waits for it."""
+
+    def work(url: str) -> None:
+        client = WebSocket(url, "v4.channel.k8s.io")
+        client.sock.settimeout(5)
+        first, second = pod.accept(), pod.accept()
+        first.close()
+        second.sendall(b"still")
+        while b"still" not in client.got[0] + client.got[2]:
+            assert client.read()
+        second.close()
+        while client.read():
+            pass
+        assert client.closed is not None
+        assert client.closed.code == 1000
+
+    await blocking(work, serving.offer(Forward((80, 81), pod.dial)))
+
+
+async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod):
+    def work(url: str) -> None:
+        client = WebSocket(url, "v4.channel.k8s.io")
+        client.sock.settimeout(5)
+        while client.read():
+            pass
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
 
 
 async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
