@@ -16,6 +16,8 @@ from contextlib import suppress
 READ_SIZE = 64 << 10
 # Bytes that wait for a client to take them before a writer has to wait, beside what the kernel holds.
 WRITE_LIMIT = 256 << 10
+# Bytes beyond which nothing more is read from a client: so much is owed to one that demands answers and takes none.
+ANSWER_LIMIT = 1 << 20
 # Seconds between looks at a client whose bytes are not read for now.
 _GLANCE = 1.0
 # Seconds that a client has to close when all is said.
@@ -71,17 +73,20 @@ class Link(asyncio.BufferedProtocol):
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         self._room = None
+        self.release(self)
 
     def send(self, data: bytes) -> None:
         """Send, whether the client takes it or not: for what is small, or before :meth:`drained`."""
         if data and not self.lost.done():
             self.used = self._loop.time()
             self._transport.write(data)
+            if self._transport.get_write_buffer_size() > ANSWER_LIMIT:
+                self.hold(self)
 
     async def drained(self) -> None:
         """Wait until the client has taken enough. Raises ConnectionResetError where it is gone."""
-        if self._room is not None:
-            await asyncio.shield(self._room)  # others may wait for the same
+        while self._room is not None:  # another that waited may have filled it again
+            await asyncio.shield(self._room)
         if self.lost.done():
             raise ConnectionResetError("the client is gone")
 
@@ -89,7 +94,8 @@ class Link(asyncio.BufferedProtocol):
         """Read nothing more from the client until :meth:`release`: it has sent more than ``who`` can take."""
         if not self._held:
             self._transport.pause_reading()
-            self._look()
+            if self._glance is None and not self._gone():
+                self._look()
         self._held.add(who)
 
     def release(self, who: object) -> None:
@@ -109,6 +115,7 @@ class Link(asyncio.BufferedProtocol):
             self._glance = self._loop.call_later(_GLANCE, self._look_again)
 
     def _look_again(self) -> None:
+        self._glance = None
         if self._held and not self._gone():
             self._look()
 

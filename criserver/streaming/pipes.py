@@ -13,12 +13,15 @@ CHUNK = 128 << 10
 class Source(Protocol):
     """Bytes from the client."""
 
-    async def read(self) -> bytes | memoryview:
+    async def read(self) -> bytes | bytearray | memoryview:
         """The next bytes, b"" at the end. Raises ConnectionError where the client is gone."""
 
 
 class Sink(Protocol):
     """Bytes to the client."""
+
+    async def room(self) -> None:
+        """Wait until more may be sent. Raises ConnectionError where the client is gone."""
 
     async def write(self, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionError where the client is gone."""
@@ -40,6 +43,9 @@ class Outflow:
     async def run(self) -> None:
         """Copy until the end. Raises ConnectionError where the client is gone."""
         while True:
+            # Before reading, with nothing to wait for in between: however many share a connection, one chunk goes
+            # beyond what it may keep.
+            await self._sink.room()
             try:
                 data = os.read(self._fd, CHUNK)
             except BlockingIOError:

@@ -15,12 +15,14 @@ from criserver.streaming.spdy.headers import Pairs
 
 log = structlog.get_logger(__name__)
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 # Bytes that a stream, and all of a connection, keep of what a client has sent and nobody has taken yet. More come only
 # with the read that passes the limit.
 STREAM_LIMIT = 128 << 10
 CONNECTION_LIMIT = 1 << 20
+# Bytes. A piece that is smaller is copied, for a view keeps alive all that was read with it.
+_LARGE = 16 << 10
 
 
 class Carrier(Protocol):
@@ -28,6 +30,9 @@ class Carrier(Protocol):
 
     async def send(self, stream: int, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionError where the client or its stream is gone."""
+
+    async def room(self) -> None:
+        """Wait until more may be sent on any stream. Raises ConnectionError where the client is gone."""
 
     def end(self, stream: int) -> None:
         """Nothing more is sent on a stream."""
@@ -65,6 +70,10 @@ class Stream:
         self._carrier.taken(self, len(data))
         return data
 
+    async def room(self) -> None:
+        """Wait until more may be sent. Raises ConnectionResetError where the client is gone."""
+        await self._carrier.room()
+
     async def write(self, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionResetError where the client is gone."""
         if self._broken:
@@ -82,7 +91,13 @@ class Stream:
 
     def feed(self, data: Buffer) -> None:
         """Take what has come."""
-        self._pieces.append(data)
+        last = self._pieces[-1] if self._pieces else None
+        if len(data) >= _LARGE:
+            self._pieces.append(data)
+        elif isinstance(last, bytearray) and len(last) < _LARGE:
+            last += data
+        else:
+            self._pieces.append(bytearray(data))
         self.kept += len(data)
         self._more.set()
 
@@ -160,6 +175,9 @@ class SpdyCarrier:
             rest = rest[room:]
             self._flush()
             await self._link.drained()
+
+    async def room(self) -> None:
+        await self._link.drained()
 
     def _check(self, stream: int) -> None:
         if stream not in self._streams:
@@ -281,6 +299,9 @@ class ChannelCarrier:
     async def send(self, stream: int, data: bytes) -> None:
         self._socket.send(stream, data)
         self._link.send(self._socket.take())
+        await self._link.drained()
+
+    async def room(self) -> None:
         await self._link.drained()
 
     def end(self, stream: int) -> None:

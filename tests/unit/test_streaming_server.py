@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
 import ssl
 import struct
 import subprocess
+import threading
+import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from criserver.errors import CriError, ResourceExhaustedError
-from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, offers, server
+from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, link, offers, server
 from tests.e2e.streaming_client import Refused, Spdy, WebSocket
 from tests.unit import spdy_peer
 
@@ -252,6 +256,137 @@ async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod)
             pass
 
     await blocking(work, serving.offer(Forward((), pod.dial)))
+
+
+@pytest.fixture
+async def stuck(serving: StreamingServer) -> AsyncIterator[str]:
+    """The address of a command that takes nothing of its input."""
+    gate = asyncio.Event()
+
+    async def wait(streams: Streams) -> int:
+        await gate.wait()
+        return 0
+
+    yield serving.offer(Command(INPUT, wait))
+    gate.set()
+
+
+def memory_for(client: Spdy, pieces: Iterator[bytes]) -> int:
+    """Bytes of memory that are still in use when the server has been sent all of that, or does not take it."""
+    time.sleep(0.2)
+    client.sock.settimeout(2)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(TimeoutError):
+            for piece in pieces:
+                client.sock.sendall(piece)
+        time.sleep(0.2)
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def skipped(size: int) -> bytes:
+    """A control frame of a type that nobody knows."""
+    return spdy_peer.control(99, bytes(size))
+
+
+async def test_input_that_nobody_takes_costs_no_more_than_its_size(stuck: str):
+    def work(url: str) -> None:
+        client = Spdy(url).open_command("error", "stdin")
+        one = spdy_peer.data(client.ids["stdin"], b"x")
+        assert memory_for(client, (one + skipped(65_000) for _ in range(300))) < 1 << 20
+
+    await blocking(work, stuck)
+
+
+async def test_input_in_many_small_frames_costs_no_more_than_its_size(stuck: str):
+    def work(url: str) -> None:
+        client = Spdy(url).open_command("error", "stdin")
+        one = spdy_peer.data(client.ids["stdin"], b"x")
+        assert memory_for(client, (one * 5000 for _ in range(40))) < 4 << 20
+
+    await blocking(work, stuck)
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> list[link.Link]:
+    """The server's connections."""
+    found: list[link.Link] = []
+    made = link.Link.connection_made
+    monkeypatch.setattr(link.Link, "connection_made", lambda self, t: (found.append(self), made(self, t))[1])
+    return found
+
+
+async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[link.Link]):
+    most = 0
+
+    def work(url: str) -> None:
+        nonlocal most
+        client = Spdy(url).open_command("error", "stdin")
+        client.sock.settimeout(1)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        links[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        # No read of the server's has more of them than it answers at once.
+        pings = spdy_peer.words(spdy_peer.PING, 1) * 900 + skipped(55_000)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(300):
+                client.sock.sendall(pings)
+                most = max(most, links[0]._transport.get_write_buffer_size())
+
+    await blocking(work, stuck)
+    assert link.ANSWER_LIMIT < most < link.ANSWER_LIMIT * 1.1
+
+
+async def test_output_of_many_streams_that_nobody_takes_is_bounded(
+    serving: StreamingServer, pod: Pod, links: list[link.Link]
+):
+    count, most = 40, 0
+
+    def feed() -> None:
+        connections = [pod.accept() for _ in range(count)]
+        with contextlib.suppress(ConnectionError):
+            while True:
+                for connection in connections:
+                    connection.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        connection.send(bytes(1 << 20))
+                time.sleep(0.001)
+
+    def work(url: str) -> None:
+        nonlocal most
+        client = Spdy(url, "portforward.k8s.io")
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        for number in range(count):
+            open_port(client, number)
+        for _ in range(300):
+            client.sock.recv(65536)
+            time.sleep(0.005)
+            most = max(most, links[0]._transport.get_write_buffer_size())
+        client.close()
+        feeder.join()
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
+    assert link.WRITE_LIMIT < most < 2 * link.WRITE_LIMIT
+
+
+async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving: StreamingServer):
+    async def slow(streams: Streams) -> int:
+        assert streams.stdin is not None
+        while await streams.stdin.read():
+            await asyncio.sleep(0.0005)
+        return 0
+
+    def work(url: str) -> None:
+        client = Spdy(url).open_command("error", "stdin")
+        for _ in range(1000):
+            client.send("stdin", bytes(64 << 10))
+        client.send("stdin", b"", end=True)
+        client.finish()
+
+    await blocking(work, serving.offer(Command(INPUT, slow)))
+    assert len(asyncio.get_running_loop()._scheduled) < 10  # type: ignore[attr-defined]
 
 
 async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
