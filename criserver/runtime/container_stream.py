@@ -112,14 +112,25 @@ async def _exec_on_terminal(node: Node, container: Container, command: Sequence[
         console = stack.enter_context(closing(Console(node.container_dir(container.id))))
         ended = await stack.enter_async_context(exec_process(node, container, command, console=console.path))
         arrival = asyncio.create_task(console.master())
+        stack.push_async_callback(_let_go, arrival)
         await asyncio.wait({arrival, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not arrival.done():
-            arrival.cancel()
-            return await ended  # raises what hindered it
+        if ended.done():
+            code = ended.result()  # or what hindered it
+            # The terminal was sent before the command could begin: it is on its way, with all that was written to it.
+            await asyncio.wait({arrival}, timeout=DRAIN_TIMEOUT)
+            if not arrival.done():
+                return code
         terminal = arrival.result()
-        stack.callback(os.close, terminal)
         inputs = [_resize(streams, terminal), *([copy_in(streams.stdin, terminal)] if streams.stdin else [])]
         return await _carry(inputs, [(terminal, streams.stdout)], ended)
+
+
+async def _let_go(arrival: asyncio.Task[int]) -> None:
+    """Wait no more for a terminal, or close it where it has come."""
+    arrival.cancel()
+    await asyncio.wait({arrival})
+    if not arrival.cancelled() and arrival.exception() is None:
+        os.close(arrival.result())
 
 
 async def _attach(node: Node, container_id: str, streams: Streams) -> int:

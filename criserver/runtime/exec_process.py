@@ -12,7 +12,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.oci import spec
@@ -86,12 +86,11 @@ async def exec_process(
             await link.request({**request, "console": console} if console else request, stdio)
             yield ended
         finally:
+            link.close()
             if ended.done() and not ended.cancelled():
                 ended.exception()  # taken, so that asyncio does not complain of one nobody waits for
-            link.close()
     finally:
-        with suppress(FileNotFoundError):  # the container may have been removed meanwhile
-            os.unlink(path)
+        _unlink(path)
 
 
 def _write_process(node: Node, container: Container, command: Sequence[str], path: str, *, tty: bool) -> None:
@@ -107,18 +106,19 @@ class Console:
     def __init__(self, directory: str) -> None:
         """Listen in ``directory``, under a name that is nobody else's."""
         name = f"console-{os.getpid()}-{next(_numbers)}.sock"
-        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._file = os.path.join(directory, name)
-        # By way of the descriptor: a socket's address has room for 107 bytes, a state directory may be longer.
-        self.path = f"/proc/{os.getpid()}/fd/{self._directory}/{name}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.setblocking(False)
-        mask = os.umask(0o177)
-        try:
+        with ExitStack() as stack:
+            opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, opened)
+            # By way of the descriptor: a socket's address has room for 107 bytes, a state directory may be longer.
+            self.path = f"/proc/{os.getpid()}/fd/{opened}/{name}"
+            self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._listener.setblocking(False)
+            # What the file gets that bind makes: the umask belongs to all threads, and another may make files just now.
+            os.fchmod(self._listener.fileno(), 0o600)
             self._listener.bind(self.path)
-        finally:
-            os.umask(mask)
-        self._listener.listen(1)
+            stack.callback(_unlink, os.path.join(directory, name))
+            self._listener.listen(1)
+            self._undo = stack.pop_all()
 
     async def master(self) -> int:
         """The terminal's master side, once the runtime has sent it; the caller closes it. Raises CriError."""
@@ -134,8 +134,11 @@ class Console:
         return fds[0]
 
     def close(self) -> None:
-        """Stop listening."""
-        self._listener.close()
-        os.close(self._directory)
-        with suppress(FileNotFoundError):
-            os.unlink(self._file)
+        """Stop listening; nobody may be waiting for the terminal any more."""
+        self._undo.close()
+
+
+def _unlink(path: str) -> None:
+    """Delete a file; the container may have been removed meanwhile."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)

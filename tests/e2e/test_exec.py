@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import struct
 import threading
@@ -126,6 +127,39 @@ def test_a_terminal_with_its_size(node: Node, container: str):
     assert b"45 123\r\n" in client.got["stdout"]
 
 
+def test_what_a_short_command_says_on_a_terminal_is_not_lost_by_a_busy_daemon(node: Node, container: str):
+    """It hears of the terminal and of the command's end at once, where it had no time for either."""
+    assert node.process is not None
+    for delay in (0.005, 0.01, 0.015, 0.02):
+        client = Spdy(url(node, container, "echo", "short", stdout=True, tty=True))
+        client.open_command("error", "stdout", "resize")
+        time.sleep(delay)
+        node.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        node.process.send_signal(signal.SIGCONT)
+        assert client.finish() == SUCCESS
+        assert client.got["stdout"] == b"short\r\n", delay
+
+
+def test_a_client_that_goes_while_its_terminal_is_made(node: Node, container: str):
+    assert node.process is not None
+    before = len(os.listdir(f"/proc/{node.process.pid}/fd"))
+    for delay in (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04):
+        client = Spdy(url(node, container, "sleep", "4321", stdout=True, tty=True))
+        client.open_command("error", "stdout", "resize")
+        time.sleep(delay)
+        client.close()
+    eventually(lambda: not processes(node, container, "4321"))
+    eventually(lambda: len(os.listdir(f"/proc/{node.process.pid}/fd")) == before)
+    # None of the descriptors that they had is still being waited for.
+    for _ in range(10):
+        client = Spdy(url(node, container, "echo", "here", stdout=True, tty=True))
+        assert client.open_command("error", "stdout", "resize").finish() == SUCCESS
+        assert client.got["stdout"] == b"here\r\n"
+    assert "never retrieved" not in node.daemon_log()
+    assert "was destroyed but it is pending" not in node.daemon_log()
+
+
 def test_a_terminal_that_is_resized_while_a_program_runs(node: Node, container: str):
     script = "trap 'stty size' WINCH; echo ready; while true; do sleep 0.05; done"
     client = WebSocket(url(node, container, "sh", "-c", script, stdin=True, stdout=True, tty=True))
@@ -156,6 +190,7 @@ def test_a_client_that_goes_ends_its_command(node: Node, container: str):
     client.until("stdout", b"here")
     client.close()
     eventually(lambda: not processes(node, container, "4321"))
+    assert "never retrieved" not in node.daemon_log()
 
 
 def test_a_client_that_goes_while_its_input_is_stuck_ends_its_command(node: Node, container: str):

@@ -1,0 +1,84 @@
+"""What a command in a container needs of the daemon: the socket for its terminal, and its pipes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from criserver.runtime.container_stream import _let_go
+from criserver.runtime.exec_process import Console
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """No more than so many descriptors can be opened."""
+    free = os.open("/", os.O_PATH)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_console_socket_is_for_root_alone_and_touches_no_other_file(tmp_path: Path):
+    """The umask is one for all threads, and others make directories meanwhile."""
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def others() -> None:
+        while not done.is_set():
+            os.mkdir(tmp_path / "other", 0o755)
+            if (mode := stat.S_IMODE(os.stat(tmp_path / "other").st_mode)) != 0o755:
+                wrong.append(mode)
+            os.rmdir(tmp_path / "other")
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(3000):
+            with closing(Console(str(tmp_path))) as console:
+                assert stat.S_IMODE(os.stat(console.path).st_mode) == 0o600
+    finally:
+        done.set()
+        thread.join()
+    assert wrong == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_console_for_which_there_is_no_descriptor_left_leaks_none(tmp_path: Path):
+    before = descriptors()
+    with room_for(1), pytest.raises(OSError, match="Too many open files"):
+        Console(str(tmp_path))
+    assert descriptors() == before
+
+
+async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Path):
+    before = descriptors()
+    with closing(Console(str(tmp_path))) as console:
+        arrival = asyncio.create_task(console.master())
+        await asyncio.sleep(0.01)
+        await _let_go(arrival)
+    assert descriptors() == before
+    # The number of the listener's descriptor is another's next, and nothing is left that watches the old one.
+    reader, writer = os.pipe()
+    called = asyncio.Event()
+    asyncio.get_running_loop().add_reader(reader, called.set)
+    os.write(writer, b"x")
+    await asyncio.wait_for(called.wait(), 5)
+    asyncio.get_running_loop().remove_reader(reader)
+    os.close(reader)
+    os.close(writer)
