@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from criserver.errors import DeadlineExceededError, InvalidArgumentError
 from criserver.runtime.exec_process import exec_process, running_container
 from criserver.runtime.node import Node
+from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
+from criserver.streaming import Outflow
 
 # A gRPC answer of the kubelet's limit holds 16 MiB in all; more output than this is read and dropped.
 MAX_OUTPUT = (8 << 20) - 1024
-# A process that ran away into the background keeps the pipes open; its output is not waited for longer than this.
-DRAIN_TIMEOUT = 2.0
-_PIPE_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,67 +35,43 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means none")
     container = running_container(node, given)
-    out, err = _Output(), _Output()
-    try:
-        with open("/dev/null", "rb") as null:
-            stdio = [null.fileno(), out.writer, err.writer]
-            try:
-                async with (
-                    asyncio.timeout(timeout or None) as limit,
-                    exec_process(node, container, command, stdio=stdio) as ended,
-                ):
-                    out.handed_over()
-                    err.handed_over()
+    with Pipe() as out, Pipe() as err, open(os.devnull, "rb") as null:
+        stdio = [null.fileno(), out.writer, err.writer]
+        sinks = (_Collected(), _Collected())
+        try:
+            async with (
+                asyncio.timeout(timeout or None) as limit,
+                exec_process(node, container, command, stdio=stdio) as ended,
+            ):
+                for pipe in (out, err):
+                    pipe.close_writer()  # so that the command's exit is the pipe's end
+                reading = [
+                    asyncio.create_task(Outflow(pipe.reader, sink).run())
+                    for pipe, sink in zip((out, err), sinks, strict=True)
+                ]
+                try:
                     code = await ended
                     limit.reschedule(None)
-                    await asyncio.wait([out.finished, err.finished], timeout=DRAIN_TIMEOUT)
-            except TimeoutError:
-                words = f"command {' '.join(command)!r} in container {container.id} timed out after {timeout:g} s"
-                raise DeadlineExceededError(words) from None
-        return ExecResult(bytes(out.data), bytes(err.data), code)
-    finally:
-        out.close()
-        err.close()
+                    await asyncio.wait(reading, timeout=DRAIN_TIMEOUT)
+                finally:
+                    for task in reading:
+                        task.cancel()
+                    await asyncio.gather(*reading, return_exceptions=True)
+        except TimeoutError:
+            words = f"command {' '.join(command)!r} in container {container.id} timed out after {timeout:g} s"
+            raise DeadlineExceededError(words) from None
+    stdout, stderr = (bytes(sink.data) for sink in sinks)
+    return ExecResult(stdout, stderr, code)
 
 
-class _Output:
-    """A pipe whose reading end collects here and whose writing end goes to the command."""
+class _Collected:
+    """What a command has written to one of its outputs."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        self._loop = asyncio.get_running_loop()
-        self.finished: asyncio.Future[None] = self._loop.create_future()
-        self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._reader, False)
-        try:
-            fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-        except OSError:
-            pass  # the user's pipe budget is used up: the default size works too
-        self._loop.add_reader(self._reader, self._readable)
 
-    def handed_over(self) -> None:
-        """Close this side's copy of the writing end, so that the command's exit is the pipe's end."""
-        if self.writer >= 0:
-            os.close(self.writer)
-            self.writer = -1
+    async def room(self) -> None:
+        """What is too much is dropped."""
 
-    def close(self) -> None:
-        """Stop reading."""
-        self.handed_over()
-        if self._reader >= 0:
-            self._loop.remove_reader(self._reader)
-            os.close(self._reader)
-            self._reader = -1
-        if not self.finished.done():
-            self.finished.cancel()
-
-    def _readable(self) -> None:
-        try:
-            piece = os.read(self._reader, _PIPE_SIZE)
-        except BlockingIOError:
-            return
-        if piece:
-            self.data += piece[: MAX_OUTPUT - len(self.data)]
-        elif not self.finished.done():
-            self._loop.remove_reader(self._reader)
-            self.finished.set_result(None)
+    async def write(self, data: bytes) -> None:
+        self.data += data[: MAX_OUTPUT - len(self.data)]

@@ -13,24 +13,21 @@ import struct
 import termios
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, closing, suppress
-from typing import Any, Self
+from typing import Any
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
 from criserver.runtime.exec_process import Console, exec_process, link_to_shim, running_container
 from criserver.runtime.node import Node
+from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.runtime.records import Container, SandboxState
 from criserver.runtime.shims import Link
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
 
-# Seconds. Output that a command has left in its pipes is taken however long the client needs; when there is none, but
-# a process that ran away into the background may write some yet, it is not waited for longer than this.
-DRAIN_TIMEOUT = 2.0
-DIAL_TIMEOUT = 30.0
+DIAL_TIMEOUT = 30.0  # seconds
 # A WebSocket's channels are named by one character; each port takes two.
 MAX_PORTS = 40
-_PIPE_SIZE = 1 << 20
 _LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
@@ -83,7 +80,7 @@ async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: W
     if wanted.tty:
         return await _exec_on_terminal(node, container, command, streams)
     async with AsyncExitStack() as stack:
-        stdin, stdout, stderr = (stack.enter_context(_Pipe()) for _ in range(3))
+        stdin, stdout, stderr = (stack.enter_context(Pipe()) for _ in range(3))
         # Nothing wants what is not asked for.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, null)
@@ -101,7 +98,7 @@ async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: W
         return await _carry(inputs, outputs, ended)
 
 
-async def _feed(source: Source, pipe: _Pipe) -> None:
+async def _feed(source: Source, pipe: Pipe) -> None:
     """Copy to a command's standard input, and end it when the client does."""
     await copy_in(source, pipe.writer)
     pipe.close_writer()
@@ -145,7 +142,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
         link = link_to_shim(node, container, lambda _: None, on_close)
         stack.callback(link.close)
         wanted = {name: sink for name in ("stdout", "stderr") if (sink := getattr(streams, name)) is not None}
-        pipes = {name: stack.enter_context(_Pipe()) for name in wanted}
+        pipes = {name: stack.enter_context(Pipe()) for name in wanted}
         request = {"op": "attach", "streams": list(wanted)}
         reply = await link.request(request, [pipe.writer for pipe in pipes.values()])
         for pipe in pipes.values():
@@ -232,38 +229,6 @@ async def _resize(streams: Streams, terminal: int) -> None:
     async for size in streams.sizes():
         with suppress(OSError):  # a terminal that is gone has no size
             fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
-
-
-class _Pipe:
-    """A pipe whose one end is given away: closing it here leaves the other, which then does not block, to us."""
-
-    def __enter__(self) -> Self:
-        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        with suppress(OSError):  # the user's pipe budget is used up: the default size works too
-            fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close_reader()
-        self.close_writer()
-
-    def close_reader(self) -> None:
-        """The reading end has been given away, or is of no use any more."""
-        self.reader = _closed(self.reader)
-        if self.writer >= 0:
-            os.set_blocking(self.writer, False)
-
-    def close_writer(self) -> None:
-        """The writing end has been given away, or is of no use any more."""
-        self.writer = _closed(self.writer)
-        if self.reader >= 0:
-            os.set_blocking(self.reader, False)
-
-
-def _closed(fd: int) -> int:
-    if fd >= 0:
-        os.close(fd)
-    return -1
 
 
 def _network_of(node: Node, sandbox_id: str) -> str | None:
