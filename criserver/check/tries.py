@@ -61,16 +61,15 @@ def missing_calls() -> list[str]:
 
 
 def overlay(directory: str) -> str | None:
-    """Whether containers' file systems can be in ``directory``: mounted, written to, and programs in it run."""
+    """Whether containers' file systems can be in ``directory``: mounted, and what is of the image replaced."""
     return _in_scratch(directory, _overlay)
 
 
 def _overlay() -> str | None:
     for name in ("lower", "upper", "work", "merged"):
         os.mkdir(name, 0o755)
-    with open("lower/program", "w") as f:
-        f.write("#!/bin/sh\n")
-        os.fchmod(f.fileno(), 0o755)
+    with open("lower/file", "w"):
+        pass
     os.mkdir("lower/directory")
     try:
         # As snapshots are mounted: "volatile" takes Linux 5.10.
@@ -82,17 +81,11 @@ def _overlay() -> str | None:
         return f"overlay is not mounted ({e.strerror}): the file system does not take it, or Linux is older than 5.10"
     try:
         try:
-            subprocess.run(["./merged/program"], check=True, timeout=_SECONDS)
-        except (OSError, subprocess.SubprocessError) as e:
-            return f"programs do not run there ({e}): is it mounted noexec?"
-        try:
-            os.unlink("merged/program")
+            os.unlink("merged/file")
             os.rmdir("merged/directory")
             os.mkdir("merged/directory")
         except OSError as e:
             return f"files of images cannot be replaced there ({e.strerror})"
-        if os.statvfs("merged").f_flag & os.ST_NOSUID:
-            return "set-user-ID programs do not work there: is it mounted nosuid?"
     finally:
         mounts.umount2("merged", mounts.MNT_DETACH)
     return None

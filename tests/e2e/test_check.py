@@ -1,0 +1,113 @@
+"""``criserver check`` on this machine: pods can run here, and what is taken away is missed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from criserver.check import tries
+from tests.e2e.node import Node
+
+
+def check(node: Node, *words: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "criserver", "check", "--json", "--config", node.config, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
+
+
+def words(report: dict[str, Any], level: str) -> list[str]:
+    return [f["found"] for f in report["findings"] if f["level"] == level]
+
+
+def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
+    before = set(os.listdir("/sys/class/net")), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
+    code, report = check(node)
+    assert (code, report["pods_can_run"]) == (0, True), words(report, "missing")
+    assert node.process is not None
+    assert f"criserver serves at {node.socket} (PID {node.process.pid})" in words(report, "ok")
+    assert "a container was run by runc" in words(report, "ok")
+    assert (set(os.listdir("/sys/class/net")), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))) == before
+    node.stop()
+    code, report = check(node)
+    assert code == 0, words(report, "missing")
+    assert f"the socket at {node.socket} is of a daemon that has ended" in words(report, "ok")
+
+
+def test_a_node_without_a_network_is_told_so(node: Node):
+    os.rename(f"{node.cni}/10-e2e.conflist", f"{node.base}/kept")
+    try:
+        code, report = check(node)
+    finally:
+        os.rename(f"{node.base}/kept", f"{node.cni}/10-e2e.conflist")
+    assert (code, report["pods_can_run"]) == (1, False)
+    (lacking,) = words(report, "missing")
+    assert lacking.startswith(f"no CNI configuration in {node.cni}")
+
+
+def test_for_people_it_prints_lines_with_what_to_do(node: Node):
+    with open(f"{node.base}/other.toml", "w") as f, open(node.config) as g:
+        f.write(g.read() + '[runtime]\ncgroup_driver = "systemd"\ninfra = "/nowhere/catatonit"\n')
+    command = [sys.executable, "-m", "criserver", "check", "--config", f"{node.base}/other.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "missing  runtimes      /nowhere/catatonit is not an executable" in done.stdout
+    assert "-> install catatonit" in done.stdout
+    assert done.stdout.endswith("missing\n")
+
+
+def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: None, tmp_path):
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    # The kernel takes no overlay for the upper layer of another.
+    with tmpfs(tmp_path / "lower", "ro"):
+        assert tries.overlay(str(tmp_path / "lower")) == "nothing can be written there (Read-only file system)"
+    with tmpfs(tmp_path / "upper", "rw"):
+        assert tries.overlay(str(tmp_path / "upper")) is None
+        os.mkdir(tmp_path / "upper/upper")
+        os.mkdir(tmp_path / "upper/work")
+        options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper/upper,workdir={tmp_path}/upper/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "check", str(tmp_path / "merged")], check=True)
+        try:
+            found = tries.overlay(str(tmp_path / "merged"))
+            assert os.listdir(tmp_path / "merged") == []
+        finally:
+            subprocess.run(["umount", str(tmp_path / "merged")], check=True)
+    assert found is not None
+    assert "overlay is not mounted" in found
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, options: str) -> Iterator[None]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "check", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_links_are_made_where_nobody_sees_them():
+    before = os.listdir("/sys/class/net")
+    assert tries.link("bridge") is None
+    assert tries.link("veth") is None
+    assert tries.link("nosuchkind") == os.strerror(95)
+    assert os.listdir("/sys/class/net") == before
+
+
+def test_a_container_that_the_runtime_refuses_is_told_in_its_words(node: Node, tmp_path):
+    from criserver.config import load
+
+    refusing = tmp_path / "refusing"
+    refusing.write_text("#!/bin/sh\necho 'no containers on Tuesdays' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    config = tmp_path / "config.toml"
+    with open(node.config) as f:
+        config.write_text(f.read() + f'[runtimes.runc]\npath = "{refusing}"\n')
+    assert tries.container(load(str(config)), "runc") == "no containers on Tuesdays"
+    assert [name for name in os.listdir(node.state) if name.startswith("check-")] == []
