@@ -19,7 +19,7 @@ import grpc
 import structlog
 
 from criserver import __version__
-from criserver.api import image_service, runtime_service
+from criserver.api import admin_service, image_service, runtime_service
 from criserver.api.server import generic_handler, listen
 from criserver.config import Config
 from criserver.errors import CriError, FailedPreconditionError
@@ -180,8 +180,11 @@ def _writable_layers(registry: Registry) -> dict[str, bool]:
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    images = image_service.ImageService(node.images, os.path.join(node.config.root, "snapshots"))
-    operator = image_service.AdminService(node.images, os.path.join(node.config.root, "spool"))
+    root, containers = node.config.root, node.registry.containers
+    images = image_service.ImageService(node.images, os.path.join(root, "snapshots"), node.stats.disk.total)
+    operator = admin_service.AdminService(
+        node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
+    )
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
     # Kubelets before 1.23 speak v1alpha2 alone: the same messages on the wire, with fewer fields in them.
     for version in ("v1", "v1alpha2"):

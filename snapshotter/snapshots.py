@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -254,6 +255,15 @@ class Snapshotter:
         del self._layers[chain_id]
         await asyncio.to_thread(self._delete, name)
 
+    async def check_layer(self, chain_id: str) -> str:
+        """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more."""
+        layer = self._layers.get(chain_id)
+        if layer is None:
+            return ""
+        if layer.parent is not None and layer.parent not in self._layers:
+            return f"the layer below it, {layer.parent}, is missing"
+        return await asyncio.to_thread(_check_record, layer)
+
     async def usage(self, key: str) -> Usage:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
         path = os.path.join(self._snapshot(key).path, "fs")
@@ -334,10 +344,13 @@ class Snapshotter:
         self._retire(path)
 
     def _retire(self, path: str) -> str:
-        """Move a layer or snapshot into staging, under a name that is returned, to be deleted there."""
-        area = tempfile.mkdtemp(dir=self._path("staging"))
-        os.rename(path, os.path.join(area, "retired"))
-        return os.path.basename(area)
+        """Move a layer or snapshot into staging, under a name that is returned, to be deleted there.
+
+        Nothing is made for it: there may be no room left.
+        """
+        name = f"retired-{secrets.token_hex(8)}"
+        os.rename(path, self._path("staging", name))
+        return name
 
     def _delete(self, name: str) -> None:
         """Delete ``name`` in staging. What cannot be deleted now is left to the next start."""
@@ -577,6 +590,18 @@ def _make_root(area: str, uid: int, gid: int, mode: int) -> None:
     os.mkdir(path, 0o700)
     os.chown(path, uid, gid)
     os.chmod(path, mode)
+
+
+def _check_record(layer: Layer) -> str:
+    try:
+        if Layer(**_read_meta(layer.path), path=layer.path) != layer:
+            return f"the metadata in {layer.path} is another layer's"
+        os.close(os.open(os.path.join(layer.path, "fs"), _DIRECTORY))
+    except (ValueError, TypeError) as e:
+        return f"the metadata in {layer.path} is unusable: {e}"
+    except OSError as e:
+        return f"{layer.path} cannot be read: {e.strerror}"
+    return ""
 
 
 def _write_meta(area: str, meta: dict[str, Any]) -> None:

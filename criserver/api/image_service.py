@@ -1,20 +1,17 @@
-"""CRI's ImageService, and the operator's calls that CRI has none for."""
+"""CRI's ImageService."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import os
-import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from criserver.api import views
 from criserver.errors import InvalidArgumentError
 from criserver.images import Credentials, Images
 from criserver.images.credentials import decode_basic
-from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.stats import DiskUsage
 
 # RPCs that a later version builds, with the feature that each belongs to.
 MISSING: dict[str, str] = {}
@@ -23,9 +20,11 @@ MISSING: dict[str, str] = {}
 class ImageService:
     """The methods are named after the RPCs; what each promises is CRI's."""
 
-    def __init__(self, images: Images, image_directory: str) -> None:
+    def __init__(self, images: Images, image_directory: str, writable: Callable[[], DiskUsage]) -> None:
+        """``writable`` gives what the containers' writable layers occupy."""
         self._images = images
         self._directory = image_directory
+        self._writable = writable
 
     async def list_images(self, request: cri.ListImagesRequest) -> cri.ListImagesResponse:
         wanted = request.filter.image.image
@@ -55,35 +54,19 @@ class ImageService:
         return cri.RemoveImageResponse()
 
     async def image_fs_info(self, request: cri.ImageFsInfoRequest) -> cri.ImageFsInfoResponse:
-        usage = self._images.fs_usage()
-        found = cri.FilesystemUsage(
-            timestamp=time.time_ns(),
-            fs_id=cri.FilesystemIdentifier(mountpoint=self._directory),
-            used_bytes=cri.UInt64Value(value=usage.bytes),
-            inodes_used=cri.UInt64Value(value=usage.inodes),
+        images, writable = self._images.fs_usage(), self._writable()
+        return cri.ImageFsInfoResponse(
+            image_filesystems=[self._usage(time.time_ns(), images.bytes, images.inodes)],
+            # On the same file system, which is what the same mount point says.
+            container_filesystems=[self._usage(writable.timestamp, writable.bytes, writable.inodes)],
         )
-        return cri.ImageFsInfoResponse(image_filesystems=[found], container_filesystems=[found])
 
-
-class AdminService:
-    """What ``criserver image`` asks of the daemon."""
-
-    def __init__(self, images: Images, spool_directory: str) -> None:
-        self._images = images
-        self._spool = spool_directory
-
-    async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
-        os.makedirs(self._spool, mode=0o700, exist_ok=True)
-        name = ""
-        # A file without a name: nothing of it is left, however the call or the daemon ends.
-        with tempfile.TemporaryFile(dir=self._spool) as spool:
-            async for piece in request:
-                name = piece.name or name
-                await asyncio.to_thread(spool.write, piece.data)
-            spool.flush()
-            images = await self._images.import_archive(f"/proc/self/fd/{spool.fileno()}", name=name)
-        return admin.ImportImageResponse(
-            images=[admin.ImportedImage(id=i.id, names=[*i.repo_tags, *i.repo_digests]) for i in images]
+    def _usage(self, timestamp: int, size: int, inodes: int) -> cri.FilesystemUsage:
+        return cri.FilesystemUsage(
+            timestamp=timestamp,
+            fs_id=cri.FilesystemIdentifier(mountpoint=self._directory),
+            used_bytes=cri.UInt64Value(value=size),
+            inodes_used=cri.UInt64Value(value=inodes),
         )
 
 

@@ -41,13 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     default = config.add_parser("default", help="print every key with its default and what it means")
     default.set_defaults(run=_config_default)
 
-    image = commands.add_parser("image", help="images of a running daemon").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    add = image.add_parser("import", help="add the images of an OCI layout or docker-archive tar")
-    add.add_argument("file", metavar="FILE", help='the archive, or "-" for standard input')
-    add.add_argument("--config", metavar="FILE", help="the daemon's configuration, for its address")
-    add.set_defaults(run=_image_import)
+    _add_image(commands.add_parser("image", help="images of a running daemon"))
 
     reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
     reset.add_argument("--config", metavar="FILE", help="the daemon's configuration")
@@ -58,6 +52,55 @@ def _parser() -> argparse.ArgumentParser:
     reset.add_argument("--images", action="store_true", help="delete images and records too")
     reset.set_defaults(run=_reset)
     return parser
+
+
+def _add_image(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def add(name: str, function: str, words: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+        action.add_argument("--config", metavar="FILE", help="the daemon's configuration, for its address")
+        action.set_defaults(run=_image, function=function)
+        return action
+
+    found = add("list", "list_images", "list the images, or those that IMAGE names")
+    found.add_argument("image", metavar="IMAGE", nargs="?", help="a name, with or without a tag, or an ID")
+    shape = found.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="as JSON, with whole IDs and sizes in bytes")
+    shape.add_argument("-q", "--quiet", action="store_true", help="IDs alone")
+
+    pull = add("pull", "pull", "pull an image from its registry")
+    pull.add_argument("image", metavar="IMAGE")
+    pull.add_argument("--pin", action="store_true", help="keep it from garbage collection")
+    pull.add_argument("-q", "--quiet", action="store_true", help="print its ID alone")
+    who = pull.add_mutually_exclusive_group()
+    who.add_argument("--authfile", metavar="FILE", help="a docker config file with credentials")
+    who.add_argument("--user", metavar="NAME", help="who pulls; the password is asked for")
+    pull.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+
+    bring = add("import", "import_file", "add the images of an OCI layout or docker-archive tar")
+    bring.add_argument("file", metavar="FILE", help='the archive, or "-" for standard input')
+    bring.add_argument("--pin", action="store_true", help="keep them from garbage collection")
+
+    export = add("export", "export", "write images to an OCI layout tar")
+    export.add_argument("images", metavar="IMAGE", nargs="+")
+    export.add_argument("file", metavar="FILE", help='the archive, or "-" for standard output')
+
+    remove = add("remove", "remove", "remove images with all their names")
+    remove.add_argument("images", metavar="IMAGE", nargs="+")
+    remove.add_argument("--force", action="store_true", help="even where they are pinned")
+
+    for name, pinned, words in (
+        ("pin", True, "keep images from garbage collection, the kubelet's too"),
+        ("unpin", False, "leave images to garbage collection again"),
+    ):
+        action = add(name, "pin", words)
+        action.add_argument("images", metavar="IMAGE", nargs="+")
+        action.set_defaults(pinned=pinned)
+
+    add("verify", "verify", "read the whole store and report what is damaged")
+    prune = add("prune", "prune", "remove what no image, container or pull needs")
+    prune.add_argument("--all", action="store_true", help="also images that no container uses and nobody has pinned")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -80,10 +123,10 @@ def _config_default(_: argparse.Namespace) -> int:
     return 0
 
 
-def _image_import(options: argparse.Namespace) -> int:
-    from criserver.cli.image import import_file
+def _image(options: argparse.Namespace) -> int:
+    from criserver.cli import image
 
-    return import_file(load(options.config).grpc_address, options.file)
+    return int(getattr(image, options.function)(options))
 
 
 def _reset(options: argparse.Namespace) -> int:

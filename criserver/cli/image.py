@@ -1,58 +1,259 @@
-"""``criserver image``: what an operator asks of a running daemon about its images."""
+"""``criserver image``: what an operator asks of a running daemon about its images.
+
+Each function is one command; it gets its options and returns the process's exit code. All raise CriError: with the
+daemon's words where it refuses or does not answer, and InvalidArgumentError for what cannot be read or written here.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import getpass
+import json
+import os
+import stat
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import grpc
 
-from criserver.errors import CriError, InvalidArgumentError
+from criserver.cli.client import connected, method, words
+from criserver.cli.progress import display, short, size_words
+from criserver.config import load
+from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.pb.runtime.v1 import api_pb2 as cri
 
 _PIECE = 1 << 20
+_ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
+_IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
 
 
-def import_file(address: str, path: str) -> int:
-    """Send an archive to the daemon at the unix socket ``address`` and print what it holds.
+def list_images(options: argparse.Namespace) -> int:
+    """A table of the images, a line for each name; or their IDs; or JSON."""
+    with connected(_address(options)) as channel:
+        wanted = cri.ImageFilter(image=cri.ImageSpec(image=options.image or ""))
+        images = list(method(channel, _IMAGES, "ListImages")(cri.ListImagesRequest(filter=wanted)).images)
+    if options.json:
+        print(json.dumps([_as_json(image) for image in images], indent=2))
+    elif options.quiet:
+        print(*(image.id for image in images), sep="\n", end="\n" if images else "")
+    else:
+        rows = sorted((name, image.id, image) for image in images for name in _shown_names(image))
+        cells = [(name, short(i.id), size_words(i.size), "pinned" if i.pinned else "") for name, _, i in rows]
+        _print_table([("IMAGE", "ID", "SIZE", ""), *cells])
+    return 0
 
-    Raises InvalidArgumentError where the file cannot be read, CriError with the daemon's words where it
-    refuses or does not answer.
-    """
-    if path == "-":
-        return _import(address, sys.stdin.buffer, "on standard input")
+
+def pull(options: argparse.Namespace) -> int:
+    """Pull an image and show how far it is; print its ID and names."""
+    request = admin.PullImageRequest(name=options.image, pin=options.pin, **_credentials(options))
+    with connected(_address(options)) as channel:
+        layers: Sequence[admin.LayerProgress] = ()
+        shown = None if options.quiet else display(sys.stderr)
+        response = admin.PullImageResponse()
+        for response in method(channel, _ADMIN, "PullImage")(request):
+            layers = response.layers or layers
+            if response.HasField("image"):
+                # They may have come to their end since they were last told of.
+                for layer in layers:
+                    layer.received, layer.stage = layer.size, admin.DONE
+            if shown:
+                shown.show(layers)
+        _print_image(response.image, "", quiet=options.quiet)
+    return 0
+
+
+def import_file(options: argparse.Namespace) -> int:
+    """Send an archive to the daemon and print what it holds."""
+    if options.file == "-":
+        return _import(options, sys.stdin.buffer, "on standard input")
     try:
-        with open(path, "rb") as f:
-            return _import(address, f, path)
+        with open(options.file, "rb") as f:
+            return _import(options, f, options.file)
+    except OSError as e:
+        raise InvalidArgumentError(f"{options.file}: {e.strerror}") from e
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write images to an archive, which gets its name when it is whole."""
+    if options.file == "-" and sys.stdout.isatty():
+        raise InvalidArgumentError("an archive is nothing for a terminal; give a file, or redirect standard output")
+    with connected(_address(options)) as channel, _output(options.file) as file:
+        for piece in method(channel, _ADMIN, "ExportImages")(admin.ExportImagesRequest(images=options.images)):
+            file.write(piece.data)
+    return 0
+
+
+def remove(options: argparse.Namespace) -> int:
+    """Remove images with all their names."""
+
+    def one(channel: grpc.Channel, name: str) -> None:
+        request = admin.RemoveImageRequest(image=name, force=options.force)
+        removed = method(channel, _ADMIN, "RemoveImage")(request)
+        _print_image(removed.image, "removed ")
+        if removed.snapshots:
+            print(f"  containers stand on its layers, which stay until those are gone ({removed.snapshots})")
+
+    return _each(options, one)
+
+
+def pin(options: argparse.Namespace) -> int:
+    """Keep images from garbage collection, or no more."""
+
+    def one(channel: grpc.Channel, name: str) -> None:
+        request = admin.PinImageRequest(image=name, pinned=options.pinned)
+        pinned = method(channel, _ADMIN, "PinImage")(request)
+        _print_image(pinned.image, "pinned " if options.pinned else "unpinned ")
+
+    return _each(options, one)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Have the daemon read all that it has; report what is damaged, which is exit code 1."""
+    damaged = 0
+    told = sys.stderr.isatty()
+    with connected(_address(options)) as channel:
+        found = admin.VerifyImagesResponse()
+        for found in method(channel, _ADMIN, "VerifyImages")(admin.VerifyImagesRequest()):
+            if told:
+                far = f"{size_words(found.bytes)} of {size_words(found.total_bytes)}, {found.layers} layers"
+                print(f"\r\x1b[2K{far}", end="", file=sys.stderr, flush=True)
+            for damage in found.damage:
+                damaged += 1
+                print("\r\x1b[2K" if told else "", end="", file=sys.stderr, flush=True)
+                print(damage.what)
+                for image in damage.images:
+                    _print_image(image, "  ")
+                print(f"  {damage.advice}")
+    if told:
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    looked = f"{found.images} images: {found.blobs} blobs of {size_words(found.bytes)}, {found.layers} layers"
+    print(f"{looked}; {damaged} damaged" if damaged else f"{looked}; no damage")
+    return 1 if damaged else 0
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Remove what nothing needs."""
+    with connected(_address(options)) as channel:
+        pruned = method(channel, _ADMIN, "PruneImages")(admin.PruneImagesRequest(all=options.all))
+    for image in pruned.images:
+        _print_image(image, "removed ")
+    print(f"freed {size_words(pruned.freed_bytes)} ({pruned.freed_bytes} bytes), {pruned.freed_inodes} inodes")
+    return 0
+
+
+def _address(options: argparse.Namespace) -> str:
+    return load(options.config).grpc_address
+
+
+def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None]) -> int:
+    """Do it for each image that is named; those that it fails for do not stop the others."""
+    code = 0
+    address = _address(options)
+    with connected(address) as channel:
+        for name in options.images:
+            try:
+                one(channel, name)
+            except grpc.RpcError as e:
+                print(f"criserver: {words(address, e)}", file=sys.stderr)
+                code = 1
+    return code
+
+
+def _credentials(options: argparse.Namespace) -> dict[str, str]:
+    """The fields of a pull request that say who pulls. Passwords are asked for, or read, never arguments."""
+    if options.authfile:
+        # Imported here: it takes more time than all the rest of the command.
+        from criserver.images import parse
+        from criserver.images.credentials import load_docker_config
+
+        reference = parse(options.image)
+        found = load_docker_config(options.authfile, "--authfile").find(reference.domain, reference.path)
+        if found is None:
+            raise NotFoundError(f"--authfile {options.authfile} has no entry for {reference.domain}")
+        return {
+            "username": found.username,
+            "password": found.password,
+            "identity_token": found.identity_token,
+            "registry_token": found.registry_token,
+        }
+    if not options.user:
+        if options.password_stdin:
+            raise InvalidArgumentError("--password-stdin needs --user")
+        return {}
+    if options.password_stdin:
+        return {"username": options.user, "password": sys.stdin.readline().rstrip("\r\n")}
+    if not sys.stdin.isatty():
+        raise InvalidArgumentError("there is no terminal to ask for the password; give it with --password-stdin")
+    return {"username": options.user, "password": getpass.getpass(f"Password of {options.user}: ")}
+
+
+def _import(options: argparse.Namespace, archive: BinaryIO, name: str) -> int:
+    def pieces() -> Iterator[admin.ImportImageRequest]:
+        yield admin.ImportImageRequest(name=name, pin=options.pin)
+        while piece := archive.read(_PIECE):
+            yield admin.ImportImageRequest(data=piece)
+
+    with connected(_address(options)) as channel:
+        response = method(channel, _ADMIN, "ImportImage")(pieces())
+    for image in response.images:
+        _print_image(image, "")
+    return 0
+
+
+@contextlib.contextmanager
+def _output(path: str) -> Iterator[BinaryIO]:
+    """The file ``path`` to be written; a regular one appears, or is replaced, at the end and not on failure."""
+    try:
+        if path == "-":
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        elif os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "wb") as file:
+                yield file
+        else:
+            with _replacing(os.path.realpath(path)) as file:
+                yield file
     except OSError as e:
         raise InvalidArgumentError(f"{path}: {e.strerror}") from e
 
 
-def _import(address: str, archive: BinaryIO, name: str) -> int:
-    with grpc.insecure_channel(f"unix:{address}") as channel:
-        call = channel.stream_unary(
-            "/criserver.v1.AdminService/ImportImage",
-            request_serializer=admin.ImportImageRequest.SerializeToString,
-            response_deserializer=admin.ImportImageResponse.FromString,
-        )
-        try:
-            response: admin.ImportImageResponse = call(_pieces(archive, name))
-        except grpc.RpcError as e:
-            raise CriError(_words(address, e)) from e
-    for image in response.images:
-        print(image.id, *image.names)
-    return 0
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
-def _pieces(archive: BinaryIO, name: str) -> Iterator[admin.ImportImageRequest]:
-    yield admin.ImportImageRequest(name=name)
-    while piece := archive.read(_PIECE):
-        yield admin.ImportImageRequest(data=piece)
+def _print_image(image: admin.Image, before: str, *, quiet: bool = False) -> None:
+    print(f"{before}{image.id}", *([] if quiet else image.names), flush=True)
 
 
-def _words(address: str, error: grpc.RpcError) -> str:
-    assert isinstance(error, grpc.Call)
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return f"no daemon answers at {address}; start one with `criserver serve`"
-    return str(error.details())
+def _shown_names(image: cri.Image) -> Iterable[str]:
+    return image.repo_tags or image.repo_digests or ["<none>"]
+
+
+def _as_json(image: cri.Image) -> dict[str, Any]:
+    return {
+        "id": image.id,
+        "repoTags": list(image.repo_tags),
+        "repoDigests": list(image.repo_digests),
+        "size": image.size,
+        "pinned": image.pinned,
+    }
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

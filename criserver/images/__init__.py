@@ -8,24 +8,31 @@ from __future__ import annotations
 
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials
-from criserver.images.images import FsUsage, Image, Images
+from criserver.images.images import FsUsage, Image, Images, Pruned
 from criserver.images.manifests import ImageConfig
 from criserver.images.platforms import Platform, host_platform
 from criserver.images.policy import ImagePolicy
+from criserver.images.progress import LayerProgress, Stage
 from criserver.images.references import Reference, parse
 from criserver.images.settings import RegistrySettings
+from criserver.images.verify import Damage, Verified
 
 __all__ = [
     "ContentStore",
     "Credentials",
+    "Damage",
     "FsUsage",
     "Image",
     "ImageConfig",
     "ImagePolicy",
     "Images",
+    "LayerProgress",
     "Platform",
+    "Pruned",
     "Reference",
     "RegistrySettings",
+    "Stage",
+    "Verified",
     "host_platform",
     "parse",
 ]

@@ -6,17 +6,16 @@ counts. Members are read by name where they are, and nothing is extracted.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images import references
@@ -36,8 +35,7 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.references import Reference
-
-_T = TypeVar("_T")
+from criserver.images.threads import in_thread
 
 _MAX_MEMBERS = 100_000
 _MAX_LINKS = 8
@@ -74,13 +72,13 @@ class Archive:
 
     async def images(self) -> list[ArchivedImage]:
         """What the archive holds; to be called before the rest. Raises InvalidArgumentError."""
-        return await _in_thread(self._images)
+        return await in_thread(self._images)
 
     async def manifest(self, descriptor: Descriptor) -> bytes:
         """The body of a manifest or index. Raises NotFoundError, DataLossError."""
         if descriptor.digest in self._manifests:
             return self._manifests[descriptor.digest]
-        return await _in_thread(self._read_manifest, descriptor.digest)
+        return await in_thread(self._read_manifest, descriptor.digest)
 
     async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
         """Bring a blob into ``content``. Raises NotFoundError, DataLossError, ResourceExhaustedError."""
@@ -88,9 +86,9 @@ class Archive:
         member = self._member(name)
         if member.size != descriptor.size:
             raise DataLossError(f"{self.name}: {name} has {member.size} bytes, and its manifest says {descriptor.size}")
-        with content.ingest() as ingest:
+        with content.ingest(descriptor.digest) as ingest:
             while ingest.size < member.size:
-                await ingest.write(await _in_thread(self._piece, member, ingest.size))
+                await ingest.write(await in_thread(self._piece, member, ingest.size))
             ingest.commit(descriptor.digest)
 
     def _images(self) -> list[ArchivedImage]:
@@ -265,13 +263,3 @@ def _oci_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
         "layers": [described(layer) for layer in layers],
     }
     return json.dumps(document, separators=(",", ":")).encode()
-
-
-async def _in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Run in a thread; a cancelled caller waits for its end, as the file must not be closed under it."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise

@@ -40,6 +40,7 @@ class ContentStore:
         self._blobs = os.path.join(root, "blobs", "sha256")
         self._ingest = os.path.join(root, "ingest")
         self._numbers = count()
+        self._arriving: set[Ingest] = set()
         for directory in (self._blobs, self._ingest):
             os.makedirs(directory, mode=0o700, exist_ok=True)
         for name in os.listdir(self._ingest):
@@ -89,36 +90,48 @@ class ContentStore:
         return digest
 
     @contextmanager
-    def ingest(self) -> Iterator[Ingest]:
-        """A new blob on its way in; what was not committed when the block ends is deleted."""
+    def ingest(self, digest: str = "") -> Iterator[Ingest]:
+        """A new blob on its way in, ``digest`` where it is known and anybody may ask how much of it has arrived.
+
+        What was not committed when the block ends is deleted.
+        """
         path = os.path.join(self._ingest, str(next(self._numbers)))
-        ingest = Ingest(self, path)
+        ingest = Ingest(self, path, digest)
+        self._arriving.add(ingest)
         try:
             yield ingest
         finally:
+            self._arriving.remove(ingest)
             ingest.close()
             if not ingest.committed:
                 os.unlink(path)
 
-    async def delete(self, digest: str) -> None:
-        """Delete a blob; one that is not there is no error.
+    def arrived(self, digest: str) -> int:
+        """The bytes of a blob that are here, of one that is still arriving too."""
+        arriving = (ingest.size for ingest in self._arriving if ingest.digest == digest)
+        return self._sizes.get(digest) or max(arriving, default=0)
+
+    async def delete(self, digest: str) -> int:
+        """Delete a blob and return the bytes that it occupied; one that is not there is no error.
 
         It is gone for everybody when this first waits; giving back the space of a large file takes a thread.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
         size = self._sizes.pop(digest, None)
         if size is None:
-            return
+            return 0
         self._bytes -= _occupied(size)
         try:
             os.rename(self.path(digest), path)
         except FileNotFoundError:
-            return
+            return 0
         await asyncio.to_thread(os.unlink, path)
+        return _occupied(size)
 
     def usage(self) -> tuple[int, int]:
-        """What the blobs occupy: bytes in whole blocks, and inodes."""
-        return self._bytes, len(self._sizes)
+        """What the blobs occupy, those that are still arriving too: bytes in whole blocks, and inodes."""
+        arriving = [_occupied(ingest.size) for ingest in self._arriving if not ingest.committed]
+        return self._bytes + sum(arriving), len(self._sizes) + len(arriving)
 
     def _committed(self, source: str, digest: str, size: int) -> None:
         os.rename(source, self.path(digest))
@@ -130,9 +143,10 @@ class ContentStore:
 class Ingest:
     """A blob that is being written; made by :meth:`ContentStore.ingest`."""
 
-    def __init__(self, store: ContentStore, path: str) -> None:
+    def __init__(self, store: ContentStore, path: str, digest: str) -> None:
         self._store = store
         self._path = path
+        self.digest = digest
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:

@@ -58,23 +58,24 @@ class DockerConfig:
         return bool(self.helpers & {"", canonical_server(server)})
 
 
-def load_docker_config(path: str) -> DockerConfig:
-    """The file that ``docker login`` writes. Raises FailedPreconditionError that names it and the entry."""
+def load_docker_config(path: str, what: str = "registry.auth_file") -> DockerConfig:
+    """The file that ``docker login`` writes. Raises FailedPreconditionError that names ``what``, it and the entry."""
+    where = f"{what} {path}"
     try:
         with open(path, "rb") as f:
             content = f.read(_MAX_FILE + 1)
     except OSError as e:
-        raise FailedPreconditionError(f"registry.auth_file {path}: {e.strerror}") from e
+        raise FailedPreconditionError(f"{where}: {e.strerror}") from e
     if len(content) > _MAX_FILE:
-        raise FailedPreconditionError(f"registry.auth_file {path} is larger than {_MAX_FILE} bytes")
+        raise FailedPreconditionError(f"{where} is larger than {_MAX_FILE} bytes")
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):  # whose text may show a secret
         document = None
     if not isinstance(document, dict):
-        raise FailedPreconditionError(f"registry.auth_file {path} is no JSON object")
-    auths, helpers = (_table(path, document, name) for name in ("auths", "credHelpers"))
-    found = {canonical_server(server): _entry(path, server, entry) for server, entry in auths.items()}
+        raise FailedPreconditionError(f"{where} is no JSON object")
+    auths, helpers = (_table(where, document, name) for name in ("auths", "credHelpers"))
+    found = {canonical_server(server): _entry(where, server, entry) for server, entry in auths.items()}
     everywhere = [""] if document.get("credsStore") else []
     return DockerConfig(
         # An entry without anything in it stands for one that a helper has.
@@ -100,17 +101,17 @@ def canonical_server(server: str) -> str:
     return f"{'docker.io' if host in _HUB_NAMES else host}{slash}{path}"
 
 
-def _table(path: str, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _table(where: str, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     table = document.get(name)
     if table is None:
         return {}
     if not isinstance(table, dict):
-        raise FailedPreconditionError(f"registry.auth_file {path}: {name} is no JSON object")
+        raise FailedPreconditionError(f"{where}: {name} is no JSON object")
     return table
 
 
-def _entry(path: str, server: str, entry: Any) -> Credentials:
-    where = f"registry.auth_file {path}: auths.{server!r}"
+def _entry(file: str, server: str, entry: Any) -> Credentials:
+    where = f"{file}: auths.{server!r}"
     if not isinstance(entry, dict):
         raise FailedPreconditionError(f"{where} is no JSON object")
     values = {key: entry.get(key) or "" for key in ("auth", "username", "password", "identitytoken", "registrytoken")}

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import structlog
 
-from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials, load_docker_config
+from criserver.images.export import Export, archive_of
 from criserver.images.hosts import hosts_for
 from criserver.images.manifests import (
     MAX_CONFIG,
@@ -38,11 +39,14 @@ from criserver.images.manifests import (
 )
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
+from criserver.images.progress import LayerProgress, progress
 from criserver.images.pull import Lease, Loader
 from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
+from criserver.images.threads import in_thread
+from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
-from snapshotter import SnapshotError, Snapshotter
+from snapshotter import Layer, SnapshotError, Snapshotter
 
 if TYPE_CHECKING:
     from criserver.images.registry import RegistryClient
@@ -96,19 +100,29 @@ class FsUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruned:
+    """The images that a prune removed, and what was freed by it."""
+
+    images: tuple[Image, ...]
+    freed: FsUsage
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """An image with what it needs to be kept."""
+    """An image with its manifest, and with what it needs to be kept."""
 
     image: Image
+    manifest: Descriptor
     blobs: frozenset[str]
     layers: frozenset[str]
 
 
 class _Pull:
-    """A pull under way, and how many calls wait for it."""
+    """A pull under way, its lease, and how many calls wait for it."""
 
-    def __init__(self, task: asyncio.Task[Image]) -> None:
+    def __init__(self, task: asyncio.Task[Image], lease: Lease) -> None:
         self.task = task
+        self.lease = lease
         self.waiters = 0
 
 
@@ -140,6 +154,8 @@ class Images:
         self._downloads = asyncio.Semaphore(registries.max_downloads)
         self._pulls: dict[tuple[str, Credentials | None], _Pull] = {}
         self._collecting = asyncio.Lock()
+        self._verifying = False
+        self._collections: set[asyncio.Task[FsUsage]] = set()
         self._load()
 
     async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
@@ -157,7 +173,8 @@ class Images:
         key = (str(reference), credentials)
         pull = self._pulls.get(key)
         if pull is None:
-            pull = self._pulls[key] = _Pull(asyncio.create_task(self._pull(reference, credentials)))
+            lease = Lease()
+            pull = self._pulls[key] = _Pull(asyncio.create_task(self._pull(reference, credentials, lease)), lease)
             pull.task.add_done_callback(lambda _: self._forget(key, pull))
         pull.waiters += 1
         try:
@@ -172,6 +189,14 @@ class Images:
         finally:
             pull.waiters -= 1
 
+    def progress(self, ref: str, credentials: Credentials | None = None) -> tuple[LayerProgress, ...]:
+        """The layers of the pull under way with this reference and these credentials, the lowest first.
+
+        () before they are known, and where there is no such pull. Raises InvalidArgumentError.
+        """
+        pull = self._pulls.get((str(references.parse(ref)), credentials))
+        return progress(pull.lease, self._content, self._snapshotter) if pull else ()
+
     async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
         """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
 
@@ -180,7 +205,7 @@ class Images:
         UnimplementedError, ResourceExhaustedError.
         """
         with open_archive(path, name) as archive:
-            async with self._lease() as lease:
+            async with self._lease(Lease()) as lease:
                 loaded: list[tuple[Descriptor, list[str]]] = []
                 for archived in await archive.images():
                     target = choose(archived.index, self._platform, archive.name)
@@ -190,9 +215,26 @@ class Images:
                     loaded.append((await self._loader.load(archive, target, lease), names))
                 ids = {self._record(descriptor, names, pinned=pinned).id: None for descriptor, names in loaded}
                 images = [self._entries[image_id].image for image_id in ids]
-        await self._collect_if_any()
         _log.info("archive imported", path=path, images=list(ids))
         return images
+
+    async def export(self, refs: Sequence[str]) -> AsyncIterator[bytes]:
+        """The pieces of a tar file of images, by name or ID; see :mod:`criserver.images.export`.
+
+        An image is exported under the names that it is given by, one that is given by its ID under all that it has.
+        None of them goes while it is read. Raises NotFoundError, InvalidArgumentError, DataLossError.
+        """
+        chosen: dict[str, list[str]] = {}
+        for ref in refs:
+            image = self._wanted(ref)
+            given = self._name_in(ref)
+            chosen.setdefault(image.id, []).extend([given] if given else image.repo_tags or image.repo_digests)
+        lease = Lease(set().union(*(self._entries[image_id].blobs for image_id in chosen)))
+        async with self._lease(lease):
+            exports = [self._export(image_id, tuple(dict.fromkeys(names))) for image_id, names in chosen.items()]
+            pieces = archive_of(exports, self._content)
+            while (piece := await in_thread(next, pieces, None)) is not None:
+                yield piece
 
     def get(self, ref_or_id: str) -> Image | None:
         """The image by its name, its ID, the ID's hexadecimal part or an unambiguous beginning of it; or None.
@@ -202,12 +244,8 @@ class Images:
         if references.is_digest(ref_or_id):
             entry = self._entries.get(ref_or_id)
             return entry.image if entry else None
-        try:
-            image_id = self._names.get(str(references.parse(ref_or_id)))
-        except InvalidArgumentError:
-            image_id = None
-        if image_id is not None:
-            return self._entries[image_id].image
+        if name := self._name_in(ref_or_id):
+            return self._entries[self._names[name]].image
         start = ref_or_id.removeprefix("sha256:")
         if not start or not _HEX.issuperset(start):
             return None
@@ -225,11 +263,28 @@ class Images:
         image = self.get(filter)
         return [image] if image else []
 
+    def pin(self, ref: str, *, pinned: bool) -> Image:
+        """Keep an image from garbage collection, the kubelet's too (CRI Image.pinned), or no more.
+
+        Raises NotFoundError, InvalidArgumentError.
+        """
+        image = self._wanted(ref)
+        record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
+        self._store.put(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode())
+        image = replace(image, pinned=pinned)
+        self._entries[image.id] = replace(self._entries[image.id], image=image)
+        _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
+        return image
+
+    def snapshots_of(self, image: Image) -> int:
+        """How many writable snapshots stand on the image's topmost layer."""
+        return sum(s.chain_id == image.chain_id for s in self._snapshotter.snapshots().values())
+
     async def remove(self, ref: str) -> None:
         """Remove the image that ``ref`` means, by name or ID, with all its names (CRI RemoveImage).
 
-        An unknown image is no error. Its content goes too, except for what others need: layers that containers
-        stand on stay until :meth:`collect` finds them free.
+        An unknown image is no error, and neither is a pinned one: whoever names it means it. Its content goes too,
+        except for what others need: layers that containers stand on stay until :meth:`collect` finds them free.
         """
         image = self.get(ref)
         if image is None:
@@ -238,30 +293,102 @@ class Images:
         _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
         await self.collect()
 
-    async def collect(self) -> None:
+    async def prune(self, *, unused: bool = False, used: Collection[str] = ()) -> Pruned:
+        """Remove what nobody needs; with ``unused`` also images that no snapshot stands on and nobody has pinned.
+
+        ``used`` are the IDs of images to be kept although no snapshot stands on them yet.
+        """
+        gone: list[Image] = []
+        if unused:
+            standing = {snapshot.chain_id for snapshot in self._snapshotter.snapshots().values()}
+            gone = [
+                image
+                for image in self.list()
+                if not image.pinned and image.id not in used and image.chain_id not in standing
+            ]
+            self._drop([image.id for image in gone])
+        freed = await self.collect()
+        _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
+        return Pruned(tuple(gone), freed)
+
+    async def verify(self) -> AsyncIterator[Verified]:
+        """Read all blobs and look at all layers, one at a time; what was found, again and again until the end.
+
+        Raises FailedPreconditionError while another one is under way: it would only be slower.
+        """
+        if self._verifying:
+            raise FailedPreconditionError("the images are being verified already; wait for it, or end that one")
+        self._verifying = True
+        try:
+            verifier = Verifier(self._content, self._snapshotter, self._owners)
+            async with aclosing(verifier.run()) as found:
+                async for verified in found:
+                    yield verified
+        finally:
+            self._verifying = False
+
+    async def collect(self) -> FsUsage:
         """Delete blobs and layers that no image, no load under way and no writable snapshot needs.
 
-        To be called at start, and when a container is gone whose image was removed before it.
+        To be called at start, and when a snapshot is gone: the image that it stood on may have been removed before
+        it. Goes on to its end where the caller is cancelled. Returns what was freed.
         """
+        task = asyncio.create_task(self._collect())
+        self._collections.add(task)
+        task.add_done_callback(self._collections.discard)
+        return await asyncio.shield(task)
+
+    async def _collect(self) -> FsUsage:
+        size = inodes = 0
+        stuck: set[str] = set()
         async with self._collecting:
             for digest in self._content.digests() - self._needed_blobs():
                 # Others may have come to need it while the one before was deleted.
                 if digest not in self._needed_blobs():
-                    await self._content.delete(digest)
-            while (chain_id := self._garbage_layer()) is not None:
+                    size += await self._content.delete(digest)
+                    inodes += 1
+            while (layer := self._garbage_layer(stuck)) is not None:
                 try:
-                    await self._snapshotter.remove_layer(chain_id)
-                except SnapshotError as e:
-                    _log.warning("layer not removed", layer=chain_id, error=str(e))
-                    return
+                    await self._snapshotter.remove_layer(layer.chain_id)
+                except (SnapshotError, OSError) as e:
+                    # The others go all the same.
+                    _log.warning("layer not removed", layer=layer.chain_id, error=str(e))
+                    stuck.add(layer.chain_id)
+                else:
+                    size += layer.size
+                    inodes += layer.inodes
+        return FsUsage(size, inodes)
 
     def fs_usage(self) -> FsUsage:
-        """What images occupy at this moment, from counters; blobs still arriving are not in it."""
+        """What images occupy at this moment, from counters; layers that are still being unpacked are not in it."""
         size, inodes = self._content.usage()
         for layer in self._snapshotter.layers().values():
             size += layer.size
             inodes += layer.inodes
         return FsUsage(size, inodes)
+
+    def _wanted(self, ref: str) -> Image:
+        image = self.get(ref)
+        if image is None:
+            raise NotFoundError(f"image {ref} is not on this node")
+        return image
+
+    def _name_in(self, ref: str) -> str:
+        """The name of an image here that ``ref`` is, in its canonical form; "" where it is none."""
+        try:
+            name = str(references.parse(ref))
+        except InvalidArgumentError:
+            return ""
+        return name if name in self._names else ""
+
+    def _owners(self, digest: str) -> tuple[Image, ...]:
+        """The images that have the blob with this digest, or the layer with this chain ID."""
+        entries = (entry for _, entry in sorted(self._entries.items()))
+        return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
+
+    def _export(self, image_id: str, names: tuple[str, ...]) -> Export:
+        descriptor = self._entries[image_id].manifest
+        return Export(names, descriptor, self._manifest(descriptor))
 
     def _in_repository(self, text: str) -> set[str]:
         """The IDs of all images in the repository that ``text`` names without tag and digest."""
@@ -274,7 +401,7 @@ class Images:
         prefixes = (f"{repository}:", f"{repository}@")
         return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
 
-    async def _pull(self, reference: Reference, credentials: Credentials | None) -> Image:
+    async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
         from criserver.images.auth import Keyring  # with aiohttp: see transport
         from criserver.images.registry import RegistryClient
 
@@ -282,7 +409,7 @@ class Images:
         hosts = hosts_for(reference.domain, registries.config_path)
         file = load_docker_config(registries.auth_file) if registries.auth_file else None
         keyring = Keyring(reference, credentials, file)
-        async with self._lease() as lease:
+        async with self._lease(lease):
             async with RegistryClient(
                 reference, hosts, keyring, self._downloads, registries.progress_timeout
             ) as client:
@@ -293,7 +420,6 @@ class Images:
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
             image = self._record(descriptor, names, pinned=False)
-        await self._collect_if_any()
         _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
         return image
 
@@ -313,17 +439,19 @@ class Images:
             del self._pulls[key]
 
     @asynccontextmanager
-    async def _lease(self) -> AsyncIterator[Lease]:
-        """Protection for what a load brings; where the load fails, what nobody owns is deleted."""
-        lease = Lease()
+    async def _lease(self, lease: Lease) -> AsyncIterator[Lease]:
+        """Protection for what is brought or read; what nobody else owns by its end is deleted then.
+
+        That is all where a load fails, the blobs of another manifest that an image came with before where it
+        succeeds, and what belonged to an image that was removed meanwhile.
+        """
         self._leases.add(lease)
         try:
             yield lease
-        except BaseException:
+        finally:
             self._leases.remove(lease)
-            await self.collect()
-            raise
-        self._leases.remove(lease)
+            if self._content.digests() - self._needed_blobs() or self._garbage_layer() is not None:
+                await self.collect()
 
     def _record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
         """Make what was loaded an image and give it ``names``, which other images lose."""
@@ -398,11 +526,7 @@ class Images:
 
     def _read(self, descriptor: Descriptor, *, pinned: bool) -> _Entry:
         """The image with this manifest, without names, from what is on disk. Raises where a part is missing."""
-        what = f"manifest {descriptor.digest}"
-        body = self._content.read(descriptor.digest, MAX_MANIFEST)
-        manifest = parse_manifest(body, descriptor.media_type, what)
-        if not isinstance(manifest, Manifest):
-            raise DataLossError(f"{what} is an index")
+        manifest = self._manifest(descriptor)
         for blob in (manifest.config, *manifest.layers):
             if self._content.size(blob.digest) != blob.size:
                 raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
@@ -423,13 +547,21 @@ class Images:
             pinned=pinned,
         )
         blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer in manifest.layers))
-        return _Entry(image, frozenset(blobs), frozenset(chain))
+        return _Entry(image, descriptor, frozenset(blobs), frozenset(chain))
+
+    def _manifest(self, descriptor: Descriptor) -> Manifest:
+        what = f"manifest {descriptor.digest}"
+        body = self._content.read(descriptor.digest, MAX_MANIFEST)
+        manifest = parse_manifest(body, descriptor.media_type, what)
+        if not isinstance(manifest, Manifest):
+            raise DataLossError(f"{what} is an index")
+        return manifest
 
     def _needed_blobs(self) -> set[str]:
         return set().union(*(e.blobs for e in self._entries.values()), *(lease.blobs for lease in self._leases))
 
-    def _garbage_layer(self) -> str | None:
-        """A layer that can go: nobody needs it, and no layer stands on it."""
+    def _garbage_layer(self, stuck: Collection[str] = ()) -> Layer | None:
+        """A layer that can go and is not ``stuck``: nobody needs it, and no layer stands on it."""
         layers = self._snapshotter.layers()
         needed: set[str] = set().union(
             *(e.layers for e in self._entries.values()), *(lease.layers for lease in self._leases)
@@ -437,9 +569,4 @@ class Images:
         for snapshot in self._snapshotter.snapshots().values():
             needed.add(snapshot.chain_id)
         needed.update(layer.parent for layer in layers.values() if layer.parent)
-        return next((chain_id for chain_id in layers if chain_id not in needed), None)
-
-    async def _collect_if_any(self) -> None:
-        """Collect where the image that was recorded came with another manifest before, whose blobs are left."""
-        if self._content.digests() - self._needed_blobs():
-            await self.collect()
+        return next((layer for key, layer in layers.items() if key not in needed and key not in stuck), None)

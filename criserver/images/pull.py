@@ -53,10 +53,14 @@ class Source(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What is in use although no image owns it yet; garbage collection leaves it alone."""
+    """What is in use although no image owns it yet; garbage collection leaves it alone.
+
+    ``plan`` has the layers of the image that is being loaded, once they are known: blob and chain ID.
+    """
 
     blobs: set[str] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
+    plan: tuple[tuple[Descriptor, str], ...] = ()
 
 
 class Loader:
@@ -89,6 +93,7 @@ class Loader:
             raise NotFoundError(f"{source.name} is for {configuration.platform}; this node runs {self._platform}")
         chain = chain_ids(configuration.diff_ids)
         lease.layers.update(chain)
+        lease.plan = tuple(zip(manifest.layers, chain, strict=True))
         slots = asyncio.Semaphore(_DOWNLOADS)
         await _all(
             self._layer(source, layer, diff_id, chain_id, parent, slots)

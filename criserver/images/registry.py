@@ -135,7 +135,7 @@ class RegistryClient:
         Raises as :meth:`resolve`, and ResourceExhaustedError where the disk is full.
         """
         retries = Retries(self._patience)
-        with content.ingest() as ingest:
+        with content.ingest(descriptor.digest) as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: Host) -> None:

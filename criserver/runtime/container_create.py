@@ -197,6 +197,8 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         node.registry.save(dataclasses.replace(exited, exit_code=128, reason="CreateError"))
         return
     node.registry.forget(container)
+    # Its image may have been removed while it was being made.
+    node.background(node.images.collect(), "garbage collection after a container that was not made failed")
 
 
 def signal_number(name: str) -> int:

@@ -44,7 +44,6 @@ async def remove_locked(node: Node, container: Container) -> None:
         node.exits.pop(found.id, None)
         node.gone.pop(found.id, None)
         node.stopping.discard(found.id)
-    if node.images.get(container.image_id) is None:
-        # Its image was removed before it; the layers that it stood on may be free now.
-        node.background(node.images.collect(), "garbage collection after a container's removal failed")
+    # Its image, or one that it had as a volume, may have been removed before it.
+    node.background(node.images.collect(), "garbage collection after a container's removal failed")
     log.info("container removed", container=container.id)

@@ -23,7 +23,7 @@ from criserver.images import Image
 from criserver.model import Mount, PodConfig, Propagation
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from snapshotter import mounts
+from snapshotter import SnapshotNotFoundError, mounts
 
 # Seconds.
 HOST_PATH_TIMEOUT = 20.0
@@ -60,7 +60,10 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
     """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
     user = node.registry.sandbox(container.sandbox_id).config.namespaces.user
     pinned = None if user is None else os.path.join(node.namespaces_dir(container.sandbox_id), "user")
-    await node.snapshotter.prepare(key, image.chain_id)
+    try:
+        await node.snapshotter.prepare(key, image.chain_id)
+    except SnapshotNotFoundError as e:
+        raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
     await node.snapshotter.mount(key, point, userns=pinned)
 
 

@@ -104,7 +104,7 @@ class Node:
             lock = self._locks[record_id] = asyncio.Lock()
         return lock
 
-    def background(self, work: Coroutine[Any, Any, None], what: str) -> None:
+    def background(self, work: Coroutine[Any, Any, object], what: str) -> None:
         """Let work go on by itself; a failure is logged."""
 
         async def run() -> None:

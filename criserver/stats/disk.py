@@ -59,6 +59,12 @@ class DiskMeter:
         """The latest measurement of a snapshot; None before the first."""
         return self._latest.get(key)
 
+    def total(self) -> DiskUsage:
+        """What all snapshots occupied when each was last measured, and when the oldest of these was."""
+        found = list(self._latest.values())
+        timestamp = min((usage.timestamp for usage in found), default=time.time_ns())
+        return DiskUsage(timestamp, sum(usage.bytes for usage in found), sum(usage.inodes for usage in found))
+
     def nudge(self) -> None:
         """There is a new snapshot: measure it now and not at the end of the period."""
         self._nudged.set()

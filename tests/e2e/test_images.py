@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Platform
 from tests.e2e.imagebuilder import (
     BuiltImage,
@@ -486,6 +487,50 @@ async def test_damaged_archives(rooms, tmp_path, damage):
         await rooms.images.import_archive(path)
     assert hasattr(caught.value, "code")
     assert rooms.leftovers() == []
+
+
+async def test_one_verification_at_a_time_and_it_ends_with_who_asked(rooms, tmp_path):
+    built = build_image([{"a": os.urandom(20_000_000)}])
+    write_archive(built, str(tmp_path / "a.tar"))
+    await rooms.images.import_archive(str(tmp_path / "a.tar"))
+    first = rooms.images.verify()
+    async with contextlib.aclosing(first):
+        await anext(first)
+        with pytest.raises(FailedPreconditionError, match="already; wait for it"):
+            await anext(rooms.images.verify())
+    last = [found async for found in rooms.images.verify()][-1]
+    assert (last.blobs, last.layers, last.damage) == (len(built.blobs), 1, ())
+    assert last.bytes == last.total_bytes == sum(map(len, built.blobs.values()))
+
+
+async def test_what_goes_during_a_verification_is_no_damage(rooms, tmp_path):
+    for number in range(3):
+        write_archive(build_image([{"a": os.urandom(5_000_000)}]), str(tmp_path / "a.tar"), f"localhost/{number}:1")
+        await rooms.images.import_archive(str(tmp_path / "a.tar"))
+    found = rooms.images.verify()
+    damage = list((await anext(found)).damage)
+    for image in rooms.images.list():
+        await rooms.images.remove(image.id)
+    async for verified in found:
+        damage += verified.damage
+    assert damage == []
+
+
+@pytest.mark.parametrize("kind", ["record", "files", "below"])
+async def test_a_damaged_layer_is_found(rooms, registry, kind):
+    image = await rooms.images.pull(registry.push(two_layers(), f"layers:{kind}"))
+    layer = rooms.snapshotter.layers()[image.chain_id]
+    match kind:
+        case "record":
+            os.truncate(f"{layer.path}/meta.json", 3)
+        case "files":
+            shutil.rmtree(f"{layer.path}/fs")
+        case "below":
+            del rooms.snapshotter._layers[layer.parent]
+    (damage,) = [damage async for found in rooms.images.verify() for damage in found.damage]
+    assert (damage.kind, damage.digest, damage.images) == ("layer", image.chain_id, (image,))
+    reason = {"record": "is unusable", "files": "cannot be read: No such file", "below": f"{layer.parent}, is missing"}
+    assert reason[kind] in damage.reason
 
 
 def replace_manifest_type(built: BuiltImage) -> BuiltImage:

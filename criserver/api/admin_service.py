@@ -1,0 +1,142 @@
+"""What ``criserver image`` asks of the daemon and CRI has no call for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Collection
+
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+
+# Seconds between two looks at a pull.
+_INTERVAL = 0.1
+_STAGES = {
+    Stage.WAITING: admin.WAITING,
+    Stage.DOWNLOADING: admin.DOWNLOADING,
+    Stage.UNPACKING: admin.UNPACKING,
+    Stage.DONE: admin.DONE,
+}
+
+
+class AdminService:
+    """The methods are named after the RPCs of admin.proto, which says what each promises.
+
+    ``used`` gives the IDs of the images that containers were made of.
+    """
+
+    def __init__(self, images: Images, spool_directory: str, used: Callable[[], Collection[str]]) -> None:
+        self._images = images
+        self._spool = spool_directory
+        self._used = used
+
+    async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
+        os.makedirs(self._spool, mode=0o700, exist_ok=True)
+        name, pin = "", False
+        # A file without a name: nothing of it is left, however the call or the daemon ends.
+        with tempfile.TemporaryFile(dir=self._spool) as spool:
+            async for piece in request:
+                name, pin = piece.name or name, piece.pin or pin
+                await asyncio.to_thread(spool.write, piece.data)
+            spool.flush()
+            path = f"/proc/self/fd/{spool.fileno()}"
+            images = await self._images.import_archive(path, name=name, pinned=pin)
+        return admin.ImportImageResponse(images=[_image(image) for image in images])
+
+    async def pull_image(self, request: admin.PullImageRequest) -> AsyncIterator[admin.PullImageResponse]:
+        credentials = _credentials(request)
+        pull = asyncio.create_task(self._images.pull(request.name, credentials))
+        told: tuple[LayerProgress, ...] = ()
+        try:
+            while not (await asyncio.wait([pull], timeout=_INTERVAL))[0]:
+                found = self._images.progress(request.name, credentials)
+                if found != told:
+                    told = found
+                    yield admin.PullImageResponse(layers=[_layer(layer) for layer in found])
+            image = pull.result()
+        finally:
+            if not pull.done():
+                pull.cancel()
+                await asyncio.wait([pull])
+        if request.pin:
+            image = self._images.pin(image.id, pinned=True)
+        yield admin.PullImageResponse(image=_image(image))
+
+    async def export_images(self, request: admin.ExportImagesRequest) -> AsyncIterator[admin.ExportImagesResponse]:
+        if not request.images:
+            raise InvalidArgumentError("no image is named; say which are to be exported")
+        async for piece in self._images.export(request.images):
+            yield admin.ExportImagesResponse(data=piece)
+
+    async def remove_image(self, request: admin.RemoveImageRequest) -> admin.RemoveImageResponse:
+        image = self._wanted(request.image)
+        if image.pinned and not request.force:
+            raise FailedPreconditionError(
+                f"image {request.image} is pinned; unpin it before (`criserver image unpin`), or use --force"
+            )
+        await self._images.remove(image.id)
+        return admin.RemoveImageResponse(image=_image(image), snapshots=self._images.snapshots_of(image))
+
+    async def pin_image(self, request: admin.PinImageRequest) -> admin.PinImageResponse:
+        return admin.PinImageResponse(image=_image(self._images.pin(request.image, pinned=request.pinned)))
+
+    async def verify_images(self, request: admin.VerifyImagesRequest) -> AsyncIterator[admin.VerifyImagesResponse]:
+        images = len(self._images.list())
+        async for found in self._images.verify():
+            yield admin.VerifyImagesResponse(
+                bytes=found.bytes,
+                total_bytes=found.total_bytes,
+                blobs=found.blobs,
+                layers=found.layers,
+                images=images,
+                damage=[self._damage(damage) for damage in found.damage],
+            )
+
+    async def prune_images(self, request: admin.PruneImagesRequest) -> admin.PruneImagesResponse:
+        pruned = await self._images.prune(unused=request.all, used=self._used())
+        return admin.PruneImagesResponse(
+            images=[_image(image) for image in pruned.images],
+            freed_bytes=pruned.freed.bytes,
+            freed_inodes=pruned.freed.inodes,
+        )
+
+    def _wanted(self, name: str) -> Image:
+        image = self._images.get(name)
+        if image is None:
+            raise NotFoundError(f"image {name} is not on this node")
+        return image
+
+    def _damage(self, damage: Damage) -> admin.Damage:
+        if not damage.images:
+            advice = "no image has it; `criserver image prune` deletes what nothing needs"
+        else:
+            advice = "remove the images that have it, and pull or import them again"
+            if damage.kind == "layer" and any(self._images.snapshots_of(image) for image in damage.images):
+                advice += ", when the containers that stand on it are gone"
+        return admin.Damage(
+            what=f"{damage.kind} {damage.digest}: {damage.reason}",
+            images=[_image(image) for image in damage.images],
+            advice=advice,
+        )
+
+
+def _image(image: Image) -> admin.Image:
+    return admin.Image(id=image.id, names=[*image.repo_tags, *image.repo_digests])
+
+
+def _layer(layer: LayerProgress) -> admin.LayerProgress:
+    return admin.LayerProgress(
+        digest=layer.digest, size=layer.size, received=layer.received, stage=_STAGES[layer.stage]
+    )
+
+
+def _credentials(request: admin.PullImageRequest) -> Credentials | None:
+    found = Credentials(
+        request.username,
+        request.password,
+        identity_token=request.identity_token,
+        registry_token=request.registry_token,
+    )
+    return None if found == Credentials() else found

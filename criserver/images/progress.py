@@ -1,0 +1,43 @@
+"""How far a pull is, told by what is on disk: whoever wants to know looks, and nothing is counted for it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from criserver.images.content import ContentStore
+from criserver.images.pull import Lease
+from snapshotter import Snapshotter
+
+
+class Stage(enum.Enum):
+    """What becomes of a layer, in this order."""
+
+    WAITING = "waiting"
+    DOWNLOADING = "downloading"
+    UNPACKING = "unpacking"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """One layer of a pull: the digest of its blob, and how much of its ``size`` in bytes is here."""
+
+    digest: str
+    size: int
+    received: int
+    stage: Stage
+
+
+def progress(lease: Lease, content: ContentStore, snapshotter: Snapshotter) -> tuple[LayerProgress, ...]:
+    """The layers of a load, the lowest first; () until they are known."""
+    found = []
+    for blob, chain_id in lease.plan:
+        if content.size(blob.digest) is not None:
+            stage = Stage.UNPACKING if snapshotter.layer(chain_id) is None else Stage.DONE
+            found.append(LayerProgress(blob.digest, blob.size, blob.size, stage))
+        else:
+            received = content.arrived(blob.digest)
+            stage = Stage.DOWNLOADING if received else Stage.WAITING
+            found.append(LayerProgress(blob.digest, blob.size, received, stage))
+    return tuple(found)

@@ -1,0 +1,121 @@
+"""Whether what is on disk is still what it was: every blob by its digest, every layer by its record.
+
+The work is one thread's, of the lowest priority, so that pods do not notice it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from criserver.images.content import ContentStore
+from criserver.images.threads import in_thread
+from snapshotter import Snapshotter
+
+if TYPE_CHECKING:
+    from criserver.images.images import Image
+
+_PIECE = 1 << 20
+_INTERVAL = 0.2
+_NICEST = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A blob (its digest) or layer (its chain ID) that is not as it was, and the images that it belongs to."""
+
+    kind: str
+    digest: str
+    reason: str
+    images: tuple[Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a verification has looked at so far, and the damage that it has found since it was asked before."""
+
+    bytes: int = 0
+    total_bytes: int = 0
+    blobs: int = 0
+    layers: int = 0
+    damage: tuple[Damage, ...] = ()
+
+
+class Verifier:
+    """One verification. ``owners`` gives the images that a blob or layer belongs to.
+
+    What goes meanwhile is no damage, and what comes is not looked at.
+    """
+
+    def __init__(
+        self, content: ContentStore, snapshotter: Snapshotter, owners: Callable[[str], tuple[Image, ...]]
+    ) -> None:
+        self._content = content
+        self._snapshotter = snapshotter
+        self._owners = owners
+        self._read = 0
+        self._ended = threading.Event()
+
+    async def run(self) -> AsyncGenerator[Verified, None]:
+        """Verify; what was found so far, a few times a second and at the end."""
+        digests = sorted(self._content.digests())
+        layers = list(self._snapshotter.layers())
+        total = sum(self._content.size(digest) or 0 for digest in digests)
+        blobs = checked = 0
+        executor = ThreadPoolExecutor(1, "verify", _give_way)
+        try:
+            for digest in digests:
+                work = asyncio.get_running_loop().run_in_executor(executor, self._blob, digest)
+                while not (await asyncio.wait([work], timeout=_INTERVAL))[0]:
+                    yield Verified(self._read, total, blobs, checked)
+                blobs += 1
+                reason = work.result()
+                # Not what went while it was read, and is perhaps here anew.
+                if reason and await in_thread(self._blob, digest) and self._content.size(digest) is not None:
+                    yield Verified(self._read, total, blobs, checked, (self._damage("blob", digest, reason),))
+            for chain_id in layers:
+                reason = await self._snapshotter.check_layer(chain_id)
+                checked += 1
+                if reason and self._snapshotter.layer(chain_id) is not None:
+                    yield Verified(self._read, total, blobs, checked, (self._damage("layer", chain_id, reason),))
+            yield Verified(self._read, total, blobs, checked)
+        finally:
+            self._ended.set()
+            executor.shutdown(wait=False)
+
+    def _damage(self, kind: str, digest: str, reason: str) -> Damage:
+        return Damage(kind, digest, reason, self._owners(digest))
+
+    def _blob(self, digest: str) -> str:
+        """What is wrong with a blob; "" where nothing is. In the thread."""
+        size = self._content.size(digest)
+        found = hashlib.sha256()
+        length = 0
+        try:
+            with open(self._content.path(digest), "rb", buffering=0) as file:
+                # What counts is on the disk, and memory is for others.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while piece := file.read(_PIECE):
+                    found.update(piece)
+                    length += len(piece)
+                    self._read += len(piece)
+                    if self._ended.is_set():
+                        return ""
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as e:
+            return f"it cannot be read: {e.strerror}"
+        if length != size:
+            return f"it has {length} bytes in place of {size}"
+        if f"sha256:{found.hexdigest()}" != digest:
+            return f"its content has digest sha256:{found.hexdigest()}"
+        return ""
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
