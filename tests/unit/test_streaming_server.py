@@ -324,7 +324,7 @@ async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[lin
     def work(url: str) -> None:
         nonlocal most
         client = Spdy(url).open_command("error", "stdin")
-        client.sock.settimeout(1)
+        client.sock.settimeout(3)
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         links[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         # No read of the server's has more of them than it answers at once.
