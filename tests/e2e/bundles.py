@@ -1,4 +1,4 @@
-"""Bundles for runc itself, where what is tested is a part of the OCI spec and not the way there."""
+"""Bundles for the OCI runtime itself, where what is tested is a part of the OCI spec and not the way there."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ PATH = "PATH=/bin:/usr/bin"
 
 
 class Bundles:
-    """A root file system with busybox, and containers of it that runc runs to their end; `close` removes all."""
+    """A root file system with busybox, and containers of it that run to their end; `close` removes all."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: str = "runc") -> None:
+        self.runtime = runtime
         self.directory = Path(tempfile.mkdtemp(dir="/run", prefix="bundles-"))
         self.rootfs = self.directory / "rootfs"
         self.number = 0
@@ -63,17 +64,17 @@ class Bundles:
         bundle.mkdir()
         spec["linux"]["cgroupsPath"] = f"{CGROUP}/{name}"
         (bundle / "config.json").write_text(json.dumps(spec))
-        runc = ["runc", "--root", str(self.directory / "runc")]
+        runtime = [self.runtime, "--root", str(self.directory / "runc")]
         try:
             return subprocess.run(
-                [*runc, "run", "--bundle", str(bundle), name],
+                [*runtime, "run", "--bundle", str(bundle), name],
                 capture_output=True,
                 text=True,
                 timeout=WAIT,
                 check=False,
             )
         finally:
-            subprocess.run([*runc, "delete", "--force", name], capture_output=True, timeout=WAIT, check=False)
+            subprocess.run([*runtime, "delete", "--force", name], capture_output=True, timeout=WAIT, check=False)
 
     def close(self) -> None:
         """Remove all files and cgroups."""

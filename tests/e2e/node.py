@@ -32,7 +32,7 @@ NETWORK = "e2e"
 SCRATCH = "/run/cri-e2e-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
-RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
+RUNTIME = os.environ.get("CRISERVER_TEST_RUNTIME", "runc")
 
 
 class Client:

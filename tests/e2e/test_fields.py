@@ -247,7 +247,7 @@ def test_memory_nodes_and_swap(node: Node, pod: str):
     assert limit_of(pod, container, "cpuset", "cpuset.mems") == "0"
     assert limit_of(pod, container, "memory", "memory.memsw.limit_in_bytes") == str(48 << 20)
     absent = node.create(pod, "absent", ["true"], **limited(cpuset_mems="1023"))
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "1023"):
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "cpuset.mems"):
         node.client.StartContainer(container_id=absent)
 
 
