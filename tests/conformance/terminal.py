@@ -7,12 +7,14 @@ import fcntl
 import os
 import pty
 import select
-import signal
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Iterator, Mapping
+
+# Seconds.
+PATIENCE = 20.0
 
 
 class Terminal:
@@ -20,7 +22,7 @@ class Terminal:
 
     def __init__(self, words: list[str], environment: Mapping[str, str] | None = None) -> None:
         self.master, other = pty.openpty()
-        self._size(100, 30)
+        self.resize(100, 30)
         self.process = subprocess.Popen(
             words,
             stdin=other,
@@ -35,27 +37,25 @@ class Terminal:
 
     def resize(self, width: int, height: int) -> None:
         """The kernel tells the program by SIGWINCH."""
-        self._size(width, height)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
     def until(self, wanted: bytes) -> bytes:
         """Read until ``wanted`` has been shown; what was shown before it."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while wanted not in self.seen:
-            readable, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
-            assert readable, self.seen
-            self.seen += os.read(self.master, 4096)
+            assert self._read(deadline), self.seen
         before, _, self.seen = self.seen.partition(wanted)
         return before
 
     def wait(self) -> int:
         """The program's exit code; what it still shows is kept in ``seen``."""
-        with contextlib.suppress(OSError):
-            while True:
-                self.seen += os.read(self.master, 4096)
-        return self.process.wait(20)
+        deadline = time.monotonic() + PATIENCE
+        while self._read(deadline):
+            pass
+        return self.process.wait(PATIENCE)
 
     def hang_up(self) -> None:
         """The window is closed, or the connection to it lost."""
@@ -68,11 +68,16 @@ class Terminal:
         if self.master >= 0:
             os.close(self.master)
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def _size(self, width: int, height: int) -> None:
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    def _read(self, deadline: float) -> bool:
+        """Take what comes next; False where nothing can any more."""
+        readable, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+        assert readable, f"nothing comes; so far {self.seen!r}"
+        try:
+            piece = os.read(self.master, 4096)
+        except OSError:  # all others have closed it
+            return False
+        self.seen += piece
+        return bool(piece)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.conformance.terminal import terminal
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
@@ -40,6 +42,35 @@ def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
         assert person.wait() == 0
 
 
+def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: str):
+    container = node.run(node.run_pod(), "c", ["sleep", "1000"])
+    with terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
+        person.until(b"# ")
+        person.type("sleep 4321\n")
+        eventually(lambda: "sleep 4321" in arguments(node, container))
+        person.type("\x03")
+        person.until(b"# ")
+        person.type("echo $((6*7)) $?\n")
+        person.until(b"42 130")
+        person.type("exit 7\n")
+        assert person.wait() != 0
+        assert b"exit code 7" in person.seen
+
+
+def test_a_closed_window_ends_the_exec(node: Node, transport: str):
+    container = node.run(node.run_pod(), "c", ["sleep", "1000"])
+    with terminal(command(node, "exec", transport, "-it", container, "sh", "-c", "trap '' HUP; sleep 5432")) as person:
+        eventually(lambda: "sleep 5432" in arguments(node, container))
+        person.hang_up()
+        person.process.wait(20)
+    eventually(lambda: "sleep 5432" not in arguments(node, container))
+
+
+def arguments(node: Node, container: str) -> str:
+    """The command lines of all processes of a container."""
+    return node.sh(container, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+
+
 def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     words = command(node, "exec", transport, "-i", container, "sh", "-c", "cat; echo err >&2; exit 4")
@@ -50,12 +81,20 @@ def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
     assert done.returncode != 0
 
 
-def test_attach_at_a_terminal(node: Node, transport: str):
+def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sh"], stdin=True, tty=True)
     with terminal(command(node, "attach", transport, "-it", container)) as person:
-        person.type("echo $((6*7)); tty\n")
+        person.type("echo $((6*7)); tty; mine=kept\n")
         person.until(b"42")
         person.until(b"/dev/pts/0")
+        person.resize(77, 22)
+        eventually(lambda: node.sh(container, "stty size < /dev/pts/0") == "22 77\n")
+        person.hang_up()
+        person.process.wait(20)
+    assert node.status(container).state == cri.CONTAINER_RUNNING
+    with terminal(command(node, "attach", transport, "-it", container)) as person:
+        person.type("echo still $mine\n")
+        person.until(b"still kept")
         person.type("exit\n")
         assert person.wait() == 0
     assert node.wait(container).exit_code == 0
@@ -73,8 +112,8 @@ def test_port_forward(node: Node, transport: str):
     )
     try:
         eventually(lambda: reachable(port))
-        for _ in range(5):
-            assert fetched(port) == b"hello from the pod"
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(fetched, [port] * 20)) == [b"hello from the pod"] * 20
     finally:
         process.terminate()
         process.wait(10)

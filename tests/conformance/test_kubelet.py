@@ -14,10 +14,10 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -265,6 +265,7 @@ def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cl
         person.until(b"# ")
         person.type("echo $((6*7)) $?\n")
         person.until(b"42 130")
+        person.until(b"# ")  # not before: what is typed while a command runs is read in another mode
         person.type("\x04")  # Ctrl-D
         assert person.wait() == 0
 
@@ -341,13 +342,8 @@ def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster):
         assert process.stdout is not None
         line = process.stdout.readline().decode()
         port = int(line.split(" ->")[0].rpartition(":")[2])
-        found: list[bytes] = []
-        threads = [threading.Thread(target=lambda: found.append(fetched(port))) for _ in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == [b"hello from the pod"] * 20
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(fetched, [port] * 20)) == [b"hello from the pod"] * 20
     finally:
         process.terminate()
         process.wait(10)
