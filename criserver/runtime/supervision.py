@@ -257,7 +257,7 @@ async def _connect_later(node: Node, key: str) -> None:
 def settle(node: Node, key: str) -> None:
     """A started container without a shim to tell of it: take the record it left, or watch the kernel."""
     container = node.registry.containers.get(key)
-    if container is None and not node.exits[key].is_set():
+    if container is None and (event := node.exits.get(key)) is not None and not event.is_set():
         exited(node, key, {"reason": "its shim is gone"})
     if container is None or container.state not in (ContainerState.RUNNING, ContainerState.STARTING):
         return
@@ -321,7 +321,8 @@ async def destroy(node: Node, key: str, handler: str) -> None:
     try:
         async with asyncio.timeout(30):
             _, stderr = await process.communicate()
-        if process.returncode:
+        # Where its shim was as quick with the same, there is nothing left to delete.
+        if process.returncode and os.path.isdir(os.path.join(node.runtime_root(handler), key)):
             log.warning("runtime delete failed", container=key, error=stderr.decode(errors="replace").strip())
     except TimeoutError:
         process.kill()  # asyncio reaps it, also where the kernel does not let go of it now

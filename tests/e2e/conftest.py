@@ -72,7 +72,7 @@ def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
 
 @pytest.fixture(autouse=True)
 def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test on a shared node: remove its pods, and nothing of them may be left."""
+    """After each test on a shared node: remove its pods, nothing of them may be left, nor an error nobody took."""
     yield
     if "node" in request.fixturenames:
         node: Node = request.getfixturevalue("node")
@@ -86,6 +86,7 @@ def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
         while (left := node.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert left == []
+        assert node.complaints() == []
 
 
 def import_image(node: Node, path: str) -> None:

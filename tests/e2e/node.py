@@ -142,6 +142,11 @@ class Node:
         with open(f"{self.base}/daemon.log") as f:
             return f.read()
 
+    def complaints(self) -> list[str]:
+        """What asyncio says in the log of errors that nobody took."""
+        words = ("Exception in callback", "exception was never retrieved", "was never awaited")
+        return [line for line in self.daemon_log().splitlines() if any(word in line for word in words)]
+
     def remove_pods(self) -> None:
         """Stop and remove every pod."""
         for pod in self.client.ListPodSandbox().items:
