@@ -90,7 +90,9 @@ class Wanted:
 
     def websocket_channels(self) -> tuple[frozenset[Stream], frozenset[Stream]]:
         """The channels that the client may write to, and those that we write to."""
-        return frozenset({*self._inputs(), Stream.RESIZE}), frozenset({*self._outputs(), Stream.ERROR})
+        # Sizes for no terminal are dropped: they would be kept, and nothing behind them read, as nobody takes them.
+        resize = {Stream.RESIZE} if self.tty else set()
+        return frozenset({*self._inputs(), *resize}), frozenset({*self._outputs(), Stream.ERROR})
 
     def greeting_channel(self) -> Stream:
         """The channel whose first message is empty: it tells a client of WebSocket that the command is connected."""

@@ -52,14 +52,14 @@ class Stream:
         self._pieces: deque[Buffer] = deque()
         self._more: asyncio.Event = asyncio.Event()
         self._ended = False
-        self._broken = False
+        self.broken = False  # nobody reads or writes any more
         self.number = number
         self.kept = 0
 
     async def read(self) -> Buffer:
         """The next bytes that the client has sent, b"" at the end. Raises ConnectionResetError where it is gone."""
         while not self._pieces:
-            if self._broken:
+            if self.broken:
                 raise ConnectionResetError("the client is gone")
             if self._ended:
                 return b""
@@ -76,7 +76,7 @@ class Stream:
 
     async def write(self, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionResetError where the client is gone."""
-        if self._broken:
+        if self.broken:
             raise ConnectionResetError("the client is gone")
         await self._carrier.send(self.number, data)
 
@@ -108,7 +108,7 @@ class Stream:
 
     def break_off(self) -> None:
         """The stream is gone: what is not read yet is of no use, nothing can be sent."""
-        self._broken = True
+        self.broken = True
         self._pieces.clear()
         dropped, self.kept = self.kept, 0
         self._carrier.taken(self, dropped)
@@ -323,8 +323,10 @@ class ChannelCarrier:
         for event in self._socket.receive(data):
             match event:
                 case websocket.ChannelData(channel=number, data=piece):
-                    self.streams[number].feed(piece)
-                    self._kept.grow(self.streams[number], len(piece))
+                    stream = self.streams[number]
+                    if not stream.broken:
+                        stream.feed(piece)
+                        self._kept.grow(stream, len(piece))
                 case websocket.ChannelClosed(channel=number):
                     self.streams[number].finish()
                 case websocket.Closed():

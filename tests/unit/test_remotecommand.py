@@ -97,11 +97,11 @@ def test_the_streams_that_a_client_opens_over_spdy():
 
 def test_the_channels_of_a_websocket():
     output = Wanted(stdin=False, stdout=False, stderr=True, tty=False)
-    assert output.websocket_channels() == ({Stream.RESIZE}, {Stream.STDERR, Stream.ERROR})
+    assert output.websocket_channels() == (set(), {Stream.STDERR, Stream.ERROR})
     assert output.greeting_channel() is Stream.STDERR
     assert Wanted(stdin=True, stdout=True, stderr=True, tty=False).greeting_channel() is Stream.STDOUT
     stdin = Wanted(stdin=True, stdout=False, stderr=False, tty=False)
-    assert stdin.websocket_channels() == ({Stream.STDIN, Stream.RESIZE}, {Stream.ERROR})
+    assert stdin.websocket_channels() == ({Stream.STDIN}, {Stream.ERROR})
     assert stdin.greeting_channel() is Stream.ERROR
 
 

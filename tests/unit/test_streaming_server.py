@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import select
 import socket
 import ssl
 import struct
@@ -176,7 +177,9 @@ class Pod:
         return sock
 
     def accept(self) -> socket.socket:
-        return self.listener.accept()[0]
+        connection, _ = self.listener.accept()
+        connection.settimeout(10)
+        return connection
 
 
 @pytest.fixture
@@ -248,6 +251,30 @@ async def test_a_plain_websocket_ends_with_the_last_of_its_connections(serving: 
     await blocking(work, serving.offer(Forward((80, 81), pod.dial)))
 
 
+async def test_what_comes_for_a_connection_that_has_ended_holds_up_no_other(serving: StreamingServer, pod: Pod):
+    def work(url: str) -> None:
+        client = WebSocket(url, "v4.channel.k8s.io")
+        client.sock.settimeout(5)
+        connections = {pod.accept(), pod.accept()}
+        for connection in connections:
+            connection.sendall(b"here")
+        client.until(0, b"here")
+        client.until(2, b"here")
+        # Which of them is whose is told by what arrives there.
+        client.send(0, b"x")
+        first = next(c for c in connections if select.select([c], [], [], 0.5)[0])
+        (second,) = connections - {first}
+        first.close()
+        for _ in range(20):
+            client.send(0, bytes(100_000))
+        client.send(2, b"still")
+        assert second.recv(5) == b"still"
+        client.close()
+        second.close()
+
+    await blocking(work, serving.offer(Forward((80, 81), pod.dial)))
+
+
 async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod):
     def work(url: str) -> None:
         client = WebSocket(url, "v4.channel.k8s.io")
@@ -256,6 +283,20 @@ async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod)
             pass
 
     await blocking(work, serving.offer(Forward((), pod.dial)))
+
+
+async def test_sizes_for_no_terminal_do_not_hold_up_the_input(serving: StreamingServer):
+    def work(url: str) -> None:
+        client = WebSocket(url)
+        client.sock.settimeout(5)
+        for _ in range(20):
+            client.send(4, b'{"Width":80,"Height":24}' * 1000)
+        client.send(0, b"input")
+        client.until(1, b"input")
+        client.end(0)
+        assert client.finish() == {"status": "Success"}
+
+    await blocking(work, serving.offer(Command(CAT, cat)))
 
 
 @pytest.fixture
