@@ -4,23 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from criserver.streaming.spdy import (
-    Connection,
-    ConnectionFailed,
-    Data,
-    Event,
-    GoneAway,
-    Half,
-    Headers,
-    Limits,
-    LocalError,
-    Pong,
-    Refused,
-    Replied,
-    Reset,
-    StreamOpened,
-    WindowGrown,
-)
+from criserver.streaming import spdy
 from tests.unit.spdy_peer import (
     GOAWAY,
     PING,
@@ -35,7 +19,9 @@ from tests.unit.spdy_peer import (
     words,
 )
 
-LIMITS = Limits(control=9000, headers=2000, pairs=8, settings=4, streams=6, answers=32, text=4000, frame=500, window=60)
+LIMITS = spdy.Limits(
+    control=9000, headers=2000, pairs=8, settings=4, streams=6, answers=32, text=4000, frame=500, window=60
+)
 MAX_ID = 0x7FFFFFFF
 
 
@@ -68,7 +54,7 @@ class Session:
 
     def __init__(self, *, client: bool, announce: bool) -> None:
         self.client = client
-        self.connection = Connection(client=client, limits=LIMITS, announce=announce)
+        self.connection = spdy.Connection(client=client, limits=LIMITS, announce=announce)
         self.peer = Peer(level=1)
         self.opened = 0
         self.held = 0
@@ -86,37 +72,37 @@ class Session:
             self.check(event)
         self.bounds()
 
-    def check(self, event: Event) -> None:
+    def check(self, event: spdy.Event) -> None:
         assert not self.failed, "an event after the failure"
         match event:
-            case StreamOpened(stream, headers) | Replied(stream, headers) | Headers(stream, headers):
+            case spdy.StreamOpened(stream, headers) | spdy.Replied(stream, headers) | spdy.Headers(stream, headers):
                 assert 0 < stream <= MAX_ID
                 assert stream not in self.gone
                 assert len(headers) <= LIMITS.pairs
                 assert all(name and name == name.lower() and "\0" not in value for name, value in headers)
-            case Data(stream, payload, ended):
+            case spdy.Data(stream, payload, ended):
                 assert 0 < stream <= MAX_ID
                 assert stream not in self.gone
                 assert len(payload) or ended
                 self.held += len(payload)
-            case Reset(stream, status, reason):
+            case spdy.Reset(stream, status, reason):
                 assert 0 < stream <= MAX_ID
                 assert stream not in self.gone
                 assert status or not reason, "a status of ours is never 0"
                 self.gone.add(stream)
-            case Refused(stream, status, reason):
+            case spdy.Refused(stream, status, reason):
                 assert 0 < stream <= MAX_ID
                 assert status
                 assert reason
                 self.gone.add(stream)
-            case WindowGrown(stream):
+            case spdy.WindowGrown(stream):
                 assert 0 <= stream <= MAX_ID
                 assert stream not in self.gone
-            case Pong(number):
+            case spdy.Pong(number):
                 assert number % 2 == self.client
-            case GoneAway(last):
+            case spdy.GoneAway(last):
                 assert 0 <= last <= MAX_ID
-            case ConnectionFailed(_, reason):
+            case spdy.ConnectionFailed(_, reason):
                 assert reason
                 self.failed = True
             case _:
@@ -131,7 +117,7 @@ class Session:
         assert len(connection._decoder._text or b"") <= 32 * 1024
         assert len(connection._reset) <= LIMITS.answers + self.opened + LIMITS.streams
         for stream in connection.streams:
-            assert connection.state(stream) != (Half.DONE, Half.DONE)
+            assert connection.state(stream) != (spdy.Half.DONE, spdy.Half.DONE)
             assert stream not in self.gone
 
     def take(self) -> None:
@@ -189,7 +175,7 @@ class Session:
                 count = min(size * 8, self.held + size % 3)
                 connection.consumed(stream, count)
                 self.held -= count
-        except LocalError:
+        except spdy.LocalError:
             assert (connection.streams, connection.held) == before
 
     def frame(self, source: Source) -> bytes:

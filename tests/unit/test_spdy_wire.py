@@ -10,24 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.streaming.spdy import (
-    Connection,
-    ConnectionFailed,
-    Data,
-    Event,
-    Farewell,
-    GoneAway,
-    Headers,
-    Limits,
-    LocalError,
-    Pong,
-    Refused,
-    Replied,
-    Reset,
-    Status,
-    StreamOpened,
-    WindowGrown,
-)
+from criserver.streaming import spdy
 from criserver.streaming.spdy.headers import DICTIONARY
 
 from .spdy_peer import HEADERS, SYN_REPLY, SYN_STREAM, Peer, block_text, control, frames, opened
@@ -45,39 +28,39 @@ def test_the_dictionary_is_the_one_that_clients_announce() -> None:
 FROM_GO = [
     (
         "80030001 00000029 00000001 00000000 000078f9e3c6a7c26260606004a7b392a2d4c45c6851c29a0a0a6800000000ffff",
-        StreamOpened(1, (("streamtype", "error"),), False, False),
+        spdy.StreamOpened(1, (("streamtype", "error"),), False, False),
     ),
     (
         "80030001 00000017 00000003 00000000 0000 c22e555c92929907000000ffff",
-        StreamOpened(3, (("streamtype", "stdin"),), False, False),
+        spdy.StreamOpened(3, (("streamtype", "stdin"),), False, False),
     ),
     (
         "80030001 00000019 00000005 00000000 0000 c22ac5565c92925f5a02000000ffff",
-        StreamOpened(5, (("streamtype", "stdout"),), False, False),
+        spdy.StreamOpened(5, (("streamtype", "stdout"),), False, False),
     ),
     (
         "80030001 00000015 00000007 00000000 0000 c229975a5404000000ffff",
-        StreamOpened(7, (("streamtype", "stderr"),), False, False),
+        spdy.StreamOpened(7, (("streamtype", "stderr"),), False, False),
     ),
     (
         "80030001 0000002f 00000009 00000000 0000"
         "0225710c3950c19508a9038ac0d9cdc2c0c280818181b308926632417989d100000000ffff",
-        StreamOpened(9, (("streamtype", "data"), ("port", "8080"), ("requestid", "0")), False, False),
+        spdy.StreamOpened(9, (("streamtype", "data"), ("port", "8080"), ("requestid", "0")), False, False),
     ),
     ("80030002 0000000e 00000002 6260606000000000ffff", None),  # a reply that nobody asked for
     (
         "80030008 0000001b 00000001 829acd9a5b9a539209ae49f252194acaf301000000ffff",
-        Headers(1, (("multi", "one"), ("multi", "two")), False),
+        spdy.Headers(1, (("multi", "one"), ("multi", "two")), False),
     ),
-    ("00000001 00000005 68656c6c6f", Data(1, memoryview(b"hello"), False)),
-    ("00000001 01000000", Data(1, NOTHING, True)),
-    ("80030003 00000008 00000001 00000005", Reset(1, Status.CANCEL)),
-    ("80030007 00000008 00000002 00000000", GoneAway(2, Farewell.OK)),
+    ("00000001 00000005 68656c6c6f", spdy.Data(1, memoryview(b"hello"), False)),
+    ("00000001 01000000", spdy.Data(1, NOTHING, True)),
+    ("80030003 00000008 00000001 00000005", spdy.Reset(1, spdy.Status.CANCEL)),
+    ("80030007 00000008 00000002 00000000", spdy.GoneAway(2, spdy.Farewell.OK)),
 ]
 
 
 def test_the_frames_of_a_go_client_are_read() -> None:
-    connection = Connection()
+    connection = spdy.Connection()
     for frame, event in FROM_GO:
         assert connection.receive(bytes.fromhex(frame)) == ([] if event is None else [event])
 
@@ -85,7 +68,7 @@ def test_the_frames_of_a_go_client_are_read() -> None:
 # What we send, byte for byte. Header blocks are stored blocks of zlib: 00, length, its complement, the text, and the
 # empty block of a flush; the first one begins with zlib's head (78bb) and the dictionary's checksum.
 EMPTY = "00 0400 fbff 00000000 00 0000 ffff"
-SENT: list[tuple[str, Callable[[Connection], object], str]] = [
+SENT: list[tuple[str, Callable[[spdy.Connection], object], str]] = [
     ("SYN_REPLY", lambda c: c.reply(1), f"80030002 00000018 00000001 78bbe3c6a7c2 {EMPTY}"),
     ("SYN_REPLY with FLAG_FIN", lambda c: c.reply(1, end=True), f"80030002 01000018 00000001 78bbe3c6a7c2 {EMPTY}"),
     (
@@ -103,16 +86,16 @@ SENT: list[tuple[str, Callable[[Connection], object], str]] = [
         lambda c: c.open(end=True),
         f"80030001 0100001e 00000002 00000000 0000 78bbe3c6a7c2 {EMPTY}",
     ),
-    ("RST_STREAM", lambda c: c.reset(1, Status.CANCEL), "80030003 00000008 00000001 00000005"),
+    ("RST_STREAM", lambda c: c.reset(1, spdy.Status.CANCEL), "80030003 00000008 00000001 00000005"),
     ("PING", lambda c: c.ping(), "80030006 00000004 00000002"),
     ("GOAWAY", lambda c: c.go_away(), "80030007 00000008 00000001 00000000"),
-    ("GOAWAY with a status", lambda c: c.go_away(Farewell.INTERNAL_ERROR), "80030007 00000008 00000001 00000002"),
+    ("GOAWAY with a status", lambda c: c.go_away(spdy.Farewell.INTERNAL_ERROR), "80030007 00000008 00000001 00000002"),
 ]
 
 
 @pytest.mark.parametrize(("action", "wire"), [case[1:] for case in SENT], ids=[case[0] for case in SENT])
-def test_each_kind_of_frame_is_sent_in_its_wire_form(action: Callable[[Connection], object], wire: str) -> None:
-    connection = Connection()
+def test_each_kind_of_frame_is_sent_in_its_wire_form(action: Callable[[spdy.Connection], object], wire: str) -> None:
+    connection = spdy.Connection()
     connection.receive(Peer().syn_stream(1))
     assert connection.take() == b""
     action(connection)
@@ -132,7 +115,7 @@ def test_data_is_sent_in_its_wire_form() -> None:
 
 
 def test_windows_are_sent_in_their_wire_form() -> None:
-    connection = Connection(announce=True, limits=Limits(window=0x40000, streams=9))
+    connection = spdy.Connection(announce=True, limits=spdy.Limits(window=0x40000, streams=9))
     assert connection.take() == bytes.fromhex(
         "80030004 00000014 00000002  00000004 00000009  00000007 00040000"  # SETTINGS
         "80030009 00000008 00000000 00030000"  # WINDOW_UPDATE of the connection, which SETTINGS cannot change
@@ -140,7 +123,7 @@ def test_windows_are_sent_in_their_wire_form() -> None:
 
 
 def test_a_client_speaks_first_with_odd_ids() -> None:
-    client = Connection(client=True)
+    client = spdy.Connection(client=True)
     assert client.open() == 1
     assert client.open() == 3
     assert client.ping() == 1
@@ -153,22 +136,26 @@ def test_a_client_speaks_first_with_odd_ids() -> None:
     ]
 
 
-RECEIVED: list[tuple[str, str, list[Event]]] = [
-    ("DATA", "00000001 00000003 616263", [Data(1, memoryview(b"abc"), False)]),
-    ("DATA with FLAG_FIN", "00000001 01000001 61", [Data(1, memoryview(b"a"), True)]),
+RECEIVED: list[tuple[str, str, list[spdy.Event]]] = [
+    ("DATA", "00000001 00000003 616263", [spdy.Data(1, memoryview(b"abc"), False)]),
+    ("DATA with FLAG_FIN", "00000001 01000001 61", [spdy.Data(1, memoryview(b"a"), True)]),
     ("an empty DATA", "00000001 00000000", []),
-    ("an empty DATA with FLAG_FIN", "00000001 01000000", [Data(1, NOTHING, True)]),
-    ("RST_STREAM", "80030003 00000008 00000001 00000003", [Reset(1, Status.REFUSED_STREAM)]),
-    ("RST_STREAM with its unused bit", "80030003 00000008 80000001 00000003", [Reset(1, Status.REFUSED_STREAM)]),
+    ("an empty DATA with FLAG_FIN", "00000001 01000000", [spdy.Data(1, NOTHING, True)]),
+    ("RST_STREAM", "80030003 00000008 00000001 00000003", [spdy.Reset(1, spdy.Status.REFUSED_STREAM)]),
+    (
+        "RST_STREAM with its unused bit",
+        "80030003 00000008 80000001 00000003",
+        [spdy.Reset(1, spdy.Status.REFUSED_STREAM)],
+    ),
     ("RST_STREAM of another stream", "80030003 00000008 00000003 00000003", []),
-    ("GOAWAY", "80030007 00000008 00000000 00000002", [GoneAway(0, Farewell.INTERNAL_ERROR)]),
+    ("GOAWAY", "80030007 00000008 00000000 00000002", [spdy.GoneAway(0, spdy.Farewell.INTERNAL_ERROR)]),
     ("SETTINGS of no window", "80030004 0000000c 00000001 01000004 00000064", []),
-    ("SETTINGS with a window", "80030004 0000000c 00000001 00000007 00020000", [WindowGrown(0)]),
+    ("SETTINGS with a window", "80030004 0000000c 00000001 00000007 00020000", [spdy.WindowGrown(0)]),
     ("SETTINGS with the same window", "80030004 0000000c 00000001 00000007 00010000", []),
     ("SETTINGS with a smaller window", "80030004 0000000c 00000001 00000007 00000100", []),
     ("an empty SETTINGS", "80030004 00000004 00000000", []),
-    ("WINDOW_UPDATE of a stream", "80030009 00000008 00000001 00000001", [WindowGrown(1)]),
-    ("WINDOW_UPDATE of the connection", "80030009 00000008 00000000 00000001", [WindowGrown(0)]),
+    ("WINDOW_UPDATE of a stream", "80030009 00000008 00000001 00000001", [spdy.WindowGrown(1)]),
+    ("WINDOW_UPDATE of the connection", "80030009 00000008 00000000 00000001", [spdy.WindowGrown(0)]),
     ("WINDOW_UPDATE of another stream", "80030009 00000008 00000003 00000001", []),
     ("a frame of an unknown type", "8003000a 00000003 616263", []),
     ("an unknown frame without a body", "80030000 00000000", []),
@@ -177,16 +164,16 @@ RECEIVED: list[tuple[str, str, list[Event]]] = [
 
 
 @pytest.mark.parametrize(("wire", "events"), [case[1:] for case in RECEIVED], ids=[case[0] for case in RECEIVED])
-def test_each_kind_of_frame_is_read(wire: str, events: list[Event]) -> None:
+def test_each_kind_of_frame_is_read(wire: str, events: list[spdy.Event]) -> None:
     connection, peer = opened()
     assert connection.receive(bytes.fromhex(wire)) == events
     # The frame has ended where it says so: the next one is read.
-    assert connection.receive(peer.syn_stream(3)) == [StreamOpened(3, (), False, False)]
+    assert connection.receive(peer.syn_stream(3)) == [spdy.StreamOpened(3, (), False, False)]
 
 
 def test_the_numbers_are_the_specifications() -> None:
     # Sections 2.6.3 and 2.6.6; 10 is not in use any more.
-    assert {status.value: status.name for status in Status} == {
+    assert {status.value: status.name for status in spdy.Status} == {
         1: "PROTOCOL_ERROR",
         2: "INVALID_STREAM",
         3: "REFUSED_STREAM",
@@ -198,7 +185,7 @@ def test_the_numbers_are_the_specifications() -> None:
         9: "STREAM_ALREADY_CLOSED",
         11: "FRAME_TOO_LARGE",
     }
-    assert {status.value: status.name for status in Farewell} == {
+    assert {status.value: status.name for status in spdy.Farewell} == {
         0: "OK",
         1: "PROTOCOL_ERROR",
         2: "INTERNAL_ERROR",
@@ -208,27 +195,27 @@ def test_the_numbers_are_the_specifications() -> None:
 
 @pytest.mark.parametrize(("client", "last", "first"), [(True, 0x7FFFFFFF, 1), (False, 0x7FFFFFFE, 2)])
 def test_the_ids_of_pings_begin_again_at_their_end(client: bool, last: int, first: int) -> None:
-    connection = Connection(client=client)
+    connection = spdy.Connection(client=client)
     connection._next_ping = last
     assert [connection.ping(), connection.ping()] == [last, first]
 
 
 def test_a_reply_is_read() -> None:
-    client, peer = Connection(client=True), Peer()
+    client, peer = spdy.Connection(client=True), Peer()
     client.open()
     client.open()
-    assert client.receive(peer.syn_reply(1, [(b"a", b"b")])) == [Replied(1, (("a", "b"),), False)]
-    assert client.receive(peer.syn_reply(3, flags=1)) == [Replied(3, (), True)]
+    assert client.receive(peer.syn_reply(1, [(b"a", b"b")])) == [spdy.Replied(1, (("a", "b"),), False)]
+    assert client.receive(peer.syn_reply(3, flags=1)) == [spdy.Replied(3, (), True)]
 
 
 def test_pings_are_answered_as_they_came_and_answers_matched() -> None:
-    connection = Connection()
+    connection = spdy.Connection()
     assert connection.receive(bytes.fromhex("80030006 00000004 00000007")) == []
     assert connection.take() == bytes.fromhex("80030006 00000004 00000007")
     ping = connection.ping()
     connection.take()
     answer = bytes.fromhex("80030006 00000004 00000002")
-    assert connection.receive(answer) == [Pong(ping)]
+    assert connection.receive(answer) == [spdy.Pong(ping)]
     # An even one that this server did not send, or not again, is ignored (section 2.6.5).
     assert connection.receive(answer) == []
     assert connection.take() == b""
@@ -239,7 +226,7 @@ def test_data_is_not_copied(kind: Callable[[bytes], bytes]) -> None:
     connection, _ = opened()
     given_bytes = kind(bytes.fromhex("00000001 00000003 616263"))
     (event,) = connection.receive(given_bytes)
-    assert isinstance(event, Data)
+    assert isinstance(event, spdy.Data)
     assert event.data.obj is (given_bytes.obj if isinstance(given_bytes, memoryview) else given_bytes)
 
 
@@ -247,19 +234,19 @@ def test_a_large_frame_is_handed_on_as_it_comes() -> None:
     connection, _ = opened()
     assert connection.receive(bytes.fromhex("00000001 01ffffff")) == []
     for _ in range(255):
-        assert connection.receive(bytes(65536)) == [Data(1, memoryview(bytes(65536)), False)]
-    assert connection.receive(bytes(65535)) == [Data(1, memoryview(bytes(65535)), True)]
+        assert connection.receive(bytes(65536)) == [spdy.Data(1, memoryview(bytes(65536)), False)]
+    assert connection.receive(bytes(65535)) == [spdy.Data(1, memoryview(bytes(65535)), True)]
 
 
 def test_what_is_sent_is_cut_into_frames() -> None:
-    connection, _ = opened(limits=Limits(frame=1000))
+    connection, _ = opened(limits=spdy.Limits(frame=1000))
     connection.send(1, bytes(range(250)) * 10, end=True)
     assert [(flags, len(payload)) for _, flags, payload in frames(connection.take())] == [
         (0, 1000),
         (0, 1000),
         (1, 500),
     ]
-    connection, _ = opened(limits=Limits(frame=1000))
+    connection, _ = opened(limits=spdy.Limits(frame=1000))
     connection.send(1, bytes(2000))
     connection.send(1, bytes(2000), end=True)
     sent = [(flags, len(payload)) for _, flags, payload in frames(connection.take())]
@@ -291,7 +278,7 @@ def _merged(headers: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 @given(st.lists(HEADER_LISTS, min_size=1, max_size=8))
 def test_zlib_reads_our_blocks_as_one_stream(blocks: list[list[tuple[str, str]]]) -> None:
-    connection, peer = Connection(), Peer()
+    connection, peer = spdy.Connection(), Peer()
     connection.receive(peer.syn_stream(1))
     for headers in blocks:
         connection.headers(1, headers)
@@ -309,22 +296,22 @@ def test_zlib_reads_a_block_that_is_larger_than_a_stored_block() -> None:
 
 @given(st.lists(HEADER_LISTS, min_size=1, max_size=8), st.integers(0, 9))
 def test_the_blocks_of_any_zlib_are_read_as_one_stream(blocks: list[list[tuple[str, str]]], level: int) -> None:
-    connection, peer = Connection(), Peer(level)
+    connection, peer = spdy.Connection(), Peer(level)
     connection.receive(peer.syn_stream(1))
     for headers in blocks:
         merged = _merged(headers)
         (event,) = connection.receive(peer.headers(1, merged))
-        assert isinstance(event, Headers)
+        assert isinstance(event, spdy.Headers)
         assert sorted(event.headers) == sorted(headers)
 
 
 def test_a_stream_of_blocks_longer_than_zlibs_window_is_read() -> None:
-    connection, peer = Connection(), Peer()
+    connection, peer = spdy.Connection(), Peer()
     connection.receive(peer.syn_stream(1))
     for turn in range(400):  # 200 KB, with repetitions from near and far for the compressor to refer to
         value = b"%d " % (turn % 37) * 100 + b"%d" % turn
         (event,) = connection.receive(peer.headers(1, [(b"turn", value)]))
-        assert event == Headers(1, (("turn", value.decode()),), False)
+        assert event == spdy.Headers(1, (("turn", value.decode()),), False)
 
 
 def test_a_block_of_a_frame_that_is_refused_is_part_of_the_stream() -> None:
@@ -334,22 +321,24 @@ def test_a_block_of_a_frame_that_is_refused_is_part_of_the_stream() -> None:
     connection.go_away()
     connection.receive(peer.syn_stream(5, [(b"ignored", b"after our goaway")]))
     (event,) = connection.receive(peer.headers(1, [(b"unusual-name", b"unusual-value after our goaway")]))
-    assert event == Headers(1, (("unusual-name", "unusual-value after our goaway"),), False)
+    assert event == spdy.Headers(1, (("unusual-name", "unusual-value after our goaway"),), False)
 
 
 def test_a_block_without_headers_may_be_left_out() -> None:
-    connection, peer = Connection(), Peer()
-    assert connection.receive(control(SYN_STREAM, struct.pack(">IIH", 1, 0, 0))) == [StreamOpened(1, (), False, False)]
-    assert connection.receive(control(HEADERS, struct.pack(">I", 1), 1)) == [Headers(1, (), True)]
+    connection, peer = spdy.Connection(), Peer()
+    assert connection.receive(control(SYN_STREAM, struct.pack(">IIH", 1, 0, 0))) == [
+        spdy.StreamOpened(1, (), False, False)
+    ]
+    assert connection.receive(control(HEADERS, struct.pack(">I", 1), 1)) == [spdy.Headers(1, (), True)]
     stream = connection.open()
-    assert connection.receive(control(SYN_REPLY, struct.pack(">I", stream))) == [Replied(stream, (), False)]
-    assert connection.receive(peer.syn_stream(3, [(b"a", b"b")])) == [StreamOpened(3, (("a", "b"),), False, False)]
+    assert connection.receive(control(SYN_REPLY, struct.pack(">I", stream))) == [spdy.Replied(stream, (), False)]
+    assert connection.receive(peer.syn_stream(3, [(b"a", b"b")])) == [spdy.StreamOpened(3, (("a", "b"),), False, False)]
 
 
 def test_an_empty_value_and_bytes_beyond_ascii_pass() -> None:
     connection, peer = opened()
     (event,) = connection.receive(peer.headers(1, [(b"empty", b""), (b"bytes", b"\xff\x01")]))
-    assert event == Headers(1, (("empty", ""), ("bytes", "\xff\x01")), False)
+    assert event == spdy.Headers(1, (("empty", ""), ("bytes", "\xff\x01")), False)
 
 
 BAD_TEXTS = {
@@ -376,13 +365,13 @@ BAD_TEXTS = {
 def test_a_bad_header_block_is_the_streams_fault_alone(text: bytes) -> None:
     connection, peer = opened()
     (refused,) = connection.receive(peer.syn_stream(3, text=text))
-    assert isinstance(refused, Refused)
-    assert (refused.stream, refused.status) == (3, Status.PROTOCOL_ERROR)
+    assert isinstance(refused, spdy.Refused)
+    assert (refused.stream, refused.status) == (3, spdy.Status.PROTOCOL_ERROR)
     (reset,) = connection.receive(peer.headers(1, text=text))
-    assert isinstance(reset, Reset)
-    assert (reset.stream, reset.status) == (1, Status.PROTOCOL_ERROR)
+    assert isinstance(reset, spdy.Reset)
+    assert (reset.stream, reset.status) == (1, spdy.Status.PROTOCOL_ERROR)
     assert reset.reason == refused.reason != ""
-    assert connection.receive(peer.syn_stream(5, [(b"a", b"b")])) == [StreamOpened(5, (("a", "b"),), False, False)]
+    assert connection.receive(peer.syn_stream(5, [(b"a", b"b")])) == [spdy.StreamOpened(5, (("a", "b"),), False, False)]
 
 
 def _first_block(block: bytes) -> bytes:
@@ -409,36 +398,36 @@ BAD_BLOCKS = {
 
 @pytest.mark.parametrize("block", BAD_BLOCKS.values(), ids=BAD_BLOCKS)
 def test_a_block_that_is_not_spdys_zlib_ends_the_connection(block: bytes) -> None:
-    connection = Connection()
+    connection = spdy.Connection()
     (event,) = connection.receive(_first_block(block))
-    assert isinstance(event, ConnectionFailed)
-    assert event.status == Farewell.PROTOCOL_ERROR
+    assert isinstance(event, spdy.ConnectionFailed)
+    assert event.status == spdy.Farewell.PROTOCOL_ERROR
     assert connection.take() == bytes.fromhex("80030007 00000008 00000000 00000001")
 
 
 @pytest.mark.parametrize("length", [1000, 1001, 100_000_000])
 def test_a_block_that_swells_is_not_decompressed_beyond_the_bound(length: int) -> None:
-    limits = Limits(headers=1000, control=1 << 20)
-    connection, peer = Connection(limits=limits), Peer()
+    limits = spdy.Limits(headers=1000, control=1 << 20)
+    connection, peer = spdy.Connection(limits=limits), Peer()
     text = block_text([(b"a", b"b" * (length - 13))])
     (event,) = connection.receive(peer.syn_stream(1, text=text))
     if length == 1000:
-        assert isinstance(event, StreamOpened)
+        assert isinstance(event, spdy.StreamOpened)
     else:
-        assert event == ConnectionFailed(
-            Farewell.PROTOCOL_ERROR, "a header block has more than 1000 bytes when it is decompressed"
+        assert event == spdy.ConnectionFailed(
+            spdy.Farewell.PROTOCOL_ERROR, "a header block has more than 1000 bytes when it is decompressed"
         )
 
 
 def test_headers_are_bounded_in_number_each_value_counted() -> None:
-    connection, peer = Connection(limits=Limits(pairs=3)), Peer()
+    connection, peer = spdy.Connection(limits=spdy.Limits(pairs=3)), Peer()
     names = [(b"%d" % number, b"") for number in range(4)]
-    assert isinstance(connection.receive(peer.syn_stream(1, names[:3]))[0], StreamOpened)
+    assert isinstance(connection.receive(peer.syn_stream(1, names[:3]))[0], spdy.StreamOpened)
     assert connection.receive(peer.syn_stream(3, names)) == [
-        Refused(3, Status.FRAME_TOO_LARGE, "4 headers, more than 3")
+        spdy.Refused(3, spdy.Status.FRAME_TOO_LARGE, "4 headers, more than 3")
     ]
-    assert isinstance(connection.receive(peer.syn_stream(5, [(b"a", b"1\x002\x003")]))[0], StreamOpened)
-    assert isinstance(connection.receive(peer.syn_stream(7, [(b"a", b"1\x002\x003\x004")]))[0], Refused)
+    assert isinstance(connection.receive(peer.syn_stream(5, [(b"a", b"1\x002\x003")]))[0], spdy.StreamOpened)
+    assert isinstance(connection.receive(peer.syn_stream(7, [(b"a", b"1\x002\x003\x004")]))[0], spdy.Refused)
 
 
 @pytest.mark.parametrize(
@@ -447,10 +436,10 @@ def test_headers_are_bounded_in_number_each_value_counted() -> None:
     ids=["no name", "space", "NUL in the name", "name beyond ASCII", "NUL", "beyond Latin-1", "too long"],
 )
 def test_headers_that_cannot_be_sent_are_refused_and_nothing_is_sent(header: tuple[str, str]) -> None:
-    connection, peer = Connection(), Peer()
+    connection, peer = spdy.Connection(), Peer()
     connection.receive(peer.syn_stream(1))
     for action in (connection.open, lambda headers: connection.reply(1, headers)):
-        with pytest.raises(LocalError):
+        with pytest.raises(spdy.LocalError):
             action([("fine", "value"), header])
     assert connection.take() == b""
     connection.reply(1)
@@ -466,5 +455,5 @@ def test_headers_that_cannot_be_sent_are_refused_and_nothing_is_sent(header: tup
 def test_an_empty_value_among_several_cannot_be_sent() -> None:
     connection, _ = opened()
     connection.headers(1, [("a", "")])
-    with pytest.raises(LocalError, match="'a'"):
+    with pytest.raises(spdy.LocalError, match="'a'"):
         connection.headers(1, [("a", ""), ("A", "b")])
