@@ -10,6 +10,7 @@ import os
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import IO, Any
 
@@ -128,24 +129,27 @@ def _add(
     user: UserNamespace | None = None,
 ) -> None:
     check()
-    entry = tar.gettarinfo(source, name)
-    # There is no way to write a socket, and nothing in it.
-    if entry is None:
-        return
-    # The host's names mean nothing in the container.
-    entry.uname = entry.gname = ""
-    if user is not None:
-        entry.uid, entry.gid = _seen(entry.uid, user.uids), _seen(entry.gid, user.gids)
-    entry.pax_headers = {
-        f"SCHILY.xattr.{key}": value.decode("utf-8", "surrogateescape")
-        for key, value in (xattrs or {}).items()
-        if key.startswith(_KEPT_XATTRS)
-    }
-    if entry.isreg():
-        with open(source, "rb") as file:
-            tar.addfile(entry, _Checked(file, check))
-    else:
-        tar.addfile(entry)
+    with ExitStack() as stack:
+        content = stack.enter_context(_open(source)) if stat.S_ISREG(os.lstat(source).st_mode) else None
+        entry = tar.gettarinfo(source, name, content)
+        # There is no way to write a socket, and nothing in it.
+        if entry is None:
+            return
+        # The host's names mean nothing in the container.
+        entry.uname = entry.gname = ""
+        if user is not None:
+            entry.uid, entry.gid = _seen(entry.uid, user.uids), _seen(entry.gid, user.gids)
+        entry.pax_headers = {
+            f"SCHILY.xattr.{key}": value.decode("utf-8", "surrogateescape")
+            for key, value in (xattrs or {}).items()
+            if key.startswith(_KEPT_XATTRS)
+        }
+        tar.addfile(entry, None if content is None else _Checked(content, check))
+
+
+def _open(path: str) -> IO[bytes]:
+    """A regular file. Raises OSError for a link in its place."""
+    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _seen(host_id: int, ids: IdMapping) -> int:

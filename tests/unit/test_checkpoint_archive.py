@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,32 @@ def test_a_diff_keeps_names_links_and_modes(tmp_path: Path):
     assert (found["two"].type, found["two"].linkname) == (tarfile.LNKTYPE, "one")
     assert found["one"].mode == 0o4755
     assert {entry.uname for entry in found.values()} == {""}
+
+
+@pytest.mark.parametrize("other", ["link", "shorter"])
+def test_a_file_that_is_replaced_while_it_is_looked_at(tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch):
+    """A container that shares the process namespace can reach it, and logs are rotated: size and content are of one."""
+    upper, secret = tmp_path / "upper", tmp_path / "secret"
+    upper.mkdir()
+    (upper / "file").write_bytes(b"its own content")
+    secret.write_bytes(b"of somebody else")
+    look = tarfile.TarFile.gettarinfo
+
+    def replaced(self: tarfile.TarFile, *args: Any) -> Any:
+        entry = look(self, *args)
+        (upper / "file").unlink()
+        if other == "link":
+            (upper / "file").symlink_to(secret)
+        else:
+            (upper / "file").touch()
+        return entry
+
+    monkeypatch.setattr(tarfile.TarFile, "gettarinfo", replaced)
+    checkpoint_archive.write_diff(str(upper), str(tmp_path / "diff.tar"), None, nothing)
+    with tarfile.open(tmp_path / "diff.tar") as tar:
+        content = tar.extractfile("file")
+        assert content is not None
+        assert content.read() == b"its own content"
 
 
 @pytest.mark.parametrize(("first", "length", "seen"), [(0, 1, 0), (-5, 10, 5), (1, 10, 65534), (-5, 5, 65534)])
