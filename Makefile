@@ -34,6 +34,10 @@ format: $(VENV)/ready
 proto: $(VENV)/ready
 	$(BIN)/python -c "import setup; setup.generate()"
 
+wheel: $(VENV)/ready
+	rm -rf build
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
 # The Python that the package is for, and which build of this version it is: a higher one is an upgrade.
 DEB_PYTHON ?= 3.11
 DEB_REVISION ?= 1

@@ -35,7 +35,13 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
             "use a kernel with CONFIG_SECCOMP_FILTER",
         )
     if host.read("/sys/module/apparmor/parameters/enabled") == "Y":
-        yield ok("AppArmor is in force")
+        if host.which("apparmor_parser") is None:
+            yield warning(
+                "AppArmor is in force, and there is no apparmor_parser: no profile can be loaded for containers",
+                "apt-get install apparmor",
+            )
+        else:
+            yield ok("AppArmor is in force")
     elif host.exists("/sys/fs/selinux/enforce"):
         yield ok("SELinux has a policy")
 

@@ -212,6 +212,9 @@ def container(config: Config, handler: str) -> str | None:
         return str(e)
     finally:
         subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
+        if parent.endswith(".slice"):
+            # systemd keeps a slice that was made for a scope when the scope is gone.
+            subprocess.run(["systemctl", "stop", parent], capture_output=True, timeout=_SECONDS, check=False)
         cgroups.remove(cgroups.pod_path(parent))
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -87,6 +87,7 @@ class Node:
                 + (runtimes or f'[runtimes.runc]\npath = "{RUNTIME}"\n')
             )
         self.write_network()
+        self.python = sys.executable
         self.process: subprocess.Popen[bytes] | None = None
         self.pods: set[str] = set()
         self.client: Client
@@ -107,7 +108,7 @@ class Node:
         """Start the daemon and wait until it serves."""
         with open(f"{self.base}/daemon.log", "ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "criserver", "serve", "--config", self.config],
+                [self.python, "-m", "criserver", "serve", "--config", self.config],
                 stderr=out,
                 stdout=out,
                 stdin=subprocess.DEVNULL,

@@ -238,6 +238,13 @@ def test_iptables_counts_only_for_plugins_that_run_it(node: Fake):
     assert node.faults() == []
 
 
+def test_apparmor_takes_a_program_to_load_profiles(node: Fake):
+    node.write("sys/module/apparmor/parameters/enabled", "Y\n")
+    assert node.faults() == []
+    node.change(which=lambda name: None if name == "apparmor_parser" else f"/usr/bin/{name}")
+    assert "no profile can be loaded" in node.fault().words
+
+
 def legacy(*controllers: str) -> str:
     lines = (f"3{n} 21 0:3{n} / /sys/fs/cgroup/{c} rw - cgroup cgroup rw,{c}\n" for n, c in enumerate(controllers))
     return LEGACY + "".join(lines)
