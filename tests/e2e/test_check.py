@@ -34,7 +34,7 @@ def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
     assert f"criserver serves at {node.socket} (PID {node.process.pid})" in words(report, "ok")
     assert "a container was run by runc" in words(report, "ok")
     assert (set(os.listdir("/sys/class/net")), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))) == before
-    node.stop()
+    node.kill()
     code, report = check(node)
     assert code == 0, words(report, "missing")
     assert f"the socket at {node.socket} is of a daemon that has ended" in words(report, "ok")
