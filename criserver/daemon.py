@@ -214,11 +214,11 @@ def hold(directory: str) -> int:
 
 async def _checkpoint(store: Store) -> None:
     while True:
-        await asyncio.sleep(CHECKPOINT_INTERVAL)
         try:
             await store.checkpoint()
         except CriError as e:
             log.warning("the database's log stays as it is for now", error=str(e))
+        await asyncio.sleep(CHECKPOINT_INTERVAL)
 
 
 async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:

@@ -58,6 +58,7 @@ sys.path.append(sys.argv.pop())
 from snapshotter.worker import main
 main()
 """
+_CHECKER = _WORKER.replace("snapshotter.worker", "snapshotter.check")
 # Makes a user namespace, says with "0" that it is there, and ends with its parent.
 _USERNS_MAKER = """
 import ctypes, os
@@ -255,14 +256,21 @@ class Snapshotter:
         del self._layers[chain_id]
         await asyncio.to_thread(self._delete, name)
 
-    async def check_layer(self, chain_id: str) -> str:
-        """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more."""
+    async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
+        """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more.
+
+        With the file ``blob`` that it came from, all its files are compared with that, by a process of its own (see
+        snapshotter.check). Without, or where that cannot be read, only its record is looked at.
+        """
         layer = self._layers.get(chain_id)
         if layer is None:
             return ""
         if layer.parent is not None and layer.parent not in self._layers:
             return f"the layer below it, {layer.parent}, is missing"
-        return await asyncio.to_thread(_check_record, layer)
+        wrong = await asyncio.to_thread(_check_record, layer)
+        if blob and not wrong:
+            wrong = await _compare(layer, blob, compression)
+        return wrong if self._layers.get(chain_id) is layer else ""
 
     async def usage(self, key: str) -> Usage:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
@@ -590,6 +598,35 @@ def _make_root(area: str, uid: int, gid: int, mode: int) -> None:
     os.mkdir(path, 0o700)
     os.chown(path, uid, gid)
     os.chmod(path, mode)
+
+
+async def _compare(layer: Layer, blob: str, compression: str) -> str:
+    """How the files of a layer differ from its blob."""
+    options = {"compression": compression, "diff_id": layer.diff_id, "daemon": os.getpid()}
+    try:
+        with open(blob, "rb") as file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-I", "-S", "-c", _CHECKER, json.dumps(options), *_WORKER_PATHS),
+                stdin=file,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=layer.path,
+                env={},
+            )
+    except OSError:
+        return ""  # it is gone, or its blob is
+    try:
+        output, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    try:
+        return "; ".join(json.loads(output).get("differences", []))
+    except ValueError:
+        told = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
+        raise SnapshotError(f"the layer checker ended with status {process.returncode}: {told}") from None
 
 
 def _check_record(layer: Layer) -> str:

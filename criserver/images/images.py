@@ -320,7 +320,7 @@ class Images:
             raise FailedPreconditionError("the images are being verified already; wait for it, or end that one")
         self._verifying = True
         try:
-            verifier = Verifier(self._content, self._snapshotter, self._owners)
+            verifier = Verifier(self._content, self._snapshotter, self._owners, self._sources)
             async with aclosing(verifier.run()) as found:
                 async for verified in found:
                     yield verified
@@ -385,6 +385,19 @@ class Images:
         """The images that have the blob with this digest, or the layer with this chain ID."""
         entries = (entry for _, entry in sorted(self._entries.items()))
         return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
+
+    def _sources(self) -> dict[str, Descriptor]:
+        """The blobs of the layers of all images, by the layers' chain IDs."""
+        found: dict[str, Descriptor] = {}
+        for entry in self._entries.values():
+            try:
+                manifest = self._manifest(entry.manifest)
+                body = self._content.read(manifest.config.digest, MAX_CONFIG)
+            except CriError:
+                continue  # it is damaged, which is told of by its digest
+            chain = chain_ids(parse_config(body, entry.image.id).diff_ids)
+            found.update(zip(chain, manifest.layers, strict=True))
+        return found
 
     def _export(self, image_id: str, names: tuple[str, ...]) -> Export:
         descriptor = self._entries[image_id].manifest

@@ -1,6 +1,6 @@
-"""Whether what is on disk is still what it was: every blob by its digest, every layer by its record.
+"""Whether what is on disk is still what it was: every blob by its digest, every layer by the blob that it came from.
 
-The work is one thread's, of the lowest priority, so that pods do not notice it.
+The work is one thread's or process's at a time, of the lowest priority, so that pods do not notice it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import asyncio
 import hashlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from criserver.images.content import ContentStore
+from criserver.images.manifests import Descriptor, compression
 from criserver.images.threads import in_thread
 from snapshotter import Snapshotter
 
@@ -48,17 +49,23 @@ class Verified:
 
 
 class Verifier:
-    """One verification. ``owners`` gives the images that a blob or layer belongs to.
+    """One verification.
 
-    What goes meanwhile is no damage, and what comes is not looked at.
+    ``owners`` gives the images that a blob or layer belongs to, ``sources`` the blobs that layers came from, by chain
+    ID. What goes meanwhile is no damage, and what comes is not looked at.
     """
 
     def __init__(
-        self, content: ContentStore, snapshotter: Snapshotter, owners: Callable[[str], tuple[Image, ...]]
+        self,
+        content: ContentStore,
+        snapshotter: Snapshotter,
+        owners: Callable[[str], tuple[Image, ...]],
+        sources: Callable[[], Mapping[str, Descriptor]],
     ) -> None:
         self._content = content
         self._snapshotter = snapshotter
         self._owners = owners
+        self._sources = sources
         self._read = 0
         self._ended = threading.Event()
 
@@ -68,6 +75,7 @@ class Verifier:
         layers = list(self._snapshotter.layers())
         total = sum(self._content.size(digest) or 0 for digest in digests)
         blobs = checked = 0
+        damaged = set()
         executor = ThreadPoolExecutor(1, "verify", _give_way)
         try:
             for digest in digests:
@@ -78,12 +86,19 @@ class Verifier:
                 reason = work.result()
                 # Not what went while it was read, and is perhaps here anew.
                 if reason and await in_thread(self._blob, digest) and self._content.size(digest) is not None:
+                    damaged.add(digest)
                     yield Verified(self._read, total, blobs, checked, (self._damage("blob", digest, reason),))
+            sources = self._sources()
             for chain_id in layers:
-                reason = await self._snapshotter.check_layer(chain_id)
+                source = sources.get(chain_id)
+                if source is None or source.digest in damaged:
+                    reason = await self._snapshotter.check_layer(chain_id)
+                else:
+                    blob = self._content.path(source.digest)
+                    reason = await self._snapshotter.check_layer(chain_id, blob, compression(source, "its image"))
                 checked += 1
-                if reason and self._snapshotter.layer(chain_id) is not None:
-                    yield Verified(self._read, total, blobs, checked, (self._damage("layer", chain_id, reason),))
+                found = (self._damage("layer", chain_id, reason),) if reason else ()
+                yield Verified(self._read, total, blobs, checked, found)
             yield Verified(self._read, total, blobs, checked)
         finally:
             self._ended.set()

@@ -18,6 +18,7 @@ from criserver.errors import CriError, ResourceExhaustedError
 
 # Seconds. Nobody else writes; what waits here holds up the whole event loop.
 _LOCK_TIMEOUT = 0.2
+_RESERVE = 1 << 20
 
 TABLES = frozenset({"meta", "sandboxes", "containers", "images", "image_names"})
 
@@ -49,6 +50,7 @@ class Store:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             self._migrate()
+            self._reserve()
         except sqlite3.Error as e:
             raise CriError(f"database {path}: {e}; move it away to start with an empty one") from e
 
@@ -61,6 +63,18 @@ class Store:
             )
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+
+    def _reserve(self) -> None:
+        """Have room for the next writes in the database and, from the next checkpoint on, in its log.
+
+        Without it nothing could be removed any more from a disk that is full. Where it is full already, there is
+        what there is.
+        """
+        try:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('reserve', zeroblob(?))", (_RESERVE,))
+            self._db.execute("DELETE FROM meta WHERE key = 'reserve'")
+        except sqlite3.OperationalError:
+            return
 
     def get(self, table: str, key: str) -> bytes | None:
         """The record under ``key``, or None."""

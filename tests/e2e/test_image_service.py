@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
+from criserver.cli.client import method
+from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.conftest import import_image
-from tests.e2e.imagebuilder import busybox_image, write_docker_archive
+from tests.e2e.imagebuilder import Dir, Link, build_image, busybox_image, write_docker_archive
 from tests.e2e.node import Node
 from tests.e2e.registry import HTPASSWD, Registry, registry, running
 from tests.e2e.test_bad_input import refused
@@ -72,6 +78,137 @@ def test_an_image_may_be_removed_under_a_running_container(node: Node, registry:
         if node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before:
             break
     assert node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before
+
+
+def test_images_can_be_removed_from_a_full_disk(node: Node, registry: Registry):
+    name = registry.push(build_image([{"large": os.urandom(3_000_000)}]), "full:1")
+    before = used_bytes(node)
+    node.client.PullImage(image=spec(name))
+    size = os.statvfs(node.root)
+    used = (size.f_blocks - size.f_bfree) * size.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={used}", node.root], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left"), open(f"{node.root}/one-more", "wb") as f:
+            f.write(b"x")
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            node.client.PullImage(image=spec(registry.push(build_image([{"a": os.urandom(9000)}]), "full:2")))
+        node.client.RemoveImage(image=spec(name))
+    finally:
+        subprocess.run(["mount", "-o", "remount,size=8g", node.root], check=True)
+        os.unlink(f"{node.root}/one-more")
+    assert not node.client.ImageStatus(image=spec(name)).HasField("image")
+    assert used_bytes(node) == before
+    assert node.leftovers() == []
+
+
+def test_the_layers_of_an_image_volume_go_with_its_container(node: Node, registry: Registry):
+    before = used_bytes(node)
+    name = registry.push(build_image([{"data": os.urandom(100_000)}]), "volume:1")
+    node.client.PullImage(image=spec(name))
+    pod = node.run_pod("user")
+    mount = cri.Mount(container_path="/data", image=spec(name), readonly=True)
+    container = node.run(pod, "c", ["sleep", "1000"], mounts=[mount])
+    node.client.RemoveImage(image=spec(name))
+    assert node.sh(container, "ls /data") == "data\n"
+    node.remove_pods()
+    wait_until(lambda: used_bytes(node) == before)
+
+
+def test_what_images_and_containers_occupy_is_told_apart(node: Node, registry: Registry):
+    def container_bytes() -> int:
+        return node.client.ImageFsInfo().container_filesystems[0].used_bytes.value
+
+    before = used_bytes(node)
+    pod = node.run_pod("writer")
+    container = node.run(pod, "c", ["sh", "-c", "head -c 3000000 /dev/zero > /file; sleep 1000"])
+    wait_until(lambda: container_bytes() >= 3_000_000, seconds=30)
+    info = node.client.ImageFsInfo()
+    (images,), (containers,) = info.image_filesystems, info.container_filesystems
+    assert images.fs_id == containers.fs_id
+    assert images.used_bytes.value == before
+    assert 0 < containers.timestamp <= time.time_ns()
+    assert containers.inodes_used.value >= 2
+    node.client.RemoveContainer(container_id=container)
+    wait_until(lambda: container_bytes() == 0, seconds=30)
+
+
+def test_what_an_image_occupies_is_told_at_once(node: Node, registry: Registry):
+    layers = [{"d": Dir(), "d/a": os.urandom(5000), "d/b": b"1", "e": Link("d/a")}, {"large": os.urandom(1_000_000)}]
+    image = build_image(layers)
+    blobs = sum(-(-len(blob) // 4096) * 4096 for blob in image.blobs.values())
+    # A directory and whole blocks of files; links fit into their inodes.
+    files = 4096 + 8192 + 4096 + -(-1_000_000 // 4096) * 4096
+    name = registry.push(image, "told:1")
+    before = node.client.ImageFsInfo().image_filesystems[0]
+    for _ in range(2):
+        node.client.PullImage(image=spec(name))
+        after = node.client.ImageFsInfo().image_filesystems[0]
+        assert after.used_bytes.value - before.used_bytes.value == blobs + files
+        assert after.inodes_used.value - before.inodes_used.value == len(image.blobs) + 5
+        node.client.RemoveImage(image=spec(name))
+        assert used_bytes(node) == before.used_bytes.value
+
+
+def test_an_image_is_removed_with_all_its_names_by_any_of_them_at_once(node: Node, registry: Registry):
+    image = build_image([{"a": os.urandom(1000)}])
+    names = [registry.push(image, f"many{n}:{n}") for n in range(3)]
+    before = used_bytes(node)
+    for given in (names[0], image.id, image.id[7:], f"{names[1].rpartition(':')[0]}@{image.digest}"):
+        for name in names:
+            node.client.PullImage(image=spec(name))
+        with ThreadPoolExecutor(8) as pool:
+            for answer in [pool.submit(node.client.RemoveImage, image=spec(given)) for _ in range(8)]:
+                answer.result()
+        assert not [name for name in names if node.client.ImageStatus(image=spec(name)).HasField("image")]
+        wait_until(lambda: used_bytes(node) == before)
+
+
+def test_pulls_removals_and_prunes_of_one_image_at_once(node: Node, registry: Registry):
+    image = build_image([{f"{n}": os.urandom(500) for n in range(50)}, {"b": os.urandom(200_000)}])
+    names = [registry.push(image, f"contended{n}:1") for n in range(2)]
+    before, over = used_bytes(node), time.monotonic() + 4
+    prune = method(node.client.channel, admin.DESCRIPTOR.services_by_name["AdminService"], "PruneImages")
+    node.client.PullImage(image=spec(names[0]))  # so that what is not the tests' own is used, by a container
+    pod = node.run_pod("user")
+    node.create(pod, "c")
+
+    def repeat(action: Callable[[], object]) -> int:
+        done = 0
+        while time.monotonic() < over:
+            action()
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(5) as pool:
+        work = [
+            pool.submit(repeat, action)
+            for action in (
+                lambda: node.client.PullImage(image=spec(names[0])),
+                lambda: node.client.PullImage(image=spec(names[1])),
+                lambda: node.client.RemoveImage(image=spec(names[0])),
+                lambda: prune(admin.PruneImagesRequest(all=True)),
+                lambda: prune(admin.PruneImagesRequest()),
+            )
+        ]
+        assert all(done.result() > 5 for done in work)
+    for name in names:
+        assert node.client.PullImage(image=spec(name)).image_ref == image.id
+    verify = method(node.client.channel, admin.DESCRIPTOR.services_by_name["AdminService"], "VerifyImages")
+    assert [damage for found in verify(admin.VerifyImagesRequest()) for damage in found.damage] == []
+    node.client.RemoveImage(image=spec(names[0]))
+    assert used_bytes(node) == before
+    assert node.client.ImageStatus(image=spec("localhost/busybox:latest")).HasField("image")
+
+
+def used_bytes(node: Node) -> int:
+    return node.client.ImageFsInfo().image_filesystems[0].used_bytes.value
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_refusals(node: Node, registry: Registry):

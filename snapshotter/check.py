@@ -1,0 +1,329 @@
+"""The program that compares a layer on disk with the blob that it came from, and ends.
+
+Its directory is the layer's and its standard input the blob. It prints one JSON object: ``differences`` by name, or
+``unread`` and why, where the blob itself cannot be read. It changes nothing, and gives way to everybody else.
+
+What is compared: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners and
+extended attributes. Times are not, and neither are marks of overlayfs beyond whiteouts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import posixpath
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from snapshotter import errors, tar
+from snapshotter.limits import Limits
+from snapshotter.mounts import RESOLVE_BENEATH, openat2
+from snapshotter.streams import LayerStream, decoder
+
+_MOST = 5  # differences that are named
+_PIECE = 1 << 20
+_NICEST = 19
+_WHITEOUT = b".wh."
+_RESERVED = b".wh..wh."
+_OPAQUE = b".wh..wh..opq"
+_FORMATS = {
+    tar.FILE: stat.S_IFREG,
+    tar.DIRECTORY: stat.S_IFDIR,
+    tar.SYMLINK: stat.S_IFLNK,
+    tar.FIFO: stat.S_IFIFO,
+}
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITY_VERSION_3 = 0x20080522
+_DAC_READ_SEARCH = 1 << 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Wanted(NamedTuple):
+    """What an entry has to be; ``order`` is its place in the archive."""
+
+    order: int
+    kind: str
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    link: bytes
+    digest: bytes
+    extents: tuple[tuple[int, int], ...] | None
+    xattrs: dict[bytes, bytes]
+
+
+def main() -> None:
+    """Compare as the first argument, a JSON object, says."""
+    options = json.loads(sys.argv[1])
+    os.nice(_NICEST)
+    limits = Limits()
+    result: dict[str, Any]
+    try:
+        decode = decoder(sys.stdin.buffer, options["compression"])
+        _confine(options["daemon"])
+        root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY)
+        stream = LayerStream(sys.stdin.buffer, decode, limits)
+        reader = tar.TarReader(stream.read, limits)
+        layer = _Layer(reader)
+        reader.drain()
+        if stream.digest() != options["diff_id"]:
+            result = {"unread": f"its content is {stream.digest()}"}
+        else:
+            result = {"differences": list(_differences(root, layer))}
+    except errors.SnapshotError as e:
+        result = {"unread": str(e)}
+    except OSError as e:
+        result = {"differences": [f"it cannot be read: {e.strerror}"]}
+    sys.stdout.write(json.dumps(result))
+    sys.stdout.flush()
+
+
+class _Layer:
+    """All entries of a layer: what has to be at each path after the last one.
+
+    ``hidden`` has the paths of whiteouts, ``opaque`` those of opaque directories, each with its place in the archive.
+    """
+
+    def __init__(self, reader: tar.TarReader) -> None:
+        self.wanted: dict[bytes, _Wanted] = {}
+        self.hidden: dict[bytes, int] = {}
+        self.opaque: dict[bytes, int] = {}
+        for order, entry in enumerate(reader):
+            path = _path(entry.name)
+            parent, _, base = path.rpartition(b"/")
+            if base == _OPAQUE:
+                self.opaque[parent] = order
+            elif any(part.startswith(_RESERVED) for part in path.split(b"/")):
+                continue
+            elif base.startswith(_WHITEOUT):
+                self.hidden[path[: len(path) - len(base)] + base.removeprefix(_WHITEOUT)] = order
+            else:
+                self._add(path, order, entry, reader)
+
+    def _add(self, path: bytes, order: int, entry: tar.Entry, reader: tar.TarReader) -> None:
+        digest = hashlib.sha256()
+        for piece in reader.content():
+            digest.update(piece)
+        # A hard link to what is there under another name is that; later it may be there no more.
+        target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
+        self.wanted[path] = (
+            _Wanted(
+                order,
+                entry.kind,
+                entry.mode,
+                entry.uid,
+                entry.gid,
+                entry.size,
+                entry.link,
+                digest.digest(),
+                getattr(entry, "extents", None),
+                entry.xattrs,
+            )
+            if target is None
+            else target._replace(order=order)
+        )
+
+    def alive(self) -> dict[bytes, _Wanted]:
+        """What has to be there, in the order of the archive."""
+        found = [(path, entry) for path, entry in self.wanted.items() if not self.replaced(path, entry.order)]
+        return dict(sorted(found, key=lambda item: item[1].order))
+
+    def replaced(self, path: bytes, order: int) -> bool:
+        """Whether something that is no directory came after ``order`` in the place of one that ``path`` was in."""
+        parent = path.rpartition(b"/")[0]
+        while parent:
+            other = self.wanted.get(parent)
+            if other is not None and other.kind != tar.DIRECTORY and other.order > order:
+                return True
+            parent = parent.rpartition(b"/")[0]
+        return False
+
+
+def _differences(root: int, layer: _Layer) -> Iterator[str]:
+    """In words, up to ``_MOST`` of them, and how many more there are."""
+    count = 0
+    for difference in _all_differences(root, layer):
+        count += 1
+        if count <= _MOST:
+            yield difference
+    if count > _MOST:
+        yield f"{count - _MOST} more"
+
+
+def _all_differences(root: int, layer: _Layer) -> Iterator[str]:
+    alive = layer.alive()
+    places = _Places(root)
+    # By directory and name, as several paths may lead to one place; then the last entry counts.
+    last = {places.of(path): path for path in alive if path}
+    for path, order in [*layer.hidden.items(), *layer.opaque.items()]:
+        if path and places.of(path) not in last and _status(root, path) is None and not layer.replaced(path, order):
+            yield f"{errors.shown(path)} is missing"
+    for path in last.values():
+        if what := _difference(root, path, alive[path]):
+            yield f"{errors.shown(path)} {what}"
+    if b"" in alive and (what := _attributes(os.fstat(root), alive[b""])):
+        yield f"the root {what}"
+    known = {*last, *map(places.of, layer.hidden), *(places.of(path) for path in layer.opaque if path)}
+    yield from places.others(known)
+
+
+def _difference(root: int, path: bytes, wanted: _Wanted) -> str:
+    """How what is at ``path`` is not what it has to be; "" where it is."""
+    status = _status(root, path)
+    if status is None:
+        return "is missing"
+    expected = _FORMATS.get(wanted.kind)
+    if expected is None:
+        return ""  # a device, or a link through links of which there is nothing to compare with
+    if stat.S_IFMT(status.st_mode) != expected:
+        return f"is no {wanted.kind}"
+    if expected == stat.S_IFREG:
+        if status.st_size != wanted.size:
+            return f"has {status.st_size} bytes in place of {wanted.size}"
+        if not _has_content(root, path, wanted):
+            return "has another content"
+    if expected == stat.S_IFLNK and _target(root, path) != wanted.link:
+        return "leads elsewhere"
+    return _attributes(status, wanted) or _xattrs(root, path, wanted)
+
+
+def _attributes(status: os.stat_result, wanted: _Wanted) -> str:
+    if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
+        return f"belongs to {status.st_uid}:{status.st_gid} in place of {wanted.uid}:{wanted.gid}"
+    mode = stat.S_IMODE(status.st_mode)
+    if wanted.kind != tar.SYMLINK and mode != wanted.mode & 0o7777:
+        return f"has the mode {mode:o} in place of {wanted.mode & 0o7777:o}"
+    return ""
+
+
+def _xattrs(root: int, path: bytes, wanted: _Wanted) -> str:
+    if not wanted.xattrs or wanted.kind not in (tar.FILE, tar.DIRECTORY):
+        return ""
+    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, RESOLVE_BENEATH)
+    try:
+        for name, value in wanted.xattrs.items():
+            if name.startswith(b"user.") or name == b"security.capability":
+                try:
+                    found = os.getxattr(fd, name)
+                except OSError:
+                    return f"has lost its attribute {errors.shown(name)}"
+                if found != value:
+                    return f"has another {errors.shown(name)}"
+    finally:
+        os.close(fd)
+    return ""
+
+
+def _has_content(root: int, path: bytes, wanted: _Wanted) -> bool:
+    digest = hashlib.sha256()
+    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW, RESOLVE_BENEATH)
+    try:
+        # What counts is on the disk.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for at, length in wanted.extents if wanted.extents is not None else ((0, wanted.size),):
+            end = at + length
+            while at < end and (piece := os.pread(fd, min(_PIECE, end - at), at)):
+                digest.update(piece)
+                at += len(piece)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return digest.digest() == wanted.digest
+
+
+def _target(root: int, path: bytes) -> bytes:
+    fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_BENEATH)
+    try:
+        return os.readlink(b"", dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _status(root: int, path: bytes) -> os.stat_result | None:
+    try:
+        fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_BENEATH)
+    except OSError:
+        return None
+    status = os.fstat(fd)
+    os.close(fd)
+    return status
+
+
+class _Places:
+    """Paths below ``root`` by the directory that they are really in, which links of the layer may lead to."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._numbers: dict[bytes, int] = {b"": os.fstat(root).st_ino}
+
+    def of(self, path: bytes) -> tuple[int, bytes]:
+        """The number of a path's directory, and its name in it; of one that is not there the number is none."""
+        parent, _, base = path.rpartition(b"/")
+        return self._number(parent), base
+
+    def others(self, known: set[tuple[int, bytes]]) -> Iterator[str]:
+        """What is there and not ``known``, save for directories that nothing but paths through them named."""
+        implied = set(self._numbers.values())
+        waiting = [b""]
+        while waiting:
+            parent = waiting.pop()
+            fd = openat2(self._root, parent or b".", os.O_RDONLY | os.O_DIRECTORY, RESOLVE_BENEATH)
+            number = os.fstat(fd).st_ino
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    name = os.fsencode(entry.name)
+                    path = parent + b"/" + name if parent else name
+                    is_directory = entry.is_dir(follow_symlinks=False)
+                    if (number, name) not in known and not (is_directory and entry.inode() in implied):
+                        yield f"{errors.shown(path)} is not of the layer"
+                    elif is_directory and len(path) < 4000:
+                        waiting.append(path)
+            os.close(fd)
+
+    def _number(self, path: bytes) -> int:
+        number = self._numbers.get(path)
+        if number is None:
+            self._number(path.rpartition(b"/")[0])
+            number = -len(self._numbers)
+            try:
+                fd = openat2(self._root, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_BENEATH)
+            except OSError:
+                pass
+            else:
+                number = os.fstat(fd).st_ino
+                os.close(fd)
+            self._numbers[path] = number
+        return number
+
+
+def _path(name: bytes) -> bytes:
+    """A path below the root, normalised; b"" for the root."""
+    return posixpath.normpath(b"/" + name).lstrip(b"/")
+
+
+def _confine(daemon: int) -> None:
+    """See nothing but the layer, keep only what reading all of it takes, and end when the daemon does."""
+    os.chroot(".")
+    os.chdir("/")
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    _check(_libc.capset(header, (ctypes.c_uint32 * 6)(_DAC_READ_SEARCH, _DAC_READ_SEARCH)))
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != daemon:
+        raise SystemExit("the daemon ended before its checker began")
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
