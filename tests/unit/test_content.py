@@ -125,3 +125,19 @@ def test_reading_is_bounded_and_checked(root):
         f.write(b"1234x")
     with pytest.raises(DataLossError, match="is damaged on disk"):
         store.read(digest, 5)
+
+
+async def test_what_arrives_counts_and_is_told(root):
+    store = ContentStore(root)
+    assert store.arrived(DIGEST) == 0
+    with store.ingest(DIGEST) as ingest:
+        await ingest.write(DATA[:70_000])
+        assert store.arrived(DIGEST) == 70_000
+        assert store.usage() == (73_728, 1)
+        await ingest.write(DATA[70_000:])
+        ingest.commit(DIGEST)
+        assert store.usage() == (200_704, 1)
+    assert store.arrived(DIGEST) == len(DATA)
+    with store.ingest(DIGEST) as ingest:
+        await ingest.write(DATA)
+    assert store.usage() == (200_704, 1)

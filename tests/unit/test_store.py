@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 
@@ -87,3 +88,22 @@ def test_an_unknown_table_is_a_mistake_of_ours(path):
     with pytest.raises(KeyError):
         store.get("users; DROP TABLE meta", "x")
     store.close()
+
+
+async def test_a_removal_takes_no_room(path):
+    def sizes() -> tuple[int, int]:
+        return os.path.getsize(path), os.path.getsize(f"{path}-wal")
+
+    store = Store(path)
+    for number in range(50):
+        store.put("images", str(number), b"x" * 500)
+    await store.checkpoint()
+    before = sizes()
+    for number in range(50):
+        store.delete("images", str(number))
+    await store.checkpoint()
+    assert sizes() == before
+    store.close()
+    for _ in range(3):
+        Store(path).close()
+    assert os.path.getsize(path) < before[0] + 100_000
