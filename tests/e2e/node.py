@@ -1,6 +1,7 @@
 """A node for tests: a real daemon in a scratch directory on a tmpfs, and a client of its socket.
 
-E2E_CGROUP_DRIVER ("cgroupfs" where it is not set, or "systemd") and E2E_RUNTIME (runc) are what its daemon is given.
+E2E_CGROUP_DRIVER ("cgroupfs" where it is not set, or "systemd") and E2E_RUNTIME (runc) are what its daemon is given;
+E2E_SLOWNESS is by how much longer everything may take than here (1), as on an emulated processor.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ NETWORK = "e2e"
 SCRATCH = "/run/cri-e2e-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
-RUNTIME = os.environ.get("CRISERVER_TEST_RUNTIME", "runc")
+RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
+SLOWNESS = float(os.environ.get("E2E_SLOWNESS", "1"))
 
 
 class Client:
@@ -52,7 +54,7 @@ class Client:
 
     @staticmethod
     def _caller(call: Any, request: Any) -> Any:
-        def rpc(deadline: float = 60, **fields: Any) -> Any:
+        def rpc(deadline: float = 60 * SLOWNESS, **fields: Any) -> Any:
             return call(request(**fields), timeout=deadline, wait_for_ready=True)
 
         return rpc
@@ -80,7 +82,8 @@ class Node:
                 f'root = "{self.root}"\nstate = "{self.state}"\n'
                 f'[grpc]\naddress = "{self.socket}"\n'
                 f'[log]\nformat = "json"\nlevel = "debug"\n'
-                f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\ntimeout = 10\n'
+                f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\n'
+                f"timeout = {int(10 * SLOWNESS)}\n"
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n'
                 f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n'
@@ -115,10 +118,10 @@ class Node:
                 start_new_session=True,
             )
         self.client = Client(self.socket)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * SLOWNESS
         while True:
             try:
-                self.client.Version(deadline=2)
+                self.client.Version(deadline=2 * SLOWNESS)
                 return
             except grpc.RpcError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
@@ -135,7 +138,7 @@ class Node:
         """SIGTERM the daemon; its exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
+        code = self.process.wait(30 * SLOWNESS)
         self.client.channel.close()
         return code
 
@@ -211,7 +214,7 @@ class Node:
             **fields,
         )
 
-    def run_pod(self, name: str = "pod", deadline: float = 60, **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = 60 * SLOWNESS, **fields: Any) -> str:
         """A running sandbox's ID."""
         pod: str = self.client.RunPodSandbox(deadline, config=self.pod(name, **fields)).pod_sandbox_id
         self.pods.add(pod)
@@ -239,7 +242,7 @@ class Node:
 
     def wait(self, container: str, seconds: float = 20) -> cri.ContainerStatus:
         """The status of a container once it has exited."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * SLOWNESS
         while (status := self.status(container)).state != cri.CONTAINER_EXITED:
             assert time.monotonic() < deadline, f"still {status.state}"
             time.sleep(0.01)
@@ -250,7 +253,7 @@ class Node:
         with open(self.status(container).log_path) as f:
             return "".join(line.split(" ", 3)[3] for line in f)
 
-    def sh(self, container: str, script: str, timeout: int = 20) -> str:
+    def sh(self, container: str, script: str, timeout: int = int(20 * SLOWNESS)) -> str:
         """What a shell script in the container prints; it must succeed."""
         result = self.client.ExecSync(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
         assert result.exit_code == 0, result

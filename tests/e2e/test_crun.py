@@ -1,7 +1,7 @@
 """crun as a runtime handler beside runc, where its ways are others than runc's.
 
 CRISERVER_TEST_CRUN names one where the one on PATH does not run on this host. All other tests run with another OCI
-runtime than runc where CRISERVER_TEST_RUNTIME names it.
+runtime than runc where E2E_RUNTIME names it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,27 @@
-"""``python -m tests.vm run -- COMMAND``: a command in a fresh virtual machine."""
+"""``python -m tests.vm test`` is make test-vm; ``python -m tests.vm run -- COMMAND`` is one command in a machine."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 
-from tests.vm.image import ImageError, image
-from tests.vm.machine import PROJECT, MachineError, machine
+from tests.vm import image as images
+from tests.vm.image import ImageError
+from tests.vm.machine import PROJECT, PYTHON, Machine, MachineError, machine
+from tests.vm.suites import SUITES, Result, Suite, cases, table
+
+BUDGET = 25 * 60.0  # seconds for a whole run, a cold cache included
+PACKAGES = "/opt/packages"
+TOOLS = "/opt/programs/bin"
+RESULTS = f"{images.PROJECT}/build/vm"
 
 
 def main() -> int:
@@ -15,6 +29,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.vm")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("image", help="make the disk, or find it made")
+    test = commands.add_parser("test", help="run suites of tests, and print a table")
+    test.add_argument("--budget", type=float, default=BUDGET, help="seconds for all of it")
+    test.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(f'"{suite.name}"' for suite in SUITES))
     run = commands.add_parser("run", help="run one command in a fresh machine")
     run.add_argument("--put", action="append", default=[], metavar="FILE:PATH", help="copy a file into the guest first")
     run.add_argument("--tree", action="store_true", help="put the work tree into the guest first; commands run in it")
@@ -22,31 +39,148 @@ def main() -> int:
     run.add_argument("words", nargs="+", metavar="COMMAND")
     options = parser.parse_args()
     try:
-        start = time.monotonic()
-        disk = image()
-        print(f"image: {time.monotonic() - start:.1f} s", file=sys.stderr)
+        if options.command == "test":
+            unknown = set(options.suites) - {suite.name for suite in SUITES}
+            if unknown:
+                parser.error(f"no such suite: {', '.join(unknown)}")
+            wanted = [
+                suite for suite in SUITES if suite.name in options.suites or (suite.default and not options.suites)
+            ]
+            return run_suites(wanted, options.budget)
+        disk = images.image()
         if options.command == "image":
             print(disk.disk)
             return 0
-        start = time.monotonic()
-        with machine(disk) as guest:
-            print(f"boot: {time.monotonic() - start:.1f} s", file=sys.stderr)
-            for pair in options.put:
-                source, _, target = pair.partition(":")
-                with open(source, "rb") as f:
-                    guest.put(target, f.read(), 0o755)
-            if options.tree:
-                guest.put_project()
-            return guest.run(
-                options.words,
-                seconds=options.timeout,
-                tee=_to_stdout,
-                cwd=PROJECT if options.tree else "/root",
-                env={"PYTHONPATH": PROJECT},
-            ).status
+        return run_command(options)
     except (ImageError, MachineError) as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """One command, its output passed on; its exit status."""
+    with machine(images.image()) as guest:
+        for pair in options.put:
+            source, _, target = pair.partition(":")
+            with open(source, "rb") as f:
+                guest.put(target, f.read(), 0o755)
+        if options.tree:
+            guest.put_project()
+        return guest.run(
+            options.words,
+            seconds=options.timeout,
+            tee=_to_stdout,
+            cwd=PROJECT if options.tree else "/root",
+            env={"PYTHONPATH": PROJECT},
+        ).status
+
+
+def run_suites(wanted: Sequence[Suite], budget: float) -> int:
+    """The suites in one machine, results in RESULTS, the table on standard output; 0 where nothing is amiss."""
+    began = time.monotonic()
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    os.makedirs(RESULTS)
+    with _step("the image"):
+        disk = images.image()
+    with _step("two builds of the package"):
+        packages = build_packages()
+    results = []
+    with contextlib.ExitStack() as stack:
+        with _step("the boot"):
+            guest = stack.enter_context(machine(disk))
+        print(f"  {guest.accelerator}, {guest.check(['uname', '-r']).decode().strip()}")
+        with _step("what goes into the guest"):
+            guest.put_project()
+            for name, data in packages.items():
+                guest.put(f"{PACKAGES}/{name}", data)
+            put_tools(guest, {program for suite in wanted for program in suite.programs})
+        try:
+            for suite in wanted:
+                results.append(run_suite(guest, suite, budget - (time.monotonic() - began)))
+        finally:
+            with contextlib.suppress(MachineError):
+                _keep("journal.txt", guest.check(["journalctl", "--boot", "--no-pager"], seconds=120))
+            shutil.copy(guest.console, RESULTS)
+    print(f"\n{table(results)}")
+    print(f"all of it took {time.monotonic() - began:.0f} s; logs are in {os.path.relpath(RESULTS)}", file=sys.stderr)
+    return 0 if all(result.good for result in results) else 1
+
+
+def run_suite(guest: Machine, suite: Suite, left: float) -> Result:
+    """One suite, within what is left of the time."""
+    missing = [program for program in suite.programs if guest.run(["test", "-x", f"{TOOLS}/{program}"]).status]
+    if missing:
+        return Result(suite.name, 0, skipped=f"CRISERVER_VM_TOOLS names no directory with {', '.join(missing)}")
+    if left < 30:
+        return Result(suite.name, 0, trouble="not run: the time is used up")
+    print(f"{suite.name} ...", flush=True)
+    began = time.monotonic()
+    environment = {
+        "PYTHONPATH": PROJECT,
+        "PATH": f"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{TOOLS}",
+        "CRISERVER_NODE_PACKAGES": PACKAGES,
+        "E2E_SLOWNESS": "1" if guest.accelerator == "kvm" else "5",
+        **suite.environment,
+    }
+    report = "/tmp/report.xml"
+    guest.check(["rm", "-f", report])
+    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *suite.tests]
+    seconds = min(suite.seconds, left)
+    with open(f"{RESULTS}/{_file_name(suite.name)}.log", "wb") as log:
+        done = guest.run(command, cwd=PROJECT, env=environment, seconds=seconds, tee=log.write)
+    took = time.monotonic() - began
+    if done.status == 137:
+        trouble = f"ended at its deadline of {seconds:.0f} s"
+    elif done.status not in (0, 1):
+        trouble = f"pytest ended with {done.status}: {done.stdout.decode(errors='replace')[-500:]}"
+    else:
+        trouble = ""
+    found = guest.run(["cat", report])
+    if found.status == 0:
+        _keep(f"{_file_name(suite.name)}.xml", found.stdout)
+    return Result(suite.name, took, cases(found.stdout) if found.status == 0 else (), trouble)
+
+
+def build_packages() -> dict[str, bytes]:
+    """The Debian package for the guest's Python, twice: the second is an upgrade of the first."""
+    found = {}
+    for revision, name in (("1", "first.deb"), ("2", "second.deb")):
+        with tempfile.TemporaryDirectory(prefix="criserver-vm-") as directory:
+            command = [sys.executable, f"{images.PROJECT}/contrib/deb/build.py", "--python", images.PYTHON]
+            command += ["--revision", revision, "--compression", "none", "--output", directory]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ImageError(f"the package cannot be built:\n{done.stdout}{done.stderr}")
+            (path,) = glob.glob(f"{directory}/*.deb")
+            with open(path, "rb") as f:
+                found[name] = f.read()
+    return found
+
+
+def put_tools(guest: Machine, programs: set[str]) -> None:
+    """Those of $CRISERVER_VM_TOOLS that are wanted; what is not there is told by the suites that need it."""
+    directory = os.environ.get("CRISERVER_VM_TOOLS", "")
+    for program in programs:
+        if directory and os.path.exists(f"{directory}/{program}"):
+            with open(f"{directory}/{program}", "rb") as f:
+                guest.put(f"{TOOLS}/{program}", f.read(), 0o755)
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    print(f"{name} ...", end=" ", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
+
+
+def _file_name(suite: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in suite)
+
+
+def _keep(name: str, data: bytes) -> None:
+    with open(f"{RESULTS}/{name}", "wb") as f:
+        f.write(data)
 
 
 def _to_stdout(data: bytes) -> None:

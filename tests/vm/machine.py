@@ -53,6 +53,7 @@ class Machine:
     """A booted machine whose disk forgets at its end what was written. Use ``machine()``."""
 
     def __init__(self, disk: Image, directory: str, *, accelerator: str, memory: int = MEMORY) -> None:
+        self.accelerator = accelerator.partition(",")[0]
         self.console = f"{directory}/console.log"
         self._channel, theirs = socket.socketpair()
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]

@@ -41,4 +41,5 @@ printf '[Match]\nName=en* eth*\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.
 systemctl enable systemd-networkd.service
 systemctl disable systemd-networkd-wait-online.service
 mkdir -p /var/log/journal
+rm -f /etc/dpkg/dpkg.cfg.d/99mmdebstrap # later packages come whole
 rm -rf /stage

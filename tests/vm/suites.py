@@ -1,0 +1,137 @@
+"""What is tested in the virtual machine, and how what came of it is told."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+RUNC = "runc"  # the stable suite's
+NEWER_RUNC = "/opt/newer/usr/sbin/runc"
+CRUN = "/usr/bin/crun"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One run of pytest in the guest.
+
+    ``tests`` are paths below the project, or pytest's options. ``programs`` of $CRISERVER_VM_TOOLS are needed: without
+    them the suite is skipped. ``seconds`` is its deadline, for an emulated processor. A suite outside the ``default``
+    ones is run where it is named.
+    """
+
+    name: str
+    tests: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 300
+    programs: Sequence[str] = ()
+    default: bool = True
+
+
+def _files(*names: str) -> list[str]:
+    return [f"tests/e2e/test_{name}.py" for name in names]
+
+
+def _daemon(driver: str, runtime: str) -> dict[str, str]:
+    return {"E2E_CGROUP_DRIVER": driver, "E2E_RUNTIME": runtime, "CRITEST_RUNTIME": runtime}
+
+
+# The most worth first: what is over the budget is told, but not run.
+SUITES = (
+    Suite("the package", ["tests/node/test_install.py", "tests/node/test_upgrade.py"], seconds=420),
+    Suite("systemd, AppArmor", _files("systemd", "apparmor"), _daemon("systemd", RUNC), seconds=420),
+    Suite("runc, systemd driver", _files("resources", "stats", "pods", "security"), _daemon("systemd", RUNC), 420),
+    Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
+    Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
+    Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
+    Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
+    Suite(
+        "critest",
+        ["tests/conformance/test_critest.py", "-k", "all"],
+        _daemon("systemd", NEWER_RUNC),
+        seconds=5400,
+        programs=["critest"],
+        default=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: ``outcome`` is "passed", "failed" or "skipped", ``words`` the reason of a skip or the failure."""
+
+    name: str
+    outcome: str
+    seconds: float
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a suite; ``trouble`` is why there is nothing, or not all, to tell."""
+
+    suite: str
+    seconds: float
+    cases: Sequence[Case] = ()
+    trouble: str = ""
+    skipped: str = ""
+
+    def count(self, outcome: str) -> int:
+        """How many cases ended so."""
+        return sum(case.outcome == outcome for case in self.cases)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is amiss; a suite that was skipped as a whole is no failure."""
+        return not self.trouble and not self.count("failed") and bool(self.cases or self.skipped)
+
+
+def cases(report: bytes) -> list[Case]:
+    """The cases of a JUnit report; a test and the failure of its teardown are one."""
+    found: dict[str, Case] = {}
+    for element in ET.fromstring(report).iter("testcase"):
+        module = element.get("classname", "").rpartition(".")[2]
+        name = f"{module}::{element.get('name')}"
+        outcome, words = "passed", ""
+        for child in element:
+            if child.tag in ("failure", "error"):
+                outcome, words = "failed", child.text or ""
+            elif child.tag == "skipped":
+                outcome, words = "skipped", child.get("message") or ""
+        seconds = float(element.get("time", "0"))
+        if (earlier := found.get(name)) is not None:
+            seconds += earlier.seconds
+            if earlier.outcome == "failed":
+                outcome, words = earlier.outcome, earlier.words
+        found[name] = Case(name, outcome, seconds, words)
+    return list(found.values())
+
+
+def table(results: Sequence[Result]) -> str:
+    """All results for a reader: a line a suite, the failures, the reasons of skips, and what took longest."""
+    width = max(len(result.suite) for result in results)
+    lines = [f"{'suite':{width}}  passed  failed  skipped  seconds"]
+    for r in results:
+        counts = "  ".join(f"{r.count(outcome):{len(outcome)}}" for outcome in ("passed", "failed", "skipped"))
+        note = f"  skipped: {r.skipped}" if r.skipped else f"  {r.trouble}"
+        lines.append(f"{r.suite:{width}}  {counts}  {r.seconds:7.0f}{note}".rstrip())
+    reasons: dict[str, int] = {}
+    for case in (case for r in results for case in r.cases if case.outcome == "skipped"):
+        reasons[case.words] = reasons.get(case.words, 0) + 1
+    if reasons:
+        lines += ["", "why tests were skipped:"]
+        lines += [f"  {count:3} {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])]
+    longest = sorted(((c.seconds, r.suite, c.name) for r in results for c in r.cases), reverse=True)[:10]
+    lines += ["", "what took longest:", *(f"  {seconds:5.0f} s  {suite}: {name}" for seconds, suite, name in longest)]
+    for r in results:
+        for case in r.cases:
+            if case.outcome == "failed":
+                lines += [
+                    "",
+                    f"failed: {r.suite}: {case.name}",
+                    *(f"  {line}" for line in case.words.splitlines()[-25:]),
+                ]
+    totals = [sum(r.count(outcome) for r in results) for outcome in ("passed", "failed", "skipped")]
+    # A suite that did not come to its end counts, so that nobody takes what is missing for good.
+    totals[1] += sum(bool(r.trouble) for r in results)
+    return "\n".join([*lines, "", "{} passed, {} failed, {} skipped".format(*totals)])
