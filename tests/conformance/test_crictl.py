@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from tests.e2e.imagebuilder import busybox_image
-from tests.e2e.node import Node
+from tests.e2e.node import SUBNET, Node
 from tests.e2e.registry import Registry
 
 pytestmark = [
@@ -68,7 +68,7 @@ def test_an_operators_round(crictl: Crictl, tmp_path):
     assert crictl("start", container) == container
     assert crictl("ps", "-q") == container
     assert crictl("pods", "-q") == pod
-    assert json.loads(crictl("inspectp", pod))["status"]["network"]["ip"].startswith("10.213.")
+    assert json.loads(crictl("inspectp", pod))["status"]["network"]["ip"].startswith(SUBNET.removesuffix("0.0/16"))
     assert json.loads(crictl("inspect", container))["status"]["state"] == "CONTAINER_RUNNING"
     assert crictl("inspect", "-o", "go-template", "--template", "{{.status.image.image}}", container[:12]) == NAME
     assert crictl("logs", container) == "hello from crictl"

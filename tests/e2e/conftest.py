@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, own_cgroups, processes
+from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, cgroups_of_pods, processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,7 +27,7 @@ def host_state() -> set[str]:
         points = [line.split()[4] for line in f]
     found = {"mount " + point for point in points if SCRATCH in point or tempfile.gettempdir() in point}
     found |= {"link " + name for name in os.listdir("/sys/class/net") if name == BRIDGE or _is_stray(name)}
-    found |= {"cgroup " + path for path in own_cgroups()}
+    found |= {"cgroup " + path for path in cgroups_of_pods()}
     found |= {f"process {pid} {words}" for pid, words in processes() if f" {SCRATCH}" in words}
     rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
     ours = (f'\\"{NETWORK}\\"', SUBNET.removesuffix("0.0/16"))

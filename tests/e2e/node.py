@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -27,10 +27,13 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from snapshotter import mounts
 
-BRIDGE = "crie2e0"
-SUBNET = "10.213.0.0/16"
-NETWORK = "e2e"
-SCRATCH = "/run/cri-e2e-"
+# Of this run alone: others may be at work on the machine.
+_RUN = 20 + os.getpid() % 200
+BRIDGE = f"crie2e{_RUN}"
+SUBNET = f"10.{_RUN}.0.0/16"
+GATEWAY = f"10.{_RUN}.0.1"
+NETWORK = f"e2e{_RUN}"
+SCRATCH = f"/run/cri-e2e-{_RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
@@ -66,6 +69,8 @@ class Client:
 class Node:
     """One daemon. ``start`` and ``kill`` may alternate; ``close`` undoes everything."""
 
+    pods: ClassVar[set[str]] = set()  # of all nodes of this run
+
     def __init__(self, runtimes: str = "", infra: str = "/usr/bin/catatonit") -> None:
         self.base = tempfile.mkdtemp(prefix=SCRATCH)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.base], check=True)
@@ -92,7 +97,6 @@ class Node:
         self.write_network()
         self.python = sys.executable
         self.process: subprocess.Popen[bytes] | None = None
-        self.pods: set[str] = set()
         self.client: Client
 
     def write_network(self) -> None:
@@ -173,7 +177,7 @@ class Node:
         found += [
             f"process {pid}: {words}" for pid, words in processes() if self.base in words and "serve" not in words
         ]
-        return found + [path for path in own_cgroups() if any(pod in path for pod in self.pods)]
+        return found + cgroups_of_pods()
 
     def close(self) -> None:
         """Undo everything, whatever state it is in."""
@@ -279,6 +283,11 @@ def cgroup(pod: str, container: str) -> str:
 def limit_of(pod: str, container: str, controller: str, name: str) -> str:
     """What a file of such a container's cgroup says; ``name`` is version 1's, or 2's for the controller ""."""
     return Path(cgroups.roots()[controller] + cgroup(pod, container), name).read_text().strip()
+
+
+def cgroups_of_pods() -> list[str]:
+    """The cgroups that are there of pods of this run."""
+    return [path for path in own_cgroups() if any(pod in path for pod in Node.pods)]
 
 
 def own_cgroups() -> list[str]:

@@ -29,7 +29,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.e2e.conftest import import_image
-from tests.e2e.node import Node, cgroup
+from tests.e2e.node import GATEWAY, Node, cgroup
 from tests.e2e.test_bad_input import refused
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"
@@ -266,7 +266,7 @@ def test_the_containers_of_a_pod_side_by_side(node: Node, criu: Criu, pod: str, 
         assert [call.wait() for call in calls] == [None] * 3
         for container in containers:
             assert_counts(node, container)
-    assert "0% packet loss" in node.sh(containers[0], "ping -c 1 -W 3 10.213.0.1")
+    assert "0% packet loss" in node.sh(containers[0], f"ping -c 1 -W 3 {GATEWAY}")
     rules = ["nsenter", f"--net={node.state}/ns/{pod}/net", "iptables-save"]
     assert "CRIU" not in subprocess.run(rules, capture_output=True, text=True, check=True).stdout
 
@@ -453,7 +453,7 @@ def test_a_pod_whose_network_a_killed_criu_has_locked_gets_it_back(
     assert "-A CRIU -j DROP" in (tmp_path / "rules").read_text()
     for save in ("iptables-save", "ip6tables-save"):
         assert "CRIU" not in subprocess.run([*inside.split(), save], capture_output=True, text=True, check=True).stdout
-    assert "0% packet loss" in node.sh(counter, "ping -c 1 -W 3 10.213.0.1")
+    assert "0% packet loss" in node.sh(counter, f"ping -c 1 -W 3 {GATEWAY}")
     assert_counts(node, counter)
 
 

@@ -23,7 +23,7 @@ import pytest
 from criserver.config import load
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Client, cgroups, processes
+from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Client, own_cgroups, processes
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 PYTHON = "{}.{}".format(*sys.version_info)
@@ -202,7 +202,7 @@ def test_pods_outlive_an_upgrade_and_end_with_the_removal(
     daemon.wait(30)
     inside(root, "dpkg", "--remove", "criserver", network=True)
     assert status(root).startswith("config-files")
-    assert [path for path in cgroups() if pod in path] == []
+    assert [path for path in own_cgroups() if pod in path] == []
     assert not os.path.exists(f"/proc/{pid}")
     assert not os.path.exists(f"{root}/run/criserver")
     assert [p for p in mounts.mounts_below(root) if "criserver/" in p] == []

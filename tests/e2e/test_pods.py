@@ -14,7 +14,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import DRIVER, Node
+from tests.e2e.node import DRIVER, SUBNET, Node
 
 
 def shared(**modes: int) -> cri.LinuxPodSandboxConfig:
@@ -27,7 +27,7 @@ def test_a_pod_has_an_address_namespaces_and_no_process(node: Node):
     pod = node.run_pod("plain", labels={"app": "web"}, annotations={"note": "x"})
     status = node.client.PodSandboxStatus(pod_sandbox_id=pod).status
     assert status.state == cri.SANDBOX_READY
-    assert status.network.ip.startswith("10.213.")
+    assert status.network.ip.startswith(SUBNET.removesuffix("0.0/16"))
     assert (status.metadata.name, status.metadata.uid) == ("plain", "uid-plain")
     assert dict(status.labels) == {"app": "web"}
     assert dict(status.annotations) == {"note": "x"}

@@ -14,7 +14,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.e2e.conftest import import_image
-from tests.e2e.node import BRIDGE, Node, cgroups, processes
+from tests.e2e.node import BRIDGE, NETWORK, Node, own_cgroups, processes
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def traces(node: Node) -> list[str]:
     """All that a node's pods could leave on the host, wherever it is."""
     found = [point for point in mounts.mounts_below(node.base) if point != node.root]
     found += [f"{pid} {words}" for pid, words in processes() if node.base in words]
-    found += [path for path in cgroups() if path.split("/")[-2] in node.pods]
+    found += [path for path in own_cgroups() if path.split("/")[-2] in node.pods]
     found += [
         link for link in os.listdir(f"/sys/class/net/{BRIDGE}/brif") if os.path.exists(f"/sys/class/net/{BRIDGE}")
     ]
-    return found + [f"lease {name}" for name in os.listdir(f"{node.base}/ipam/e2e") if name[0].isdigit()]
+    return found + [f"lease {name}" for name in os.listdir(f"{node.base}/ipam/{NETWORK}") if name[0].isdigit()]
 
 
 def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: Node):

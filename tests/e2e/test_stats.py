@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node, cgroup, processes
+from tests.e2e.node import GATEWAY, Node, cgroup, processes
 
 MIB = 1 << 20
 SLEEP = ["sleep", "1000"]
@@ -87,7 +87,7 @@ def test_network_counters_move_and_are_the_pods_own(node: Node) -> None:
     before, silent = pod_of(node, pod).network, pod_of(node, other).network
     assert before.default_interface.name == "eth0"
     assert [i.name for i in before.interfaces] == []
-    node.sh(container, "ping -c 5 -s 1000 -i 0.2 10.213.0.1")  # the bridge, which is the pods' gateway
+    node.sh(container, f"ping -c 5 -s 1000 -i 0.2 {GATEWAY}")  # the bridge, which is the pods' gateway
     after = pod_of(node, pod).network
     assert after.timestamp > before.timestamp
     assert 5000 < after.default_interface.tx_bytes.value - before.default_interface.tx_bytes.value < 20_000
