@@ -10,11 +10,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from criserver.runtime import container_exec
 from criserver.runtime.container_stream import _let_go
 from criserver.runtime.exec_process import Console
+from criserver.runtime.node import Node
 
 
 def descriptors() -> set[str]:
@@ -63,6 +66,14 @@ def test_a_console_for_which_there_is_no_descriptor_left_leaks_none(tmp_path: Pa
     before = descriptors()
     with room_for(1), pytest.raises(OSError, match="Too many open files"):
         Console(str(tmp_path))
+    assert descriptors() == before
+
+
+async def test_a_command_for_whose_pipes_there_is_no_descriptor_left_leaks_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(container_exec, "running_container", lambda node, given: None)
+    before = descriptors()
+    with room_for(2), pytest.raises(OSError, match="Too many open files"):
+        await container_exec.exec_sync(cast(Node, None), "c", ["true"], 0)
     assert descriptors() == before
 
 
