@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 # Seconds: for the request's head, and for all streams of a command, or both of a forwarded connection, to be opened.
 HEAD_TIMEOUT = 10.0
 STREAMS_TIMEOUT = 30.0
-# Connections at once, each with a few hundred KiB at most of what its client does not take.
+# Connections at once, each with a few MiB at the worst of what its client has sent, and of what it does not take.
 MAX_CONNECTIONS = 1000
 _BACKLOG = 128
 
