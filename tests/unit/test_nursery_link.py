@@ -1,14 +1,18 @@
-"""The daemon's side of the nursery: a start that is waited for, and one that fails."""
+"""The daemon's side of the nursery and of shims: starts, one that fails, and an answer that is late."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 import sys
+import time
 
 import pytest
 
-from criserver.errors import CriError
-from criserver.runtime.shims import Nursery
-from shims import launch
+from criserver.errors import CriError, DeadlineExceededError
+from criserver.runtime.shims import Link, Nursery
+from shims import launch, wire
 
 
 async def test_a_started_nursery_has_greeted_and_ends_with_its_daemon():
@@ -26,3 +30,20 @@ async def test_a_nursery_that_does_not_start_is_told(monkeypatch, code):
     with pytest.raises(CriError, match="nursery of shims does not start"):
         await nursery.start()
     await nursery.stop()
+
+
+async def test_an_answer_that_comes_with_the_end_of_its_time_counts():
+    """A daemon that was busy, or a machine that was asleep, hears of both at once; an answer may bring descriptors."""
+    ours, theirs = socket.socketpair()
+    link = Link(ours, lambda _: None, lambda: None)
+    asking = asyncio.create_task(link.request({"op": "attach"}, timeout=0.05))
+    await asyncio.sleep(0)
+    with open(os.devnull) as null:
+        socket.send_fds(theirs, [wire.encode({"re": 1, "ok": True, "fds": 1})], [null.fileno()])
+    time.sleep(0.1)  # noqa: ASYNC251 - busy
+    (fd,) = (await asking)["fds"]
+    os.close(fd)
+    with pytest.raises(DeadlineExceededError, match="'status' within"):
+        await link.request({"op": "status"}, timeout=0.01)
+    link.close()
+    theirs.close()
