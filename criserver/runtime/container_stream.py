@@ -184,7 +184,8 @@ async def _parted(node: Node, container: Container) -> int:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 await event.wait()
         except TimeoutError:
-            raise UnavailableError(f"container {container.id} runs on: its output was not taken in time") from None
+            words = f"container {container.id} runs on: its output was not taken in time, or it has closed that"
+            raise UnavailableError(words) from None
     return 0
 
 
