@@ -77,7 +77,7 @@ class Link(asyncio.BufferedProtocol):
 
     def send(self, data: bytes) -> None:
         """Send, whether the client takes it or not: for what is small, or before :meth:`drained`."""
-        if data and not self.lost.done():
+        if data and not self._transport.is_closing():
             self.used = self._loop.time()
             self._transport.write(data)
             if self._transport.get_write_buffer_size() > ANSWER_LIMIT:
@@ -87,7 +87,7 @@ class Link(asyncio.BufferedProtocol):
         """Wait until the client has taken enough. Raises ConnectionResetError where it is gone."""
         while self._room is not None:  # another that waited may have filled it again
             await asyncio.shield(self._room)
-        if self.lost.done():
+        if self._transport.is_closing():
             raise ConnectionResetError("the client is gone")
 
     def hold(self, who: object) -> None:

@@ -414,6 +414,32 @@ async def test_output_of_many_streams_that_nobody_takes_is_bounded(
     assert link.WRITE_LIMIT < most < 2 * link.WRITE_LIMIT
 
 
+async def test_a_client_that_goes_is_sent_no_more(serving: StreamingServer, pod: Pod, caplog: pytest.LogCaptureFixture):
+    """asyncio complains of each send after the first few that came too late."""
+
+    def feed(connection: socket.socket) -> None:
+        with contextlib.suppress(ConnectionError), connection:
+            while True:
+                connection.sendall(bytes(100_000))
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        feeders = []
+        for number in range(20):
+            open_port(client, number)
+            feeders.append(threading.Thread(target=feed, args=(pod.accept(),)))
+            feeders[-1].start()
+        for _ in range(20):
+            assert client.read()
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        for feeder in feeders:
+            feeder.join()
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving: StreamingServer):
     async def slow(streams: Streams) -> int:
         assert streams.stdin is not None
