@@ -127,6 +127,8 @@ async def fetch_token(transport: Transport, host: Host, wanted: Wanted, credenti
         query = [("service", wanted.service)] if wanted.service else []
         url = url.extend_query([*query, *(("scope", scope) for scope in wanted.scopes)])
         if credentials is not None and credentials.username:
+            # In place of the operator's own, as for requests of the registry.
+            headers = [header for header in headers if header[0].lower() != "authorization"]
             headers.append(("Authorization", credentials.basic))
     async with transport.send(
         host, url, headers, what, identified=True, idle=_IDLE, total=2 * _IDLE, form=form

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import hypothesis
 import pytest
+from aiohttp import web
 from hypothesis import strategies as st
 from yarl import URL
 
@@ -18,7 +19,8 @@ from criserver.images.auth import Authorizer, Keyring
 from criserver.images.credentials import DockerConfig
 from criserver.images.hosts import Host
 from criserver.images.references import parse
-from criserver.images.tokens import Challenge, Token, Wanted, parse_challenges, wanted_by
+from criserver.images.tokens import Challenge, Token, Wanted, fetch_token, parse_challenges, wanted_by
+from criserver.images.transport import Transport
 
 HUB = Host("https://registry-1.docker.io", origin=True)
 OWN = Host("https://r.example:5000", origin=True)
@@ -263,3 +265,25 @@ async def test_a_mirrors_token_is_asked_for_as_nobody():
     await who.answer(MIRROR, [BEARER], "")
     await who.answer(OWN, [BEARER], "")
     assert [credentials and credentials.username for _, credentials in tokens.asked] == [None, "me"]
+
+
+@pytest.mark.parametrize("given", [Credentials("u", "p"), None])
+async def test_an_authorisation_server_that_is_the_registry_gets_one_authorization(given):
+    """The pull's where there is one, as for the registry's own requests; else the operator's."""
+    seen: list[list[str]] = []
+
+    async def issue(request: web.Request) -> web.Response:
+        seen.append(request.headers.getall("Authorization", []))
+        return web.json_response({"token": "t"})
+
+    runner = web.ServerRunner(web.Server(issue))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host = Host(f"http://127.0.0.1:{runner.addresses[0][1]}", headers=(("Authorization", "Basic operator"),))
+    try:
+        async with Transport() as transport:
+            await fetch_token(transport, host, Wanted(URL(f"{host.url}/token"), "s", ("a",)), given)
+    finally:
+        await runner.cleanup()
+    assert seen == [[given.basic if given else "Basic operator"]]
