@@ -130,7 +130,8 @@ def verify(options: argparse.Namespace) -> int:
                 print(f"  {damage.advice}")
     if told:
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-    looked = f"{found.images} images: {found.blobs} blobs of {size_words(found.bytes)}, {found.layers} layers"
+    blobs, layers = _count(found.blobs, "blob"), _count(found.layers, "layer")
+    looked = f"{_count(found.images, 'image')}: {blobs} of {size_words(found.bytes)}, {layers}"
     print(f"{looked}; {damaged} damaged" if damaged else f"{looked}; no damage")
     return 1 if damaged else 0
 
@@ -171,9 +172,13 @@ def _credentials(options: argparse.Namespace) -> dict[str, str]:
         from criserver.images.credentials import load_docker_config
 
         reference = parse(options.image)
-        found = load_docker_config(options.authfile, "--authfile").find(reference.domain, reference.path)
+        file = load_docker_config(options.authfile, "--authfile")
+        found = file.find(reference.domain, reference.path)
         if found is None:
-            raise NotFoundError(f"--authfile {options.authfile} has no entry for {reference.domain}")
+            reason = f"--authfile {options.authfile} has no entry for {reference.domain}"
+            if file.leaves_to_helper(reference.domain):
+                reason += ", and credential helpers are not run; use --user"
+            raise NotFoundError(reason)
         return {
             "username": found.username,
             "password": found.password,
@@ -237,6 +242,10 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 
 def _print_image(image: admin.Image, before: str, *, quiet: bool = False) -> None:
     print(f"{before}{image.id}", *([] if quiet else image.names), flush=True)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _shown_names(image: cri.Image) -> Iterable[str]:

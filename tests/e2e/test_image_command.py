@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import glob
 import json
 import os
 import re
@@ -448,7 +449,7 @@ def busybox_pinned(node: Node) -> Iterator[None]:
 
 def test_a_store_that_is_as_it_was(node: Node):
     done = command(node, "verify")
-    assert re.fullmatch(r"1 images: 3 blobs of [\d.]+ [kM]B, 1 layers; no damage\n", done.stdout), done.stdout
+    assert re.fullmatch(r"1 image: 3 blobs of [\d.]+ [kM]B, 1 layer; no damage\n", done.stdout), done.stdout
     assert done.stderr == ""
 
 
@@ -479,6 +480,25 @@ def test_a_damaged_blob_is_reported_with_its_images(node: Node, registry: Regist
     command(node, "remove", *names)
     for name in names:
         command(node, "pull", name)
+    command(node, "verify")
+
+
+def test_a_damaged_layer_is_reported_with_its_images(node: Node, registry: Registry):
+    image = busybox_image(layers=[{"own": os.urandom(9)}])
+    name = registry.push(image, "layers:1")
+    command(node, "pull", name)
+    (layer,) = [path for path in glob.glob(f"{node.root}/snapshots/layers/*/fs") if os.path.exists(f"{path}/own")]
+    os.truncate(f"{layer}/own", 5)
+    pod = node.run_pod("user")
+    node.create(pod, "c", image=name)
+    what, owner, advice, summary = command(node, "verify", code=1).stdout.splitlines()
+    assert re.fullmatch(r"layer sha256:[0-9a-f]{64}: 'own' has 5 bytes in place of 9", what)
+    assert owner.split()[:2] == [image.id, name]
+    assert advice.endswith("pull or import them again, when the containers that stand on it are gone")
+    assert summary.endswith("; 1 damaged")
+    node.remove_pods()
+    command(node, "remove", name)
+    command(node, "pull", name)
     command(node, "verify")
 
 
