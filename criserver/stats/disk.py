@@ -60,8 +60,9 @@ class DiskMeter:
         return self._latest.get(key)
 
     def total(self) -> DiskUsage:
-        """What all snapshots occupied when each was last measured, and when the oldest of these was."""
-        found = list(self._latest.values())
+        """What all snapshots that there are occupied when each was last measured, and when the oldest of these was."""
+        wanted = self._wanted()
+        found = [usage for key, usage in self._latest.items() if key in wanted]
         timestamp = min((usage.timestamp for usage in found), default=time.time_ns())
         return DiskUsage(timestamp, sum(usage.bytes for usage in found), sum(usage.inodes for usage in found))
 

@@ -107,7 +107,7 @@ def test_a_kill_at_any_moment_of_what_images_go_through(own_node: Node, registry
     def remove(name: str) -> None:
         node.client.RemoveImage(image=cri.ImageSpec(image=name))
 
-    def work(choose: random.Random) -> None:
+    def work(choose: random.Random, weights: tuple[int, ...]) -> None:
         actions: dict[str, Callable[[], object]] = {
             "pull": lambda: node.client.PullImage(image=cri.ImageSpec(image=choose.choice(names))),
             "import": lambda: send(node, str(tmp_path / "archive.tar")),
@@ -118,13 +118,19 @@ def test_a_kill_at_any_moment_of_what_images_go_through(own_node: Node, registry
         # A closed channel is a ValueError.
         with contextlib.suppress(grpc.RpcError, ValueError):
             while True:
-                (action,) = choose.choices(list(actions), (5, 2, 2, 1))
+                (action,) = choose.choices(list(actions), weights)
                 actions[action]()
         interrupted[action] += 1
 
     for number in range(KILLS):
-        moment = pick.uniform(0, 0.7)
-        threads = [threading.Thread(target=work, args=(random.Random(pick.random()),)) for _ in range(2)]
+        # Removals take moments only, so every second time there is nothing else.
+        if number % 2:
+            weights, moment = (0, 0, 3, 1), pick.uniform(0, 0.06)
+            for name in names:
+                node.client.PullImage(image=cri.ImageSpec(image=name))
+        else:
+            weights, moment = (5, 2, 2, 1), pick.uniform(0, 0.7)
+        threads = [threading.Thread(target=work, args=(random.Random(pick.random()), weights)) for _ in range(2)]
         for thread in threads:
             thread.start()
         time.sleep(moment)

@@ -97,3 +97,17 @@ async def test_a_failure_and_a_slow_one_do_not_keep_the_others_waiting() -> None
         assert meter.latest("bad") is None
         assert trees.measured["bad"] >= 3
         assert trees.measured["slow"] == 1  # what takes a tenth of a second is due again after five
+
+
+async def test_the_total_is_of_those_that_there_are() -> None:
+    trees = Trees()
+    trees.wanted, trees.sizes = {"a": True, "b": False}, {"a": 1, "b": 2}
+    async with running(trees, period=1000) as meter:
+        assert (meter.total().bytes, meter.total().inodes) == (0, 0)
+        assert meter.total().timestamp > 0
+        await until(lambda: meter.total().bytes == 3)
+        assert meter.total().inodes == 2
+        oldest = min(usage.timestamp for key in "ab" if (usage := meter.latest(key)))
+        assert meter.total().timestamp == oldest
+        del trees.wanted["a"]
+        assert (meter.total().bytes, meter.total().inodes) == (2, 1)
