@@ -22,13 +22,12 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 80, rows: int = 24) -> None:
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        # No preexec_fn: it would fork this process, with the threads that gRPC has in it.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "criserver", *arguments],
+            ["setsid", "--ctty", sys.executable, "-m", "criserver", *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
             env={**os.environ, "TERM": "xterm"},
         )
         os.close(slave)
