@@ -3,8 +3,9 @@
 Its directory is the layer's and its standard input the blob. It prints one JSON object: ``differences`` by name, or
 ``unread`` and why, where the blob itself cannot be read. It changes nothing, and gives way to everybody else.
 
-What is compared: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners and
-extended attributes. Times are not, and neither are marks of overlayfs beyond whiteouts.
+What is compared: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners,
+users' extended attributes and capabilities. Times and access lists are not, and neither are marks of overlayfs beyond
+whiteouts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from snapshotter import errors, tar
 from snapshotter.limits import Limits
-from snapshotter.mounts import RESOLVE_BENEATH, openat2
+from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
 from snapshotter.streams import LayerStream, decoder
 
 _MOST = 5  # differences that are named
@@ -36,7 +37,10 @@ _FORMATS = {
     tar.DIRECTORY: stat.S_IFDIR,
     tar.SYMLINK: stat.S_IFLNK,
     tar.FIFO: stat.S_IFIFO,
+    tar.CHARACTER: stat.S_IFCHR,
+    tar.BLOCK_DEVICE: stat.S_IFBLK,
 }
+_ACCESS_LIST = b"system.posix_acl_access"  # which says the mode's group bits, too
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -58,6 +62,7 @@ class _Wanted(NamedTuple):
     link: bytes
     digest: bytes
     extents: tuple[tuple[int, int], ...] | None
+    device: int
     xattrs: dict[bytes, bytes]
 
 
@@ -65,7 +70,7 @@ def main() -> None:
     """Compare as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     os.nice(_NICEST)
-    limits = Limits()
+    limits = Limits(**options["limits"])
     result: dict[str, Any]
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])
@@ -115,21 +120,21 @@ class _Layer:
             digest.update(piece)
         # A hard link to what is there under another name is that; later it may be there no more.
         target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
-        self.wanted[path] = (
-            _Wanted(
-                order,
-                entry.kind,
-                entry.mode,
-                entry.uid,
-                entry.gid,
-                entry.size,
-                entry.link,
-                digest.digest(),
-                getattr(entry, "extents", None),
-                entry.xattrs,
-            )
-            if target is None
-            else target._replace(order=order)
+        if target is not None:
+            self.wanted[path] = target._replace(order=order)
+            return
+        self.wanted[path] = _Wanted(
+            order,
+            entry.kind,
+            entry.mode,
+            entry.uid,
+            entry.gid,
+            entry.size,
+            entry.link,
+            digest.digest(),
+            entry.extents,
+            entry.device,
+            entry.xattrs,
         )
 
     def alive(self) -> dict[bytes, _Wanted]:
@@ -180,12 +185,15 @@ def _difference(root: int, path: bytes, wanted: _Wanted) -> str:
     """How what is at ``path`` is not what it has to be; "" where it is."""
     status = _status(root, path)
     if status is None:
-        return "is missing"
+        # Devices are left out where they may not be made.
+        return "" if wanted.kind in (tar.CHARACTER, tar.BLOCK_DEVICE) else "is missing"
     expected = _FORMATS.get(wanted.kind)
     if expected is None:
-        return ""  # a device, or a link through links of which there is nothing to compare with
+        return ""  # a link, through links, of which there is nothing to compare with
     if stat.S_IFMT(status.st_mode) != expected:
         return f"is no {wanted.kind}"
+    if expected in (stat.S_IFCHR, stat.S_IFBLK) and status.st_rdev != wanted.device:
+        return "is another device"
     if expected == stat.S_IFREG:
         if status.st_size != wanted.size:
             return f"has {status.st_size} bytes in place of {wanted.size}"
@@ -200,7 +208,7 @@ def _attributes(status: os.stat_result, wanted: _Wanted) -> str:
     if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
         return f"belongs to {status.st_uid}:{status.st_gid} in place of {wanted.uid}:{wanted.gid}"
     mode = stat.S_IMODE(status.st_mode)
-    if wanted.kind != tar.SYMLINK and mode != wanted.mode & 0o7777:
+    if wanted.kind != tar.SYMLINK and _ACCESS_LIST not in wanted.xattrs and mode != wanted.mode & 0o7777:
         return f"has the mode {mode:o} in place of {wanted.mode & 0o7777:o}"
     return ""
 
@@ -208,7 +216,7 @@ def _attributes(status: os.stat_result, wanted: _Wanted) -> str:
 def _xattrs(root: int, path: bytes, wanted: _Wanted) -> str:
     if not wanted.xattrs or wanted.kind not in (tar.FILE, tar.DIRECTORY):
         return ""
-    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, RESOLVE_BENEATH)
+    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, RESOLVE_IN_ROOT)
     try:
         for name, value in wanted.xattrs.items():
             if name.startswith(b"user.") or name == b"security.capability":
@@ -225,7 +233,7 @@ def _xattrs(root: int, path: bytes, wanted: _Wanted) -> str:
 
 def _has_content(root: int, path: bytes, wanted: _Wanted) -> bool:
     digest = hashlib.sha256()
-    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW, RESOLVE_BENEATH)
+    fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
     try:
         # What counts is on the disk.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -242,7 +250,7 @@ def _has_content(root: int, path: bytes, wanted: _Wanted) -> bool:
 
 
 def _target(root: int, path: bytes) -> bytes:
-    fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_BENEATH)
+    fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
     try:
         return os.readlink(b"", dir_fd=fd)
     finally:
@@ -251,7 +259,7 @@ def _target(root: int, path: bytes) -> bytes:
 
 def _status(root: int, path: bytes) -> os.stat_result | None:
     try:
-        fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_BENEATH)
+        fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
     except OSError:
         return None
     status = os.fstat(fd)
@@ -277,7 +285,7 @@ class _Places:
         waiting = [b""]
         while waiting:
             parent = waiting.pop()
-            fd = openat2(self._root, parent or b".", os.O_RDONLY | os.O_DIRECTORY, RESOLVE_BENEATH)
+            fd = openat2(self._root, parent or b".", os.O_RDONLY | os.O_DIRECTORY, RESOLVE_IN_ROOT)
             number = os.fstat(fd).st_ino
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -296,7 +304,7 @@ class _Places:
             self._number(path.rpartition(b"/")[0])
             number = -len(self._numbers)
             try:
-                fd = openat2(self._root, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_BENEATH)
+                fd = openat2(self._root, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_IN_ROOT)
             except OSError:
                 pass
             else:

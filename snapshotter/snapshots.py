@@ -269,7 +269,7 @@ class Snapshotter:
             return f"the layer below it, {layer.parent}, is missing"
         wrong = await asyncio.to_thread(_check_record, layer)
         if blob and not wrong:
-            wrong = await _compare(layer, blob, compression)
+            wrong = await _compare(layer, blob, compression, self.limits)
         return wrong if self._layers.get(chain_id) is layer else ""
 
     async def usage(self, key: str) -> Usage:
@@ -600,9 +600,14 @@ def _make_root(area: str, uid: int, gid: int, mode: int) -> None:
     os.chmod(path, mode)
 
 
-async def _compare(layer: Layer, blob: str, compression: str) -> str:
+async def _compare(layer: Layer, blob: str, compression: str, limits: Limits) -> str:
     """How the files of a layer differ from its blob."""
-    options = {"compression": compression, "diff_id": layer.diff_id, "daemon": os.getpid()}
+    options = {
+        "compression": compression,
+        "diff_id": layer.diff_id,
+        "limits": limits._asdict(),
+        "daemon": os.getpid(),
+    }
     try:
         with open(blob, "rb") as file:
             process = await asyncio.create_subprocess_exec(

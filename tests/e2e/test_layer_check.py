@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -59,6 +60,9 @@ def odd(disk: str) -> Blob:
         item("./lead", b"4"),
         item("/root", b"5"),
         symlink("dangling", "/nowhere"),
+        symlink("absolute", "/keep"),
+        item("absolute/third", b"7"),
+        item("null", type=b"3", devmajor=1, devminor=3, mode=0o666),
         item("empty"),
         item("fifo", type=b"6"),
         item("löwe\n", b"6"),
@@ -97,6 +101,7 @@ def set_mark(fs: str) -> None:
         (lambda fs: os.rename(f"{fs}/lead", f"{fs}/fifo"), "'fifo' is no fifo"),
         (lambda fs: os.mkdir(f"{fs}/below/new"), "'below/new' is not of the layer"),
         (lambda fs: subprocess.run(["touch", f"{fs}/d2"], check=True), "'d2' is not of the layer"),
+        (lambda fs: replace_device(f"{fs}/null"), "'null' is another device"),
         (set_mark, "'alias/other' has another 'user.mark'"),
         (lambda fs: os.removexattr(f"{fs}/keep/other", "user.mark"), "'alias/other' has lost its attribute"),
         (lambda fs: [os.mkdir(f"{fs}/new{n}") for n in range(9)], "; 4 more"),
@@ -121,6 +126,11 @@ def flip(path: str) -> None:
         byte = f.read(1)
         f.seek(-1, os.SEEK_END)
         f.write(bytes([byte[0] ^ 1]))
+
+
+def replace_device(path: str) -> None:
+    os.unlink(path)
+    os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
 
 
 def replace(path: str) -> None:
