@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 SOURCES := criserver shims snapshotter tests bench contrib setup.py
 
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
+VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
 TEST_PACKAGES := docker-registry skopeo procps criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test lint unit e2e format proto wheel deb run-packages test-packages clean
+.PHONY: demo test test-vm lint unit e2e format proto wheel deb run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -44,6 +45,11 @@ DEB_REVISION ?= 1
 
 deb: $(VENV)/ready
 	$(BIN)/python contrib/deb/build.py --python $(DEB_PYTHON) --revision $(DEB_REVISION)
+
+# A node under systemd, in a virtual machine: docs/virtual-machine.md. SUITES names some of them.
+test-vm: $(VENV)/ready
+	@contrib/need.sh $(VM_PACKAGES)
+	$(BIN)/python -m tests.vm test $(SUITES)
 
 run-packages:
 	@contrib/need.sh $(RUN_PACKAGES)

@@ -121,6 +121,8 @@ def _apt_options() -> list[str]:
 
 def _build(target: str) -> None:
     """Make the disk and the kernel in ``target``."""
+    if os.geteuid() != 0:
+        raise ImageError("the image cannot be made: mmdebstrap needs root to make its files those of root")
     uri, log = mirror(), f"{target}/build.log"
     with _scratch() as scratch:
         root, stage = f"{scratch}/root", f"{scratch}/stage"
