@@ -45,7 +45,7 @@ def _version_1(mounts: list[Mount], *, hybrid: bool) -> Iterator[Finding]:
     yield ok(f"cgroup version 1{' beside an empty version 2 (hybrid)' if hybrid else ''}")
     yield from _wanted(there | ({"io"} if "blkio" in there else set()))
     yield warning(
-        "cgroup version 1: no memory QoS and no PSI, and current kubelets warn of it or refuse to start",
+        "cgroup version 1: newer kubelets do not start here unless their failCgroupV1 is false",
         "boot with systemd.unified_cgroup_hierarchy=1",
     )
 
