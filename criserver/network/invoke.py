@@ -45,14 +45,24 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
     with os.fdopen(os.memfd_create("cni-request"), "w+b") as stdin:
         stdin.write(request)
         stdin.seek(0)
+        start = asyncio.ensure_future(
+            loop.subprocess_exec(lambda: _Plugin(loop), path, stdin=stdin, env=env, cwd="/", start_new_session=True)
+        )
+        # A start that is cancelled half-way waits for ever for the end of its process (asyncio of Python 3.11).
+        cancelled: asyncio.CancelledError | None = None
+        while not start.done():
+            try:
+                await asyncio.wait({start})
+            except asyncio.CancelledError as e:
+                cancelled = e
         try:
-            transport, plugin = await loop.subprocess_exec(
-                lambda: _Plugin(loop), path, stdin=stdin, env=env, cwd="/", start_new_session=True
-            )
+            transport, plugin = start.result()
         except OSError as e:
             raise _start_error(what, path, e) from e
     try:
         try:
+            if cancelled is not None:
+                raise cancelled
             done, _ = await asyncio.wait({plugin.ended}, timeout=timeout)
         except asyncio.CancelledError:
             await asyncio.wait({plugin.ended}, timeout=_GRACE)

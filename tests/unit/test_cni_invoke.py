@@ -409,6 +409,23 @@ async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monk
     await until(lambda: "DEL one" in node.calls())
 
 
+@pytest.mark.parametrize("steps", range(1, 9))
+async def test_a_cancellation_ends_a_plugin_whatever_the_state_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(invoke, "_GRACE", 0.1)
+    plugin = tmp_path / "plugin"
+    plugin.write_text("#!/bin/sh\nsleep 3\ntouch {tmp_path}/late\n")
+    plugin.chmod(0o755)
+    task = asyncio.create_task(invoke.run(str(plugin), what="plugin", env={}, request=b"{}", timeout=60))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+        time.sleep(0.02)  # noqa: ASYNC251 - a busy machine: the plugin is further than the loop
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=2)
+    assert done, "it waits for what the plugin has started"
+
+
 async def test_endless_output_is_cut_off(node: Node) -> None:
     node.plugin("one", ADD=f"echo $$ > {node.log}/pid; exec cat /dev/zero")
     with pytest.raises(CriError, match="printed more than 1048576 bytes and was killed"):
