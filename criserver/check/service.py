@@ -47,13 +47,11 @@ def _holder(host: Host, config: Config) -> int:
     held = host.read(path)
     if not held or not held.isdecimal():
         return 0
-    number = os.stat(host.path(path)).st_ino
-    # A lock is the kernel's: what is written in the file may be of a daemon that is gone.
-    for line in (host.read("/proc/locks") or "").splitlines():
-        fields = line.split()
-        if fields[1] == "FLOCK" and fields[-3].rpartition(":")[2] == str(number):
-            return int(held)
-    return 0
+    inode = str(os.stat(host.path(path)).st_ino)
+    # A lock is the kernel's: what is written in the file may be of a daemon that is gone. To try for it would be in the
+    # way of one that starts just now, and inodes of the same number are on other file systems too (proc_locks(5)).
+    locks = (line.split() for line in (host.read("/proc/locks") or "").splitlines())
+    return int(held) if any(f[1] == "FLOCK" and f[4] == held and f[5].endswith(":" + inode) for f in locks) else 0
 
 
 def _socket(host: Host, config: Config) -> Finding:

@@ -287,13 +287,13 @@ def test_another_daemon_at_the_socket(node: Fake, listener: socket.socket):
 
 def test_a_daemon_that_serves_already_is_as_it_should_be(node: Fake, listener: socket.socket):
     path = node.root / "run/criserver/criserver.lock"
-    path.write_text("4711\n")
+    path.write_text(f"{os.getpid()}\n")
     with open(path) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         node.write("proc/locks", Path("/proc/locks").read_text())
         found = run(node.config, node.host)
     assert able(found)
-    assert "criserver serves at /run/criserver/criserver.sock (PID 4711)" in [f.words for f in found]
+    assert f"criserver serves at /run/criserver/criserver.sock (PID {os.getpid()})" in [f.words for f in found]
     node.write("proc/locks", Path("/proc/locks").read_text())
     assert not able(run(node.config, node.host)), "what the file says is of a daemon that is gone"
 
