@@ -7,7 +7,6 @@ import faulthandler
 import fcntl
 import gc
 import os
-import resource
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from criserver.images import ContentStore, Images, RegistrySettings, host_platfo
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups
+from criserver.runtime import apparmor, cgroups, host
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.node import Node
@@ -62,12 +61,13 @@ async def serve(config: Config) -> None:
     for directory in (config.root, config.state):
         os.makedirs(directory, mode=0o711, exist_ok=True)
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
+    host.raise_open_files()
     store = Store(os.path.join(config.root, "criserver.db"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
     for words in snapshotter.warnings:
         log.warning("snapshots", warning=words)
-    node = assemble(config, store, snapshotter, features, _raise_open_files())
+    node = assemble(config, store, snapshotter, features)
     try:
         await node.nursery.start()
         await apparmor.load()
@@ -111,13 +111,7 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def assemble(
-    config: Config,
-    store: Store,
-    snapshotter: Snapshotter,
-    features: Mapping[str, Features],
-    open_files: int | None = None,
-) -> Node:
+def assemble(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
     registry = Registry(store)
     return Node(
         config=config,
@@ -138,7 +132,7 @@ def assemble(
         ),
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,
-        nursery=Nursery(open_files),
+        nursery=Nursery(),
         streaming=_streaming(config),
         stats=Statistics(
             Cgroups(cgroups.roots()),
@@ -225,16 +219,6 @@ async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
     done, _ = await asyncio.wait([asyncio.create_task(work)], timeout=seconds)
     if not done:
         log.warning("work was still under way at the stop; the next start finishes it")
-
-
-def _raise_open_files() -> int:
-    """Take as many descriptors as we may; the soft limit that was, which is what containers are to have.
-
-    A soft limit is low for the sake of programs that use select(2), or go through all numbers that there could be.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return soft
 
 
 def watch_children() -> None:

@@ -63,12 +63,14 @@ class DeviceNode:
 class Host:
     """Facts of this host that a spec depends on.
 
-    ``capabilities`` are all that the kernel knows and the daemon may give; ``oom_score_adj_floor`` is the
-    lowest value that the daemon may set (its own, where it lacks CAP_SYS_RESOURCE). ``hugepage_sizes`` are those
-    whose use cgroups can limit, as "2MB".
+    ``capabilities`` are all that the kernel knows and the daemon may give; ``open_files`` is the soft and hard limit
+    of descriptors, None for those of whoever starts the container (some builds of runc raise them);
+    ``oom_score_adj_floor`` is the lowest value that the daemon may set (its own, where it lacks CAP_SYS_RESOURCE).
+    ``hugepage_sizes`` are those whose use cgroups can limit, as "2MB".
     """
 
     capabilities: tuple[str, ...]
+    open_files: tuple[int, int] | None = None
     oom_score_adj_floor: int = -1000
     unified_cgroups: bool = False
     swap_accounting: bool = False
@@ -170,6 +172,9 @@ def build(
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },
     }
+    if host.open_files is not None:
+        soft, hard = host.open_files
+        spec["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]
     if apparmor_profile:
         spec["process"]["apparmorProfile"] = apparmor_profile
     if selinux_label:

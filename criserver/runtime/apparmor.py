@@ -56,7 +56,7 @@ profile criserver-default flags=(attach_disconnected, mediate_deleted) {
   # Of /sys the cgroups alone; what names the machine, its power and this policy is not even read.
   deny /sys/{[^f],f[^s]}** wkl,
   deny /sys/fs/{[^c],c[^g],cg[^r]}** wkl,
-  deny /sys/{firmware,kernel/security,devices/virtual/powercap}/** rwklm,
+  deny /sys/{firmware,kernel/security,devices/virtual/powercap}/{,**} rwklm,
 }
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from functools import cache
 
@@ -42,6 +43,21 @@ def has_selinux() -> bool:
 
 
 @cache
+def open_files() -> tuple[int, int]:
+    """The soft and hard limit of descriptors that the daemon was started with, which is what containers are to have.
+
+    A soft limit is low for the sake of programs that use select(2), or go through all numbers that there could be.
+    """
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_open_files() -> None:
+    """Take as many descriptors as we may."""
+    _, hard = open_files()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@cache
 def facts() -> Host:
     """The host's facts, read once.
 
@@ -56,6 +72,7 @@ def facts() -> Host:
             floor = int(f.read())
     return Host(
         capabilities=known,
+        open_files=open_files(),
         oom_score_adj_floor=floor,
         unified_cgroups=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
         swap_accounting=_has_swap_accounting(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -158,9 +157,7 @@ class Link:
 class Nursery:
     """The process that forks shims; started again where it has died."""
 
-    def __init__(self, open_files: int | None = None) -> None:
-        """``open_files`` is the soft limit of descriptors that shims, and so containers, are to have; None for ours."""
-        self._open_files = open_files
+    def __init__(self) -> None:
         self._link: Link | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
@@ -199,18 +196,15 @@ class Nursery:
         link = Link(ours, greeted, lambda: greeted({}), "the nursery of shims")
         try:
             async with asyncio.timeout(START_TIMEOUT):
-                hello = await greeting
+                version = (await greeting).get("version")
         except TimeoutError:
-            hello = {}
-        if hello.get("version") != wire.VERSION:
+            version = None
+        if version != wire.VERSION:
             link.close()
             raise CriError(
-                f"the nursery of shims does not start (it says version {hello.get('version')}, wanted {wire.VERSION}); "
+                f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
                 "its words are above on standard error: is the installation whole?"
             )
-        if self._open_files is not None:
-            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.prlimit(hello["pid"], resource.RLIMIT_NOFILE, (min(self._open_files, hard), hard))
         return link
 
     async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:

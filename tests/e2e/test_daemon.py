@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import stat
 import subprocess
@@ -39,6 +40,23 @@ def test_status_and_version(node: Node):
     assert {c.type: c.status for c in status.status.conditions} == {"RuntimeReady": True, "NetworkReady": True}
     assert {h.name for h in status.runtime_handlers} == {"", "runc"}
     assert node.client.RuntimeConfig().linux.cgroup_driver == cri.CGROUPFS
+
+
+def test_containers_have_the_limit_of_descriptors_that_the_daemon_was_started_with(node: Node):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    node.kill()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (700, hard))
+    try:
+        node.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert node.process is not None
+    assert resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    container = node.run(node.run_pod("limits"), "c", ["sleep", "1000"])
+    # Of its first process: runc 1.1.5 raises the limit of those that are started later.
+    assert node.sh(container, "grep files /proc/1/limits").split()[3:5] == ["700", str(hard)]
+    node.kill()
+    node.start()
 
 
 def test_an_orderly_stop_leaves_the_containers_running(node: Node):

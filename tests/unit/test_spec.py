@@ -243,3 +243,9 @@ def test_labels_and_profiles():
     assert found["process"]["selinuxLabel"] == found["linux"]["mountLabel"] == "a:b:c:d"
     plain = build(security=Security(apparmor="own"))  # what is asked for is decided elsewhere
     assert not {"apparmorProfile", "selinuxLabel"} & plain["process"].keys()
+
+
+def test_the_limit_of_descriptors():
+    assert "rlimits" not in build()["process"]
+    limited = build(host=dataclasses.replace(HOST, open_files=(1024, 4096)))
+    assert limited["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096}]

@@ -146,6 +146,7 @@ users = st.builds(User, uid=numbers, gid=numbers, groups=st.lists(numbers, max_s
 hosts = st.builds(
     spec.Host,
     capabilities=st.just(KNOWN),
+    open_files=st.one_of(st.none(), st.just((1024, 1 << 20))),
     oom_score_adj_floor=st.integers(-1000, 1000),
     unified_cgroups=st.booleans(),
     swap_accounting=st.booleans(),

@@ -1,0 +1,206 @@
+"""The daemon as a service of systemd: the unit as it is shipped, started, restarted, wedged and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.e2e.conftest import import_image
+from tests.e2e.node import Client, Node
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason="systemd is not this machine's init")
+
+ROOT = Path(__file__).parents[2]
+UNIT = "criserver-e2e.service"
+CGROUP = f"/system.slice/{UNIT}"
+
+
+def systemctl(*words: str) -> str:
+    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{journal('-o', 'cat')}"
+    return done.stdout
+
+
+def shown(name: str) -> str:
+    return systemctl("show", "--value", f"--property={name}", UNIT).strip()
+
+
+def journal(*words: str) -> str:
+    command = ["journalctl", "--quiet", "--boot", f"--unit={UNIT}", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def eventually(found, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < deadline, journal("-o", "cat")
+        time.sleep(0.2)
+    return answer
+
+
+class Service(Node):
+    """A node whose daemon is systemd's: the unit of contrib/, with this installation and a shorter patience."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        Path(self.config).write_text(Path(self.config).read_text().replace('format = "json"', 'format = "auto"'))
+        unit = (ROOT / "contrib/systemd/criserver.service").read_text()
+        command = f"{sys.executable} -m criserver serve --config {self.config}"
+        unit = unit.replace("/usr/bin/criserver serve --config /etc/criserver/config.toml", command)
+        unit = unit.replace("WatchdogSec=60", "WatchdogSec=8\nTimeoutAbortSec=2")
+        assert command in unit
+        assert "WatchdogSec=8" in unit
+        unit = unit.replace("[Service]\n", f"[Service]\nEnvironment=PYTHONPATH={ROOT}\n")
+        Path(f"/run/systemd/system/{UNIT}").write_text(unit)
+        systemctl("daemon-reload")
+
+    def start(self) -> None:
+        """Start the service; when that returns it has to serve."""
+        systemctl("start", UNIT)
+        self.client = Client(self.socket)
+        self.client.Version(deadline=30)
+
+    def close(self) -> None:
+        """Undo everything."""
+        systemctl("start", UNIT)
+        self.remove_pods()
+        self.client.channel.close()
+        systemctl("stop", UNIT)
+        os.unlink(f"/run/systemd/system/{UNIT}")
+        systemctl("daemon-reload")
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def service(nothing_left: None, busybox_archive: str) -> Iterator[Service]:
+    service = Service()
+    try:
+        service.start()
+        import_image(service, busybox_archive)
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture(autouse=True)
+def no_pods(service: Service) -> Iterator[None]:
+    yield
+    service.start()
+    service.remove_pods()
+    assert service.leftovers() == []
+
+
+def main_pid() -> int:
+    return int(shown("MainPID"))
+
+
+def pid_of(service: Service, container: str) -> int:
+    answer = service.client.ContainerStatus(container_id=container, verbose=True)
+    return json.loads(answer.info["info"])["pid"]
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_started_means_that_it_serves_and_its_status_tells_of_pods(service: Service):
+    service.run(service.run_pod(), "c", ["sleep", "1000"])
+    assert shown("StatusText")
+    eventually(lambda: shown("StatusText") == "1 pods ready, 1 containers running")
+
+
+def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service):
+    pod = service.run_pod()
+    stays = service.run(pod, "stays", ["sleep", "1000"])
+    ends = service.run(pod, "ends", ["sh", "-c", "sleep 4; exit 42"])
+    pids = [pid_of(service, c) for c in (stays, ends)]
+    before = main_pid()
+    subprocess.run(["journalctl", "--sync"], check=True)
+    service.client.channel.close()
+    systemctl("restart", UNIT)
+    service.client = Client(service.socket)
+    assert main_pid() != before
+    assert pid_of(service, stays) == pids[0]
+    assert service.sh(stays, "echo still here") == "still here\n"
+    assert service.wait(ends, 30).exit_code == 42
+    assert "left-over process" not in journal("-o", "cat")
+
+
+def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service):
+    pod = service.run_pod()
+    container = service.run(pod, "c", ["sh", "-c", "sleep 3; exit 7"])
+    systemctl("stop", UNIT)
+    assert shown("ActiveState") == "inactive"
+    # Nothing is left in the unit: what goes on is elsewhere.
+    assert not os.path.exists(f"/sys/fs/cgroup{CGROUP}")
+    eventually(lambda: os.path.exists(f"{service.state}/containers/{container}/exit.json"))
+    service.client.channel.close()
+    service.start()
+    assert service.status(container).exit_code == 7
+
+
+def test_shims_are_not_in_the_services_cgroup(service: Service):
+    container = service.run(service.run_pod(), "c", ["sleep", "1000"])
+    shim = parent_of(pid_of(service, container))
+    cgroup = Path(f"/proc/{shim}/cgroup").read_text().strip()
+    assert cgroup.startswith("0::/system.slice/criserver-shims-")
+    assert cgroup.endswith(".scope")
+    assert Path(f"/sys/fs/cgroup{CGROUP}/cgroup.procs").read_text().split() == [str(main_pid())]
+
+
+def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service):
+    container = service.run(service.run_pod(), "c", ["sleep", "1000"])
+    pid, before = pid_of(service, container), main_pid()
+    os.kill(before, signal.SIGSTOP)
+    eventually(lambda: main_pid() not in (0, before) and shown("ActiveState") == "active")
+    assert "watchdog" in shown("Result") or "Watchdog timeout" in journal("-o", "cat")
+    service.client.channel.close()
+    service.client = Client(service.socket)
+    service.client.Version(deadline=30)
+    assert pid_of(service, container) == pid
+    assert service.status(container).state == cri.CONTAINER_RUNNING
+
+
+def test_what_is_inherited(service: Service):
+    container = service.run(
+        service.run_pod(),
+        "c",
+        ["sleep", "1000"],
+        linux=cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(oom_score_adj=321)),
+    )
+    pid = pid_of(service, container)
+    shim = parent_of(pid)
+    scores = [int(Path(f"/proc/{p}/oom_score_adj").read_text()) for p in (main_pid(), shim, pid)]
+    assert scores == [-999, -999, 321]
+    files = [resource.prlimit(p, resource.RLIMIT_NOFILE) for p in (main_pid(), pid)]
+    assert files == [(1 << 20, 1 << 20), (1024, 1 << 20)]
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigIgn:"):
+            assert int(line.split()[1], 16) == 0
+        if line.startswith(("NoNewPrivs:", "Seccomp:")):
+            assert line.split()[1] == "0"
+
+
+def test_the_journal_has_fields(service: Service):
+    container = service.run(service.run_pod(), "c", ["sleep", "1000"])
+
+    def entries() -> list[dict[str, str]]:
+        lines = journal("-o", "json", f"CRI_CONTAINER={container}").splitlines()
+        return [json.loads(line) for line in lines]
+
+    eventually(lambda: len(entries()) >= 2)
+    entry = next(e for e in entries() if e["MESSAGE"].startswith("container started"))
+    assert entry["MESSAGE"] == f"container started container={container} pid={pid_of(service, container)}"
+    assert (entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"]) == ("6", "criserver")
+    assert entry["_SYSTEMD_UNIT"] == UNIT
+    assert entry["_TRANSPORT"] == "journal"
