@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import host
 from tests.e2e.node import Node
 
 UNKNOWN = "0123456789abcdef" * 4
@@ -264,7 +265,7 @@ def test_a_cdi_device_that_is_not_there(node: Node):
     assert node.client.ListContainers().containers == []
 
 
-@pytest.mark.skipif(os.path.exists("/sys/module/apparmor"), reason="this node has AppArmor")
+@pytest.mark.skipif(host.apparmor_profiles() is not None, reason="this node has AppArmor")
 @pytest.mark.parametrize("field", ["apparmor", "apparmor_profile"])
 def test_an_apparmor_profile_on_a_node_without_apparmor(node: Node, field: str):
     pod = node.run_pod()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import cgroups
 from tests.e2e.node import GATEWAY, Node, cgroup, processes
 
 MIB = 1 << 20
@@ -59,6 +60,25 @@ def test_cpu_time_and_its_rate_follow_the_work(node: Node) -> None:
     assert rest.usage_nano_cores.value < 50_000_000
     assert whole.usage_core_nano_seconds.value >= second.usage_core_nano_seconds.value
     assert whole.usage_nano_cores.value > 100_000_000
+
+
+def test_stalls_are_told_where_the_kernel_counts_them(node: Node) -> None:
+    given = limits(cpu_period=100_000, cpu_quota=10_000, memory_limit_in_bytes=64 * MIB)
+    pod = node.run_pod()
+    container = node.run(pod, "c", ["sh", "-c", "while :; do :; done"], linux=given)
+    directory = cgroups.roots().get("", "") + cgroup(pod, container)
+    if not os.path.exists(f"{directory}/cpu.pressure"):
+        pytest.skip("the kernel counts no stalls by cgroup (PSI)")
+    # It is made to wait nine tenths of the time.
+    stalled = eventually(lambda: stats_of(node, container).cpu.psi.Some.Total)
+    assert stalled > 100_000
+    stats = stats_of(node, container)
+    assert stats.memory.psi.HasField("Full")
+    assert stats.io.psi.HasField("Some")
+    assert eventually(lambda: stats_of(node, container).cpu.psi.Some.Avg10) > 1
+    whole = pod_of(node, pod)
+    assert whole.cpu.psi.Some.Total >= stalled
+    assert whole.io.HasField("psi")
 
 
 def test_the_working_set_is_what_was_allocated(node: Node) -> None:
