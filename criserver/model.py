@@ -134,6 +134,7 @@ class Mount:
     image_sub_path: str = ""
     uids: tuple[IdMapping, ...] = ()
     gids: tuple[IdMapping, ...] = ()
+    selinux_relabel: bool = False
 
 
 @dataclass(frozen=True, slots=True)

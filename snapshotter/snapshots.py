@@ -201,8 +201,8 @@ class Snapshotter:
             raise
         self._snapshots[key] = Snapshot(key, chain_id, self._path("active", key))
 
-    async def mount(self, key: str, target: str, *, userns: str | None = None) -> None:
-        """Mount the snapshot ``key`` on the directory ``target``, writable.
+    async def mount(self, key: str, target: str, *, userns: str | None = None, label: str = "") -> None:
+        """Mount the snapshot ``key`` on the directory ``target``, writable; its files have the SELinux ``label``.
 
         With ``userns``, the file of a user namespace, the image's files belong to users of that namespace. It is
         the same one at each mount of a snapshot. Needs :meth:`idmap_supported`.
@@ -216,6 +216,8 @@ class Snapshotter:
         options = (
             f"lowerdir={self._lower(snapshot.chain_id)},upperdir={upper}/fs,workdir={upper}/work,index=off,volatile"
         )
+        if label:
+            options += f',context="{label}"'
         await self._mount(target, options, 0, snapshot=snapshot, userns=userns)
 
     async def mount_layer(self, chain_id: str, target: str) -> None:

@@ -133,6 +133,7 @@ def build(
     seccomp: Spec | None = None,
     apparmor_profile: str = "",
     selinux_label: str = "",
+    mount_label: str = "",
     annotations: Mapping[str, str] | None = None,
 ) -> Spec:
     """The whole spec.
@@ -177,9 +178,9 @@ def build(
         spec["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]
     if apparmor_profile:
         spec["process"]["apparmorProfile"] = apparmor_profile
-    if selinux_label:
+    if selinux_label:  # SELinux: of the process, and of the file systems that the runtime makes
         spec["process"]["selinuxLabel"] = selinux_label
-        spec["linux"]["mountLabel"] = selinux_label
+        spec["linux"]["mountLabel"] = mount_label
     if seccomp is not None:
         spec["linux"]["seccomp"] = seccomp
     if any(m.propagation is Propagation.BIDIRECTIONAL for m in config.mounts):

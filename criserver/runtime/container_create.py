@@ -17,7 +17,7 @@ from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, filesystems, host
+from criserver.runtime import apparmor, cgroups, filesystems, host, selinux
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -92,7 +92,7 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         )
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
-    if config.security.selinux_label and not host.has_selinux():
+    if config.security.selinux_label and not selinux.is_enabled():
         # Not refused: manifests name SELinux types for nodes that have it, and mean nothing on others.
         log.info("SELinux options mean nothing on this node", container=config.name)
 
@@ -136,6 +136,11 @@ async def _prepare(
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
+    label = config.security.selinux_label if selinux.is_enabled() else ""
+    if label:
+        for mount in config.mounts:
+            if mount.selinux_relabel:
+                await asyncio.to_thread(selinux.relabel, mount.host_path, selinux.file_label(label))
     user = await asyncio.to_thread(_user, config, image, rootfs)
     pod = pod_facts(node, sandbox)
     document = spec.build(
@@ -149,7 +154,8 @@ async def _prepare(
         devices=devices,
         seccomp=filter_,
         apparmor_profile=profile,
-        selinux_label=config.security.selinux_label if host.has_selinux() else "",
+        selinux_label=label,
+        mount_label=selinux.file_label(label),
         annotations=_annotations(sandbox, container),
     )
     with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:

@@ -21,6 +21,7 @@ from criserver.errors import (
 )
 from criserver.images import Image
 from criserver.model import Mount, PodConfig, Propagation
+from criserver.runtime import selinux
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from snapshotter import SnapshotNotFoundError, mounts
@@ -64,7 +65,8 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
         await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:
         raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
-    await node.snapshotter.mount(key, point, userns=pinned)
+    label = selinux.file_label(container.config.security.selinux_label) if selinux.is_enabled() else ""
+    await node.snapshotter.mount(key, point, userns=pinned, label=label)
 
 
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:

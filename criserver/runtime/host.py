@@ -37,12 +37,6 @@ def apparmor_profiles() -> frozenset[str] | None:
 
 
 @cache
-def has_selinux() -> bool:
-    """Whether a SELinux policy is loaded."""
-    return os.path.exists("/sys/fs/selinux/enforce")
-
-
-@cache
 def open_files() -> tuple[int, int]:
     """The soft and hard limit of descriptors that the daemon was started with, which is what containers are to have.
 

@@ -1,7 +1,6 @@
 """From the kubelet's messages to this room's values: every field is taken over or refused, none is dropped.
 
-Refusals come before any side effect: InvalidArgumentError for what can never be right, UnimplementedError with
-the feature's name for what this version does not do.
+Refusals come before any side effect: InvalidArgumentError for what can never be right.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from criserver.errors import InvalidArgumentError, UnimplementedError
+from criserver.errors import InvalidArgumentError
 from criserver.model import (
     ContainerConfig,
     Device,
@@ -45,6 +44,8 @@ _PROPAGATIONS = {
     cri.PROPAGATION_HOST_TO_CONTAINER: Propagation.HOST_TO_CONTAINER,
     cri.PROPAGATION_BIDIRECTIONAL: Propagation.BIDIRECTIONAL,
 }
+# It becomes a part of a label, and a label one of mount options.
+_OF_A_LABEL = re.compile(r"[A-Za-z0-9_.:,-]*\Z")
 _KINDS = {
     cri.SecurityProfile.RuntimeDefault: "default",
     cri.SecurityProfile.Unconfined: "unconfined",
@@ -60,7 +61,7 @@ _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
 
 
 def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
-    """The pod that a PodSandboxConfig describes. Raises InvalidArgumentError or UnimplementedError."""
+    """The pod that a PodSandboxConfig describes. Raises InvalidArgumentError."""
     meta = sent.metadata
     for field in ("name", "namespace", "uid"):
         if not getattr(meta, field):
@@ -303,8 +304,6 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
     what = f"container {name}: mount {sent.container_path}"
     if bool(sent.uidMappings) != bool(sent.gidMappings):
         raise InvalidArgumentError(f"{what}: uidMappings and gidMappings go together")
-    if sent.selinux_relabel and os.path.isdir("/sys/fs/selinux"):
-        raise UnimplementedError(f"{what}: SELinux relabelling is not supported yet")
     if sent.recursive_read_only and not (sent.readonly and sent.propagation == cri.PROPAGATION_PRIVATE):
         raise InvalidArgumentError(f"{what}: recursive_read_only needs readonly, and PROPAGATION_PRIVATE")
     image = sent.image.image
@@ -329,6 +328,7 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
         image_sub_path=_sub_path(what, sent.image_sub_path),
         uids=tuple(_id_mapping(f"{what}: uidMappings", m) for m in sent.uidMappings),
         gids=tuple(_id_mapping(f"{what}: gidMappings", m) for m in sent.gidMappings),
+        selinux_relabel=sent.selinux_relabel,
     )
 
 
@@ -399,6 +399,9 @@ def _selinux_label(options: cri.SELinuxOption) -> str:
     fields = (options.user, options.role, options.type, options.level)
     if not any(fields):
         return ""
+    for given in fields:
+        if not _OF_A_LABEL.match(given):
+            raise InvalidArgumentError(f"selinux_options: {given!r} is no part of a SELinux label")
     defaults = ("system_u", "system_r", "container_t", "s0")
     return ":".join(given or default for given, default in zip(fields, defaults, strict=True))
 

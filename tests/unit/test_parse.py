@@ -274,3 +274,9 @@ def test_a_selinux_label_is_filled_up():
     found = container_config(container(**linux(selinux_options=cri.SELinuxOption(type="spc_t", level="s0:c1"))), POD)
     assert found.security.selinux_label == "system_u:system_r:spc_t:s0:c1"
     assert container_config(container(), POD).security.selinux_label == ""
+
+
+@pytest.mark.parametrize("level", ['s0",x="', "s0 c1", "s0\n"])
+def test_a_selinux_label_of_other_letters_is_refused(level: str):
+    with pytest.raises(InvalidArgumentError, match="selinux_options"):
+        container_config(container(**linux(selinux_options=cri.SELinuxOption(level=level))), POD)

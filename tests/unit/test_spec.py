@@ -68,6 +68,7 @@ def build(
     nodes=(),
     host=HOST,
     selinux_label="",
+    mount_label="",
     apparmor_profile="",
     **changes,
 ):
@@ -81,6 +82,7 @@ def build(
         rootfs="/r",
         devices=nodes,
         selinux_label=selinux_label,
+        mount_label=mount_label,
         apparmor_profile=apparmor_profile,
     )
 
@@ -238,9 +240,10 @@ def test_an_execs_process_is_the_containers_with_another_command():
 
 
 def test_labels_and_profiles():
-    found = build(apparmor_profile="own", selinux_label="a:b:c:d")
+    found = build(apparmor_profile="own", selinux_label="a:b:c:d", mount_label="a:o:f:d")
     assert found["process"]["apparmorProfile"] == "own"
-    assert found["process"]["selinuxLabel"] == found["linux"]["mountLabel"] == "a:b:c:d"
+    assert found["process"]["selinuxLabel"] == "a:b:c:d"
+    assert found["linux"]["mountLabel"] == "a:o:f:d"
     plain = build(security=Security(apparmor="own"))  # what is asked for is decided elsewhere
     assert not {"apparmorProfile", "selinuxLabel"} & plain["process"].keys()
 
