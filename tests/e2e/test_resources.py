@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import Node, limit_of
+from tests.e2e.node import DRIVER, Node, limit_of
 from tests.e2e.test_bad_input import refused
 
 ON_V1 = "memory" in cgroups.roots()
@@ -107,6 +108,20 @@ def test_swap_is_what_is_left_of_the_sum_of_version_1(node: Node, pod: str):
     assert limit_of(pod, container, "", "memory.swap.max") == str(16 << 20)
     none = node.run(pod, "none", ["sleep", "1000"], **limited(memory_limit_in_bytes=64 << 20))
     assert limit_of(pod, none, "", "memory.swap.max") == "0"
+
+
+@pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
+def test_systemd_knows_the_limits_and_takes_none_back(node: Node, pod: str):
+    """It sets all that it knows of a unit again when it reads its configuration."""
+    container = node.run(pod, "c", ["sleep", "1000"], **limited(cpu_quota=20000, memory_limit_in_bytes=64 << 20))
+    changed = cri.LinuxContainerResources(cpu_shares=256, memory_limit_in_bytes=96 << 20, unified={"pids.max": "77"})
+    node.client.UpdateContainerResources(container_id=container, linux=changed)
+    before = [seen(pod, container), limit_of(pod, container, "", "pids.max")]
+    assert before[0]["memory"] == str(96 << 20)
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    assert [seen(pod, container), limit_of(pod, container, "", "pids.max")] == before
+    command = ["systemctl", "show", "--value", "--property=MemoryMax", f"criserver-{container}.scope"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(96 << 20)
 
 
 def test_refusals(node: Node, pod: str):

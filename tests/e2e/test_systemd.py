@@ -72,13 +72,15 @@ class Service(Node):
 
     def close(self) -> None:
         """Undo everything."""
-        systemctl("start", UNIT)
-        self.remove_pods()
-        self.client.channel.close()
-        systemctl("stop", UNIT)
-        os.unlink(f"/run/systemd/system/{UNIT}")
-        systemctl("daemon-reload")
-        super().close()
+        try:
+            self.start()
+            self.remove_pods()
+            self.client.channel.close()
+        finally:
+            systemctl("stop", UNIT)
+            os.unlink(f"/run/systemd/system/{UNIT}")
+            systemctl("daemon-reload")
+            super().close()
 
 
 @pytest.fixture(scope="module")
