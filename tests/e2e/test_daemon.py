@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -17,7 +18,8 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
+from criserver.runtime import host
+from tests.e2e.node import DRIVER, Node
 
 
 def test_the_socket_is_roots_alone(node: Node):
@@ -39,7 +41,11 @@ def test_status_and_version(node: Node):
     status = node.client.Status(verbose=True)
     assert {c.type: c.status for c in status.status.conditions} == {"RuntimeReady": True, "NetworkReady": True}
     assert {h.name for h in status.runtime_handlers} == {"", "runc"}
-    assert node.client.RuntimeConfig().linux.cgroup_driver == cri.CGROUPFS
+    driver = cri.SYSTEMD if DRIVER == "systemd" else cri.CGROUPFS
+    assert node.client.RuntimeConfig().linux.cgroup_driver == driver
+    info = json.loads(status.info["info"])
+    assert info["cgroupDriver"] == DRIVER
+    assert info["defaultAppArmorProfile"] == (None if host.apparmor_profiles() is None else "criserver-default")
 
 
 def test_containers_have_the_limit_of_descriptors_that_the_daemon_was_started_with(node: Node):
