@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 # Seconds. systemd answers in some milliseconds; it may be busy while a node starts.
 _TIMEOUT = 15.0
+# What systemctl exits with for a unit that systemd does not know.
+_NOT_LOADED = 5
 # Between two reports of how things are, where no watchdog sets the pace.
 _REPORT_INTERVAL = 30.0
 
@@ -92,7 +94,7 @@ async def stop_slice(name: str) -> None:
     try:
         async with asyncio.timeout(_TIMEOUT):
             _, stderr = await process.communicate()
-        if process.returncode:
+        if process.returncode not in (0, _NOT_LOADED):
             log.warning("systemd does not stop a slice", slice=name, error=stderr.decode(errors="replace").strip())
     except TimeoutError:
         process.kill()  # asyncio reaps it

@@ -229,6 +229,10 @@ def test_a_slice_of_the_pods_own_ends_with_it(node: Node):
     assert unit(f"criserver-{pod}.slice")["ActiveState"] == "active"
     node.client.StopPodSandbox(pod_sandbox_id=pod)
     assert unit(f"criserver-{pod}.slice")["ActiveState"] == "inactive"
+    # Once more, where systemd does not know it any more, and for a pod that never had one.
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    node.client.RemovePodSandbox(pod_sandbox_id=node.run_pod("empty"))
+    assert "systemd does not stop" not in node.daemon_log()
 
 
 def cgroups_of_process(node: Node, container: str) -> str:
