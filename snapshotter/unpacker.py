@@ -21,7 +21,8 @@ from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 _WHITEOUT = b".wh."
 _OPAQUE_MARK = b".wh..wh..opq"
 _RESERVED = b".wh..wh."
-_ACCESS_LISTS = (b"system.posix_acl_access", b"system.posix_acl_default")
+_ACCESS_LIST = b"system.posix_acl_access"
+_DEFAULT_LIST = b"system.posix_acl_default"
 
 _INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -93,6 +94,7 @@ class _Unpacker:
         self._parent_fd = -1
         self._root_owned = False
         self._times: dict[bytes, int] = {}
+        self._default_lists: dict[bytes, bytes] = {}
         self._makers = {
             tar.FILE: self._file,
             tar.DIRECTORY: self._directory,
@@ -122,7 +124,14 @@ class _Unpacker:
             maker(fd, base, entry)
 
     def finish(self) -> None:
-        """Set the directories' times, now that nothing is made in them any more."""
+        """Set what directories would have given to what is made in them, and their times, which that would change."""
+        for name, value in self._default_lists.items():
+            try:
+                fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _INSIDE)
+            except OSError:
+                continue  # a later entry replaced it
+            self._set_access_list(fd, _DEFAULT_LIST, value)
+            os.close(fd)
         for name, mtime in self._times.items():
             try:
                 fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _INSIDE)
@@ -262,8 +271,10 @@ class _Unpacker:
             # the mode's group bits would give the group what they only bound.
             if name.startswith(b"user.") or name == b"security.capability":
                 os.setxattr(fd, name, value)
-            elif name in _ACCESS_LISTS:
+            elif name == _ACCESS_LIST:
                 self._set_access_list(fd, name, value)
+            elif name == _DEFAULT_LIST:
+                self._default_lists[entry.name] = value
 
     def _set_access_list(self, fd: int, name: bytes, value: bytes) -> None:
         try:

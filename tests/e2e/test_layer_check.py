@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -146,3 +147,20 @@ async def test_a_blob_that_is_another_ones_says_nothing_of_the_layer(snapshotter
         f.write(b"\x1f\x8b nonsense")
     assert await snapshotter.check_layer("chain", f"{disk}/broken") == ""
     assert await snapshotter.check_layer("chain", f"{disk}/absent") == ""
+
+
+async def test_a_default_access_list_changes_nothing_in_its_directory(snapshotter: Snapshotter, disk: str):
+    entries = ((1, 7), (4, 5), (0x20, 0))  # acl(5): the owner everything, the group no writing, others nothing
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, bits, 0xFFFFFFFF) for tag, bits in entries)
+    lists = {"SCHILY.xattr.system.posix_acl_default": acl.decode("utf-8", "surrogateescape")}
+    blob = write_blob(
+        f"{disk}/blob",
+        directory("d", 0o755, pax_headers=lists),
+        item("d/file", b"1", mode=0o644),
+        directory("d/below", 0o755),
+        item("other", b"2", pax_headers=lists),
+    )
+    layer = await unpacked(snapshotter, blob)
+    assert await snapshotter.check_layer("chain", blob.path) == ""
+    assert os.getxattr(f"{layer.path}/fs/d", "system.posix_acl_default") == acl
+    assert os.listxattr(f"{layer.path}/fs/d/below") == []
