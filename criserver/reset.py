@@ -18,7 +18,7 @@ import structlog
 from criserver.config import Config
 from criserver.daemon import assemble, hold, watch_children
 from criserver.errors import CriError, FailedPreconditionError
-from criserver.runtime import cgroups
+from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.features import Features
 from criserver.runtime.node import Node
@@ -90,6 +90,8 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             pods, containers = len(node.registry.sandboxes), len(node.registry.containers)
             if not agreed(pods, containers):
                 return None
+            there = {*_names(config.state, "ns"), *_names(config.state, "sandboxes")}
+            unrecorded = there - node.registry.sandboxes.keys()
             await recover(node)
             running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
             # What does not end is met again below, with its pod.
@@ -97,9 +99,8 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             turn = asyncio.Semaphore(_AT_ONCE)
             told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
             await node.settle()
-            if not node.registry.sandboxes:
-                # Of pods whose records were lost; one that another daemon's processes are in stays.
-                cgroups.remove(cgroups.OWN)
+            for pod in unrecorded:
+                await _remove_cgroup(cgroups.own_parent(config.cgroup_driver, pod))
         finally:
             for link in list(node.links.values()):
                 link.abandon()
@@ -132,6 +133,21 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
         except (CriError, OSError) as e:
             return True, f"{name}: {e}"
         return False, f"{name}: its network was not told: {failure}"
+
+
+async def _remove_cgroup(parent: str) -> None:
+    """Remove the cgroup of a pod whose record was lost, as stopping it would have done."""
+    if cgroups.is_slice(parent):
+        await service_manager.stop_slice(parent)
+    else:
+        cgroups.remove(parent)
+
+
+def _names(*parts: str) -> list[str]:
+    try:
+        return os.listdir(os.path.join(*parts))
+    except FileNotFoundError:
+        return []
 
 
 def _left(config: Config) -> Iterator[str]:

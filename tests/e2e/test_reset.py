@@ -43,7 +43,7 @@ def traces(node: Node) -> list[str]:
     """All that a node's pods could leave on the host, wherever it is."""
     found = [point for point in mounts.mounts_below(node.base) if point != node.root]
     found += [f"{pid} {words}" for pid, words in processes() if node.base in words]
-    found += [path for path in own_cgroups() if path.split("/")[-2] in node.pods]
+    found += [path for path in own_cgroups() if any(pod in path for pod in node.pods)]
     found += [
         link for link in os.listdir(f"/sys/class/net/{BRIDGE}/brif") if os.path.exists(f"/sys/class/net/{BRIDGE}")
     ]
