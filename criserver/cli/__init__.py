@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from criserver import __version__
 from criserver.config import default_text, load
 from criserver.errors import CriError
+
+# What the service of a distribution's package is started with.
+NODES_CONFIG = "/etc/criserver/config.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser("check", help="tell what this node lacks before pods can run; fails where they cannot")
-    check.add_argument("--config", metavar="FILE", help="the configuration that the daemon is to have")
+    _add_config(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_image(commands.add_parser("image", help="images of a running daemon"))
 
     reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
-    reset.add_argument("--config", metavar="FILE", help="the daemon's configuration")
+    _add_config(reset)
     reset.add_argument("--yes", action="store_true", help="do not ask")
     reset.add_argument(
         "--grace", metavar="SECONDS", type=float, default=10, help="between stop signal and SIGKILL (10)"
@@ -54,12 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    """The configuration that the daemon of this node has, or is to have."""
+    there = NODES_CONFIG if os.path.exists(NODES_CONFIG) else None
+    words = f"the daemon's configuration; {NODES_CONFIG} where it is there"
+    parser.add_argument("--config", metavar="FILE", default=there, help=words)
+
+
 def _add_image(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     def add(name: str, function: str, words: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
-        action.add_argument("--config", metavar="FILE", help="the daemon's configuration, for its address")
+        _add_config(action)
         action.set_defaults(run=_image, function=function)
         return action
 

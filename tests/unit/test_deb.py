@@ -97,3 +97,15 @@ def test_the_manual_page_has_every_command_and_option():
             assert f".B {path}" in page
 
     walk(cli._parser(), "criserver")
+
+
+def test_commands_go_by_the_nodes_configuration_and_the_daemon_is_told_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def configs() -> list[str | None]:
+        return [cli._parser().parse_args(c.split()).config for c in ("check", "reset", "image list", "serve")]
+
+    monkeypatch.setattr(cli, "NODES_CONFIG", str(tmp_path / "config.toml"))
+    assert configs() == [None] * 4
+    (tmp_path / "config.toml").write_text("")
+    assert configs() == [str(tmp_path / "config.toml")] * 3 + [None]
