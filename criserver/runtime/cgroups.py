@@ -92,6 +92,15 @@ def oom_files(cgroup: str) -> list[str]:
     return [f"{found['']}{cgroup}/memory.events"] if "" in found else []
 
 
+def remove_own() -> None:
+    """Remove what our pods' cgroups are in, where nobody has any there: another daemon on the node may."""
+    for root in set(roots().values()):
+        try:
+            os.rmdir(root + OWN)
+        except OSError:
+            continue
+
+
 def remove(cgroup: str) -> None:
     """Remove a cgroup and those below it from every hierarchy; one that is gone or still in use is left."""
     for root in set(roots().values()):

@@ -70,7 +70,7 @@ async def release(node: Node, sandbox: Sandbox) -> None:
         cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
             # Not while another pod may be making its own in there.
-            cgroups.remove(cgroups.OWN)
+            cgroups.remove_own()
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from criserver.errors import InvalidArgumentError
@@ -33,3 +35,15 @@ def test_systemd():
 def test_a_parent_of_the_other_driver_is_refused(driver, parent):
     with pytest.raises(InvalidArgumentError, match=f"driver is {driver}.*cgroupDriver"):
         cgroups.checked_parent(driver, parent)
+
+
+def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cgroups, "roots", lambda: {"cpu": f"{tmp_path}/cpu", "memory": f"{tmp_path}/memory"})
+    (tmp_path / "cpu/criserver/pod").mkdir(parents=True)
+    (tmp_path / "memory/criserver").mkdir(parents=True)
+    cgroups.remove_own()
+    assert (tmp_path / "cpu/criserver/pod").exists()
+    assert not (tmp_path / "memory/criserver").exists()
+    cgroups.remove("/criserver/pod")
+    cgroups.remove_own()
+    assert not (tmp_path / "cpu/criserver").exists()
