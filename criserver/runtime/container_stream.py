@@ -139,7 +139,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
             gone.set_result(0)
 
     async with AsyncExitStack() as stack:
-        link = link_to_shim(node, container, lambda _: None, on_close)
+        link = await link_to_shim(node, container, lambda _: None, on_close)
         stack.callback(link.close)
         wanted = {name: sink for name in ("stdout", "stderr") if (sink := getattr(streams, name)) is not None}
         pipes = {name: stack.enter_context(Pipe()) for name in wanted}

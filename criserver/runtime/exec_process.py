@@ -14,14 +14,15 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, UnavailableError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.oci import spec
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState
-from criserver.runtime.shims import Link, Message, connect
+from criserver.runtime.shims import REPLY_TIMEOUT, Link, Message, connect
 from criserver.streaming import ready
 
 _numbers = itertools.count(1)
+_CONNECT_INTERVAL = 0.02
 
 
 def running_container(node: Node, given: str) -> Container:
@@ -32,19 +33,26 @@ def running_container(node: Node, given: str) -> Container:
     return container
 
 
-def link_to_shim(
+async def link_to_shim(
     node: Node, container: Container, on_event: Callable[[Message], None], on_close: Callable[[], None]
 ) -> Link:
     """A connection of its own to the container's shim: when it closes, the shim ends what it asked for.
 
-    Raises UnavailableError where it is stuck, CriError where it is gone.
+    Raises DeadlineExceededError where it is stuck, CriError where it is gone.
     """
+    path = os.path.join(node.container_dir(container.id), "shim.sock")
     try:
-        return connect(os.path.join(node.container_dir(container.id), "shim.sock"), on_event, on_close)
-    except BlockingIOError as e:
-        raise UnavailableError(
-            f"the shim of container {container.id} is stuck: it accepts no connection and its queue is full"
-        ) from e
+        async with asyncio.timeout(REPLY_TIMEOUT):
+            while True:
+                try:
+                    return connect(path, on_event, on_close)
+                except BlockingIOError:
+                    # Its queue is full: so many come at once, or it is stopped.
+                    await asyncio.sleep(_CONNECT_INTERVAL)
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"the shim of container {container.id} accepted no connection within {REPLY_TIMEOUT:g} s"
+        ) from None
     except OSError as e:
         raise CriError(f"the shim of container {container.id} cannot be reached: {e.strerror}") from e
 
@@ -80,7 +88,7 @@ async def exec_process(
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
     _write_process(node, container, command, path, tty=bool(console))
     try:
-        link = link_to_shim(node, container, on_event, on_close)
+        link = await link_to_shim(node, container, on_event, on_close)
         try:
             request = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
             await link.request({**request, "console": console} if console else request, stdio)

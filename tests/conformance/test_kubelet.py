@@ -6,6 +6,7 @@ etcd, kube-apiserver, kubelet and kubectl are those on PATH. There is no schedul
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -128,7 +129,10 @@ class Cluster:
                 process.wait()
         self.node.remove_pods()
         subprocess.run(["ip", "address", "delete", f"{ADDRESS}/32", "dev", "lo"], check=False)
-        subprocess.run("rmdir /sys/fs/cgroup/*/kubepods/* /sys/fs/cgroup/*/kubepods", shell=True, capture_output=True)
+        tops = glob.glob("/sys/fs/cgroup/*/kubepods") + glob.glob("/sys/fs/cgroup/kubepods")
+        if tops:
+            command = ["find", *tops, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
+            subprocess.run(command, capture_output=True, check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _idle(self) -> bool:
