@@ -22,6 +22,8 @@ _ZEROS = bytes(BLOCK)
 _USTAR = b"ustar\x0000"
 _CHECKSUM = slice(148, 156)
 _MAX_PAX = 1 << 20
+_MAX_EXTENSIONS = 16  # before one entry; three are honest: x, L, K
+_MAX_GLOBAL = 64  # records; git writes one
 _MAX_MAP = 1 << 20  # bytes of a sparse file's map
 _MAX_DEVICE = (1 << 12) - 1, (1 << 20) - 1  # major and minor, as the kernel keeps them
 _MAX_ID = (1 << 32) - 2  # the last one means "unchanged" to chown
@@ -98,10 +100,13 @@ class TarReader:
     def __iter__(self) -> Iterator[Entry]:
         """Yield the entries up to the end of the archive."""
         records: dict[bytes, bytes] = dict(self._global)
-        entries = 0
+        entries = extensions = 0
         while (header := self._next_header()) is not None:
             flag = header[156:157]
             if flag in b"xgLK":
+                extensions += 1
+                if extensions > _MAX_EXTENSIONS:
+                    raise LayerError(f"more than {_MAX_EXTENSIONS} extended headers stand before one entry")
                 self._read_extension(flag, _number(header[124:136], "size"), records)
                 continue
             entries += 1
@@ -118,6 +123,7 @@ class TarReader:
             if flag == _SPARSE_FLAG or (records and any(key.startswith(_SPARSE) for key in records)):
                 entry = self._sparse(header, entry, records)
             yield entry
+            extensions = 0
             if records or self._global:
                 records = dict(self._global)
         if records != self._global:
@@ -196,6 +202,8 @@ class TarReader:
             update = _pax_records(data)
             if flag == b"g":
                 self._global.update(update)
+                if len(self._global) > _MAX_GLOBAL:
+                    raise LayerError(f"there are more than {_MAX_GLOBAL} records in global headers")
             records.update(update)
 
     def _entry(self, header: bytes, records: dict[bytes, bytes]) -> Entry:
