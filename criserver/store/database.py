@@ -19,6 +19,7 @@ from criserver.errors import CriError, ResourceExhaustedError
 # Seconds. Nobody else writes; what waits here holds up the whole event loop.
 _LOCK_TIMEOUT = 0.2
 _RESERVE = 1 << 20
+_PIECE = 32 << 10
 
 TABLES = frozenset({"meta", "sandboxes", "containers", "images", "image_names"})
 
@@ -70,11 +71,16 @@ class Store:
         Without it nothing could be removed any more from a disk that is full. Where it is full already, there is
         what there is.
         """
+        # In pieces, and without a cache for them: the daemon would keep the memory that all of it takes at once.
+        self._db.execute("PRAGMA cache_size=-64")
         try:
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('reserve', zeroblob(?))", (_RESERVE,))
-            self._db.execute("DELETE FROM meta WHERE key = 'reserve'")
+            for number in range(_RESERVE // _PIECE):
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, zeroblob(?))", (f"reserve{number}", _PIECE))
+            self._db.execute("DELETE FROM meta WHERE key GLOB 'reserve*'")
         except sqlite3.OperationalError:
-            return
+            pass
+        finally:
+            self._db.execute("PRAGMA cache_size=-2000")  # SQLite's own default
 
     def get(self, table: str, key: str) -> bytes | None:
         """The record under ``key``, or None."""
