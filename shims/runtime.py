@@ -81,11 +81,11 @@ def start_ticks(pid: int) -> int:
 
 
 def oom_kills(path: str) -> int:
-    """The kernel's count in a `memory.events` (cgroup v2) or `memory.oom_control` (v1) file; 0 if unread."""
+    """The kernel's count in a `memory.events` (cgroup v2) or `memory.oom_control` (v1) file; -1 if unread."""
     try:
         for line in read_small(path).splitlines():
             if line.startswith(b"oom_kill "):
                 return int(line[9:])
     except (OSError, ValueError):
         pass
-    return 0
+    return -1

@@ -59,6 +59,7 @@ class Config:
         "id",
         "log_path",
         "oom_files",
+        "pod_events",
         "runtime",
         "runtime_root",
         "stdin",
@@ -73,6 +74,7 @@ class Config:
         self.runtime_root = _text(message, "runtime_root")
         self.arguments = _texts(message, "runtime_args")
         self.oom_files = _texts(message, "oom_files")
+        self.pod_events = _text(message, "pod_events") if message.get("pod_events") else ""
         self.log_path = _text(message, "log_path") if message.get("log_path") else ""
         self.tty = bool(message.get("tty"))
         self.stdin = bool(message.get("stdin"))
@@ -121,6 +123,7 @@ class Shim:
         self._status: int | None = None
         self._exit: Message = {}
         self._deleted = False
+        self._others = 0
         self._connect(first)
 
     def run(self) -> None:
@@ -156,6 +159,8 @@ class Shim:
         # The console's socket by a name that is short enough, and means the same to the runtime.
         name = f"/proc/{os.getpid()}/cwd/{_CONSOLE}" if console else None
         argv = self._runtime.run(config.bundle, self._path(_PID_FILE), self._path(_LOG), name)
+        if config.pod_events:
+            self._others = max(0, oom_kills(config.pod_events))
         try:
             self._loop.spawn(argv, stdio, _RUN_LIMIT, lambda code: self._ran(code, console))
             for fd in stdio:
@@ -196,8 +201,45 @@ class Shim:
             self._failure = str(error) or type(error).__name__
             return
         self._init = pid
+        self._watch_pod()
         self._state = "running"
         self._tell({"event": "started", "pid": pid, **self._times})
+
+    def _watch_pod(self) -> None:
+        """Follow how many processes of the pod's others were killed for want of memory.
+
+        systemd removes a scope as soon as its last process has ended, and with it the count of what killed that; the
+        pod's count stays, and what the others' is not is ours. A change wakes who polls it (kernel, cgroup-v2.rst).
+        """
+        if not self._config.pod_events:
+            return
+        try:
+            fd = os.open(self._config.pod_events, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        self._loop.watch(fd, select.EPOLLPRI, lambda _: self._count_others(fd))
+        self._count_others(fd)
+
+    def _count_others(self, fd: int) -> None:
+        try:
+            os.pread(fd, 4096, 0)  # or it would wake us again
+        except OSError:
+            self._loop.forget(fd)
+            os.close(fd)
+            return
+        # The sum first: what is added in between is ours the sooner.
+        total, own = oom_kills(self._config.pod_events), self._own_oom_kills()
+        if total >= 0 and own >= 0:
+            self._others = total - own
+
+    def _own_oom_kills(self) -> int:
+        return max((oom_kills(path) for path in self._config.oom_files), default=-1)
+
+    def _was_oom_killed(self) -> bool:
+        own = self._own_oom_kills()
+        if own < 0 and self._config.pod_events and self._status:
+            own = oom_kills(self._config.pod_events) - self._others
+        return own > 0
 
     def _started_pid(self, code: int, pid_file: str, log: str) -> int:
         """The process that the runtime has started. Raises RequestError, OSError or ValueError."""
@@ -213,7 +255,7 @@ class Shim:
 
     def _finish(self) -> None:
         """After the container's end: complete the log, write the status down, tell it, clear up."""
-        oom_killed = any(oom_kills(path) for path in self._config.oom_files)  # gone once it is deleted
+        oom_killed = self._was_oom_killed()  # the count is gone once it is deleted
         if not self._drained(_QUIET_DRAIN):
             self._delete()  # processes left in the cgroup hold the pipes
             if not self._drained(_LAST_DRAIN):

@@ -92,6 +92,12 @@ def oom_files(cgroup: str) -> list[str]:
     return [f"{found['']}{cgroup}/memory.events"] if "" in found else []
 
 
+def pod_events(parent: str) -> str:
+    """The file that counts the OOM kills of a whole pod, where systemd may take away those of a container; else ""."""
+    found = roots()
+    return f"{found['']}{pod_path(parent)}/memory.events" if is_slice(parent) and "memory" not in found else ""
+
+
 def remove_own() -> None:
     """Remove what our pods' cgroups are in, where nobody has any there: another daemon on the node may."""
     for root in set(roots().values()):

@@ -93,6 +93,7 @@ async def start(
             "tty": tty,
             "stdin": stdin,
             "oom_files": cgroups.oom_files(cgroups.path(cgroup_parent, key)),
+            "pod_events": cgroups.pod_events(cgroup_parent),
         },
         on_event,
         on_close,

@@ -284,6 +284,19 @@ def test_an_oom_kill_is_told(node: Node, pod: str):
     assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
 
 
+def test_a_first_process_that_is_killed_for_want_of_memory_is_told_and_its_neighbour_is_not(node: Node, pod: str):
+    """Under systemd the cgroup with the count may be gone as soon as its only process is."""
+    config = cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=16 << 20))
+    neighbour = node.run(pod, "neighbour", ["sleep", "1000"])
+    for attempt in range(5):
+        command = ["dd", "if=/dev/zero", "of=/dev/null", "bs=40M"]
+        ended = node.wait(node.run(pod, "oom", command, attempt=attempt, linux=config))
+        assert (ended.exit_code, ended.reason) == (137, "OOMKilled"), attempt
+    node.client.StopContainer(container_id=neighbour, timeout=0)
+    ended = node.status(neighbour)
+    assert (ended.exit_code, ended.reason) == (137, "Error")
+
+
 def test_fifty_short_containers_keep_their_exit_codes(node: Node, pod: str):
     containers = [node.run(pod, f"short-{n}", ["sh", "-c", f"exit {n}"]) for n in range(50)]
     assert [node.wait(c).exit_code for c in containers] == list(range(50))

@@ -47,3 +47,16 @@ def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: p
     cgroups.remove("/criserver/pod")
     cgroups.remove_own()
     assert not (tmp_path / "cpu/criserver").exists()
+
+
+@pytest.mark.parametrize(
+    ("roots", "parent", "path"),
+    [
+        ({"": "/cg"}, "kubepods-pod1.slice", "/cg/kubepods.slice/kubepods-pod1.slice/memory.events"),
+        ({"": "/cg"}, "/kubepods/pod1", ""),
+        ({"": "/cg/unified", "memory": "/cg/memory"}, "kubepods-pod1.slice", ""),
+    ],
+)
+def test_the_pods_count_is_wanted_where_systemd_removes_the_containers(monkeypatch, roots, parent, path):
+    monkeypatch.setattr(cgroups, "roots", lambda: roots)
+    assert cgroups.pod_events(parent) == path
