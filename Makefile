@@ -7,7 +7,7 @@ SOURCES := criserver shims snapshotter tests bench contrib setup.py
 
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
-TEST_PACKAGES := docker-registry skopeo procps criu golang-github-opencontainers-specs-dev
+TEST_PACKAGES := docker-registry skopeo umoci buildah procps criu golang-github-opencontainers-specs-dev
 
 .PHONY: demo test test-vm lint unit e2e format proto wheel deb run-packages test-packages clean
 
