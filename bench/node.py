@@ -75,13 +75,13 @@ class Node:
 
     name: str
 
-    def __init__(self, scratch: str, number: int) -> None:
+    def __init__(self, scratch: str, number: int, *, root: str | None = None) -> None:
         self.base = f"{scratch}/{self.name}"
-        self.root, self.state, self.logs = f"{self.base}/root", f"{self.base}/state", f"{self.base}/logs"
+        self.root, self.state, self.logs = root or f"{self.base}/root", f"{self.base}/state", f"{self.base}/logs"
         self.socket, self.config = f"{self.base}/cri.sock", f"{self.base}/config.toml"
         self.network = network(number, self.base)
         for directory in (self.root, self.state, self.logs, f"{self.base}/net.d"):
-            os.makedirs(directory)
+            os.makedirs(directory, exist_ok=directory == root)
         with open(f"{self.base}/net.d/10-bench.conflist", "w") as f:
             json.dump(self.network, f)
         with open(self.config, "w") as f:
@@ -236,13 +236,13 @@ class Containerd(Node):
 
     name = "containerd"
 
-    def __init__(self, scratch: str, number: int, program: str = "containerd") -> None:
+    def __init__(self, scratch: str, number: int, program: str = "containerd", *, root: str | None = None) -> None:
         found = shutil.which(program)
         if found is None:
             raise RuntimeError(f"{program} is not an executable; install containerd, or name one by --containerd")
         self.program = os.path.realpath(found)
         self._fresh = [path for path in ("/run/containerd/s", "/run/containerd") if not os.path.exists(path)]
-        super().__init__(scratch, number)
+        super().__init__(scratch, number, root=root)
         os.makedirs(f"{self.base}/tmp")
 
     def configuration(self) -> str:
