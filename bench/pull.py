@@ -1,6 +1,6 @@
 """Pulling images beside containerd: how long, with how much memory and CPU, from a registry on the loopback interface.
 
-usage: python bench/pull.py [--rounds 5] [--images large,small,zstd] [--containerd PATH] [--only NAME,…] [--json FILE]
+usage: python bench/pull.py [--rounds 5] [--images large,small,zstd] [--mbit N] [--containerd PATH] [--json FILE]
 
 Root, Debian's docker-registry, containerd, curl, gzip, zstd and e2fsprogs. README.md says what is measured.
 """
@@ -14,6 +14,7 @@ import http.client
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -106,19 +107,64 @@ def archive(files: Iterator[tuple[str, bytes]]) -> bytes:
     return stream.getvalue()
 
 
-class Registry:
-    """Debian's docker-registry on a free port, with its storage in ``directory``."""
+class Network:
+    """A way to a port of the loopback interface that lets ``rate`` bytes through in a second, over all connections."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, port: int, rate: float) -> None:
+        self._port = port
+        self._rate = rate
+        self._free = 0.0
+        self._lock = threading.Lock()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+
+    def serve(self) -> None:
+        """For ever, in a process of its own."""
+        while True:
+            client = self._server.accept()[0]
+            server = socket.create_connection(("127.0.0.1", self._port))
+            threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, slowed: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(64 << 10):
+                if slowed:
+                    self._wait(len(data))
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _wait(self, size: int) -> None:
+        with self._lock:
+            self._free = max(self._free, time.monotonic() - 0.005) + size / self._rate
+            rest = self._free - time.monotonic()
+        time.sleep(max(0, rest))
+
+
+class Registry:
+    """Debian's docker-registry with its storage in ``directory``. ``address`` is where to pull from, over a network of
+    ``rate`` bytes a second where that is not 0.
+    """
+
+    def __init__(self, directory: str, rate: float = 0) -> None:
         os.makedirs(directory)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{s.getsockname()[1]}"
+            port = s.getsockname()[1]
+        self._own = self.address = f"127.0.0.1:{port}"
+        self._relay = None
+        if rate:
+            network = Network(port, rate)
+            self.address = network.address
+            self._relay = multiprocessing.get_context("fork").Process(target=network.serve, daemon=True)
+            self._relay.start()
         config = {
             "version": 0.1,
             "log": {"accesslog": {"disabled": True}, "level": "error"},
             "storage": {"filesystem": {"rootdirectory": f"{directory}/storage"}},
-            "http": {"addr": self.address},
+            "http": {"addr": self._own},
         }
         with open(f"{directory}/registry.json", "w") as f:
             json.dump(config, f)  # JSON is YAML
@@ -129,7 +175,7 @@ class Registry:
         deadline = time.monotonic() + 20
         while True:
             try:
-                socket.create_connection(("127.0.0.1", int(self.address.rpartition(":")[2])), timeout=1).close()
+                socket.create_connection(("127.0.0.1", int(self._own.rpartition(":")[2])), timeout=1).close()
                 return self
             except OSError:
                 if time.monotonic() > deadline:
@@ -139,6 +185,9 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(10)
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.join()
 
     def push(self, name: str, layers: Callable[[int], bytes], count: int, pack: list[str], suffix: str) -> None:
         """Build an image, its layers packed by a command, and push it."""
@@ -176,8 +225,8 @@ class Registry:
         return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
 
     def _ask(self, method: str, path: str, body: bytes, kind: str) -> str:
-        connection = http.client.HTTPConnection(self.address)
-        connection.request(method, path.removeprefix(f"http://{self.address}"), body, {"Content-Type": kind})
+        connection = http.client.HTTPConnection(self._own)
+        connection.request(method, path.removeprefix(f"http://{self._own}"), body, {"Content-Type": kind})
         response = connection.getresponse()
         if response.status not in (201, 202):
             raise RuntimeError(f"{method} {path}: {response.status} {response.read().decode()}")
@@ -303,7 +352,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[Sample]]]:
         "zstd": (large_layer, ["zstd", "-q", "-3"], "zstd"),
     }
     contenders = options.only.split(",")
-    with scratch() as base, Registry(f"{base}/registry") as registry:
+    with scratch() as base, Registry(f"{base}/registry", options.mbit * 125e3) as registry:
         tiny = lambda _: archive(iter([("hello", b"hello\n")]))  # noqa: E731
         registry.push("tiny", tiny, 1, ["gzip", "-6"], "gzip")
         bench = Bench(base, registry, options.containerd)
@@ -358,6 +407,7 @@ def main() -> None:
     parser.add_argument("--memory-rounds", type=int, default=2, metavar="N", help="pulls for memory of each (2)")
     parser.add_argument("--images", default="large,small,zstd", help="which images (large,small,zstd)")
     parser.add_argument("--containerd", default="containerd", metavar="PATH", help="another build of containerd")
+    parser.add_argument("--mbit", type=float, default=0, metavar="N", help="over a network of N Mbit/s (no limit)")
     parser.add_argument("--only", default="floor,criserver,containerd", help="which contenders")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
     options = parser.parse_args()
