@@ -6,6 +6,7 @@ daemon. Linux 5.10 or newer, and root.
 
 from __future__ import annotations
 
+from snapshotter.arrival import Arrival
 from snapshotter.errors import (
     DiffMismatchError,
     LayerError,
@@ -20,6 +21,7 @@ from snapshotter.snapshots import Snapshotter
 from snapshotter.tree import Usage
 
 __all__ = [
+    "Arrival",
     "DiffMismatchError",
     "Layer",
     "LayerError",

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
 import isal
 
 from snapshotter import errors, marks, mounts, tree
+from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
@@ -44,6 +45,7 @@ _DIFF_ID = re.compile(r"sha256:[0-9a-f]{64}")
 _META = "meta.json"
 _MAX_OPTIONS = 4095  # mount(2) takes one page, with a zero at its end
 _MOUNT_THREADS = 4
+_MAX_ARRIVALS = 3  # beside the workers whose blobs are whole: a registry that trickles must not hold those up
 _MAX_OUTPUT = 64 << 10
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _USERNS_SECONDS = 10.0  # to start a process and have it make a user namespace, which takes milliseconds
@@ -105,6 +107,7 @@ class Snapshotter:
         self._flights: dict[str, _Flight] = {}
         self._idmap_supported: bool | None = None
         self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
+        self._arrivals = 0
         for name in ("", "layers", "active", "staging", "empty"):
             os.makedirs(self._path(name), mode=0o700, exist_ok=True)
         self._load_layers()
@@ -134,6 +137,30 @@ class Snapshotter:
         """The writable snapshots by key."""
         return MappingProxyType(self._snapshots)
 
+    def arrival(self, blob: str, *, compression: Literal["gzip", "none", "zstd"], diff_id: str) -> Arrival | None:
+        """Begin to unpack the layer whose blob is still being written to the file ``blob``, which may be renamed.
+
+        None where as many as may be at the same time are waiting for more already, or the file cannot be read.
+        """
+        if self._arrivals == _MAX_ARRIVALS:
+            return None
+        try:
+            file = open(blob, "rb")  # noqa: SIM115 - the task closes it
+        except OSError:
+            return None
+        told, pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(told, True)
+        self._arrivals += 1
+        task = asyncio.create_task(self._make(file, compression, diff_id, told))
+
+        def ended(_: asyncio.Task[Unpacked]) -> None:
+            self._arrivals -= 1
+            file.close()
+            os.close(told)
+
+        task.add_done_callback(ended)
+        return Arrival(task, pipe, lambda area: self._delete(os.path.basename(area)))
+
     async def unpack(
         self,
         blob: str,
@@ -142,12 +169,14 @@ class Snapshotter:
         diff_id: str,
         chain_id: str,
         parent: str | None,
+        arrival: Arrival | None = None,
     ) -> Layer:
         """Unpack the layer in the file ``blob`` and commit it as ``chain_id``; at once where it is committed.
 
         Where ``compression`` is not "none", the blob's first bytes say which of them all it is. The parent may still be
         missing: a layer's files do not depend on it. Callers with the same chain ID share one unpack, which ends
-        early when the last of them is cancelled; nothing is left of it then.
+        early when the last of them is cancelled; nothing is left of it then. ``arrival`` may have begun with the same
+        blob, and is used up.
 
         Raises LayerError for content that is broken or hostile, with DiffMismatchError where its digest is not
         ``diff_id`` and TruncatedLayerError where it ends early, and SnapshotError for the node's own trouble.
@@ -158,11 +187,14 @@ class Snapshotter:
             )
         if not _DIFF_ID.fullmatch(diff_id):
             raise SnapshotError(f"diff ID {diff_id!r} is not a sha256 digest")
+        if arrival is not None and (chain_id in self._layers or chain_id in self._flights):
+            await arrival.close()
+            arrival = None
         if layer := self._layers.get(chain_id):
             return layer
         flight = self._flights.get(chain_id)
         if flight is None:
-            task = asyncio.create_task(self._unpack(blob, compression, diff_id, chain_id, parent))
+            task = asyncio.create_task(self._unpack(blob, compression, diff_id, chain_id, parent, arrival))
             flight = self._flights[chain_id] = _Flight(task, parent)
             task.add_done_callback(lambda _: self._land(chain_id, flight))
         flight.waiters += 1
@@ -376,35 +408,53 @@ class Snapshotter:
         if self._flights.get(chain_id) is flight:
             del self._flights[chain_id]
 
-    async def _unpack(self, blob: str, compression: str, diff_id: str, chain_id: str, parent: str | None) -> Layer:
-        async with self._slots:
-            area = tempfile.mkdtemp(dir=self._path("staging"))
-            try:
-                _make_root(area, 0, 0, 0o755)
-                options = {
-                    "compression": compression,
-                    "diff_id": diff_id,
-                    "limits": self.limits._asdict(),
-                    "daemon": os.getpid(),
-                }
+    async def _unpack(
+        self, blob: str, compression: str, diff_id: str, chain_id: str, parent: str | None, arrival: Arrival | None
+    ) -> Layer:
+        unpacked = await arrival.result() if arrival else None
+        if unpacked is None:
+            async with self._slots:
                 try:
                     with open(blob, "rb") as file:
-                        made = await self._run_worker(area, file, options)
-                except SnapshotError as e:
-                    raise type(e)(f"layer {diff_id}: {e}") from e
+                        unpacked = await self._make(file, compression, diff_id)
                 except OSError as e:
                     raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
-                meta = {"chain_id": chain_id, "diff_id": diff_id, "parent": parent, **made}
-                _write_meta(area, meta)
-                path = self._path("layers", str(next(self._numbers)))
-                os.rename(area, path)
-            except BaseException:
-                await asyncio.to_thread(self._delete, os.path.basename(area))
-                raise
-            layer = self._layers[chain_id] = Layer(**meta, path=path)
-            return layer
+        area, made = unpacked
+        meta = {"chain_id": chain_id, "diff_id": diff_id, "parent": parent, **made}
+        path = self._path("layers", str(next(self._numbers)))
+        try:
+            _write_meta(area, meta)
+            os.rename(area, path)
+        except OSError as e:
+            await asyncio.to_thread(self._delete, os.path.basename(area))
+            raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
+        layer = self._layers[chain_id] = Layer(**meta, path=path)
+        return layer
+
+    async def _make(self, blob: BinaryIO, compression: str, diff_id: str, told: int | None = None) -> Unpacked:
+        """Unpack a blob in a directory of its own in staging, of which nothing is left where that fails."""
+        area = tempfile.mkdtemp(dir=self._path("staging"))
+        try:
+            _make_root(area, 0, 0, 0o755)
+            options = {
+                "compression": compression,
+                "diff_id": diff_id,
+                "limits": self.limits._asdict(),
+                "daemon": os.getpid(),
+                "told": told,
+            }
+            try:
+                return area, await self._run_worker(area, blob, options)
+            except SnapshotError as e:
+                raise type(e)(f"layer {diff_id}: {e}") from e
+            except OSError as e:
+                raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
+        except BaseException:
+            await asyncio.to_thread(self._delete, os.path.basename(area))
+            raise
 
     async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
+        told = options["told"]
         async with _answered_marks(area) as theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -414,7 +464,7 @@ class Snapshotter:
                 stderr=asyncio.subprocess.PIPE,
                 cwd=area,
                 env={},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *([] if told is None else [told])],
             )
             theirs.close()
             output, complaint = await self._supervise(process, blob)

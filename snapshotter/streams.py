@@ -6,6 +6,7 @@ Inflating and hashing run outside the interpreter's lock, beside the unpacker's 
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -17,11 +18,13 @@ from snapshotter.errors import LayerError, LimitError, TruncatedLayerError
 from snapshotter.limits import Limits
 
 _INPUT = 128 << 10
+_NOTES = 4096
 _OUTPUT = 512 << 10
 _AHEAD = 4  # pieces
 _GZIP = 31  # window bits: a gzip header, and the largest window
 # Of a zstd frame; level 22 takes as much. It is allocated as the frame says, and levels up to 19 say 8 MiB.
 _MAX_WINDOW = 128 << 20
+_MAGIC = 4
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((n, 0x2A, 0x4D, 0x18)) for n in range(0x50, 0x60)))  # skippable frames
 
@@ -37,7 +40,9 @@ def decoder(blob: BinaryIO, compression: str) -> Decoder:
     """
     if compression == "none":
         return _plain
-    start = blob.read(4)
+    start = b""
+    while len(start) < _MAGIC and (more := blob.read(_MAGIC - len(start))):
+        start += more
     blob.seek(0)
     if start.startswith(_GZIP_MAGIC):
         return _gunzip
@@ -90,6 +95,28 @@ def _make_unzstd() -> Decoder:
             raise LayerError(f"the layer is not valid zstd data: {e}") from e
 
     return unzstd
+
+
+class Arriving:
+    """A blob that is still being written; a read at its present end waits.
+
+    ``told`` is a pipe whose writer puts something into it when the blob has grown, and closes it when it is whole.
+    """
+
+    def __init__(self, blob: BinaryIO, told: int) -> None:
+        self._blob = blob
+        self._told = told
+        self._whole = False
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes, and at least one before the end."""
+        while not (data := self._blob.read(size)) and not self._whole:
+            self._whole = not os.read(self._told, _NOTES)
+        return data
+
+    def seek(self, offset: int) -> None:
+        """Go on at ``offset``, which has been there already."""
+        self._blob.seek(offset)
 
 
 class _Counted:

@@ -1,7 +1,7 @@
 """The program that unpacks one layer and ends: ``main`` of a process of its own, started by the snapshotter.
 
-Its directory is the layer's staging directory and its standard input the blob. It prints one JSON object: what was
-unpacked, or the class and text of the error.
+Its directory is the layer's staging directory and its standard input the blob, which may still be growing. It prints
+one JSON object: what was unpacked, or the class and text of the error.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import os
 import resource
 import signal
 import sys
+from typing import Any
 
 from snapshotter import errors, mounts, unpacker
 from snapshotter.limits import Limits
 from snapshotter.marks import Asker
-from snapshotter.streams import LayerStream, decoder
+from snapshotter.streams import Arriving, LayerStream, decoder
 from snapshotter.tar import TarReader
 
 # Of address space: an honest layer takes a fifth of it, a zstd window of the largest size allowed a third.
@@ -39,14 +40,17 @@ def main() -> None:
     """Unpack as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     limits = Limits(**options["limits"])
+    blob: Any = sys.stdin.buffer
+    if options["told"] is not None:
+        blob = Arriving(blob, options["told"])
     try:
-        decode = decoder(sys.stdin.buffer, options["compression"])
+        decode = decoder(blob, options["compression"])
         asker = Asker(options["marks"])
         _confine(limits.max_bytes)
         _die_with(options["daemon"])
         area = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY, dir_fd=area)
-        stream = LayerStream(sys.stdin.buffer, decode, limits)
+        stream = LayerStream(blob, decode, limits)
         reader = TarReader(stream.read, limits)
         made = unpacker.unpack(reader, root, area, asker.set_opaque)
         reader.drain()

@@ -19,7 +19,7 @@ from typing import Any
 
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images import references
-from criserver.images.content import ContentStore, digest_of
+from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.manifests import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -80,13 +80,14 @@ class Archive:
             return self._manifests[descriptor.digest]
         return await in_thread(self._read_manifest, descriptor.digest)
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
+    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
         """Bring a blob into ``content``. Raises NotFoundError, DataLossError, ResourceExhaustedError."""
         name = self._place(descriptor.digest)
         member = self._member(name)
         if member.size != descriptor.size:
             raise DataLossError(f"{self.name}: {name} has {member.size} bytes, and its manifest says {descriptor.size}")
         with content.ingest(descriptor.digest) as ingest:
+            ingest.watcher = watcher
             while ingest.size < member.size:
                 await ingest.write(await in_thread(self._piece, member, ingest.size))
             ingest.commit(descriptor.digest)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
 
@@ -140,6 +140,16 @@ class ContentStore:
             self._bytes += _occupied(size)
 
 
+class Watcher(Protocol):
+    """Follows a blob on its way in."""
+
+    def grown(self, path: str, size: int) -> None:
+        """The file ``path`` has the blob's first ``size`` bytes, as they came: nothing is checked yet."""
+
+    def reset(self) -> None:
+        """What it had was wrong, and is void."""
+
+
 class Ingest:
     """A blob that is being written; made by :meth:`ContentStore.ingest`."""
 
@@ -154,12 +164,18 @@ class Ingest:
         self._hash = hashlib.sha256()
         self.size = 0
         self.committed = False
+        self.watcher: Watcher | None = None
 
     async def write(self, data: bytes) -> None:
         """Append; returns, or raises, only when nobody writes any more. Raises ResourceExhaustedError."""
         if len(data) < _INLINE:
             self.add(data)
-            return
+        else:
+            await self._add_in_thread(data)
+        if self.watcher is not None:
+            self.watcher.grown(self._path, self.size)
+
+    async def _add_in_thread(self, data: bytes) -> None:
         work = asyncio.get_running_loop().run_in_executor(None, self.add, data)
         try:
             await asyncio.shield(work)
@@ -184,6 +200,8 @@ class Ingest:
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._hash = hashlib.sha256()
         self.size = 0
+        if self.watcher is not None:
+            self.watcher.reset()
 
     def commit(self, digest: str) -> None:
         """Make the blob part of the store. Raises DataLossError where its content has another digest."""

@@ -6,13 +6,13 @@ Nothing is recorded here: what a load has brought belongs to its lease until an 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from criserver.images.content import ContentStore
+from criserver.images.content import ContentStore, Watcher
 from criserver.images.manifests import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -27,11 +27,14 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.platforms import Platform, runs_on
-from snapshotter import DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
+from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
 
 _DOWNLOADS = 3
 _MAX_NESTING = 3
 _LIMITED = "the configuration has this limit in [images]"
+# Seconds after which a blob is unpacked while it arrives. One that is here sooner would only be held up by that: the
+# processors are what limits it. One that takes longer loses nothing, as its worker catches up.
+_SOON = 0.5
 
 
 class Source(Protocol):
@@ -47,8 +50,8 @@ class Source(Protocol):
     async def manifest(self, descriptor: Descriptor) -> bytes:
         """The body of a manifest or index, checked against its digest."""
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
-        """Bring a blob into ``content``, checked against its size and digest."""
+    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
+        """Bring a blob into ``content``, checked against its size and digest; ``watcher`` sees it come."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +78,9 @@ class Loader:
     async def load(self, source: Source, target: Descriptor, lease: Lease) -> Descriptor:
         """Bring the image that ``target``, a manifest or an index, means on this platform; return its manifest.
 
-        Blobs are fetched a few at a time, and each layer is unpacked as soon as its blob is in. What is here
-        already is not fetched or unpacked again. Everything is put under ``lease`` before it is looked for.
+        Blobs are fetched a few at a time, and layers are unpacked while their blobs arrive where that takes long, but
+        committed only when those are whole and have the right digests. What is here already is not fetched or unpacked
+        again. Everything is put under ``lease`` before it is looked for.
         """
         descriptor, manifest = await self._manifest(source, target, lease)
         what = f"{source.name}: manifest {descriptor.digest}"
@@ -135,15 +139,23 @@ class Loader:
         parent: str | None,
         slots: asyncio.Semaphore,
     ) -> None:
-        async with slots:
-            await self._fetch(source, layer)
+        packed = compression(layer, source.name)
+        early = _Early(lambda path: self._snapshotter.arrival(path, compression=packed, diff_id=diff_id))
+        try:
+            async with slots:
+                await self._fetch(source, layer, early if self._snapshotter.layer(chain_id) is None else None)
+        except BaseException:
+            await early.close()
+            raise
+        early.stop()
         try:
             await self._snapshotter.unpack(
                 self._content.path(layer.digest),
-                compression=compression(layer, source.name),
+                compression=packed,
                 diff_id=diff_id,
                 chain_id=chain_id,
                 parent=parent,
+                arrival=early.arrival,
             )
         except DiffMismatchError as e:
             raise DataLossError(f"{source.name}: layer {layer.digest}: {e}") from e
@@ -154,10 +166,10 @@ class Loader:
         except SnapshotError as e:
             raise CriError(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
 
-    async def _fetch(self, source: Source, descriptor: Descriptor) -> None:
+    async def _fetch(self, source: Source, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
         async with self._alone(source.origin, descriptor.digest):
             if self._content.size(descriptor.digest) is None:
-                await source.blob(descriptor, self._content)
+                await source.blob(descriptor, self._content, watcher)
         if self._content.size(descriptor.digest) != descriptor.size:
             raise DataLossError(
                 f"{source.name}: the manifest gives blob {descriptor.digest} {descriptor.size} bytes; it has "
@@ -176,6 +188,42 @@ class Loader:
             lock.users -= 1
             if not lock.users:
                 del self._locks[origin, digest]
+
+
+class _Early:
+    """Has a layer unpacked while its blob arrives, where that takes long; a Watcher.
+
+    ``begin`` is called with the blob's file. ``arrival`` is what it made, once the blob is here.
+    """
+
+    def __init__(self, begin: Callable[[str], Arrival | None]) -> None:
+        self._begin = begin
+        self._timer: asyncio.TimerHandle | None = None
+        self.arrival: Arrival | None = None
+
+    def grown(self, path: str, size: int) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SOON, self._start, path)
+        if self.arrival is not None:
+            self.arrival.grown(size)
+
+    def reset(self) -> None:
+        self.stop()
+        if self.arrival is not None:
+            self.arrival.give_up()
+
+    def stop(self) -> None:
+        """Begin no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _start(self, path: str) -> None:
+        self.arrival = self._begin(path)
+
+    async def close(self) -> None:
+        self.stop()
+        if self.arrival is not None:
+            await self.arrival.close()
 
 
 class _Lock:

@@ -18,7 +18,7 @@ import structlog
 
 from criserver.errors import CriError, DataLossError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
 from criserver.images.auth import Authorizer, Keyring
-from criserver.images.content import ContentStore, digest_of
+from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.credentials import Credentials
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
@@ -129,13 +129,14 @@ class RegistryClient:
 
         return (await self._from_any({PULL}, attempt))[1]
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore) -> None:
+    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
         """Bring a blob of the repository into ``content``, checked against its size and digest.
 
         Raises as :meth:`resolve`, and ResourceExhaustedError where the disk is full.
         """
         retries = Retries(self._patience)
         with content.ingest(descriptor.digest) as ingest:
+            ingest.watcher = watcher
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: Host) -> None:
