@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 
+import pytest
+
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.e2e.node import processes
@@ -27,12 +29,13 @@ class Pods:
         self.shared = node.run_pod("shared", linux=linux)
         self.ticks = node.run(self.own, "ticks", ["sh", "-c", TICKS])
         self.other = node.run(self.shared, "other", ["sleep", "1000"])
-        self.session = node.exec(self.ticks, "sh", "-c", "echo ready; exec sleep 4321")
-        self.session.until("stdout", b"ready")
+        # A command ends with its client, and so with the daemon; what it has left behind in the container does not.
+        node.sh(self.ticks, "setsid sleep 4321 </dev/null >/dev/null 2>&1 &")
+        eventually(lambda: any(line.startswith("sleep 4321") for _, line in processes()))
         self.known = self.identities()
 
     def identities(self) -> list[tuple[int, str]]:
-        """The processes of the containers, and of the command that somebody runs in one."""
+        """The processes of the containers, and what a command has left in one."""
         pids = [self.node.pid(self.ticks), self.node.pid(self.other), find("sleep 4321")]
         return [(pid, age(pid)) for pid in pids]
 
@@ -50,11 +53,15 @@ class Pods:
         assert lines == [str(n + 1) for n in range(len(lines))], "no line of the log is missing or doubled"
 
     def remove(self) -> None:
-        self.session.close()
         self.node.remove_pods()
 
 
-def test_a_restart_leaves_containers_commands_and_exit_codes(node: InstalledNode):
+@pytest.fixture(autouse=True)
+def no_pods_of_an_earlier_test(node: InstalledNode) -> None:
+    node.remove_pods()
+
+
+def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode):
     pods = Pods(node)
     script = "while [ ! -e /go ]; do sleep 0.1; done; exit 42"
     ends = node.run(pods.own, "ends", ["sh", "-c", script])
