@@ -48,14 +48,19 @@ class AdminService:
     async def pull_image(self, request: admin.PullImageRequest) -> AsyncIterator[admin.PullImageResponse]:
         credentials = _credentials(request)
         pull = asyncio.create_task(self._images.pull(request.name, credentials))
+        await asyncio.sleep(0)  # for it to begin, or to refuse the name
         told: tuple[LayerProgress, ...] = ()
         try:
-            while not (await asyncio.wait([pull], timeout=_INTERVAL))[0]:
-                found = self._images.progress(request.name, credentials)
+            progress = self._images.watch(request.name, credentials) if not pull.done() else tuple
+            ended = False
+            while not ended:
+                ended = bool((await asyncio.wait([pull], timeout=_INTERVAL))[0])
+                if ended:
+                    image = pull.result()
+                found = progress()
                 if found != told:
                     told = found
                     yield admin.PullImageResponse(layers=[_layer(layer) for layer in found])
-            image = pull.result()
         finally:
             if not pull.done():
                 pull.cancel()

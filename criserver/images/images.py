@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -189,13 +189,15 @@ class Images:
         finally:
             pull.waiters -= 1
 
-    def progress(self, ref: str, credentials: Credentials | None = None) -> tuple[LayerProgress, ...]:
-        """The layers of the pull under way with this reference and these credentials, the lowest first.
+    def watch(self, ref: str, credentials: Credentials | None = None) -> Callable[[], tuple[LayerProgress, ...]]:
+        """How far the pull under way with this reference and these credentials is, whenever that is called.
 
-        () before they are known, and where there is no such pull. Raises InvalidArgumentError.
+        Its layers, the lowest first; () before they are known, and where there is no such pull. It may be asked when
+        the pull has ended, too. Raises InvalidArgumentError.
         """
         pull = self._pulls.get((str(references.parse(ref)), credentials))
-        return progress(pull.lease, self._content, self._snapshotter) if pull else ()
+        lease = pull.lease if pull else Lease()
+        return lambda: progress(lease, self._content, self._snapshotter)
 
     async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
         """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
