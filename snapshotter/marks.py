@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import socket
 
-_OPAQUE_XATTR = "trusted.overlay.opaque"
+OPAQUE_XATTR = "trusted.overlay.opaque"
 _FD = struct.Struct("i")
 
 
 def set_opaque(fd: int) -> None:
     """Make the directory ``fd`` hide what is below it in lower layers. Raises OSError."""
-    os.setxattr(fd, _OPAQUE_XATTR, b"y")
+    os.setxattr(fd, OPAQUE_XATTR, b"y")
 
 
 class Asker:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
 
 import isal
 
-from snapshotter import errors, marks, mounts, tree
+from snapshotter import errors, implied, marks, mounts, tree
 from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
 from snapshotter.limits import Limits
@@ -105,6 +105,8 @@ class Snapshotter:
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._flights: dict[str, _Flight] = {}
+        self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
+        self._settling = asyncio.Lock()
         self._idmap_supported: bool | None = None
         self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
         self._arrivals = 0
@@ -217,6 +219,7 @@ class Snapshotter:
         """
         if not _KEY.fullmatch(key):
             raise SnapshotError(f"snapshot key {key!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
+        await self._settle(chain_id)
         if key in self._snapshots:
             raise SnapshotError(f"snapshot {key} is there already")
         top = self._chain(chain_id)[0]
@@ -257,6 +260,7 @@ class Snapshotter:
 
         Such a view does not keep its layers: whoever mounts it does not remove them while it is used.
         """
+        await self._settle(chain_id)
         # With an empty layer beneath, one layer is mounted as several are: overlay wants two.
         options = f"lowerdir={self._lower(chain_id)}:../empty,index=off"
         await self._mount(target, options, mounts.MS_RDONLY)
@@ -288,6 +292,7 @@ class Snapshotter:
             raise SnapshotError(f"layer {chain_id} is in use by {users[0]}; remove that first")
         name = self._retire(layer.path)
         del self._layers[chain_id]
+        self._unsettled.discard(chain_id)
         await asyncio.to_thread(self._delete, name)
 
     async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
@@ -351,6 +356,24 @@ class Snapshotter:
             wanted = layer.parent
         return chain
 
+    async def _settle(self, chain_id: str) -> None:
+        """Make a chain of layers ready to be mounted: see snapshotter.implied. Raises SnapshotNotFoundError."""
+        chain = self._chain(chain_id)
+        if self._unsettled.isdisjoint(layer.chain_id for layer in chain):
+            return
+        async with self._settling:
+            below: list[Layer] = []
+            for layer in reversed(self._chain(chain_id)):
+                if layer.chain_id in self._unsettled:
+                    paths = [] if layer.opaque else [lower.path for lower in below]
+                    try:
+                        await self._in_mount_thread(implied.settle, layer.path, paths)
+                    except OSError as e:
+                        self._chain(chain_id)  # it may have been removed meanwhile
+                        raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
+                    self._unsettled.discard(layer.chain_id)
+                below = [layer] if layer.opaque else [layer, *below]
+
     def _lower(self, chain_id: str) -> str:
         lower = []
         for layer in self._chain(chain_id):
@@ -372,6 +395,8 @@ class Snapshotter:
                 self._drop(path, e)
             else:
                 self._layers[layer.chain_id] = layer
+                if implied.are_in(path):
+                    self._unsettled.add(layer.chain_id)
 
     def _load_snapshots(self) -> None:
         for key in os.listdir(self._path("active")):
@@ -429,6 +454,8 @@ class Snapshotter:
             await asyncio.to_thread(self._delete, os.path.basename(area))
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
         layer = self._layers[chain_id] = Layer(**meta, path=path)
+        if implied.are_in(path):
+            self._unsettled.add(chain_id)
         return layer
 
     async def _make(self, blob: BinaryIO, compression: str, diff_id: str, told: int | None = None) -> Unpacked:

@@ -14,8 +14,8 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from snapshotter import marks, tar, tree
-from snapshotter.errors import LayerError, SnapshotError, shown
+from snapshotter import implied, marks, tar, tree
+from snapshotter.errors import LayerError, LimitError, SnapshotError, shown
 from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
 _WHITEOUT = b".wh."
@@ -30,6 +30,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _ACCOUNTED = 4096
 _IMPLICIT_MODE = 0o755
+_MAX_IMPLIED = 16 << 20  # bytes of the names of directories that have no entry
 _MAX_LINKS = 40  # on one path, as in the kernel
 
 _REASONS = {
@@ -94,6 +95,9 @@ class _Unpacker:
         self._parent_fd = -1
         self._root_owned = False
         self._times: dict[bytes, int] = {}
+        # Directories without an entry of their own, by inode.
+        self._implied = {os.fstat(root).st_ino: b""}
+        self._implied_bytes = 0
         self._default_lists: dict[bytes, bytes] = {}
         self._makers = {
             tar.FILE: self._file,
@@ -132,6 +136,8 @@ class _Unpacker:
                 continue  # a later entry replaced it
             self._set_access_list(fd, _DEFAULT_LIST, value)
             os.close(fd)
+        if self._implied:
+            implied.write(self._area, self._implied.values())
         for name, mtime in self._times.items():
             try:
                 fd = openat2(self._root, b"/".join(_parts(name)) or b".", _DIRECTORY, _INSIDE)
@@ -174,6 +180,8 @@ class _Unpacker:
             directory = os.open(base, _DIRECTORY, dir_fd=fd)
             try:
                 self._set_attributes(directory, entry, fresh=False)
+                if not fresh:
+                    self._implied.pop(os.fstat(directory).st_ino, None)
             finally:
                 os.close(directory)
         self._times[entry.name] = entry.mtime
@@ -252,6 +260,7 @@ class _Unpacker:
         if entry.kind is not tar.DIRECTORY:
             raise LayerError("stands for the layer's root and is no directory")
         self._set_attributes(self._root, entry, fresh=False)
+        self._implied.pop(os.fstat(self._root).st_ino, None)
         self._times[b"."] = entry.mtime
         self._parent = None
 
@@ -314,9 +323,11 @@ class _Unpacker:
         return True
 
     def _make_opaque(self, fd: int, base: bytes) -> None:
+        """Mark a directory that takes the place of what the layers below have there."""
         directory = os.open(base, _DIRECTORY, dir_fd=fd)
         try:
             self._set_opaque(directory)
+            self._implied.pop(os.fstat(directory).st_ino, None)
         finally:
             os.close(directory)
 
@@ -367,7 +378,7 @@ class _Unpacker:
                 elif part == b"..":
                     del done[-1:]
                 else:
-                    below = self._enter(fd, part)
+                    below = self._enter(fd, part, done)
                     os.close(fd)
                     fd = below
                     done.append(part)
@@ -380,15 +391,24 @@ class _Unpacker:
             raise
         return fd
 
-    def _enter(self, fd: int, part: bytes) -> int:
-        """Open ``part`` in ``fd``, making it a directory where there is nothing or a whiteout."""
+    def _enter(self, fd: int, part: bytes, parents: list[bytes]) -> int:
+        """Open ``part`` in ``fd``, which is ``parents``; make it a directory where there is nothing or a whiteout."""
         status = _status(fd, part)
         if status is None or _is_whiteout(status):
             self._make_directory(fd, part, _IMPLICIT_MODE)
             directory = os.open(part, _DIRECTORY, dir_fd=fd)
             os.chown(directory, 0, 0)
+            if status is None:
+                self._imply(directory, b"/".join([*parents, part]))
             return directory
         return os.open(part, _DIRECTORY, dir_fd=fd)
+
+    def _imply(self, directory: int, name: bytes) -> None:
+        """Note that a directory has no entry so far: it is to be as it is in the layers below."""
+        self._implied[os.fstat(directory).st_ino] = name
+        self._implied_bytes += len(name)
+        if self._implied_bytes > _MAX_IMPLIED:
+            raise LimitError(f"the directories without an entry have names of more than {_MAX_IMPLIED} bytes")
 
 
 def _link_target(fd: int, base: bytes) -> bytes | None:
