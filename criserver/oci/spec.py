@@ -15,6 +15,7 @@ from criserver.model import ContainerConfig, Device, IdMapping, Mount, Namespace
 
 Spec = dict[str, Any]
 
+_CPU_PERIOD = 100_000  # the kernel's, in microseconds
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What a process of an ordinary container may do: the set that Docker fixed and images came to rely on.
@@ -391,7 +392,8 @@ def limits(resources: Resources, host: Host) -> Spec:
                 f"hugepage_limits: {size} = {limit} cannot be enforced; page sizes that this node can limit: {able}"
             )
     cpu = {
-        "period": resources.cpu_period,
+        # By name also where it is the kernel's own: under systemd, crun makes nothing of a quota without one.
+        "period": resources.cpu_period or (_CPU_PERIOD if resources.cpu_quota else 0),
         "quota": resources.cpu_quota,
         "shares": resources.cpu_shares,
         "cpus": resources.cpuset_cpus,
@@ -400,7 +402,12 @@ def limits(resources: Resources, host: Host) -> Spec:
     memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
     if host.swap_accounting and not resources.memory_swap_limit:
         memory["swap"] = resources.memory_limit  # or swap would be a way around the limit
-    found: Spec = {"cpu": _given(cpu), "memory": _given(memory), "unified": dict(resources.unified)}
+    unified = dict(resources.unified)
+    if host.unified_cgroups and host.swap_accounting and memory["limit"] > 0 and memory["swap"]:
+        # Version 2 counts swap alone. crun gives systemd the sum.
+        swap = memory.pop("swap")
+        unified.setdefault("memory.swap.max", "max" if swap < 0 else str(max(swap - memory["limit"], 0)))
+    found: Spec = {"cpu": _given(cpu), "memory": _given(memory), "unified": unified}
     found["hugepageLimits"] = [
         {"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits if size in host.hugepage_sizes
     ]

@@ -68,6 +68,9 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     if program is None:
         raise FailedPreconditionError(f"runtime handler {runtime.name}: {runtime.path} is not an executable")
     parent = node.registry.sandbox(container.sandbox_id).cgroup_parent
+    limits = resources(asked)
+    if limits.cpu_quota and not limits.cpu_period:  # a quota means nothing without the period that holds
+        limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
     process = await asyncio.create_subprocess_exec(
         *(program, "--root", node.runtime_root(handler), *cgroups.runtime_args(parent)),
         *("update", "--resources", "-", container.id),
@@ -77,7 +80,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     )
     try:
         async with asyncio.timeout(_TIMEOUT):
-            _, stderr = await process.communicate(json.dumps(spec.limits(resources(asked), host.facts())).encode())
+            _, stderr = await process.communicate(json.dumps(spec.limits(limits, host.facts())).encode())
     except TimeoutError:
         raise DeadlineExceededError(f"{runtime.path} did not update {container.id} within {_TIMEOUT:g} s") from None
     finally:

@@ -120,7 +120,8 @@ def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_pa
     assert status_of(node, default, "Seccomp") == "2"
     assert "not permitted" in node.sh(default, "unshare -U true 2>&1 || true")
     assert node.sh(default, "mkdir /x && ls -d /x") == "/x\n"
-    lifted = node.run(pod, "l", ["sleep", "1000"], **secured(seccomp=profile(kinds.RuntimeDefault), capabilities=admin))
+    lifted = {"seccomp": profile(kinds.RuntimeDefault), "apparmor": profile(kinds.Unconfined), "capabilities": admin}
+    lifted = node.run(pod, "l", ["sleep", "1000"], **secured(**lifted))
     assert node.sh(lifted, "unshare -m true && echo allowed") == "allowed\n"
     own = profile(kinds.Localhost, str(tmp_path / "no-mkdir.json"))
     local = node.run(pod, "n", ["sleep", "1000"], **secured(seccomp=own))

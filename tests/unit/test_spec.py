@@ -252,3 +252,19 @@ def test_the_limit_of_descriptors():
     assert "rlimits" not in build()["process"]
     limited = build(host=dataclasses.replace(HOST, open_files=(1024, 4096)))
     assert limited["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096}]
+
+
+def test_a_quota_has_its_period_by_name():
+    assert spec.limits(Resources(cpu_quota=30_000), HOST)["cpu"] == {"quota": 30_000, "period": 100_000}
+    given = Resources(cpu_quota=30_000, cpu_period=50_000)
+    assert spec.limits(given, HOST)["cpu"] == {"quota": 30_000, "period": 50_000}
+    assert "period" not in spec.limits(Resources(cpu_shares=512), HOST)["cpu"]
+
+
+@pytest.mark.parametrize(("swap", "left"), [(0, "0"), (64, "0"), (80, "16"), (-1, "max")])
+def test_version_2_is_told_swap_alone(swap: int, left: str):
+    host = dataclasses.replace(HOST, unified_cgroups=True, swap_accounting=True)
+    found = spec.limits(Resources(memory_limit=64, memory_swap_limit=swap), host)
+    assert found == {"memory": {"limit": 64}, "unified": {"memory.swap.max": left}}
+    asked = Resources(memory_limit=64, memory_swap_limit=swap, unified={"memory.swap.max": "7"})
+    assert spec.limits(asked, host)["unified"] == {"memory.swap.max": "7"}
