@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.node import Node
+from tests.e2e.node import SLOWNESS, Node
 
 RUNTIME = os.environ.get("CRITEST_RUNTIME", "runc")
 CERTS = os.environ.get("CRITEST_CERTS", "")
@@ -62,7 +62,7 @@ def test_no_spec_fails(node: Node, tmp_path, capsys, more: list[str]):
         ],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=900 * SLOWNESS,
         cwd=tmp_path,
         check=False,
     )

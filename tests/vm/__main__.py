@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from tests.vm import image as images
 from tests.vm.image import ImageError
 from tests.vm.machine import PROJECT, PYTHON, Machine, MachineError, machine
-from tests.vm.suites import SUITES, Result, Suite, cases, table
+from tests.vm.suites import CERTS, SUITES, Result, Suite, cases, table
 
 BUDGET = 25 * 60.0  # seconds for a whole run, a cold cache included
 PACKAGES = "/opt/packages"
@@ -164,6 +164,12 @@ def put_tools(guest: Machine, programs: set[str]) -> None:
         if directory and os.path.exists(f"{directory}/{program}"):
             with open(f"{directory}/{program}", "rb") as f:
                 guest.put(f"{TOOLS}/{program}", f.read(), 0o755)
+    if "critest" in programs:
+        # The suite's images come from a registry on the host's loopback, which the guest sees at 10.0.2.2.
+        server = f"http://10.0.2.2:{os.environ.get('CRISERVER_VM_REGISTRY_PORT', '5000')}"
+        hosts = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'
+        for name in ("registry.k8s.io", "k8s.gcr.io", "gcr.io"):
+            guest.put(f"{CERTS}/{name}/hosts.toml", hosts.encode())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 RUNC = "runc"  # the stable suite's
 NEWER_RUNC = "/opt/newer/usr/sbin/runc"
 CRUN = "/usr/bin/crun"
+CERTS = "/opt/programs/certs.d"  # where critest's registries are said to be the host's
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ SUITES = (
     Suite(
         "critest",
         ["tests/conformance/test_critest.py", "-k", "all"],
-        _daemon("systemd", NEWER_RUNC),
-        seconds=5400,
+        {**_daemon("systemd", NEWER_RUNC), "CRITEST_CERTS": CERTS},
+        seconds=2400,
         programs=["critest"],
         default=False,
     ),
