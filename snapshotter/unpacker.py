@@ -30,6 +30,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _ACCOUNTED = 4096
 _IMPLICIT_MODE = 0o755
+_MAX_PATH = 4095
 _MAX_IMPLIED = 16 << 20  # bytes of the names of directories that have no entry
 _MAX_LINKS = 40  # on one path, as in the kernel
 
@@ -404,7 +405,12 @@ class _Unpacker:
         return os.open(part, _DIRECTORY, dir_fd=fd)
 
     def _imply(self, directory: int, name: bytes) -> None:
-        """Note that a directory has no entry so far: it is to be as it is in the layers below."""
+        """Note that a directory has no entry so far: it is to be as it is in the layers below.
+
+        One deeper than a path may be long is left as it is: by what is written down nobody could find it.
+        """
+        if len(name) > _MAX_PATH:
+            return
         self._implied[os.fstat(directory).st_ino] = name
         self._implied_bytes += len(name)
         if self._implied_bytes > _MAX_IMPLIED:
