@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -59,6 +60,7 @@ class Pods:
 @pytest.fixture(autouse=True)
 def no_pods_of_an_earlier_test(node: InstalledNode) -> None:
     node.remove_pods()
+    shutil.rmtree(node.logs, ignore_errors=True)  # logs stay when containers go, and these have the same names again
 
 
 def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode):
