@@ -6,14 +6,17 @@ import asyncio
 import errno
 import os
 import signal
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import IO, BinaryIO
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.network.result import decode, excerpt
 
 _MAX_STDOUT = 1 << 20
 _MAX_STDERR = 4096
+_PIECE = 64 << 10
 # Seconds that output may follow a plugin's exit; longer only if it left a process behind that holds its pipes.
 _DRAIN = 1.0
 # Seconds that a plugin gets to finish when its caller is cancelled. One killed in the middle of a write may leave
@@ -40,29 +43,16 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
     plugin and its process group are dead; when cancelled, the plugin has ended by itself or, after a short
     grace, been killed too.
     """
-    loop = asyncio.get_running_loop()
-    # Not asyncio's own pipe, which is a socket: a script that opens /dev/stdin could not read it.
+    # A file: of a pipe, the writing would have to be waited for.
     with os.fdopen(os.memfd_create("cni-request"), "w+b") as stdin:
         stdin.write(request)
         stdin.seek(0)
-        start = asyncio.ensure_future(
-            loop.subprocess_exec(lambda: _Plugin(loop), path, stdin=stdin, env=env, cwd="/", start_new_session=True)
-        )
-        # A start that is cancelled half-way waits for ever for the end of its process (asyncio of Python 3.11).
-        cancelled: asyncio.CancelledError | None = None
-        while not start.done():
-            try:
-                await asyncio.wait({start})
-            except asyncio.CancelledError as e:
-                cancelled = e
         try:
-            transport, plugin = start.result()
+            plugin = _Plugin(path, env, stdin)
         except OSError as e:
             raise _start_error(what, path, e) from e
     try:
         try:
-            if cancelled is not None:
-                raise cancelled
             done, _ = await asyncio.wait({plugin.ended}, timeout=timeout)
         except asyncio.CancelledError:
             await asyncio.wait({plugin.ended}, timeout=_GRACE)
@@ -71,16 +61,15 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
             raise DeadlineExceededError(f"{what} did not end within {timeout:g} s and was killed")
         if len(plugin.stdout) > _MAX_STDOUT:
             raise CriError(f"{what} printed more than {_MAX_STDOUT} bytes and was killed")
-        returncode = transport.get_returncode()
-        assert returncode is not None
-        return Reply(returncode, bytes(plugin.stdout), bytes(plugin.stderr))
+        assert plugin.returncode is not None
+        return Reply(plugin.returncode, bytes(plugin.stdout), bytes(plugin.stderr))
     finally:
         try:
-            if transport.get_returncode() is None:
-                _kill_group(transport.get_pid())
+            if plugin.returncode is None:
+                plugin.kill_group()
                 await asyncio.wait({plugin.exited}, timeout=_KILL)
         finally:
-            transport.close()
+            plugin.close()
 
 
 def failure(reply: Reply) -> tuple[int, str]:
@@ -98,32 +87,96 @@ def failure(reply: Reply) -> tuple[int, str]:
     return code if isinstance(code, int) else 0, f"{': '.join(texts) or 'no message'} (code {excerpt(str(code))})"
 
 
-class _Plugin(asyncio.SubprocessProtocol):
-    """Collects a plugin's output until it is done or has printed too much."""
+class _Plugin:
+    """A plugin that runs; its output is collected until it is done or has printed too much.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    Not asyncio's subprocess: where a task is cancelled while that starts one, it waits for ever, for pipes that are
+    not connected yet. Here nothing is awaited between the start and having it.
+    """
+
+    def __init__(self, path: str, env: Mapping[str, str], stdin: BinaryIO) -> None:
+        self._loop = asyncio.get_running_loop()
         self.stdout = bytearray()
         self.stderr = bytearray()
-        self.exited: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
+        self.exited: asyncio.Future[None] = self._loop.create_future()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._process = subprocess.Popen(
+            [path],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=env,
+            cwd="/",
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._pipes = {self._process.stdout: self.stdout, self._process.stderr: self.stderr}
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:
+            self.kill_group()
+            self._process.wait()
+            self._close_pipes()
+            raise
+        self._loop.add_reader(self._pidfd, self._exit)
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+            self._loop.add_reader(pipe, self._readable, pipe)
 
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        if fd == 1:
-            self.stdout += data
-            if len(self.stdout) > _MAX_STDOUT:
-                self._end()
-        else:
-            self.stderr += data
-            del self.stderr[:-_MAX_STDERR]
+    @property
+    def returncode(self) -> int | None:
+        """As subprocess has it; None until the process has ended."""
+        return self._process.returncode
 
-    def process_exited(self) -> None:
+    def kill_group(self) -> None:
+        """Kill the plugin, which leads a group, and what it has started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        """Take no more of it."""
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._close_pipes()
+
+    def _exit(self) -> None:
+        if self._process.poll() is None:
+            return
+        self._loop.remove_reader(self._pidfd)
         self.exited.set_result(None)
-        self._loop.call_later(_DRAIN, self._end)
+        if self._pipes:
+            self._loop.call_later(_DRAIN, self._end)
+        else:
+            self._end()
 
-    def connection_lost(self, _exc: Exception | None) -> None:
-        """The process has ended and both pipes are closed."""
-        self._end()
+    def _readable(self, pipe: IO[bytes]) -> None:
+        try:
+            data = os.read(pipe.fileno(), _PIECE)
+        except BlockingIOError:
+            return
+        kept = self._pipes[pipe]
+        kept += data
+        if len(self.stdout) > _MAX_STDOUT:
+            self._close_pipes()
+            self._end()
+            return
+        del self.stderr[:-_MAX_STDERR]
+        if not data:
+            self._loop.remove_reader(pipe)
+            del self._pipes[pipe]
+            pipe.close()
+            if not self._pipes and self.exited.done():
+                self._end()
+
+    def _close_pipes(self) -> None:
+        for pipe in self._pipes:
+            self._loop.remove_reader(pipe)
+            pipe.close()
+        self._pipes.clear()
 
     def _end(self) -> None:
         if not self.ended.done():
@@ -134,14 +187,6 @@ def _start_error(what: str, path: str, e: OSError) -> CriError:
     if e.errno in (errno.ETXTBSY, errno.EAGAIN, errno.ENOMEM):
         return UnavailableError(f"{what} cannot be started just now: {path}: {e.strerror}")
     return FailedPreconditionError(f"{what} cannot be started: {path}: {e.strerror}; install the plugin anew")
-
-
-def _kill_group(pid: int) -> None:
-    """Kill the plugin, which leads a group, and what it has started."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _aside(stderr: bytes) -> str:
