@@ -119,14 +119,20 @@ def remove(cgroup: str) -> None:
 
 
 def processes(cgroup: str) -> list[int]:
-    """The PIDs in a cgroup, as its pids or unified hierarchy has them; none where it is gone."""
+    """The PIDs in a cgroup and all below it, as its pids or unified hierarchy has them; none where it is gone.
+
+    Under systemd crun puts a container into a cgroup of its own in the scope, and containers may make more.
+    """
     found = roots()
     root = found.get("pids") or found.get("", "")
-    try:
-        with open(f"{root}{cgroup}/cgroup.procs") as f:
-            return [int(line) for line in f]
-    except OSError:
-        return []
+    pids: list[int] = []
+    for directory, _, _ in os.walk(f"{root}{cgroup}"):
+        try:
+            with open(f"{directory}/cgroup.procs") as f:
+                pids += map(int, f)
+        except OSError:
+            continue  # gone, or of threads (cgroup-v2, "Threads")
+    return pids
 
 
 @dataclass(frozen=True, slots=True)
