@@ -7,6 +7,7 @@ import contextlib
 import glob
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def main() -> int:
     run.add_argument("--timeout", type=float, default=600.0)
     run.add_argument("words", nargs="+", metavar="COMMAND")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine is ended too
     try:
         if options.command == "test":
             unknown = set(options.suites) - {suite.name for suite in SUITES}
