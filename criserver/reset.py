@@ -101,6 +101,8 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             await node.settle()
             for pod in unrecorded:
                 await _remove_cgroup(cgroups.own_parent(config.cgroup_driver, pod))
+            if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
+                await service_manager.stop_slice(own)
         finally:
             for link in list(node.links.values()):
                 link.abandon()

@@ -107,6 +107,17 @@ def remove_own() -> None:
             continue
 
 
+def own_slice() -> str:
+    """The slice that our pods' own slices are in, where systemd still has it and nobody has any there; else ""."""
+    top = roots().get("pids") or roots().get("", "")
+    name = f"{_PREFIX}.slice"
+    try:
+        with os.scandir(f"{top}/{name}") as entries:
+            return "" if any(entry.is_dir(follow_symlinks=False) for entry in entries) else name
+    except OSError:
+        return ""
+
+
 def remove(cgroup: str) -> None:
     """Remove a cgroup and those below it from every hierarchy; one that is gone or still in use is left."""
     for root in set(roots().values()):
