@@ -10,28 +10,24 @@ whiteouts.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import posixpath
-import signal
 import stat
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import errors, tar
+from snapshotter import confine, errors, tar
 from snapshotter.limits import Limits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
 from snapshotter.streams import LayerStream, decoder
+from snapshotter.unpacker import ACCESS_LIST, OPAQUE_MARK, RESERVED, WHITEOUT, is_kept
 
 _MOST = 5  # differences that are named
 _PIECE = 1 << 20
 _NICEST = 19
-_WHITEOUT = b".wh."
-_RESERVED = b".wh..wh."
-_OPAQUE = b".wh..wh..opq"
 _FORMATS = {
     tar.FILE: stat.S_IFREG,
     tar.DIRECTORY: stat.S_IFDIR,
@@ -40,14 +36,8 @@ _FORMATS = {
     tar.CHARACTER: stat.S_IFCHR,
     tar.BLOCK_DEVICE: stat.S_IFBLK,
 }
-_ACCESS_LIST = b"system.posix_acl_access"  # which says the mode's group bits, too
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
-_CAPABILITY_VERSION_3 = 0x20080522
 _DAC_READ_SEARCH = 1 << 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Wanted(NamedTuple):
@@ -105,12 +95,12 @@ class _Layer:
         for order, entry in enumerate(reader):
             path = _path(entry.name)
             parent, _, base = path.rpartition(b"/")
-            if base == _OPAQUE:
+            if base == OPAQUE_MARK:
                 self.opaque[parent] = order
-            elif any(part.startswith(_RESERVED) for part in path.split(b"/")):
+            elif any(part.startswith(RESERVED) for part in path.split(b"/")):
                 continue
-            elif base.startswith(_WHITEOUT):
-                self.hidden[path[: len(path) - len(base)] + base.removeprefix(_WHITEOUT)] = order
+            elif base.startswith(WHITEOUT):
+                self.hidden[path[: len(path) - len(base)] + base.removeprefix(WHITEOUT)] = order
             else:
                 self._add(path, order, entry, reader)
 
@@ -208,7 +198,8 @@ def _attributes(status: os.stat_result, wanted: _Wanted) -> str:
     if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
         return f"belongs to {status.st_uid}:{status.st_gid} in place of {wanted.uid}:{wanted.gid}"
     mode = stat.S_IMODE(status.st_mode)
-    if wanted.kind != tar.SYMLINK and _ACCESS_LIST not in wanted.xattrs and mode != wanted.mode & 0o7777:
+    # An access list says the mode's group bits, too.
+    if wanted.kind != tar.SYMLINK and ACCESS_LIST not in wanted.xattrs and mode != wanted.mode & 0o7777:
         return f"has the mode {mode:o} in place of {wanted.mode & 0o7777:o}"
     return ""
 
@@ -219,7 +210,7 @@ def _xattrs(root: int, path: bytes, wanted: _Wanted) -> str:
     fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, RESOLVE_IN_ROOT)
     try:
         for name, value in wanted.xattrs.items():
-            if name.startswith(b"user.") or name == b"security.capability":
+            if is_kept(name):
                 try:
                     found = os.getxattr(fd, name)
                 except OSError:
@@ -323,15 +314,5 @@ def _confine(daemon: int) -> None:
     """See nothing but the layer, keep only what reading all of it takes, and end when the daemon does."""
     os.chroot(".")
     os.chdir("/")
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(header, (ctypes.c_uint32 * 6)(_DAC_READ_SEARCH, _DAC_READ_SEARCH)))
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-    if os.getppid() != daemon:
-        raise SystemExit("the daemon ended before its checker began")
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    confine.keep_capabilities(_DAC_READ_SEARCH)
+    confine.die_with(daemon)

@@ -21,7 +21,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
@@ -483,23 +483,11 @@ class Snapshotter:
     async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
         told = options["told"]
         async with _answered_marks(area) as theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-I", "-S", "-c", _WORKER, json.dumps({**options, "marks": theirs.fileno()}), *_WORKER_PATHS),
-                stdin=blob,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                cwd=area,
-                env={},
-                pass_fds=[theirs.fileno(), *([] if told is None else [told])],
-            )
+            passed = [theirs.fileno(), *([] if told is None else [told])]
+            process = await _start(_WORKER, {**options, "marks": theirs.fileno()}, blob, area, passed)
             theirs.close()
             output, complaint = await self._supervise(process, blob)
-        try:
-            result: dict[str, Any] = json.loads(output)
-        except ValueError:
-            told = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
-            raise SnapshotError(f"the unpack worker ended with status {process.returncode}: {told}") from None
+        result = _result("the unpack worker", process, output, complaint)
         if "error" in result:
             raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
         return result
@@ -679,6 +667,32 @@ def _make_root(area: str, uid: int, gid: int, mode: int) -> None:
     os.chmod(path, mode)
 
 
+async def _start(
+    program: str, options: dict[str, Any], blob: BinaryIO, directory: str, pass_fds: Sequence[int] = ()
+) -> asyncio.subprocess.Process:
+    """Start one of this package's programs in a layer's ``directory``."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-c", program, json.dumps(options), *_WORKER_PATHS),
+        stdin=blob,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=directory,
+        env={},
+        pass_fds=pass_fds,
+    )
+
+
+def _result(what: str, process: asyncio.subprocess.Process, output: bytes, complaint: bytes) -> dict[str, Any]:
+    """The object that such a program has printed. Raises SnapshotError where it ended without one."""
+    try:
+        result: dict[str, Any] = json.loads(output)
+    except ValueError:
+        words = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
+        raise SnapshotError(f"{what} ended with status {process.returncode}: {words}") from None
+    return result
+
+
 async def _compare(layer: Layer, blob: str, compression: str, limits: Limits) -> str:
     """How the files of a layer differ from its blob."""
     options = {
@@ -689,15 +703,7 @@ async def _compare(layer: Layer, blob: str, compression: str, limits: Limits) ->
     }
     try:
         with open(blob, "rb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-I", "-S", "-c", _CHECKER, json.dumps(options), *_WORKER_PATHS),
-                stdin=file,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                cwd=layer.path,
-                env={},
-            )
+            process = await _start(_CHECKER, options, file, layer.path)
     except OSError:
         return ""  # it is gone, or its blob is
     try:
@@ -706,11 +712,7 @@ async def _compare(layer: Layer, blob: str, compression: str, limits: Limits) ->
         if process.returncode is None:
             process.kill()
             await process.wait()
-    try:
-        return "; ".join(json.loads(output).get("differences", []))
-    except ValueError:
-        told = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
-        raise SnapshotError(f"the layer checker ended with status {process.returncode}: {told}") from None
+    return "; ".join(_result("the layer checker", process, output, complaint).get("differences", []))
 
 
 def _check_record(layer: Layer) -> str:

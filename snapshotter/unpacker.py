@@ -18,10 +18,10 @@ from snapshotter import implied, marks, tar, tree
 from snapshotter.errors import LayerError, LimitError, SnapshotError, shown
 from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
-_WHITEOUT = b".wh."
-_OPAQUE_MARK = b".wh..wh..opq"
-_RESERVED = b".wh..wh."
-_ACCESS_LIST = b"system.posix_acl_access"
+WHITEOUT = b".wh."
+OPAQUE_MARK = b".wh..wh..opq"
+RESERVED = b".wh..wh."
+ACCESS_LIST = b"system.posix_acl_access"
 _DEFAULT_LIST = b"system.posix_acl_default"
 
 _INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
@@ -118,7 +118,7 @@ class _Unpacker:
             if not base:
                 self._change_root(entry)
                 return
-        if _WHITEOUT in entry.name and self._is_mark(entry.name, parent, base):
+        if WHITEOUT in entry.name and self._is_mark(entry.name, parent, base):
             return
         maker = self._makers[entry.kind]
         fd = self._open_parent(parent)
@@ -230,20 +230,20 @@ class _Unpacker:
 
     def _is_mark(self, name: bytes, parent: bytes, base: bytes) -> bool:
         """Whether the entry is a whiteout, which is then made, or something of AUFS's own, which is left out."""
-        if base == _OPAQUE_MARK:
+        if base == OPAQUE_MARK:
             fd = self._open_parent(parent)
             self._set_opaque(fd)
             if os.path.sameopenfile(fd, self._root):
                 self.opaque = True
             return True
         parts = _parts(name)
-        if any(part.startswith(_RESERVED) for part in parts):
+        if any(part.startswith(RESERVED) for part in parts):
             return True
-        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+        if any(part.startswith(WHITEOUT) for part in parts[:-1]):
             raise LayerError("has a whiteout among its parents")
-        if not base.startswith(_WHITEOUT):
+        if not base.startswith(WHITEOUT):
             return False
-        hidden = base.removeprefix(_WHITEOUT)
+        hidden = base.removeprefix(WHITEOUT)
         if hidden in (b"", b".", b".."):
             raise LayerError("is a whiteout that names no file")
         fd = self._open_parent(parent)
@@ -279,9 +279,9 @@ class _Unpacker:
                 raise LayerError(f"has the attribute {shown(name)}, which is overlayfs's own")
             # Others are the building host's own (security.selinux, security.ima). An access list is kept: without it,
             # the mode's group bits would give the group what they only bound.
-            if name.startswith(b"user.") or name == b"security.capability":
+            if is_kept(name):
                 os.setxattr(fd, name, value)
-            elif name == _ACCESS_LIST:
+            elif name == ACCESS_LIST:
                 self._set_access_list(fd, name, value)
             elif name == _DEFAULT_LIST:
                 self._default_lists[entry.name] = value
@@ -423,6 +423,11 @@ def _link_target(fd: int, base: bytes) -> bytes | None:
         return os.readlink(base, dir_fd=fd)
     except OSError:
         return None
+
+
+def is_kept(name: bytes) -> bool:
+    """Whether an extended attribute is the layer's to set as it is; access lists are another matter."""
+    return name.startswith(b"user.") or name == b"security.capability"
 
 
 def _is_whiteout(status: os.stat_result) -> bool:

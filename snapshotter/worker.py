@@ -6,16 +6,14 @@ one JSON object: what was unpacked, or the class and text of the error.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import resource
-import signal
 import sys
 from typing import Any
 
-from snapshotter import errors, mounts, unpacker
+from snapshotter import confine, errors, mounts, unpacker
 from snapshotter.limits import Limits
 from snapshotter.marks import Asker
 from snapshotter.streams import Arriving, LayerStream, decoder
@@ -25,15 +23,9 @@ from snapshotter.tar import TarReader
 _MAX_MEMORY = 1 << 30
 _MAX_FILES = 64
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
-
-_CAPABILITY_VERSION_3 = 0x20080522
 # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP
 _CAPABILITIES = sum(1 << bit for bit in (0, 1, 3, 4, 27, 31))
 _HARMLESS = mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NOEXEC
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
@@ -47,7 +39,8 @@ def main() -> None:
         decode = decoder(blob, options["compression"])
         asker = Asker(options["marks"])
         _confine(limits.max_bytes)
-        _die_with(options["daemon"])
+        # However it ends: its successor sweeps the staging directory.
+        confine.die_with(options["daemon"])
         area = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY, dir_fd=area)
         stream = LayerStream(blob, decode, limits)
@@ -68,16 +61,6 @@ def main() -> None:
     sys.stdout.flush()
 
 
-def _die_with(daemon: int) -> None:
-    """End when the daemon ends, however it does: its successor sweeps the staging directory.
-
-    Comes after the change of credentials, which would undo it.
-    """
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-    if os.getppid() != daemon:
-        raise SystemExit("the daemon ended before its worker began")
-
-
 def _confine(max_bytes: int) -> None:
     """See nothing but the staging directory, gain nothing, and keep the capabilities that unpacking takes."""
     for what, limit in (
@@ -94,12 +77,7 @@ def _confine(max_bytes: int) -> None:
     os.setresgid(0, 0, 0)
     _enter_mount()
     os.chroot(".")
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; the low words of all, then the high ones
-    _check(_libc.capget(header, sets))
-    sets[:] = [sets[0] & _CAPABILITIES, sets[1] & _CAPABILITIES, 0, 0, 0, 0]
-    _check(_libc.capset(header, sets))
+    confine.keep_capabilities(_CAPABILITIES)
 
 
 def _enter_mount() -> None:
@@ -115,9 +93,3 @@ def _enter_mount() -> None:
             raise
         return
     os.fchdir(own)  # which is never closed: the mount would go with it
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
