@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Collection
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 
@@ -76,7 +76,7 @@ class AdminService:
             yield admin.ExportImagesResponse(data=piece)
 
     async def remove_image(self, request: admin.RemoveImageRequest) -> admin.RemoveImageResponse:
-        image = self._wanted(request.image)
+        image = self._images.wanted(request.image)
         if image.pinned and not request.force:
             raise FailedPreconditionError(
                 f"image {request.image} is pinned; unpin it before (`criserver image unpin`), or use --force"
@@ -106,12 +106,6 @@ class AdminService:
             freed_bytes=pruned.freed.bytes,
             freed_inodes=pruned.freed.inodes,
         )
-
-    def _wanted(self, name: str) -> Image:
-        image = self._images.get(name)
-        if image is None:
-            raise NotFoundError(f"image {name} is not on this node")
-        return image
 
     def _damage(self, damage: Damage) -> admin.Damage:
         if not damage.images:

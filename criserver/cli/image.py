@@ -51,17 +51,11 @@ def pull(options: argparse.Namespace) -> int:
     """Pull an image and show how far it is; print its ID and names."""
     request = admin.PullImageRequest(name=options.image, pin=options.pin, **_credentials(options))
     with connected(_address(options)) as channel:
-        layers: Sequence[admin.LayerProgress] = ()
         shown = None if options.quiet else display(sys.stderr)
         response = admin.PullImageResponse()
         for response in method(channel, _ADMIN, "PullImage")(request):
-            layers = response.layers or layers
-            if response.HasField("image"):
-                # They may have come to their end since they were last told of.
-                for layer in layers:
-                    layer.received, layer.stage = layer.size, admin.DONE
-            if shown:
-                shown.show(layers)
+            if shown and response.layers:
+                shown.show(response.layers)
         _print_image(response.image, "", quiet=options.quiet)
     return 0
 

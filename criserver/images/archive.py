@@ -86,8 +86,7 @@ class Archive:
         member = self._member(name)
         if member.size != descriptor.size:
             raise DataLossError(f"{self.name}: {name} has {member.size} bytes, and its manifest says {descriptor.size}")
-        with content.ingest(descriptor.digest) as ingest:
-            ingest.watcher = watcher
+        with content.ingest(descriptor.digest, watcher) as ingest:
             while ingest.size < member.size:
                 await ingest.write(await in_thread(self._piece, member, ingest.size))
             ingest.commit(descriptor.digest)

@@ -19,6 +19,7 @@ from itertools import count
 from typing import BinaryIO, Protocol
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
+from criserver.images.threads import in_thread
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _INLINE = 64 << 10  # hashing and writing less than this takes less time than handing it to a thread
@@ -90,13 +91,13 @@ class ContentStore:
         return digest
 
     @contextmanager
-    def ingest(self, digest: str = "") -> Iterator[Ingest]:
+    def ingest(self, digest: str = "", watcher: Watcher | None = None) -> Iterator[Ingest]:
         """A new blob on its way in, ``digest`` where it is known and anybody may ask how much of it has arrived.
 
-        What was not committed when the block ends is deleted.
+        ``watcher`` sees it come. What was not committed when the block ends is deleted.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
-        ingest = Ingest(self, path, digest)
+        ingest = Ingest(self, path, digest, watcher)
         self._arriving.add(ingest)
         try:
             yield ingest
@@ -153,10 +154,11 @@ class Watcher(Protocol):
 class Ingest:
     """A blob that is being written; made by :meth:`ContentStore.ingest`."""
 
-    def __init__(self, store: ContentStore, path: str, digest: str) -> None:
+    def __init__(self, store: ContentStore, path: str, digest: str, watcher: Watcher | None) -> None:
         self._store = store
         self._path = path
         self.digest = digest
+        self._watcher = watcher
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:
@@ -164,24 +166,15 @@ class Ingest:
         self._hash = hashlib.sha256()
         self.size = 0
         self.committed = False
-        self.watcher: Watcher | None = None
 
     async def write(self, data: bytes) -> None:
         """Append; returns, or raises, only when nobody writes any more. Raises ResourceExhaustedError."""
         if len(data) < _INLINE:
             self.add(data)
         else:
-            await self._add_in_thread(data)
-        if self.watcher is not None:
-            self.watcher.grown(self._path, self.size)
-
-    async def _add_in_thread(self, data: bytes) -> None:
-        work = asyncio.get_running_loop().run_in_executor(None, self.add, data)
-        try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait([work])  # the thread must not write to a descriptor that was closed and reused
-            raise
+            await in_thread(self.add, data)
+        if self._watcher is not None:
+            self._watcher.grown(self._path, self.size)
 
     def add(self, data: bytes) -> None:
         """Append, in the calling thread. Raises ResourceExhaustedError where the disk is full."""
@@ -200,8 +193,8 @@ class Ingest:
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._hash = hashlib.sha256()
         self.size = 0
-        if self.watcher is not None:
-            self.watcher.reset()
+        if self._watcher is not None:
+            self._watcher.reset()
 
     def commit(self, digest: str) -> None:
         """Make the blob part of the store. Raises DataLossError where its content has another digest."""

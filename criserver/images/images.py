@@ -228,7 +228,7 @@ class Images:
         """
         chosen: dict[str, list[str]] = {}
         for ref in refs:
-            image = self._wanted(ref)
+            image = self.wanted(ref)
             given = self._name_in(ref)
             chosen.setdefault(image.id, []).extend([given] if given else image.repo_tags or image.repo_digests)
         lease = Lease(set().union(*(self._entries[image_id].blobs for image_id in chosen)))
@@ -256,6 +256,13 @@ class Images:
             raise InvalidArgumentError(f"image ID {ref_or_id} is the beginning of {len(found)} IDs; give more of it")
         return found[0] if found else None
 
+    def wanted(self, ref_or_id: str) -> Image:
+        """As :meth:`get`, for an image that has to be here. Raises NotFoundError, InvalidArgumentError."""
+        image = self.get(ref_or_id)
+        if image is None:
+            raise NotFoundError(f"image {ref_or_id} is not on this node")
+        return image
+
     def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
         """All images by ID; with ``filter`` those that it names, a name without tag and digest meaning all tags."""
         if not filter:
@@ -270,7 +277,7 @@ class Images:
 
         Raises NotFoundError, InvalidArgumentError.
         """
-        image = self._wanted(ref)
+        image = self.wanted(ref)
         record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
         self._store.put(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode())
         image = replace(image, pinned=pinned)
@@ -368,12 +375,6 @@ class Images:
             size += layer.size
             inodes += layer.inodes
         return FsUsage(size, inodes)
-
-    def _wanted(self, ref: str) -> Image:
-        image = self.get(ref)
-        if image is None:
-            raise NotFoundError(f"image {ref} is not on this node")
-        return image
 
     def _name_in(self, ref: str) -> str:
         """The name of an image here that ``ref`` is, in its canonical form; "" where it is none."""

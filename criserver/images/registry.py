@@ -135,8 +135,7 @@ class RegistryClient:
         Raises as :meth:`resolve`, and ResourceExhaustedError where the disk is full.
         """
         retries = Retries(self._patience)
-        with content.ingest(descriptor.digest) as ingest:
-            ingest.watcher = watcher
+        with content.ingest(descriptor.digest, watcher) as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: Host) -> None:
