@@ -189,8 +189,11 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
     return handlers
 
 
-def hold(directory: str) -> int:
-    """Hold a directory for this process; the kernel lets go of it however the process ends."""
+def hold(directory: str, advice: str = "stop it, or give this one another root and state") -> int:
+    """Hold a directory for this process; the kernel lets go of it however the process ends.
+
+    Raises FailedPreconditionError with ``advice`` where another process has it.
+    """
     path = os.path.join(directory, "criserver.lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -198,9 +201,7 @@ def hold(directory: str) -> int:
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
         os.close(fd)
-        raise FailedPreconditionError(
-            f"another criserver (PID {holder}) uses {directory}; stop it, or give this one another root and state"
-        ) from None
+        raise FailedPreconditionError(f"another criserver (PID {holder}) uses {directory}; {advice}") from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd

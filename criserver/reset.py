@@ -17,19 +17,21 @@ import structlog
 
 from criserver.config import Config
 from criserver.daemon import assemble, hold, watch_children
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError
 from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.features import Features
 from criserver.runtime.node import Node
 from criserver.runtime.records import ContainerState, Sandbox
-from criserver.runtime.recovery import recover
+from criserver.runtime.recovery import entries, recover
 from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.runtime.sandbox_stop import remove_cgroup
 from criserver.store import Store
 from snapshotter import Snapshotter, mounts
 
 log = structlog.get_logger(__name__)
 
+_ADVICE = "stop it first: `systemctl stop criserver`, or end that process"
 # Pods that are taken down at the same time: each runs network plugins.
 _AT_ONCE = 16
 
@@ -62,21 +64,13 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
     with contextlib.ExitStack() as held:
         for directory in directories:
             os.makedirs(directory, mode=0o711, exist_ok=True)
-            held.callback(os.close, _held(directory))
+            held.callback(os.close, hold(directory, _ADVICE))
         outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:
             _delete(config.state, config.grpc_address)
             if everything:
                 _delete(config.root)
     return outcome
-
-
-def _held(directory: str) -> int:
-    try:
-        return hold(directory)
-    except FailedPreconditionError as e:
-        words = str(e).partition(";")[0]
-        raise FailedPreconditionError(f"{words}; stop it first: `systemctl stop criserver`, or end that process") from e
 
 
 async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], bool]) -> Outcome | None:
@@ -90,7 +84,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             pods, containers = len(node.registry.sandboxes), len(node.registry.containers)
             if not agreed(pods, containers):
                 return None
-            there = {*_names(config.state, "ns"), *_names(config.state, "sandboxes")}
+            there = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
             unrecorded = there - node.registry.sandboxes.keys()
             await recover(node)
             running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
@@ -100,7 +94,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
             await node.settle()
             for pod in unrecorded:
-                await _remove_cgroup(cgroups.own_parent(config.cgroup_driver, pod))
+                await remove_cgroup(cgroups.own_parent(config.cgroup_driver, pod))
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
                 await service_manager.stop_slice(own)
         finally:
@@ -135,21 +129,6 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
         except (CriError, OSError) as e:
             return True, f"{name}: {e}"
         return False, f"{name}: its network was not told: {failure}"
-
-
-async def _remove_cgroup(parent: str) -> None:
-    """Remove the cgroup of a pod whose record was lost, as stopping it would have done."""
-    if cgroups.is_slice(parent):
-        await service_manager.stop_slice(parent)
-    else:
-        cgroups.remove(parent)
-
-
-def _names(*parts: str) -> list[str]:
-    try:
-        return os.listdir(os.path.join(*parts))
-    except FileNotFoundError:
-        return []
 
 
 def _left(config: Config) -> Iterator[str]:

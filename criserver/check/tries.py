@@ -27,6 +27,7 @@ from criserver.network import Network
 from criserver.oci import spec
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
+from criserver.runtime.sandbox_stop import remove_cgroup
 from snapshotter import mounts
 
 _T = TypeVar("_T")
@@ -212,10 +213,7 @@ def container(config: Config, handler: str) -> str | None:
         return str(e)
     finally:
         subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
-        if parent.endswith(".slice"):
-            # systemd keeps a slice that was made for a scope when the scope is gone.
-            subprocess.run(["systemctl", "stop", parent], capture_output=True, timeout=_SECONDS, check=False)
-        cgroups.remove(cgroups.pod_path(parent))
+        asyncio.run(remove_cgroup(parent))
         shutil.rmtree(directory, ignore_errors=True)
 
 

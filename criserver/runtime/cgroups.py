@@ -84,6 +84,11 @@ def roots() -> dict[str, str]:
     return found
 
 
+def _processes_root() -> str:
+    """The hierarchy that tells which processes are in a cgroup, and that systemd has its slices in."""
+    return roots().get("pids") or roots().get("", "")
+
+
 def oom_files(cgroup: str) -> list[str]:
     """The files that count OOM kills in a cgroup: v1's memory.oom_control, v2's memory.events."""
     found = roots()
@@ -109,10 +114,9 @@ def remove_own() -> None:
 
 def own_slice() -> str:
     """The slice that our pods' own slices are in, where systemd still has it and nobody has any there; else ""."""
-    top = roots().get("pids") or roots().get("", "")
     name = f"{_PREFIX}.slice"
     try:
-        with os.scandir(f"{top}/{name}") as entries:
+        with os.scandir(f"{_processes_root()}/{name}") as entries:
             return "" if any(entry.is_dir(follow_symlinks=False) for entry in entries) else name
     except OSError:
         return ""
@@ -134,10 +138,8 @@ def processes(cgroup: str) -> list[int]:
 
     Under systemd crun puts a container into a cgroup of its own in the scope, and containers may make more.
     """
-    found = roots()
-    root = found.get("pids") or found.get("", "")
     pids: list[int] = []
-    for directory, _, _ in os.walk(f"{root}{cgroup}"):
+    for directory, _, _ in os.walk(f"{_processes_root()}{cgroup}"):
         try:
             with open(f"{directory}/cgroup.procs") as f:
                 pids += map(int, f)

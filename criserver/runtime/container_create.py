@@ -136,7 +136,7 @@ async def _prepare(
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
-    label = config.security.selinux_label if selinux.is_enabled() else ""
+    label = selinux.process_label(config.security.selinux_label)
     if label:
         for mount in config.mounts:
             if mount.selinux_relabel:

@@ -65,7 +65,7 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
         await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:
         raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
-    label = selinux.file_label(container.config.security.selinux_label) if selinux.is_enabled() else ""
+    label = selinux.file_label(selinux.process_label(container.config.security.selinux_label))
     await node.snapshotter.mount(key, point, userns=pinned, label=label)
 
 

@@ -117,28 +117,29 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
 async def _sweep(node: Node) -> None:
     """Clear what no record owns."""
     sandboxes, containers = node.registry.sandboxes, node.registry.containers
-    for name in _entries(node.config.state, "ns"):
+    for name in entries(node.config.state, "ns"):
         if name not in sandboxes:
             unpin_pids(node, name)
             namespaces.unpin(node.namespaces_dir(name))
-    for name in _entries(node.config.state, "sandboxes"):
+    for name in entries(node.config.state, "sandboxes"):
         if name not in sandboxes:
             sandbox_files.remove(node.sandbox_dir(name))
-    for handler in _entries(node.config.state, "runtimes"):
-        for name in _entries(node.runtime_root(handler)):
+    for handler in entries(node.config.state, "runtimes"):
+        for name in entries(node.runtime_root(handler)):
             # What begins with a dot is no container's: crun keeps a cache there.
             if name not in containers and name not in sandboxes and not name.startswith("."):
                 await supervision.destroy(node, name, handler)
-    for name in _entries(node.config.state, "containers"):
+    for name in entries(node.config.state, "containers"):
         if name not in containers and name not in sandboxes:
             await filesystems.discard(node, name)
     owners = {filesystems.owner(key) for key in node.snapshotter.snapshots()}
-    for name in owners.union(_entries(filesystems.volumes_root(node))):
+    for name in owners.union(entries(filesystems.volumes_root(node))):
         if name not in containers:
             await filesystems.discard(node, name)
 
 
-def _entries(*parts: str) -> list[str]:
+def entries(*parts: str) -> list[str]:
+    """The names in the directory that ``parts`` lead to; none where it is not there."""
     try:
         return os.listdir(os.path.join(*parts))
     except FileNotFoundError:

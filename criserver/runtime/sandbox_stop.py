@@ -64,13 +64,19 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     node.stats.networks.forget(os.path.join(pins, "net"))
     await asyncio.to_thread(namespaces.unpin, pins)
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
-    if sandbox.cgroup_owned and cgroups.is_slice(sandbox.cgroup_parent):
-        await service_manager.stop_slice(sandbox.cgroup_parent)
-    elif sandbox.cgroup_owned:
-        cgroups.remove(cgroups.pod_path(sandbox.cgroup_parent))
+    if sandbox.cgroup_owned:
+        await remove_cgroup(sandbox.cgroup_parent)
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
             # Not while another pod may be making its own in there.
             cgroups.remove_own()
+
+
+async def remove_cgroup(parent: str) -> None:
+    """Remove the cgroup that a pod was given by us; one that is gone is no error."""
+    if cgroups.is_slice(parent):
+        await service_manager.stop_slice(parent)
+    else:
+        cgroups.remove(parent)
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:

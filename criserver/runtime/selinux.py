@@ -22,6 +22,11 @@ def is_enabled() -> bool:
     return os.path.exists("/sys/fs/selinux/enforce")
 
 
+def process_label(asked: str) -> str:
+    """The label that a container's processes get which asks for ``asked``; "" on a node without SELinux."""
+    return asked if is_enabled() else ""
+
+
 def file_label(process: str, kind: str = "") -> str:
     """The label of the files of a container whose process has the label ``process``; "" for "".
 
