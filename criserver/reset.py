@@ -25,7 +25,6 @@ from criserver.runtime.node import Node
 from criserver.runtime.records import ContainerState, Sandbox
 from criserver.runtime.recovery import entries, recover
 from criserver.runtime.sandbox_remove import remove_sandbox
-from criserver.runtime.sandbox_stop import remove_cgroup
 from criserver.store import Store
 from snapshotter import Snapshotter, mounts
 
@@ -94,7 +93,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
             await node.settle()
             for pod in unrecorded:
-                await remove_cgroup(cgroups.own_parent(config.cgroup_driver, pod))
+                await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
                 await service_manager.stop_slice(own)
         finally:

@@ -15,7 +15,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,20 +26,13 @@ from criserver.network import Network
 from criserver.oci import spec
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
-from criserver.runtime.sandbox_stop import remove_cgroup
-from snapshotter import mounts
+from snapshotter import Snapshotter, mounts
 
 _T = TypeVar("_T")
 
 _CLONE_NEWNET = 0x40000000
 _SECONDS = 20.0
 _TIME_ERROR = 5  # adjtimex(2)
-
-_USERNS = """
-import ctypes, os
-os.write(1, b"%d" % (ctypes.CDLL(None).unshare(0x10000000) != 0))
-os.read(0, 1)
-"""
 
 
 def missing_calls() -> list[str]:
@@ -98,24 +90,14 @@ def idmap(directory: str) -> str | None:
 
 
 def _idmap() -> str | None:
-    os.mkdir("source")
-    os.mkdir("target")
-    with subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _USERNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as maker:
-        assert maker.stdout is not None
+    async def ask() -> str | None:
+        snapshotter = Snapshotter(os.path.abspath("snapshots"))
         try:
-            if maker.stdout.read(1) != b"0":
-                return "the kernel makes no user namespace"
-            for file in ("uid_map", "gid_map"):
-                with open(f"/proc/{maker.pid}/{file}", "w") as f:
-                    f.write("0 1 1")
-            mounts.bind_idmapped("source", "target", f"/proc/{maker.pid}/ns/user")
-        except OSError as e:
-            return f"its files cannot be seen with other owners ({e.strerror})"
+            return None if await snapshotter.idmap_supported() else snapshotter.warnings[-1]
         finally:
-            maker.kill()
-    return None
+            snapshotter.close()
+
+    return asyncio.run(ask())
 
 
 def link(kind: str) -> str | None:
@@ -213,7 +195,7 @@ def container(config: Config, handler: str) -> str | None:
         return str(e)
     finally:
         subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
-        asyncio.run(remove_cgroup(parent))
+        asyncio.run(cgroups.remove_pod(parent))
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
+from criserver.runtime import service_manager
 
 # Where pods are put that the kubelet gives no cgroup parent.
 OWN = "/criserver"
@@ -120,6 +121,14 @@ def own_slice() -> str:
             return "" if any(entry.is_dir(follow_symlinks=False) for entry in entries) else name
     except OSError:
         return ""
+
+
+async def remove_pod(parent: str) -> None:
+    """Remove the cgroup that we gave a pod; one that is gone is no error."""
+    if is_slice(parent):
+        await service_manager.stop_slice(parent)
+    else:
+        remove(parent)
 
 
 def remove(cgroup: str) -> None:

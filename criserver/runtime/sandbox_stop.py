@@ -11,7 +11,7 @@ import structlog
 
 from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, sandbox_files, service_manager, supervision
+from criserver.runtime import cgroups, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
@@ -65,18 +65,10 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     await asyncio.to_thread(namespaces.unpin, pins)
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
     if sandbox.cgroup_owned:
-        await remove_cgroup(sandbox.cgroup_parent)
+        await cgroups.remove_pod(sandbox.cgroup_parent)
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
             # Not while another pod may be making its own in there.
             cgroups.remove_own()
-
-
-async def remove_cgroup(parent: str) -> None:
-    """Remove the cgroup that a pod was given by us; one that is gone is no error."""
-    if cgroups.is_slice(parent):
-        await service_manager.stop_slice(parent)
-    else:
-        cgroups.remove(parent)
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:
