@@ -158,10 +158,12 @@ def network(config: Config) -> str | None:
 def features(runtime: Runtime) -> tuple[str, ...] | None:
     """What a runtime has beyond the ordinary, None where it does not tell."""
     told = asyncio.run(runtime_features.ask(runtime))
-    if not told:
+    if told is None:
         return None
-    idmapped = told.get("linux", {}).get("mountExtensions", {}).get("idmap", {}).get("enabled") is True
-    found = [("recursive read-only mounts", "rro" in told.get("mountOptions", ())), ("id-mapped mounts", idmapped)]
+    found = [
+        ("recursive read-only mounts", told.recursive_readonly_mounts),
+        ("id-mapped mounts", told.idmapped_mounts),
+    ]
     return tuple(name for name, there in found if there)
 
 

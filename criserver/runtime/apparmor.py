@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 
@@ -10,7 +9,7 @@ import structlog
 
 from criserver.errors import FailedPreconditionError
 from criserver.model import ContainerConfig
-from criserver.runtime import host
+from criserver.runtime import command, host
 
 log = structlog.get_logger(__name__)
 
@@ -77,22 +76,14 @@ async def load() -> bool:
     if parser is None:
         log.warning("AppArmor is on, and apparmor_parser is not there: containers have no default profile")
         return False
-    process = await asyncio.create_subprocess_exec(
-        *(parser, "--replace", "--skip-cache", "--quiet"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(_TIMEOUT):
-            _, stderr = await process.communicate(profile().encode())
+        done = await command.run([parser, "--replace", "--skip-cache", "--quiet"], _TIMEOUT, stdin=profile().encode())
     except TimeoutError:
-        process.kill()  # asyncio reaps it
         log.warning("apparmor_parser does not load the default profile in time", seconds=_TIMEOUT)
         return False
-    if process.returncode:
-        log.warning("the default AppArmor profile cannot be loaded", error=stderr.decode(errors="replace").strip())
-    return process.returncode == 0
+    if done.code:
+        log.warning("the default AppArmor profile cannot be loaded", error=done.words)
+    return done.code == 0
 
 
 async def choose(config: ContainerConfig) -> str:

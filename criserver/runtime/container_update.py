@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -13,7 +12,7 @@ import structlog
 from criserver.errors import DeadlineExceededError, FailedPreconditionError
 from criserver.oci import spec
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, host
+from criserver.runtime import cgroups, command, host
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container, ContainerState
@@ -71,24 +70,14 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     limits = resources(asked)
     if limits.cpu_quota and not limits.cpu_period:  # a quota means nothing without the period that holds
         limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
-    process = await asyncio.create_subprocess_exec(
-        *(program, "--root", node.runtime_root(handler), *cgroups.runtime_args(parent)),
-        *("update", "--resources", "-", container.id),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    argv = [program, "--root", node.runtime_root(handler), *cgroups.runtime_args(parent)]
+    document = json.dumps(spec.limits(limits, host.facts())).encode()
     try:
-        async with asyncio.timeout(_TIMEOUT):
-            _, stderr = await process.communicate(json.dumps(spec.limits(limits, host.facts())).encode())
+        done = await command.run([*argv, "update", "--resources", "-", container.id], _TIMEOUT, stdin=document)
     except TimeoutError:
         raise DeadlineExceededError(f"{runtime.path} did not update {container.id} within {_TIMEOUT:g} s") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        words = stderr.decode(errors="replace").strip().splitlines() or ["it left no message"]
+    if done.code:
+        words = done.words.splitlines() or ["it left no message"]
         raise FailedPreconditionError(f"container {container.id} cannot be given these limits: {words[-1]}")
     if asked.oom_score_adj:
         _set_oom_score(node, container, asked.oom_score_adj)

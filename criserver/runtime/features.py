@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import errno
 import json
 import shutil
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import structlog
 
 from criserver.config import Runtime
+from criserver.runtime import command
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
@@ -31,46 +30,37 @@ class Features:
 
 
 async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
-    """The features of a handler; none where its runtime is missing or does not tell (runc before 1.1)."""
-    told = await ask(runtime)
-    if not _kernel_has_mount_setattr():
+    """What a handler offers on this node; nothing where its runtime does not tell."""
+    found = await ask(runtime)
+    if found is None or not _kernel_has_mount_setattr():
         return Features()
+    return replace(found, user_namespaces=found.user_namespaces and await snapshotter.idmap_supported())
+
+
+async def ask(runtime: Runtime) -> Features | None:
+    """What a runtime says of itself (runtime specification, features.md), whatever the node is.
+
+    None where it is missing or does not tell (runc before 1.1).
+    """
+    program = shutil.which(runtime.path)
+    if program is None:
+        log.warning("a runtime handler's program is not there", handler=runtime.name, path=runtime.path)
+        return None
+    try:
+        done = await command.run([program, "features"], _TIMEOUT)
+        told = json.loads(done.stdout) if done.code == 0 else None
+    except (TimeoutError, ValueError):
+        told = None
+    if not isinstance(told, dict) or not told:
+        log.warning("a runtime does not tell its features", handler=runtime.name, path=program)
+        return None
     linux = told.get("linux", {})
     idmap = linux.get("mountExtensions", {}).get("idmap", {}).get("enabled") is True
     return Features(
         recursive_readonly_mounts="rro" in told.get("mountOptions", ()),
         idmapped_mounts=idmap,
-        user_namespaces=idmap and "user" in linux.get("namespaces", ()) and await snapshotter.idmap_supported(),
+        user_namespaces=idmap and "user" in linux.get("namespaces", ()),
     )
-
-
-async def ask(runtime: Runtime) -> dict[str, Any]:
-    """What ``features`` of the runtime prints (runtime specification, features.md)."""
-    program = shutil.which(runtime.path)
-    if program is None:
-        log.warning("a runtime handler's program is not there", handler=runtime.name, path=runtime.path)
-        return {}
-    process = await asyncio.create_subprocess_exec(
-        program,
-        "features",
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        async with asyncio.timeout(_TIMEOUT):
-            printed, _ = await process.communicate()
-        told = json.loads(printed) if process.returncode == 0 else None
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        told = None
-    except ValueError:
-        told = None
-    if not isinstance(told, dict):
-        log.warning("a runtime does not tell its features", handler=runtime.name, path=program)
-        return {}
-    return told
 
 
 def _kernel_has_mount_setattr() -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import structlog
 
+from criserver.runtime import command
+
 log = structlog.get_logger(__name__)
 
 # Seconds. systemd answers in some milliseconds; it may be busy while a node starts.
@@ -83,19 +85,10 @@ async def stop_slice(name: str) -> None:
     if program is None:
         log.warning("systemctl is not there; systemd keeps a slice that nobody needs", slice=name)
         return
-    process = await asyncio.create_subprocess_exec(
-        program,
-        "stop",
-        name,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(_TIMEOUT):
-            _, stderr = await process.communicate()
-        if process.returncode not in (0, _NOT_LOADED):
-            log.warning("systemd does not stop a slice", slice=name, error=stderr.decode(errors="replace").strip())
+        done = await command.run([program, "stop", name], _TIMEOUT)
     except TimeoutError:
-        process.kill()  # asyncio reaps it
         log.warning("systemd does not stop a slice in time", slice=name)
+        return
+    if done.code not in (0, _NOT_LOADED):
+        log.warning("systemd does not stop a slice", slice=name, error=done.words)
