@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.conformance.terminal import terminal
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
-from tests.e2e.test_port_forward import Services
+from tests.e2e.test_port_forward import Services, fetched
+from tests.terminal import Terminal
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),
@@ -30,7 +30,7 @@ def command(node: Node, verb: str, transport: str, *arguments: str) -> list[str]
 
 def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
-    with terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
+    with Terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
         person.until(b"# ")
         person.type("stty size\n")
         person.until(b"30 100")
@@ -44,7 +44,7 @@ def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
 
 def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
-    with terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
+    with Terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
         person.until(b"# ")
         person.type("sleep 4321\n")
         eventually(lambda: "sleep 4321" in arguments(node, container))
@@ -59,7 +59,7 @@ def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: 
 
 def test_a_closed_window_ends_the_exec(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
-    with terminal(command(node, "exec", transport, "-it", container, "sh", "-c", "trap '' HUP; sleep 5432")) as person:
+    with Terminal(command(node, "exec", transport, "-it", container, "sh", "-c", "trap '' HUP; sleep 5432")) as person:
         eventually(lambda: "sleep 5432" in arguments(node, container))
         person.hang_up()
         person.process.wait(20)
@@ -83,7 +83,7 @@ def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
 
 def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: str):
     container = node.run(node.run_pod(), "c", ["sh"], stdin=True, tty=True)
-    with terminal(command(node, "attach", transport, "-it", container)) as person:
+    with Terminal(command(node, "attach", transport, "-it", container)) as person:
         person.type("echo $((6*7)); tty; mine=kept\n")
         person.until(b"42")
         person.until(b"/dev/pts/0")
@@ -92,7 +92,7 @@ def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: 
         person.hang_up()
         person.process.wait(20)
     assert node.status(container).state == cri.CONTAINER_RUNNING
-    with terminal(command(node, "attach", transport, "-it", container)) as person:
+    with Terminal(command(node, "attach", transport, "-it", container)) as person:
         person.type("echo still $mine\n")
         person.until(b"still kept")
         person.type("exit\n")
@@ -123,11 +123,3 @@ def test_port_forward(node: Node, transport: str):
 def reachable(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def fetched(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        found = b""
-        while piece := sock.recv(4096):
-            found += piece
-        return found

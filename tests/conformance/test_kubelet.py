@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -24,10 +23,10 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.conformance.terminal import terminal
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
-from tests.e2e.test_port_forward import Services
+from tests.e2e.test_port_forward import Services, fetched
+from tests.terminal import Terminal
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubelet", "kubectl")
 # The node's address, on the loopback interface: the API server does not speak to a kubelet at 127.0.0.1.
@@ -241,7 +240,7 @@ def arguments(cluster: Cluster, pod: str) -> str:
 
 
 def test_exec_at_a_terminal_with_resizes_and_an_exit_code(cluster: Cluster):
-    with terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
+    with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
         person.until(b"# ")
         person.type("stty size\n")
         person.until(b"30 100")
@@ -261,7 +260,7 @@ def size(person: Any) -> tuple[int, int]:
 
 
 def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cluster):
-    with terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
+    with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
         person.until(b"# ")
         person.type("sleep 4321\n")
         eventually(lambda: "sleep 4321" in arguments(cluster, "work"))
@@ -275,7 +274,7 @@ def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cl
 
 
 def test_a_closed_window_ends_the_exec(cluster: Cluster):
-    with terminal(cluster.kubectl("exec", "-it", "work", "--", "sh", "-c", "trap '' HUP; sleep 5432")) as person:
+    with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh", "-c", "trap '' HUP; sleep 5432")) as person:
         eventually(lambda: "sleep 5432" in arguments(cluster, "work"))
         person.hang_up()
         person.process.wait(20)
@@ -301,7 +300,7 @@ def test_exec_with_input_two_outputs_and_an_exit_code(cluster: Cluster):
 def test_attach_at_a_terminal_and_again_after_going_away(cluster: Cluster, transport: str):
     pod = f"shell-{transport}"
     cluster.run(pod, ["sh"], stdin=True, tty=True)
-    with terminal(cluster.kubectl("attach", "-it", pod)) as person:
+    with Terminal(cluster.kubectl("attach", "-it", pod)) as person:
         person.type("echo $((6*7)); mine=kept\n")
         person.until(b"42")
         person.resize(77, 22)
@@ -309,7 +308,7 @@ def test_attach_at_a_terminal_and_again_after_going_away(cluster: Cluster, trans
         eventually(lambda: cluster.node.sh(container(cluster, pod), "stty size < /dev/pts/0") == "22 77\n")
         person.hang_up()
         person.process.wait(20)
-    with terminal(cluster.kubectl("attach", "-it", pod)) as person:
+    with Terminal(cluster.kubectl("attach", "-it", pod)) as person:
         person.type("echo still $mine\n")
         person.until(b"still kept")
         person.type("exit\n")
@@ -352,14 +351,6 @@ def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster):
         process.terminate()
         process.wait(10)
         services.close()
-
-
-def fetched(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        data = b""
-        while piece := sock.recv(4096):
-            data += piece
-        return data
 
 
 def test_an_exec_that_says_nothing_stays(cluster: Cluster):

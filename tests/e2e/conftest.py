@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -58,16 +59,23 @@ def busybox_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-@pytest.fixture(scope="module")
-def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
-    """A running daemon with the busybox image."""
-    node = Node()
+@contextmanager
+def serving(archive: str, runtimes: str = "") -> Iterator[Node]:
+    """A running daemon with the images of an archive, which is undone at the end of the block."""
+    node = Node(runtimes)
     try:
         node.start()
-        import_image(node, busybox_archive)
+        import_image(node, archive)
         yield node
     finally:
         node.close()
+
+
+@pytest.fixture(scope="module")
+def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
+    """A running daemon with the busybox image."""
+    with serving(busybox_archive) as node:
+        yield node
 
 
 @pytest.fixture(autouse=True)

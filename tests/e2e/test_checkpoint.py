@@ -28,7 +28,7 @@ import pytest
 from criserver.errors import FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.conftest import import_image
+from tests.e2e.conftest import serving
 from tests.e2e.node import GATEWAY, Node, cgroup
 from tests.e2e.test_bad_input import refused
 
@@ -86,13 +86,8 @@ def node(nothing_left: None, busybox_archive: str, criu_directory: Path) -> Iter
     """A daemon with the programs of this host, but for criu."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{criu_directory}/bin:{criu_directory}/others")
-        node = Node()
-        try:
-            node.start()
-            import_image(node, busybox_archive)
+        with serving(busybox_archive) as node:
             yield node
-        finally:
-            node.close()
 
 
 @pytest.fixture

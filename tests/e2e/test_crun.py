@@ -15,7 +15,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.bundles import Bundles
-from tests.e2e.conftest import import_image
+from tests.e2e.conftest import serving
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import Spdy
 from tests.e2e.test_bad_input import refused
@@ -38,13 +38,9 @@ def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
         bundles.close()
     if tried.returncode:
         pytest.skip(f"this crun does not run here: {tried.stderr.strip()}")
-    node = Node(f'[runtimes.runc]\npath = "runc"\n[runtimes.crun]\npath = "{CRUN}"\n')
-    try:
-        node.start()
-        import_image(node, busybox_archive)
+    runtimes = f'[runtimes.runc]\npath = "runc"\n[runtimes.crun]\npath = "{CRUN}"\n'
+    with serving(busybox_archive, runtimes) as node:
         yield node
-    finally:
-        node.close()
 
 
 def run_pod(node: Node, name: str, linux: cri.LinuxPodSandboxConfig | None = None) -> str:

@@ -25,7 +25,7 @@ from tests.e2e.imagebuilder import BuiltImage, build_image, busybox_image, write
 from tests.e2e.node import Node
 from tests.e2e.ownregistry import Server
 from tests.e2e.registry import HTPASSWD, Registry, registry, running
-from tests.e2e.terminal import Terminal
+from tests.e2e.screen import Screen
 
 __all__ = ["registry"]
 
@@ -180,9 +180,9 @@ def test_a_pull_on_a_terminal_has_a_bar_for_each_layer(node: Node):
     short = [layer["digest"][7:19] for layer in image.manifest["layers"]]
     with (
         gated(image) as server,
-        Terminal("image", "pull", "--config", node.config, f"{server.address}/app:1", columns=60) as terminal,
+        Screen("image", "pull", "--config", node.config, f"{server.address}/app:1", columns=60) as terminal,
     ):
-        half = terminal.until(lambda lines: "1.5 MB / 3 MB" in str(lines) and "2.5 MB / 5 MB" in str(lines))
+        half = terminal.shows(lambda lines: "1.5 MB / 3 MB" in str(lines) and "2.5 MB / 5 MB" in str(lines))
         assert [line.split()[0] for line in half] == short
         for line in half:
             assert re.search(r"\[(=+)( +)\]", line)
@@ -190,11 +190,11 @@ def test_a_pull_on_a_terminal_has_a_bar_for_each_layer(node: Node):
             assert len(bar) == 20
             assert bar.count("=") in (9, 10)
         server.gate.set()
-        assert terminal.end() == 0
+        assert terminal.wait() == 0
     assert [part for line in half for part in line.split()[:1]] == short
     shown = [line for line in terminal.printed.splitlines() if "\x1b" not in line]
     assert all(len(line) < 60 for line in shown if "sha256" not in line)
-    end = terminal.until(lambda _: True)
+    end = terminal.shows(lambda _: True)
     assert end[:2] == [f"{digest} done" for digest in short]
     assert end[2].startswith(image.id)
 
@@ -203,27 +203,27 @@ def test_an_image_of_more_layers_than_the_terminal_has_rows(node: Node):
     image = made(*[20_000] * 12)
     with (
         gated(image) as server,
-        Terminal("image", "pull", "--config", node.config, f"{server.address}/app:1", columns=50, rows=6) as terminal,
+        Screen("image", "pull", "--config", node.config, f"{server.address}/app:1", columns=50, rows=6) as terminal,
     ):
-        lines = terminal.until(lambda lines: str(lines).count("10.1 kB / 20.3 kB") == 3)
+        lines = terminal.shows(lambda lines: str(lines).count("10.1 kB / 20.3 kB") == 3)
         assert len(lines) == 5
         assert lines[-1] == "and 8 more, of which 0 are done"
         assert all(len(line) < 50 for line in lines)
         server.gate.set()
-        assert terminal.end() == 0
-    assert "and 8 more, of which 8 are done" in terminal.until(lambda _: True)
+        assert terminal.wait() == 0
+    assert "and 8 more, of which 8 are done" in terminal.shows(lambda _: True)
 
 
 def test_a_pull_ends_with_its_command(node: Node):
     before = used_bytes(node)
     with (
         gated(made(3 * MB)) as server,
-        Terminal("image", "pull", "--config", node.config, f"{server.address}/app:1") as terminal,
+        Screen("image", "pull", "--config", node.config, f"{server.address}/app:1") as terminal,
     ):
-        terminal.until(lambda lines: "1.5 MB / 3 MB" in str(lines))
+        terminal.shows(lambda lines: "1.5 MB / 3 MB" in str(lines))
         assert used_bytes(node) > before + MB, "what arrives counts at once"
         terminal.type("\x03")
-        assert terminal.end() == 130
+        assert terminal.wait() == 130
         deadline = time.monotonic() + 20
         while node.leftovers() or used_bytes(node) != before or not server.broken:
             assert time.monotonic() < deadline
@@ -235,14 +235,14 @@ def test_who_waits_for_the_same_pull_sees_it_and_goes_on_without_the_other(node:
     image = made(3 * MB)
     with gated(image) as server:
         arguments = ("image", "pull", "--config", node.config, f"{server.address}/app:1")
-        with Terminal(*arguments) as one, Terminal(*arguments) as other:
+        with Screen(*arguments) as one, Screen(*arguments) as other:
             for terminal in (one, other):
-                terminal.until(lambda lines: "1.5 MB / 3 MB" in str(lines))
+                terminal.shows(lambda lines: "1.5 MB / 3 MB" in str(lines))
             one.type("\x03")
-            assert one.end() == 130
+            assert one.wait() == 130
             server.gate.set()
-            assert other.end() == 0
-        assert other.until(lambda _: True)[-1].startswith(image.id)
+            assert other.wait() == 0
+        assert other.shows(lambda _: True)[-1].startswith(image.id)
         assert len(server.asked(image.manifest["layers"][0]["digest"])) == 1
 
 
@@ -260,10 +260,10 @@ def test_a_pull_with_credentials_that_are_no_arguments(node: Node, registry: Reg
         login = {"auths": {private.address: {"auth": base64.b64encode(b"me:secret").decode()}}}
         (tmp_path / "login.json").write_text(json.dumps(login))
         command(node, "pull", name, "--authfile", str(tmp_path / "login.json"))
-        with Terminal("image", "pull", "--config", node.config, name, "--user", "me") as terminal:
-            terminal.until(lambda lines: "Password of me:" in str(lines))
+        with Screen("image", "pull", "--config", node.config, name, "--user", "me") as terminal:
+            terminal.shows(lambda lines: "Password of me:" in str(lines))
             terminal.type("secret\n")
-            assert terminal.end() == 0
+            assert terminal.wait() == 0
         assert "secret" not in terminal.printed
         (tmp_path / "login.json").write_text('{"auths": {"elsewhere": {"auth": "bWU6c2VjcmV0"}}}')
         done = command(node, "pull", name, "--authfile", str(tmp_path / "login.json"), code=1)

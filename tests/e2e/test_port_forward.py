@@ -91,6 +91,15 @@ class Services:
             listener.close()
 
 
+def fetched(port: int) -> bytes:
+    """All that comes from a port of this host."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        found = b""
+        while piece := sock.recv(4096):
+            found += piece
+        return found
+
+
 class Tunnel(Spdy):
     """A client whose SPDY travels in the binary messages of a WebSocket."""
 

@@ -13,20 +13,15 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.e2e.conftest import import_image
+from tests.e2e.conftest import serving
 from tests.e2e.node import BRIDGE, NETWORK, Node, own_cgroups, processes
 
 
 @pytest.fixture
 def own_node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
     """A node of the test's own, which it leaves without a daemon."""
-    node = Node()
-    try:
-        node.start()
-        import_image(node, busybox_archive)
+    with serving(busybox_archive) as node:
         yield node
-    finally:
-        node.close()
 
 
 def reset(node: Node, *words: str, answer: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -11,29 +10,42 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 # Seconds.
 PATIENCE = 20.0
 
 
 class Terminal:
-    """A program at a terminal of its own, 100 columns by 30 lines at first."""
+    """A program at a terminal of its own, which is closed with it at the end of the block."""
 
-    def __init__(self, words: list[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        columns: int = 100,
+        rows: int = 30,
+    ) -> None:
         self.master, other = pty.openpty()
-        self.resize(100, 30)
+        self.resize(columns, rows)
+        # The terminal is its controlling one: Ctrl-C, a resize and a hang-up are signals. No preexec_fn for that: it
+        # would fork this process, with the threads that gRPC has in it.
         self.process = subprocess.Popen(
-            words,
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=environment,
-            # The terminal is its controlling one: Ctrl-C, a resize and a hang-up are signals.
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+            ["setsid", "--ctty", *words], stdin=other, stdout=other, stderr=other, env=environment
         )
         os.close(other)
         self.seen = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.master >= 0:
+            os.close(self.master)
 
     def resize(self, width: int, height: int) -> None:
         """The kernel tells the program by SIGWINCH."""
@@ -46,14 +58,14 @@ class Terminal:
         """Read until ``wanted`` has been shown; what was shown before it."""
         deadline = time.monotonic() + PATIENCE
         while wanted not in self.seen:
-            assert self._read(deadline), self.seen
+            assert self.read(deadline), self.seen
         before, _, self.seen = self.seen.partition(wanted)
         return before
 
     def wait(self) -> int:
         """The program's exit code; what it still shows is kept in ``seen``."""
         deadline = time.monotonic() + PATIENCE
-        while self._read(deadline):
+        while self.read(deadline):
             pass
         return self.process.wait(PATIENCE)
 
@@ -62,13 +74,7 @@ class Terminal:
         os.close(self.master)
         self.master = -1
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        if self.master >= 0:
-            os.close(self.master)
-
-    def _read(self, deadline: float) -> bool:
+    def read(self, deadline: float) -> bool:
         """Take what comes next; False where nothing can any more."""
         readable, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
         assert readable, f"nothing comes; so far {self.seen!r}"
@@ -78,12 +84,3 @@ class Terminal:
             return False
         self.seen += piece
         return bool(piece)
-
-
-@contextlib.contextmanager
-def terminal(words: list[str], environment: Mapping[str, str] | None = None) -> Iterator[Terminal]:
-    found = Terminal(words, environment)
-    try:
-        yield found
-    finally:
-        found.close()
