@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := criserver shims snapshotter tests bench contrib setup.py
 
-RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2
+RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2 procps
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
-TEST_PACKAGES := docker-registry skopeo umoci buildah procps criu golang-github-opencontainers-specs-dev
+TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
 
 .PHONY: demo test test-vm lint unit e2e format proto wheel deb run-packages test-packages clean
 

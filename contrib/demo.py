@@ -44,6 +44,9 @@ def main() -> None:
             daemon.wait(30)
         subprocess.run(["ip", "link", "delete", BRIDGE], check=False, stderr=subprocess.DEVNULL)
         left = leftovers(base)
+        if left:  # of a pod that was not removed, as something failed before
+            command = [sys.executable, "-m", "criserver", "reset", "--yes", "--grace", "0"]
+            subprocess.run([*command, "--config", f"{base}/config.toml"], check=False)
         subprocess.run(["umount", base], check=True)
         os.rmdir(base)
     say("what is left", "\n".join(left) or "nothing: no mount, namespace, link, cgroup or process")
