@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from snapshotter.errors import LayerError, SnapshotError
+from snapshotter.threads import in_thread
 
 _STEP = 256 << 10  # bytes for which a worker is woken: for less it does not pay
 
@@ -72,7 +73,7 @@ class Arrival:
         if self._task.cancel():
             await asyncio.wait([self._task])
         elif not self._task.cancelled() and self._task.exception() is None:
-            await asyncio.to_thread(self._discard, self._task.result()[0])
+            await in_thread(self._discard, self._task.result()[0])
 
     def _hang_up(self) -> None:
         if self._pipe >= 0:

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import isal
 
@@ -35,9 +35,9 @@ from snapshotter.errors import SnapshotError, SnapshotNotFoundError
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.streams import COMPRESSIONS
+from snapshotter.threads import in_thread
 from snapshotter.tree import Usage
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -275,7 +275,7 @@ class Snapshotter:
             return
         name = self._retire(self._snapshots[key].path)
         del self._snapshots[key]
-        await asyncio.to_thread(self._delete, name)
+        await in_thread(self._delete, name)
 
     async def remove_layer(self, chain_id: str) -> None:
         """Remove a layer; one that is not there is no error.
@@ -293,7 +293,7 @@ class Snapshotter:
         name = self._retire(layer.path)
         del self._layers[chain_id]
         self._unsettled.discard(chain_id)
-        await asyncio.to_thread(self._delete, name)
+        await in_thread(self._delete, name)
 
     async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
         """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more.
@@ -451,7 +451,7 @@ class Snapshotter:
             _write_meta(area, meta)
             os.rename(area, path)
         except OSError as e:
-            await asyncio.to_thread(self._delete, os.path.basename(area))
+            await in_thread(self._delete, os.path.basename(area))
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
         layer = self._layers[chain_id] = Layer(**meta, path=path)
         if implied.are_in(path):
@@ -477,7 +477,7 @@ class Snapshotter:
             except OSError as e:
                 raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
         except BaseException:
-            await asyncio.to_thread(self._delete, os.path.basename(area))
+            await in_thread(self._delete, os.path.basename(area))
             raise
 
     async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
@@ -494,10 +494,8 @@ class Snapshotter:
 
     async def _supervise(self, process: asyncio.subprocess.Process, blob: BinaryIO) -> tuple[bytes, bytes]:
         """What the worker writes to its output and its error output; it has ended then, by itself or not."""
-        assert process.stdout is not None
-        assert process.stderr is not None
         limits = self.limits
-        outputs = asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr), process.wait())
+        outputs = asyncio.create_task(_outputs(process))
         try:
             async with asyncio.timeout(limits.max_seconds):
                 seen = _progress(process.pid, blob)
@@ -505,7 +503,7 @@ class Snapshotter:
                     before, seen = seen, _progress(process.pid, blob)
                     if before == seen:
                         raise SnapshotError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
-            output, complaint, _ = outputs.result()
+            return outputs.result()
         except TimeoutError:
             raise SnapshotError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
         finally:
@@ -513,7 +511,6 @@ class Snapshotter:
                 process.kill()
                 await process.wait()
             outputs.cancel()
-        return output, complaint
 
     async def _mount(
         self, target: str, options: str, flags: int, snapshot: Snapshot | None = None, userns: str | None = None
@@ -572,14 +569,9 @@ class Snapshotter:
         finally:
             os.rmdir(point)
 
-    async def _in_mount_thread(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Run a call where relative names start at layers/. A cancelled caller leaves once the call has ended."""
-        running = asyncio.wrap_future(self._mount_threads.submit(call, *args, **kwargs))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            raise
+    async def _in_mount_thread(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Run a call where relative names start at layers/."""
+        return await in_thread(call, *arguments, executor=self._mount_threads)
 
     def _enter_layers(self) -> None:
         # Without it the directory would be the whole daemon's.
@@ -772,6 +764,16 @@ async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
             yield theirs
         finally:
             loop.remove_reader(ours)
+
+
+async def _outputs(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    """What a program writes to its output and its error output until it has ended."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, complaint, _ = await asyncio.gather(
+        _read_bounded(process.stdout), _read_bounded(process.stderr), process.wait()
+    )
+    return output, complaint
 
 
 async def _read_bounded(stream: asyncio.StreamReader) -> bytes:

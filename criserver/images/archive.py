@@ -35,7 +35,7 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.references import Reference
-from criserver.images.threads import in_thread
+from snapshotter.threads import in_thread
 
 _MAX_MEMBERS = 100_000
 _MAX_LINKS = 8

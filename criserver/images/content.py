@@ -19,7 +19,7 @@ from itertools import count
 from typing import BinaryIO, Protocol
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
-from criserver.images.threads import in_thread
+from snapshotter.threads import in_thread
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _INLINE = 64 << 10  # hashing and writing less than this takes less time than handing it to a thread

@@ -43,10 +43,10 @@ from criserver.images.progress import LayerProgress, progress
 from criserver.images.pull import Lease, Loader
 from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
-from criserver.images.threads import in_thread
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
 from snapshotter import Layer, SnapshotError, Snapshotter
+from snapshotter.threads import in_thread
 
 if TYPE_CHECKING:
     from criserver.images.registry import RegistryClient

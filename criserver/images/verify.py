@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from criserver.images.content import ContentStore
 from criserver.images.manifests import Descriptor, compression
-from criserver.images.threads import in_thread
 from snapshotter import Snapshotter
+from snapshotter.threads import in_thread
 
 if TYPE_CHECKING:
     from criserver.images.images import Image

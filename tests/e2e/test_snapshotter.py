@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
@@ -41,6 +43,16 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         for point in [*mounts.mounts_below(path), path]:
             mounts.umount2(point, mounts.MNT_DETACH)
+
+
+@pytest.fixture(autouse=True)
+async def nothing_untold() -> AsyncIterator[None]:
+    """No error of a test's tasks may be left that nobody took: it would be in the daemon's log without a cause."""
+    told: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["message"]))
+    yield
+    gc.collect()
+    assert told == []
 
 
 @pytest.fixture
@@ -602,6 +614,19 @@ async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter
         async with asyncio.timeout(5):
             await asyncio.wait([caller])
         assert not os.path.exists(f"/proc/{pid}")
+        assert staging(disk) == []
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapshotter, disk: str, turns: int) -> None:
+    async with stopped_worker(snapshotter, disk) as (pid, caller):
+        os.kill(pid, signal.SIGKILL)
+        # The loop hears of its end and of its pipes' ends at once, and takes several turns to tell who waits.
+        time.sleep(0.1)  # noqa: ASYNC251
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
         assert staging(disk) == []
 
 
