@@ -92,9 +92,12 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         )
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
-    if config.security.selinux_label and not selinux.is_enabled():
-        # Not refused: manifests name SELinux types for nodes that have it, and mean nothing on others.
-        log.info("SELinux options mean nothing on this node", container=config.name)
+    label = config.security.selinux_label
+    if not selinux.can_confine(label):
+        raise FailedPreconditionError(
+            f"container {config.name}: selinux_options ask for the label {label}, and this node has no SELinux policy; "
+            "run the pod on a node that has one, or leave selinux_options out"
+        )
 
 
 async def _seccomp(config: ContainerConfig) -> spec.Spec | None:

@@ -167,10 +167,18 @@ def test_a_group_of_the_users_and_the_files_it_makes(node: Node, pod: str):
 
 
 @WITHOUT_SELINUX
-def test_selinux_options_and_relabelling_mean_nothing_without_selinux(node: Node, pod: str, tmp_path: Path):
+@pytest.mark.parametrize("options", [{"type": "container_t"}, {"level": "s0:c1,c2"}, {"user": "u", "role": "r"}])
+def test_selinux_options_that_confine_are_refused_without_selinux(node: Node, pod: str, options: dict[str, str]):
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "selinux_options", "no SELinux policy"):
+        node.create(pod, "c", ["true"], **secured(selinux_options=cri.SELinuxOption(**options)))
+    assert node.client.ListContainers().containers == []
+
+
+@WITHOUT_SELINUX
+def test_what_confines_nothing_and_relabelling_are_taken_without_selinux(node: Node, pod: str, tmp_path: Path):
     (tmp_path / "file").write_text("seen\n")
     before = os.listxattr(tmp_path / "file")
-    options = cri.SELinuxOption(user="u", role="r", type="t", level="s0:c1,c2")
+    options = cri.SELinuxOption(type="spc_t", level="s0")
     mount = cri.Mount(container_path="/m", host_path=str(tmp_path), selinux_relabel=True)
     container = node.run(pod, "c", ["sleep", "1000"], mounts=[mount], **secured(selinux_options=options))
     assert node.sh(container, "cat /m/file") == "seen\n"
