@@ -60,6 +60,7 @@ def main() -> None:
     """Compare as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     os.nice(_NICEST)
+    confine.keep_memory()
     limits = Limits(**options["limits"])
     result: dict[str, Any]
     try:

@@ -32,6 +32,7 @@ def main() -> None:
     """Unpack as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     limits = Limits(**options["limits"])
+    confine.keep_memory()
     blob: Any = sys.stdin.buffer
     if options["told"] is not None:
         blob = Arriving(blob, options["told"])
