@@ -78,7 +78,8 @@ def test_no_spec_fails(node: Node, tmp_path, capsys, more: list[str]):
         for name, reason in sorted(skipped.items()):
             print(f"  skipped: {name}: {reason}")
     assert by_state.pop("passed", []), "nothing was tested"
-    assert {title(s): s["Failure"]["Message"] for found in by_state.values() for s in found} == {}
+    failed = [f"{title(s)}: {s['Failure']['Message']}" for found in by_state.values() for s in found]
+    assert not failed, "\n".join(failed)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

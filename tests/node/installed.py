@@ -79,6 +79,11 @@ class InstalledNode(Node):
         url = self.client.Exec(container_id=container, cmd=words, stdin=True, stdout=True, stderr=True).url
         return Spdy(url).open_command("error", "stdin", "stdout", "stderr")
 
+    def attach(self, container: str) -> Spdy:
+        """A session with a container's process."""
+        url = self.client.Attach(container_id=container, stdin=True, stdout=True).url
+        return Spdy(url).open_command("error", "stdin", "stdout")
+
 
 def age(pid: int) -> str:
     """When a process began: with its number that is what tells it from any other."""

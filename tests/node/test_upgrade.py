@@ -14,6 +14,7 @@ from snapshotter import mounts
 from tests.e2e.node import processes
 from tests.node.installed import KUBEPODS, InstalledNode, age, command, eventually, find, shown
 
+ECHO = "while read line; do echo got $line; done"
 TICKS = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.5; done"
 
 
@@ -30,6 +31,9 @@ class Pods:
         self.shared = node.run_pod("shared", linux=linux)
         self.ticks = node.run(self.own, "ticks", ["sh", "-c", TICKS])
         self.other = node.run(self.shared, "other", ["sleep", "1000"])
+        self.session = node.run(self.shared, "session", ["sh", "-c", ECHO], stdin=True)
+        self.said = 0
+        self.talk()
         # A command ends with its client, and so with the daemon; what it has left behind in the container does not.
         node.sh(self.ticks, "setsid sleep 4321 </dev/null >/dev/null 2>&1 &")
         eventually(lambda: any(line.startswith("sleep 4321") for _, line in processes()))
@@ -37,17 +41,26 @@ class Pods:
 
     def identities(self) -> list[tuple[int, str]]:
         """The processes of the containers, and what a command has left in one."""
-        pids = [self.node.pid(self.ticks), self.node.pid(self.other), find("sleep 4321")]
+        pids = [*map(self.node.pid, (self.ticks, self.other, self.session)), find("sleep 4321")]
         return [(pid, age(pid)) for pid in pids]
+
+    def talk(self) -> None:
+        """Say a line to the process that reads its input, in a session that is left open: its daemon may end."""
+        self.said += 1
+        self.attached = self.node.attach(self.session)
+        self.attached.send("stdin", f"{self.said}\n".encode())
+        self.attached.until("stdout", f"got {self.said}\n".encode())
 
     def are_untouched(self) -> None:
         """Everything is as it was, and works."""
         assert self.identities() == self.known
         states = {c.id: c.state for c in self.node.client.ListContainers().containers}
-        assert states == {self.ticks: cri.CONTAINER_RUNNING, self.other: cri.CONTAINER_RUNNING}
+        assert states == dict.fromkeys((self.ticks, self.other, self.session), cri.CONTAINER_RUNNING)
         ready = {p.id for p in self.node.client.ListPodSandbox().items if p.state == cri.SANDBOX_READY}
         assert ready == {self.own, self.shared}
         assert self.node.sh(self.other, "echo hi") == "hi\n"
+        self.talk()
+        assert self.node.log(self.session).splitlines() == [f"got {n + 1}" for n in range(self.said)]
         before = len(self.node.log(self.ticks).split())
         eventually(lambda: len(self.node.log(self.ticks).split()) > before + 2)
         lines = self.node.log(self.ticks).split()
