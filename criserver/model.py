@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 class NamespaceMode(enum.Enum):
@@ -93,6 +94,18 @@ class Resources:
     unified: Mapping[str, str] = field(default_factory=dict)
 
 
+class SelinuxOptions(NamedTuple):
+    """The parts of a SELinux label that are asked for; "" for one that is not (CRI SELinuxOption)."""
+
+    user: str = ""
+    role: str = ""
+    type: str = ""
+    level: str = ""
+
+
+NO_SELINUX_OPTIONS = SelinuxOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class PodConfig:
     """A pod as the kubelet describes it (CRI PodSandboxConfig)."""
@@ -111,6 +124,7 @@ class PodConfig:
     sysctls: Mapping[str, str]
     namespaces: Namespaces
     privileged: bool
+    selinux: SelinuxOptions = NO_SELINUX_OPTIONS
 
     @property
     def full_name(self) -> str:
@@ -170,7 +184,7 @@ class Security:
     readonly_paths: tuple[str, ...] = ()
     seccomp: str = ""
     apparmor: str = ""
-    selinux_label: str = ""
+    selinux: SelinuxOptions = NO_SELINUX_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

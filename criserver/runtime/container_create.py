@@ -92,12 +92,7 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
         )
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
-    label = config.security.selinux_label
-    if not selinux.can_confine(label):
-        raise FailedPreconditionError(
-            f"container {config.name}: selinux_options ask for the label {label}, and this node has no SELinux policy; "
-            "run the pod on a node that has one, or leave selinux_options out"
-        )
+    selinux.check(config.security, sandbox.selinux_level, f"container {config.name}")
 
 
 async def _seccomp(config: ContainerConfig) -> spec.Spec | None:
@@ -139,11 +134,11 @@ async def _prepare(
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
-    label = selinux.process_label(config.security.selinux_label)
-    if label:
+    labels = selinux.labels(config.security, sandbox.selinux_level)
+    if labels.files:
         for mount in config.mounts:
             if mount.selinux_relabel:
-                await asyncio.to_thread(selinux.relabel, mount.host_path, selinux.file_label(label))
+                await asyncio.to_thread(selinux.relabel, mount.host_path, labels.files)
     user = await asyncio.to_thread(_user, config, image, rootfs)
     pod = pod_facts(node, sandbox)
     document = spec.build(
@@ -157,8 +152,8 @@ async def _prepare(
         devices=devices,
         seccomp=filter_,
         apparmor_profile=profile,
-        selinux_label=label,
-        mount_label=selinux.file_label(label),
+        selinux_label=labels.process,
+        mount_label=labels.files,
         annotations=_annotations(sandbox, container),
     )
     with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:

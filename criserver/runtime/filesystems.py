@@ -59,14 +59,15 @@ def make_directory(node: Node, key: str, config: PodConfig) -> str:
 
 async def _mount(node: Node, container: Container, key: str, image: Image, point: str) -> None:
     """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
-    user = node.registry.sandbox(container.sandbox_id).config.namespaces.user
+    sandbox = node.registry.sandbox(container.sandbox_id)
+    user = sandbox.config.namespaces.user
     pinned = None if user is None else os.path.join(node.namespaces_dir(container.sandbox_id), "user")
     try:
         await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:
         raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
-    label = selinux.file_label(selinux.process_label(container.config.security.selinux_label))
-    await node.snapshotter.mount(key, point, userns=pinned, label=label)
+    labels = selinux.labels(container.config.security, sandbox.selinux_level)
+    await node.snapshotter.mount(key, point, userns=pinned, label=labels.files)
 
 
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
@@ -88,7 +89,7 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
         if volume.startswith("/") and volume != "/":
             path = os.path.join(_volumes_dir(node, container.id), str(number))
             await _copy_up(rootfs, volume, path)
-            volumes.append(Mount(volume, path, readonly=False, propagation=Propagation.PRIVATE))
+            volumes.append(Mount(volume, path, readonly=False, propagation=Propagation.PRIVATE, selinux_relabel=True))
     return (*volumes, *found)
 
 

@@ -25,6 +25,7 @@ from criserver.model import (
     Propagation,
     Resources,
     Security,
+    SelinuxOptions,
     UserNamespace,
 )
 from criserver.oci import cdi
@@ -104,6 +105,7 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         sysctls=_sysctls(linux.sysctls, namespaces),
         namespaces=namespaces,
         privileged=security.privileged,
+        selinux=_selinux(security.selinux_options),
     )
 
 
@@ -394,16 +396,12 @@ def _apparmor(
     return name
 
 
-def _selinux_label(options: cri.SELinuxOption) -> str:
-    """The label that SELinux options make, "" where they are not set (user:role:type:level)."""
-    fields = (options.user, options.role, options.type, options.level)
-    if not any(fields):
-        return ""
-    for given in fields:
+def _selinux(sent: cri.SELinuxOption) -> SelinuxOptions:
+    options = SelinuxOptions(sent.user, sent.role, sent.type, sent.level)
+    for given in options:
         if not _OF_A_LABEL.match(given):
             raise InvalidArgumentError(f"selinux_options: {given!r} is no part of a SELinux label")
-    defaults = ("system_u", "system_r", "container_t", "s0")
-    return ":".join(given or default for given, default in zip(fields, defaults, strict=True))
+    return options
 
 
 def _seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecurityContext, what: str) -> str:
@@ -466,5 +464,5 @@ def _security(sent: cri.LinuxContainerSecurityContext, name: str) -> Security:
         readonly_paths=tuple(sent.readonly_paths),
         seccomp=_seccomp(sent, what),
         apparmor=_apparmor(sent, sent.apparmor_profile, what),
-        selinux_label="" if sent.privileged else _selinux_label(sent.selinux_options),
+        selinux=_selinux(sent.selinux_options),
     )

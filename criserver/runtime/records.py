@@ -55,6 +55,7 @@ class Sandbox:
     runtime: str
     attachment: str = ""
     ips: tuple[str, ...] = ()
+    selinux_level: str = ""
 
 
 @dataclass(frozen=True, slots=True)

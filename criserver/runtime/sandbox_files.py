@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from criserver.model import Dns, NamespaceMode, PodConfig
+from criserver.runtime import selinux
 from snapshotter import mounts
 
 SHM_SIZE = 64 << 20
@@ -46,23 +47,25 @@ def hosts(name: str, ips: tuple[str, ...]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write(directory: str, config: PodConfig) -> None:
-    """Make the directory with everything but what needs the pod's addresses."""
+def write(directory: str, config: PodConfig, label: str) -> None:
+    """Make the directory with everything but what needs the pod's addresses; ``label`` is SELinux's, "" for none."""
     os.makedirs(directory, mode=0o711, exist_ok=True)
-    _put(directory, "resolv.conf", resolv_conf(config.dns))
-    _put(directory, "hostname", hostname(config) + "\n")
+    _put(directory, "resolv.conf", resolv_conf(config.dns), label)
+    _put(directory, "hostname", hostname(config) + "\n", label)
     if config.namespaces.network is NamespaceMode.NODE:
-        write_hosts(directory, config, ())
+        write_hosts(directory, config, (), label)
     if config.namespaces.ipc is not NamespaceMode.NODE:
         shm = os.path.join(directory, "shm")
         os.makedirs(shm, exist_ok=True)
         options = f"mode=1777,size={SHM_SIZE}"
         if (user := config.namespaces.user) is not None:
             options += f",uid={user.uids.host_id},gid={user.gids.host_id}"
+        if label:
+            options += f',context="{label}"'
         mounts.mount("shm", shm, "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC, options)
 
 
-def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...]) -> None:
+def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...], label: str) -> None:
     """Write the hosts file, once the addresses are known; a pod on the node's network sees the node's."""
     if config.namespaces.network is NamespaceMode.NODE:
         try:
@@ -72,7 +75,7 @@ def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...]) -> None
             text = hosts(hostname(config), ())
     else:
         text = hosts(hostname(config), ips)
-    _put(directory, "hosts", text)
+    _put(directory, "hosts", text, label)
 
 
 def shm(directory: str, config: PodConfig) -> str:
@@ -95,7 +98,8 @@ def remove(directory: str) -> None:
             continue
 
 
-def _put(directory: str, name: str, text: str) -> None:
+def _put(directory: str, name: str, text: str, label: str) -> None:
     with open(os.path.join(directory, name), "w") as f:
         os.fchmod(f.fileno(), 0o644)
+        selinux.set_label(f.fileno(), label)
         f.write(text)

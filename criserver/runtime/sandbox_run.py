@@ -15,7 +15,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import apparmor, cgroups, filesystems, host, sandbox_files, supervision
+from criserver.runtime import apparmor, cgroups, filesystems, host, sandbox_files, selinux, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
 from criserver.runtime.sandbox_stop import pid_pin, release
@@ -56,6 +56,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
         runtime=node.handler(handler).name,
+        selinux_level=selinux.pod_level(config.selinux, {s.selinux_level for s in node.registry.sandboxes.values()}),
     )
     if own_network:
         attachment = node.network.attach_plan(_pod_network(node, sandbox))
@@ -92,7 +93,8 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     own_network = config.namespaces.network is not NamespaceMode.NODE
     if config.log_directory:
         os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
-    sandbox_files.write(directory, config)
+    label = selinux.pod_files(sandbox.selinux_level)
+    sandbox_files.write(directory, config, label)
     await namespaces.make(
         node.namespaces_dir(sandbox.id),
         net=own_network,
@@ -109,7 +111,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
         sandbox = network.result()
-        sandbox_files.write_hosts(directory, config, sandbox.ips)
+        sandbox_files.write_hosts(directory, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
     sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)

@@ -270,13 +270,16 @@ def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security, ex
     assert container_config(container(**linux(**security)), PRIVILEGED).security.apparmor == expected
 
 
-def test_a_selinux_label_is_filled_up():
-    found = container_config(container(**linux(selinux_options=cri.SELinuxOption(type="spc_t", level="s0:c1"))), POD)
-    assert found.security.selinux_label == "system_u:system_r:spc_t:s0:c1"
-    assert container_config(container(), POD).security.selinux_label == ""
+def test_selinux_options_are_taken_as_they_are():
+    asked = cri.SELinuxOption(type="spc_t", level="s0:c1")
+    found = container_config(container(**linux(selinux_options=asked)), POD)
+    assert found.security.selinux == ("", "", "spc_t", "s0:c1")
+    assert not any(container_config(container(), POD).security.selinux)
 
 
+@pytest.mark.parametrize("privileged", [False, True])
 @pytest.mark.parametrize("level", ['s0",x="', "s0 c1", "s0\n"])
-def test_a_selinux_label_of_other_letters_is_refused(level: str):
+def test_a_selinux_label_of_other_letters_is_refused(level: str, privileged: bool):
+    asked = {"selinux_options": cri.SELinuxOption(level=level), "privileged": privileged}
     with pytest.raises(InvalidArgumentError, match="selinux_options"):
-        container_config(container(**linux(selinux_options=cri.SELinuxOption(level=level))), POD)
+        container_config(container(**linux(**asked)), PRIVILEGED)

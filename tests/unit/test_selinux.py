@@ -4,28 +4,120 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from criserver.errors import InvalidArgumentError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
+from criserver.model import Security, SelinuxOptions
 from criserver.runtime import selinux
 
 PROCESS = "system_u:system_r:container_t:s0:c1,c2"
 FILES = "system_u:object_r:container_file_t:s0:c1,c2"
 
 
-def test_files_have_the_processs_user_and_level_and_the_type_of_files():
-    assert selinux.file_label(PROCESS, "container_file_t") == FILES
-    assert selinux.file_label("") == ""
+NOBODY: frozenset[str] = frozenset()
 
 
-def test_the_type_of_files_is_the_policys(tmp_path: Path):
+class Policy:
+    """A loaded policy: one that knows labels of these types, with levels that begin with s0 and a colon, or are s0."""
+
+    types = frozenset({"container_t", "container_file_t", "spc_t", "own_t"})
+
+    def knows(self, label: str) -> bool:
+        kind, level = label.split(":", 3)[2:]
+        return kind in self.types and (level == "s0" or level.startswith("s0:"))
+
+
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    policy = Policy()
+    monkeypatch.setattr(selinux, "is_enabled", lambda: True)
+    monkeypatch.setattr(selinux, "_is_known", policy.knows)
+    monkeypatch.setattr(selinux, "types", lambda: ("container_t", "container_file_t"))
+    monkeypatch.setattr(selinux, "_labels_containers", selinux._labels_containers.__wrapped__)
+    return policy
+
+
+@pytest.fixture
+def no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selinux, "is_enabled", lambda: False)
+    monkeypatch.setattr(selinux, "_labels_containers", selinux._labels_containers.__wrapped__)
+
+
+def asking(*, privileged: bool = False, **options: str) -> Security:
+    return Security(privileged=privileged, selinux=SelinuxOptions(**options))
+
+
+def test_each_pod_has_two_categories_that_no_other_has(policy: Policy):
+    levels: set[str] = set()
+    for _ in range(50):
+        level = selinux.pod_level(SelinuxOptions(), levels)
+        assert level not in levels
+        numbers = [int(part.removeprefix("c")) for part in level.removeprefix("s0:").split(",")]
+        assert 0 <= numbers[0] < numbers[1] < 1024
+        levels.add(level)
+
+
+def test_taken_categories_are_not_given_again(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    drawn = iter([[7, 3], [7, 3], [2, 1]])
+    monkeypatch.setattr(selinux.secrets.SystemRandom, "sample", lambda *_: next(drawn))
+    assert selinux.pod_level(SelinuxOptions(), {"s0:c3,c7"}) == "s0:c1,c2"
+
+
+def test_a_pods_level_is_what_it_asks_for(policy: Policy):
+    assert selinux.pod_level(SelinuxOptions(level="s0:c9"), {"s0:c9"}) == "s0:c9"
+    with pytest.raises(InvalidArgumentError, match=r"does not know the label .*:s0,c9"):
+        selinux.pod_level(SelinuxOptions(level="s0,c9"), NOBODY)
+
+
+def test_a_policy_without_types_for_containers_labels_none_by_itself(policy: Policy):
+    policy.types = frozenset({"own_t", "container_file_t"})
+    assert selinux.pod_level(SelinuxOptions(), NOBODY) == ""
+    assert selinux.labels(asking(), "") == ("", "")
+    assert selinux.labels(asking(type="own_t"), "").process == "system_u:system_r:own_t:s0"
+
+
+@pytest.mark.parametrize(
+    ("asked", "process", "files"),
+    [
+        ({}, PROCESS, FILES),
+        ({"type": "own_t"}, "system_u:system_r:own_t:s0:c1,c2", FILES),
+        ({"level": "s0:c3"}, "system_u:system_r:container_t:s0:c3", "system_u:object_r:container_file_t:s0:c3"),
+        ({"user": "u", "role": "r"}, "u:r:container_t:s0:c1,c2", "u:object_r:container_file_t:s0:c1,c2"),
+        ({"privileged": True}, "system_u:system_r:spc_t:s0", FILES),
+        ({"privileged": True, "type": "own_t"}, "system_u:system_r:own_t:s0", FILES),
+    ],
+)
+def test_a_container_has_what_it_asks_for_and_the_rest_of_its_pod(
+    policy: Policy, asked: dict[str, Any], process: str, files: str
+):
+    assert selinux.labels(asking(**asked), "s0:c1,c2") == (process, files)
+
+
+@pytest.mark.parametrize("asked", [{"type": "unknown_t"}, {"level": "s0,c1"}, {"level": "s0,c1", "privileged": True}])
+def test_a_label_that_the_policy_does_not_know_is_refused(policy: Policy, asked: dict[str, Any]):
+    with pytest.raises(InvalidArgumentError, match=r"container c: .*does not know the label"):
+        selinux.check(asking(**asked), "s0:c1,c2", "container c")
+
+
+def test_without_a_policy_nothing_is_labelled(no_policy: None):
+    assert selinux.pod_level(SelinuxOptions(level="s0:c9"), NOBODY) == ""
+    assert selinux.labels(asking(type="spc_t"), "") == ("", "")
+    assert selinux.pod_files("") == ""
+    for asked in (asking(), asking(type="spc_t"), asking(type="container_t", privileged=True)):
+        selinux.check(asked, "", "container c")
+    with pytest.raises(FailedPreconditionError, match=r"container c: .*type = container_t.*no SELinux policy"):
+        selinux.check(asking(type="container_t"), "", "container c")
+
+
+def test_the_types_are_the_policys(tmp_path: Path):
     (tmp_path / "config").write_text("# a comment = 1\nSELINUX=enforcing\nSELINUXTYPE=strict\n")
     contexts = tmp_path / "strict/contexts/lxc_contexts"
     contexts.parent.mkdir(parents=True)
     contexts.write_text('process = "system_u:system_r:pod_t:s0"\nfile = "system_u:object_r:pod_file_t:s0"\n')
-    assert selinux.file_type(str(tmp_path)) == "pod_file_t"
-    assert selinux.file_type(str(tmp_path / "none")) == "container_file_t"
+    assert selinux.types(str(tmp_path)) == ("pod_t", "pod_file_t")
+    assert selinux.types(str(tmp_path / "none")) == ("container_t", "container_file_t")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set such attributes")

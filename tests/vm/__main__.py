@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tests.vm import image as images
 from tests.vm.image import ImageError
-from tests.vm.machine import PROJECT, PYTHON, Machine, MachineError, machine
+from tests.vm.machine import PROJECT, PYTHON, SECURITY, Machine, MachineError, machine
 from tests.vm.suites import CERTS, SUITES, Result, Suite, cases, table
 
 CRASHES = 3  # machines that may be lost in a run
@@ -37,6 +37,7 @@ def main() -> int:
     run = commands.add_parser("run", help="run one command in a fresh machine")
     run.add_argument("--put", action="append", default=[], metavar="FILE:PATH", help="copy a file into the guest first")
     run.add_argument("--tree", action="store_true", help="put the work tree into the guest first; commands run in it")
+    run.add_argument("--security", choices=SECURITY, default="apparmor", help="the kernel's security module")
     run.add_argument("--timeout", type=float, default=600.0)
     run.add_argument("words", nargs="+", metavar="COMMAND")
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> int:
 
 def run_command(options: argparse.Namespace) -> int:
     """One command, its output passed on; its exit status."""
-    with machine(images.image()) as guest:
+    with machine(images.image(), options.security) as guest:
         for pair in options.put:
             source, _, target = pair.partition(":")
             with open(source, "rb") as f:
@@ -93,8 +94,9 @@ def run_suites(wanted: Sequence[Suite], budget: float) -> int:
     crashes = 0
     while left:
         try:
-            with machine_with(disk, packages, tools) as guest:
-                while left:
+            security = left[0].security
+            with machine_with(disk, security, packages, tools) as guest:
+                while left and left[0].security == security:
                     results.append(run_suite(guest, left[0], budget - (time.monotonic() - began)))
                     left.pop(0)
         except MachineError as error:
@@ -110,12 +112,14 @@ def run_suites(wanted: Sequence[Suite], budget: float) -> int:
 
 
 @contextlib.contextmanager
-def machine_with(disk: images.Image, packages: Mapping[str, bytes], tools: set[str]) -> Iterator[Machine]:
+def machine_with(
+    disk: images.Image, security: str, packages: Mapping[str, bytes], tools: set[str]
+) -> Iterator[Machine]:
     """A machine that has all that the suites need; its journal and console are kept. Raises MachineError."""
     with contextlib.ExitStack() as stack:
         with _step("the boot"):
-            guest = stack.enter_context(machine(disk))
-        print(f"  {guest.accelerator}, {guest.check(['uname', '-r']).decode().strip()}")
+            guest = stack.enter_context(machine(disk, security))
+        print(f"  {guest.accelerator}, {security}, {guest.check(['uname', '-r']).decode().strip()}")
         with _step("what goes into the guest"):
             guest.put_project()
             for name, data in packages.items():

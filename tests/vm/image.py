@@ -22,7 +22,7 @@ NEWER = "sid"  # where the runtimes of tomorrow come from: see guest/customize.s
 PACKAGES = """
     apparmor apparmor-utils busybox-static ca-certificates catatonit conntrack containernetworking-plugins dbus
     docker-registry ethtool iproute2 iptables kmod libgcc-s1 libstdc++6 linux-image-cloud-amd64 nftables procps python3
-    python3-venv runc skopeo socat sudo systemd systemd-sysv udev util-linux
+    python3-venv runc selinux-policy-default skopeo socat sudo systemd systemd-sysv udev util-linux
 """.split()
 
 HERE = os.path.dirname(os.path.abspath(__file__))

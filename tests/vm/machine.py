@@ -32,9 +32,11 @@ HEADER = struct.Struct(">cI")
 BLOCK = 1 << 16
 
 KERNEL_ARGUMENTS = (
-    "root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 mitigations=off apparmor=1 security=apparmor psi=1 "
-    "net.ifnames=0 systemd.show_status=0 systemd.log_level=notice"
+    "root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 mitigations=off psi=1 net.ifnames=0 systemd.show_status=0 "
+    "systemd.log_level=notice"
 )
+# Of the two modules a kernel has one. SELinux only says what it would refuse: the disk's files have no labels.
+SECURITY = {"apparmor": "apparmor=1 security=apparmor", "selinux": "selinux=1 security=selinux enforcing=0"}
 
 
 class MachineError(Exception):
@@ -53,14 +55,16 @@ class Completed:
 class Machine:
     """A booted machine whose disk forgets at its end what was written. Use ``machine()``."""
 
-    def __init__(self, disk: Image, directory: str, *, accelerator: str, memory: int = MEMORY) -> None:
+    def __init__(
+        self, disk: Image, directory: str, *, accelerator: str, security: str = "apparmor", memory: int = MEMORY
+    ) -> None:
         self.accelerator = accelerator.partition(",")[0]
         self.console = f"{directory}/console.log"
         self._channel, theirs = socket.socketpair()
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-machine", "q35", "-smp", str(PROCESSORS), "-m", str(memory)]
         command += ["-accel", accelerator, "-cpu", "host" if accelerator == "kvm" else "max"]
-        command += ["-kernel", disk.kernel, "-append", KERNEL_ARGUMENTS]
+        command += ["-kernel", disk.kernel, "-append", f"{KERNEL_ARGUMENTS} {SECURITY[security]}"]
         command += ["-drive", f"file={disk.disk},format=raw,if=none,id=root,snapshot=on,cache=unsafe"]
         command += ["-device", "nvme,drive=root,serial=root"]
         command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
@@ -207,10 +211,13 @@ def accelerator(disk: Image) -> str:
 
 
 @contextlib.contextmanager
-def machine(disk: Image) -> Iterator[Machine]:
-    """A machine booted to multi-user.target, ended in any case. Raises MachineError."""
+def machine(disk: Image, security: str = "apparmor") -> Iterator[Machine]:
+    """A machine booted to multi-user.target, ended in any case; ``security`` is a key of SECURITY.
+
+    Raises MachineError.
+    """
     with tempfile.TemporaryDirectory(prefix="criserver-vm-", dir=_roomy()) as directory:
-        guest = Machine(disk, directory, accelerator=accelerator(disk))
+        guest = Machine(disk, directory, accelerator=accelerator(disk), security=security)
         try:
             verdict = guest.wait_for_boot()
             if verdict != "running":

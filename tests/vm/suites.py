@@ -17,8 +17,9 @@ class Suite:
     """One run of pytest in the guest.
 
     ``tests`` are paths below the project, or pytest's options. ``programs`` of $CRISERVER_VM_TOOLS are needed: without
-    them the suite is skipped. ``seconds`` is its deadline, for an emulated processor. A suite outside the ``default``
-    ones is run where it is named.
+    them the suite is skipped. ``seconds`` is its deadline, for an emulated processor. ``security`` is the kernel's
+    security module, by which suites have machines of their own. A suite outside the ``default`` ones is run where it is
+    named.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Suite:
     seconds: float = 300
     programs: Sequence[str] = ()
     default: bool = True
+    security: str = "apparmor"
 
 
 def _files(*names: str) -> list[str]:
@@ -45,6 +47,7 @@ SUITES = (
     Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
     Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
     Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
+    Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
     Suite(
         "critest",
@@ -53,6 +56,15 @@ SUITES = (
         seconds=2400,
         programs=["critest"],
         default=False,
+    ),
+    Suite(
+        "critest with SELinux",
+        ["tests/conformance/test_critest.py", "-k", "all"],
+        {**_daemon("systemd", NEWER_RUNC), "CRITEST_CERTS": CERTS},
+        seconds=2400,
+        programs=["critest"],
+        default=False,
+        security="selinux",
     ),
 )
 
