@@ -19,7 +19,7 @@ def main() -> None:
     if len(sys.argv) < 2 or not os.path.isdir(os.path.join(CORPUS, sys.argv[1])):
         raise SystemExit(f"usage: python -m tests.fuzz NAME [options], with a NAME of {sorted(os.listdir(CORPUS))}")
     name, *options = sys.argv[1:]
-    with atheris.instrument_imports(include=["criserver", "snapshotter", "h11", "wsproto"]):
+    with atheris.instrument_imports(include=["criserver", "snapshotter", "h11", "wsproto", "jsonschema"]):
         module = importlib.import_module(f"tests.fuzz.{name}")
     with tempfile.TemporaryDirectory() as kept:
         directories = [] if any(not option.startswith("-") for option in options) else [kept]
