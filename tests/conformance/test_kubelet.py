@@ -162,6 +162,7 @@ class Cluster:
                 "apiVersion": "kubelet.config.k8s.io/v1beta1",
                 "kind": "KubeletConfiguration",
                 "containerRuntimeEndpoint": f"unix://{self.node.socket}",
+                "featureGates": {"PodAndContainerStatsFromCRI": True},
                 "failCgroupV1": False,
                 "failSwapOn": False,
                 "cgroupDriver": "cgroupfs",
@@ -193,15 +194,22 @@ class Cluster:
                 )
             )
 
+    def ask_kubelet(self, path: str) -> str:
+        """What the kubelet answers itself."""
+        return _fetched(f"https://{ADDRESS}:{KUBELET}{path}").decode()
+
     def _serves(self) -> bool:
-        request = urllib.request.Request(
-            f"https://127.0.0.1:{API}/readyz", headers={"Authorization": f"Bearer {TOKEN}"}
-        )
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5, context=context) as answer:
-            return bool(answer.read() == b"ok")
+        with contextlib.suppress(OSError):
+            return _fetched(f"https://127.0.0.1:{API}/readyz", Authorization=f"Bearer {TOKEN}") == b"ok"
         return False
+
+
+def _fetched(url: str, **headers: str) -> bytes:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        return bytes(answer.read())
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +367,19 @@ def test_an_exec_that_says_nothing_stays(cluster: Cluster):
     words = cluster.kubectl("exec", "work", "--", "sh", "-c", "sleep 8; echo done")
     assert subprocess.run(words, capture_output=True, timeout=60, check=True).stdout == b"done\n"
     assert time.monotonic() - begun < 12
+
+
+def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster):
+    def found() -> dict[str, Any]:
+        pods = json.loads(cluster.ask_kubelet("/stats/summary"))["pods"]
+        return next((pod for pod in pods if pod["podRef"]["name"] == "work"), {})
+
+    eventually(lambda: "network" in found() and found().get("containers"), 30)
+    (only,) = found()["containers"]
+    assert only["name"] == "c"
+    assert only["memory"]["workingSetBytes"] > 0
+    assert only["rootfs"]["inodesUsed"] > 0
+    assert found()["network"]["rxBytes"] >= 0
+    lines = [line for line in cluster.ask_kubelet("/metrics/cadvisor").splitlines() if 'pod="work"' in line]
+    for metric in ("container_cpu_usage_seconds_total", "container_memory_working_set_bytes"):
+        assert any(line.startswith(metric) and 'container="c"' in line for line in lines), metric

@@ -33,7 +33,7 @@ POD = {
                 "image": "localhost/busybox:latest",
                 "imagePullPolicy": "Never",
                 "command": ["sh", "-c", "echo started; touch /alive; exec sleep 1000"],
-                "resources": {"limits": {"memory": "64Mi", "cpu": "500m"}},
+                "resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "64Mi", "cpu": "500m"}},
                 "livenessProbe": {
                     "exec": {"command": ["test", "-e", "/alive"]},
                     "initialDelaySeconds": 5,
@@ -68,6 +68,7 @@ class Kubelet:
             "authorization": {"mode": "AlwaysAllow"},
             "evictionHard": {"memory.available": "50Mi"},
             "failSwapOn": False,
+            "featureGates": {"PodAndContainerStatsFromCRI": True},
         }
         with open(f"{self.directory}/kubelet.json", "w") as f:
             json.dump(configuration, f)
