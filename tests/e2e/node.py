@@ -96,6 +96,7 @@ class Node:
             )
         self.write_network()
         self.python = sys.executable
+        self._complaints = 0  # that were told already
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Client
 
@@ -151,9 +152,11 @@ class Node:
             return f.read()
 
     def complaints(self) -> list[str]:
-        """What asyncio says in the log of errors that nobody took."""
+        """What asyncio has said in the log of errors that nobody took, since this was asked before."""
         words = ("Exception in callback", "exception was never retrieved", "was never awaited")
-        return [line for line in self.daemon_log().splitlines() if any(word in line for word in words)]
+        found = [line for line in self.daemon_log().splitlines() if any(word in line for word in words)]
+        new, self._complaints = found[self._complaints :], len(found)
+        return new
 
     def remove_pods(self) -> None:
         """Stop and remove every pod."""
