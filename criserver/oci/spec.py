@@ -192,9 +192,19 @@ def build(
 
 
 def infra(
-    *, program: str, rootfs: str, pod: PodFacts, host: Host, cgroups_path: str, apparmor_profile: str = ""
+    *,
+    program: str,
+    rootfs: str,
+    pod: PodFacts,
+    host: Host,
+    cgroups_path: str,
+    apparmor_profile: str = "",
+    mount_label: str = "",
 ) -> Spec:
-    """The process that holds a pod's shared PID namespace: no capabilities, no files but its own program."""
+    """The process that holds a pod's shared PID namespace: no capabilities, no files but its own program.
+
+    It has no SELinux label of its own: a policy need not let a container's domain begin with a program of the node.
+    """
     spec: Spec = {
         "ociVersion": "1.0.2",
         "process": {
@@ -240,6 +250,8 @@ def infra(
     }
     if apparmor_profile:
         spec["process"]["apparmorProfile"] = apparmor_profile
+    if mount_label:
+        spec["linux"]["mountLabel"] = mount_label
     return spec
 
 

@@ -142,6 +142,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         host=host.facts(),
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
         apparmor_profile=await apparmor.default(),
+        mount_label=selinux.pod_files(sandbox.selinux_level),
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)

@@ -116,4 +116,6 @@ def test_a_pod_with_a_process_of_its_own(node: Node):
     security = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.POD))
     pod = node.run_pod(linux=cri.LinuxPodSandboxConfig(security_context=security))
     container = node.run(pod, "c", SLEEP)
-    assert re.search(r":container_t:s0:c\d+,c\d+\0?$", node.sh(container, "cat /proc/self/attr/current"))
+    found = re.search(r":container_t:(s0:c\d+,c\d+)\0?$", node.sh(container, "cat /proc/self/attr/current"))
+    assert found is not None
+    assert f":container_file_t:{found[1]}" in node.sh(container, "grep ' /dev ' /proc/1/mountinfo")
