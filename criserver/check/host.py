@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from criserver.check import tries
 from criserver.config import Config, Runtime
+from criserver.runtime import selinux
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Host:
     network: Callable[[Config], str | None] = tries.network
     features: Callable[[Runtime], tuple[str, ...] | None] = tries.features
     container: Callable[[Config, str], str | None] = tries.container
+    labelled: Callable[[], bool] = selinux.labels_containers
     synchronised: Callable[[], bool] = tries.clock_is_synchronised
 
     def path(self, path: str) -> str:

@@ -43,7 +43,14 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
         else:
             yield ok("AppArmor is in force")
     elif host.exists("/sys/fs/selinux/enforce"):
-        yield ok("SELinux has a policy")
+        if host.labelled():
+            yield ok("SELinux has a policy, with types for containers")
+        else:
+            yield warning(
+                "SELinux's policy has no types for containers (container_t, container_file_t, spc_t): it does not tell "
+                "pods apart",
+                "install the policy for containers (package container-selinux)",
+            )
 
 
 def _users(host: Host) -> Finding:

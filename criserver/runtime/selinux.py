@@ -42,13 +42,21 @@ def is_enabled() -> bool:
     return os.path.exists("/sys/fs/selinux/enforce")
 
 
+@cache
+def labels_containers() -> bool:
+    """Whether a policy is loaded that has types for containers, their files, and privileged ones."""
+    level = f"{_LEVEL}:c0,c1"
+    processes = (f"{_USER}:{_ROLE}:{kind}:{level}" for kind in (types()[0], _PRIVILEGED_TYPE))
+    return is_enabled() and all(map(_is_known, (*processes, pod_files(level))))
+
+
 def pod_level(asked: SelinuxOptions, taken: Container[str]) -> str:
     """The level of a new pod: what it asks for, or one that is not ``taken``.
 
     "" where containers are not labelled by themselves: without SELinux, or with a policy that has no types for them.
     Raises InvalidArgumentError for a level that the policy does not know.
     """
-    if not _labels_containers():
+    if not labels_containers():
         return ""
     if asked.level:
         _check_known(pod_files(asked.level), "pod sandbox")
@@ -143,13 +151,6 @@ def _values(path: str) -> dict[str, str]:
     with open(path) as f:
         lines = [line.partition("=") for line in f if "=" in line and not line.lstrip().startswith("#")]
     return {name.strip(): value.strip() for name, _, value in lines}
-
-
-@cache
-def _labels_containers() -> bool:
-    level = f"{_LEVEL}:c0,c1"
-    processes = (f"{_USER}:{_ROLE}:{kind}:{level}" for kind in (types()[0], _PRIVILEGED_TYPE))
-    return is_enabled() and all(map(_is_known, (*processes, pod_files(level))))
 
 
 def _check_known(label: str, what: str) -> None:

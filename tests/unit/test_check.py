@@ -245,6 +245,15 @@ def test_apparmor_takes_a_program_to_load_profiles(node: Fake):
     assert "no profile can be loaded" in node.fault().words
 
 
+def test_selinux_takes_a_policy_with_types_for_containers(node: Fake):
+    node.write("sys/fs/selinux/enforce", "1")
+    node.change(labelled=lambda: True)
+    assert node.faults() == []
+    node.change(labelled=lambda: False)
+    assert node.fault().level is Level.WARNING
+    assert "has no types for containers" in node.fault().words
+
+
 def legacy(*controllers: str) -> str:
     lines = (f"3{n} 21 0:3{n} / /sys/fs/cgroup/{c} rw - cgroup cgroup rw,{c}\n" for n, c in enumerate(controllers))
     return LEGACY + "".join(lines)

@@ -35,14 +35,14 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
     monkeypatch.setattr(selinux, "is_enabled", lambda: True)
     monkeypatch.setattr(selinux, "_is_known", policy.knows)
     monkeypatch.setattr(selinux, "types", lambda: ("container_t", "container_file_t"))
-    monkeypatch.setattr(selinux, "_labels_containers", selinux._labels_containers.__wrapped__)
+    monkeypatch.setattr(selinux, "labels_containers", selinux.labels_containers.__wrapped__)
     return policy
 
 
 @pytest.fixture
 def no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selinux, "is_enabled", lambda: False)
-    monkeypatch.setattr(selinux, "_labels_containers", selinux._labels_containers.__wrapped__)
+    monkeypatch.setattr(selinux, "labels_containers", selinux.labels_containers.__wrapped__)
 
 
 def asking(*, privileged: bool = False, **options: str) -> Security:
