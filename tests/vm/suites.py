@@ -47,8 +47,8 @@ SUITES = (
     Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
     Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
     Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
-    Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
+    Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
     Suite(
         "critest",
         ["tests/conformance/test_critest.py", "-k", "all"],
