@@ -38,7 +38,7 @@ from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
-from snapshotter import Limits, Snapshotter
+from snapshotter import Limits, Snapshotter, allocator
 
 log = structlog.get_logger(__name__)
 
@@ -238,6 +238,7 @@ def run(config: Config) -> int:
         return 1
     # For whoever ends us by SIGABRT, as systemd's watchdog does: where every thread was goes to the log.
     faulthandler.enable()
+    allocator.share_memory()
     watch_children()
     try:
         asyncio.run(serve(config))

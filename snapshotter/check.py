@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import confine, errors, tar
+from snapshotter import allocator, confine, errors, tar
 from snapshotter.limits import Limits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
 from snapshotter.streams import LayerStream, decoder
@@ -60,7 +60,7 @@ def main() -> None:
     """Compare as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     os.nice(_NICEST)
-    confine.keep_memory()
+    allocator.keep_memory()
     limits = Limits(**options["limits"])
     result: dict[str, Any]
     try:

@@ -1,4 +1,4 @@
-"""What the snapshotter's programs settle before they look at a layer (capabilities(7), prctl(2), mallopt(3))."""
+"""What the snapshotter's programs give up before they look at a layer (capabilities(7), prctl(2))."""
 
 from __future__ import annotations
 
@@ -10,24 +10,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
-_LARGEST = 32 << 20  # bytes; mallopt takes no larger threshold
-
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def keep_memory() -> None:
-    """Give freed memory back to the kernel at the end only: buffers of megabytes are taken and freed all the time.
-
-    By itself glibc maps and unmaps each one, and the kernel zeroes it anew (mallopt(3)). A libc without it does as it
-    will.
-    """
-    mallopt = getattr(_libc, "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, 4 * _LARGEST)):
-            mallopt(parameter, value)
 
 
 def keep_capabilities(mask: int) -> None:

@@ -13,7 +13,7 @@ import resource
 import sys
 from typing import Any
 
-from snapshotter import confine, errors, mounts, unpacker
+from snapshotter import allocator, confine, errors, mounts, unpacker
 from snapshotter.limits import Limits
 from snapshotter.marks import Asker
 from snapshotter.streams import Arriving, LayerStream, decoder
@@ -32,7 +32,7 @@ def main() -> None:
     """Unpack as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
     limits = Limits(**options["limits"])
-    confine.keep_memory()
+    allocator.keep_memory()
     blob: Any = sys.stdin.buffer
     if options["told"] is not None:
         blob = Arriving(blob, options["told"])
