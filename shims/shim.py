@@ -255,8 +255,10 @@ class Shim:
 
     def _finish(self) -> None:
         """After the container's end: complete the log, write the status down, tell it, clear up."""
-        oom_killed = self._was_oom_killed()  # the count is gone once it is deleted
+        # The count is gone once it is deleted.
+        record = {**_result(self._status), **self._times, "oom_killed": self._was_oom_killed()}
         if not self._drained(_QUIET_DRAIN):
+            _save(EXIT_RECORD, record)  # it will be a while until it is told
             self._delete()  # processes left in the cgroup hold the pipes
             if not self._drained(_LAST_DRAIN):
                 for output in self._outputs.values():
@@ -265,7 +267,6 @@ class Shim:
                 for output in self._outputs.values():
                     output.end()
         self._log.close()
-        record = {**_result(self._status), **self._times, "oom_killed": oom_killed}
         while not _save(EXIT_RECORD, record):
             self._loop.rest(_SAVE_PAUSE)
         self._exit = record

@@ -6,6 +6,7 @@ Where a policy with types for containers is loaded, a pod's containers have a pa
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Container
@@ -117,8 +118,8 @@ def set_label(file: str | int, label: str) -> None:
 def relabel(path: str, label: str) -> None:
     """Give a volume and all that is in it the label; blocks. Links are labelled, and not followed.
 
-    Raises InvalidArgumentError for a directory of the node itself, FailedPreconditionError where the file system
-    cannot keep labels.
+    A file system that has no labels is left as it is: the policy says what its files are. Raises InvalidArgumentError
+    for a directory of the node itself, FailedPreconditionError where a file cannot be labelled.
     """
     if path in _NODES:
         raise InvalidArgumentError(f"selinux_relabel: {path} is the node's own; it cannot be given a container's label")
@@ -131,6 +132,8 @@ def relabel(path: str, label: str) -> None:
                 except FileNotFoundError:
                     continue  # it has gone meanwhile
     except OSError as e:
+        if e.errno == errno.EOPNOTSUPP:
+            return
         raise FailedPreconditionError(f"selinux_relabel: {e.filename or path}: {e.strerror}") from e
 
 

@@ -139,16 +139,23 @@ def start_failed(node: Node, key: str, words: str) -> None:
 
 
 async def replace_stuck_shim(node: Node, container: Container) -> None:
-    """Where the process has ended and its shim does not take note: take its code from the kernel and end the shim.
+    """Where the process has ended and its shim does not tell: take its code from the kernel and end the shim.
 
-    Nothing where the process still runs, or is gone with the shim's knowledge.
+    Nothing where the process still runs, or where the shim is at work.
     """
-    code = host.zombie_code(container.pid)
-    if code is None or host.start_ticks(container.pid) != container.start_ticks:
+    if host.start_ticks(container.pid) == container.start_ticks:
+        code = host.zombie_code(container.pid)
+        if code is None:
+            return
+        log.error("a shim is stuck; its container's end is taken from the kernel", container=container.id, code=code)
+        exited(node, container.id, {"code": code, "finished_at": time.time_ns()})
+        await _end_shim(node, container.id)
+    elif await _answers(node, container.id):
         return
-    log.error("a shim is stuck; its container's end is taken from the kernel", container=container.id, code=code)
-    exited(node, container.id, {"code": code, "finished_at": time.time_ns()})
-    await _end_shim(node, container.id)
+    else:
+        log.error("a shim is stuck that has its container's end and does not tell of it", container=container.id)
+        await _end_shim(node, container.id)
+        settle(node, container.id)
     await destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
 
 

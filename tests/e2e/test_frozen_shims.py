@@ -6,6 +6,7 @@ Nothing but calls that are for the shim itself, which say so after their deadlin
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import host
 from tests.e2e.node import Node, processes
 from tests.e2e.streaming_client import Spdy, eventually
 
@@ -51,8 +53,8 @@ class Freezer:
                 os.kill(pid, signal.SIGCONT)
 
     def gone(self) -> bool:
-        """Whether none of the shims is there any more."""
-        return not any(os.path.exists(f"/proc/{pid}") for pid in self.stopped.values())
+        """Whether none of the shims is there any more, but for what an init that takes its time has to reap."""
+        return not any(host.start_ticks(pid) and host.zombie_code(pid) is None for pid in self.stopped.values())
 
 
 @pytest.fixture
@@ -208,6 +210,31 @@ def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str
             node.client.RemovePodSandbox(pod_sandbox_id=pods[1])
 
     at_once(stop_and_remove, remove)
+    assert node.leftovers() == []
+    assert freezer.gone()
+
+
+@pytest.mark.parametrize("call", ["StopContainer", "RemovePodSandbox"])
+def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freezer, call: str):
+    pod = node.run_pod()
+    container = node.run(pod, "c", SLEEP)
+    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    # Somebody has the container's output open, so that the shim waits for more of it.
+    held = os.open(f"/proc/{pid}/fd/1", os.O_WRONLY)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not os.path.exists(f"/proc/{pid}"))  # it has its status
+        eventually(lambda: os.path.exists(f"{node.state}/containers/{container}/exit.json"))
+        freezer.freeze(container)
+        assert node.status(container).state == cri.CONTAINER_RUNNING
+        with within(2 * DEADLINE):
+            if call == "StopContainer":
+                node.client.StopContainer(container_id=container, timeout=0)
+                ended = node.status(container)
+                assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
+            node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    finally:
+        os.close(held)
     assert node.leftovers() == []
     assert freezer.gone()
 

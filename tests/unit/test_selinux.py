@@ -140,6 +140,16 @@ def test_a_volume_is_labelled_and_what_its_links_lead_to_is_not(tmp_path: Path):
             os.getxattr(path, "security.selinux")
 
 
+@pytest.mark.skipif(selinux.is_enabled(), reason="every file has a label there")
+def test_a_file_system_without_labels_is_left_as_it_is():
+    selinux.relabel("/proc/self/status", FILES)
+
+
+def test_a_volume_that_is_not_there_is_an_error(tmp_path: Path):
+    with pytest.raises(FailedPreconditionError, match="No such file"):
+        selinux.relabel(str(tmp_path / "none"), FILES)
+
+
 @pytest.mark.parametrize("path", ["/", "/usr", "/etc", "/var/lib"])
 def test_the_nodes_own_directories_are_not_labelled(path: str):
     with pytest.raises(InvalidArgumentError, match="node's own"):
