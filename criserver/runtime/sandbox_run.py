@@ -56,7 +56,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
         runtime=node.handler(handler).name,
-        selinux_level=selinux.pod_level(config.selinux, {s.selinux_level for s in node.registry.sandboxes.values()}),
+        selinux_level=selinux.pod_level(config.selinux, (s.selinux_level for s in node.registry.sandboxes.values())),
     )
     if own_network:
         attachment = node.network.attach_plan(_pod_network(node, sandbox))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Container
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ def labels_containers() -> bool:
     return is_enabled() and all(map(_is_known, (*processes, pod_files(level))))
 
 
-def pod_level(asked: SelinuxOptions, taken: Container[str]) -> str:
-    """The level of a new pod: what it asks for, or one that is not ``taken``.
+def pod_level(asked: SelinuxOptions, others: Iterable[str]) -> str:
+    """The level of a new pod: what it asks for, or one that is not among the ``others``'.
 
     "" where containers are not labelled by themselves: without SELinux, or with a policy that has no types for them.
     Raises InvalidArgumentError for a level that the policy does not know.
@@ -62,6 +62,7 @@ def pod_level(asked: SelinuxOptions, taken: Container[str]) -> str:
     if asked.level:
         _check_known(pod_files(asked.level), "pod sandbox")
         return asked.level
+    taken = set(others)
     while True:
         first, second = sorted(secrets.SystemRandom().sample(range(_CATEGORIES), 2))
         level = f"{_LEVEL}:c{first},c{second}"

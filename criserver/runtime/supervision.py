@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
-from criserver.runtime import cgroups, filesystems, host
+from criserver.runtime import cgroups, command, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
 from criserver.runtime.shims import Message, connect
@@ -32,6 +32,7 @@ START_TIMEOUT = 110.0
 GONE_TIMEOUT = 15.0
 GONE_PATIENCE = 2.0
 GREETING_TIMEOUT = 2.0
+DELETE_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,28 +314,17 @@ async def destroy(node: Node, key: str, handler: str) -> None:
     """
     runtime = node.config.runtimes.get(handler) or node.handler("")
     program = shutil.which(runtime.path)
-    if program is None or not os.path.isdir(os.path.join(node.runtime_root(handler), key)):
+    root = node.runtime_root(handler)
+    if program is None or not os.path.isdir(os.path.join(root, key)):
         return
-    process = await asyncio.create_subprocess_exec(
-        program,
-        "--root",
-        node.runtime_root(handler),
-        "delete",
-        "--force",
-        key,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(30):
-            _, stderr = await process.communicate()
-        # Where its shim was as quick with the same, there is nothing left to delete.
-        if process.returncode and os.path.isdir(os.path.join(node.runtime_root(handler), key)):
-            log.warning("runtime delete failed", container=key, error=stderr.decode(errors="replace").strip())
+        done = await command.run([program, "--root", root, "delete", "--force", key], DELETE_TIMEOUT)
     except TimeoutError:
-        process.kill()  # asyncio reaps it, also where the kernel does not let go of it now
         log.warning("runtime delete timed out", container=key)
+        return
+    # Where its shim was as quick with the same, there is nothing left to delete.
+    if done.code and os.path.isdir(os.path.join(root, key)):
+        log.warning("runtime delete failed", container=key, error=done.words)
 
 
 def exited(node: Node, key: str, record: Message) -> None:
