@@ -12,10 +12,8 @@ import json
 import os
 import shutil
 import signal
-import ssl
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests import https
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
 from tests.e2e.test_port_forward import Services, fetched
@@ -196,20 +195,12 @@ class Cluster:
 
     def ask_kubelet(self, path: str) -> str:
         """What the kubelet answers itself."""
-        return _fetched(f"https://{ADDRESS}:{KUBELET}{path}").decode()
+        return https.fetched(f"https://{ADDRESS}:{KUBELET}{path}", 10)
 
     def _serves(self) -> bool:
         with contextlib.suppress(OSError):
-            return _fetched(f"https://127.0.0.1:{API}/readyz", Authorization=f"Bearer {TOKEN}") == b"ok"
+            return https.fetched(f"https://127.0.0.1:{API}/readyz", 10, Authorization=f"Bearer {TOKEN}") == "ok"
         return False
-
-
-def _fetched(url: str, **headers: str) -> bytes:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
-        return bytes(answer.read())
 
 
 @pytest.fixture(scope="module")

@@ -247,6 +247,11 @@ class Node:
     def status(self, container: str) -> cri.ContainerStatus:
         return self.client.ContainerStatus(container_id=container).status
 
+    def pid(self, container: str) -> int:
+        """The first process of a container, on the host."""
+        pid: int = json.loads(self.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+        return pid
+
     def wait(self, container: str, seconds: float = 20) -> cri.ContainerStatus:
         """The status of a container once it has exited."""
         deadline = time.monotonic() + seconds * SLOWNESS

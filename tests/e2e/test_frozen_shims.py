@@ -6,7 +6,6 @@ Nothing but calls that are for the shim itself, which say so after their deadlin
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -218,7 +217,7 @@ def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str
 def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freezer, call: str):
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
-    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    pid = node.pid(container)
     # Somebody has the container's output open, so that the shim waits for more of it.
     held = os.open(f"/proc/{pid}/fd/1", os.O_WRONLY)
     try:

@@ -236,7 +236,7 @@ def test_a_slice_of_the_pods_own_ends_with_it(node: Node):
 
 
 def cgroups_of_process(node: Node, container: str) -> str:
-    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    pid = node.pid(container)
     return Path(f"/proc/{pid}/cgroup").read_text()
 
 

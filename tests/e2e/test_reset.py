@@ -160,7 +160,7 @@ def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path):
 def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node):
     node = own_node
     container = node.run(node.run_pod("forgotten"), "c", ["sleep", "1000"])
-    pid = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
+    pid = node.pid(container)
     node.kill()
     for name in os.listdir(node.root):
         if name.startswith("criserver.db"):

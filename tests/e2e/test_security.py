@@ -11,15 +11,12 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
+from tests.e2e.test_fields import secured
 
 
 @pytest.fixture
 def pod(node: Node) -> str:
     return node.run_pod("pod")
-
-
-def secured(**security) -> dict[str, cri.LinuxContainerConfig]:
-    return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
 
 
 def profile(kind: int, path: str = "") -> cri.SecurityProfile:

@@ -13,14 +13,11 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import selinux
 from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
+from tests.e2e.test_fields import sandbox, secured
 
 pytestmark = pytest.mark.skipif(not selinux.is_enabled(), reason="this node's kernel has no SELinux policy")
 
 SLEEP = ["sleep", "1000"]
-
-
-def secured(**security) -> cri.LinuxContainerConfig:
-    return cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))
 
 
 def label(node: Node, container: str) -> str:
@@ -74,25 +71,18 @@ def test_a_volume_is_relabelled_where_that_is_asked_for(node: Node, tmp_path: Pa
 
 
 def test_a_privileged_container_is_not_confined(node: Node):
-    security = cri.LinuxSandboxSecurityContext(
-        privileged=True, namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)
-    )
-    pod = node.run_pod(linux=cri.LinuxPodSandboxConfig(security_context=security))
-    container = node.run(pod, "c", SLEEP, linux=secured(privileged=True))
+    pod = node.run_pod(linux=sandbox(privileged=True))
+    container = node.run(pod, "c", SLEEP, **secured(privileged=True))
     assert label(node, container) == "system_u:system_r:spc_t:s0"
 
 
 def test_options_count_before_what_the_pod_has(node: Node):
-    security = cri.LinuxSandboxSecurityContext(
-        selinux_options=cri.SELinuxOption(level="s0:c7,c8"),
-        namespace_options=cri.NamespaceOption(pid=cri.CONTAINER),
-    )
-    pod = node.run_pod(linux=cri.LinuxPodSandboxConfig(security_context=security))
+    pod = node.run_pod(linux=sandbox(selinux_options=cri.SELinuxOption(level="s0:c7,c8")))
     assert level(node, node.run(pod, "pods", SLEEP)) == "s0:c7,c8"
     asked = cri.SELinuxOption(level="s0:c1,c2")
-    assert level(node, node.run(pod, "own", SLEEP, linux=secured(selinux_options=asked))) == "s0:c1,c2"
+    assert level(node, node.run(pod, "own", SLEEP, **secured(selinux_options=asked))) == "s0:c1,c2"
     asked = cri.SELinuxOption(type="spc_t")
-    container = node.run(pod, "unconfined", SLEEP, linux=secured(selinux_options=asked))
+    container = node.run(pod, "unconfined", SLEEP, **secured(selinux_options=asked))
     assert label(node, container) == "system_u:system_r:spc_t:s0:c7,c8"
 
 
@@ -100,7 +90,7 @@ def test_options_count_before_what_the_pod_has(node: Node):
 def test_a_label_that_the_policy_does_not_know_is_refused(node: Node, options: dict[str, str]):
     pod = node.run_pod()
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "selinux_options", "does not know the label"):
-        node.create(pod, "c", SLEEP, linux=secured(selinux_options=cri.SELinuxOption(**options)))
+        node.create(pod, "c", SLEEP, **secured(selinux_options=cri.SELinuxOption(**options)))
     assert node.client.ListContainers().containers == []
 
 
@@ -113,8 +103,7 @@ def test_a_pods_level_outlives_the_daemon(node: Node):
 
 
 def test_a_pod_with_a_process_of_its_own(node: Node):
-    security = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.POD))
-    pod = node.run_pod(linux=cri.LinuxPodSandboxConfig(security_context=security))
+    pod = node.run_pod(linux=sandbox(namespace_options=cri.NamespaceOption(pid=cri.POD)))
     container = node.run(pod, "c", SLEEP)
     found = re.search(r":container_t:(s0:c\d+,c\d+)\0?$", node.sh(container, "cat /proc/self/attr/current"))
     assert found is not None

@@ -106,11 +106,6 @@ def main_pid() -> int:
     return int(shown("MainPID"))
 
 
-def pid_of(service: Service, container: str) -> int:
-    answer = service.client.ContainerStatus(container_id=container, verbose=True)
-    return json.loads(answer.info["info"])["pid"]
-
-
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -125,14 +120,14 @@ def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service
     pod = service.run_pod()
     stays = service.run(pod, "stays", ["sleep", "1000"])
     ends = service.run(pod, "ends", ["sh", "-c", "sleep 4; exit 42"])
-    pids = [pid_of(service, c) for c in (stays, ends)]
+    pids = [service.pid(c) for c in (stays, ends)]
     before = main_pid()
     subprocess.run(["journalctl", "--sync"], check=True)
     service.client.channel.close()
     systemctl("restart", UNIT)
     service.client = Client(service.socket)
     assert main_pid() != before
-    assert pid_of(service, stays) == pids[0]
+    assert service.pid(stays) == pids[0]
     assert service.sh(stays, "echo still here") == "still here\n"
     assert service.wait(ends, 30).exit_code == 42
     assert "left-over process" not in journal("-o", "cat")
@@ -153,7 +148,7 @@ def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service):
 
 def test_shims_are_not_in_the_services_cgroup(service: Service):
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
-    shim = parent_of(pid_of(service, container))
+    shim = parent_of(service.pid(container))
     cgroup = Path(f"/proc/{shim}/cgroup").read_text().strip()
     assert cgroup.startswith("0::/system.slice/criserver-shims-")
     assert cgroup.endswith(".scope")
@@ -162,14 +157,14 @@ def test_shims_are_not_in_the_services_cgroup(service: Service):
 
 def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service):
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
-    pid, before = pid_of(service, container), main_pid()
+    pid, before = service.pid(container), main_pid()
     os.kill(before, signal.SIGSTOP)
     eventually(lambda: main_pid() not in (0, before) and shown("ActiveState") == "active")
     assert "watchdog" in shown("Result") or "Watchdog timeout" in journal("-o", "cat")
     service.client.channel.close()
     service.client = Client(service.socket)
     service.client.Version(deadline=30)
-    assert pid_of(service, container) == pid
+    assert service.pid(container) == pid
     assert service.status(container).state == cri.CONTAINER_RUNNING
 
 
@@ -180,7 +175,7 @@ def test_what_is_inherited(service: Service):
         ["sleep", "1000"],
         linux=cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(oom_score_adj=321)),
     )
-    pid = pid_of(service, container)
+    pid = service.pid(container)
     shim = parent_of(pid)
     scores = [int(Path(f"/proc/{p}/oom_score_adj").read_text()) for p in (main_pid(), shim, pid)]
     assert scores == [-999, -999, 321]
@@ -202,7 +197,7 @@ def test_the_journal_has_fields(service: Service):
 
     eventually(lambda: len(entries()) >= 2)
     entry = next(e for e in entries() if e["MESSAGE"].startswith("container started"))
-    assert entry["MESSAGE"] == f"container started container={container} pid={pid_of(service, container)}"
+    assert entry["MESSAGE"] == f"container started container={container} pid={service.pid(container)}"
     assert (entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"]) == ("6", "criserver")
     assert entry["_SYSTEMD_UNIT"] == UNIT
     assert entry["_TRANSPORT"] == "journal"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -68,11 +67,6 @@ class InstalledNode(Node):
             self.client.channel.close()
             self.client = Client(self.socket)
             self.client.Version(deadline=10)
-
-    def pid(self, container: str) -> int:
-        """The process of a container, on the host."""
-        pid: int = json.loads(self.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
-        return pid
 
     def exec(self, container: str, *words: str) -> Spdy:
         """A command with a stream each way, as kubectl exec has it."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.https import fetched
 from tests.node.installed import SOCKET, InstalledNode, eventually
 
 pytestmark = pytest.mark.skipif(shutil.which("kubelet") is None, reason="kubelet is not on PATH")
@@ -78,10 +77,7 @@ class Kubelet:
 
     def get(self, path: str) -> str:
         """What it answers."""
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with urllib.request.urlopen(f"https://127.0.0.1:{PORT}{path}", context=context, timeout=60) as answer:
-            return str(answer.read().decode())
+        return fetched(f"https://127.0.0.1:{PORT}{path}", 60)
 
     def log(self) -> str:
         with open(f"{self.directory}/log", errors="replace") as f:

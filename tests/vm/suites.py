@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 RUNC = "runc"  # the stable suite's
 NEWER_RUNC = "/opt/newer/usr/sbin/runc"
@@ -39,6 +39,15 @@ def _daemon(driver: str, runtime: str) -> dict[str, str]:
     return {"E2E_CGROUP_DRIVER": driver, "E2E_RUNTIME": runtime, "CRITEST_RUNTIME": runtime}
 
 
+CRITEST = Suite(
+    "critest",
+    ["tests/conformance/test_critest.py", "-k", "all"],
+    {**_daemon("systemd", NEWER_RUNC), "CRITEST_CERTS": CERTS},
+    seconds=2400,
+    programs=["critest"],
+    default=False,
+)
+
 # The most worth first: what is over the budget is told, but not run.
 SUITES = (
     Suite("the package", ["tests/node/test_install.py", "tests/node/test_upgrade.py"], seconds=420),
@@ -49,23 +58,8 @@ SUITES = (
     Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
     Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
-    Suite(
-        "critest",
-        ["tests/conformance/test_critest.py", "-k", "all"],
-        {**_daemon("systemd", NEWER_RUNC), "CRITEST_CERTS": CERTS},
-        seconds=2400,
-        programs=["critest"],
-        default=False,
-    ),
-    Suite(
-        "critest with SELinux",
-        ["tests/conformance/test_critest.py", "-k", "all"],
-        {**_daemon("systemd", NEWER_RUNC), "CRITEST_CERTS": CERTS},
-        seconds=2400,
-        programs=["critest"],
-        default=False,
-        security="selinux",
-    ),
+    CRITEST,
+    replace(CRITEST, name="critest with SELinux", security="selinux"),
 )
 
 
