@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests import https
+from tests import https, static_pod
 from tests.e2e.node import Node
 from tests.e2e.streaming_client import eventually
 from tests.e2e.test_port_forward import Services, fetched
@@ -54,7 +54,8 @@ class Cluster:
         self.directory = f"{node.base}/kube"
         self.kubeconfig = f"{self.directory}/kubeconfig"
         self._processes: list[subprocess.Popen[bytes]] = []
-        os.makedirs(f"{self.directory}/manifests")
+        self.manifests = f"{self.directory}/manifests"
+        os.makedirs(self.manifests)
         subprocess.run(["ip", "address", "add", f"{ADDRESS}/32", "dev", "lo"], check=True)
 
     def start(self) -> None:
@@ -166,7 +167,8 @@ class Cluster:
                 "failSwapOn": False,
                 "cgroupDriver": "cgroupfs",
                 "enforceNodeAllocatable": [],
-                "staticPodPath": f"{self.directory}/manifests",
+                "staticPodPath": self.manifests,
+                "fileCheckFrequency": "2s",
                 "podLogsDir": f"{self.directory}/logs",
                 "volumePluginDir": f"{self.directory}/plugins",
                 "address": ADDRESS,
@@ -374,3 +376,8 @@ def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster):
     lines = [line for line in cluster.ask_kubelet("/metrics/cadvisor").splitlines() if 'pod="work"' in line]
     for metric in ("container_cpu_usage_seconds_total", "container_memory_working_set_bytes"):
         assert any(line.startswith(metric) and 'container="c"' in line for line in lines), metric
+
+
+@pytest.mark.parametrize("transport", ["websocket"], indirect=True)  # it has nothing to do with this
+def test_a_static_pod_is_started_probed_restarted_logged_and_removed(cluster: Cluster):
+    static_pod.live(cluster.node, cluster.manifests, "n1", cluster.ask_kubelet)

@@ -11,39 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests import static_pod
 from tests.https import fetched
-from tests.node.installed import SOCKET, InstalledNode, eventually
+from tests.node.installed import SOCKET, InstalledNode
 
 pytestmark = pytest.mark.skipif(shutil.which("kubelet") is None, reason="kubelet is not on PATH")
 
 PORT = 10250
-NAME = "work-node"  # a static pod has the node's name behind its own
-
-POD = {
-    "apiVersion": "v1",
-    "kind": "Pod",
-    "metadata": {"name": "work", "namespace": "default"},
-    "spec": {
-        "terminationGracePeriodSeconds": 1,
-        "containers": [
-            {
-                "name": "c",
-                "image": "localhost/busybox:latest",
-                "imagePullPolicy": "Never",
-                "command": ["sh", "-c", "echo started; touch /alive; exec sleep 1000"],
-                "resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "64Mi", "cpu": "500m"}},
-                "livenessProbe": {
-                    "exec": {"command": ["test", "-e", "/alive"]},
-                    "initialDelaySeconds": 5,
-                    "periodSeconds": 5,
-                    "timeoutSeconds": 30,
-                    "failureThreshold": 1,
-                },
-            }
-        ],
-    },
-}
 
 
 class Kubelet:
@@ -94,37 +68,17 @@ def kubelet(node: InstalledNode) -> Iterator[Kubelet]:
         kubelet.process.wait(60)
 
 
-def attempts(node: InstalledNode) -> dict[int, cri.Container]:
-    """The containers of the pod by attempt, those that run."""
-    chosen = cri.ContainerFilter(
-        label_selector={"io.kubernetes.pod.name": NAME}, state=cri.ContainerStateValue(state=cri.CONTAINER_RUNNING)
-    )
-    return {c.metadata.attempt: c for c in node.client.ListContainers(filter=chosen).containers}
-
-
 def test_a_static_pod_is_started_probed_restarted_logged_and_removed(node: InstalledNode, kubelet: Kubelet):
-    try:
-        with open(f"{kubelet.manifests}/work.json", "w") as f:
-            json.dump(POD, f)
-        eventually(lambda: 0 in attempts(node), 60)
-        first = attempts(node)[0].id
-        with open(f"/proc/{node.pid(first)}/cgroup") as f:
+    def is_in_its_slice(container: str) -> None:
+        with open(f"/proc/{node.pid(container)}/cgroup") as f:
             cgroup = f.read().strip().removeprefix("0::")
         assert cgroup.startswith("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod")
-        assert cgroup.endswith(f"/criserver-{first}.scope")
-        assert node.sh(first, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max") == f"{64 << 20}\n50000 100000\n"
-        eventually(lambda: "started" in kubelet.get(f"/containerLogs/default/{NAME}/c"))
-        # The probe is an ExecSync; it finds the file, until it is gone.
-        node.sh(first, "rm /alive")
-        eventually(lambda: 1 in attempts(node), 60)
-        status = node.status(first)
-        assert (status.state, status.exit_code) == (cri.CONTAINER_EXITED, 137)
-        summary = json.loads(kubelet.get("/stats/summary"))
-        (pod,) = (p for p in summary["pods"] if p["podRef"]["name"] == NAME)
-        assert pod["containers"][0]["memory"]["workingSetBytes"] > 0
-        assert pod["network"]["rxBytes"] >= 0
-        os.unlink(f"{kubelet.manifests}/work.json")
-        eventually(lambda: not attempts(node), 60)
+        assert cgroup.endswith(f"/criserver-{container}.scope")
+        limits = node.sh(container, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max")
+        assert limits == f"{64 << 20}\n50000 100000\n"
+
+    try:
+        static_pod.live(node, kubelet.manifests, "node", kubelet.get, is_in_its_slice)
     except AssertionError:
         print(kubelet.log())
         raise
