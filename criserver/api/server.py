@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from criserver.errors import CriError, UnimplementedError
+from criserver.runtime.attempts import deadline
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +67,8 @@ def _told(rpc: str, implementation: Handler) -> _Call:
     """The implementation with its errors told as gRPC statuses."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        remaining = context.time_remaining()
+        deadline.set(None if remaining is None else time.monotonic() + remaining)
         try:
             return await implementation(request)
         except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on

@@ -8,7 +8,9 @@ there to take.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import structlog
@@ -16,6 +18,13 @@ import structlog
 from criserver.errors import AlreadyExistsError
 
 log = structlog.get_logger(__name__)
+
+# When the caller of this call gives up, in seconds of the monotonic clock; None where it waits for ever.
+deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+# An answer that is given so shortly before the caller gives up, in seconds, may find it gone: its clock started
+# before ours, and that it is gone is told here only after a while.
+_TOO_LATE = 1.0
 
 
 @dataclass(slots=True)
@@ -34,8 +43,9 @@ class Attempts:
     async def run(self, name: str, request: bytes, work: Callable[[], Awaitable[str]]) -> str:
         """What ``work`` returns, started at most once for ``name`` until somebody is told.
 
-        Raises AlreadyExistsError where another request holds the name, and what ``work`` raises. A caller
-        that is cancelled leaves the work running.
+        Nobody is told where the caller was cancelled, or was about to give up when the outcome was there. Raises
+        AlreadyExistsError where another request holds the name, and what ``work`` raises. A caller that is
+        cancelled leaves the work running.
         """
         attempt = self._attempts.get(name)
         if attempt is not None and attempt.request != request:
@@ -57,7 +67,8 @@ class Attempts:
             raise
         finally:
             attempt.waiting -= 1
-        self._end(name, attempt)
+        if not _about_to_give_up():
+            self._end(name, attempt)
         return outcome
 
     def _end(self, name: str, attempt: _Attempt) -> None:
@@ -84,3 +95,8 @@ class Attempts:
             del self._attempts[name]
             words = "cancelled" if task.cancelled() else str(task.exception())
             log.warning("an attempt failed after its caller had gone", name=name, error=words)
+
+
+def _about_to_give_up() -> bool:
+    until = deadline.get()
+    return until is not None and until - time.monotonic() < _TOO_LATE

@@ -266,6 +266,24 @@ def test_a_call_that_the_caller_gave_up_is_met_by_its_retry(node: Node):
     assert [p.id for p in node.client.ListPodSandbox().items] == [pod]
 
 
+def test_a_caller_that_gives_up_as_the_answer_comes_is_met_by_its_retry(node: Node):
+    began = time.monotonic()
+    node.run_pod("patient")
+    usual = time.monotonic() - began
+    given_up = 0
+    for n in range(30):  # from half the time that it takes to twice that
+        deadline = usual * (0.5 + n * 0.05)
+        try:
+            first = node.client.RunPodSandbox(deadline=deadline, config=node.pod(f"late-{n}")).pod_sandbox_id
+        except grpc.RpcError as e:
+            assert e.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            given_up += 1
+            first = node.run_pod(f"late-{n}")
+        assert node.client.PodSandboxStatus(pod_sandbox_id=first).status.metadata.name == f"late-{n}"
+    assert given_up
+    assert len(node.client.ListPodSandbox().items) == 31
+
+
 def test_the_network_becomes_ready_without_a_restart(node: Node):
     def ready() -> cri.RuntimeCondition:
         return next(c for c in node.client.Status().status.conditions if c.type == "NetworkReady")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from criserver.errors import AlreadyExistsError, NotFoundError
-from criserver.runtime.attempts import Attempts
+from criserver.runtime.attempts import Attempts, deadline
 
 
 class Work:
@@ -48,6 +49,19 @@ async def test_a_retry_after_the_work_is_handed_the_outcome_nobody_took():
     await asyncio.sleep(0.01)
     assert await attempts.run("pod", b"r", work) == "id-1"
     assert await attempts.run("pod", b"r", work) == "id-2", "once told, the next is a call of its own"
+
+
+async def test_an_outcome_that_came_as_the_caller_gave_up_is_handed_to_its_retry():
+    attempts, work = Attempts(), Work()
+    work.end.set()
+
+    async def call(seconds: float) -> str:
+        deadline.set(time.monotonic() + seconds)
+        return await attempts.run("pod", b"r", work)
+
+    assert await asyncio.create_task(call(0.01)) == "id-1", "which its caller may not have read any more"
+    assert await asyncio.create_task(call(60)) == "id-1"
+    assert await asyncio.create_task(call(60)) == "id-2"
 
 
 async def test_an_outcome_nobody_took_is_dropped_with_its_sandbox():
