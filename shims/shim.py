@@ -122,6 +122,7 @@ class Shim:
         self._times: Message = {}
         self._status: int | None = None
         self._exit: Message = {}
+        self._gone: Message = {}
         self._deleted = False
         self._others = 0
         self._connect(first)
@@ -138,7 +139,7 @@ class Shim:
         else:
             self._loop.until(lambda: self._status is not None)
             self._finish()
-        if listener is not None:
+        if listener is not None and os.path.lexists(SOCKET):
             os.unlink(SOCKET)
 
     # The way up
@@ -267,14 +268,19 @@ class Shim:
                 for output in self._outputs.values():
                     output.end()
         self._log.close()
-        while not _save(EXIT_RECORD, record):
-            self._loop.rest(_SAVE_PAUSE)
+        saved = _save(EXIT_RECORD, record)
         self._exit = record
         self._state = "exited"
         self._tell({"event": "exited", **record})
         error = self._delete()
         self._loop.until(lambda: not self._execs, _LAST_DRAIN)
-        self._tell({"event": "gone", "error": error} if error else {"event": "gone"})
+        self._gone = {"event": "gone", "error": error} if error else {"event": "gone"}
+        self._tell(self._gone)
+        # On a full disk the record is kept here, for a daemon to come, until it can be saved. The removal of the
+        # container may be what makes room: it takes the directory away, which ends this.
+        while not saved:
+            self._loop.rest(_SAVE_PAUSE)
+            saved = _save(EXIT_RECORD, record)
 
     def _drained(self, limit: float) -> bool:
         return self._loop.until(lambda: all(output.ended for output in self._outputs.values()), limit)
@@ -310,6 +316,8 @@ class Shim:
         self._channels[channel.fileno()] = channel
         self._loop.watch(channel.fileno(), select.EPOLLIN, lambda _: self._serve(channel))
         self._send(channel, self._greeting())
+        if self._gone:
+            self._send(channel, self._gone)
 
     def _hang_up(self, channel: Channel) -> None:
         """Close a connection; what it owned ends with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import grpc
@@ -124,15 +125,16 @@ def test_attach_after_the_daemon_was_killed(node: Node, pod: str):
 
 def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: str):
     """For ten seconds the process waits for it, as for a slow terminal."""
-    container = node.run(pod, "c", ["sh", "-c", "read x; while true; do echo $x $x $x $x $x $x; done"], stdin=True)
+    container = node.run(pod, "c", ["sh", "-c", "read x; yes $x | head -c 50000000; sleep 1000"], stdin=True)
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
+    began = time.monotonic()
     client.send("stdin", b"noise\n")
-    time.sleep(16)
+    log = node.status(container).log_path
+    eventually(lambda: os.path.getsize(log) > 50_000_000, 60)
+    assert time.monotonic() - began > 10
     status = client.finish()
     assert status["status"] == "Failure"
     assert "was not taken in time" in status["message"]
-    size = len(node.log(container))
-    eventually(lambda: len(node.log(container)) > size)
     node.client.StopContainer(container_id=container, timeout=0)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -229,19 +230,45 @@ def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: No
     assert e.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@contextlib.contextmanager
+def filled(mount: str) -> Iterator[None]:
+    """No room on a tmpfs."""
+    size = os.statvfs(mount)
+    used = (size.f_blocks - size.f_bfree) * size.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={used}", mount], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,size=8g", mount], check=True)
+
+
 def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node):
     pod = node.run_pod("full")
     container = node.run(pod, "c", ["sleep", "1000"])
-    size = os.statvfs(node.root)
-    used = (size.f_blocks - size.f_bfree) * size.f_frsize
-    subprocess.run(["mount", "-o", f"remount,size={used}", node.root], check=True)
-    try:
+    with filled(node.root):
         node.client.StopContainer(container_id=container, timeout=0)
         assert node.status(container).exit_code == 137
         node.client.StopPodSandbox(pod_sandbox_id=pod)
-    finally:
-        subprocess.run(["mount", "-o", "remount,size=8g", node.root], check=True)
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
+
+
+def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node):
+    """Here the daemon's log is full too."""
+    pod = node.run_pod("full")
+    stopped, ended = node.run(pod, "stopped", ["sleep", "1000"]), node.run(pod, "ended", ["sleep", "1000"])
+    with filled(node.base):
+        node.client.StopContainer(container_id=stopped, timeout=0)
+        assert node.status(stopped).exit_code == 137
+        pid = node.pid(ended)
+        node.kill()
+        os.kill(pid, signal.SIGKILL)
+        node.start()
+        assert node.wait(ended).exit_code == 137
+        node.client.RemoveContainer(container_id=ended)
+        assert not os.path.exists(f"{node.state}/containers/{ended}")
+        node.client.StopPodSandbox(pod_sandbox_id=pod)
+        node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    assert not node.leftovers()
 
 
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +44,72 @@ def test_a_terminal_gets_text():
     assert "the reason" in text
     with pytest.raises(ValueError):
         json.loads(text.splitlines()[0])
+
+
+MANY = """
+import sys, structlog
+from criserver import logs
+logs.set_up("info", "json")
+log = structlog.get_logger()
+for n in range(1000):
+    log.info("line", number=n, more="x" * 200)
+print("done", flush=True)
+sys.stdin.readline()
+log.info("after")
+"""
+
+
+def start_many(stderr: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MANY]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    process.communicate("go on\n", timeout=20)
+    assert process.returncode == 0
+
+
+def test_a_reader_that_is_stuck_is_not_waited_for_and_told_what_it_missed():
+    reader, writer = os.pipe()
+    process = start_many(writer)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "done\n"
+    assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_NONBLOCK, "whose pipe it is besides sees nothing of it"
+    os.close(writer)
+    before = os.read(reader, 1 << 20)
+    finish(process)
+    *some, last = (before + os.read(reader, 1 << 20)).splitlines()
+    told = json.loads(last)
+    assert told["event"] == "after"
+    whole = [line for line in some if line.endswith(b"}")]
+    assert len(some) - len(whole) <= 1
+    assert told["dropped"] == 1000 - len(whole)
+    os.close(reader)
+
+
+def test_a_reader_that_is_gone_is_no_reason_to_fail():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start_many(writer)
+    os.close(writer)
+    finish(process)
+
+
+def test_a_full_disk_is_no_reason_to_fail(tmp_path: Path):
+    with open("/dev/full", "wb") as full:
+        finish(start_many(full.fileno()))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "full", tmp_path], check=True)
+    try:
+        with open(tmp_path / "log", "wb") as log:
+            process = start_many(log.fileno())
+            assert process.stdout is not None
+            assert process.stdout.readline() == "done\n"
+            subprocess.run(["mount", "-o", "remount,size=1m", tmp_path], check=True)
+            finish(process)
+        *some, last = (tmp_path / "log").read_bytes().splitlines()
+        whole = [line for line in some if line.endswith(b"}")]
+        assert len(some) - len(whole) <= 1
+        assert json.loads(last)["event"] == "after"
+        assert json.loads(last)["dropped"] == 1000 - len(whole)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
