@@ -33,6 +33,10 @@ log = structlog.get_logger(__name__)
 _ADVICE = "stop it first: `systemctl stop criserver`, or end that process"
 # Pods that are taken down at the same time: each runs network plugins.
 _AT_ONCE = 16
+# How often, and with which seconds between, what is left is looked for: a shim that could not write its exit code to a
+# full disk looks once a second whether it still has to.
+_LOOKS = 20
+_PAUSE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,8 +87,8 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             pods, containers = len(node.registry.sandboxes), len(node.registry.containers)
             if not agreed(pods, containers):
                 return None
-            there = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
-            unrecorded = there - node.registry.sandboxes.keys()
+            found = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
+            unrecorded = found - node.registry.sandboxes.keys()
             await recover(node)
             running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
             # What does not end is met again below, with its pod.
@@ -105,7 +109,11 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
         store.close()
     left = [words for fatal, words in filter(None, told) if fatal]
     failures = [words for fatal, words in filter(None, told) if not fatal]
-    return Outcome(pods, containers, tuple(failures), (*left, *_left(config)))
+    for _ in range(_LOOKS):
+        if not (there := tuple(_left(config))):
+            break
+        await asyncio.sleep(_PAUSE)
+    return Outcome(pods, containers, tuple(failures), (*left, *there))
 
 
 async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tuple[bool, str] | None:

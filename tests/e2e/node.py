@@ -272,6 +272,18 @@ class Node:
         return result.stdout.decode()
 
 
+@contextlib.contextmanager
+def filled(mount: str) -> Iterator[None]:
+    """No room on a tmpfs."""
+    size = os.statvfs(mount)
+    used = (size.f_blocks - size.f_bfree) * size.f_frsize
+    subprocess.run(["mount", "-o", f"remount,size={used}", mount], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,size=8g", mount], check=True)
+
+
 def processes() -> Iterator[tuple[int, str]]:
     """The PIDs of all processes, each with its command line and its directory, which is what tells shims apart."""
     for name in os.listdir("/proc"):

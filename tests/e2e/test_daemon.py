@@ -13,14 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.node import DRIVER, Node
+from tests.e2e.node import DRIVER, Node, filled
+from tests.e2e.streaming_client import eventually
 
 
 def test_the_socket_is_roots_alone(node: Node):
@@ -230,18 +230,6 @@ def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: No
     assert e.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-@contextlib.contextmanager
-def filled(mount: str) -> Iterator[None]:
-    """No room on a tmpfs."""
-    size = os.statvfs(mount)
-    used = (size.f_blocks - size.f_bfree) * size.f_frsize
-    subprocess.run(["mount", "-o", f"remount,size={used}", mount], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["mount", "-o", "remount,size=8g", mount], check=True)
-
-
 def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node):
     pod = node.run_pod("full")
     container = node.run(pod, "c", ["sleep", "1000"])
@@ -268,7 +256,7 @@ def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node):
         assert not os.path.exists(f"{node.state}/containers/{ended}")
         node.client.StopPodSandbox(pod_sandbox_id=pod)
         node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    assert not node.leftovers()
+        eventually(lambda: not node.leftovers())
 
 
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):

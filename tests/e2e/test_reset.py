@@ -14,7 +14,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.e2e.conftest import serving
-from tests.e2e.node import BRIDGE, NETWORK, Node, own_cgroups, processes
+from tests.e2e.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
 
 
 @pytest.fixture
@@ -71,6 +71,16 @@ def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: No
     done = reset(node, "--yes", "--images")
     assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n"), done.stderr
     assert os.listdir(node.root) == []  # it is a file system of its own here
+
+
+def test_a_full_state_directory(own_node: Node):
+    node = own_node
+    node.run(node.run_pod("full"), "c", ["sleep", "1000"])
+    node.kill()
+    with filled(node.base):
+        done = reset(node, "--yes", "--grace", "0")
+    assert (done.returncode, done.stdout) == (0, "removed 1 pod and 1 container\n"), done.stderr
+    assert traces(node) == []
 
 
 def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node):
