@@ -35,6 +35,7 @@ from snapshotter.errors import SnapshotError, SnapshotNotFoundError
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.streams import COMPRESSIONS
+from snapshotter.tasks import outlive
 from snapshotter.threads import in_thread
 from snapshotter.tree import Usage
 
@@ -201,7 +202,7 @@ class Snapshotter:
             task.add_done_callback(lambda _: self._land(chain_id, flight))
         flight.waiters += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await outlive(flight.task)
         except asyncio.CancelledError:
             if flight.waiters == 1 and not flight.task.done():
                 # Whoever asks from now on starts anew and does not join an unpack that is going down.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
+from snapshotter.tasks import outlive
+
 _T = TypeVar("_T")
 
 
@@ -14,7 +16,7 @@ async def in_thread(function: Callable[..., _T], *arguments: Any, executor: Exec
     """Run in a thread; a cancelled caller waits for its end, as what it works on must not be closed under it."""
     work = asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
     try:
-        return await asyncio.shield(work)
+        return await outlive(work)
     except asyncio.CancelledError:
         await asyncio.wait([work])
         raise

@@ -46,6 +46,7 @@ from criserver.images.settings import RegistrySettings
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
 from snapshotter import Layer, SnapshotError, Snapshotter
+from snapshotter.tasks import outlive
 from snapshotter.threads import in_thread
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Images:
             pull.task.add_done_callback(lambda _: self._forget(key, pull))
         pull.waiters += 1
         try:
-            return await asyncio.shield(pull.task)
+            return await outlive(pull.task)
         except asyncio.CancelledError:
             if pull.waiters == 1 and not pull.task.done():
                 # Whoever asks from now on starts anew and does not join a pull that is going down.
@@ -345,7 +346,7 @@ class Images:
         task = asyncio.create_task(self._collect())
         self._collections.add(task)
         task.add_done_callback(self._collections.discard)
-        return await asyncio.shield(task)
+        return await outlive(task)
 
     async def _collect(self) -> FsUsage:
         size = inodes = 0

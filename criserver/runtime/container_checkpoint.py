@@ -36,6 +36,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, checkpoint_archive, strays
 from criserver.runtime.node import Checkpoint, Node
 from criserver.runtime.records import Container, ContainerState
+from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +81,7 @@ async def checkpoint_container(node: Node, given: str, location: str, timeout: f
     elif found.location != location:
         raise AlreadyExistsError(f"container {container_id} is being checkpointed to {found.location}; wait for that")
     assert found.task is not None
-    await asyncio.shield(found.task)
+    await outlive(found.task)
 
 
 async def recover_checkpoints(node: Node) -> None:

@@ -25,6 +25,7 @@ from criserver.runtime.shims import Link, Nursery
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from snapshotter import Snapshotter
+from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
 
@@ -126,7 +127,7 @@ class Node:
 
     async def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Await work that goes on to its end even where the caller is cancelled."""
-        await asyncio.shield(self.begin(work))
+        await outlive(self.begin(work))
 
     async def settle(self) -> None:
         """Wait for what is under way, at the daemon's orderly stop; what may last is ended early."""

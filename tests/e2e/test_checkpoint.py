@@ -304,6 +304,18 @@ def test_a_caller_that_gives_up_leaves_the_work_to_its_end(node: Node, criu: Cri
     assert_counts(node, counter)
 
 
+def test_a_failure_after_the_caller_gave_up_is_told_in_the_log(node: Node, criu: Criu, counter: str, tmp_path: Path):
+    """And asyncio has nothing to complain of, which is looked at after each test."""
+    criu.script('[ "$1" = check ] || { sleep 0.5; exit 1; }')
+    with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
+        node.client.CheckpointContainer(deadline=0.3, container_id=counter, location=f"{tmp_path}/c.tar", timeout=60)
+    deadline = time.monotonic() + 20
+    while "work failed after its caller had gone" not in node.daemon_log():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert_nothing_left(node, tmp_path)
+
+
 def test_a_retry_meets_the_attempt_under_way(node: Node, criu: Criu, counter: str, tmp_path: Path):
     criu.script('[ "$1" = check ] || { sleep 1; exit 1; }')
     with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
