@@ -24,7 +24,6 @@ from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.runtime.records import Container, SandboxState
 from criserver.runtime.shims import Link
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
-from snapshotter.tasks import outlive
 
 DIAL_TIMEOUT = 30.0  # seconds
 # A WebSocket's channels are named by one character; each port takes two.
@@ -205,7 +204,7 @@ async def _carry(
         async with asyncio.TaskGroup() as group:
             feeding = [group.create_task(work) for work in inputs]
             draining = [group.create_task(flow.run()) for flow in flows]
-            code = 0 if ended is None else await outlive(ended)
+            code = 0 if ended is None else await asyncio.shield(ended)
             if ended is None:
                 await asyncio.wait(draining)
             else:
