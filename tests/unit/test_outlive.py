@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from snapshotter.tasks import outlive
 from snapshotter.threads import in_thread
+from tests.unit.test_attempts import cancelled
 
 
 @pytest.fixture
@@ -23,14 +24,6 @@ async def complaints() -> list[str]:
 async def fail() -> None:
     await asyncio.sleep(0.01)
     raise ValueError("too late")
-
-
-async def give_up(call) -> None:
-    caller = asyncio.ensure_future(call)
-    await asyncio.sleep(0)
-    caller.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await caller
 
 
 async def test_who_waits_has_the_outcome():
@@ -46,7 +39,7 @@ async def test_who_waits_has_the_outcome():
 async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints: list[str]):
     with capture_logs() as logs:
         work = asyncio.ensure_future(fail())
-        await give_up(outlive(work))
+        await cancelled(outlive(work))
         assert not work.done()
         await asyncio.wait([work])
         del work
@@ -62,7 +55,7 @@ async def test_a_thread_that_fails_after_its_caller_was_cancelled(complaints: li
         raise OSError("busy")
 
     with capture_logs() as logs:
-        await give_up(in_thread(work))
+        await cancelled(in_thread(work))
         await asyncio.sleep(0)
         gc.collect()
     assert [line["error"] for line in logs] == ["busy"]
