@@ -26,7 +26,7 @@ unit: $(VENV)/ready
 	$(BIN)/pytest tests/unit
 
 e2e: test-packages $(VENV)/ready
-	$(BIN)/pytest tests/e2e tests/conformance
+	$(BIN)/pytest tests/e2e tests/security tests/conformance
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
