@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+# The largest ID of a user or group: 2^32-1 means "none" to the kernel (setreuid(2), chown(2)).
+MAX_ID = 2**32 - 2
+# Supplementary groups of a process (NGROUPS_MAX, getgroups(2)).
+MAX_GROUPS = 65_536
+
 
 class NamespaceMode(enum.Enum):
     """Whose namespace a pod or container is in (CRI NamespaceMode)."""

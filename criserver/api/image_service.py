@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from criserver.api import views
+from criserver.api.lists import made
 from criserver.errors import InvalidArgumentError
 from criserver.images import Credentials, Images
 from criserver.images.credentials import decode_basic
@@ -28,11 +29,11 @@ class ImageService:
 
     async def list_images(self, request: cri.ListImagesRequest) -> cri.ListImagesResponse:
         wanted = request.filter.image.image
-        return cri.ListImagesResponse(images=[views.image(i) for i in self._images.list(wanted or None)])
+        return cri.ListImagesResponse(images=made(self._images.list(wanted or None), views.image))
 
     async def stream_images(self, request: cri.StreamImagesRequest) -> AsyncIterator[cri.StreamImagesResponse]:
-        for image in self._images.list(request.filter.image.image or None):
-            yield cri.StreamImagesResponse(images=[views.image(image)])
+        for image in made(self._images.list(request.filter.image.image or None), views.image):
+            yield cri.StreamImagesResponse(images=[image])
 
     async def image_status(self, request: cri.ImageStatusRequest) -> cri.ImageStatusResponse:
         image = self._images.get(_named(request.image))

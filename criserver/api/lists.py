@@ -1,4 +1,6 @@
-"""Lists as joins of bytes already serialised.
+"""Lists: entries that are made one by one, and joins of bytes already serialised.
+
+An entry that cannot be made is left out and told to the log: one bad record never fails the answer for all.
 
 A repeated field is a concatenation on the wire (protobuf encoding, "Message structure"), so the answer to
 ListContainers is its entries' fragments one after the other. Records are frozen: a fragment is good for as
@@ -7,8 +9,12 @@ long as the record is the same object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 
 class _Identified(Protocol):
@@ -17,6 +23,18 @@ class _Identified(Protocol):
 
 
 Record = TypeVar("Record", bound=_Identified)
+Entry = TypeVar("Entry")
+
+
+def made(records: Iterable[Record], make: Callable[[Record], Entry]) -> Iterator[Entry]:
+    """The entry that ``make`` gives for each record, without those that it raises for."""
+    for record in records:
+        try:
+            entry = make(record)
+        except Exception:
+            log.exception("left out of a list: its entry cannot be made", id=record.id)
+        else:
+            yield entry
 
 
 class Fragments(Generic[Record]):
@@ -34,6 +52,7 @@ class Fragments(Generic[Record]):
         for record in records:
             entry = kept.get(record.id)
             if entry is None or entry[0] is not record:
-                entry = kept[record.id] = (record, self._make(record))
+                # Nothing where it cannot be made; that is kept, too, and told once.
+                entry = kept[record.id] = (record, next(made((record,), self._make), b""))
             parts.append(entry[1])
         return b"".join(parts)

@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from criserver import __version__
 from criserver.api import views
 from criserver.api.filters import batches, selected
-from criserver.api.lists import Fragments
+from criserver.api.lists import Fragments, made
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -116,11 +116,10 @@ class RuntimeService(StatsRpcs):
             raise NotFoundError(f"pod sandbox {request.pod_sandbox_id} is still being made")
         response = cri.PodSandboxStatusResponse(
             status=views.sandbox_status(sandbox),
-            containers_statuses=[
-                views.container_status(c)
-                for c in self._node.registry.containers_of(sandbox.id)
-                if c.state is not ContainerState.CREATING
-            ],
+            containers_statuses=made(
+                (c for c in self._node.registry.containers_of(sandbox.id) if c.state is not ContainerState.CREATING),
+                views.container_status,
+            ),
             timestamp=time.time_ns(),
         )
         if request.verbose:
@@ -206,13 +205,13 @@ class RuntimeService(StatsRpcs):
         self, request: cri.StreamPodSandboxesRequest
     ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
         for batch in batches(self._filtered_sandboxes(request.filter)):
-            yield cri.StreamPodSandboxesResponse(pod_sandboxes=[views.sandbox(s) for s in batch])
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=made(batch, views.sandbox))
 
     async def stream_containers(
         self, request: cri.StreamContainersRequest
     ) -> AsyncIterator[cri.StreamContainersResponse]:
         for batch in batches(self._filtered_containers(request.filter)):
-            yield cri.StreamContainersResponse(containers=[views.container(c) for c in batch])
+            yield cri.StreamContainersResponse(containers=made(batch, views.container))
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)

@@ -10,7 +10,9 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import partial
 
+from criserver.api.lists import made
 from criserver.model import NamespaceMode
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
@@ -74,8 +76,8 @@ class StatsViews:
     async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
         """Statistics of each container."""
         self._retain()
-        for record in records:
-            yield self.container(record)
+        for found in made(records, self.container):
+            yield found
             await asyncio.sleep(0)
 
     async def sandbox(self, record: Sandbox) -> cri.PodSandboxStats:
@@ -89,8 +91,12 @@ class StatsViews:
         wanted = list(records)
         networks = await self._networks(wanted)
         members = self._members()
-        for record in wanted:
-            yield self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
+
+        def make(record: Sandbox) -> cri.PodSandboxStats:
+            return self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
+
+        for found in made(wanted, make):
+            yield found
             await asyncio.sleep(0)
 
     async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
@@ -107,22 +113,24 @@ class StatsViews:
         counts = await asyncio.to_thread(survey, pids.values(), _SURVEY_TIME)
         descriptors = dict(zip(pids, counts, strict=True))
         file_system = await asyncio.to_thread(_file_system, self._directory)
-        for pod, containers in pods:
+
+        def make_pod(pod: Sandbox) -> cri.PodSandboxMetrics:
             interfaces = networks.get(self._network_namespace(pod), ())
-            processes = sum(len(pids[key]) for key in (pod.id, *(c.id for c in containers)))
-            response = cri.PodSandboxMetrics(
-                pod_sandbox_id=pod.id,
-                metrics=_metrics(self._pod_subject(pod, processes, interfaces), _pod_labels(pod)),
-            )
-            for container in containers:
-                subject = self._container_subject(
-                    pod, container, len(pids[container.id]), descriptors[container.id], file_system
-                )
-                response.container_metrics.add(
-                    container_id=container.id, metrics=_metrics(subject, _container_labels(pod, container))
-                )
-                await asyncio.sleep(0)
-            yield response
+            own = (pod.id, *(c.id for c in members.get(pod.id, []) if c.id in pids))
+            subject = self._pod_subject(pod, sum(len(pids[key]) for key in own), interfaces)
+            return cri.PodSandboxMetrics(pod_sandbox_id=pod.id, metrics=_metrics(subject, _pod_labels(pod)))
+
+        def make_container(pod: Sandbox, container: Container) -> cri.ContainerMetrics:
+            key = container.id
+            subject = self._container_subject(pod, container, len(pids[key]), descriptors[key], file_system)
+            return cri.ContainerMetrics(container_id=key, metrics=_metrics(subject, _container_labels(pod, container)))
+
+        for pod, containers in pods:
+            for response in made((pod,), make_pod):
+                for found in made(containers, partial(make_container, pod)):
+                    response.container_metrics.append(found)
+                    await asyncio.sleep(0)
+                yield response
 
     def _writable_layer(self, record: Container) -> cri.FilesystemUsage | None:
         usage = self._node.stats.disk.latest(record.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from criserver.api.lists import made
 from criserver.images import Image
 from criserver.model import NamespaceMode, Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -120,7 +121,7 @@ def event(happened: Event) -> cri.ContainerEventResponse:
         container_event_type=_EVENTS[happened.type],
         created_at=happened.at,
         pod_sandbox_status=sandbox_status(happened.sandbox),
-        containers_statuses=[container_status(c) for c in seen],
+        containers_statuses=made(seen, container_status),
     )
 
 
@@ -134,10 +135,11 @@ def image(record: Image) -> cri.Image:
         pinned=record.pinned,
         spec=cri.ImageSpec(image=record.id),
     )
-    if record.uid is not None:
-        found.uid.value = record.uid
-    elif record.username:
-        found.username = record.username
+    match record.user.user:
+        case int(number):
+            found.uid.value = number
+        case name:
+            found.username = name
     return found
 
 

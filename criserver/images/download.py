@@ -13,11 +13,12 @@ from criserver.images.exchange import Exchange
 from criserver.images.hosts import Host
 from criserver.images.manifests import Descriptor
 from criserver.images.retries import TryAgainError
+from criserver.numbers import decimal
 
 # What is progress: a server that sends a byte a second makes none.
 MIN_PROGRESS = 16 << 10
 
-_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)")
 
 
 class Download:
@@ -87,7 +88,11 @@ class Download:
 
     def _check_range(self, response: aiohttp.ClientResponse, offset: int) -> None:
         found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if found is None or int(found[1]) != offset or found[2] not in ("*", str(self._descriptor.size)):
+        if (
+            found is None
+            or decimal(found[1], self._descriptor.size) != offset
+            or found[2] not in ("*", str(self._descriptor.size))
+        ):
             raise DataLossError(
                 f"blob {self._descriptor.digest}: asked for what comes after {offset} of {self._descriptor.size} "
                 f"bytes, and the server sends {response.headers.get('Content-Range', 'something')[:100]!r}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from criserver.errors import CriError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.images import references
+from criserver.images import references, users
 from criserver.images.archive import open_archive
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials, load_docker_config
@@ -43,6 +43,7 @@ from criserver.images.progress import LayerProgress, progress
 from criserver.images.pull import Lease, Loader
 from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
+from criserver.images.users import ImageUser
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
 from snapshotter import Layer, SnapshotError, Snapshotter
@@ -77,19 +78,9 @@ class Image:
     pinned: bool
 
     @property
-    def uid(self) -> int | None:
-        """The number of the image's user, where it is given as a number (CRI Image.uid)."""
-        user = self._user
-        return int(user) if user.isascii() and user.isdecimal() and int(user) < 2**63 else None
-
-    @property
-    def username(self) -> str:
-        """The name of the image's user; "" where it has none or a number (CRI Image.username)."""
-        return "" if self.uid is not None else self._user
-
-    @property
-    def _user(self) -> str:
-        return self.config.user.partition(":")[0]
+    def user(self) -> ImageUser:
+        """Who its containers run as where nobody says otherwise. Raises InvalidArgumentError for what is no user."""
+        return users.parse(self.config.user)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import jsonschema
 import referencing
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+from criserver.images import users
 from criserver.images.platforms import Platform, rank
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -161,6 +162,10 @@ def parse_config(body: bytes, what: str) -> Configuration:
         stop_signal=found.get("StopSignal", ""),
         exposed_ports=tuple(sorted(found.get("ExposedPorts") or ())),
     )
+    try:
+        users.parse(process.user)
+    except InvalidArgumentError as e:
+        raise InvalidArgumentError(f"{what} is invalid: {e}") from e
     platform = Platform(document["os"], document["architecture"], document.get("variant", ""))
     return Configuration(platform, tuple(document["rootfs"]["diff_ids"]), process)
 

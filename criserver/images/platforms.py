@@ -7,6 +7,8 @@ from __future__ import annotations
 import platform as host
 from dataclasses import dataclass
 
+from criserver.numbers import decimal
+
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
     "aarch64": ("arm64", ""),
@@ -90,5 +92,4 @@ def _variant(platform: Platform) -> int | None:
     """The number of a variant such as v8; None for one that is no number."""
     if not platform.variant:
         return _IMPLIED_VARIANTS.get(platform.architecture, 0)
-    number = platform.variant.removeprefix("v")
-    return int(number) if number.isascii() and number.isdecimal() and int(number) < _MAX_VARIANT - 1 else None
+    return decimal(platform.variant.removeprefix("v"), _MAX_VARIANT - 2)

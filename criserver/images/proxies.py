@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from criserver.errors import FailedPreconditionError
+from criserver.numbers import decimal
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -71,7 +72,7 @@ def _matches(entry: str, host: str, address: ipaddress.IPv4Address | ipaddress.I
         return address is not None and address in network
     name, colon, number = entry.rpartition(":")
     if colon and number.isdecimal():
-        if int(number) != port:
+        if decimal(number, 65535) != port:
             return False
         entry = name
     if address is not None:

@@ -20,7 +20,7 @@ import jsonschema
 import structlog
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.oci import files
+from snapshotter import files
 
 Spec = dict[str, Any]
 Stat = Callable[[str], os.stat_result]

@@ -22,7 +22,7 @@ from typing import Any
 import jsonschema
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
-from criserver.oci import files
+from snapshotter import files
 
 Seccomp = dict[str, Any]
 

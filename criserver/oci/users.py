@@ -1,100 +1,82 @@
-"""Who a container runs as: names and numbers looked up in the image's own /etc/passwd and /etc/group.
+"""Who a container runs as: numbers as they are given, names looked up in the image's own account files.
 
 The rules are the field's for USER of an image ("user", "user:group", each a name or a number) with the CRI
 fields run_as_user, run_as_username and run_as_group over it (OCI image-spec config "User"; CRI
-LinuxContainerSecurityContext).
+LinuxContainerSecurityContext). A number is never looked up as a name: an image could name a root account "1000".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import BinaryIO
 
 from criserver.errors import FailedPreconditionError
-from criserver.model import User
+from criserver.model import MAX_GROUPS, User
+from criserver.oci.accounts import Account, accounts, claimed, group_id, memberships
 
-_MAX_ID = 2**32 - 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Account:
-    name: str
-    uid: int
-    gid: int
+_SHOWN = 64
 
 
 def resolve(
     *,
-    image_user: str,
-    run_as_user: int | None,
-    run_as_username: str,
-    run_as_group: int | None,
+    user: int | str,
+    group: int | str,
     supplemental: tuple[int, ...],
     strict: bool,
-    passwd: str,
-    group: str,
+    passwd: BinaryIO,
+    groups: BinaryIO,
 ) -> User:
     """The numbers for one container.
 
-    ``passwd`` and ``group`` are the texts of the image's files, "" where it has none. A number need not be in
-    them; a name must be. With ``strict`` only ``supplemental`` is added; without, also every group that the
-    image puts the user in. Raises FailedPreconditionError that names the missing user or group.
+    ``user`` and ``group`` are numbers or names. With "" the user is root, and the group that of the user's account.
+    ``passwd`` and ``groups`` are the image's files, empty where it has none; a number need not be in them, a name must
+    be. With ``strict`` only ``supplemental`` is added; without, also every group that the image puts the user in.
+    Raises FailedPreconditionError that names the missing user or group, and for more groups than the kernel takes.
     """
-    accounts = _accounts(passwd)
-    wanted_group = ""
-    if run_as_user is not None:
-        wanted = str(run_as_user)
-    elif run_as_username:
-        wanted = run_as_username
-    else:
-        wanted, _, wanted_group = image_user.partition(":")
-    account = _account(wanted or "0", accounts, named=bool(run_as_username) and run_as_user is None)
-    gid = run_as_group if run_as_group is not None else account.gid
-    if run_as_group is None and wanted_group:
-        gid = _group_id(wanted_group, group)
-    memberships = () if strict else _memberships(account.name, group)
-    return User(account.uid, gid, tuple(sorted({gid, *supplemental, *memberships})))
+    account = _account(user or 0, passwd)
+    gid = account.gid if group == "" else _gid(group, groups)
+    found = {gid, *supplemental}
+    if account.name and not strict:
+        groups.seek(0)
+        found |= memberships(groups, account.name)
+    if len(found) > MAX_GROUPS:
+        raise FailedPreconditionError(f"the container has {len(found)} groups; the kernel takes {MAX_GROUPS}")
+    groups.seek(0)
+    if others := claimed(groups, found):
+        # The process has its primary group all the same.
+        found.discard(gid)
+        if others & found:
+            raise FailedPreconditionError(
+                f"the image's /etc/group has a group of another ID that is named '{min(others & found)}', which the "
+                "OCI runtime may take for the number; build the image without that name"
+            )
+    return User(account.uid, gid, tuple(sorted(found)))
 
 
-def _accounts(passwd: str) -> list[_Account]:
-    """The well-formed lines of a passwd file; images hold all kinds of others, which are passed over."""
-    found = []
-    for line in passwd.splitlines():
-        fields = line.split(":")
-        if len(fields) >= 4 and fields[2].isdecimal() and fields[3].isdecimal():
-            found.append(_Account(fields[0], int(fields[2]), int(fields[3])))
-    return found
-
-
-def _account(wanted: str, accounts: list[_Account], *, named: bool) -> _Account:
-    for account in accounts:
-        if account.name == wanted:
+def _account(user: int | str, passwd: BinaryIO) -> Account:
+    if isinstance(user, int):
+        return next((a for a in accounts(passwd) if a.uid == user), Account(b"", user, 0))
+    name = _name(user)
+    for account in accounts(passwd):
+        if account.name == name:
             return account
-    if wanted.isdecimal() and int(wanted) <= _MAX_ID and not named:
-        uid = int(wanted)
-        return next((a for a in accounts if a.uid == uid), _Account("", uid, 0))
     raise FailedPreconditionError(
-        f"user {wanted!r} is not in the image's /etc/passwd; name one that is, or give a number"
+        f"user {user[:_SHOWN]!r} is not in the image's /etc/passwd; name one that is, or give a number"
     )
 
 
-def _group_id(wanted: str, group: str) -> int:
-    for line in group.splitlines():
-        fields = line.split(":")
-        if len(fields) >= 3 and fields[0] == wanted and fields[2].isdecimal():
-            return int(fields[2])
-    if wanted.isdecimal() and int(wanted) <= _MAX_ID:
-        return int(wanted)
-    raise FailedPreconditionError(
-        f"group {wanted!r} is not in the image's /etc/group; name one that is, or give a number"
-    )
+def _name(text: str) -> bytes:
+    """A name as it stands in a file. Raises FailedPreconditionError for a number, which is nobody's name."""
+    if text.isascii() and text.isdigit():
+        raise FailedPreconditionError(f"{text[:_SHOWN]!r} is given as a name and is a number; give it as a number")
+    return text.encode()
 
 
-def _memberships(user: str, group: str) -> tuple[int, ...]:
-    if not user:
-        return ()
-    found = []
-    for line in group.splitlines():
-        fields = line.split(":")
-        if len(fields) >= 4 and fields[2].isdecimal() and user in fields[3].split(","):
-            found.append(int(fields[2]))
-    return tuple(found)
+def _gid(group: int | str, groups: BinaryIO) -> int:
+    if isinstance(group, int):
+        return group
+    found = group_id(groups, _name(group))
+    if found is None:
+        raise FailedPreconditionError(
+            f"group {group[:_SHOWN]!r} is not in the image's /etc/group; name one that is, or give a number"
+        )
+    return found

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import io
 import json
 import os
 import secrets
 import signal
 import time
+from functools import partial
+from typing import BinaryIO
 
 import structlog
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
+from criserver.numbers import decimal
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, filesystems, host, selinux
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
-from snapshotter import mounts
+from snapshotter import files, mounts
 
 log = structlog.get_logger(__name__)
 
-# Larger account files than this are not looked into: they would be read for every container.
+# Bytes. Larger account files than this are refused: they are read for every container, and the OCI runtime reads them
+# whole. Those of real images have a few thousand; 4 MiB are some 60,000 accounts.
 _MAX_ACCOUNTS = 4 << 20
 
 
@@ -141,7 +147,8 @@ async def _prepare(
                 await asyncio.to_thread(selinux.relabel, mount.host_path, labels.files)
     user = await asyncio.to_thread(_user, config, image, rootfs)
     pod = pod_facts(node, sandbox)
-    document = spec.build(
+    build = partial(
+        spec.build,
         config=config,
         image=defaults,
         user=user,
@@ -156,9 +163,15 @@ async def _prepare(
         mount_label=labels.files,
         annotations=_annotations(sandbox, container),
     )
-    with open(os.path.join(node.container_dir(container.id), "config.json"), "w") as f:
-        json.dump(cdi.apply(document, edits), f)
+    path = os.path.join(node.container_dir(container.id), "config.json")
+    # In a thread: an image may have megabytes of environment.
+    await asyncio.to_thread(lambda: _write(path, cdi.apply(build(), edits)))
     return user
+
+
+def _write(path: str, document: spec.Spec) -> None:
+    with open(path, "w") as f:
+        f.write(json.dumps(document))
 
 
 def _with_image_refs(node: Node, sent: bytes) -> bytes:
@@ -211,15 +224,15 @@ def signal_number(name: str) -> int:
     An image's StopSignal is anybody's text, so what cannot be read is not an error.
     """
     text = name.upper().removeprefix("SIG").replace("PLUS", "+").replace("MINUS", "-")
-    if text.isdecimal():
-        number = int(text)
-    elif text.startswith(("RTMIN", "RTMAX")):
+    number = decimal(text, signal.SIGRTMAX)
+    if text.startswith(("RTMIN", "RTMAX")):
         base = signal.SIGRTMIN if text.startswith("RTMIN") else signal.SIGRTMAX
-        offset = text[5:] or "+0"
-        number = base + int(offset) if offset[0] in "+-" and offset[1:].isdecimal() else 0
-    else:
-        number = getattr(signal, f"SIG{text}", 0)
-    return number if 1 <= number <= signal.SIGRTMAX else signal.SIGTERM
+        offset = decimal(text[6:] or "0", signal.SIGRTMAX)
+        sign = {"": 1, "+": 1, "-": -1}.get(text[5:6])
+        number = None if offset is None or sign is None else base + sign * offset
+    elif number is None:
+        number = signal.Signals.__members__.get(f"SIG{text}")
+    return number if number is not None and 1 <= number <= signal.SIGRTMAX else signal.SIGTERM
 
 
 def _defaults(image: Image) -> spec.ImageDefaults:
@@ -228,32 +241,37 @@ def _defaults(image: Image) -> spec.ImageDefaults:
 
 
 def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
-    security = config.security
-    return users.resolve(
-        image_user=image.config.user,
-        run_as_user=security.run_as_user,
-        run_as_username=security.run_as_username,
-        run_as_group=security.run_as_group,
-        supplemental=security.supplemental_groups,
-        strict=security.supplemental_groups_strict,
-        passwd=_read_inside(rootfs, "etc/passwd"),
-        group=_read_inside(rootfs, "etc/group"),
-    )
+    """Who the container runs as. Blocks. Raises FailedPreconditionError, InvalidArgumentError for what is no user."""
+    security, named = config.security, image.user
+    user: int | str = security.run_as_username if security.run_as_user is None else security.run_as_user
+    group: int | str = "" if security.run_as_group is None else security.run_as_group
+    if user == "":
+        user, group = named.user, named.group if group == "" else group
+    with _account_file(rootfs, "etc/passwd") as passwd, _account_file(rootfs, "etc/group") as groups:
+        return users.resolve(
+            user=user,
+            group=group,
+            supplemental=security.supplemental_groups,
+            strict=security.supplemental_groups_strict,
+            passwd=passwd,
+            groups=groups,
+        )
 
 
-def _read_inside(rootfs: str, path: str) -> str:
-    """A text file of the image, "" where it has none; its links never lead out of it."""
-    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY)
+def _account_file(rootfs: str, path: str) -> BinaryIO:
+    """A file of the image, empty where it has none; the image's links never lead out of it.
+
+    Raises FailedPreconditionError for what is no regular file, which the OCI runtime would open too, or too large.
+    """
+    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fd = mounts.openat2(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, mounts.RESOLVE_IN_ROOT)
-    except OSError:
-        return ""
+        return open(files.open_regular(path, _MAX_ACCOUNTS, dir_fd=root, resolve=mounts.RESOLVE_IN_ROOT), "rb")
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return io.BytesIO()
+        raise FailedPreconditionError(f"the image's /{path} cannot be used: {e.strerror}") from e
     finally:
         os.close(root)
-    with open(fd, errors="replace") as f:
-        if os.fstat(fd).st_size > _MAX_ACCOUNTS:
-            raise FailedPreconditionError(f"the image's /{path} is larger than {_MAX_ACCOUNTS} bytes")
-        return f.read(_MAX_ACCOUNTS)
 
 
 def _annotations(sandbox: Sandbox, container: Container) -> dict[str, str]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import h11
 from wsproto.utilities import generate_accept_token
 
+from criserver.numbers import decimal
+
 # Bytes of a request with all its headers; RFC 9110, section 5.4, leaves the number to the server.
 _MAX_REQUEST = 16 << 10
 _PROTOCOLS = "x-stream-protocol-version"
@@ -189,7 +191,7 @@ def _checked(head: h11.Request) -> Request:
     elif not request.protocols:
         raise _RefusedError(400, "unable to upgrade: X-Stream-Protocol-Version is missing or names no protocol")
     lengths = _values(request.headers, "content-length")
-    if lengths and int(lengths[0]):
+    if lengths and decimal(lengths[0], 0) is None:
         raise _RefusedError(413, "a request to upgrade has no body")
     if "100-continue" in _words(request.headers, "expect"):
         raise _RefusedError(417, "a request to upgrade has no body to wait for")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from criserver.images import Image, ImageConfig
+from criserver.images.users import ImageUser
 
 
 def test_the_http_client_is_not_imported_before_the_first_pull():
@@ -15,20 +14,6 @@ def test_the_http_client_is_not_imported_before_the_first_pull():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("user", "uid", "name"),
-    [
-        ("", None, ""),
-        ("0", 0, ""),
-        ("1000:50", 1000, ""),
-        ("nobody", None, "nobody"),
-        ("nobody:50", None, "nobody"),
-        (":50", None, ""),
-        ("-1", None, "-1"),
-        ("²", None, "²"),
-        ("9" * 30, None, "9" * 30),
-    ],
-)
-def test_the_user_of_an_image(user, uid, name):
-    image = Image("sha256:", (), (), 0, ImageConfig(user=user), "", "", pinned=False)
-    assert (image.uid, image.username) == (uid, name)
+def test_the_user_of_an_image_is_parsed_as_its_containers_run():
+    image = Image("sha256:", (), (), 0, ImageConfig(user="01000:users"), "", "", pinned=False)
+    assert image.user == ImageUser(1000, "users")

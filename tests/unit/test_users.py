@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
-from criserver.errors import FailedPreconditionError
-from criserver.model import User
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
+from criserver.images.users import ImageUser, parse
+from criserver.model import MAX_GROUPS, User
 from criserver.oci import users
 
-PASSWD = "root:x:0:0:root:/root:/bin/sh\nweb:x:33:44:web:/var/www:/bin/false\nbroken line\n1000:x:7:8::/:/bin/sh\n"
-GROUP = "root:x:0:\nusers:x:100:web,other\nweb:x:44:\naudio:x:29:web\n"
+PASSWD = (
+    b"1000:x:0:0::/root:/bin/sh\nroot:x:0:0:root:/root:/bin/sh\nweb:x:33:44:web:/var/www:/bin/false\n"
+    b"broken line\nhuge:x:4294967296:0::/:\n4711:x:7:8::/:/bin/sh\n"
+)
+GROUP = b"2000:x:0:\nroot:x:0:\nusers:x:100:web,other\nweb:x:44:\naudio:x:29:web\n"
 
 
-def resolve(image_user="", user=None, name="", group=None, supplemental=(), strict=False) -> User:
+def resolve(user: int | str = "", group: int | str = "", supplemental=(), strict=False, passwd=PASSWD) -> User:
     return users.resolve(
-        image_user=image_user,
-        run_as_user=user,
-        run_as_username=name,
-        run_as_group=group,
+        user=user,
+        group=group,
         supplemental=supplemental,
         strict=strict,
-        passwd=PASSWD,
-        group=GROUP,
+        passwd=io.BytesIO(passwd),
+        groups=io.BytesIO(GROUP),
     )
 
 
@@ -29,35 +33,94 @@ def resolve(image_user="", user=None, name="", group=None, supplemental=(), stri
     ("asked", "expected"),
     [
         ({}, User(0, 0, (0,))),
-        ({"image_user": "web"}, User(33, 44, (29, 44, 100))),
-        ({"image_user": "33"}, User(33, 44, (29, 44, 100))),
-        ({"image_user": "web:users"}, User(33, 100, (29, 100))),
-        ({"image_user": "web:1234"}, User(33, 1234, (29, 100, 1234))),
-        ({"image_user": "4711"}, User(4711, 0, (0,))),
-        ({"image_user": "1000"}, User(7, 8, (8,))),
-        ({"image_user": "web", "user": 5}, User(5, 0, (0,))),
-        ({"image_user": "web:users", "user": 33}, User(33, 44, (29, 44, 100))),
+        ({"user": "web"}, User(33, 44, (29, 44, 100))),
+        ({"user": 33}, User(33, 44, (29, 44, 100))),
+        ({"user": "web", "group": "users"}, User(33, 100, (29, 100))),
+        ({"user": "web", "group": 1234}, User(33, 1234, (29, 100, 1234))),
+        ({"user": 4711}, User(4711, 0, (0,))),
+        ({"user": 7}, User(7, 8, (8,))),
         ({"user": 5, "group": 6}, User(5, 6, (6,))),
-        ({"name": "web", "group": 6}, User(33, 6, (6, 29, 100))),
+        ({"group": "users"}, User(0, 100, (100,))),
         ({"user": 33, "supplemental": (1, 2)}, User(33, 44, (1, 2, 29, 44, 100))),
         ({"user": 33, "supplemental": (1, 2), "strict": True}, User(33, 44, (1, 2, 44))),
     ],
 )
-def test_numbers(asked, expected):
+def test_numbers_and_names(asked, expected):
     assert resolve(**asked) == expected
 
 
+def test_a_number_is_never_looked_up_as_a_name():
+    """CVE-2016-3697, CVE-2026-46680: an account of root's that is named "1000" is not the user 1000."""
+    assert resolve(1000) == User(1000, 0, (0,))
+    # Without it among the groups of runc before 1.3, which would look for its name.
+    assert resolve(1, 2000) == User(1, 2000, ())
+    with pytest.raises(FailedPreconditionError, match="named '2000'"):
+        resolve(1, 1, supplemental=(2000,))
+    assert resolve(2**32 - 2).uid == 2**32 - 2
+
+
 @pytest.mark.parametrize(
-    ("asked", "word"),
+    ("asked", "words"),
     [
-        ({"image_user": "nobody"}, "'nobody'"),
-        ({"name": "nobody"}, "'nobody'"),
-        ({"name": "4711"}, "'4711'"),
-        ({"image_user": "web:nogroup"}, "'nogroup'"),
-        ({"image_user": "-1"}, "'-1'"),
-        ({"image_user": "99999999999"}, "'99999999999'"),
+        ({"user": "nobody"}, "user 'nobody' is not in"),
+        ({"user": "1000"}, "'1000' is given as a name and is a number"),
+        ({"user": "web", "group": "2000"}, "'2000' is given as a name and is a number"),
+        ({"user": "web", "group": "nogroup"}, "group 'nogroup' is not in"),
+        ({"user": "-1"}, "user '-1' is not in"),
+        ({"user": "huge"}, "user 'huge' is not in"),
+        ({"user": "web\n"}, "is not in"),
     ],
 )
-def test_a_name_that_the_image_does_not_have_is_refused(asked, word):
-    with pytest.raises(FailedPreconditionError, match=word):
+def test_a_name_that_the_image_does_not_have_is_refused(asked, words):
+    with pytest.raises(FailedPreconditionError, match=words):
         resolve(**asked)
+
+
+def test_as_many_groups_as_the_kernel_takes():
+    assert len(resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS - 3))).groups) == MAX_GROUPS
+    with pytest.raises(FailedPreconditionError, match=f"takes {MAX_GROUPS}"):
+        resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ImageUser()),
+        ("0", ImageUser(0)),
+        ("1000:50", ImageUser(1000, 50)),
+        ("01000", ImageUser(1000)),
+        ("nobody", ImageUser("nobody")),
+        ("nobody:50", ImageUser("nobody", 50)),
+        ("nobody:", ImageUser("nobody")),
+        (":users", ImageUser("", "users")),
+        ("-1", ImageUser("-1")),
+        ("+1000", ImageUser("+1000")),
+        (" 1000", ImageUser(" 1000")),
+        ("1000\n", ImageUser("1000\n")),
+        ("1_000", ImageUser("1_000")),
+        ("0x3e8", ImageUser("0x3e8")),
+        ("²", ImageUser("²")),
+        ("１０００", ImageUser("１０００")),
+        ("0" * 5000 + "7", ImageUser(7)),
+        (str(2**32 - 2), ImageUser(2**32 - 2)),
+    ],
+)
+def test_the_user_of_an_image(text, expected):
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (str(2**32 - 1), "4294967295' is no ID"),
+        (str(2**32), "4294967296' is no ID"),
+        ("1:" + str(2**32), "group '4294967296' is no ID"),
+        ("9" * 4301, "is no ID"),
+        ("u" * 257, "more than 256 bytes"),
+        ("x:" + "é" * 129, "group .* more than 256 bytes"),
+    ],
+)
+def test_a_user_that_no_image_can_have_is_refused_in_few_words(text, words):
+    with pytest.raises(InvalidArgumentError, match=words) as caught:
+        parse(text)
+    assert len(str(caught.value)) < 200

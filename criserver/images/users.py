@@ -1,0 +1,46 @@
+"""The user that an image names, for what ImageStatus shows and for what its containers run as alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from criserver.errors import InvalidArgumentError
+from criserver.model import MAX_ID
+from criserver.numbers import decimal
+
+# Bytes. Names of users have 32 at most on Debian (useradd(8)), 256 with the kernel's LOGIN_NAME_MAX.
+_MAX_NAME = 256
+_SHOWN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUser:
+    """A user and a group, each by its number or its name; "" where the image says nothing."""
+
+    user: int | str = ""
+    group: int | str = ""
+
+
+def parse(text: str) -> ImageUser:
+    """The user of an image's configuration: "user" or "user:group" (OCI image-spec, config, "User").
+
+    What is all digits is a number and never a name: whoever looks whether an image runs as root sees the same number.
+    Raises InvalidArgumentError for a number that is no ID, and for a name that no account could have.
+    """
+    user, colon, group = text.partition(":")
+    return ImageUser(_part(user, "user"), _part(group, "group") if colon else "")
+
+
+def _part(text: str, what: str) -> int | str:
+    if text.isascii() and text.isdigit():
+        number = decimal(text, MAX_ID)
+        if number is None:
+            raise InvalidArgumentError(f"the image's {what} {_shown(text)} is no ID: the largest is {MAX_ID}")
+        return number
+    if len(text.encode()) > _MAX_NAME:
+        raise InvalidArgumentError(f"the image's {what} {_shown(text)} has a name of more than {_MAX_NAME} bytes")
+    return text
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

@@ -1,0 +1,51 @@
+"""Reading files that others put there: their type is known before they are opened, their size before they are read.
+
+Opening is an act of its own: a FIFO waits for its other end, a tape winds back, a watchdog begins to count.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from snapshotter import mounts
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def kind(mode: int) -> str:
+    """What a file of this mode is, for a person: "a FIFO"."""
+    return _KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def open_regular(path: str, limit: int, *, dir_fd: int = mounts.AT_FDCWD, resolve: int = 0) -> int:
+    """A descriptor to read the regular file ``path`` by, of ``limit`` bytes at most; the caller closes it.
+
+    ``path`` is looked up from the directory ``dir_fd`` as ``resolve`` says (openat2(2)). Raises OSError, its
+    ``strerror`` for a person to read, also for what is larger or is no regular file.
+    """
+    found = mounts.openat2(dir_fd, path, os.O_PATH, resolve)
+    try:
+        status = os.fstat(found)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, f"it is {kind(status.st_mode)}, not a regular file", path)
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", path)
+        # By the descriptor: the name may mean another file by now. Without waiting for whoever has a lease on it.
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
+def read(path: str, limit: int) -> bytes:
+    """The content of the file ``path``, ``limit`` bytes at most. Raises OSError as :func:`open_regular` does."""
+    with open(open_regular(path, limit), "rb") as file:
+        return file.read(limit)
