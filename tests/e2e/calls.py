@@ -14,7 +14,7 @@ import pytest
 X32 = 0x40000000
 KILLED = -1000 - signal.SIGSYS
 
-# calls CALL...: each CALL is words with commas between, [x86,]NUMBER,ARGUMENT,..., and made in a process of its own that
+# calls CALL...: each CALL is words with commas between, [x86,]NUMBER,ARGUMENT,..., made in a process of its own that
 # may die of it. A line for each: what the kernel returned, a negative error, or -1000 less the signal that ended it.
 _CALLS = r"""
 #define _GNU_SOURCE
