@@ -1,7 +1,8 @@
 """``criserver check``: what this node lacks before pods can run on it, and what to do about each thing.
 
-Facts are looked at or tried, not concluded from version numbers. What is tried is undone, and done in namespaces of its
-own where that is possible, so that a check may run at any time, also beside a daemon that serves.
+Facts are looked at or tried, not concluded from version numbers, but for the faults that some versions are known for.
+What is tried is undone, and done in namespaces of its own where that is possible, so that a check may run at any time,
+also beside a daemon that serves.
 """
 
 from __future__ import annotations

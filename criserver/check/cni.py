@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from criserver.check import advisories
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
 from criserver.config import Config
@@ -59,6 +60,8 @@ def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Fin
         yield missing(f"network {network.name} ({network.source}): {words}")
     else:
         yield ok(f"network {network.name} ({network.source}) with the plugins {', '.join(dict.fromkeys(types))}")
+    if any(plugin["type"] == "portmap" and plugin.get("backend") == "nftables" for plugin in network.plugins):
+        yield from _portmap(host, config)
     for kind in dict.fromkeys(kind for name in types for kind in _LINKS.get(name, ())):
         if host.privileged and (words := host.link(kind)):
             yield missing(
@@ -66,6 +69,16 @@ def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Fin
             )
     if any(_needs_iptables(plugin) for plugin in network.plugins):
         yield from _iptables(host)
+
+
+def _portmap(host: Host, config: Config) -> Iterator[Finding]:
+    """What the plugin is known for: its one advisory is of the backend that it is asked with here."""
+    paths = [host.path(os.path.join(directory, "portmap")) for directory in config.cni_bin_dirs]
+    path = next((path for path in paths if os.access(path, os.X_OK)), None)
+    if path is None or (told := host.plugin_version(path)) is None:
+        return
+    for advisory in advisories.of(told):
+        yield warning(f"{told} is known for {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)
 
 
 def _needs_iptables(plugin: Mapping[str, Any]) -> bool:

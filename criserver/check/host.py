@@ -38,6 +38,7 @@ class Host:
     iptables: Callable[[str], str | None] = tries.iptables
     calls: Callable[[], list[str]] = tries.missing_calls
     version: Callable[[str], str | None] = tries.version
+    plugin_version: Callable[[str], str | None] = tries.plugin_version
     network: Callable[[Config], str | None] = tries.network
     features: Callable[[Runtime], tuple[str, ...] | None] = tries.features
     container: Callable[[Config, str], str | None] = tries.container

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
+from criserver.check import advisories
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
 from criserver.config import Config, Runtime
 
-_RUNC = re.compile(r"runc version (\d+)\.(\d+)")
+_OLDEST_RUNC = advisories.version("1.1")
 
 
 def check(host: Host, config: Config) -> Iterator[Finding]:
     """Each runtime handler, and the infra program."""
     for runtime in config.runtimes.values():
-        yield _handler(host, runtime, default=runtime.name == config.default_runtime)
+        yield from _handler(host, runtime, default=runtime.name == config.default_runtime)
     if os.access(host.path(config.infra), os.X_OK):
         yield ok(f"{config.infra} holds shared PID namespaces")
     else:
@@ -26,27 +26,33 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
         )
 
 
-def _handler(host: Host, runtime: Runtime, *, default: bool) -> Finding:
+def _handler(host: Host, runtime: Runtime, *, default: bool) -> Iterator[Finding]:
     # Pods that ask for another handler by a RuntimeClass are some, not all.
     grave = missing if default else warning
     what = f"runtime handler {runtime.name}"
     path = host.which(runtime.path)
     if path is None:
-        return grave(
+        yield grave(
             f"{what}: there is no program {runtime.path}",
             f"install it (apt-get install {os.path.basename(runtime.path)}), or change path below "
             f"[runtimes.{runtime.name}]",
         )
+        return
     told = host.version(path)
     if told is None:
-        return grave(f"{what}: {path} --version fails", "install it anew; is it built for this machine?")
-    if (found := _RUNC.match(told)) and (int(found[1]), int(found[2])) < (1, 1):
-        return grave(f"{what}: {told} is too old", "install runc 1.1 or newer")
+        yield grave(f"{what}: {path} --version fails", "install it anew; is it built for this machine?")
+        return
+    if (found := advisories.parse(told)) and found[0] == "runc" and found[1] < _OLDEST_RUNC:
+        yield grave(f"{what}: {told} is too old", "install runc 1.1 or newer")
+        return
     features = host.features(runtime)
     if features is None:
-        return warning(
+        yield warning(
             f"{what}: {path}, {told}; it does not tell its features, so pods get no user namespaces and no recursive "
             "read-only mounts with it",
             "install a newer version if pods are to have these",
         )
-    return ok(f"{what}: {path}, {told}{'; it has ' if features else ''}{', '.join(features)}")
+    else:
+        yield ok(f"{what}: {path}, {told}{'; it has ' if features else ''}{', '.join(features)}")
+    for advisory in advisories.of(told):
+        yield warning(f"{what}: {told} is known for {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)

@@ -140,13 +140,35 @@ def iptables(program: str) -> str | None:
 
 def version(program: str) -> str | None:
     """The first line of what ``--version`` prints, None where it fails."""
+    done = _told([program, "--version"])
+    return _first(done.stdout) if done is not None else None
+
+
+def plugin_version(program: str) -> str | None:
+    """The first line of what a CNI plugin says that is run without a command, None where it fails."""
+    done = _told([program], {name: value for name, value in os.environ.items() if not name.startswith("CNI_")})
+    return _first(done.stderr or done.stdout) if done is not None else None
+
+
+def _told(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str] | None:
     try:
         done = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False, errors="replace"
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+            errors="replace",
+            env=environment,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.partition("\n")[0].strip()[:200] if done.returncode == 0 else None
+    return done if done.returncode == 0 else None
+
+
+def _first(text: str) -> str:
+    return text.partition("\n")[0].strip()[:200]
 
 
 def network(config: Config) -> str | None:

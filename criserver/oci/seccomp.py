@@ -28,13 +28,6 @@ Seccomp = dict[str, Any]
 
 MAX_PROFILE = 1 << 20
 
-# By the Go name of the kernel's architecture: it and the ones whose programs the kernel runs as well. Not x32, which
-# hardly any kernel has: libseccomp kills the caller of such a call, and with a third architecture the filter would cost
-# every start of a container some 7 ms more of runc's time.
-_DEFAULT_ARCHITECTURES = {
-    "amd64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86"),
-    "arm64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
-}
 # Go's names whose capitals are not libseccomp's name.
 _NATIVE = {"amd64": "X86_64", "386": "X86", "arm64": "AARCH64"}
 # What a call gets that the table does not list.
@@ -42,11 +35,24 @@ _UNLISTED = "ENOSYS"
 
 
 @dataclass(frozen=True, slots=True)
+class Architecture:
+    """A node's architecture, and libseccomp's names of it and of those whose programs it runs as well."""
+
+    name: str
+    filter: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """Calls with one answer: allowed always, never, or with one of some capabilities; else they fail with ``errno``."""
+    """Calls with one answer: allowed always, never, or with one of some capabilities; else they fail with ``errno``.
+
+    ``architectures`` are the nodes that have these calls, empty for all.
+    """
 
     name: str
     allow: str | tuple[str, ...]
+    architectures: tuple[str, ...]
     errno: str
     reason: str
     source: str
@@ -74,13 +80,28 @@ class Filter:
 
 
 @functools.cache
+def _data() -> Mapping[str, Any]:
+    return tomllib.loads(resources.files("criserver.oci").joinpath("seccomp_default.toml").read_text())
+
+
+@functools.cache
+def default_architectures() -> Mapping[str, Architecture]:
+    """The architectures that the default is made for, by Go's name."""
+    return {
+        one["name"]: Architecture(name=one["name"], filter=tuple(one["filter"]), reason=one["reason"])
+        for one in _data()["architecture"]
+    }
+
+
+@functools.cache
 def default_table() -> tuple[tuple[Group, ...], tuple[Filter, ...]]:
     """The runtime's default as the data file has it."""
-    document = tomllib.loads(resources.files("criserver.oci").joinpath("seccomp_default.toml").read_text())
+    document = _data()
     groups = tuple(
         Group(
             name=group["name"],
             allow=allow if isinstance(allow := group["allow"], str) else tuple(allow),
+            architectures=tuple(group.get("architectures", ())),
             errno=group.get("errno", "EPERM"),
             reason=group["reason"],
             source=group["source"],
@@ -109,7 +130,7 @@ def default_profile(capabilities: Collection[str], architecture: str) -> Seccomp
 
     Raises UnimplementedError for an architecture whose system calls the default was not made for.
     """
-    if architecture not in _DEFAULT_ARCHITECTURES:
+    if architecture not in default_architectures():
         raise UnimplementedError(
             f"there is no default seccomp profile for {architecture}; give the pod a Localhost profile or Unconfined"
         )
@@ -118,6 +139,8 @@ def default_profile(capabilities: Collection[str], architecture: str) -> Seccomp
     refused: dict[str, list[str]] = {}
     by_argument: list[Seccomp] = []
     for group in groups:
+        if group.architectures and architecture not in group.architectures:
+            continue
         if group.allows(capabilities):
             allowed += group.syscalls
         elif group.errno != _UNLISTED:
@@ -130,7 +153,7 @@ def default_profile(capabilities: Collection[str], architecture: str) -> Seccomp
     return {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": getattr(errno, _UNLISTED),
-        "architectures": list(_DEFAULT_ARCHITECTURES[architecture]),
+        "architectures": list(default_architectures()[architecture].filter),
         "syscalls": [
             {"names": allowed, "action": "SCMP_ACT_ALLOW"},
             *(_refusal(names, code) for code, names in refused.items()),

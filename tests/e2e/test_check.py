@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from criserver.check import tries
+from criserver.check import advisories, tries
 from criserver.config import Runtime, load
 from tests.e2e.node import Node
 
@@ -41,6 +41,16 @@ def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
     code, report = check(node)
     assert code == 0, words(report, "missing")
     assert f"the socket at {node.socket} is of a daemon that has ended" in words(report, "ok")
+
+
+def test_versions_are_told_as_programs_tell_them(tmp_path):
+    known = advisories.parse(tries.version("runc") or "")
+    assert known is not None
+    assert known[0] == "runc"
+    portmap = next(path for d in load(None).cni_bin_dirs if os.path.exists(path := f"{d}/portmap"))
+    assert (tries.plugin_version(portmap) or "").startswith("CNI portmap plugin v")
+    assert tries.plugin_version(str(tmp_path / "none")) is None
+    assert tries.plugin_version("/bin/false") is None
 
 
 def test_a_node_without_a_network_is_told_so(node: Node):

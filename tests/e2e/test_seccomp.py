@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +14,7 @@ import pytest
 
 from criserver.oci import seccomp
 from criserver.oci.spec import DEFAULT_CAPABILITIES
+from tests.e2e import calls
 from tests.e2e.bundles import Bundles
 
 pytestmark = [
@@ -26,33 +26,6 @@ pytestmark = [
 EVERY_CAPABILITY = tuple(
     sorted({c for g in seccomp.default_table()[0] if not isinstance(g.allow, str) for c in g.allow})
 )
-
-# Makes one system call: [x86] NUMBER ARGUMENT...; says what it returned, as the kernel does: a negative error.
-CALL = r"""
-#define _GNU_SOURCE
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-int main(int argc, char **argv) {
-    int compat = argc > 1 && !strcmp(argv[1], "x86");
-    unsigned long a[7] = {0};
-    long result;
-    for (int i = 0; i < 7 && i + 1 + compat < argc; i++)
-        a[i] = strtoul(argv[i + 1 + compat], 0, 0);
-    if (compat) {
-        __asm__ volatile("int $0x80" : "=a"(result) : "a"(a[0]), "b"(a[1]), "c"(a[2]), "d"(a[3])
-                         : "memory", "r8", "r9", "r10", "r11");
-        result = (int)result;
-    } else {
-        result = syscall(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
-        if (result == -1) result = -errno;
-    }
-    printf("%ld\n", result);
-    return 0;
-}
-"""
 
 THREADS = r"""
 #include <pthread.h>
@@ -78,12 +51,9 @@ def bundles(nothing_left: None) -> Iterator[Bundles]:
 
 @pytest.fixture(scope="module")
 def programs(bundles: Bundles) -> None:
-    """`call` and `threads` in the root file system."""
-    if not shutil.which("gcc"):
-        pytest.skip("gcc is not installed, and nothing else makes these system calls")
-    for name, source in (("call", CALL), ("threads", THREADS)):
-        command = ["gcc", "-static", "-pthread", "-x", "c", "-", "-o", str(bundles.rootfs / "bin" / name)]
-        subprocess.run(command, input=source, text=True, check=True, timeout=60)
+    """`calls` and `threads` in the root file system."""
+    calls.build_calls(bundles.rootfs / "bin/calls")
+    calls.build(THREADS, bundles.rootfs / "bin/threads")
 
 
 def run(
@@ -100,7 +70,7 @@ def run(
 
 def call(bundles: Bundles, *words: object, capabilities: Sequence[str] = (), profile_of: Sequence[str] = ()) -> int:
     """What one system call returns, the profile made for ``profile_of``."""
-    found = run(bundles, ["call", *map(str, words)], capabilities, profile_of)
+    found = run(bundles, ["calls", *calls.arguments([words])], capabilities, profile_of)
     assert found.returncode == 0, found
     return int(found.stdout)
 
@@ -146,7 +116,7 @@ def test_chroot_needs_its_capability(bundles: Bundles) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((39,), 1),  # getpid
+        ((110,), 1),  # getppid
         ((425, 1, 0), -errno.EPERM),  # io_uring_setup
         ((250, 0), -errno.EPERM),  # keyctl
         ((321, 0, 0, 0), -errno.EPERM),  # bpf
@@ -165,7 +135,7 @@ def test_chroot_needs_its_capability(bundles: Bundles) -> None:
         ((41, 38, 5, 0), -errno.EAFNOSUPPORT),  # AF_ALG
         ((41, 1, 1, 0), 3),  # AF_UNIX
         ((41, 10, 1, 0), 3),  # AF_INET6
-        (("x86", 20), 1),  # getpid of 32-bit programs
+        (("x86", 64), 1),  # getppid of 32-bit programs
         (("x86", 21, 0, 0, 0), -errno.EPERM),  # their mount
         (("x86", 120, 0x10000000, 0, 0), -errno.EPERM),  # their clone
         (("x86", 359, 40, 1, 0), -errno.EAFNOSUPPORT),  # their socket
@@ -185,8 +155,7 @@ def test_a_capability_opens_its_group(bundles: Bundles) -> None:
 
 @pytest.mark.usefixtures("programs")
 def test_calls_of_an_architecture_without_rules_kill(bundles: Bundles) -> None:
-    found = run(bundles, ["call", str(0x40000000 | 39)])  # getpid of x32
-    assert found.returncode == 128 + signal.SIGSYS
+    assert call(bundles, calls.X32 | 39) == calls.KILLED  # getpid of x32
 
 
 @pytest.mark.usefixtures("programs")

@@ -65,7 +65,8 @@ class Fake:
             link=lambda _: None,
             iptables=lambda _: None,
             calls=list,
-            version=lambda _: "runc version 1.2.3",
+            version=lambda _: "runc version 1.4.3",
+            plugin_version=lambda _: "CNI portmap plugin v1.9.0",
             network=lambda _: None,
             features=lambda _: ("id-mapped mounts",),
             container=lambda _config, _name: None,
@@ -220,6 +221,40 @@ def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake):
     assert (fault.level, fault.words) == (Level.WARNING, "runtime handler crun: there is no program /opt/crun")
     node.configure(default_runtime="crun")
     assert node.fault().level is Level.MISSING
+
+
+def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake):
+    node.change(version=lambda _: "runc version 1.1.5+ds1")
+    found = run(node.config, node.host)
+    assert able(found)
+    assert "a container was run by runc" in [f.words for f in found]
+    first, *others = node.faults()
+    assert {f.level for f in (first, *others)} == {Level.WARNING}
+    assert first.words.startswith("runtime handler runc: runc version 1.1.5+ds1 is known for CVE-2024-21626: ")
+    assert "install runc 1.1.12 or newer" in first.advice
+    assert "apt changelog runc" in first.advice
+    assert "CVE-2025-31133, CVE-2025-52565, CVE-2025-52881" in others[0].words
+    assert "install runc 1.2.8, 1.3.3, 1.4.0-rc.3 or newer" in others[0].advice
+    node.change(version=lambda _: "runc version 1.4.3")
+    assert node.faults() == []
+
+
+def test_what_runs_no_pods_is_told_once(node: Fake):
+    node.change(version=lambda _: "runc version 1.0.3")
+    assert "too old" in node.fault().words
+
+
+def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake):
+    node.change(plugin_version=lambda path: "CNI portmap plugin v1.8.0" * path.endswith("/usr/lib/cni/portmap"))
+    assert node.faults() == [], "it is of the nftables backend alone"
+    plugins = [NETWORK["plugins"][0], {"type": "portmap", "backend": "nftables"}]
+    node.write("etc/cni/net.d/10-pods.conflist", json.dumps({**NETWORK, "plugins": plugins}))
+    fault = node.fault()
+    assert fault.level is Level.WARNING
+    assert "CNI portmap plugin v1.8.0 is known for CVE-2025-67499: " in fault.words
+    assert "1.9.0 or newer" in fault.advice
+    node.change(plugin_version=lambda _: None)
+    assert node.faults() == []
 
 
 def test_the_trial_needs_no_network_but_all_else(node: Fake):

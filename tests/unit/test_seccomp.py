@@ -21,6 +21,7 @@ from criserver.oci.spec import DEFAULT_CAPABILITIES
 
 GROUPS, FILTERS = seccomp.default_table()
 NAMESPACE_FLAGS = 0x7E020000
+EVERY_CAPABILITY = {c for group in GROUPS if not isinstance(group.allow, str) for c in group.allow}
 # libseccomp's tokens (seccomp.h): AUDIT_ARCH_* of the kernel, and one of its own for x32.
 LIBSECCOMP_ARCHITECTURES = {
     "x86_64": 0xC000003E,
@@ -60,6 +61,86 @@ def classified() -> collections.Counter[str]:
     return collections.Counter([n for group in GROUPS for n in group.syscalls] + [f.syscall for f in FILTERS])
 
 
+# What was decided where containerd's default of August 2026 and the kernel's tables leave a choice: the answer without
+# any capability, and the capabilities that allow the call. A line changes with a decision, whose reason is in the data.
+DECIDED: dict[str, tuple[str, set[str]]] = {
+    # Not ours to give away: containerd's default has them behind the same capability, or not at all.
+    "process_madvise": ("EPERM", {"CAP_SYS_PTRACE"}),
+    "kcmp": ("EPERM", {"CAP_SYS_PTRACE"}),
+    "pidfd_getfd": ("EPERM", {"CAP_SYS_PTRACE"}),
+    "userfaultfd": ("EPERM", set()),
+    "pivot_root": ("EPERM", set()),
+    "move_pages": ("EPERM", set()),
+    "migrate_pages": ("EPERM", set()),
+    "mbind": ("EPERM", {"CAP_SYS_NICE"}),
+    "set_mempolicy_home_node": ("EPERM", {"CAP_SYS_NICE"}),
+    "bpf": ("EPERM", {"CAP_BPF", "CAP_SYS_ADMIN"}),
+    "perf_event_open": ("EPERM", {"CAP_PERFMON", "CAP_SYS_ADMIN"}),
+    "syslog": ("EPERM", {"CAP_SYSLOG", "CAP_SYS_ADMIN"}),
+    "clone3": ("ENOSYS", {"CAP_SYS_ADMIN"}),
+    "mount_setattr": ("EPERM", {"CAP_SYS_ADMIN"}),
+    "open_by_handle_at": ("EPERM", {"CAP_DAC_READ_SEARCH"}),
+    "io_uring_setup": ("EPERM", set()),
+    "keyctl": ("EPERM", set()),
+    # Newer than what others have decided on.
+    "file_getattr": ("ENOSYS", set()),
+    "file_setattr": ("ENOSYS", set()),
+    "open_tree_attr": ("ENOSYS", set()),
+    "uprobe": ("ENOSYS", set()),
+    # Of 32-bit programs of the 1990s.
+    **dict.fromkeys(
+        """nice oldfstat oldlstat oldolduname oldstat olduname readdir sgetmask sigaction signal sigpending sigsuspend
+        ssetmask uselib ustat sysfs vm86""".split(),
+        ("EPERM", set()),
+    ),
+    # Numbers without a call behind them: containerd lets the kernel say so.
+    "epoll_ctl_old": ("ENOSYS", set()),
+    "epoll_wait_old": ("ENOSYS", set()),
+    "_sysctl": ("ENOSYS", set()),
+    "get_tls": ("ENOSYS", set()),
+    # Allowed, as containerd has them.
+    **dict.fromkeys(
+        """uretprobe lsm_set_self_attr statmount listmount mseal setxattrat map_shadow_stack memfd_secret
+        landlock_restrict_self process_mrelease process_vm_writev fanotify_mark futex_waitv cachestat modify_ldt
+        arch_prctl vmsplice name_to_handle_at""".split(),
+        ("ALLOW", set()),
+    ),
+}
+# The calls of one architecture alone.
+OF_ONE_ARCHITECTURE = {
+    "amd64": {"arch_prctl", "modify_ldt"},
+    "arm64": {
+        "arm_fadvise64_64",
+        "arm_sync_file_range",
+        "breakpoint",
+        "cacheflush",
+        "set_tls",
+        "sync_file_range2",
+    },
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_a_decided_call_is_as_it_was_decided(name: str) -> None:
+    without, by_capability = DECIDED[name]
+    assert answers(default([]), name) == {without}
+    assert {c for c in EVERY_CAPABILITY if answers(default([c]), name) != {without}} == by_capability
+    for capability in by_capability:
+        assert answers(default([capability]), name) == {"ALLOW"}
+
+
+def test_the_calls_of_an_architecture_are_allowed_on_it_alone() -> None:
+    for here, names in OF_ONE_ARCHITECTURE.items():
+        for architecture in OF_ONE_ARCHITECTURE:
+            profile = seccomp.default_profile([], architecture)
+            expected = "ALLOW" if architecture == here else "ENOSYS"
+            assert {a for name in names for a in answers(profile, name)} == {expected}, architecture
+    groups = [g for g in GROUPS if g.architectures]
+    assert {(a, n) for g in groups for a in g.architectures for n in g.syscalls} == {
+        (a, n) for a, names in OF_ONE_ARCHITECTURE.items() for n in names
+    }
+
+
 def test_a_call_is_in_one_place() -> None:
     assert [name for name, count in classified().items() if count > 1] == []
 
@@ -96,6 +177,7 @@ def test_every_group_says_why_and_from_where() -> None:
     for one in (*GROUPS, *FILTERS):
         assert one.reason.endswith(".")
         assert one.source
+    assert all(one.reason.endswith(".") for one in seccomp.default_architectures().values())
     assert len({g.name for g in GROUPS}) == len(GROUPS)
     assert {g.allow for g in GROUPS if isinstance(g.allow, str)} == {"always", "never"}
 
@@ -140,10 +222,9 @@ def test_each_of_a_groups_capabilities_is_enough(group: seccomp.Group) -> None:
 
 
 def test_no_capability_allows_what_is_never_allowed() -> None:
-    everything = {c for g in GROUPS if not isinstance(g.allow, str) for c in g.allow}
     for group in GROUPS:
         if group.allow == "never":
-            assert {a for n in group.syscalls for a in answers(default(everything), n)} == {group.errno}
+            assert {a for n in group.syscalls for a in answers(default(EVERY_CAPABILITY), n)} == {group.errno}
 
 
 @given(st.integers(0, 2**64 - 1))
