@@ -18,22 +18,8 @@ from criserver.runtime.container_create import signal_number
 from tests.fuzz.manifests import VALID, changed
 
 LONG = "1" * 5000
-TEXTS = (
-    "",
-    "0",
-    "1000",
-    "4294967294",
-    "4294967295",
-    "4294967296",
-    LONG,
-    "0" * 5000,
-    "web",
-    "-1",
-    "+1",
-    "²",
-    "１",
-    "\0",
-)
+NUMBERS = ("", "0", "1000", "4294967294", "4294967295", "4294967296", LONG, "0" * 5000)
+TEXTS = (*NUMBERS, "web", "-1", "+1", "²", "１", "\0")
 USERS = (*TEXTS, *(f"{text}:{text}" for text in TEXTS), "u" * 5000, ":", "::", "a:b:c")
 SIGNALS = (*TEXTS, "SIGTERM", "RTMIN+", "RTMIN+²", f"RTMAX-{LONG}", f"SIGRTMIN+{LONG}", "SIG_DFL", "RTMINX3")
 

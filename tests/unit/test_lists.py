@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.api.lists import Fragments
+from criserver.api.lists import Fragments, made
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 
@@ -44,6 +44,25 @@ def test_an_entry_is_made_again_only_when_its_record_changes():
     records[1] = dataclasses.replace(records[1], name="2")
     assert b"2" in fragments.join(records, 2)
     assert made == ["a", "b", "b"]
+
+
+def test_a_record_whose_entry_cannot_be_made_is_left_out_and_told_once(capsys):
+    tried: list[str] = []
+
+    def choosy(record: Record) -> bytes:
+        tried.append(record.id)
+        if record.name == "bad":
+            raise ValueError("no entry")
+        return make(record)
+
+    fragments = Fragments(choosy)
+    records = [Record("a", "1"), Record("b", "bad"), Record("c", "1")]
+    for _ in range(2):
+        joined = cri.ListContainersResponse.FromString(fragments.join(records, 3))
+        assert [c.id for c in joined.containers] == ["a", "c"]
+    assert tried == ["a", "b", "c"]
+    assert "left out of a list" in capsys.readouterr().out
+    assert list(made(records, choosy)) == [make(records[0]), make(records[2])]
 
 
 def test_fragments_of_removed_records_are_let_go():

@@ -208,7 +208,21 @@ def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own():
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("SIGTERM", 15), ("term", 15), ("9", 9), ("SIGRTMIN+3", 37), ("SIGRTMINPLUS3", 37), ("RTMAX-1", 63), ("x", 15)],
+    [
+        ("SIGTERM", 15),
+        ("term", 15),
+        ("9", 9),
+        ("SIGRTMIN+3", 37),
+        ("SIGRTMINPLUS3", 37),
+        ("RTMAX-1", 63),
+        ("x", 15),
+        ("1" * 5000, 15),
+        ("RTMIN+" + "1" * 5000, 15),
+        ("²", 15),
+        ("RTMIN+²", 15),
+        ("_DFL", 15),
+        ("65", 15),
+    ],
 )
 def test_signal_names(name, number):
     from criserver.runtime.container_create import signal_number
