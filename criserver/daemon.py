@@ -38,7 +38,7 @@ from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
-from snapshotter import Limits, Snapshotter, allocator
+from snapshotter import Limits, Snapshotter, allocator, files
 
 log = structlog.get_logger(__name__)
 
@@ -58,8 +58,6 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    for directory in (config.root, config.state):
-        os.makedirs(directory, mode=0o711, exist_ok=True)
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     host.raise_open_files()
     store = Store(os.path.join(config.root, "criserver.db"))
@@ -190,10 +188,11 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
 
 
 def hold(directory: str, advice: str = "stop it, or give this one another root and state") -> int:
-    """Hold a directory for this process; the kernel lets go of it however the process ends.
+    """Hold a directory for this process, made for root alone; the kernel lets go of it however the process ends.
 
     Raises FailedPreconditionError with ``advice`` where another process has it.
     """
+    files.make_private(directory)
     path = os.path.join(directory, "criserver.lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -204,6 +203,8 @@ def hold(directory: str, advice: str = "stop it, or give this one another root a
         raise FailedPreconditionError(f"another criserver (PID {holder}) uses {directory}; {advice}") from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    # Earlier releases let others pass.
+    files.close_to_others(directory)
     return fd
 
 

@@ -141,7 +141,8 @@ class PodConfig:
 class Mount:
     """A path of the host, or an image (whole, or a path in it), to be seen in the container.
 
-    ``uids`` and ``gids`` map the owners of what is there, () where they are seen as they are.
+    ``uids`` and ``gids`` map the owners of what is there, () where they are seen as they are. ``guarded`` is one of
+    ours, in which neither set-user-ID programs nor device nodes are to work.
     """
 
     container_path: str
@@ -154,6 +155,7 @@ class Mount:
     uids: tuple[IdMapping, ...] = ()
     gids: tuple[IdMapping, ...] = ()
     selinux_relabel: bool = False
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

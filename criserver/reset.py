@@ -66,7 +66,6 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
         return Outcome(0, 0)
     with contextlib.ExitStack() as held:
         for directory in directories:
-            os.makedirs(directory, mode=0o711, exist_ok=True)
             held.callback(os.close, hold(directory, _ADVICE))
         outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:

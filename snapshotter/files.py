@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from snapshotter import mounts
 
@@ -19,6 +20,24 @@ _KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
+
+
+def make_private(path: str) -> None:
+    """Make a directory, and those that are missing above it, for root alone; one that is there stays as it is."""
+    if not os.path.isdir(path):
+        make_private(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+def close_to_others(path: str) -> None:
+    """Take from a directory, and from the directories in it, what others than owner and group may."""
+    with os.scandir(path) as entries:
+        inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for directory in (path, *inside):
+        mode = stat.S_IMODE(os.lstat(directory).st_mode)
+        if mode & stat.S_IRWXO:
+            os.chmod(directory, mode & ~stat.S_IRWXO)
 
 
 def kind(mode: int) -> str:

@@ -32,6 +32,7 @@ import isal
 from snapshotter import errors, implied, marks, mounts, tree
 from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
+from snapshotter.files import make_private
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.streams import COMPRESSIONS
@@ -112,7 +113,7 @@ class Snapshotter:
         self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
         self._arrivals = 0
         for name in ("", "layers", "active", "staging", "empty"):
-            os.makedirs(self._path(name), mode=0o700, exist_ok=True)
+            make_private(self._path(name))
         self._load_layers()
         self._load_snapshots()
         # First the mounts: what is seen through them is not to be deleted.

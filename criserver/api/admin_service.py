@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Collection
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
+from snapshotter.files import make_private
 
 # Seconds between two looks at a pull.
 _INTERVAL = 0.1
@@ -33,7 +33,7 @@ class AdminService:
         self._used = used
 
     async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
-        os.makedirs(self._spool, mode=0o700, exist_ok=True)
+        make_private(self._spool)
         name, pin = "", False
         # A file without a name: nothing of it is left, however the call or the daemon ends.
         with tempfile.TemporaryFile(dir=self._spool) as spool:

@@ -19,6 +19,7 @@ from itertools import count
 from typing import BinaryIO, Protocol
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
+from snapshotter.files import make_private
 from snapshotter.threads import in_thread
 
 _NAME = re.compile(r"[0-9a-f]{64}")
@@ -43,7 +44,7 @@ class ContentStore:
         self._numbers = count()
         self._arriving: set[Ingest] = set()
         for directory in (self._blobs, self._ingest):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+            make_private(directory)
         for name in os.listdir(self._ingest):
             os.unlink(os.path.join(self._ingest, name))
         with os.scandir(self._blobs) as entries:

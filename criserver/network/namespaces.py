@@ -27,6 +27,7 @@ from criserver.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
+from snapshotter import files
 
 _CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
 # Sysctls that belong to a namespace (kernel Documentation/admin-guide/sysctl); every other one is the node's.
@@ -338,7 +339,8 @@ def _build(
     Enters the namespaces ``made``, and closes them, or makes them where there are none.
     """
     try:
-        os.makedirs(directory, mode=0o700)
+        files.make_private(os.path.dirname(directory))
+        os.mkdir(directory, 0o700)
         try:
             if made:
                 _enter(made[kind] for kind in kinds)

@@ -5,6 +5,7 @@ Runtime specification 1.0.2 (config.md, config-linux.md); what Kubernetes expect
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -144,9 +145,8 @@ def build(
     InvalidArgumentError for a capability that the kernel does not know.
     """
     security, resources = config.security, config.resources
-    covered = {m.container_path for m in config.mounts}
     own = (*_base_mounts(config, pod), *_sandbox_files(config, pod))
-    mounts = [*(m for m in own if m["destination"] not in covered), *map(_user_mount, config.mounts)]
+    mounts = [*(m for m in own if _is_wanted(m["destination"], config)), *map(_user_mount, config.mounts)]
     # runc mounts in order: a parent has to come before what lies below it.
     mounts.sort(key=lambda m: m["destination"].rstrip("/").count("/"))
     nodes = list(devices)
@@ -301,6 +301,47 @@ def _names(given: Iterable[str], host: Host) -> set[str]:
     return found
 
 
+def check_mounts(config: ContainerConfig) -> None:
+    """Refuse mounts in which the OCI runtime would mount something of its own, and the node would see that.
+
+    Raises InvalidArgumentError.
+    """
+    shared = [m.container_path for m in config.mounts if m.propagation is Propagation.BIDIRECTIONAL]
+    if "/" in shared:
+        raise InvalidArgumentError(
+            f"container {config.name}: a mount at / with Bidirectional propagation would give the node the container's "
+            "own /proc and /dev; mount it elsewhere"
+        )
+    security = config.security
+    own = () if security.privileged else (*security.masked_paths, *security.readonly_paths)
+    for path in (*map(os.path.normpath, own), *(["/dev/console"] if config.tty else [])):
+        top = next((s for s in shared if _is_in(path, s)), None)
+        if top is not None:
+            raise InvalidArgumentError(
+                f"container {config.name}: {path} of the container lies in its mount {top} with Bidirectional "
+                "propagation, and so would be covered on the node too; mount that elsewhere, or without propagation"
+            )
+
+
+def _is_wanted(destination: str, config: ContainerConfig) -> bool:
+    """Whether a mount of ours is to be made there.
+
+    Not where the pod mounts something, nor in a /dev that it brings, nor where the mount would travel to the node.
+    """
+    for mount in config.mounts:
+        if mount.container_path == destination:
+            return False
+        takes_all = mount.container_path == "/dev" or mount.propagation is Propagation.BIDIRECTIONAL
+        if takes_all and _is_in(destination, mount.container_path):
+            return False
+    return True
+
+
+def _is_in(path: str, top: str) -> bool:
+    """Whether ``path`` is ``top`` or lies below it."""
+    return path == top or path.startswith(top.rstrip("/") + "/")
+
+
 def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     privileged = config.security.privileged
     writable = "rw" if privileged else "ro"
@@ -343,10 +384,8 @@ def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
         ("/etc/hosts", pod.hosts),
         ("/etc/hostname", pod.hostname_file),
     )
-    return [
-        {"destination": inside, "type": "bind", "source": outside, "options": ["bind", "rprivate", access]}
-        for inside, outside in files
-    ]
+    options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
+    return [{"destination": inside, "type": "bind", "source": outside, "options": options} for inside, outside in files]
 
 
 def _user_mount(mount: Mount) -> Spec:
@@ -355,7 +394,7 @@ def _user_mount(mount: Mount) -> Spec:
         "destination": mount.container_path,
         "type": "bind",
         "source": mount.host_path,
-        "options": ["rbind", mount.propagation.value, access],
+        "options": ["rbind", mount.propagation.value, access, *(["nosuid", "nodev"] if mount.guarded else [])],
     }
     if mount.uids:
         found["uidMappings"], found["gidMappings"] = _id_mappings(mount.uids), _id_mappings(mount.gids)

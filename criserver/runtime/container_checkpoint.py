@@ -36,6 +36,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, checkpoint_archive, strays
 from criserver.runtime.node import Checkpoint, Node
 from criserver.runtime.records import Container, ContainerState
+from snapshotter.files import make_private
 from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
@@ -155,8 +156,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
     _discard(directory)
     # What was in the container is for root alone.
-    os.makedirs(_directory(node), mode=0o700, exist_ok=True)
-    os.makedirs(images)
+    make_private(images)
     sandbox = node.registry.sandbox(container.sandbox_id)
     runtime = node.handler(sandbox.runtime)
     image = cri.ContainerConfig.FromString(container.sent).image

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import signal
+import stat
 import time
 from functools import partial
 from typing import BinaryIO
@@ -34,6 +35,10 @@ log = structlog.get_logger(__name__)
 # whole. Those of real images have a few thousand; 4 MiB are some 60,000 accounts.
 _MAX_ACCOUNTS = 4 << 20
 
+# Where a mount brings the null device, and where that is in it (null(4)).
+_NULLS = {"/dev": "/null", "/dev/null": ""}
+_NULL = os.makedev(1, 3)
+
 
 async def create_container(node: Node, sandbox_id: str, config: ContainerConfig, sent: bytes) -> str:
     """Make a container of a ready sandbox and return its ID; ``sent`` is its ContainerConfig as it came.
@@ -57,6 +62,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     defaults = _defaults(image)
     # For their refusals, before anything is made.
     spec.process_args(config, defaults)
+    spec.check_mounts(config)
     spec.limits(config.resources, host.facts())
     _check_features(node, sandbox, config)
     profile = await apparmor.choose(config)
@@ -140,6 +146,8 @@ async def _prepare(
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
+    spec.check_mounts(config)
+    await asyncio.to_thread(_check_dev, config, rootfs)
     labels = selinux.labels(config.security, sandbox.selinux_level)
     if labels.files:
         for mount in config.mounts:
@@ -256,6 +264,33 @@ def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
             passwd=passwd,
             groups=groups,
         )
+
+
+def _check_dev(config: ContainerConfig, rootfs: str) -> None:
+    """Refuse a /dev that makes the OCI runtime cover what it should not, or leave open what it should cover. Blocks.
+
+    runc before 1.3.6 follows an image's link at /dev (CVE-2026-41579), and before 1.2.8 masks a path with whatever is
+    at the container's /dev/null (CVE-2025-31133). Raises FailedPreconditionError.
+    """
+    what = f"container {config.name}"
+    if os.path.islink(os.path.join(rootfs, "dev")):
+        raise FailedPreconditionError(f"{what}: the image's /dev is a symbolic link; build it with a directory there")
+    if config.security.privileged or not config.security.masked_paths:
+        return
+    for mount in config.mounts:
+        if mount.container_path in _NULLS and not _is_null(mount.host_path + _NULLS[mount.container_path]):
+            raise FailedPreconditionError(
+                f"{what}: its mount {mount.container_path} has no null device, by which paths are masked; mount a "
+                "directory elsewhere, or without masked_paths"
+            )
+
+
+def _is_null(path: str) -> bool:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == _NULL
 
 
 def _account_file(rootfs: str, path: str) -> BinaryIO:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from criserver.errors import (
@@ -24,10 +25,13 @@ from criserver.model import Mount, PodConfig, Propagation
 from criserver.runtime import selinux
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from snapshotter import SnapshotNotFoundError, mounts
+from snapshotter import SnapshotNotFoundError, acl, files, mounts
 
 # Seconds.
 HOST_PATH_TIMEOUT = 20.0
+# Where the runtime mounts what the kernel shows. What an image has there would hide it, and hides nothing instead.
+_THE_KERNELS = ("dev", "proc", "sys")
+_MAX_LINKS = 40  # as the kernel follows (path_resolution(7))
 # Of its own: threads that a dead file system holds must not be those that unmounts and deletions need.
 _host_paths = ThreadPoolExecutor(8, "host-paths")
 
@@ -43,15 +47,14 @@ def make_directory(node: Node, key: str, config: PodConfig) -> str:
     """Make a container's directory with a place for its root file system, and return that.
 
     Nobody but root looks into it: it has environment variables, and the set-user-ID programs of images. The root
-    user of a user namespace has to get through to its file system, and no further.
+    user of a user namespace has to get through to its file system, and no further (see passage.py).
     """
     directory, rootfs = node.container_dir(key), node.rootfs(key)
-    os.makedirs(os.path.dirname(directory), mode=0o711, exist_ok=True)
+    files.make_private(os.path.dirname(directory))
     os.mkdir(directory, 0o700)
     if config.namespaces.user is not None:
-        os.chown(directory, 0, config.namespaces.user.gids.host_id)
-        os.chmod(directory, 0o710)  # noqa: S103 - its group is the namespace's root alone
-    os.mkdir(rootfs, 0o711)
+        acl.let_pass(directory, {config.namespaces.user.uids.host_id})
+    os.mkdir(rootfs, 0o711)  # the infra process is not root's, and has this for its root
     if config.namespaces.user is not None:
         os.chown(rootfs, config.namespaces.user.uids.host_id, config.namespaces.user.gids.host_id)
     return rootfs
@@ -73,24 +76,70 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
     """The container's mounts with real paths of the host, and those that its image asks for before them.
 
-    Raises NotFoundError for an image or path in it that is not there, InvalidArgumentError for a host path that
-    cannot be made.
+    Where they come to lie is said without the image's links. Raises NotFoundError for an image or path in it that is
+    not there, InvalidArgumentError for a host path that cannot be made.
     """
+    wanted = container.config.mounts
+    places = await asyncio.to_thread(_places, rootfs, [*(m.container_path for m in wanted), *image.config.volumes])
     found = []
-    for number, mount in enumerate(container.config.mounts):
+    for number, mount in enumerate(wanted):
+        mount = dataclasses.replace(mount, container_path=places[mount.container_path])
         if mount.image:
             path = await _mount_image(node, container, number, mount)
-            found.append(dataclasses.replace(mount, host_path=path))
+            found.append(dataclasses.replace(mount, host_path=path, guarded=True))
         else:
             found.append(await _resolved_in_time(mount))
     covered = {mount.container_path for mount in found}
     volumes = []
-    for number, volume in enumerate(sorted(set(map(os.path.normpath, image.config.volumes)) - covered)):
-        if volume.startswith("/") and volume != "/":
-            path = os.path.join(_volumes_dir(node, container.id), str(number))
-            await _copy_up(rootfs, volume, path)
-            volumes.append(Mount(volume, path, readonly=False, propagation=Propagation.PRIVATE, selinux_relabel=True))
+    for number, volume in enumerate(sorted({places[volume] for volume in image.config.volumes} - covered)):
+        if volume == "/" or volume.split("/")[1] in _THE_KERNELS:
+            continue
+        path = os.path.join(_volumes_dir(node, container.id), str(number))
+        await _copy_up(rootfs, volume, path)
+        volumes.append(
+            Mount(
+                volume,
+                path,
+                readonly=False,
+                propagation=Propagation.PRIVATE,
+                selinux_relabel=True,
+                # A privileged container may have the root file systems of containers of its own there.
+                guarded=not container.config.security.privileged,
+            )
+        )
     return (*volumes, *found)
+
+
+def _places(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
+    """Where paths of the container lead through the links of its image, as the OCI runtime finds it. Blocks.
+
+    Raises FailedPreconditionError for links without end.
+    """
+    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return {path: _place(root, path) for path in paths}
+    finally:
+        os.close(root)
+
+
+def _place(root: int, path: str) -> str:
+    todo, here, links = path.split("/")[::-1], list[str](), 0
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            here = here[:-1]
+        elif part not in ("", "."):
+            try:
+                target = os.readlink("/".join([*here, part]), dir_fd=root)
+            except OSError:
+                here.append(part)  # no link, or nothing yet
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise FailedPreconditionError(f"mount {path}: the image has links there that lead in a circle")
+            here = [] if target.startswith("/") else here
+            todo += target.split("/")[::-1]
+    return "/" + "/".join(here)
 
 
 async def unmount(node: Node, container_id: str) -> None:
@@ -173,7 +222,7 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
         raise NotFoundError(f"mount {mount.container_path}: image {mount.image} is not on this node; pull it first")
     key = f"{container.id}.image{number}"
     point = os.path.join(node.container_dir(container.id), f"image{number}")
-    os.mkdir(point, 0o711)
+    os.mkdir(point, 0o700)
     await _mount(node, container, key, image, point)
     if not mount.image_sub_path:
         return point
@@ -191,7 +240,8 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
 
 async def _copy_up(rootfs: str, volume: str, target: str) -> None:
     """Make a volume with what the image has at its place: content, owners, modes and attributes."""
-    os.makedirs(target, mode=0o755)
+    files.make_private(os.path.dirname(target))
+    os.mkdir(target, 0o755)
     try:
         fd = _open_inside(rootfs, volume)
     except FileNotFoundError:

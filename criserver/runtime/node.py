@@ -79,8 +79,12 @@ class Node:
         return runtime
 
     def sandbox_dir(self, sandbox_id: str) -> str:
-        """Where a sandbox's files are until the boot ends."""
+        """Where what a sandbox has mounted is until the boot ends."""
         return os.path.join(self.config.state, "sandboxes", sandbox_id)
+
+    def sandbox_files_dir(self, sandbox_id: str) -> str:
+        """Where a sandbox's files are that its containers may write to."""
+        return os.path.join(self.config.root, "sandboxes", sandbox_id)
 
     def namespaces_dir(self, sandbox_id: str) -> str:
         """Where a sandbox's namespaces are pinned."""

@@ -15,7 +15,7 @@ import structlog
 
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
-from criserver.runtime import filesystems, sandbox_files, strays, supervision
+from criserver.runtime import filesystems, sandbox_files, selinux, strays, supervision
 from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.node import Node
@@ -99,6 +99,9 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
                     node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+                else:
+                    files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
+                    await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
     except Exception:
         log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
 
@@ -121,9 +124,9 @@ async def _sweep(node: Node) -> None:
         if name not in sandboxes:
             unpin_pids(node, name)
             namespaces.unpin(node.namespaces_dir(name))
-    for name in entries(node.config.state, "sandboxes"):
+    for name in {*entries(node.config.state, "sandboxes"), *entries(node.config.root, "sandboxes")}:
         if name not in sandboxes:
-            sandbox_files.remove(node.sandbox_dir(name))
+            sandbox_files.remove(node.sandbox_files_dir(name), node.sandbox_dir(name))
     for handler in entries(node.config.state, "runtimes"):
         for name in entries(node.runtime_root(handler)):
             # What begins with a dot is no container's: crun keeps a cache there.

@@ -1,14 +1,23 @@
-"""The files that all containers of a pod see: resolv.conf, hosts, hostname, and /dev/shm."""
+"""The files that all containers of a pod see: resolv.conf, hosts, hostname, and /dev/shm.
+
+Containers can write to the files, so these are on disk: a container that fills /etc/hostname takes no memory from
+others. What can be written to /dev/shm has a bound of its own, and counts as the container's memory.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import suppress
 
+from criserver.errors import ResourceExhaustedError
 from criserver.model import Dns, NamespaceMode, PodConfig
 from criserver.runtime import selinux
 from snapshotter import mounts
+from snapshotter.files import make_private
 
 SHM_SIZE = 64 << 20
+_FILES = ("resolv.conf", "hostname", "hosts")
 
 
 def resolv_conf(dns: Dns) -> str:
@@ -47,16 +56,20 @@ def hosts(name: str, ips: tuple[str, ...]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write(directory: str, config: PodConfig, label: str) -> None:
-    """Make the directory with everything but what needs the pod's addresses; ``label`` is SELinux's, "" for none."""
-    os.makedirs(directory, mode=0o711, exist_ok=True)
-    _put(directory, "resolv.conf", resolv_conf(config.dns), label)
-    _put(directory, "hostname", hostname(config) + "\n", label)
+def write(files: str, directory: str, config: PodConfig, label: str) -> None:
+    """Make the directory ``files`` without what needs the pod's addresses, and ``directory`` with /dev/shm. Blocks.
+
+    ``label`` is SELinux's, "" for none. Raises ResourceExhaustedError on a full disk.
+    """
+    make_private(files)
+    _put(files, "resolv.conf", resolv_conf(config.dns), label)
+    _put(files, "hostname", hostname(config) + "\n", label)
     if config.namespaces.network is NamespaceMode.NODE:
-        write_hosts(directory, config, (), label)
+        write_hosts(files, config, (), label)
+    make_private(directory)
     if config.namespaces.ipc is not NamespaceMode.NODE:
         shm = os.path.join(directory, "shm")
-        os.makedirs(shm, exist_ok=True)
+        make_private(shm)
         options = f"mode=1777,size={SHM_SIZE}"
         if (user := config.namespaces.user) is not None:
             options += f",uid={user.uids.host_id},gid={user.gids.host_id}"
@@ -65,8 +78,8 @@ def write(directory: str, config: PodConfig, label: str) -> None:
         mounts.mount("shm", shm, "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC, options)
 
 
-def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...], label: str) -> None:
-    """Write the hosts file, once the addresses are known; a pod on the node's network sees the node's."""
+def write_hosts(files: str, config: PodConfig, ips: tuple[str, ...], label: str) -> None:
+    """Write the hosts file, once the addresses are known; a pod on the node's network sees the node's. Blocks."""
     if config.namespaces.network is NamespaceMode.NODE:
         try:
             with open("/etc/hosts") as f:
@@ -75,7 +88,17 @@ def write_hosts(directory: str, config: PodConfig, ips: tuple[str, ...], label: 
             text = hosts(hostname(config), ())
     else:
         text = hosts(hostname(config), ips)
-    _put(directory, "hosts", text, label)
+    _put(files, "hosts", text, label)
+
+
+def adopt(files: str, directory: str, label: str) -> None:
+    """Take over the files of a pod of a release that kept them in ``directory``; its containers keep theirs. Blocks."""
+    if os.path.isdir(files):
+        return
+    make_private(files)
+    for name in _FILES:
+        with open(os.path.join(directory, name)) as f:
+            _put(files, name, f.read(), label)
 
 
 def shm(directory: str, config: PodConfig) -> str:
@@ -83,23 +106,25 @@ def shm(directory: str, config: PodConfig) -> str:
     return "/dev/shm" if config.namespaces.ipc is NamespaceMode.NODE else os.path.join(directory, "shm")  # noqa: S108 - the host's own
 
 
-def remove(directory: str) -> None:
-    """Undo :func:`write`; what is gone already is no error."""
+def remove(files: str, directory: str) -> None:
+    """Undo :func:`write`; what is gone already is no error. Blocks."""
     mounts.unmount(os.path.join(directory, "shm"))
-    for name in ("resolv.conf", "hostname", "hosts"):
-        try:
-            os.unlink(os.path.join(directory, name))
-        except FileNotFoundError:
-            continue
-    for path in (os.path.join(directory, "shm"), directory):
-        try:
+    for parent in (files, directory):
+        for name in _FILES:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(parent, name))
+    for path in (os.path.join(directory, "shm"), directory, files):
+        with suppress(FileNotFoundError):
             os.rmdir(path)
-        except FileNotFoundError:
-            continue
 
 
 def _put(directory: str, name: str, text: str, label: str) -> None:
-    with open(os.path.join(directory, name), "w") as f:
-        os.fchmod(f.fileno(), 0o644)
-        selinux.set_label(f.fileno(), label)
-        f.write(text)
+    try:
+        with open(os.path.join(directory, name), "w") as f:
+            os.fchmod(f.fileno(), 0o644)
+            selinux.set_label(f.fileno(), label)
+            f.write(text)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhaustedError(f"{directory}/{name} cannot be written: {e.strerror}; make room there") from e
+        raise

@@ -15,7 +15,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import apparmor, cgroups, filesystems, host, sandbox_files, selinux, supervision
+from criserver.runtime import apparmor, cgroups, filesystems, host, passage, sandbox_files, selinux, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
 from criserver.runtime.sandbox_stop import pid_pin, release
@@ -89,12 +89,14 @@ async def _undo(node: Node, sandbox: Sandbox) -> None:
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
-    config, directory = sandbox.config, node.sandbox_dir(sandbox.id)
+    config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     if config.log_directory:
         os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
     label = selinux.pod_files(sandbox.selinux_level)
-    sandbox_files.write(directory, config, label)
+    if config.namespaces.user is not None:
+        passage.update(node)
+    await asyncio.to_thread(sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label)
     await namespaces.make(
         node.namespaces_dir(sandbox.id),
         net=own_network,
@@ -111,7 +113,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
         sandbox = network.result()
-        sandbox_files.write_hosts(directory, config, sandbox.ips, label)
+        await asyncio.to_thread(sandbox_files.write_hosts, files, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
     sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)
@@ -179,17 +181,17 @@ def _cgroup_parent(node: Node, config: PodConfig, sandbox_id: str) -> str:
 
 def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
     """What the sandbox gives its containers."""
-    config, directory = sandbox.config, node.sandbox_dir(sandbox.id)
+    config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     pins = node.namespaces_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     own_ipc = config.namespaces.ipc is not NamespaceMode.NODE
     shared_pid = config.namespaces.pid is NamespaceMode.POD
     return spec.PodFacts(
         hostname=sandbox_files.hostname(config),
-        resolv_conf=os.path.join(directory, "resolv.conf"),
-        hosts=os.path.join(directory, "hosts"),
-        hostname_file=os.path.join(directory, "hostname"),
-        shm=sandbox_files.shm(directory, config),
+        resolv_conf=os.path.join(files, "resolv.conf"),
+        hosts=os.path.join(files, "hosts"),
+        hostname_file=os.path.join(files, "hostname"),
+        shm=sandbox_files.shm(node.sandbox_dir(sandbox.id), config),
         net_namespace=os.path.join(pins, "net") if own_network else None,
         uts_namespace=os.path.join(pins, "uts") if own_network else None,
         ipc_namespace=os.path.join(pins, "ipc") if own_ipc else None,

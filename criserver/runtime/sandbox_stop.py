@@ -11,7 +11,7 @@ import structlog
 
 from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, sandbox_files, supervision
+from criserver.runtime import cgroups, passage, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
@@ -63,7 +63,9 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     pins = node.namespaces_dir(sandbox.id)
     node.stats.networks.forget(os.path.join(pins, "net"))
     await asyncio.to_thread(namespaces.unpin, pins)
-    await asyncio.to_thread(sandbox_files.remove, node.sandbox_dir(sandbox.id))
+    await asyncio.to_thread(sandbox_files.remove, node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
+    if sandbox.config.namespaces.user is not None:
+        passage.update(node, leaving=sandbox.id)
     if sandbox.cgroup_owned:
         await cgroups.remove_pod(sandbox.cgroup_parent)
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):

@@ -1,0 +1,44 @@
+"""The way of a user namespace's root to the file systems of its pod's containers.
+
+Nobody but root passes below the state directory. An OCI runtime, however, mounts a container's root as the root user of
+the container's user namespace, which is an ordinary user to the node. So the directories on the way have an entry for
+each such user, for as long as its pod runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from criserver.errors import FailedPreconditionError
+from criserver.runtime.node import Node
+from criserver.runtime.records import SandboxState
+from snapshotter import acl, files
+
+
+def update(node: Node, *, leaving: str = "") -> None:
+    """Let the roots of all pods pass that are made or run just now, and no others; the pod ``leaving`` does no more.
+
+    Raises FailedPreconditionError where the state directory is on a file system without access control lists.
+    """
+    wanted = {
+        sandbox.config.namespaces.user.uids.host_id
+        for sandbox in node.registry.sandboxes.values()
+        if sandbox.config.namespaces.user is not None
+        and sandbox.id != leaving
+        and sandbox.state in (SandboxState.CREATING, SandboxState.READY)
+    }
+    containers = os.path.join(node.config.state, "containers")
+    files.make_private(containers)
+    for directory in (node.config.state, containers):
+        if acl.users(directory) == wanted:
+            continue
+        try:
+            acl.let_pass(directory, wanted)
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+            raise FailedPreconditionError(
+                f"{directory} is on a file system without access control lists, which pods with user namespaces need; "
+                "configure a state directory on a tmpfs"
+            ) from e
