@@ -47,6 +47,7 @@ __all__ = [
     "ignore_signal",
     "loads",
     "on_signal",
+    "signal_pidfd",
     "wake_by_signals",
 ]
 
@@ -101,6 +102,11 @@ def accept(listener: Socket) -> Socket:
 def on_signal(number: int, handler: Callable[[int, Any], None]) -> None:
     """Have `handler` called for a signal."""
     _signal.signal(number, handler)
+
+
+def signal_pidfd(pidfd: int, number: int) -> None:
+    """Signal the process of a descriptor. Raises ProcessLookupError where it has ended."""
+    _signal.pidfd_send_signal(pidfd, number)
 
 
 def ignore_signal(number: int) -> None:

@@ -10,6 +10,7 @@ import os
 import select
 import time
 
+from . import tree
 from .lean import SIGKILL, SIGSTOP, wake_by_signals
 
 TYPE_CHECKING = False
@@ -30,6 +31,30 @@ _ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath)}
 
 def wake(_number: int, _frame: FrameType | None) -> None:
     """The handler that SIGCHLD must have before a Loop is made: it makes the wakeup descriptor be written."""
+
+
+class Call:
+    """A program that runs. `late` says that it was ended because its time was up."""
+
+    __slots__ = ("_pid", "late")
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.late = False
+
+    def end(self) -> None:
+        """Kill it with all that it has started; how it ended is told as ever."""
+        if self._pid:
+            tree.end(self._pid)
+
+    def expire(self) -> None:
+        """Its time is up."""
+        self.late = True
+        self.end()
+
+    def reaped(self) -> None:
+        """Its number may be another process's from now on."""
+        self._pid = 0
 
 
 class Loop:
@@ -75,11 +100,11 @@ class Loop:
     def cancel(self, handle: object) -> None:
         self._timers.pop(handle, None)
 
-    def spawn(self, argv: list[str], stdio: Sequence[int], limit: float, ended: Callable[[int], None]) -> None:
+    def spawn(self, argv: list[str], stdio: Sequence[int], limit: float, ended: Callable[[int], None]) -> Call:
         """Run a program whose orphans may become ours; `ended` gets its exit code, or minus its signal.
 
         `stdio` are the descriptors of its standard input, output and error. After `limit` seconds it is
-        killed. Raises OSError if it cannot be started.
+        killed with all that it has started. Raises OSError if it cannot be started.
         """
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
         pid = os.posix_spawn(
@@ -91,9 +116,11 @@ class Loop:
             setsigdef=_DEFAULT_SIGNALS,
         )
         self._calls += 1
-        timer = self.later(limit, lambda: os.kill(pid, SIGKILL))
+        call = Call(pid)
+        timer = self.later(limit, call.expire)
 
         def finished(code: int) -> None:
+            call.reaped()
             self.cancel(timer)
             try:
                 ended(code)
@@ -101,6 +128,7 @@ class Loop:
                 self._calls -= 1
 
         self._children[pid] = finished
+        return call
 
     def adopt(self, pid: int, ended: Callable[[int], None]) -> None:
         """Wait for a process that a spawned program left to us; `ended` as in `spawn`.

@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .loop import Call
     from .wire import Message
 
     Answer = tuple[Message, Sequence[int]]
@@ -47,6 +48,10 @@ _OK: Answer = ({"ok": True}, ())
 
 class RequestError(Exception):
     """A request, or the start itself, cannot be carried out; the text goes to the daemon."""
+
+
+class LateError(RequestError):
+    """The runtime did not come back in its time."""
 
 
 class Config:
@@ -83,24 +88,30 @@ class Config:
 class _Exec:
     """A process that was asked for with `exec`; `signal` waits for it to be started."""
 
-    __slots__ = ("channel", "id", "owned", "pid", "signal")
+    __slots__ = ("call", "channel", "id", "owned", "pid", "signal")
 
     def __init__(self, exec_id: str, channel: Channel, owned: bool) -> None:
         self.id = exec_id
         self.channel = channel
         self.owned = owned
+        self.call: Call | None = None
         self.pid = 0
         self.signal = 0
 
     def kill(self, number: int) -> None:
-        """Signal the process and its group: runc and crun make it the leader of a session of its own."""
+        """Signal the process and its group: runc and crun make it the leader of a session of its own.
+
+        What is to be killed before it is there ends with the runtime that is making it.
+        """
         if self.pid:
             try:
                 os.killpg(self.pid, number)
             except ProcessLookupError:
                 os.kill(self.pid, number)  # a runtime that gives it no session
-        else:
-            self.signal = number
+            return
+        self.signal = number
+        if number == SIGKILL and self.call is not None:
+            self.call.end()
 
 
 class Shim:
@@ -117,7 +128,8 @@ class Shim:
         self._input = -1
         self._pipes: list[int] = []
         self._state = "starting"
-        self._failure = ""
+        self._call: Call | None = None
+        self._failure: RequestError | None = None
         self._init = 0
         self._times: Message = {}
         self._status: int | None = None
@@ -135,7 +147,7 @@ class Shim:
             listener = self._listen()
             self._start()
         except (OSError, RequestError) as error:
-            self._tell({"event": "failed", "error": str(error)})
+            self._tell({"event": "failed", "error": str(error), "late": isinstance(error, LateError)})
         else:
             self._loop.until(lambda: self._status is not None)
             self._finish()
@@ -163,18 +175,18 @@ class Shim:
         if config.pod_events:
             self._others = max(0, oom_kills(config.pod_events))
         try:
-            self._loop.spawn(argv, stdio, _RUN_LIMIT, lambda code: self._ran(code, console))
+            self._call = self._loop.spawn(argv, stdio, _RUN_LIMIT, lambda code: self._ran(code, console))
             for fd in stdio:
                 if fd > 2:
                     os.close(fd)
-            self._loop.until(lambda: self._state == "running" or self._failure != "")
+            self._loop.until(lambda: self._state == "running" or self._failure is not None)
         finally:
             if console:
                 console.close()
                 os.unlink(_CONSOLE)
-        if self._failure:
+        if self._failure is not None:
             self._delete()
-            raise RequestError(self._failure)
+            raise self._failure
 
     def _make_pipes(self) -> list[int]:
         """Pipes for standard streams; returns the container's ends."""
@@ -189,6 +201,7 @@ class Shim:
     def _ran(self, code: int, console: Socket | None) -> None:
         """The runtime has ended: take over the container's init, which cannot have been reaped yet."""
         try:
+            self._in_time(self._call, code, "run", _RUN_LIMIT)
             pid = self._started_pid(code, _PID_FILE, _LOG)
             self._times = {"start_ticks": start_ticks(pid), "started_at": time.time_ns()}
             self._loop.adopt(pid, self._init_ended)
@@ -198,8 +211,11 @@ class Shim:
                 self._pipes = [master]
             for fd, name in zip(self._pipes, ("stdout", "stderr"), strict=False):
                 self._outputs[name] = Output(self._loop, fd, name, self._log)
-        except (OSError, ValueError, RequestError) as error:
-            self._failure = str(error) or type(error).__name__
+        except RequestError as error:
+            self._failure = error
+            return
+        except (OSError, ValueError) as error:
+            self._failure = RequestError(str(error) or type(error).__name__)
             return
         self._init = pid
         self._watch_pod()
@@ -242,6 +258,11 @@ class Shim:
             own = oom_kills(self._config.pod_events) - self._others
         return own > 0
 
+    def _in_time(self, call: Call | None, code: int, command: str, limit: float) -> None:
+        """Raises LateError where the runtime was ended at its limit: what it has logged is not why it failed."""
+        if code and call is not None and call.late:
+            raise LateError(f"{self._config.runtime} {command} did not come back within {limit:g} s")
+
     def _started_pid(self, code: int, pid_file: str, log: str) -> int:
         """The process that the runtime has started. Raises RequestError, OSError or ValueError."""
         if code:
@@ -273,7 +294,9 @@ class Shim:
         self._state = "exited"
         self._tell({"event": "exited", **record})
         error = self._delete()
-        self._loop.until(lambda: not self._execs, _LAST_DRAIN)
+        if not self._loop.until(lambda: not self._execs, _LAST_DRAIN):
+            for execution in self._execs.values():
+                execution.kill(SIGKILL)  # a runtime that hangs has nobody to end it afterwards
         self._gone = {"event": "gone", "error": error} if error else {"event": "gone"}
         self._tell(self._gone)
         # On a full disk the record is kept here, for a daemon to come, until it can be saved. The removal of the
@@ -417,7 +440,7 @@ class Shim:
         execution = _Exec(exec_id, channel, bool(message.get("owned")))
         pid_file, log = f"exec-{exec_id}.pid", f"exec-{exec_id}.log"
         argv = self._runtime.exec(_text(message, "spec"), self._path(pid_file), self._path(log), console)
-        self._loop.spawn(
+        execution.call = self._loop.spawn(
             argv, fds or (0, 1, 2), _EXEC_LIMIT, lambda code: self._entered(execution, code, pid_file, log)
         )
         self._execs[exec_id] = execution
@@ -427,11 +450,13 @@ class Shim:
         """The runtime's exec has ended: take over the process that it started."""
         event: Message = {"exec": execution.id}
         try:
+            self._in_time(execution.call, code, "exec", _EXEC_LIMIT)
             pid = self._started_pid(code, pid_file, log)
             self._loop.adopt(pid, lambda status: self._exec_ended(execution, status))
         except (OSError, ValueError, RequestError) as error:
+            _end_unseen(pid_file)
             del self._execs[execution.id]
-            event.update(event="exec-failed", error=str(error))
+            event.update(event="exec-failed", error=str(error), late=isinstance(error, LateError))
         else:
             execution.pid = pid
             event.update(event="exec-started", pid=pid)
@@ -555,6 +580,17 @@ def _receive_console(listener: Socket) -> int:
     if not fds:
         raise RequestError("the runtime sent no terminal to the console socket")
     return fds[0]
+
+
+def _end_unseen(pid_file: str) -> None:
+    """Kill the process of a runtime that was given up between starting it and saying so."""
+    try:
+        pid = int(read_small(pid_file))
+        # Ours, so that its number is no other's: orphans are not reaped before this.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.killpg(pid, SIGKILL)
+    except (OSError, ValueError):
+        pass
 
 
 def _save(name: str, record: Message) -> bool:

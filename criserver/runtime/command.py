@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from shims import tree
+
 
 class Done(NamedTuple):
     """How a program ended, and what it printed."""
@@ -23,7 +25,8 @@ class Done(NamedTuple):
 async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
     """Run a program to its end; ``timeout`` in seconds.
 
-    It is killed at the end of its time and with its caller. Raises TimeoutError, OSError where it cannot be started.
+    At the end of its time and with its caller it is killed, with all that it has started. Raises TimeoutError, OSError
+    where it cannot be started.
     """
     process = await asyncio.create_subprocess_exec(
         *argv,
@@ -36,6 +39,6 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
             stdout, stderr = await process.communicate(stdin or None)
     finally:
         if process.returncode is None:
-            process.kill()  # asyncio reaps it, also where the kernel does not let go of it now
+            tree.end(process.pid)  # asyncio reaps it, also where the kernel does not let go of it now
     assert process.returncode is not None
     return Done(process.returncode, stdout, stderr)

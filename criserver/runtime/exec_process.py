@@ -65,8 +65,9 @@ async def exec_process(
 
     ``stdio`` are its standard input, output and error, which stay the caller's to close; or ``console`` is the path
     of a socket to which its terminal is sent. The future raises FailedPreconditionError where the command cannot be
-    run. At the end of the context whatever still runs of it is killed with its process group. Raises
-    InvalidArgumentError for an empty command, and CriError where the shim cannot be reached or does not answer.
+    run, DeadlineExceededError where the OCI runtime does not come back. At the end of the context whatever still runs
+    of it is killed with its process group, or with the runtime that is making it. Raises InvalidArgumentError for an
+    empty command, and CriError where the shim cannot be reached or does not answer.
     """
     if not command:
         raise InvalidArgumentError("the command is empty; it must be given")
@@ -79,7 +80,8 @@ async def exec_process(
         if message.get("event") == "exec-exited":
             ended.set_result(message["code"])
         elif message.get("event") == "exec-failed":
-            ended.set_exception(FailedPreconditionError(f"{command[0]!r} cannot be run: {message['error']}"))
+            kind = DeadlineExceededError if message.get("late") else FailedPreconditionError
+            ended.set_exception(kind(f"{command[0]!r} cannot be run: {message['error']}"))
 
     def on_close() -> None:
         if not ended.done():

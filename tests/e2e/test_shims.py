@@ -24,6 +24,7 @@ import pytest
 
 from shims.launch import command
 from shims.wire import Channel
+from tests.e2e.node import processes
 
 Message = dict[str, Any]
 
@@ -49,6 +50,16 @@ code = subprocess.run(["{runc}", *sys.argv[1:]]).returncode
 os.write(writer, bytes([code]))
 time.sleep(0.3)
 os._exit(0)
+"""
+
+# Hangs in one command, with a process in a session of its own, once the real runtime has done that command.
+HANGING_RUNTIME = """#!/bin/sh
+case " $* " in *" {command} "*)
+    {runc} "$@"
+    setsid sleep {mark} &
+    sleep {mark}
+esac
+exec {runc} "$@"
 """
 
 
@@ -126,7 +137,8 @@ class Container:
 class Host:
     """A nursery and the containers started through it; `close` ends all of it."""
 
-    def __init__(self, rootfs: Path) -> None:
+    def __init__(self, rootfs: Path, **limits: float) -> None:
+        """`limits` are in place of those of shims.shim, by their names there."""
         self.rootfs = rootfs
         self.directory = Path(tempfile.mkdtemp(dir="/run", prefix="shims-"))
         self.runtime_root = self.directory / "runc"
@@ -134,9 +146,12 @@ class Host:
         self.clients: list[Client] = []
         ours, theirs = socket.socketpair()
         self.nursery = Client(ours)
-        self.process = subprocess.Popen(
-            command(sys.executable, theirs.fileno()), pass_fds=[theirs.fileno()], close_fds=True
-        )
+        argv = command(sys.executable, theirs.fileno())
+        place = argv.index("-c") + 1
+        for name, seconds in limits.items():
+            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery"
+            argv[place] = argv[place].replace("from shims.nursery", changed)
+        self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], close_fds=True)
         theirs.close()
 
     def prepare(self, name: str, *args: str, **options: Any) -> Message:
@@ -309,6 +324,57 @@ def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: H
     container = host.fork(host.prepare("c", "sh", "-c", "sleep 0.6; exit 6") | {"runtime": str(runtime)})
     container.client.expect("started")
     assert container.finished()["code"] == 6
+
+
+@pytest.fixture
+def hasty(rootfs: Path) -> Iterator[Host]:
+    """Shims that give a runtime up after a second."""
+    host = Host(rootfs, _RUN_LIMIT=1.0, _EXEC_LIMIT=1.0)
+    try:
+        host.nursery.greeting()
+        yield host
+    finally:
+        host.close()
+
+
+def _hanging(directory: Path, command: str) -> tuple[str, Callable[[], list[str]]]:
+    """A runtime that hangs in a command, and what it has started and is there still."""
+    mark = f"85{os.getpid() % 1000:03}"
+    runtime = directory / "hanging"
+    runtime.write_text(HANGING_RUNTIME.format(command=command, runc=shutil.which("runc"), mark=mark))
+    runtime.chmod(0o755)
+    return str(runtime), lambda: [
+        f"{pid} {words}" for pid, words in processes() if f"sleep {mark} " in words or str(runtime) in words
+    ]
+
+
+def test_a_start_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
+    runtime, left = _hanging(tmp_path, "run")
+    container = hasty.fork(hasty.prepare("c", "sleep", "1000") | {"runtime": runtime})
+    failed = container.client.expect("failed")
+    assert (failed["error"], failed["late"]) == (f"{runtime} run did not come back within 1 s", True)
+    assert left() == []
+    _until(lambda: not (container.directory / "state" / "shim.sock").exists())
+    assert not any(Path("/sys/fs/cgroup").glob(f"*{CGROUP}/c"))
+
+
+def test_an_exec_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
+    runtime, left = _hanging(tmp_path, "exec")
+    container = hasty.fork(hasty.prepare("c", "sleep", "1000") | {"runtime": runtime})
+    container.client.expect("started")
+    _, streams = _exec(container, "e1", "sleep", "999")
+    failed = container.client.expect("exec-failed")
+    assert (failed["error"], failed["late"]) == (f"{runtime} exec did not come back within 1 s", True)
+    assert left() == []
+    # What ran already, though nobody had been told of it, holds the output no more.
+    assert (_read_all(streams["stdout"]), _read_all(streams["stderr"])) == (b"", b"")
+    os.close(streams["stdin"])
+    assert container.client.ask("status")["state"] == "running"
+
+
+def test_a_runtime_that_fails_in_time_is_not_late(host: Host) -> None:
+    container = host.fork(host.prepare("c", "/no/such/command"))
+    assert container.client.expect("failed")["late"] is False
 
 
 def test_a_code_of_the_containers_own(host: Host) -> None:
