@@ -23,7 +23,7 @@ from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, filesystems, host, selinux
+from criserver.runtime import apparmor, cgroups, filesystems, host, selinux, supervision
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -138,13 +138,14 @@ async def _prepare(
     edits: cdi.Edits,
 ) -> User:
     config = container.config
-    pid_namespace = _target_namespace(node, container)
+    target = _target(node, container)
     if container.log_path:
         os.makedirs(os.path.dirname(container.log_path), mode=0o755, exist_ok=True)
     devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
     if config.security.privileged:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
+    pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
     spec.check_mounts(config)
     await asyncio.to_thread(_check_dev, config, rootfs)
@@ -198,17 +199,48 @@ def _with_image_refs(node: Node, sent: bytes) -> bytes:
     return config.SerializeToString(deterministic=True)
 
 
-def _target_namespace(node: Node, container: Container) -> str:
-    """The PID namespace of the container that this one is to see into; "" where it asks for none."""
+def _target(node: Node, container: Container) -> Container | None:
+    """The container whose processes this one is to see; None where it asks for none."""
     namespaces = container.config.namespaces
     if namespaces.pid is not NamespaceMode.TARGET:
-        return ""
+        return None
     target = node.registry.container(namespaces.target)
     if target.sandbox_id != container.sandbox_id:
         raise InvalidArgumentError(f"target container {target.id} is of another pod, {target.sandbox_id}")
     if target.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"target container {target.id} is {target.state.value}, not running")
-    return f"/proc/{target.pid}/ns/pid"
+    return target
+
+
+def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: Container) -> str:
+    """Pin the PID namespace of a target among the container's own files, and return where.
+
+    Its PID may be another process's by the time that the container is started, and that one's namespace the node's.
+    It is unmounted with the container's file systems.
+    """
+    pidfd = supervision.open_process(target.pid, target.start_ticks)
+    if pidfd is None:
+        raise FailedPreconditionError(f"target container {target.id} has ended")
+    try:
+        namespace = os.open(f"/proc/{target.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise FailedPreconditionError(f"target container {target.id} has ended") from e
+    finally:
+        os.close(pidfd)
+    try:
+        # It was the target's if that has its number still.
+        if host.start_ticks(target.pid) != target.start_ticks:
+            raise FailedPreconditionError(f"target container {target.id} has ended")
+        if sandbox.config.namespaces.pid is not NamespaceMode.NODE and host.is_own_namespace(namespace, "pid"):
+            raise InvalidArgumentError(
+                f"target container {target.id} is in the node's PID namespace, which its pod is not to share"
+            )
+        pin = os.path.join(node.container_dir(container.id), "pid")
+        os.close(os.open(pin, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        mounts.mount(f"/proc/self/fd/{namespace}", pin, None, mounts.MS_BIND)
+    finally:
+        os.close(namespace)
+    return pin
 
 
 async def _undo(node: Node, container: Container, cause: BaseException) -> None:

@@ -143,16 +143,23 @@ def _node(found: os.stat_result, path: str) -> DeviceNode:
     )
 
 
+def is_own_namespace(fd: int, kind: str) -> bool:
+    """Whether a descriptor is of the namespace that the daemon itself is in (namespaces(7), /proc/PID/ns)."""
+    found, own = os.fstat(fd), os.stat(f"/proc/self/ns/{kind}")
+    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
+
 def processes_in(directory: str) -> list[int]:
-    """The processes whose working directory this is: a container's shim."""
-    found = []
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdecimal() and os.readlink(f"/proc/{name}/cwd") == directory:
-                found.append(int(name))
-        except OSError:
-            continue
-    return found
+    """The processes whose working directory this is: a container's shim, and the OCI runtime while it runs."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and is_in(int(name), directory)]
+
+
+def is_in(pid: int, directory: str) -> bool:
+    """Whether this is a process's working directory; one that has ended has none."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == directory
+    except OSError:
+        return False
 
 
 def zombie_code(pid: int) -> int | None:
