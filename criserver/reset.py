@@ -98,7 +98,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             for pod in unrecorded:
                 await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
-                await service_manager.stop_slice(own)
+                await service_manager.stop_unit(own)
         finally:
             for link in list(node.links.values()):
                 link.abandon()

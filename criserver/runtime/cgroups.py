@@ -7,8 +7,11 @@ slices in each other by the dashes in their names (systemd.slice(5)).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +25,8 @@ _PREFIX = "criserver"
 
 # How often freezing is tried, how often it is looked each time whether it is done, and the seconds between.
 _TRIES, _LOOKS, _LOOK = 50, 50, 0.002
+# Seconds between two looks whether killed processes have ended.
+_END_LOOK = 0.01
 
 
 def is_slice(parent: str) -> bool:
@@ -123,10 +128,23 @@ def own_slice() -> str:
         return ""
 
 
+def exists(cgroup: str) -> bool:
+    """Whether a cgroup is there in any hierarchy."""
+    return any(os.path.isdir(root + cgroup) for root in set(roots().values()))
+
+
+async def remove_container(parent: str, key: str) -> None:
+    """Remove the cgroup of a container that has no process; systemd's scopes are its own to remove."""
+    if not is_slice(parent):
+        remove(path(parent, key))
+    elif os.path.isdir(_processes_root() + path(parent, key)):
+        await service_manager.stop_unit(os.path.basename(path(parent, key)))
+
+
 async def remove_pod(parent: str) -> None:
     """Remove the cgroup that we gave a pod; one that is gone is no error."""
     if is_slice(parent):
-        await service_manager.stop_slice(parent)
+        await service_manager.stop_unit(parent)
     else:
         remove(parent)
 
@@ -155,6 +173,33 @@ def processes(cgroup: str) -> list[int]:
         except OSError:
             continue  # gone, or of threads (cgroup-v2, "Threads")
     return pids
+
+
+def end_processes(cgroup: str, limit: float) -> list[int]:
+    """Kill all that is in a cgroup and below it; what has not ended after ``limit`` seconds. Blocks."""
+    deadline = time.monotonic() + limit
+    while pids := processes(cgroup):
+        if time.monotonic() > deadline:
+            return pids
+        thaw(cgroup)  # what is frozen takes no signal
+        _kill(cgroup, pids)
+        time.sleep(_END_LOOK)
+    return []
+
+
+def _kill(cgroup: str, pids: list[int]) -> None:
+    """Kill those processes that are in the cgroup: opened first and looked up again, so that none is another."""
+    opened: dict[int, int] = {}
+    try:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                opened[pid] = os.pidfd_open(pid)
+        for pid in opened.keys() & set(processes(cgroup)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(opened[pid], signal.SIGKILL)
+    finally:
+        for pidfd in opened.values():
+            os.close(pidfd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ async def remove_locked(node: Node, container: Container) -> None:
         node.registry.observe(found)
         sandbox = node.registry.sandbox(found.sandbox_id)
         await supervision.wait_gone(node, found.id)
-        await supervision.destroy(node, found.id, sandbox.runtime)
+        await supervision.destroy(node, found.id, sandbox.runtime, sandbox.cgroup_parent)
         await filesystems.discard(node, found.id)
         node.registry.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import structlog
 
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.runtime import supervision
 from criserver.runtime.node import Node
-from criserver.runtime.records import ContainerState, SandboxState
+from criserver.runtime.records import Container, ContainerState, SandboxState
 
 log = structlog.get_logger(__name__)
 
@@ -18,13 +19,19 @@ async def start_container(node: Node, given: str) -> None:
     """Start a created container. Raises FailedPreconditionError for one in any other state.
 
     One whose process cannot be started ends as exited with code 128 and reason StartError, for the kubelet to
-    show, and the runtime's words are the error.
+    show, and the runtime's words are the error. So does one that is stopped or removed meanwhile.
     """
     container_id = node.registry.container(given).id
     await node.attempts.run(f"start {container_id}", b"", lambda: _start(node, container_id))
 
 
 async def _start(node: Node, container_id: str) -> str:
+    # From here on a stop ends it, also while it waits for its turn.
+    with supervision.under_way(node, container_id):
+        return await _start_in_turn(node, container_id)
+
+
+async def _start_in_turn(node: Node, container_id: str) -> str:
     async with node.lock(container_id):
         container = node.registry.container(container_id)
         if container.state is not ContainerState.CREATED:
@@ -35,6 +42,7 @@ async def _start(node: Node, container_id: str) -> str:
         container = dataclasses.replace(container, state=ContainerState.STARTING)
         node.registry.save(container)
         try:
+            _check_target(node, container)
             started = await supervision.start(
                 node,
                 container_id,
@@ -45,7 +53,31 @@ async def _start(node: Node, container_id: str) -> str:
                 stdin=container.config.stdin,
             )
         except CriError as e:
-            supervision.start_failed(node, container_id, str(e))
-            raise type(e)(f"container {container.config.name} cannot be started: {e}") from e
+            # The runtime has no words for it: what can be seen of such a namespace is that nothing can be forked.
+            error = _target_ended(node, container) or e
+            supervision.start_failed(node, container_id, str(error))
+            raise type(error)(f"container {container.config.name} cannot be started: {error}") from e
         supervision.running(node, container_id, started)
     return container_id
+
+
+def _check_target(node: Node, container: Container) -> None:
+    if (ended := _target_ended(node, container)) is not None:
+        raise ended
+
+
+def _target_ended(node: Node, container: Container) -> FailedPreconditionError | None:
+    """The error where the container is to see the processes of another that does not run any more."""
+    target = container.config.namespaces.target
+    if not target:
+        return None
+    try:
+        found = node.registry.container(target)
+    except NotFoundError:
+        found = None
+    if found is not None and found.state is ContainerState.RUNNING:
+        pidfd = supervision.open_process(found.pid, found.start_ticks)
+        if pidfd is not None:
+            os.close(pidfd)
+            return None
+    return FailedPreconditionError(f"its target container {target} has ended: nothing can be started beside it")

@@ -23,7 +23,8 @@ SHIM_PATIENCE = 5.0
 async def stop_container(node: Node, given: str, grace: float) -> None:
     """Stop a container: its stop signal, ``grace`` seconds, then SIGKILL. Idempotent (CRI).
 
-    A grace of 0 or less kills at once. Raises DeadlineExceededError where even SIGKILL does not end it.
+    A grace of 0 or less kills at once, and a start under way is ended at once: there is nothing yet that could take a
+    signal. Raises DeadlineExceededError where even SIGKILL does not end it.
     """
     try:
         container = node.registry.container(given)
@@ -41,10 +42,14 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     checkpoint = node.checkpoints.get(container_id)
     if checkpoint is not None and not checkpoint.thawed:
         checkpoint.cut.set()
+    supervision.cut_start(node, container_id)
     # The lock is held only to let a start or checkpoint under way come to its end: a long grace must not keep another
     # call, with a shorter one, from ending the container at once.
     async with node.lock(container_id):
         container = node.registry.containers.get(container_id)
+        if container is not None and container.state is ContainerState.STARTING:
+            await _end_start(node, container)
+            return
     if container is None or container.state is not ContainerState.RUNNING:
         return
     # From here on no checkpoint freezes it; whoever else did, a frozen process takes no signal, not even SIGKILL.
@@ -71,3 +76,11 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
         raise DeadlineExceededError(
             f"container {container_id} (PID {container.pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
         ) from None
+
+
+async def _end_start(node: Node, container: Container) -> None:
+    """End a start that an earlier daemon began, under the container's lock: one of our own would hold that."""
+    sandbox = node.registry.sandbox(container.sandbox_id)
+    with supervision.under_way(node, container.id):
+        await supervision.end_start(node, container.id, sandbox.runtime, sandbox.cgroup_parent)
+    supervision.start_failed(node, container.id, supervision.STOPPED)

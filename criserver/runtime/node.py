@@ -63,6 +63,8 @@ class Node:
     exits: dict[str, asyncio.Event] = field(default_factory=dict)
     # Set when nothing of a container runs any more and its shim has cleaned up.
     gone: dict[str, asyncio.Event] = field(default_factory=dict)
+    # Under way, by the ID of a container or of an infra process's pod; what is done is to be ended.
+    starts: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     # Under way, by the container's ID.
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     # The containers that a stop has been sent to: none of them is frozen any more.

@@ -65,7 +65,8 @@ async def _running(node: Node, container: Container) -> None:
         # Not back to created: a shim that is late would start it a second time. Its root is unmounted, so that one
         # that still comes finds nothing to run, and the kubelet makes a new attempt.
         log.warning("a start was cut off", container=container.id)
-        await supervision.destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
+        sandbox = node.registry.sandbox(container.sandbox_id)
+        await supervision.end_start(node, container.id, sandbox.runtime, sandbox.cgroup_parent)
         supervision.start_failed(node, container.id, "the daemon was ended while the container was being started")
         return
     supervision.settle(node, container.id)
@@ -90,6 +91,8 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
+                # Nobody waits for its infra process any more; it may still be being started.
+                await supervision.end_start(node, sandbox.id, sandbox.runtime, sandbox.cgroup_parent)
                 await release(node, sandbox)
                 node.registry.forget(sandbox)
             case SandboxState.REMOVING:

@@ -7,6 +7,7 @@ import dataclasses
 import structlog
 
 from criserver.errors import NotFoundError
+from criserver.runtime import supervision
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.node import Node
 from criserver.runtime.records import SandboxState
@@ -25,6 +26,7 @@ async def remove_sandbox(node: Node, given: str) -> None:
 
 
 async def _remove(node: Node, sandbox_id: str) -> None:
+    supervision.cut_start(node, sandbox_id)  # of its infra process, while it is made
     async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is None:

@@ -148,7 +148,8 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
-    begun = await supervision.start(node, sandbox.id, handler=sandbox.runtime, cgroup_parent=sandbox.cgroup_parent)
+    with supervision.under_way(node, sandbox.id):
+        begun = await supervision.start(node, sandbox.id, handler=sandbox.runtime, cgroup_parent=sandbox.cgroup_parent)
     # Pinned like the others: a PID may be another process's by the time that a container joins.
     pin = pid_pin(node, sandbox.id)
     with open(pin, "w"):

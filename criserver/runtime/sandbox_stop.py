@@ -33,6 +33,7 @@ async def stop_sandbox(node: Node, given: str) -> None:
 
 
 async def _stop(node: Node, sandbox_id: str) -> None:
+    supervision.cut_start(node, sandbox_id)  # of its infra process, while it is made
     async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is not None:
@@ -92,7 +93,7 @@ async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     directory = node.container_dir(sandbox.id)
     if not os.path.isdir(directory):
         return
-    await supervision.destroy(node, sandbox.id, sandbox.runtime)
+    await supervision.destroy(node, sandbox.id, sandbox.runtime, sandbox.cgroup_parent)
     await supervision.wait_gone(node, sandbox.id)
     node.exits.pop(sandbox.id, None)
     node.gone.pop(sandbox.id, None)

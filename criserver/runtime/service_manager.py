@@ -75,20 +75,20 @@ def apart(what: str) -> list[str]:
     return [program, "--scope", "--quiet", "--collect", *options, "--property=TasksMax=infinity", "--"]
 
 
-async def stop_slice(name: str) -> None:
-    """Stop a slice with all that is in it; one that is not there is no error. What fails is logged.
+async def stop_unit(name: str) -> None:
+    """Stop a slice or scope with all that is in it; one that is not there is no error. What fails is logged.
 
     systemd keeps a slice that was made for a scope when the scope is gone, and a directory that is taken away below
     it changes nothing of that.
     """
     program = shutil.which("systemctl")
     if program is None:
-        log.warning("systemctl is not there; systemd keeps a slice that nobody needs", slice=name)
+        log.warning("systemctl is not there; systemd keeps a unit that nobody needs", unit=name)
         return
     try:
         done = await command.run([program, "stop", name], _TIMEOUT)
     except TimeoutError:
-        log.warning("systemd does not stop a slice in time", slice=name)
+        log.warning("systemd does not stop a unit in time", unit=name)
         return
     if done.code not in (0, _NOT_LOADED):
-        log.warning("systemd does not stop a slice", slice=name, error=done.words)
+        log.warning("systemd does not stop a unit", unit=name, error=done.words)

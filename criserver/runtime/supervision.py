@@ -14,7 +14,10 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -23,6 +26,7 @@ from criserver.runtime import cgroups, command, filesystems, host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
 from criserver.runtime.shims import Message, connect
+from shims import tree
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +37,29 @@ GONE_TIMEOUT = 15.0
 GONE_PATIENCE = 2.0
 GREETING_TIMEOUT = 2.0
 DELETE_TIMEOUT = 30.0
+# What the kernel may take to let go of killed processes; it takes milliseconds, unless a dead disk holds them.
+END_TIMEOUT = 5.0
+_END_INTERVAL = 0.01
+
+# Why a start was ended early, for its caller and for the record.
+STOPPED = "it was stopped before its process ran"
+
+
+@contextmanager
+def under_way(node: Node, key: str) -> Iterator[None]:
+    """A start, from before it waits for anything: :func:`cut_start` ends it."""
+    node.starts[key] = asyncio.get_running_loop().create_future()
+    try:
+        yield
+    finally:
+        del node.starts[key]
+
+
+def cut_start(node: Node, key: str) -> None:
+    """Have a start under way end at once. Nothing where there is none; one that has succeeded meanwhile stays so."""
+    cut = node.starts.get(key)
+    if cut is not None and not cut.done():
+        cut.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +83,9 @@ async def start(
 ) -> Started:
     """Fork a shim that runs the bundle in ``node.container_dir(key)``, and wait until the process runs.
 
-    Raises FailedPreconditionError with the runtime's own words where it cannot be started; nothing of it is
-    left then.
+    It is :func:`under_way`. Raises FailedPreconditionError with the runtime's own words where it cannot be started, and
+    where it was cut; DeadlineExceededError where the runtime or its shim does not come back. Nothing of it is left
+    then.
     """
     runtime = node.handler(handler)
     program = shutil.which(runtime.path)
@@ -67,9 +95,15 @@ async def start(
             f"in [runtimes.{runtime.name}]"
         )
     directory = node.container_dir(key)
+    cut = node.starts[key]
+    if cut.done():
+        raise FailedPreconditionError(STOPPED)
+    greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     begun: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
     def on_event(message: Message) -> None:
+        if not greeted.done():
+            greeted.set_result(None)
         if message.get("event") in ("started", "failed") and not begun.done():
             begun.set_result(message)
         else:
@@ -100,18 +134,39 @@ async def start(
         on_close,
     )
     node.links[key] = link
-    await asyncio.wait([begun], timeout=START_TIMEOUT)
+    either: list[asyncio.Future[Any]] = [begun, cut]
+    await asyncio.wait(either, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
     if not begun.done():
-        await _end_shim(node, key)
-        await destroy(node, key, handler)
-        link.close()
-        node.links.pop(key, None)
-        raise DeadlineExceededError(f"{runtime.path} did not start {key} within {START_TIMEOUT:g} s")
+        # It is found by its directory, where it is once it has said a word.
+        await asyncio.wait([greeted], timeout=GREETING_TIMEOUT)
+        await end_start(node, key, handler, cgroup_parent)
+        if cut.done():
+            raise FailedPreconditionError(STOPPED)
+        raise DeadlineExceededError(
+            f"the shim of {key} did not tell within {START_TIMEOUT:g} s whether {runtime.path} has started it"
+        )
     message = begun.result()
     if message["event"] == "failed":
-        node.links.pop(key, None)
-        raise FailedPreconditionError(message["error"])
+        # A runtime that was given up may have left what it had made by then, and a shim that died its runtime.
+        await end_start(node, key, handler, cgroup_parent)
+        raise (DeadlineExceededError if message.get("late") else FailedPreconditionError)(message["error"])
     return _started(message)
+
+
+async def end_start(node: Node, key: str, handler: str, cgroup_parent: str) -> None:
+    """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.
+
+    Not by a request: a shim that is stuck, or that an earlier version has started, has to end too. Raises
+    DeadlineExceededError where the kernel does not let go of a process.
+    """
+    if (link := node.links.pop(key, None)) is not None:
+        link.abandon()
+    # What is frozen takes no signal, and the runtime would wait for it.
+    cgroups.thaw(cgroups.path(cgroup_parent, key))
+    left = await _end_shim(node, key)
+    await destroy(node, key, handler, cgroup_parent)
+    if left:
+        raise DeadlineExceededError(_words_of_the_unkillable(key, left))
 
 
 def _started(message: Message) -> Started:
@@ -157,16 +212,32 @@ async def replace_stuck_shim(node: Node, container: Container) -> None:
         log.error("a shim is stuck that has its container's end and does not tell of it", container=container.id)
         await _end_shim(node, container.id)
         settle(node, container.id)
-    await destroy(node, container.id, node.registry.sandbox(container.sandbox_id).runtime)
+    sandbox = node.registry.sandbox(container.sandbox_id)
+    await destroy(node, container.id, sandbox.runtime, sandbox.cgroup_parent)
 
 
-async def _end_shim(node: Node, key: str) -> None:
-    """Kill a shim that is stuck, and the runtime that it runs: they are a process group."""
-    for pid in await asyncio.to_thread(host.processes_in, node.container_dir(key)):
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+async def _end_shim(node: Node, key: str) -> list[int]:
+    """Kill a shim, or the runtime that one has left behind, with all that it has started; what does not end."""
+    left = await asyncio.to_thread(_end_all_in, os.path.realpath(node.container_dir(key)))
+    if left:
+        log.error("killed processes of a shim do not end", container=key, pids=left)
+    return left
+
+
+def _end_all_in(directory: str) -> list[int]:
+    deadline = time.monotonic() + END_TIMEOUT
+    while pids := host.processes_in(directory):
+        if time.monotonic() > deadline:
+            return pids
+        for pid in pids:
+            tree.end(pid, lambda pid=pid: host.is_in(pid, directory))  # type: ignore[misc]
+        time.sleep(_END_INTERVAL)
+    return []
+
+
+def _words_of_the_unkillable(key: str, pids: list[int]) -> str:
+    named = ", ".join(map(str, pids))
+    return f"processes of {key} have not ended {END_TIMEOUT:g} s after SIGKILL; the kernel holds them: PID {named}"
 
 
 def running(node: Node, key: str, begun: Started) -> None:
@@ -259,7 +330,8 @@ async def _connect_later(node: Node, key: str) -> None:
         except BlockingIOError:
             continue
         except OSError:
-            settle(node, key)
+            if key not in node.starts:  # or whoever ends it tells
+                settle(node, key)
         return
 
 
@@ -307,11 +379,18 @@ def send_signal(container: Container, number: int) -> None:
         os.close(pidfd)
 
 
-async def destroy(node: Node, key: str, handler: str) -> None:
-    """End whatever runs of a container by its runtime, and what the runtime keeps of it; failures are logged.
+async def destroy(node: Node, key: str, handler: str, cgroup_parent: str = "") -> None:
+    """End whatever runs of a container, by its runtime and in its cgroup, and what the runtime keeps of it.
 
-    A handler that is not configured any more leaves its work to the default one.
+    A runtime that fails is logged; one that is not configured any more leaves its work to the default one. Raises
+    DeadlineExceededError where the kernel does not let go of a process.
     """
+    await _delete(node, key, handler)
+    if cgroup_parent:
+        await _clear_cgroup(cgroup_parent, key)
+
+
+async def _delete(node: Node, key: str, handler: str) -> None:
     runtime = node.config.runtimes.get(handler) or node.handler("")
     program = shutil.which(runtime.path)
     root = node.runtime_root(handler)
@@ -325,6 +404,16 @@ async def destroy(node: Node, key: str, handler: str) -> None:
     # Where its shim was as quick with the same, there is nothing left to delete.
     if done.code and os.path.isdir(os.path.join(root, key)):
         log.warning("runtime delete failed", container=key, error=done.words)
+
+
+async def _clear_cgroup(parent: str, key: str) -> None:
+    """End what is in a container's cgroup, and remove that: a runtime that came to no state of its own leaves both."""
+    path = cgroups.path(parent, key)
+    if not cgroups.exists(path):
+        return
+    if left := await asyncio.to_thread(cgroups.end_processes, path, END_TIMEOUT):
+        raise DeadlineExceededError(_words_of_the_unkillable(key, left))
+    await cgroups.remove_container(parent, key)
 
 
 def exited(node: Node, key: str, record: Message) -> None:
@@ -425,7 +514,9 @@ def _unknown(node: Node, key: str) -> None:
         event.set()
 
     async def clean() -> None:
-        await destroy(node, key, node.registry.sandbox(container.sandbox_id).runtime)
+        sandbox = node.registry.sandbox(container.sandbox_id)
+        await _end_shim(node, key)  # or the runtime that it was running
+        await destroy(node, key, sandbox.runtime, sandbox.cgroup_parent)
         _gone(node, key)
 
     node.background(clean(), "clean-up after a lost shim failed")
