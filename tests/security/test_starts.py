@@ -232,6 +232,28 @@ def test_a_start_whose_shim_was_killed(node: Node, pool: ThreadPoolExecutor, tmp
     assert half_made(node, pod, container) == []
 
 
+def test_a_stop_at_any_moment_of_a_start_that_does_not_hang(node: Node, pool: ThreadPoolExecutor):
+    """Before it, in it, after it: either it was ended, or its process ran and was killed; never anything else."""
+    pod = node.run_pod()
+    for moment in range(16):
+        container = node.create(pod, f"c{moment}", SLEEP)
+        start = pool.submit(node.client.StartContainer, container_id=container)
+        time.sleep(0.003 * moment)
+        with within(SOON):
+            node.client.StopContainer(container_id=container, timeout=0)
+        failure = start.exception(SOON)
+        status = node.status(container)
+        if status.state == cri.CONTAINER_RUNNING:  # the stop came before the start
+            assert failure is None
+        else:
+            assert status.state == cri.CONTAINER_EXITED
+            expected = ("Error", 137) if failure is None else ("StartError", 128)
+            assert (status.reason, status.exit_code) == expected
+        with within(SOON):
+            node.client.RemoveContainer(container_id=container)
+        assert half_made(node, pod, container) == []
+
+
 def test_the_pod_goes_on_beside_a_start_that_hangs(node: Node, pool: ThreadPoolExecutor, tmp_path: Path):
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
