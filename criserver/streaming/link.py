@@ -25,19 +25,20 @@ _LINGER = 2.0
 
 
 class Link(asyncio.BufferedProtocol):
-    """``received`` is called with what comes; set it before the loop's next turn. ``lost`` is done at the end."""
+    """``received`` is called with what comes; set it before there is a connection. ``lost`` is done at the end.
 
-    def __init__(self, opened: Callable[[Link], None]) -> None:
+    ``buffer`` is READ_SIZE bytes that links of one loop may share: what is in it is taken before another reads.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
         loop = asyncio.get_running_loop()
         self._loop = loop
-        self._opened = opened
         self._transport: asyncio.Transport
         self._socket: socket.socket
         self._held: set[object] = set()
         self._glance: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
-        # A view, since asyncio's TLS fills slices of it.
-        self._buffer = memoryview(bytearray(READ_SIZE))
+        self._buffer = buffer
         self.received: Callable[[bytes], None] = lambda _: None
         self.lost: asyncio.Future[None] = loop.create_future()
         self.used = loop.time()
@@ -49,7 +50,6 @@ class Link(asyncio.BufferedProtocol):
         # Kept: asyncio's TLS forgets it when the connection is lost.
         self._socket = transport.get_extra_info("socket")
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._opened(self)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         return self._buffer
@@ -152,5 +152,6 @@ class Link(asyncio.BufferedProtocol):
         return bool(count)
 
     def abort(self) -> None:
-        """Close at once."""
-        self._transport.abort()
+        """Close at once; where there was no connection yet, it does nothing."""
+        if hasattr(self, "_transport"):
+            self._transport.abort()

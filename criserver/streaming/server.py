@@ -7,6 +7,7 @@ WebSocket. What is done with the streams is the offer's: this room knows no cont
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -18,7 +19,7 @@ import structlog
 from criserver.errors import CriError
 from criserver.streaming import handshake, pipes, portforward, remotecommand, websocket
 from criserver.streaming.handshake import Handshake, Kind, Request
-from criserver.streaming.link import Link
+from criserver.streaming.link import READ_SIZE, Link
 from criserver.streaming.offers import Offers
 from criserver.streaming.remotecommand import Features, Size, Wanted
 from criserver.streaming.spdy.headers import Pairs
@@ -29,9 +30,22 @@ log = structlog.get_logger(__name__)
 # Seconds: for the request's head, and for all streams of a command, or both of a forwarded connection, to be opened.
 HEAD_TIMEOUT = 10.0
 STREAMS_TIMEOUT = 30.0
-# Connections at once, each with a few MiB at the worst of what its client has sent, and of what it does not take.
+# Connections at once of clients that have come with an address of ours, each with a few MiB at the worst of what its
+# client has sent, and of what it does not take.
 MAX_CONNECTIONS = 1000
-_BACKLOG = 128
+# And of all others, who have not said yet what they want, or have no such address. The kubelet and any process of the
+# node come from one peer, 127.0.0.1, so no count by peer tells them apart: the oldest makes room for the newest.
+# Whoever is waited for sends its request at once, and is known before so many others can come.
+MAX_STRANGERS = 512
+# The parts of all descriptors that these may take: a known client has about a dozen. The rest is the daemon's, whose
+# own socket has to go on.
+_SHARE_OF_KNOWN, _SHARE_OF_STRANGERS = 32, 8
+_BACKLOG = 1024
+# Connections that are accepted in one turn of the loop.
+_ACCEPTS = 16
+# Seconds: until it is tried again where no descriptor or memory is left, and between words of the log on one matter.
+_ACCEPT_PAUSE = 1.0
+_LOG_PAUSE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +98,54 @@ class StreamingServer:
         self._tls = tls
         self._idle = idle
         self._offers: Offers[Offer] = Offers()
+        self._listeners: list[socket.socket] = []
         self._sessions: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._strangers: dict[asyncio.Task[None], None] = {}  # a part of the sessions, the oldest first
+        self._most_known = MAX_CONNECTIONS
+        self._most_strangers = MAX_STRANGERS
+        # A view, since asyncio's TLS fills slices of it.
+        self._buffer = memoryview(bytearray(READ_SIZE))
+        self._dropped = 0  # strangers, that the log was not told of
+        self._told = -_LOG_PAUSE
         self._base = ""
 
     async def start(self) -> None:
         """Listen. Raises CriError where the address is taken or not this node's."""
-        loop = asyncio.get_running_loop()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if descriptors != resource.RLIM_INFINITY:
+            self._most_known = min(MAX_CONNECTIONS, descriptors // _SHARE_OF_KNOWN)
+            self._most_strangers = min(MAX_STRANGERS, descriptors // _SHARE_OF_STRANGERS)
         try:
-            self._server = await loop.create_server(
-                lambda: Link(self._opened), self._host, self._port, ssl=self._tls, backlog=_BACKLOG
-            )
+            await self._listen()
         except OSError as e:
+            self._unlisten()
             raise CriError(f"streaming: cannot listen on {self._host}:{self._port}: {e.strerror or e}") from e
-        host, port = self._server.sockets[0].getsockname()[:2]
+        host, port = self._listeners[0].getsockname()[:2]
         # The kubelet is on this node: an address that means all of them means the loopback one to it.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not listened on
         scheme = "http" if self._tls is None else "https"
         self._base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        infos = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(infos):
+            listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+            listener.setblocking(False)
+            self._listeners.append(listener)
+        for listener in self._listeners:
+            loop.add_reader(listener, self._accept, listener)
+
+    def _unlisten(self) -> None:
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.remove_reader(listener)
+            listener.close()
+        self._listeners.clear()
+
     async def stop(self) -> None:
         """Listen no more, and end what is under way."""
-        if self._server is not None:
-            self._server.close()
+        self._unlisten()
         for session in self._sessions:
             session.cancel()
         if self._sessions:
@@ -117,21 +156,64 @@ class StreamingServer:
         kind = "command" if isinstance(offer, Command) else "portforward"
         return f"{self._base}/{kind}/{self._offers.add(offer)}"
 
-    def _opened(self, link: Link) -> None:
-        if len(self._sessions) >= MAX_CONNECTIONS:
-            log.warning("streaming connection refused: too many at once", limit=MAX_CONNECTIONS)
-            link.abort()
-            return
-        task = asyncio.create_task(self._session(link))
-        self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
+    def _accept(self, listener: socket.socket) -> None:
+        """Take who has come. Not asyncio's own server: over TLS that tells of a client only after its handshake."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPTS):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as e:
+                log.error("streaming: no connection can be accepted", error=e.strerror)  # noqa: TRY400 - said
+                loop.remove_reader(listener)
+                loop.call_later(_ACCEPT_PAUSE, self._accept_again, listener)
+                return
+            sock.setblocking(False)
+            self._begin(sock)
 
-    async def _session(self, link: Link) -> None:
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _begin(self, sock: socket.socket) -> None:
+        """Serve a connection: one of a stranger so far, for whom the oldest of them may have to go."""
+        while len(self._strangers) >= self._most_strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.cancel()
+            self._tell_of_drop()
+        task = asyncio.create_task(self._session(sock))
+        self._sessions.add(task)
+        self._strangers[task] = None
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._sessions.discard(task)
+            self._strangers.pop(task, None)
+            sock.close()  # where it was ended before it could begin
+
+        task.add_done_callback(ended)
+
+    def _tell_of_drop(self) -> None:
+        self._dropped += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._told >= _LOG_PAUSE:
+            log.warning(
+                "streaming connections without a request were closed for new ones: too many at once",
+                closed=self._dropped,
+                limit=self._most_strangers,
+            )
+            self._dropped, self._told = 0, now
+
+    async def _session(self, sock: socket.socket) -> None:
         """A connection's life: one request, what it asks for, and a clean end."""
+        link = Link(self._buffer)
+        arrival = _Arrival(link)
         watch = asyncio.create_task(self._watch(link))
         try:
-            await self._serve(link)
-            await link.finish()
+            if await self._connected(sock, link):
+                await self._serve(link, arrival)
+                await link.finish()
         except ConnectionError:
             pass  # the client is gone
         except Exception as e:
@@ -139,6 +221,17 @@ class StreamingServer:
         finally:
             watch.cancel()
             link.abort()
+
+    async def _connected(self, sock: socket.socket, link: Link) -> bool:
+        """Whether the link has become the socket's, over TLS with a handshake that went well and was made in time."""
+        limit = None if self._tls is None else HEAD_TIMEOUT
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: link, sock, ssl=self._tls, ssl_handshake_timeout=limit
+            )
+        except OSError:
+            return False
+        return True
 
     async def _watch(self, link: Link) -> None:
         """Close a connection on which nothing has moved for too long."""
@@ -148,14 +241,22 @@ class StreamingServer:
         log.info("a streaming connection was idle for too long", seconds=self._idle)
         link.abort()
 
-    async def _serve(self, link: Link) -> None:
-        shake, request = await _request(link)
+    async def _serve(self, link: Link, arrival: _Arrival) -> None:
+        shake = arrival.shake
+        request = await arrival.request()
         if request is None:
+            return
+        if len(self._sessions) - len(self._strangers) >= self._most_known:
+            # Before its address is used up: it may come again.
+            link.send(shake.refuse(503, f"{self._most_known} clients are being served; try again later"))
             return
         offer = self._offers.take(request.path.rpartition("/")[2])
         if offer is None:
             link.send(shake.refuse(404, "there is no such address any more: it works once, and not for long"))
             return
+        task = asyncio.current_task()
+        assert task is not None
+        self._strangers.pop(task, None)
         protocols = _protocols(offer, request.kind)
         protocol = remotecommand.negotiate(request.protocols, protocols)
         if protocol is None:
@@ -172,31 +273,37 @@ def _protocols(offer: Offer, kind: Kind) -> Sequence[str]:
     return portforward.SPDY_PROTOCOLS if kind is Kind.SPDY else portforward.WEBSOCKET_PROTOCOLS
 
 
-async def _request(link: Link) -> tuple[Handshake, Request | None]:
-    """The client's request; None where it was refused, or did not come in time."""
-    shake = Handshake()
-    answer: asyncio.Future[Request | handshake.Refusal] = asyncio.get_running_loop().create_future()
+class _Arrival:
+    """A client's request, from its first byte on."""
 
-    def received(data: bytes) -> None:
-        found = shake.receive(data)
-        if found is not None and not answer.done():
-            answer.set_result(found)
-            link.hold(shake)  # until somebody takes what comes behind
+    def __init__(self, link: Link) -> None:
+        self.shake = Handshake()
+        self._link = link
+        self._answer: asyncio.Future[Request | handshake.Refusal] = asyncio.get_running_loop().create_future()
+        link.received = self._received
 
-    link.received = received
-    either: set[asyncio.Future[Any]] = {answer, link.lost}
-    await asyncio.wait(either, timeout=HEAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-    if link.lost.done():
-        raise ConnectionResetError("the client is gone")
-    link.release(shake)
-    if not answer.done():
-        link.send(shake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
-        return shake, None
-    found = answer.result()
-    if isinstance(found, handshake.Refusal):
-        link.send(found.response)
-        return shake, None
-    return shake, found
+    def _received(self, data: bytes) -> None:
+        found = self.shake.receive(data)
+        if found is not None and not self._answer.done():
+            self._answer.set_result(found)
+            self._link.hold(self.shake)  # until somebody takes what comes behind
+
+    async def request(self) -> Request | None:
+        """The request; None where it was refused, or did not come in time. Raises ConnectionError."""
+        link, answer = self._link, self._answer
+        either: set[asyncio.Future[Any]] = {answer, link.lost}
+        await asyncio.wait(either, timeout=HEAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if link.lost.done():
+            raise ConnectionResetError("the client is gone")
+        link.release(self.shake)
+        if not answer.done():
+            link.send(self.shake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
+            return None
+        found = answer.result()
+        if isinstance(found, handshake.Refusal):
+            link.send(found.response)
+            return None
+        return found
 
 
 class _Session:

@@ -96,8 +96,9 @@ class Spdy:
     def read(self, seconds: float = 20) -> bool:
         """Take what comes next; False when the connection is at its end."""
         if not isinstance(self.sock, ssl.SSLSocket):
-            readable, _, _ = select.select([self.sock], [], [], seconds)
-            assert readable, f"nothing comes; so far {_tails(self.got)}"
+            poll = select.poll()  # select takes no descriptor above 1023
+            poll.register(self.sock, select.POLLIN)
+            assert poll.poll(seconds * 1000), f"nothing comes; so far {_tails(self.got)}"
         try:
             data = self.sock.recv(1 << 18)
         except ConnectionResetError:

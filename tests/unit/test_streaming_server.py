@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import select
 import socket
 import ssl
@@ -503,17 +504,133 @@ async def test_a_connection_on_which_nothing_moves():
     await found.stop()
 
 
-async def test_connections_are_bounded(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
-    parts = urlsplit(hi(serving))
-    first, second = (socket.create_connection((parts.hostname, parts.port)) for _ in range(2))
-    await asyncio.sleep(0.1)
-    with pytest.raises((ConnectionResetError, AssertionError, IndexError)):
-        await blocking(run_command, hi(serving))
-    first.close()
-    second.close()
-    await asyncio.sleep(0.1)
-    assert (await blocking(run_command, hi(serving)))[0] == b"hi"
+@contextlib.contextmanager
+def idle(url: str, count: int, data: bytes = b"") -> Iterator[list[socket.socket]]:
+    """Connections that send no request."""
+    parts = urlsplit(url)
+    with contextlib.ExitStack() as stack:
+        made = []
+        for _ in range(count):
+            made.append(stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=20)))
+            made[-1].sendall(data)
+        yield made
+
+
+def is_closed(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /command HTTP/1.1\r\nX-Slow: 1"])
+async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_it_wants(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch, data: bytes
+):
+    monkeypatch.setattr(serving, "_most_strangers", 3)
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def wait(streams: Streams) -> int:
+        begun.set()
+        await end.wait()
+        return 0
+
+    # The oldest of all, and known: it stays.
+    known = await blocking(lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, wait)))
+    await begun.wait()
+    url = hi(serving)
+    with idle(url, 3, data) as others:
+        while len(serving._strangers) < 3:
+            await asyncio.sleep(0.01)
+        assert (await blocking(run_command, url))[0] == b"hi"
+        while not is_closed(others[0]):
+            await asyncio.sleep(0.01)
+        assert [is_closed(sock) for sock in others] == [True, False, False]
+    end.set()
+    assert await blocking(known.finish) == {"status": "Success"}
+
+
+async def test_a_thousand_idle_connections_keep_nobody_out(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    monkeypatch.setattr(server, "HEAD_TIMEOUT", 300.0)  # it is not what makes room
+    try:
+        tracemalloc.start()
+        with contextlib.ExitStack() as others:
+            for _ in range(4):
+                others.enter_context(idle(hi(serving), 300))
+                assert (await blocking(run_command, hi(serving)))[0] == b"hi"
+                assert len(serving._sessions) <= serving._most_strangers + 1
+            kept, _ = tracemalloc.get_traced_memory()
+            assert kept < serving._most_strangers * (32 << 10)
+    finally:
+        tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[str, str]):
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*certificate)
+    found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
+    await found.start()
+    found._most_strangers = 5
+    trusted = ssl.create_default_context(cafile=certificate[0])
+
+    def work(url: str) -> bytes:
+        client = Spdy(url, tls=trusted).open_command("error", "stdout")
+        assert client.finish() == {"status": "Success"}
+        return bytes(client.got["stdout"])
+
+    with idle(hi(found), 20):
+        while len(found._strangers) < 5:
+            await asyncio.sleep(0.01)
+        assert await blocking(work, hi(found)) == b"hi"
+        assert len(found._sessions) <= 6
+    await found.stop()
+
+
+async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving, "_most_known", 1)
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def wait(streams: Streams) -> int:
+        begun.set()
+        await end.wait()
+        return 0
+
+    known = await blocking(lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, wait)))
+    await begun.wait()
+    url = hi(serving)
+    with pytest.raises(Refused, match="503"):
+        await blocking(run_command, url)
+    end.set()
+    await blocking(known.finish)
+    while serving._sessions:
+        await asyncio.sleep(0.01)
+    assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
+
+
+async def test_no_descriptor_left_is_no_end_of_listening(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "_ACCEPT_PAUSE", 0.05)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    url = hi(serving)
+    parts = urlsplit(url)
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (sock.fileno() + 1, hard))
+        try:
+            with contextlib.suppress(BlockingIOError):
+                sock.connect((parts.hostname, parts.port))
+            await asyncio.sleep(0.2)
+            assert not serving._sessions
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        while not serving._sessions:
+            await asyncio.sleep(0.01)
+    assert (await blocking(run_command, url))[0] == b"hi"
 
 
 async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
