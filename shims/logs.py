@@ -7,15 +7,19 @@ replaced in one pass of C code. `Framer` does the framing, without I/O; `LogWrit
 from __future__ import annotations
 
 import os
+import stat
 import time
+from errno import EAGAIN, EINVAL, ENOENT, ENOTDIR
 
 MAX_LINE = 16 * 1024
 """Longest content of one record. Readers assume it: log shippers and the conformance suite stop at lines of
 32 or 64 KiB, the other runtimes cut at this length."""
 
-_OPEN_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-"""The log is a regular file of the host. A pod that mounts the host's log directory could put a link or a
-FIFO in its place before a rotation; neither is opened."""
+_STEP_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOK_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+_MODE = 0o640
+_ATTEMPTS = 10
 
 
 class Clock:
@@ -83,6 +87,97 @@ def _frame_lines(records: list[bytes], prefix: bytes, data: bytes, start: int, e
         records += (prefix, data[start : end - 1].replace(b"\n", b"\n" + prefix), b"\n")
 
 
+def open_log(path: str) -> int:
+    """Open the file at an absolute path to append to it, or create it. Raises OSError.
+
+    A pod that mounts the host's log directory writes there as it likes. So no link is followed on the whole way, and
+    the file is a regular one of a single name: neither a FIFO or a device, which an open alone may wake up or hang
+    on, nor another file of the host by a hard link.
+    """
+    directory, name = os.path.split(path)
+    parent = _open_directory(directory)
+    try:
+        for _ in range(_ATTEMPTS):
+            try:
+                return os.open(name, _WRITE_FLAGS | os.O_CREAT | os.O_EXCL, _MODE, dir_fd=parent)
+            except FileExistsError:
+                pass
+            try:
+                found = _look(name, parent, path)
+            except FileNotFoundError:
+                continue  # it was moved away just now
+            try:
+                # By way of the descriptor: it is the very file that was looked at.
+                return os.open(f"/proc/self/fd/{found}", _WRITE_FLAGS)
+            finally:
+                os.close(found)
+        raise OSError(EAGAIN, "the log file comes and goes", path)
+    finally:
+        os.close(parent)
+
+
+def make_room(path: str, below: str, mode: int) -> None:
+    """Make the directories for a log below an existing one, and look whether its file can be opened. Raises OSError."""
+    directory, name = os.path.split(path)
+    parent = _open_directory(directory, below, mode)
+    try:
+        os.close(_look(name, parent, path))
+    except FileNotFoundError:
+        pass  # it will be made
+    finally:
+        os.close(parent)
+
+
+def _look(name: str, parent: int, path: str) -> int:
+    """A path descriptor of an existing log file. Raises OSError, FileNotFoundError where nothing is there."""
+    fd = os.open(name, _LOOK_FLAGS, dir_fd=parent)
+    try:
+        _check(os.fstat(fd), path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(EINVAL, "not a regular file, which a log must be", path)
+    if found.st_nlink > 1:
+        raise OSError(EINVAL, "a file of more than one name, which a log must not be", path)
+
+
+def _open_directory(path: str, below: str = "/", make: int = 0) -> int:
+    """A path descriptor of the directory at an absolute path, without following a link below `below`, a part of it.
+
+    With `make`, a mode, directories that are not there are made. The caller closes the descriptor. Raises OSError.
+    """
+    fd = os.open(below, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in path[len(below) :].split("/"):
+            if name:
+                inner = _enter(fd, name, path, make)
+                os.close(fd)
+                fd = inner
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _enter(fd: int, name: str, path: str, make: int) -> int:
+    if make:
+        try:
+            os.mkdir(name, make, dir_fd=fd)
+        except FileExistsError:
+            pass
+    try:
+        return os.open(name, _STEP_FLAGS, dir_fd=fd)
+    except NotADirectoryError:
+        raise OSError(ENOTDIR, f"{name!r} is a link or no directory, which a log's path must not have", path) from None
+    except FileNotFoundError:
+        raise FileNotFoundError(ENOENT, "there is no such directory", path) from None
+
+
 class LogWriter:
     """A container's log file. No failure to write holds up the container: what cannot be written is counted
     in `dropped` (bytes of the file) and forgotten.
@@ -93,7 +188,7 @@ class LogWriter:
     def __init__(self, path: str) -> None:
         """Open or create the file, mode 0640; an empty path means that nothing is kept. Raises OSError."""
         self._path = path
-        self._fd = os.open(path, _OPEN_FLAGS, 0o640) if path else -1
+        self._fd = open_log(path) if path else -1
         self._clock = Clock()
         self._framers = {name: Framer(name) for name in ("stdout", "stderr")}
         self._torn = False
@@ -113,7 +208,7 @@ class LogWriter:
         """Go on in a new file at the same path: the old one was renamed. Raises OSError and keeps the old."""
         if self._fd < 0:
             return
-        fd = os.open(self._path, _OPEN_FLAGS, 0o640)
+        fd = open_log(self._path)
         os.close(self._fd)
         self._fd = fd
         self._torn = False

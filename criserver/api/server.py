@@ -15,8 +15,10 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from criserver.api import bounds
 from criserver.errors import CriError, UnimplementedError
 from criserver.runtime.attempts import deadline
+from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +72,8 @@ def _told(rpc: str, implementation: Handler) -> _Call:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
         try:
+            if isinstance(request, Message):  # and not a stream of them
+                bounds.check(request)
             return await implementation(request)
         except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
             await context.abort(*_status(rpc, e))
@@ -80,6 +84,7 @@ def _told(rpc: str, implementation: Handler) -> _Call:
 def _told_stream(rpc: str, implementation: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
+            bounds.check(request)
             async for response in implementation(request):
                 yield response
         except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
@@ -89,13 +94,15 @@ def _told_stream(rpc: str, implementation: Any) -> Any:
 
 
 def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The code and the words of an error, which may quote anybody: they are bounded here, whoever raised it."""
     if isinstance(error, ExceptionGroup):
         return _status(rpc, error.exceptions[0])  # of work done side by side, whose rest was cancelled
     if isinstance(error, CriError):
-        log.info("call refused", rpc=rpc, code=error.code, error=str(error))
-        return grpc.StatusCode[error.code], str(error)
+        words = status(str(error))
+        log.info("call refused", rpc=rpc, code=error.code, error=words)
+        return grpc.StatusCode[error.code], words
     log.error("call failed", rpc=rpc, exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"{rpc}: {type(error).__name__}: {error}"
+    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {error}")
 
 
 def _absent(rpc: str, feature: str, *, streams: bool) -> Any:

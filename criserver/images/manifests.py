@@ -19,6 +19,7 @@ import referencing
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
 from criserver.images import users
 from criserver.images.platforms import Platform, rank
+from criserver.text import shown
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -59,7 +60,6 @@ _SCHEMA_1 = (
     "application/vnd.docker.distribution.manifest.v1+prettyjws",
 )
 _ATTESTATION = "vnd.docker.reference.type"
-_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,9 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
             "current tool"
         )
     if own_type and own_type not in types:
-        raise UnimplementedError(f"{what} has the type {_shown(own_type)}, which is no container image")
+        raise UnimplementedError(f"{what} has the type {shown(own_type)}, which is no container image")
     if len(set(types)) > 1:
-        raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {_shown(own_type)}")
+        raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {shown(own_type)}")
     if "manifests" in document and ("layers" in document or "config" in document):
         # What is chosen must not depend on who reads it (OCI distribution-spec, CVE-2021-41190).
         raise InvalidArgumentError(f"{what} is an index and a manifest at once")
@@ -140,7 +140,7 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
     manifest = Manifest(_descriptor(document["config"]), tuple(_descriptor(layer) for layer in document["layers"]))
     if manifest.config.media_type not in _CONFIGS:
         raise UnimplementedError(
-            f"{what} is an artifact with a configuration of type {_shown(manifest.config.media_type)}, not a "
+            f"{what} is an artifact with a configuration of type {shown(manifest.config.media_type)}, not a "
             "container image"
         )
     return manifest
@@ -188,7 +188,7 @@ def compression(layer: Descriptor, what: str) -> Compression:
     if layer.media_type.startswith(_FOREIGN):
         reason = "is foreign: it is not distributed with the image; build the image again on a base without one"
     else:
-        reason = f"has the type {_shown(layer.media_type)}, which is no layer of files"
+        reason = f"has the type {shown(layer.media_type)}, which is no layer of files"
     raise UnimplementedError(f"{what}: layer {layer.digest} {reason}")
 
 
@@ -218,7 +218,7 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     if best is None:
         others = sorted({str(e.platform) for e in index.manifests if e.platform and e.platform.os != "unknown"})
         raise NotFoundError(
-            f"{what} has no image for {platform}; it has {_shown(', '.join(others)) if others else 'none at all'}"
+            f"{what} has no image for {platform}; it has {shown(', '.join(others)) if others else 'none at all'}"
         )
     return best
 
@@ -230,7 +230,7 @@ def _document(body: bytes, what: str) -> dict[str, Any]:
             # An escaped lone surrogate is JSON, but no text that could be sent on.
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeError are ValueErrors
-        raise InvalidArgumentError(f"{what} is not valid JSON: {_shown(e)}") from e
+        raise InvalidArgumentError(f"{what} is not valid JSON: {shown(e)}") from e
     if not isinstance(document, dict):
         raise InvalidArgumentError(f"{what} is not a JSON object")
     return document
@@ -266,11 +266,4 @@ def _validate(document: Mapping[str, Any], schema: str, what: str) -> None:
     # millions of items costs nothing.
     error = next(_VALIDATORS[schema].iter_errors(document), None)
     if error is not None:
-        raise InvalidArgumentError(f"{what} is invalid: {error.json_path}: {_shown(error.message)}")
-
-
-def _shown(text: object) -> str:
-    """Foreign text as a message may carry it: printable and of bounded length."""
-    whole = str(text)
-    shown = "".join(c if c.isprintable() else "?" for c in whole[:_SHOWN])
-    return shown if len(whole) <= _SHOWN else f"{shown}…"
+        raise InvalidArgumentError(f"{what} is invalid: {error.json_path}: {shown(error.message)}")

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from criserver.errors import InvalidArgumentError
+from criserver.text import quoted
 
 DEFAULT_DOMAIN = "docker.io"
 
@@ -18,7 +19,6 @@ _OFFICIAL = "library"
 _DEFAULT_TAG = "latest"
 _MAX_TEXT = 1024  # a name, a tag and a digest at their longest
 _MAX_NAME = 255
-_SHOWN = 300
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::(?P<port>[0-9]{{1,5}}))?")
@@ -57,7 +57,7 @@ def parse(text: str) -> Reference:
     if not text:
         raise InvalidArgumentError("the image reference is empty; an image must be named")
     if len(text) > _MAX_TEXT:
-        raise InvalidArgumentError(f"image reference {text[:_SHOWN]!r}… is longer than {_MAX_TEXT} characters")
+        raise InvalidArgumentError(f"image reference {quoted(text)} is longer than {_MAX_TEXT} characters")
     if _HEX64.fullmatch(text):
         raise _invalid(text, "64 hexadecimal digits are an image ID, not a name")
     domain, rest = _split_domain(text)
@@ -65,9 +65,9 @@ def parse(text: str) -> Reference:
     path, colon, tag = rest.partition(":")
     _check_name(text, domain, path)
     if colon and not _TAG.fullmatch(tag):
-        raise _invalid(text, f"tag {tag!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
+        raise _invalid(text, f"tag {quoted(tag)} is not 1 to 128 letters, digits, '_', '.' and '-'")
     if at and not _DIGEST.fullmatch(digest):
-        raise _invalid(text, f"digest {digest!r} is not 'sha256:' and 64 lowercase hexadecimal digits")
+        raise _invalid(text, f"digest {quoted(digest)} is not 'sha256:' and 64 lowercase hexadecimal digits")
     if not colon and not at:
         tag = _DEFAULT_TAG
     return Reference(domain, path, tag or None, digest or None)
@@ -93,17 +93,16 @@ def _split_domain(text: str) -> tuple[str, str]:
 def _check_name(text: str, domain: str, path: str) -> None:
     match = _DOMAIN.fullmatch(domain)
     if match is None:
-        raise _invalid(text, f"{domain!r} is not a host name with an optional port")
+        raise _invalid(text, f"{quoted(domain)} is not a host name with an optional port")
     if match["port"] and not 0 < int(match["port"]) < 65536:
         raise _invalid(text, f"port {match['port']} is not between 1 and 65535")
     if path != path.lower():
-        raise _invalid(text, f"the repository name {path!r} must be lowercase")
+        raise _invalid(text, f"the repository name {quoted(path)} must be lowercase")
     if not _PATH.fullmatch(path):
-        raise _invalid(text, f"{path!r} is not a repository name")
+        raise _invalid(text, f"{quoted(path)} is not a repository name")
     if len(domain) + 1 + len(path) > _MAX_NAME:
         raise _invalid(text, f"the name is longer than {_MAX_NAME} characters")
 
 
 def _invalid(text: str, reason: str) -> InvalidArgumentError:
-    shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
-    return InvalidArgumentError(f"image reference {shown}: {reason}")
+    return InvalidArgumentError(f"image reference {quoted(text)}: {reason}")

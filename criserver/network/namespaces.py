@@ -27,6 +27,7 @@ from criserver.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
 )
+from criserver.text import quoted
 from snapshotter import files
 
 _CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
@@ -124,7 +125,9 @@ async def make(
     """
     kinds = [kind for kind, wanted in (("net", net), ("ipc", ipc), ("uts", uts)) if wanted]
     if hostname and not uts:
-        raise InvalidArgumentError(f"hostname {hostname!r} cannot be set: the pod shares the node's UTS namespace")
+        raise InvalidArgumentError(
+            f"hostname {quoted(hostname)} cannot be set: the pod shares the node's UTS namespace"
+        )
     settings = {_sysctl_path(name, kinds): value for name, value in (sysctls or {}).items()}
     made: dict[str, int] = {}
     if user is not None:
@@ -229,10 +232,10 @@ def _sysctl_path(name: str, kinds: list[str]) -> str:
     swap = dot != -1 and (slash == -1 or dot < slash)
     path = name.translate(str.maketrans("./", "/.")) if swap else name
     if {"", ".", ".."} & set(path.split("/")) or "\0" in path:
-        raise InvalidArgumentError(f"sysctl {name!r} is not the name of a sysctl")
+        raise InvalidArgumentError(f"sysctl {quoted(name)} is not the name of a sysctl")
     if not any(path.startswith(_SYSCTLS[kind]) for kind in kinds):
         raise InvalidArgumentError(
-            f"sysctl {name!r} is not of a namespace that the pod has for itself "
+            f"sysctl {quoted(name)} is not of a namespace that the pod has for itself "
             f"({', '.join(kinds) or 'it has none'}); it can only be set on the node"
         )
     return path
@@ -251,7 +254,7 @@ async def _make_owned(
             raise InvalidArgumentError(f"the pod's user namespace needs a mapping of {name} ID 0")
     for path, value in settings.items():
         if "\0" in value:
-            raise InvalidArgumentError(f"sysctl {path} = {value!r} has a zero byte")
+            raise InvalidArgumentError(f"sysctl {path} = {quoted(value)} has a zero byte")
     opened: dict[str, int] = {}
     try:
         async with asyncio.timeout(_DEADLINE), _maker(kinds, settings) as maker:
@@ -402,7 +405,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 
 def _sysctl_error(path: str, value: str, number: int) -> InvalidArgumentError:
-    return InvalidArgumentError(f"sysctl {path} = {value!r} is refused by the kernel: {os.strerror(number)}")
+    return InvalidArgumentError(f"sysctl {path} = {quoted(value)} is refused by the kernel: {os.strerror(number)}")
 
 
 def _write(path: str, text: str) -> None:

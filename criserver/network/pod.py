@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
+from criserver.text import quoted
 
 _BANDWIDTH = {"ingress": "kubernetes.io/ingress-bandwidth", "egress": "kubernetes.io/egress-bandwidth"}
 # Bits. The annotations have a rate only; the largest burst that fits the plugin's field leaves it to the rate.
@@ -60,7 +61,7 @@ class PodNetwork:
     def cni_args(self) -> str:
         """The value of CNI_ARGS. Raises InvalidArgumentError for what it cannot carry."""
         if not _CONTAINER_ID.fullmatch(self.sandbox_id):
-            raise InvalidArgumentError(f"sandbox id {self.sandbox_id!r} is not a valid CNI container id")
+            raise InvalidArgumentError(f"sandbox id {quoted(self.sandbox_id)} is not a valid CNI container id")
         pairs = {
             "IgnoreUnknown": "1",
             "K8S_POD_NAMESPACE": self.namespace,
@@ -70,7 +71,7 @@ class PodNetwork:
         }
         for key, value in pairs.items():
             if set(value) & set(";=\0"):
-                raise InvalidArgumentError(f"{key} = {value!r} must not contain ';', '=' or NUL")
+                raise InvalidArgumentError(f"{key} = {quoted(value)} must not contain ';', '=' or NUL")
         return ";".join(f"{key}={value}" for key, value in pairs.items())
 
     def capability_args(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _bandwidth(annotations: Mapping[str, str]) -> dict[str, int]:
         rate = _quantity(text)
         if rate is None or not _MIN_RATE <= rate <= _MAX_RATE:
             raise InvalidArgumentError(
-                f"annotation {annotation} = {text[:64]!r} must be a quantity of bits per second from 1k to 1P"
+                f"annotation {annotation} = {quoted(text)} must be a quantity of bits per second from 1k to 1P"
             )
         limits[f"{direction}Rate"] = rate
         limits[f"{direction}Burst"] = _BURST

@@ -20,6 +20,7 @@ import jsonschema
 import structlog
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.text import quoted
 from snapshotter import files
 
 Spec = dict[str, Any]
@@ -132,7 +133,7 @@ def parse(name: str) -> tuple[str, str]:
     """The kind ("vendor.com/class") and the device of a qualified name. Raises InvalidArgumentError."""
     found = _QUALIFIED.fullmatch(name)
     if not found:
-        raise InvalidArgumentError(f"CDI device {name!r} is not of the form vendor.com/class=device")
+        raise InvalidArgumentError(f"CDI device {quoted(name)} is not of the form vendor.com/class=device")
     return found["kind"], found["device"]
 
 
@@ -314,9 +315,9 @@ def _parsed(path: str, stamp: tuple[int, int, int]) -> File:
     for index, device in enumerate(document["devices"]):
         name = f"{document['kind']}={device['name']}"
         if not _QUALIFIED.fullmatch(name):
-            raise _FaultError(f"key devices.{index}.name: {device['name']!r} is not the name of a device")
+            raise _FaultError(f"key devices.{index}.name: {quoted(device['name'])} is not the name of a device")
         if name in devices:
-            raise _FaultError(f"key devices.{index}.name: {device['name']!r} is there twice")
+            raise _FaultError(f"key devices.{index}.name: {quoted(device['name'])} is there twice")
         devices[name] = _edits(device.get("containerEdits", {}))
     return File(path, stamp, devices, _edits(document.get("containerEdits", {})))
 
@@ -341,12 +342,12 @@ def _check(document: Any) -> None:
     # First, because what a later version has added would be told as unknown keys.
     version = document.get("cdiVersion") if isinstance(document, dict) else None
     if isinstance(version, str) and version not in VERSIONS:
-        raise _FaultError(f"key cdiVersion: {version!r} is not one of {', '.join(VERSIONS)}")
+        raise _FaultError(f"key cdiVersion: {quoted(version)} is not one of {', '.join(VERSIONS)}")
     for error in _validator().iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"
         raise _FaultError(f"key {key}: {error.message[:300]}")
     if not _KIND.fullmatch(document["kind"]):
-        raise _FaultError(f"key kind: {document['kind']!r} is not of the form vendor.com/class")
+        raise _FaultError(f"key kind: {quoted(document['kind'])} is not of the form vendor.com/class")
     version_needed, feature = _needed(document)
     if VERSIONS.index(document["cdiVersion"]) < VERSIONS.index(version_needed):
         raise _FaultError(f"key cdiVersion: {version} does not have {feature}, which {version_needed} brought")

@@ -13,6 +13,7 @@ from typing import Any
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import ContainerConfig, Device, IdMapping, Mount, NamespaceMode, Propagation, Resources, User
+from criserver.text import quoted
 
 Spec = dict[str, Any]
 
@@ -296,7 +297,9 @@ def _names(given: Iterable[str], host: Host) -> set[str]:
         upper = name.upper()
         full = upper if upper == "ALL" or upper.startswith("CAP_") else f"CAP_{upper}"
         if full != "ALL" and full not in host.capabilities:
-            raise InvalidArgumentError(f"capability {name!r} is not known to this kernel or not the daemon's to give")
+            raise InvalidArgumentError(
+                f"capability {quoted(name)} is not known to this kernel or not the daemon's to give"
+            )
         found.add(full)
     return found
 

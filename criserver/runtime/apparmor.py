@@ -10,6 +10,7 @@ import structlog
 from criserver.errors import FailedPreconditionError
 from criserver.model import ContainerConfig
 from criserver.runtime import command, host
+from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
 
@@ -96,14 +97,14 @@ async def choose(config: ContainerConfig) -> str:
         if asked in ("", RUNTIME_DEFAULT, UNCONFINED):
             return ""
         raise FailedPreconditionError(
-            f"container {config.name}: AppArmor profile {asked!r} cannot be enforced: this node has no AppArmor"
+            f"container {config.name}: AppArmor profile {quoted(asked)} cannot be enforced: this node has no AppArmor"
         )
     if asked == UNCONFINED:
         return UNCONFINED
     if asked not in ("", RUNTIME_DEFAULT):
         if asked not in loaded:
             raise FailedPreconditionError(
-                f"container {config.name}: AppArmor profile {asked!r} is not loaded; load it with apparmor_parser"
+                f"container {config.name}: AppArmor profile {quoted(asked)} is not loaded; load it with apparmor_parser"
             )
         return asked
     found = await default()

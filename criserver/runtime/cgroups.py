@@ -18,6 +18,7 @@ from functools import cache
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
 from criserver.runtime import service_manager
+from criserver.text import quoted
 
 # Where pods are put that the kubelet gives no cgroup parent.
 OWN = "/criserver"
@@ -44,8 +45,8 @@ def checked_parent(driver: str, parent: str) -> str:
     if (driver == "systemd") != is_slice(parent):
         kind = "a systemd slice" if is_slice(parent) else "no systemd slice"
         raise InvalidArgumentError(
-            f"cgroup_parent = {parent!r} is {kind}, and this runtime's cgroup driver is {driver}; give the kubelet's "
-            "cgroupDriver and [runtime] cgroup_driver the same value"
+            f"cgroup_parent = {quoted(parent)} is {kind}, and this runtime's cgroup driver is {driver}; give the "
+            "kubelet's cgroupDriver and [runtime] cgroup_driver the same value"
         )
     return os.path.basename(parent) if driver == "systemd" else parent
 

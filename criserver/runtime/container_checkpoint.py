@@ -36,6 +36,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, checkpoint_archive, strays
 from criserver.runtime.node import Checkpoint, Node
 from criserver.runtime.records import Container, ContainerState
+from criserver.text import quoted
 from snapshotter.files import make_private
 from snapshotter.tasks import outlive
 
@@ -105,11 +106,11 @@ async def _recover(node: Node, container_id: str) -> None:
 
 def _check_location(location: str) -> None:
     if not os.path.isabs(location) or "\0" in location:
-        raise InvalidArgumentError(f"location = {location!r} is not an absolute path")
+        raise InvalidArgumentError(f"location = {quoted(location)} is not an absolute path")
     if not os.path.isdir(os.path.dirname(location)):
-        raise InvalidArgumentError(f"location = {location!r} is not in a directory that exists")
+        raise InvalidArgumentError(f"location = {quoted(location)} is not in a directory that exists")
     if os.path.lexists(location) and not os.path.isfile(location):
-        raise InvalidArgumentError(f"location = {location!r} is there already, and no file")
+        raise InvalidArgumentError(f"location = {quoted(location)} is there already, and no file")
 
 
 def _running(node: Node, container_id: str) -> Container:

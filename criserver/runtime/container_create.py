@@ -24,6 +24,7 @@ from criserver.numbers import decimal
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, filesystems, host, selinux, supervision
+from criserver.runtime.container_log import prepare_log
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
@@ -139,8 +140,7 @@ async def _prepare(
 ) -> User:
     config = container.config
     target = _target(node, container)
-    if container.log_path:
-        os.makedirs(os.path.dirname(container.log_path), mode=0o755, exist_ok=True)
+    await prepare_log(node, container)
     devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
     if config.security.privileged:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())

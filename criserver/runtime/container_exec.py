@@ -12,6 +12,7 @@ from criserver.runtime.exec_process import exec_process, running_container
 from criserver.runtime.node import Node
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.streaming import Outflow
+from criserver.text import quoted
 
 # A gRPC answer of the kubelet's limit holds 16 MiB in all; more output than this is read and dropped.
 MAX_OUTPUT = (8 << 20) - 1024
@@ -58,7 +59,7 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
                         task.cancel()
                     await asyncio.gather(*reading, return_exceptions=True)
         except TimeoutError:
-            words = f"command {' '.join(command)!r} in container {container.id} timed out after {timeout:g} s"
+            words = f"command {quoted(' '.join(command))} in container {container.id} timed out after {timeout:g} s"
             raise DeadlineExceededError(words) from None
     stdout, stderr = (bytes(sink.data) for sink in sinks)
     return ExecResult(stdout, stderr, code)

@@ -9,6 +9,7 @@ import structlog
 
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.runtime import supervision
+from criserver.runtime.container_log import resolved_log
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, SandboxState
 
@@ -48,7 +49,7 @@ async def _start_in_turn(node: Node, container_id: str) -> str:
                 container_id,
                 handler=sandbox.runtime,
                 cgroup_parent=sandbox.cgroup_parent,
-                log_path=container.log_path,
+                log_path=await resolved_log(node, container),
                 tty=container.config.tty,
                 stdin=container.config.stdin,
             )

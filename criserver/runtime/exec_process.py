@@ -20,6 +20,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState
 from criserver.runtime.shims import REPLY_TIMEOUT, Link, Message, connect
 from criserver.streaming import ready
+from criserver.text import quoted
 
 _numbers = itertools.count(1)
 _CONNECT_INTERVAL = 0.02
@@ -81,7 +82,7 @@ async def exec_process(
             ended.set_result(message["code"])
         elif message.get("event") == "exec-failed":
             kind = DeadlineExceededError if message.get("late") else FailedPreconditionError
-            ended.set_exception(kind(f"{command[0]!r} cannot be run: {message['error']}"))
+            ended.set_exception(kind(f"{quoted(command[0])} cannot be run: {message['error']}"))
 
     def on_close() -> None:
         if not ended.done():

@@ -24,6 +24,7 @@ from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
+from criserver.text import quoted
 from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
 
@@ -77,7 +78,7 @@ class Node:
         runtime = self.config.runtimes.get(name or self.config.default_runtime)
         if runtime is None:
             known = ", ".join(sorted(self.config.runtimes))
-            raise InvalidArgumentError(f"runtime handler {name!r} is not configured; there are: {known}")
+            raise InvalidArgumentError(f"runtime handler {quoted(name)} is not configured; there are: {known}")
         return runtime
 
     def sandbox_dir(self, sandbox_id: str) -> str:

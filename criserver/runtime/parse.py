@@ -30,6 +30,7 @@ from criserver.model import (
 )
 from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.text import quoted
 
 _Value = TypeVar("_Value")
 
@@ -46,7 +47,7 @@ _PROPAGATIONS = {
     cri.PROPAGATION_BIDIRECTIONAL: Propagation.BIDIRECTIONAL,
 }
 # It becomes a part of a label, and a label one of mount options.
-_OF_A_LABEL = re.compile(r"[A-Za-z0-9_.:,-]*\Z")
+_OF_A_LABEL = re.compile(r"[A-Za-z0-9_.:,-]*")
 _KINDS = {
     cri.SecurityProfile.RuntimeDefault: "default",
     cri.SecurityProfile.Unconfined: "unconfined",
@@ -56,7 +57,7 @@ _STRICT = {cri.Merge: False, cri.Strict: True}
 _SIGNALS = {number: "" if number == cri.RUNTIME_DEFAULT else name for name, number in cri.Signal.items()}
 # What ends a line, or a word, of the pod's files: resolv.conf(5), hosts(5).
 _NOT_A_WORD = re.compile(r"[\s\x00-\x1f\x7f]")
-_SYSCTL = re.compile(r"^[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+$")
+_SYSCTL = re.compile(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+")
 # Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
 _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
 
@@ -80,7 +81,7 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
     _words("hostname", [sent.hostname] if sent.hostname else [])
     if len(sent.hostname) > 64:
         raise InvalidArgumentError(
-            f"hostname {sent.hostname!r} has {len(sent.hostname)} characters; the kernel takes 64"
+            f"hostname {quoted(sent.hostname)} has {len(sent.hostname)} characters; the kernel takes 64"
         )
     # Checked alone: a sandbox has no process, or one that can do nothing.
     _known("supplemental_groups_policy", security.supplemental_groups_policy, _STRICT)
@@ -158,7 +159,9 @@ def _words(field: str, given: Iterable[str]) -> tuple[str, ...]:
     found = tuple(given)
     for word in found:
         if not word or _NOT_A_WORD.search(word):
-            raise InvalidArgumentError(f"{field}: {word!r} must be a word, without white space or control characters")
+            raise InvalidArgumentError(
+                f"{field}: {quoted(word)} must be a word, without white space or control characters"
+            )
     return found
 
 
@@ -169,7 +172,7 @@ def _no_windows(sent: cri.PodSandboxConfig | cri.ContainerConfig, what: str) -> 
 
 def _absolute(field: str, path: str) -> str:
     if path and not path.startswith("/"):
-        raise InvalidArgumentError(f"{field} = {path!r} must be an absolute path")
+        raise InvalidArgumentError(f"{field} = {quoted(path)} must be an absolute path")
     return os.path.normpath(path) if path else ""
 
 
@@ -179,7 +182,9 @@ def _log_path(path: str, pod: PodConfig) -> str:
         return ""
     full = os.path.normpath(os.path.join(pod.log_directory, path))
     if not full.startswith(pod.log_directory.rstrip("/") + "/"):
-        raise InvalidArgumentError(f"log_path = {path!r} leads out of the pod's log_directory {pod.log_directory}")
+        raise InvalidArgumentError(
+            f"log_path = {quoted(path)} leads out of the pod's log_directory {pod.log_directory}"
+        )
     return full
 
 
@@ -187,7 +192,7 @@ def _cgroup_parent(parent: str) -> str:
     if not parent:
         return ""
     if ".." in parent.split("/"):
-        raise InvalidArgumentError(f"cgroup_parent = {parent!r} must not contain '..'")
+        raise InvalidArgumentError(f"cgroup_parent = {quoted(parent)} must not contain '..'")
     if parent.endswith(".slice"):
         return parent
     return os.path.normpath("/" + parent.strip("/"))
@@ -265,8 +270,8 @@ def _container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodC
 def _sysctls(sysctls: Mapping[str, str], namespaces: Namespaces) -> dict[str, str]:
     found = dict(sysctls)
     for name in found:
-        if not _SYSCTL.match(name):
-            raise InvalidArgumentError(f"sysctl {name!r} is not a sysctl's name")
+        if not _SYSCTL.fullmatch(name):
+            raise InvalidArgumentError(f"sysctl {quoted(name)} is not a sysctl's name")
         dotted = name.replace("/", ".")
         if dotted.startswith("net."):
             owner = namespaces.network
@@ -291,7 +296,7 @@ def _port_mapping(sent: cri.PortMapping) -> PortMapping:
 
 def _env(sent: cri.KeyValue, name: str) -> tuple[str, str]:
     if not sent.key or "=" in sent.key or "\0" in sent.key or b"\0" in sent.value:
-        raise InvalidArgumentError(f"container {name}: environment variable {sent.key!r} is not well formed")
+        raise InvalidArgumentError(f"container {name}: environment variable {quoted(sent.key)} is not well formed")
     try:
         return sent.key, sent.value.decode()
     except UnicodeDecodeError as e:
@@ -301,7 +306,7 @@ def _env(sent: cri.KeyValue, name: str) -> tuple[str, str]:
 def _mount(sent: cri.Mount, name: str) -> Mount:
     if not sent.container_path.startswith("/"):
         raise InvalidArgumentError(
-            f"container {name}: mount container_path = {sent.container_path!r} must be an absolute path"
+            f"container {name}: mount container_path = {quoted(sent.container_path)} must be an absolute path"
         )
     what = f"container {name}: mount {sent.container_path}"
     if bool(sent.uidMappings) != bool(sent.gidMappings):
@@ -315,7 +320,7 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
         if not sent.readonly:
             raise InvalidArgumentError(f"{what}: an image volume must be readonly")
         if sent.host_path:
-            raise InvalidArgumentError(f"{what}: image and host_path = {sent.host_path!r} are both set; give one")
+            raise InvalidArgumentError(f"{what}: image and host_path = {quoted(sent.host_path)} are both set; give one")
     elif sent.image_sub_path:
         raise InvalidArgumentError(f"{what}: image_sub_path is set without an image")
     elif not sent.host_path:
@@ -336,7 +341,7 @@ def _mount(sent: cri.Mount, name: str) -> Mount:
 
 def _sub_path(what: str, path: str) -> str:
     if path.startswith("/") or ".." in path.split("/"):
-        raise InvalidArgumentError(f"{what}: image_sub_path = {path!r} must be a relative path without '..'")
+        raise InvalidArgumentError(f"{what}: image_sub_path = {quoted(path)} must be a relative path without '..'")
     return path
 
 
@@ -344,7 +349,7 @@ def _device(sent: cri.Device, name: str) -> Device:
     permissions = sent.permissions or "rwm"
     if set(permissions) - set("rwm"):
         raise InvalidArgumentError(
-            f"container {name}: device {sent.host_path}: permissions {permissions!r} are not of r, w, m"
+            f"container {name}: device {sent.host_path}: permissions {quoted(permissions)} are not of r, w, m"
         )
     return Device(
         _absolute(f"container {name}: device container_path", sent.container_path or sent.host_path),
@@ -390,7 +395,7 @@ def _apparmor(
             return deprecated
         kind, _, name = deprecated.partition("/")
         if kind != "localhost":
-            raise InvalidArgumentError(f"{what}: apparmor_profile = {deprecated!r} is of no known form")
+            raise InvalidArgumentError(f"{what}: apparmor_profile = {quoted(deprecated)} is of no known form")
     if not name:
         raise InvalidArgumentError(f"{what}: the AppArmor profile of type Localhost has no name")
     return name
@@ -399,8 +404,8 @@ def _apparmor(
 def _selinux(sent: cri.SELinuxOption) -> SelinuxOptions:
     options = SelinuxOptions(sent.user, sent.role, sent.type, sent.level)
     for given in options:
-        if not _OF_A_LABEL.match(given):
-            raise InvalidArgumentError(f"selinux_options: {given!r} is no part of a SELinux label")
+        if not _OF_A_LABEL.fullmatch(given):
+            raise InvalidArgumentError(f"selinux_options: {quoted(given)} is no part of a SELinux label")
     return options
 
 
@@ -421,9 +426,9 @@ def _seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandboxSecur
             return "default"
         kind, _, path = given.partition("/")
         if kind != "localhost":
-            raise InvalidArgumentError(f"{what}: seccomp_profile_path = {given!r} is of no known form")
+            raise InvalidArgumentError(f"{what}: seccomp_profile_path = {quoted(given)} is of no known form")
     if not path.startswith("/"):
-        raise InvalidArgumentError(f"{what}: the seccomp profile {path!r} must be an absolute path")
+        raise InvalidArgumentError(f"{what}: the seccomp profile {quoted(path)} must be an absolute path")
     return path
 
 

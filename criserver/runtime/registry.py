@@ -21,6 +21,7 @@ from criserver.errors import (
 )
 from criserver.runtime.records import Container, Record, Sandbox, dump, load_container, load_sandbox
 from criserver.store import Store
+from criserver.text import shown
 
 log = structlog.get_logger(__name__)
 
@@ -150,7 +151,7 @@ def _find(what: str, records: Mapping[str, _Kind], given: str) -> _Kind:
         raise InvalidArgumentError(f"the {what}'s ID is empty; it must be given")
     matches = [key for key in records if key.startswith(given)]
     if len(matches) > 1:
-        raise InvalidArgumentError(f"{what} ID {given} is short of {len(matches)} IDs; give more of it")
+        raise InvalidArgumentError(f"{what} ID {shown(given)} is short of {len(matches)} IDs; give more of it")
     if not matches:
-        raise NotFoundError(f"{what} {given} does not exist")
+        raise NotFoundError(f"{what} {shown(given)} does not exist")
     return records[matches[0]]

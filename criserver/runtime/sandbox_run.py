@@ -19,6 +19,7 @@ from criserver.runtime import apparmor, cgroups, filesystems, host, passage, san
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
 from criserver.runtime.sandbox_stop import pid_pin, release
+from criserver.text import quoted
 from snapshotter import mounts
 
 log = structlog.get_logger(__name__)
@@ -92,7 +93,10 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     if config.log_directory:
-        os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
+        try:
+            os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
+        except OSError as e:
+            raise FailedPreconditionError(f"log_directory = {quoted(config.log_directory)}: {e.strerror}") from e
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
         passage.update(node)

@@ -142,7 +142,7 @@ def test_a_manifest_that_came_as_an_index():
     [
         ({"schemaVersion": 1, "fsLayers": []}, "", "build or push the image again"),
         (manifest(), "application/vnd.docker.distribution.manifest.v1+prettyjws", "schema 1"),
-        (manifest(mediaType="application/vnd.example\x1b"), OCI_MANIFEST, "application/vnd.example?, which is no"),
+        (manifest(mediaType="application/vnd.example\x1b"), OCI_MANIFEST, "application/vnd.example\\x1b, which is no"),
         (manifest(config=described("application/vnd.cncf.helm.config.v1+json")), OCI_MANIFEST, "is an artifact"),
     ],
 )
