@@ -239,7 +239,7 @@ def run(config: Config) -> int:
         return 1
     # For whoever ends us by SIGABRT, as systemd's watchdog does: where every thread was goes to the log.
     faulthandler.enable()
-    allocator.share_memory()
+    allocator.return_memory()
     watch_children()
     try:
         asyncio.run(serve(config))

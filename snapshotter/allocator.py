@@ -8,6 +8,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LARGEST = 32 << 20  # bytes; mallopt takes no larger threshold
+_LARGE = 1 << 20  # bytes
 
 
 def share_memory() -> None:
@@ -17,6 +18,16 @@ def share_memory() -> None:
     threads.
     """
     _set(_M_ARENA_MAX, 1)
+
+
+def return_memory() -> None:
+    """Give what is large back to the kernel as soon as it is freed: for daemons that need megabytes now and then.
+
+    By itself glibc takes a freed large buffer as a sign that there will be more of them, and keeps their memory.
+    """
+    share_memory()
+    _set(_M_MMAP_THRESHOLD, _LARGE)
+    _set(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def keep_memory() -> None:

@@ -213,9 +213,9 @@ class RuntimeService(StatsRpcs):
         for batch in batches(self._filtered_containers(request.filter)):
             yield cri.StreamContainersResponse(containers=made(batch, views.container))
 
-    async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
+    async def exec_sync(self, request: cri.ExecSyncRequest) -> bytes:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)
-        return cri.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.code)
+        return views.exec_result(result)
 
     async def exec(self, request: cri.ExecRequest) -> cri.ExecResponse:
         wanted = Wanted(request.stdin, request.stdout, request.stderr, request.tty)

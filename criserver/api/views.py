@@ -9,6 +9,7 @@ from criserver.api.lists import made
 from criserver.images import Image
 from criserver.model import NamespaceMode, Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.container_exec import ExecResult
 from criserver.runtime.events import Event, EventType
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 
@@ -31,6 +32,10 @@ _EVENTS = {
     EventType.STOPPED: cri.CONTAINER_STOPPED_EVENT,
     EventType.DELETED: cri.CONTAINER_DELETED_EVENT,
 }
+# Field and kind on the wire (protobuf encoding): a length, and so many bytes.
+_STDOUT, _STDERR = (
+    bytes([cri.ExecSyncResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("stdout", "stderr")
+)
 _MODES = {NamespaceMode.POD: cri.POD, NamespaceMode.CONTAINER: cri.CONTAINER, NamespaceMode.NODE: cri.NODE}
 
 
@@ -141,6 +146,23 @@ def image(record: Image) -> cri.Image:
         case name:
             found.username = name
     return found
+
+
+def exec_result(result: ExecResult) -> bytes:
+    """The answer to ExecSync, serialised in one piece: a message would hold copies of megabytes of output."""
+    code = cri.ExecSyncResponse(exit_code=result.code).SerializeToString()
+    outputs = ((_STDOUT, result.stdout), (_STDERR, result.stderr))
+    return b"".join([part for tag, data in outputs if data for part in (tag, _varint(len(data)), data)] + [code])
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf has it on the wire: seven bits a byte, the lowest first, with more to come in the eighth."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
 
 
 def info(**facts: Any) -> dict[str, str]:

@@ -29,7 +29,7 @@ _CLIENT_ID = "criserver"
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _ITEM = re.compile(
-    rf'[\s,]*(?:(?P<name>{_WORD})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<value>{_WORD}))|(?P<scheme>{_WORD})(?=\s|,|$))'
+    rf'[\s,]*(?:(?P<name>{_WORD})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<value>{_WORD}))|(?P<scheme>{_WORD})(?=\s|,|\Z))'
 )
 _TOKEN = re.compile(r"[!-~]{1,65536}")
 

@@ -7,23 +7,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from criserver.errors import DeadlineExceededError, InvalidArgumentError
 from criserver.runtime.exec_process import exec_process, running_container
 from criserver.runtime.node import Node
+from criserver.runtime.output_room import Collected
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.streaming import Outflow
 from criserver.text import quoted
 
-# A gRPC answer of the kubelet's limit holds 16 MiB in all; more output than this is read and dropped.
-MAX_OUTPUT = (8 << 20) - 1024
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
     """What a command printed and how it ended (128 + the signal's number where one killed it)."""
 
-    stdout: bytes
-    stderr: bytes
+    stdout: bytes | bytearray
+    stderr: bytes | bytearray
     code: int
 
 
@@ -31,14 +33,15 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
     """Run a command to its end; ``timeout`` in seconds, 0 for none.
 
     Raises FailedPreconditionError where the container does not run or the command does not exist in it,
-    DeadlineExceededError at the timeout, when the command's process group has been killed.
+    DeadlineExceededError at the timeout, when the command's process group has been killed. Output that there is no
+    room for is dropped.
     """
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means none")
     container = running_container(node, given)
     with Pipe() as out, Pipe() as err, open(os.devnull, "rb") as null:
         stdio = [null.fileno(), out.writer, err.writer]
-        sinks = (_Collected(), _Collected())
+        sinks = (Collected(node.output), Collected(node.output))
         try:
             async with (
                 asyncio.timeout(timeout or None) as limit,
@@ -61,18 +64,11 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
         except TimeoutError:
             words = f"command {quoted(' '.join(command))} in container {container.id} timed out after {timeout:g} s"
             raise DeadlineExceededError(words) from None
-    stdout, stderr = (bytes(sink.data) for sink in sinks)
-    return ExecResult(stdout, stderr, code)
-
-
-class _Collected:
-    """What a command has written to one of its outputs."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    async def room(self) -> None:
-        """What is too much is dropped."""
-
-    async def write(self, data: bytes) -> None:
-        self.data += data[: MAX_OUTPUT - len(self.data)]
+        finally:
+            for sink in sinks:
+                sink.release()
+    if any(sink.cut for sink in sinks):
+        kept = [len(sink.data) for sink in sinks]
+        log.info("output of a command was dropped: there was no room for it", container=container.id, kept=kept)
+    # As it is: a copy would double what megabytes of output occupy.
+    return ExecResult(sinks[0].data, sinks[1].data, code)

@@ -58,11 +58,11 @@ def forward_address(node: Node, given: str, ports: Sequence[int]) -> str:
 
     Raises NotFoundError, FailedPreconditionError for a pod that is stopped, InvalidArgumentError.
     """
+    if len(ports) > MAX_PORTS:
+        raise InvalidArgumentError(f"{len(ports)} ports are more than one connection carries ({MAX_PORTS})")
     for port in ports:
         if not 0 < port < 1 << 16:
             raise InvalidArgumentError(f"port = {port} is not a port")
-    if len(ports) > MAX_PORTS:
-        raise InvalidArgumentError(f"{len(ports)} ports are more than one connection carries ({MAX_PORTS})")
     sandbox_id = node.registry.sandbox(given).id
     _network_of(node, sandbox_id)
     return node.streaming.offer(Forward(tuple(ports), lambda port: _dial(node, sandbox_id, port)))

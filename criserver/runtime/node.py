@@ -20,6 +20,7 @@ from criserver.oci import cdi
 from criserver.runtime.attempts import Attempts
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
+from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.registry import Registry
 from criserver.runtime.shims import Link, Nursery
 from criserver.stats import Statistics
@@ -70,6 +71,8 @@ class Node:
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     # The containers that a stop has been sent to: none of them is frozen any more.
     stopping: set[str] = field(default_factory=set)
+    # Of all ExecSync calls under way.
+    output: OutputRoom = field(default_factory=OutputRoom)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shims.logs import MAX_LINE, Clock, Framer, LogWriter
+from shims.logs import MAX_LINE, Clock, Framer, LogWriter, make_room
 
 STAMP = b"2026-01-02T03:04:05.000000006Z"
 RECORD = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z) (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
@@ -134,13 +135,77 @@ def test_an_existing_log_is_appended_to(tmp_path: Path) -> None:
     assert _parse((tmp_path / "0.log").read_bytes())[b"stdout"] == b"one\ntwo\n"
 
 
-def test_neither_a_link_nor_a_fifo_is_opened(tmp_path: Path) -> None:
+def test_only_a_regular_file_of_one_name_is_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     os.mkfifo(tmp_path / "fifo")
-    for name in ("link", "fifo"):
+    os.mkfifo(tmp_path / "read")
+    reader = os.open(tmp_path / "read", os.O_RDONLY | os.O_NONBLOCK)  # with whom opening it would go well
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "other").write_text("another's\n")
+    (tmp_path / "hard").hardlink_to(tmp_path / "other")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    try:
+        for name in ("link", "fifo", "read", "directory", "hard", "socket"):
+            with pytest.raises(OSError, match=f"{tmp_path}/{name}"):
+                LogWriter(str(tmp_path / name))
+    finally:
+        os.close(reader)
+    assert not (tmp_path / "target").exists()
+    assert (tmp_path / "other").read_text() == "another's\n"
+
+
+def test_no_link_is_followed_on_the_way(tmp_path: Path) -> None:
+    (tmp_path / "outside" / "pod").mkdir(parents=True)
+    (tmp_path / "way").symlink_to(tmp_path / "outside")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("way/0.log", "way/pod/0.log", "loop/0.log"):
+        with pytest.raises(NotADirectoryError, match="is a link or no directory"):
+            LogWriter(str(tmp_path / path))
+    assert list((tmp_path / "outside").iterdir()) == [tmp_path / "outside" / "pod"]
+    assert list((tmp_path / "outside" / "pod").iterdir()) == []
+
+
+def test_a_link_in_the_place_of_the_directory_is_not_followed_by_a_reopen(tmp_path: Path) -> None:
+    (tmp_path / "pod").mkdir()
+    (tmp_path / "outside").mkdir()
+    log = LogWriter(str(tmp_path / "pod" / "0.log"))
+    (tmp_path / "pod").rename(tmp_path / "moved")
+    (tmp_path / "pod").symlink_to(tmp_path / "outside")
+    with pytest.raises(NotADirectoryError):
+        log.reopen()
+    log.write("stdout", b"kept\n")
+    log.close()
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert _parse((tmp_path / "moved" / "0.log").read_bytes())[b"stdout"] == b"kept\n"
+
+
+def test_room_for_a_log_is_made_below_a_directory_that_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "pods").symlink_to(tmp_path / "disk")
+    pods = str(tmp_path / "pods")
+    for _ in range(2):
+        make_room(f"{pods}/a/b/0.log", pods, 0o755)
+    assert (tmp_path / "disk" / "a" / "b").is_dir()
+    (tmp_path / "disk" / "a" / "link").symlink_to(tmp_path)
+    with pytest.raises(NotADirectoryError):
+        make_room(f"{pods}/a/link/c/0.log", pods, 0o755)
+    assert not (tmp_path / "c").exists()
+    os.mkfifo(tmp_path / "disk" / "a" / "0.log")
+    with pytest.raises(OSError, match="not a regular file"):
+        make_room(f"{pods}/a/0.log", pods, 0o755)
+
+
+def test_no_descriptor_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    before = os.listdir("/proc/self/fd")
+    for name in ("link/0.log", "none/0.log", "fifo", "n" * 300):
         with pytest.raises(OSError):
             LogWriter(str(tmp_path / name))
-    assert not (tmp_path / "target").exists()
+        with pytest.raises(OSError):
+            make_room(str(tmp_path / name / "x"), str(tmp_path), 0)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_no_path_means_no_log() -> None:
