@@ -53,9 +53,7 @@ def test_a_request_that_is_refused(request_, words: str):
 @pytest.mark.parametrize(
     "request_",
     [
-        container(
-            command=["sh", "-c", "a\nb"], args=["a" * ARGUMENT], log_path="c/0", working_dir="/" + "x" * 4000
-        ),
+        container(command=["sh", "-c", "a\nb"], args=["a" * ARGUMENT], log_path="c/0", working_dir="/" + "x" * 4000),
         container(envs=[cri.KeyValue(key="K", value=b"line\nline")], annotations={"k": "a\0\n" + "v" * 200_000}),
         container(args=["x" * 100_000] * 62),
         pod(metadata=cri.PodSandboxMetadata(name="n" * 253, namespace="n" * 63, uid="u")),
