@@ -94,8 +94,8 @@ def open_log(path: str) -> int:
     the file is a regular one of a single name: neither a FIFO or a device, which an open alone may wake up or hang
     on, nor another file of the host by a hard link.
     """
-    directory, name = os.path.split(path)
-    parent = _open_directory(directory)
+    name = os.path.basename(path)
+    parent = _open_parent(path)
     try:
         for _ in range(_ATTEMPTS):
             try:
@@ -118,8 +118,8 @@ def open_log(path: str) -> int:
 
 def make_room(path: str, below: str, mode: int) -> None:
     """Make the directories for a log below an existing one, and look whether its file can be opened. Raises OSError."""
-    directory, name = os.path.split(path)
-    parent = _open_directory(directory, below, mode)
+    name = os.path.basename(path)
+    parent = _open_parent(path, below, mode)
     try:
         os.close(_look(name, parent, path))
     except FileNotFoundError:
@@ -146,14 +146,14 @@ def _check(found: os.stat_result, path: str) -> None:
         raise OSError(EINVAL, "a file of more than one name, which a log must not be", path)
 
 
-def _open_directory(path: str, below: str = "/", make: int = 0) -> int:
-    """A path descriptor of the directory at an absolute path, without following a link below `below`, a part of it.
+def _open_parent(path: str, below: str = "/", make: int = 0) -> int:
+    """A path descriptor of the directory that `path` is in. No link is followed below `below`, where the path begins.
 
     With `make`, a mode, directories that are not there are made. The caller closes the descriptor. Raises OSError.
     """
     fd = os.open(below, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in path[len(below) :].split("/"):
+        for name in os.path.dirname(path)[len(below) :].split("/"):
             if name:
                 inner = _enter(fd, name, path, make)
                 os.close(fd)

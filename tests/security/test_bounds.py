@@ -289,7 +289,7 @@ def test_a_log_that_is_changed_between_create_and_start(node: Node, kind: str):
     pod = node.run_pod()
     container = create_with_log(node, pod, "c/0.log")
     change_log(node, kind)
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, f"{node.logs}/pod/c"):
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, f"{node.logs}/pod/c/0.log"):
         node.client.StartContainer(container_id=container)
     assert os.listdir(f"{node.base}/aside") == []
     os.rmdir(f"{node.base}/aside")
@@ -302,7 +302,7 @@ def test_a_log_that_is_changed_before_it_is_rotated(node: Node, kind: str):
     node.client.StartContainer(container_id=container)
     os.rename(f"{node.logs}/pod/c/0.log", f"{node.logs}/pod/c/0.log.1")
     change_log(node, kind)
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, f"{node.logs}/pod/c"):
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, f"{node.logs}/pod/c/0.log"):
         node.client.ReopenContainerLog(container_id=container)
     assert os.listdir(f"{node.base}/aside") == []
     os.rmdir(f"{node.base}/aside")
