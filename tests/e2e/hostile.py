@@ -180,6 +180,7 @@ def refused_layers(canary: str) -> Iterator[tuple[str, Refused]]:
         key = "SCHILY__xattr__trusted__overlay__" + name.decode()
         yield f"overlayfs's own {name.decode()}", refused(pax(**{key: outside}), file(b"f"), words="overlayfs's own")
     yield "a file as the root", refused(file(b"."), words="no directory")
+    yield "a symbolic link as the root", refused(header(b".", b"2", link=outside), words="no directory")
     yield "a zero byte in a name", refused(pax(path=b"a\0b"), file(b"f"), words="zero byte")
     yield "a name of 256 bytes", refused(pax(path=b"n" * 256), file(b"f"), words="too long")
     yield "a path of 10,000 directories", refused(pax(path=b"d/" * 10_000), file(b"f"), words="more than 4096 bytes")
