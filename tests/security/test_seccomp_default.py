@@ -130,7 +130,8 @@ def test_nor_by_the_door_of_32_bit_programs(bundles: Bundles) -> None:
 
 
 def test_nor_by_that_of_x32(bundles: Bundles) -> None:
-    """CVE-2014-0038 was a hole of x32 alone: no such call reaches the kernel, be it allowed to others or not."""
+    """No such call reaches the kernel, be it allowed to others or not."""
+    # CVE-2014-0038 was a hole of x32 alone.
     names = {**refused(64), "read": 0, "getppid": 110, "recvmmsg": 537, "execve": 520}
     found = answers(bundles, {name: (calls.X32 | number,) for name, number in names.items()})
     assert set(found.values()) == {calls.KILLED}
