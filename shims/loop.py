@@ -36,16 +36,23 @@ def wake(_number: int, _frame: FrameType | None) -> None:
 class Call:
     """A program that runs. `late` says that it was ended because its time was up."""
 
-    __slots__ = ("_pid", "late")
+    __slots__ = ("_argv", "_pid", "late")
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, argv: list[str]) -> None:
         self._pid = pid
+        self._argv = argv
         self.late = False
 
     def end(self) -> None:
         """Kill it with all that it has started; how it ended is told as ever."""
-        if self._pid:
-            tree.end(self._pid)
+        if not self._pid:
+            return
+        # crun forks twice, and what is between ends: the copy of it that becomes the container's process is our child
+        # then, and has its arguments until it does. A script may have run it by another name.
+        own = self._argv[1:]
+        copies = [pid for pid in tree.children(os.getpid()) if pid != self._pid and tree.argv(pid)[1:] == own]
+        for pid in (self._pid, *copies):
+            tree.end(pid)
 
     def expire(self) -> None:
         """Its time is up."""
@@ -116,7 +123,7 @@ class Loop:
             setsigdef=_DEFAULT_SIGNALS,
         )
         self._calls += 1
-        call = Call(pid)
+        call = Call(pid, argv)
         timer = self.later(limit, call.expire)
 
         def finished(code: int) -> None:

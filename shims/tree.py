@@ -43,7 +43,7 @@ def _hold_children(held: dict[int, int], parent: int) -> int:
     """Stop the children of a process that are not held yet; how many there were."""
     return sum(
         _hold(held, child, lambda child=child: _parent(child) == parent)  # type: ignore[misc]
-        for child in _children(parent)
+        for child in children(parent)
         if child not in held
     )
 
@@ -72,7 +72,7 @@ def _signal(pidfd: int, number: int) -> bool:
     return True
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """The children of a process (proc(5), /proc/PID/task/TID/children: each thread has its own)."""
     found: list[int] = []
     try:
@@ -81,6 +81,14 @@ def _children(pid: int) -> list[int]:
     except OSError:
         pass  # it has ended
     return found
+
+
+def argv(pid: int) -> list[str]:
+    """The command line of a process; nothing where it is gone (proc(5), /proc/PID/cmdline)."""
+    try:
+        return [os.fsdecode(word) for word in _read(f"/proc/{pid}/cmdline").split(b"\0")[:-1]]
+    except OSError:
+        return []
 
 
 def _parent(pid: int) -> int:
