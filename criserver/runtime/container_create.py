@@ -148,19 +148,16 @@ async def _prepare(
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
     spec.check_mounts(config)
-    await asyncio.to_thread(_check_dev, config, rootfs)
     labels = selinux.labels(config.security, sandbox.selinux_level)
     if labels.files:
         for mount in config.mounts:
             if mount.selinux_relabel:
                 await asyncio.to_thread(selinux.relabel, mount.host_path, labels.files)
-    user = await asyncio.to_thread(_user, config, image, rootfs)
     pod = pod_facts(node, sandbox)
     build = partial(
         spec.build,
         config=config,
         image=defaults,
-        user=user,
         pod=dataclasses.replace(pod, pid_namespace=pid_namespace or pod.pid_namespace),
         host=host.facts(),
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, container.id),
@@ -173,14 +170,16 @@ async def _prepare(
         annotations=_annotations(sandbox, container),
     )
     path = os.path.join(node.container_dir(container.id), "config.json")
-    # In a thread: an image may have megabytes of environment.
-    await asyncio.to_thread(lambda: _write(path, cdi.apply(build(), edits)))
-    return user
 
+    def write() -> User:
+        _check_dev(config, rootfs)
+        user = _user(config, image, rootfs)
+        with open(path, "w") as f:
+            f.write(json.dumps(cdi.apply(build(user=user), edits)))
+        return user
 
-def _write(path: str, document: spec.Spec) -> None:
-    with open(path, "w") as f:
-        f.write(json.dumps(document))
+    # In a thread: an image may have megabytes of accounts and of environment.
+    return await asyncio.to_thread(write)
 
 
 def _with_image_refs(node: Node, sent: bytes) -> bytes:

@@ -80,7 +80,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
     not there, InvalidArgumentError for a host path that cannot be made.
     """
     wanted = container.config.mounts
-    places = await asyncio.to_thread(_places, rootfs, [*(m.container_path for m in wanted), *image.config.volumes])
+    paths = [*(m.container_path for m in wanted), *image.config.volumes]
+    places = await asyncio.to_thread(_places, rootfs, paths) if paths else {}
     found = []
     for number, mount in enumerate(wanted):
         mount = dataclasses.replace(mount, container_path=places[mount.container_path])
