@@ -35,8 +35,14 @@ def _files(*names: str) -> list[str]:
     return [f"tests/e2e/test_{name}.py" for name in names]
 
 
+def _attacks(*names: str) -> list[str]:
+    return [f"tests/security/test_{name}.py" for name in names]
+
+
 def _daemon(driver: str, runtime: str) -> dict[str, str]:
-    return {"E2E_CGROUP_DRIVER": driver, "E2E_RUNTIME": runtime, "CRITEST_RUNTIME": runtime}
+    named = {"E2E_RUNTIME": runtime, "CRITEST_RUNTIME": runtime}
+    # Of pods with user namespaces, which the stable suite's cannot have.
+    return {"E2E_CGROUP_DRIVER": driver, "CRISERVER_TEST_RUNC": NEWER_RUNC if runtime == RUNC else runtime, **named}
 
 
 CRITEST = Suite(
@@ -56,6 +62,13 @@ SUITES = (
     Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
     Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
     Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
+    Suite("attacks, runc, systemd driver", _attacks("local_users", "accounts"), _daemon("systemd", RUNC), 420),
+    Suite(
+        "attacks, crun, systemd driver",
+        [*_attacks("starts", "local_users"), "-k", "hangs or target or user_namespace or nodes_dev"],
+        _daemon("systemd", CRUN),
+        420,
+    ),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
     Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
     CRITEST,
