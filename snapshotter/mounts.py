@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+from functools import cache
 
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -28,6 +29,7 @@ UMOUNT_NOFOLLOW = 0x8
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
 
+RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
@@ -69,6 +71,12 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+# A function of its own, whose arguments need no wrapping: it is called for each directory of a tree.
+_openat2 = _libc["syscall"]
+_openat2.restype = ctypes.c_long
+_openat2.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
+
+
 class _MountAttr(ctypes.Structure):
     _fields_ = (
         ("attr_set", ctypes.c_uint64),
@@ -104,7 +112,7 @@ def unmount(target: str) -> None:
                 umount2(target, UMOUNT_NOFOLLOW | MNT_DETACH)
     except OSError as e:
         # Neither a mount nor there at all: this is how the loop ends.
-        if e.errno not in (errno.EINVAL, errno.ENOENT):
+        if e.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
             raise
 
 
@@ -116,17 +124,17 @@ def unshare(flags: int) -> None:
 
 def openat2(dir_fd: int, path: bytes | str, flags: int, resolve: int, mode: int = 0) -> int:
     """openat2(2): the new descriptor, which is never inherited by other programs."""
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    fd: int = _libc.syscall(
-        ctypes.c_long(_SYS_OPENAT2),
-        ctypes.c_int(dir_fd),
-        ctypes.c_char_p(os.fsencode(path)),
-        ctypes.byref(how),
-        ctypes.c_size_t(ctypes.sizeof(how)),
-    )
+    how = _how(flags | os.O_CLOEXEC, mode, resolve)
+    fd: int = _openat2(_SYS_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.sizeof(how))
     if fd < 0:
         raise _error(path)
     return fd
+
+
+@cache
+def _how(flags: int, mode: int, resolve: int) -> _OpenHow:
+    """Made once: walks open directory after directory in one way."""
+    return _OpenHow(flags, mode, resolve)
 
 
 def open_tree(dir_fd: int, path: str, flags: int) -> int:
