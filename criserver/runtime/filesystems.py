@@ -10,8 +10,10 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from criserver.errors import (
     CriError,
@@ -25,7 +27,8 @@ from criserver.model import Mount, PodConfig, Propagation
 from criserver.runtime import selinux
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from snapshotter import SnapshotNotFoundError, acl, files, mounts
+from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, tree
+from snapshotter.tasks import outlive
 
 # Seconds.
 HOST_PATH_TIMEOUT = 20.0
@@ -34,6 +37,7 @@ _THE_KERNELS = ("dev", "proc", "sys")
 _MAX_LINKS = 40  # as the kernel follows (path_resolution(7))
 # Of its own: threads that a dead file system holds must not be those that unmounts and deletions need.
 _host_paths = ThreadPoolExecutor(8, "host-paths")
+_copies = ThreadPoolExecutor(4, "volumes")
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
@@ -150,13 +154,28 @@ async def unmount(node: Node, container_id: str) -> None:
 
 
 async def discard(node: Node, container_id: str) -> None:
-    """Unmount and delete all that a container's files are; what is gone, or was never made, is no error."""
-    await unmount(node, container_id)
-    for key in list(node.snapshotter.snapshots()):
-        if owner(key) == container_id:
-            await node.snapshotter.remove(key)
+    """Unmount and delete all that a container's files are; what is gone, or was never made, is no error.
+
+    The bundle goes last, as what is mounted is found below it. Raises CriError for what cannot be unmounted or deleted;
+    the next attempt goes on from there.
+    """
+    try:
+        await unmount(node, container_id)
+        for key in node.snapshotter.removable():
+            if owner(key) == container_id:
+                await node.snapshotter.remove(key)
+    except SnapshotError as e:
+        raise CriError(f"the files of container {container_id} cannot be removed: {e}") from e
     for directory in (_volumes_dir(node, container_id), node.container_dir(container_id)):
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        await delete(directory)
+
+
+async def delete(path: str) -> None:
+    """Delete a file or directory tree that containers may have written to. Raises CriError with what hinders it."""
+    try:
+        await asyncio.to_thread(tree.remove_path, path)
+    except OSError as e:
+        raise CriError(f"{path} cannot be deleted: {e}") from e
 
 
 def owner(key: str) -> str:
@@ -250,20 +269,36 @@ async def _copy_up(rootfs: str, volume: str, target: str) -> None:
     except OSError as e:
         raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e
     try:
-        source = f"/proc/self/fd/{fd}/."
-        process = await asyncio.create_subprocess_exec(
-            *("cp", "-a", "--", source, target), pass_fds=[fd], stderr=asyncio.subprocess.PIPE
-        )
-        try:
-            _, stderr = await process.communicate()
-        except asyncio.CancelledError:
-            process.kill()
-            await process.wait()
-            raise
-        if process.returncode:
-            raise CriError(f"the image's volume {volume} cannot be copied: {stderr.decode(errors='replace').strip()}")
+        await _copy(fd, target)
+    except OSError as e:
+        raise CriError(f"the image's volume {volume} cannot be copied: {e}") from e
     finally:
         os.close(fd)
+
+
+async def _copy(source: int, target: str) -> None:
+    """Copy a directory, by a path descriptor, in a thread; where the caller is cancelled, that has ended."""
+    cut = threading.Event()
+
+    def check() -> None:
+        if cut.is_set():
+            raise InterruptedError("its container is not wanted any more")
+
+    def work() -> None:
+        with ExitStack() as stack:
+            fds = []
+            for path in (f"/proc/self/fd/{source}", target):
+                fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+                stack.callback(os.close, fds[-1])
+            copies.copy(fds[0], fds[1], check)
+
+    copying = asyncio.get_running_loop().run_in_executor(_copies, work)
+    try:
+        await outlive(copying)
+    except asyncio.CancelledError:
+        cut.set()
+        await asyncio.wait([copying])
+        raise
 
 
 def _open_inside(root: str, path: str) -> int:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import Security, SelinuxOptions
+from snapshotter import tree
 
 _ATTRIBUTE = "security.selinux"
 _USER, _ROLE, _FILE_ROLE, _LEVEL = "system_u", "system_r", "object_r", "s0"
@@ -119,23 +120,41 @@ def set_label(file: str | int, label: str) -> None:
 def relabel(path: str, label: str) -> None:
     """Give a volume and all that is in it the label; blocks. Links are labelled, and not followed.
 
-    A file system that has no labels is left as it is: the policy says what its files are. Raises InvalidArgumentError
+    A file system that has no labels is left as it is: the policy says what its files are. So is one that is mounted in
+    the volume. Raises InvalidArgumentError
     for a directory of the node itself, FailedPreconditionError where a file cannot be labelled.
     """
     if path in _NODES:
         raise InvalidArgumentError(f"selinux_relabel: {path} is the node's own; it cannot be given a container's label")
     try:
         set_label(path, label)
-        for directory, names, files in os.walk(path):
-            for name in (*names, *files):
-                try:
-                    set_label(os.path.join(directory, name), label)
-                except FileNotFoundError:
-                    continue  # it has gone meanwhile
+        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        return
+    except OSError as e:
+        if e.errno in (errno.EOPNOTSUPP, errno.ELOOP):
+            return
+        raise _refusal(path, e) from e
+    try:
+        # A label is no change of a directory's content, but one of its attributes.
+        for place, entry in tree.walk(top, lambda status: status.st_mtime):
+            try:
+                set_label(f"/proc/self/fd/{place.fd}/{entry.name}", label)
+            except FileNotFoundError:
+                continue  # it has gone meanwhile
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, tree.shortened(place.path_of(entry.name))) from e
     except OSError as e:
         if e.errno == errno.EOPNOTSUPP:
             return
-        raise FailedPreconditionError(f"selinux_relabel: {e.filename or path}: {e.strerror}") from e
+        raise _refusal(path, e) from e
+    finally:
+        os.close(top)
+
+
+def _refusal(path: str, error: OSError) -> FailedPreconditionError:
+    where = path if error.filename in (None, path) else os.path.join(path, os.fsdecode(error.filename))
+    return FailedPreconditionError(f"selinux_relabel: {where!r}: {error.strerror}")
 
 
 @cache

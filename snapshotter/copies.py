@@ -1,0 +1,142 @@
+"""Copying a directory tree of an image, of any depth, with all that its files are."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+
+from snapshotter.tree import Place, shortened
+
+_PIECE = 8 << 20
+_MAX_PATH = 4095
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+# What a file system says that has no such attribute.
+_LACKING = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.ENODATA})
+
+
+def copy(source: int, target: int, check: Callable[[], None]) -> None:
+    """Give the empty directory ``target`` what the directory ``source`` has: content, owners, modes, times, attributes.
+
+    Pipes, sockets and devices are made anew, links are copied as links, files with several names stay one file (save
+    those whose path is longer than the kernel takes), holes stay holes. Nobody else is in ``target``. Blocks; ``check``
+    is called now and then, and raises what is to end it early. Raises OSError with the path below ``source``.
+    """
+    copier = _Copier(target, check)
+    # In the target all is new.
+    with closing(Place(source)) as reader, closing(Place(target, lambda _: 0.0)) as writer:
+        waiting: list[list[str]] = []
+        while True:
+            waiting.append(copier.copy_entries(reader, writer))
+            while not reader.enter_next(waiting[-1]):
+                _copy_attributes(reader.fd, writer.fd)
+                if reader.depth == 0:
+                    return
+                reader.leave()
+                while writer.depth > reader.depth:
+                    writer.leave()
+                del waiting[reader.depth + 1 :]
+            writer.enter(reader.name)
+
+
+class _Copier:
+    def __init__(self, target: int, check: Callable[[], None]) -> None:
+        self._target = target
+        self._check = check
+        self._linked: dict[tuple[int, int], str] = {}  # where files with several names are
+
+    def copy_entries(self, reader: Place, writer: Place) -> list[str]:
+        """Copy all that is in a directory, of directories nothing but the name; these are returned."""
+        directories = []
+        with os.scandir(reader.fd) as entries:
+            for entry in entries:
+                self._check()
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        os.mkdir(entry.name, 0o700, dir_fd=writer.fd)
+                        directories.append(entry.name)
+                    else:
+                        self._copy(entry.name, reader.fd, writer)
+                except OSError as e:
+                    raise OSError(e.errno, e.strerror, shortened(reader.path_of(entry.name))) from e
+        return directories
+
+    def _copy(self, name: str, source: int, writer: Place) -> None:
+        status = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if status.st_nlink > 1 and self._is_linked(name, status, writer):
+            return
+        if stat.S_ISREG(status.st_mode):
+            self._copy_file(name, source, writer.fd)
+            return
+        if stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=writer.fd)
+        else:
+            os.mknod(name, status.st_mode, status.st_rdev, dir_fd=writer.fd)
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=writer.fd, follow_symlinks=False)
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=writer.fd)
+        times = (status.st_atime_ns, status.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=writer.fd, follow_symlinks=False)
+
+    def _is_linked(self, name: str, status: os.stat_result, writer: Place) -> bool:
+        """Make a further name of a file that is copied already; whether it is."""
+        inode = (status.st_dev, status.st_ino)
+        first = self._linked.get(inode)
+        if first is not None:
+            os.link(first, name, src_dir_fd=self._target, dst_dir_fd=writer.fd, follow_symlinks=False)
+            return True
+        path = writer.path_of(name)
+        if len(os.fsencode(path)) <= _MAX_PATH:
+            self._linked[inode] = path
+        return False
+
+    def _copy_file(self, name: str, source_dir: int, target_dir: int) -> None:
+        with ExitStack() as stack:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            source = os.open(name, flags, dir_fd=source_dir)
+            stack.callback(os.close, source)
+            target = os.open(name, _NEW_FILE, 0o600, dir_fd=target_dir)
+            stack.callback(os.close, target)
+            size = os.fstat(source).st_size
+            at = 0
+            while at < size:
+                try:
+                    at = os.lseek(source, at, os.SEEK_DATA)
+                except OSError as e:
+                    if e.errno != errno.ENXIO:
+                        raise
+                    break  # there is only a hole yet
+                at = self._copy_data(source, target, at, os.lseek(source, at, os.SEEK_HOLE))
+            os.ftruncate(target, size)
+            _copy_attributes(source, target)
+
+    def _copy_data(self, source: int, target: int, at: int, end: int) -> int:
+        os.lseek(target, at, os.SEEK_SET)
+        while at < end:
+            self._check()
+            sent = os.sendfile(target, source, at, min(_PIECE, end - at))
+            if sent == 0:
+                return end  # it has become shorter
+            at += sent
+        return at
+
+
+def _copy_attributes(source: int, target: int) -> None:
+    """Of a file or directory, by descriptors."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    # After the owner, whose change takes set-user-ID bits and capabilities away.
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    try:
+        for name in os.listxattr(source):
+            try:
+                os.setxattr(target, name, os.getxattr(source, name))
+            except OSError as e:
+                if e.errno not in _LACKING:
+                    raise
+    except OSError as e:
+        if e.errno not in _LACKING:
+            raise
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
