@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import allocator, confine, errors, tar
+from snapshotter import allocator, confine, errors, tar, tree
 from snapshotter.limits import Limits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
 from snapshotter.streams import LayerStream, decoder
@@ -274,21 +274,16 @@ class _Places:
     def others(self, known: set[tuple[int, bytes]]) -> Iterator[str]:
         """What is there and not ``known``, save for directories that nothing but paths through them named."""
         implied = set(self._numbers.values())
-        waiting = [b""]
-        while waiting:
-            parent = waiting.pop()
-            fd = openat2(self._root, parent or b".", os.O_RDONLY | os.O_DIRECTORY, RESOLVE_IN_ROOT)
-            number = os.fstat(fd).st_ino
-            with os.scandir(fd) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    path = parent + b"/" + name if parent else name
-                    is_directory = entry.is_dir(follow_symlinks=False)
-                    if (number, name) not in known and not (is_directory and entry.inode() in implied):
-                        yield f"{errors.shown(path)} is not of the layer"
-                    elif is_directory and len(path) < 4000:
-                        waiting.append(path)
-            os.close(fd)
+        foreign: set[int] = set()  # directories of which one word is enough
+        for place, entry in tree.walk(self._root):
+            is_directory = entry.is_dir(follow_symlinks=False)
+            is_known = (place.number, os.fsencode(entry.name)) in known or (is_directory and entry.inode() in implied)
+            if place.number not in foreign:
+                if is_known:
+                    continue
+                yield f"{errors.shown(os.fsencode(place.path_of(entry.name)))} is not of the layer"
+            if is_directory:
+                foreign.add(entry.inode())
 
     def _number(self, path: bytes) -> int:
         number = self._numbers.get(path)

@@ -4,7 +4,8 @@ The file system is the only record. Below the root there are
 
     layers/<n>/    {fs/, meta.json}        committed layers, read-only; n is short, as overlay's options are
     active/<key>/  {fs/, work/, meta.json} writable snapshots
-    staging/       whatever is being made or deleted, and mounts that are needed for a moment
+    staging/       whatever is being made or deleted, and mounts that are needed for a moment; what a snapshot was is
+                   there as removed-<random>-<key>
 
 A layer or snapshot comes into being by one rename(2) out of staging and ends by one into it, so that at any
 instant it is there as a whole or not at all.
@@ -28,6 +29,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, TypeVar
 
 import isal
+import structlog
 
 from snapshotter import errors, implied, marks, mounts, tree
 from snapshotter.arrival import Arrival, Unpacked
@@ -42,7 +44,11 @@ from snapshotter.tree import Usage
 
 _T = TypeVar("_T")
 
+log = structlog.get_logger(__name__)
+
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_REMOVED = re.compile(rf"removed-[0-9a-f]{{16}}-({_KEY.pattern})")
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _DIFF_ID = re.compile(r"sha256:[0-9a-f]{64}")
 _META = "meta.json"
 _MAX_OPTIONS = 4095  # mount(2) takes one page, with a zero at its end
@@ -95,9 +101,9 @@ class Snapshotter:
     """Layers and snapshots below one directory, which no other process changes.
 
     Creating one sweeps what an earlier process left half done. ``warnings`` says which committed layers and
-    snapshots were dropped because their metadata is missing or broken, and why there are no mounts for user
-    namespaces where there are none. ``limits`` hold for every layer; ``workers`` bounds how many are unpacked at the
-    same time. Needs root; methods raise :class:`SnapshotError`.
+    snapshots were dropped because their metadata is missing or broken, what cannot be swept, and why there are no
+    mounts for user namespaces where there are none. ``limits`` hold for every layer; ``workers`` bounds how many are
+    unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
     """
 
     def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
@@ -106,6 +112,7 @@ class Snapshotter:
         self.warnings: list[str] = []
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
+        self._undeleted: dict[str, str] = {}  # removed snapshots that are still in staging, by key
         self._flights: dict[str, _Flight] = {}
         self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
         self._settling = asyncio.Lock()
@@ -118,10 +125,18 @@ class Snapshotter:
         self._load_snapshots()
         # First the mounts: what is seen through them is not to be deleted.
         for point in mounts.mounts_below(os.path.realpath(self._path("staging"))):
-            _unmount(point)
+            try:
+                _unmount(point)
+            except SnapshotError as e:
+                self.warnings.append(str(e))
         for name in os.listdir(self._path("staging")):
-            self._delete(name)
-        used = (int(os.path.basename(layer.path)) for layer in self._layers.values())
+            try:
+                self._delete(name)
+            except SnapshotError as e:
+                self.warnings.append(str(e))
+                if key := _REMOVED.fullmatch(name):
+                    self._undeleted[key[1]] = name
+        used = (int(name) for name in os.listdir(self._path("layers")) if _NUMBER.fullmatch(name))
         self._numbers = itertools.count(max(used, default=0) + 1)
         self._mount_threads = ThreadPoolExecutor(_MOUNT_THREADS, "mounts", self._enter_layers)
 
@@ -140,6 +155,10 @@ class Snapshotter:
     def snapshots(self) -> Mapping[str, Snapshot]:
         """The writable snapshots by key."""
         return MappingProxyType(self._snapshots)
+
+    def removable(self) -> frozenset[str]:
+        """The keys of all that :meth:`remove` is still to be called for: also where it has failed."""
+        return frozenset((*self._snapshots, *self._undeleted))
 
     def arrival(self, blob: str, *, compression: Literal["gzip", "none", "zstd"], diff_id: str) -> Arrival | None:
         """Begin to unpack the layer whose blob is still being written to the file ``blob``, which may be renamed.
@@ -163,7 +182,7 @@ class Snapshotter:
             os.close(told)
 
         task.add_done_callback(ended)
-        return Arrival(task, pipe, lambda area: self._delete(os.path.basename(area)))
+        return Arrival(task, pipe, self._discard)
 
     async def unpack(
         self,
@@ -234,7 +253,7 @@ class Snapshotter:
             _write_meta(area, {"chain_id": chain_id})
             os.rename(area, self._path("active", key))
         except BaseException:
-            self._delete(os.path.basename(area))
+            self._discard(area)
             raise
         self._snapshots[key] = Snapshot(key, chain_id, self._path("active", key))
 
@@ -272,17 +291,24 @@ class Snapshotter:
         await self._in_mount_thread(_unmount, os.path.abspath(target))
 
     async def remove(self, key: str) -> None:
-        """Remove the writable snapshot ``key``, which is unmounted; one that is not there is no error."""
-        if key not in self._snapshots:
-            return
-        name = self._retire(self._snapshots[key].path)
-        del self._snapshots[key]
-        await in_thread(self._delete, name)
+        """Remove the writable snapshot ``key``, which is unmounted; one that is not there is no error.
+
+        Raises SnapshotError where it is no snapshot any more and cannot be deleted: what hinders it is named, and the
+        next call tries again.
+        """
+        if key in self._snapshots:
+            self._undeleted[key] = self._retire(self._snapshots[key].path, f"-{key}")
+            del self._snapshots[key]
+        name = self._undeleted.get(key)
+        if name is not None:
+            await in_thread(self._delete, name)
+            self._undeleted.pop(key, None)
 
     async def remove_layer(self, chain_id: str) -> None:
         """Remove a layer; one that is not there is no error.
 
-        Raises SnapshotError while another layer or a snapshot stands on it.
+        Raises SnapshotError while another layer or a snapshot stands on it, and where it is no layer any more and
+        cannot be deleted; the next start tries again.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -391,10 +417,12 @@ class Snapshotter:
             try:
                 meta = _read_meta(path)
                 layer = Layer(**meta, path=path)
-                if not name.isdecimal() or layer.chain_id in self._layers:
+                if not _NUMBER.fullmatch(name) or layer.chain_id in self._layers:
                     raise ValueError("it is a duplicate or has no number")  # noqa: TRY301 - one end for all
             except (ValueError, TypeError) as e:
                 self._drop(path, e)
+            except OSError as e:
+                self.warnings.append(f"{path} is left as it is: {e}")
             else:
                 self._layers[layer.chain_id] = layer
                 if implied.are_in(path):
@@ -407,29 +435,41 @@ class Snapshotter:
                 self._snapshots[key] = Snapshot(key, _read_meta(path)["chain_id"], path)
             except (ValueError, TypeError, KeyError) as e:
                 self._drop(path, e)
+            except OSError as e:
+                self.warnings.append(f"{path} is left as it is: {e}")
 
     def _drop(self, path: str, reason: Exception) -> None:
         self.warnings.append(f"{path} is dropped: its metadata is unusable ({reason})")
-        self._retire(path)
+        try:
+            self._retire(path)
+        except SnapshotError as e:
+            self.warnings.append(str(e))
 
-    def _retire(self, path: str) -> str:
+    def _retire(self, path: str, key: str = "") -> str:
         """Move a layer or snapshot into staging, under a name that is returned, to be deleted there.
 
-        Nothing is made for it: there may be no room left.
+        Nothing is made for it: there may be no room left. Raises SnapshotError.
         """
-        name = f"retired-{secrets.token_hex(8)}"
-        os.rename(path, self._path("staging", name))
+        name = f"removed-{secrets.token_hex(8)}{key}"
+        try:
+            os.rename(path, self._path("staging", name))
+        except OSError as e:
+            raise SnapshotError(f"{path} cannot be removed: {e}") from e
         return name
 
     def _delete(self, name: str) -> None:
-        """Delete ``name`` in staging. What cannot be deleted now is left to the next start."""
-        fd = os.open(self._path("staging"), _DIRECTORY)
+        """Delete ``name`` in staging. Raises SnapshotError with what hinders it; the next start tries again."""
         try:
-            tree.remove(fd, name)
+            tree.remove_path(self._path("staging", name))
         except OSError as e:
-            self.warnings.append(f"{self._path('staging', name)} cannot be deleted: {e}")
-        finally:
-            os.close(fd)
+            raise SnapshotError(f"{self._path('staging', name)} cannot be deleted: {e}") from e
+
+    def _discard(self, area: str) -> None:
+        """Delete an area of staging that is not needed any more; what cannot be deleted is left to the next start."""
+        try:
+            self._delete(os.path.basename(area))
+        except SnapshotError as e:
+            log.warning("something is left in staging", error=str(e))
 
     def _land(self, chain_id: str, flight: _Flight) -> None:
         if self._flights.get(chain_id) is flight:
@@ -453,7 +493,7 @@ class Snapshotter:
             _write_meta(area, meta)
             os.rename(area, path)
         except OSError as e:
-            await in_thread(self._delete, os.path.basename(area))
+            await in_thread(self._discard, area)
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
         layer = self._layers[chain_id] = Layer(**meta, path=path)
         if implied.are_in(path):
@@ -479,7 +519,7 @@ class Snapshotter:
             except OSError as e:
                 raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
         except BaseException:
-            await in_thread(self._delete, os.path.basename(area))
+            await in_thread(self._discard, area)
             raise
 
     async def _run_worker(self, area: str, blob: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
@@ -551,7 +591,7 @@ class Snapshotter:
                 _mount_overlay(target, "lowerdir=one:two", mounts.MS_RDONLY, None)
             _unmount(target)
         finally:
-            self._delete(os.path.basename(area))
+            self._discard(area)
 
     @contextmanager
     def _mapped(self, source: str, userns: str) -> Iterator[None]:
@@ -731,7 +771,7 @@ def _read_meta(path: str) -> dict[str, Any]:
     try:
         with open(os.path.join(path, _META), encoding="utf-8") as file:
             meta = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError("no metadata") from None
     if not isinstance(meta, dict):
         raise ValueError("no JSON object")  # noqa: TRY004 - one class for all that a file may say wrongly

@@ -18,9 +18,14 @@ from contextlib import contextmanager
 from itertools import count
 from typing import BinaryIO, Protocol
 
+import structlog
+
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
+from snapshotter import tree
 from snapshotter.files import make_private
 from snapshotter.threads import in_thread
+
+_log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _INLINE = 64 << 10  # hashing and writing less than this takes less time than handing it to a thread
@@ -46,9 +51,16 @@ class ContentStore:
         for directory in (self._blobs, self._ingest):
             make_private(directory)
         for name in os.listdir(self._ingest):
-            os.unlink(os.path.join(self._ingest, name))
+            _sweep(os.path.join(self._ingest, name))
+        self._sizes: dict[str, int] = {}
         with os.scandir(self._blobs) as entries:
-            self._sizes = {f"sha256:{e.name}": e.stat().st_size for e in entries if _NAME.fullmatch(e.name)}
+            for entry in entries:
+                if not _NAME.fullmatch(entry.name):
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    self._sizes[f"sha256:{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    _sweep(entry.path)  # or the blob could never be committed
         self._bytes = sum(map(_occupied, self._sizes.values()))
 
     def digests(self) -> set[str]:
@@ -215,6 +227,14 @@ class Ingest:
                 f"no space for image content at {self._path}; remove images or enlarge the file system"
             )
         return CriError(f"image content cannot be written to {self._path}: {error.strerror}")
+
+
+def _sweep(path: str) -> None:
+    """Delete what should not be there; where that cannot be done it is no reason not to start."""
+    try:
+        tree.remove_path(path)
+    except OSError as e:
+        _log.warning("something is left among the image content", path=path, error=str(e))
 
 
 def _occupied(size: int) -> int:

@@ -345,8 +345,13 @@ class Images:
         async with self._collecting:
             for digest in self._content.digests() - self._needed_blobs():
                 # Others may have come to need it while the one before was deleted.
-                if digest not in self._needed_blobs():
+                if digest in self._needed_blobs():
+                    continue
+                try:
                     size += await self._content.delete(digest)
+                except OSError as e:
+                    _log.warning("blob not removed", digest=digest, error=str(e))
+                else:
                     inodes += 1
             while (layer := self._garbage_layer(stuck)) is not None:
                 try:

@@ -314,6 +314,17 @@ async def test_a_restart_repairs_what_a_crash_left(rooms, registry, damage):
     again.close()
 
 
+async def test_a_blob_that_cannot_be_deleted_keeps_no_other(rooms, registry):
+    built = two_layers()
+    image = await rooms.images.pull(registry.push(built, "stuck:1"))
+    path = rooms.content.path(built.manifest["layers"][0]["digest"])
+    os.unlink(path)
+    os.makedirs(f"{path}/directory")
+    await rooms.images.remove(image.id)
+    assert rooms.leftovers() == []
+    assert rooms.content.digests() == set()
+
+
 KILLED = """
 import asyncio, sys
 from tests.e2e.rooms import Rooms

@@ -26,7 +26,6 @@ from snapshotter import (
     SnapshotNotFoundError,
     Snapshotter,
     mounts,
-    tree,
 )
 from tests.e2e.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, write_blob
 
@@ -682,21 +681,56 @@ async def test_trees_deeper_than_a_path_are_measured_and_deleted(snapshotter: Sn
     assert snapshotter.warnings == []
 
 
-def test_deleting_follows_no_link(disk: str) -> None:
-    os.makedirs(f"{disk}/tree/sub")
-    os.mkdir(f"{disk}/outside")
-    for name in ("tree/link", "tree/sub/link", "top"):
-        os.symlink(f"{disk}/outside", f"{disk}/{name}")
-    with open(f"{disk}/outside/kept", "w"):
-        pass
-    fd = os.open(disk, os.O_RDONLY)
-    try:
-        for name in ("tree", "top", "nowhere"):
-            tree.remove(fd, name)
-    finally:
-        os.close(fd)
-    assert sorted(os.listdir(disk)) == ["outside", "target"]
-    assert os.listdir(f"{disk}/outside") == ["kept"]
+async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
+    snapshotter: Snapshotter, disk: str
+) -> None:
+    """What hinders it is named, each time, and after a restart too; nothing of what is mounted in it is deleted."""
+    layer = await unpack(snapshotter, write_blob(f"{disk}/base", item("f")))
+    await snapshotter.prepare("box.1", layer.chain_id)
+    os.makedirs(snapshotter.snapshots()["box.1"].path + "/fs/a/point")
+    mounts.mount("tmpfs", snapshotter.snapshots()["box.1"].path + "/fs/a/point", "tmpfs")
+    for _ in range(2):
+        with pytest.raises(SnapshotError, match=r"staging/removed-.*a file system is mounted there.*a/point"):
+            await snapshotter.remove("box.1")
+        assert (dict(snapshotter.snapshots()), snapshotter.removable()) == ({}, {"box.1"})
+    (point,) = mounts.mounts_below(disk)
+    os.mkdir(f"{point}/kept")
+    with pytest.MonkeyPatch.context() as patch:
+        # A start unmounts what it finds there, but this is as one that is not to be unmounted.
+        patch.setattr(mounts, "mounts_below", lambda _: [])
+        again = Snapshotter(f"{disk}/snapshots")
+    assert again.removable() == {"box.1"}
+    assert [w for w in again.warnings if "a file system is mounted there" in w] == again.warnings != []
+    assert os.listdir(point) == ["kept"]
+    mounts.umount2(point)
+    await again.remove("box.1")
+    assert (staging(disk), again.removable()) == ([], frozenset())
+    again.close()
+
+
+@pytest.mark.parametrize("place", ["layers", "active", "staging"])
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "not utf-8", "metadata is a directory"])
+async def test_what_is_no_layer_and_no_snapshot_keeps_nobody_from_starting(disk: str, place: str, kind: str) -> None:
+    first = Snapshotter(f"{disk}/snapshots")
+    layer = await unpack(first, write_blob(f"{disk}/base", item("f")))
+    await first.prepare("box", layer.chain_id)
+    first.close()
+    strange = os.path.join(os.fsencode(f"{disk}/snapshots/{place}"), b"\xff" if kind == "not utf-8" else b"7")
+    match kind:
+        case "file":
+            os.close(os.open(strange, os.O_CREAT | os.O_WRONLY))
+        case "link":
+            os.symlink(os.fsencode(disk), strange)
+        case "metadata is a directory":
+            os.makedirs(os.path.join(strange, b"meta.json"))
+        case _:
+            os.mkdir(strange)
+    second = Snapshotter(f"{disk}/snapshots")
+    second.close()
+    assert not os.path.lexists(strange)
+    assert staging(disk) == []
+    assert (list(second.layers()), list(second.snapshots())) == ([layer.chain_id], ["box"])
+    assert sorted(os.listdir(disk)) == ["base", "snapshots", "target"]
 
 
 def test_mounts_below_are_deepest_first_and_unescaped(disk: str) -> None:

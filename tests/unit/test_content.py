@@ -141,3 +141,21 @@ async def test_what_arrives_counts_and_is_told(root):
     with store.ingest(DIGEST) as ingest:
         await ingest.write(DATA)
     assert store.usage() == (200_704, 1)
+
+
+async def test_what_is_no_blob_keeps_nobody_from_starting(root):
+    """A directory or a link in a blob's place could never become that blob; what has another name is not ours."""
+    store = ContentStore(root)
+    await fill(store, DATA, DIGEST)
+    other = digest_of(b"x")
+    blobs = os.path.join(root, "blobs", "sha256")
+    os.makedirs(os.path.join(root, "ingest", "0", "directory"))
+    os.makedirs(os.path.join(blobs, other[7:], "directory"))
+    os.symlink("nowhere", os.path.join(blobs, "f" * 64))
+    os.mkdir(os.path.join(blobs, "of somebody"))
+    store = ContentStore(root)
+    assert os.listdir(os.path.join(root, "ingest")) == []
+    assert store.digests() == {DIGEST}
+    assert sorted(os.listdir(blobs)) == sorted(["of somebody", DIGEST[7:]])
+    await fill(store, b"x", other)
+    assert store.read(other, 1) == b"x"
