@@ -17,8 +17,11 @@ from typing import IO, Any
 from criserver.errors import FailedPreconditionError
 from criserver.model import IdMapping, UserNamespace
 from criserver.runtime.records import Container
+from snapshotter import tree
 
 _PIECE = 1 << 20
+# Each entry has its path in it: a container could fill the disk with a few directories in each other.
+_MAX_NAME = 16 << 10
 # The kernel's overflow ID (proc(5), /proc/sys/fs/overflowuid): an owner that a user namespace has no name for.
 _NOBODY = 65534
 # Extended attributes that an image's layer may have as well.
@@ -64,8 +67,7 @@ def write_diff(upper: str, path: str, user: UserNamespace | None, check: Callabl
     """
     deleted = []
     with _new_tar(path) as tar:
-        for name in _walk(upper):
-            source = os.path.join(upper, name)
+        for name, source in _walk(upper):
             status = os.lstat(source)
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                 directory, base = os.path.split(name)
@@ -83,7 +85,7 @@ def write_diff(upper: str, path: str, user: UserNamespace | None, check: Callabl
             # The value "x" says that the directory has whiteouts made of attributes, and not that it is opaque.
             if xattrs.get("trusted.overlay.opaque") == b"y":
                 tar.addfile(tarfile.TarInfo(os.path.join(name, ".wh..wh..opq")))
-    return deleted
+    return sorted(deleted)
 
 
 def write_archive(directory: str, log_path: str, path: str, check: Callable[[], None]) -> None:
@@ -92,8 +94,8 @@ def write_archive(directory: str, log_path: str, path: str, check: Callable[[], 
     It is on disk afterwards. Raises OSError.
     """
     with _new_tar(path) as tar:
-        for name in _walk(directory):
-            _add(tar, os.path.join(directory, name), name, check)
+        for name, source in _walk(directory):
+            _add(tar, source, name, check)
         if log_path and os.path.isfile(log_path):
             # It may grow meanwhile: as much as it holds when its size is taken is copied.
             _add(tar, log_path, "container.log", check)
@@ -106,18 +108,21 @@ def _new_tar(path: str) -> tarfile.TarFile:
     return tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=_PIECE)
 
 
-def _walk(top: str) -> Iterator[str]:
-    """Everything below ``top`` by its relative name, directories before what is in them."""
-    pending = [""]
-    while pending:
-        directory = pending.pop()
-        with os.scandir(os.path.join(top, directory)) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
-            name = os.path.join(directory, entry.name)
-            yield name
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(name)
+def _walk(directory: str) -> Iterator[tuple[str, str]]:
+    """Everything in a directory, by its name below it and a path that is good until the next, however deep it is.
+
+    Directories come before what is in them. Raises FailedPreconditionError for a name that is too long.
+    """
+    top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for place, entry in tree.walk(top):
+            name = place.path_of(entry.name)
+            if len(name) > _MAX_NAME:
+                words = f"has a path of more than {_MAX_NAME} characters, which no checkpoint can hold"
+                raise FailedPreconditionError(f"{tree.shortened(name)!r} {words}")
+            yield name, f"/proc/self/fd/{place.fd}/{entry.name}"
+    finally:
+        os.close(top)
 
 
 def _add(

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from criserver.errors import FailedPreconditionError
 from criserver.model import IdMapping, UserNamespace
 from criserver.runtime import checkpoint_archive
+from snapshotter import tree
 
 
 def nothing() -> None:
@@ -108,3 +110,33 @@ def test_the_archive_has_the_log_where_there_is_one(tmp_path: Path, log: str):
     checkpoint_archive.write_archive(str(tmp_path / "content"), path, str(tmp_path / "a.tar"), nothing)
     expected = {"checkpoint", "status"} | ({"container.log"} if log == "there" else set())
     assert set(entries(tmp_path / "a.tar")) == expected
+
+
+def test_an_upper_layer_is_archived_however_deep_it_is(tmp_path: Path):
+    upper = tmp_path / "upper"
+    upper.mkdir()
+    nest(upper, 3000)
+    try:
+        assert checkpoint_archive.write_diff(str(upper), str(tmp_path / "diff.tar"), None, nothing) == []
+        deepest = "/".join(["dd"] * 3000) + "/bottom"
+        found = entries(tmp_path / "diff.tar")
+        assert len(found) == 3001
+        assert found[deepest].isfile()
+        # Each entry has its whole path: these would be more than what they are of.
+        nest(upper, 6000, "deeper")
+        with pytest.raises(FailedPreconditionError, match=r"'deeper/dd.*….*dd' has a path of more than 16384"):
+            checkpoint_archive.write_diff(str(upper), str(tmp_path / "diff.tar"), None, nothing)
+    finally:
+        tree.remove_path(str(upper))
+
+
+def nest(top: Path, depth: int, first: str = "dd") -> None:
+    fd = os.open(top, os.O_RDONLY)
+    for number in range(depth):
+        name = "dd" if number else first
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open("bottom", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+    os.close(fd)
