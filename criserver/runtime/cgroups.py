@@ -7,6 +7,7 @@ slices in each other by the dashes in their names (systemd.slice(5)).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -16,9 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import structlog
+
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
 from criserver.runtime import service_manager
 from criserver.text import quoted
+from snapshotter import tree
+
+log = structlog.get_logger(__name__)
 
 # Where pods are put that the kubelet gives no cgroup parent.
 OWN = "/criserver"
@@ -137,7 +143,7 @@ def exists(cgroup: str) -> bool:
 async def remove_container(parent: str, key: str) -> None:
     """Remove the cgroup of a container that has no process; systemd's scopes are its own to remove."""
     if not is_slice(parent):
-        remove(path(parent, key))
+        await asyncio.to_thread(remove, path(parent, key))
     elif os.path.isdir(_processes_root() + path(parent, key)):
         await service_manager.stop_unit(os.path.basename(path(parent, key)))
 
@@ -147,18 +153,22 @@ async def remove_pod(parent: str) -> None:
     if is_slice(parent):
         await service_manager.stop_unit(parent)
     else:
-        remove(parent)
+        await asyncio.to_thread(remove, parent)
 
 
 def remove(cgroup: str) -> None:
     """Remove a cgroup and those below it from every hierarchy; one that is gone or still in use is left."""
     for root in set(roots().values()):
-        directories = [directory for directory, _, _ in os.walk(root + cgroup, topdown=False)]
-        for directory in directories:
-            try:
-                os.rmdir(directory)
-            except OSError:
-                continue
+        try:
+            above = os.open(root + os.path.dirname(cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            tree.remove(above, os.path.basename(cgroup), files=False)
+        except OSError as e:
+            log.debug("a cgroup stays", error=str(e))
+        finally:
+            os.close(above)
 
 
 def processes(cgroup: str) -> list[int]:
@@ -167,12 +177,22 @@ def processes(cgroup: str) -> list[int]:
     Under systemd crun puts a container into a cgroup of its own in the scope, and containers may make more.
     """
     pids: list[int] = []
-    for directory, _, _ in os.walk(f"{_processes_root()}{cgroup}"):
-        try:
-            with open(f"{directory}/cgroup.procs") as f:
-                pids += map(int, f)
-        except OSError:
-            continue  # gone, or of threads (cgroup-v2, "Threads")
+    try:
+        top = os.open(f"{_processes_root()}{cgroup}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return pids
+    try:
+        for place, entry in tree.walk(top):
+            if entry.name == "cgroup.procs":
+                try:
+                    with open(os.open(entry.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place.fd)) as f:
+                        pids += map(int, f)
+                except OSError:
+                    continue  # gone, or of threads (cgroup-v2, "Threads")
+    except OSError as e:
+        log.warning("a container's cgroups are not all read", cgroup=cgroup, error=str(e))
+    finally:
+        os.close(top)
     return pids
 
 

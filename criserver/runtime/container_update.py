@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -80,7 +81,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
         words = done.words.splitlines() or ["it left no message"]
         raise FailedPreconditionError(f"container {container.id} cannot be given these limits: {words[-1]}")
     if asked.oom_score_adj:
-        _set_oom_score(node, container, asked.oom_score_adj)
+        await asyncio.to_thread(_set_oom_score, node, container, asked.oom_score_adj)
 
 
 def _set_oom_score(node: Node, container: Container, score: int) -> None:

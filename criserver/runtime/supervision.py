@@ -386,8 +386,9 @@ async def destroy(node: Node, key: str, handler: str, cgroup_parent: str = "") -
     DeadlineExceededError where the kernel does not let go of a process.
     """
     await _delete(node, key, handler)
-    if cgroup_parent:
-        await _clear_cgroup(cgroup_parent, key)
+    if cgroup_parent and await _clear_cgroup(cgroup_parent, key):
+        # The runtime fails where cgroups are deeper in each other than a path may be long.
+        await _delete(node, key, handler)
 
 
 async def _delete(node: Node, key: str, handler: str) -> None:
@@ -406,14 +407,18 @@ async def _delete(node: Node, key: str, handler: str) -> None:
         log.warning("runtime delete failed", container=key, error=done.words)
 
 
-async def _clear_cgroup(parent: str, key: str) -> None:
-    """End what is in a container's cgroup, and remove that: a runtime that came to no state of its own leaves both."""
+async def _clear_cgroup(parent: str, key: str) -> bool:
+    """End what is in a container's cgroup, and remove that; whether there was one.
+
+    A runtime that came to no state of its own leaves both.
+    """
     path = cgroups.path(parent, key)
     if not cgroups.exists(path):
-        return
+        return False
     if left := await asyncio.to_thread(cgroups.end_processes, path, END_TIMEOUT):
         raise DeadlineExceededError(_words_of_the_unkillable(key, left))
     await cgroups.remove_container(parent, key)
+    return True
 
 
 def exited(node: Node, key: str, record: Message) -> None:
