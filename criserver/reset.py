@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import structlog
@@ -26,7 +25,7 @@ from criserver.runtime.records import ContainerState, Sandbox
 from criserver.runtime.recovery import entries, recover
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.store import Store
-from snapshotter import Snapshotter, mounts
+from snapshotter import Snapshotter, mounts, tree
 
 log = structlog.get_logger(__name__)
 
@@ -69,9 +68,10 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
             held.callback(os.close, hold(directory, _ADVICE))
         outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:
-            _delete(config.state, config.grpc_address)
+            undeleted = await asyncio.to_thread(_delete, config.state, config.grpc_address)
             if everything:
-                _delete(config.root)
+                undeleted += await asyncio.to_thread(_delete, config.root)
+            outcome = dataclasses.replace(outcome, left=tuple(undeleted))
     return outcome
 
 
@@ -152,18 +152,16 @@ def _left(config: Config) -> Iterator[str]:
             continue  # it has ended
 
 
-def _delete(directory: str, *others: str) -> None:
-    """Delete a directory's contents, and itself where it is no mount point."""
-    for path in others:
-        if os.path.lexists(path):
-            os.unlink(path)
-    with os.scandir(directory) as entries:
-        for entry in list(entries):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
+def _delete(directory: str, *others: str) -> list[str]:
+    """Delete a directory's contents, and itself where it is no mount point; what is left of it, in words."""
+    left = []
+    for path in (*others, *(os.path.join(directory, name) for name in os.listdir(directory))):
+        try:
+            tree.remove_path(path)
+        except OSError as e:
+            left.append(f"{path}, which cannot be deleted: {e}")
     try:
         os.rmdir(directory)
     except OSError as e:
         log.debug("the directory stays", path=directory, error=str(e))
+    return left

@@ -26,7 +26,7 @@ from criserver.network import Network
 from criserver.oci import spec
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
-from snapshotter import Snapshotter, mounts
+from snapshotter import Snapshotter, mounts, tree
 
 _T = TypeVar("_T")
 
@@ -201,6 +201,7 @@ def container(config: Config, handler: str) -> str | None:
     directory = tempfile.mkdtemp(prefix="check-", dir=above)
     parent = cgroups.own_parent(config.cgroup_driver, key)
     command = [program, "--root", os.path.join(directory, "runtime"), *cgroups.runtime_args(parent)]
+    trouble = None
     try:
         _write_bundle(config, directory, cgroups.spec_path(parent, key))
         done = subprocess.run(
@@ -212,15 +213,16 @@ def container(config: Config, handler: str) -> str | None:
             check=False,
             errors="replace",
         )
-        return _last(done.stderr or done.stdout) if done.returncode else None
+        trouble = _last(done.stderr or done.stdout) if done.returncode else None
     except subprocess.TimeoutExpired:
-        return f"it was not done within {_SECONDS:g} s"
+        trouble = f"it was not done within {_SECONDS:g} s"
     except OSError as e:
-        return str(e)
+        trouble = str(e)
     finally:
         subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
         asyncio.run(cgroups.remove_pod(parent))
-        shutil.rmtree(directory, ignore_errors=True)
+        left = _deleted(directory)
+    return trouble or left
 
 
 def _write_bundle(config: Config, directory: str, cgroups_path: str) -> None:
@@ -265,9 +267,19 @@ def _in_scratch(directory: str, work: Callable[[], str | None]) -> str | None:
         return work()
 
     try:
-        return _in_thread(enter)
+        trouble = _in_thread(enter)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        left = _deleted(scratch)
+    return trouble or left
+
+
+def _deleted(directory: str) -> str | None:
+    """Delete what a try has made; why not, where that cannot be done."""
+    try:
+        tree.remove_path(directory)
+    except OSError as e:
+        return f"{directory} cannot be deleted: {e}"
+    return None
 
 
 def _in_thread(work: Callable[[], str | None]) -> str | None:

@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.text import quoted
-from snapshotter import files
+from snapshotter import files, tree
 
 _CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
 # Sysctls that belong to a namespace (kernel Documentation/admin-guide/sysctl); every other one is the node's.
@@ -212,8 +212,7 @@ def unpin(directory: str) -> None:
             path = os.path.join(directory, kind)
             while _unmount(path):
                 pass
-            _ignore_missing(os.unlink, path)
-        _ignore_missing(os.rmdir, directory)
+        tree.remove_path(directory)
     except OSError as e:
         raise CriError(f"cannot remove the pinned namespaces in {directory}: {e}") from e
 
@@ -437,13 +436,6 @@ def _unmount(path: str) -> bool:
     if _libc.umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOENT):
+    if number in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
         return False
     raise OSError(number, os.strerror(number), path)
-
-
-def _ignore_missing(remove: Callable[[str], None], path: str) -> None:
-    try:
-        remove(path)
-    except FileNotFoundError:
-        pass

@@ -37,6 +37,7 @@ from criserver.runtime import cgroups, checkpoint_archive, strays
 from criserver.runtime.node import Checkpoint, Node
 from criserver.runtime.records import Container, ContainerState
 from criserver.text import quoted
+from snapshotter import tree
 from snapshotter.files import make_private
 from snapshotter.tasks import outlive
 
@@ -88,7 +89,10 @@ async def checkpoint_container(node: Node, given: str, location: str, timeout: f
 
 async def recover_checkpoints(node: Node) -> None:
     """Undo the checkpoints that an earlier daemon did not see the end of; a failure is logged."""
-    left = os.listdir(_directory(node)) if os.path.isdir(_directory(node)) else []
+    try:
+        left = os.listdir(_directory(node))
+    except (FileNotFoundError, NotADirectoryError):
+        return
     await asyncio.gather(*(_recover(node, container_id) for container_id in left))
 
 
@@ -147,8 +151,12 @@ async def _checkpoint(node: Node, container_id: str, found: Checkpoint, timeout:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (ResourceExhaustedError if full else CriError)(f"the checkpoint of {container_id} failed: {e}") from e
     finally:
-        await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
-        del node.checkpoints[container_id]
+        try:
+            await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
+        except OSError as e:
+            log.warning("something is left of a checkpoint until the next start", container=container_id, error=str(e))
+        finally:
+            del node.checkpoints[container_id]
 
 
 def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
@@ -249,12 +257,15 @@ def _archive(node: Node, container: Container, location: str, wait: Callable[...
 
 
 def _discard(directory: str) -> None:
-    """Delete a checkpoint's directory and its unfinished archive; what is gone is no error."""
+    """Delete a checkpoint's directory and its unfinished archive; what is gone is no error. Raises OSError."""
     try:
-        os.unlink(os.readlink(os.path.join(directory, "partial")))
-    except FileNotFoundError:
-        pass
-    shutil.rmtree(directory, ignore_errors=True)
+        partial = os.readlink(os.path.join(directory, "partial"))
+        os.unlink(partial)
+    except OSError as e:
+        # EINVAL, ENOTDIR: no link of ours, or no directory at all.
+        if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
+            raise
+    tree.remove_path(directory)
 
 
 def _directory(node: Node, container_id: str = "") -> str:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import os
 import time
+from collections.abc import Awaitable
 
 import structlog
 
@@ -125,28 +126,41 @@ async def _sweep(node: Node) -> None:
     sandboxes, containers = node.registry.sandboxes, node.registry.containers
     for name in entries(node.config.state, "ns"):
         if name not in sandboxes:
-            unpin_pids(node, name)
-            namespaces.unpin(node.namespaces_dir(name))
+            await _swept("namespaces", name, asyncio.to_thread(_unpin, node, name))
     for name in {*entries(node.config.state, "sandboxes"), *entries(node.config.root, "sandboxes")}:
         if name not in sandboxes:
-            sandbox_files.remove(node.sandbox_files_dir(name), node.sandbox_dir(name))
+            files, directory = node.sandbox_files_dir(name), node.sandbox_dir(name)
+            await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
     for handler in entries(node.config.state, "runtimes"):
         for name in entries(node.runtime_root(handler)):
             # What begins with a dot is no container's: crun keeps a cache there.
             if name not in containers and name not in sandboxes and not name.startswith("."):
-                await supervision.destroy(node, name, handler)
+                await _swept("a runtime's container", name, supervision.destroy(node, name, handler))
     for name in entries(node.config.state, "containers"):
         if name not in containers and name not in sandboxes:
-            await filesystems.discard(node, name)
-    owners = {filesystems.owner(key) for key in node.snapshotter.snapshots()}
+            await _swept("a container's files", name, filesystems.discard(node, name))
+    owners = {filesystems.owner(key) for key in node.snapshotter.removable()}
     for name in owners.union(entries(filesystems.volumes_root(node))):
         if name not in containers:
-            await filesystems.discard(node, name)
+            await _swept("a container's layer and volumes", name, filesystems.discard(node, name))
+
+
+async def _swept(what: str, name: str, work: Awaitable[None]) -> None:
+    """Do the work of clearing one thing; the next is cleared too where that fails."""
+    try:
+        await work
+    except Exception as e:
+        log.exception("something that belongs to nobody cannot be cleared", what=what, name=name, error=str(e))
+
+
+def _unpin(node: Node, sandbox_id: str) -> None:
+    unpin_pids(node, sandbox_id)
+    namespaces.unpin(node.namespaces_dir(sandbox_id))
 
 
 def entries(*parts: str) -> list[str]:
-    """The names in the directory that ``parts`` lead to; none where it is not there."""
+    """The names in the directory that ``parts`` lead to; none where there is no directory."""
     try:
         return os.listdir(os.path.join(*parts))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 
-from criserver.errors import ResourceExhaustedError
+from criserver.errors import CriError, ResourceExhaustedError
 from criserver.model import Dns, NamespaceMode, PodConfig
 from criserver.runtime import selinux
-from snapshotter import mounts
+from snapshotter import mounts, tree
 from snapshotter.files import make_private
 
 SHM_SIZE = 64 << 20
@@ -107,15 +106,13 @@ def shm(directory: str, config: PodConfig) -> str:
 
 
 def remove(files: str, directory: str) -> None:
-    """Undo :func:`write`; what is gone already is no error. Blocks."""
-    mounts.unmount(os.path.join(directory, "shm"))
-    for parent in (files, directory):
-        for name in _FILES:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(parent, name))
-    for path in (os.path.join(directory, "shm"), directory, files):
-        with suppress(FileNotFoundError):
-            os.rmdir(path)
+    """Undo :func:`write`; what is gone already is no error. Blocks. Raises CriError with what hinders it."""
+    try:
+        mounts.unmount(os.path.join(directory, "shm"))
+        for path in (directory, files):
+            tree.remove_path(path)
+    except OSError as e:
+        raise CriError(f"a pod's files cannot be removed: {e}") from e
 
 
 def _put(directory: str, name: str, text: str, label: str) -> None:

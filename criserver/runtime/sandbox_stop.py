@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import shutil
 
 import structlog
 
-from criserver.errors import NotFoundError
+from criserver.errors import CriError, NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, passage, sandbox_files, supervision
+from criserver.runtime import cgroups, filesystems, passage, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox, SandboxState
-from snapshotter import mounts
+from snapshotter import mounts, tree
 
 log = structlog.get_logger(__name__)
 
@@ -80,21 +79,23 @@ def pid_pin(node: Node, sandbox_id: str) -> str:
 
 
 def unpin_pids(node: Node, sandbox_id: str) -> None:
-    """Let go of a shared PID namespace; where none is pinned that is no error."""
+    """Let go of a shared PID namespace; where none is pinned that is no error. Raises CriError."""
     pin = pid_pin(node, sandbox_id)
-    mounts.unmount(pin)
-    if os.path.lexists(pin):
-        os.unlink(pin)
+    try:
+        mounts.unmount(pin)
+        tree.remove_path(pin)
+    except OSError as e:
+        raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
 
 
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     """End the process that holds the pod's PID namespace, where it has one."""
     unpin_pids(node, sandbox.id)
     directory = node.container_dir(sandbox.id)
-    if not os.path.isdir(directory):
+    if not os.path.lexists(directory):
         return
     await supervision.destroy(node, sandbox.id, sandbox.runtime, sandbox.cgroup_parent)
     await supervision.wait_gone(node, sandbox.id)
     node.exits.pop(sandbox.id, None)
     node.gone.pop(sandbox.id, None)
-    await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+    await filesystems.delete(directory)
