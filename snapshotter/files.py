@@ -45,18 +45,21 @@ def kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
-def open_regular(path: str, limit: int, *, dir_fd: int = mounts.AT_FDCWD, resolve: int = 0) -> int:
+def open_regular(
+    path: str, limit: int | None = None, *, dir_fd: int = mounts.AT_FDCWD, resolve: int = 0, follow: bool = True
+) -> int:
     """A descriptor to read the regular file ``path`` by, of ``limit`` bytes at most; the caller closes it.
 
-    ``path`` is looked up from the directory ``dir_fd`` as ``resolve`` says (openat2(2)). Raises OSError, its
-    ``strerror`` for a person to read, also for what is larger or is no regular file.
+    ``path`` is looked up from the directory ``dir_fd`` as ``resolve`` says (openat2(2)); without ``follow`` its last
+    part may be no link. Raises OSError, its ``strerror`` for a person to read, also for what is larger or is no regular
+    file.
     """
-    found = mounts.openat2(dir_fd, path, os.O_PATH, resolve)
+    found = mounts.openat2(dir_fd, path, os.O_PATH | (0 if follow else os.O_NOFOLLOW), resolve)
     try:
         status = os.fstat(found)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, f"it is {kind(status.st_mode)}, not a regular file", path)
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", path)
         # By the descriptor: the name may mean another file by now. Without waiting for whoever has a lease on it.
         return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from criserver.errors import FailedPreconditionError
 from criserver.model import IdMapping, UserNamespace
 from criserver.runtime.records import Container
-from snapshotter import tree
+from snapshotter import files, tree
 
 _PIECE = 1 << 20
 # Each entry has its path in it: a container could fill the disk with a few directories in each other.
@@ -153,8 +153,8 @@ def _add(
 
 
 def _open(path: str) -> IO[bytes]:
-    """A regular file. Raises OSError for a link in its place."""
-    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    """A regular file. Raises OSError for anything else in its place: a container that runs again may have put it there."""
+    return open(files.open_regular(path, follow=False), "rb")
 
 
 def _seen(host_id: int, ids: IdMapping) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import stat
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -268,6 +269,9 @@ async def _copy_up(rootfs: str, volume: str, target: str) -> None:
     except OSError as e:
         raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e
     try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISDIR(mode):
+            raise FailedPreconditionError(f"the image's volume {volume} is {files.kind(mode)} in it, not a directory")
         await _copy(fd, target)
     except OSError as e:
         raise CriError(f"the image's volume {volume} cannot be copied: {e}") from e

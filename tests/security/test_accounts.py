@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -31,7 +32,7 @@ Load = Callable[..., str]
 def load(node: Node, tmp_path: Path) -> Load:
     """Import a busybox image with a layer and a configuration of the test's own; its name."""
 
-    def load(layer: Layer | bytes | None = None, **config: str) -> str:
+    def load(layer: Layer | bytes | None = None, **config: Any) -> str:
         base: BuiltImage = busybox_image(config=config, layers=[layer] if layer is not None else ())
         name = f"localhost/hostile:{base.id[7:19]}"
         path = str(tmp_path / "image.tar")
@@ -140,6 +141,13 @@ def test_what_is_no_file_is_not_opened(
             node.create(pod, f"d{number}", SLEEP, image=image, **secured(**user))
     assert len(os.listdir(descriptors)) <= before + 2
     assert node.client.ListContainers().containers == []
+
+
+@pytest.mark.parametrize(("kind", "words"), [(tarfile.FIFOTYPE, "a FIFO"), (tarfile.CHRTYPE, "a character device")])
+def test_a_volume_that_is_no_directory_is_not_opened(node: Node, load: Load, pod: str, kind: bytes, words: str):
+    image = load(special("data", kind, 1, 11), Volumes={"/data": {}})
+    with refused(FAILED, "volume /data", words, "not a directory"):
+        node.create(pod, "c", SLEEP, image=image)
 
 
 def test_account_files_that_are_large(node: Node, load: Load, pod: str):
