@@ -153,7 +153,7 @@ def _add(
 
 
 def _open(path: str) -> IO[bytes]:
-    """A regular file. Raises OSError for anything else in its place: a container that runs again may have put it there."""
+    """A regular file. Raises OSError for anything else, which a container may have put in its place."""
     return open(files.open_regular(path, follow=False), "rb")
 
 

@@ -28,6 +28,7 @@ from criserver.runtime.container_log import prepare_log
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 from criserver.runtime.sandbox_run import pod_facts
+from criserver.text import status
 from snapshotter import files, mounts
 
 log = structlog.get_logger(__name__)
@@ -248,7 +249,7 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         await filesystems.discard(node, container.id)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        words = f"it cannot be made: {cause}"
+        words = status(f"it cannot be made: {cause}")
         exited = dataclasses.replace(container, state=ContainerState.EXITED, finished_at=time.time_ns(), message=words)
         node.registry.save(dataclasses.replace(exited, exit_code=128, reason="CreateError"))
         return

@@ -24,6 +24,7 @@ from criserver.streaming.offers import Offers
 from criserver.streaming.remotecommand import Features, Size, Wanted
 from criserver.streaming.spdy.headers import Pairs
 from criserver.streaming.streams import ChannelCarrier, SpdyCarrier, Stream
+from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
@@ -449,7 +450,7 @@ async def _outcome(offer: Command, streams: dict[remotecommand.Stream, Stream], 
         return remotecommand.exit_message(await offer.run(given), features)
     except CriError as e:
         log.info("a streamed command failed", error=str(e))
-        return remotecommand.failure_message(str(e), features)
+        return remotecommand.failure_message(status(str(e)), features)
 
 
 async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, greeting: bytes) -> None:
@@ -465,7 +466,7 @@ async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, gre
             sock = await offer.dial(port)
         except CriError as e:
             log.info("a port cannot be forwarded", port=port, error=str(e))
-            await error.write(str(e).encode())
+            await error.write(status(str(e)).encode())
             return
         with sock:
             async with asyncio.TaskGroup() as group:

@@ -507,7 +507,7 @@ def test_a_container_that_does_not_run(node: Node, criu: Criu, pod: str, tmp_pat
     [
         ("", "not an absolute path"),
         ("relative.tar", "not an absolute path"),
-        ("{tmp}/a\0b", "not an absolute path"),
+        ("{tmp}/a\0b", "zero byte"),
         ("{tmp}/none/c.tar", "directory that exists"),
         ("{tmp}/file/c.tar", "directory that exists"),
         ("{tmp}", "no file"),
@@ -519,7 +519,7 @@ def test_a_bad_location(node: Node, criu: Criu, counter: str, tmp_path: Path, lo
     criu.script(HANGS)
     (tmp_path / "file").touch()
     location = location.format(tmp=tmp_path)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, f"location = {location!r}", words):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "location", *([] if "\0" in location else [repr(location)]), words):
         node.client.CheckpointContainer(container_id=counter, location=location)
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "timeout = -1"):
         node.client.CheckpointContainer(container_id=counter, location=f"{tmp_path}/c.tar", timeout=-1)

@@ -658,6 +658,12 @@ async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection
     async def crash(streams: Streams) -> int:
         raise RuntimeError("a bug")
 
+    async def quote(streams: Streams) -> int:
+        raise CriError("it says \ud800\x1b" + "x" * 100_000)
+
+    _, status = await blocking(run_command, serving.offer(Command(OUTPUT, quote)))
+    assert status["message"].startswith("Internal error occurred: it says \\ud800\\x1bxxx")
+    assert len(status["message"]) < 4200
     _, status = await blocking(run_command, serving.offer(Command(OUTPUT, refuse)))
     assert status["message"] == "Internal error occurred: it cannot be done"
     assert (await blocking(run_command, serving.offer(Command(OUTPUT, crash)))) == (b"", {})
