@@ -402,14 +402,18 @@ def _loosened(dir_fd: int, name: str) -> bool:
     """
     found = False
     for file in (".", name):
-        # Only these have attributes, and to open a device or a pipe may do more than that.
-        mode = os.stat(file, dir_fd=dir_fd, follow_symlinks=False).st_mode
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
-            try:
-                found = _loosen(fd) or found
-            finally:
-                os.close(fd)
+        path = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            # Only these have attributes, and to open a device or a pipe may do more than that.
+            mode = os.fstat(path).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+                fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    found = _loosen(fd) or found
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(path)
     return found
 
 

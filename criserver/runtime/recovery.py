@@ -16,7 +16,7 @@ import structlog
 
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
-from criserver.runtime import filesystems, sandbox_files, selinux, strays, supervision
+from criserver.runtime import filesystems, passage, sandbox_files, selinux, strays, supervision
 from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.node import Node
@@ -35,6 +35,8 @@ async def recover(node: Node) -> None:
     await asyncio.gather(*(_container(node, c) for c in list(node.registry.containers.values())))
     await asyncio.gather(*(_sandbox(node, s) for s in list(node.registry.sandboxes.values())))
     await _sweep(node)
+    if any(s.config.namespaces.user is not None for s in node.registry.sandboxes.values()):
+        await _swept("the way of user namespaces", node.config.state, asyncio.to_thread(passage.update, node))
 
 
 async def _container(node: Node, container: Container) -> None:
