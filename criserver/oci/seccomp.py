@@ -22,6 +22,7 @@ from typing import Any
 import jsonschema
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+from criserver.text import quoted
 from snapshotter import files
 
 Seccomp = dict[str, Any]
@@ -274,9 +275,9 @@ def _applies(
 
 
 def _version(release: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", release)
+    found = re.match(r"([0-9]{1,9})\.([0-9]{1,9})(?![0-9])", release)
     if not found:
-        raise InvalidArgumentError(f"kernel release {release!r} does not begin with a version")
+        raise InvalidArgumentError(f"kernel release {quoted(release)} does not begin with a version")
     return int(found[1]), int(found[2])
 
 

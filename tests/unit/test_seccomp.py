@@ -379,6 +379,7 @@ def test_architectures_by_the_hosts() -> None:
         (rules(args=[{"index": 0, "value": 2**64, "op": "SCMP_CMP_EQ"}]), "key syscalls.0.args.0.value"),
         (rules(args=[{"index": 0, "value": 0, "op": "=="}]), "key syscalls.0.args.0.op"),
         (rules(includes={"minKernel": "new"}), "key syscalls.0.includes.minKernel"),
+        (rules(includes={"minKernel": f"4.{'9' * 5000}"}), "key syscalls.0.includes.minKernel"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_key(document: object, message: str) -> None:
