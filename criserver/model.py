@@ -1,4 +1,4 @@
-"""What the kubelet asks for, as values: the inside speaks these, gRPC messages stop at the parser.
+"""What the kubelet asks for, as values. All rooms but the API work with these; only the parser reads gRPC messages.
 
 All are frozen and imported by any room; they import nothing.
 """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (SIGKILL, SIGSTOP)]
 """What a child gets back to default. Ignored signals pass through exec: without this a container's process
-would be born deaf to SIGTERM (ignored by shims) and SIGPIPE (ignored by Python)."""
+would ignore SIGTERM (as shims do) and SIGPIPE (as Python does) from its start."""
 
 # Seconds.
 _ADOPTION_LIMIT = 5.0

@@ -1,1 +1,1 @@
-"""The gRPC surface: the services of CRI, thin as paper, over the rooms below."""
+"""The gRPC services of CRI. Each method calls one function of the rooms below."""

@@ -116,7 +116,10 @@ async def choose(config: ContainerConfig) -> str:
 
 
 async def default() -> str:
-    """The profile of what says nothing of it: the default one, loaded if need be, else the best that can be had."""
+    """The profile of a container that names none: the default one, which is loaded where it is missing.
+
+    "" where the kernel has no AppArmor, "unconfined" where the profile cannot be loaded.
+    """
     loaded = host.apparmor_profiles()
     if loaded is None:
         return ""

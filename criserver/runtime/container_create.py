@@ -62,7 +62,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     if image is None:
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
     defaults = _defaults(image)
-    # For their refusals, before anything is made.
+    # These raise what would fail later. They are called here because nothing has been made yet.
     spec.process_args(config, defaults)
     spec.check_mounts(config)
     spec.limits(config.resources, host.facts())

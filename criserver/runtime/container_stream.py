@@ -81,7 +81,7 @@ async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: W
         return await _exec_on_terminal(node, container, command, streams)
     async with AsyncExitStack() as stack:
         stdin, stdout, stderr = (stack.enter_context(Pipe()) for _ in range(3))
-        # Nothing wants what is not asked for.
+        # A stream that the client did not ask for is /dev/null.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, null)
         stdio = [
@@ -217,7 +217,10 @@ async def _carry(
 
 
 async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[Outflow]) -> None:
-    """Wait until all output is taken, or has come to rest in the hands of a process that lives on."""
+    """Wait until the client has all output.
+
+    A process that the command left behind may keep the pipe open. Then wait until no more output comes.
+    """
     while pending := [task for task in tasks if not task.done()]:
         before = sum(flow.moved for flow in flows)
         await asyncio.wait(pending, timeout=DRAIN_TIMEOUT)

@@ -151,7 +151,9 @@ def _find(what: str, records: Mapping[str, _Kind], given: str) -> _Kind:
         raise InvalidArgumentError(f"the {what}'s ID is empty; it must be given")
     matches = [key for key in records if key.startswith(given)]
     if len(matches) > 1:
-        raise InvalidArgumentError(f"{what} ID {shown(given)} is short of {len(matches)} IDs; give more of it")
+        raise InvalidArgumentError(
+            f"{what} ID {shown(given)} is the beginning of {len(matches)} IDs; give more characters"
+        )
     if not matches:
         raise NotFoundError(f"{what} {shown(given)} does not exist")
     return records[matches[0]]

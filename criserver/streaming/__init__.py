@@ -1,4 +1,4 @@
-"""What a person feels: exec, attach and port-forward, over SPDY/3.1 and WebSocket."""
+"""Exec, attach and port-forward, over SPDY/3.1 and WebSocket."""
 
 from criserver.streaming.pipes import Outflow, Sink, Source, copy_in, discard, ready
 from criserver.streaming.remotecommand import Wanted

@@ -30,8 +30,8 @@ class Sink(Protocol):
 class Outflow:
     """Copies what comes out of a pipe, terminal or socket to a client.
 
-    ``waiting`` is true while there is nothing to copy, ``moved`` the bytes copied so far: together they tell whether
-    an output has come to rest.
+    ``waiting`` is true while there is nothing to copy. ``moved`` is the number of bytes copied so far. Both together
+    tell whether any output still comes.
     """
 
     def __init__(self, fd: int, sink: Sink) -> None:

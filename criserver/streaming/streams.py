@@ -248,7 +248,7 @@ class SpdyCarrier:
 
     def _open(self, number: int, headers: Pairs, ended: bool) -> None:
         if self._spdy.state(number)[0] is not spdy.Half.SILENT:
-            # Reset in the same breath, or one on which nothing may be said, and nobody has a use for that.
+            # The client has reset the stream already, or we may not send on it. No protocol here uses such a stream.
             self._spdy.reset(number, spdy.Status.REFUSED_STREAM)
             return
         stream = self._streams[number] = Stream(self, number)

@@ -7,8 +7,8 @@ What that peer does shapes this module where the specification leaves room:
 - It reads nothing after a GOAWAY, not even data of open streams, so ``go_away`` comes after all that it is to get.
 - It takes no part in flow control: no WINDOW_UPDATE ever comes from it. Ours it reads and ignores, yet each takes a
   place in one of five bounded queues, and behind a stream whose user does not read these fill up until all of its
-  streams stand still. So windows are a language for peers that speak it: until a WINDOW_UPDATE or a SETTINGS with an
-  initial window has come, none is sent and sending is not bounded by any.
+  streams stand still. So flow control begins only when the peer sends a WINDOW_UPDATE, or a SETTINGS with an initial
+  window. Until then none is sent, and no window bounds what is sent.
 
 A peer that goes beyond a window of ours is not cut off. The caller bounds its own memory by not reading the socket
 while it holds too much (``held``), and while the transport does not take what it is given.
