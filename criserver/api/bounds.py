@@ -1,7 +1,7 @@
 """What every request is held to before anything looks into it: texts that the kernel can take, of bounded length.
 
 One walk over a request's fields, by its descriptor: a field that CRI gains is held to the same without a word here.
-What a field means is another matter (``runtime/parse.py``). Records are not looked at again: what was taken once, by
+What a field means is another matter (``runtime/refusals.py``). Records are not looked at again: what was taken once, by
 an older daemon too, stays readable.
 """
 

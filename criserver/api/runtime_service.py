@@ -30,6 +30,7 @@ from criserver.runtime.container_update import update_container
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.refusals import check_container, check_pod, check_resources
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import run_sandbox
 from criserver.runtime.sandbox_stop import stop_sandbox
@@ -96,6 +97,7 @@ class RuntimeService(StatsRpcs):
         return cri.UpdateRuntimeConfigResponse()
 
     async def run_pod_sandbox(self, request: cri.RunPodSandboxRequest) -> cri.RunPodSandboxResponse:
+        check_pod(request.config)
         config = pod_config(request.config)
         sent = request.config.SerializeToString(deterministic=True)
         return cri.RunPodSandboxResponse(
@@ -142,6 +144,7 @@ class RuntimeService(StatsRpcs):
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
         sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
+        check_container(request.config, sandbox.config)
         config = container_config(request.config, sandbox.config)
         sent = request.config.SerializeToString(deterministic=True)
         return cri.CreateContainerResponse(container_id=await create_container(self._node, sandbox.id, config, sent))
@@ -172,6 +175,7 @@ class RuntimeService(StatsRpcs):
     ) -> cri.UpdateContainerResourcesResponse:
         if request.HasField("windows"):
             raise InvalidArgumentError("the windows section is set, and this node runs Linux")
+        check_resources(request.linux)
         await update_container(self._node, request.container_id, request.linux)
         return cri.UpdateContainerResourcesResponse()
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from criserver.api.lists import made
 from criserver.images import Image
-from criserver.model import NamespaceMode, Namespaces
+from criserver.model import Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.container_exec import ExecResult
 from criserver.runtime.events import Event, EventType
+from criserver.runtime.parse import MODES
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
 
 # Intentions under way are seen as the state that they start from.
@@ -36,7 +37,7 @@ _EVENTS = {
 _STDOUT, _STDERR = (
     bytes([cri.ExecSyncResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("stdout", "stderr")
 )
-_MODES = {NamespaceMode.POD: cri.POD, NamespaceMode.CONTAINER: cri.CONTAINER, NamespaceMode.NODE: cri.NODE}
+_MODES = {mode: number for number, mode in MODES.items()}
 
 
 def sandbox(record: Sandbox) -> cri.PodSandbox:
@@ -102,8 +103,8 @@ def container_status(record: Container) -> cri.ContainerStatus:
         image=sent.image,
         image_ref=record.image_ref,
         image_id=record.image_id,
-        reason=record.reason,
-        message=record.message,
+        reason=_utf8(record.reason),
+        message=_utf8(record.message),
         labels=config.labels,
         annotations=config.annotations,
         mounts=sent.mounts,
@@ -168,6 +169,11 @@ def _varint(number: int) -> bytes:
 def info(**facts: Any) -> dict[str, str]:
     """The ``info`` of a verbose answer: one JSON document, as crictl shows it."""
     return {"info": json.dumps(facts)}
+
+
+def _utf8(text: str) -> str:
+    """The text as a message can carry it: what a runtime says of a failure may have halves of characters in it."""
+    return text.encode(errors="replace").decode()
 
 
 def _pod_metadata(record: Sandbox) -> cri.PodSandboxMetadata:

@@ -5,9 +5,21 @@ from __future__ import annotations
 import pytest
 
 from criserver.errors import InvalidArgumentError
-from criserver.model import NamespaceMode, Namespaces, Propagation
+from criserver.model import ContainerConfig, NamespaceMode, Namespaces, PodConfig, Propagation
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime.parse import container_config, pod_config
+from criserver.runtime import parse
+from criserver.runtime.refusals import check_container, check_pod
+
+
+def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
+    """As the service takes a pod: refused, or read."""
+    check_pod(sent)
+    return parse.pod_config(sent)
+
+
+def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConfig:
+    check_container(sent, pod)
+    return parse.container_config(sent, pod)
 
 
 def pod(**fields) -> cri.PodSandboxConfig:
