@@ -109,8 +109,16 @@ async def serve(config: Config) -> None:
             os.close(lock)
 
 
-def assemble(config: Config, store: Store, snapshotter: Snapshotter, features: Mapping[str, Features]) -> Node:
-    registry = Registry(store)
+def assemble(
+    config: Config,
+    store: Store,
+    snapshotter: Snapshotter,
+    features: Mapping[str, Features],
+    *,
+    pass_over: bool = False,
+) -> Node:
+    """The rooms, put together; ``pass_over`` and what is raised are :class:`Registry`'s."""
+    registry = Registry(store, pass_over=pass_over)
     return Node(
         config=config,
         registry=registry,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import structlog
@@ -53,7 +54,8 @@ def run(config: Config, *, grace: float, everything: bool, agreed: Callable[[int
 
     ``agreed`` is asked with the numbers of pods and containers before anything is done; where it says no, None is
     returned. Containers get their stop signal and ``grace`` seconds. A network plugin that fails does not keep its pod.
-    Raises FailedPreconditionError while a daemon runs, CriError where the records cannot be read.
+    What a record was of that cannot be read is cleared as what has none, and the record deleted.
+    Raises FailedPreconditionError while a daemon runs, CriError where there is no database to be read.
     """
     watch_children()
     return asyncio.run(_reset(config, grace, everything, agreed))
@@ -81,9 +83,11 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
     store = Store(os.path.join(config.root, "criserver.db"))
     try:
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
-        node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()))
+        node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), pass_over=True)
         try:
-            pods, containers = len(node.registry.sandboxes), len(node.registry.containers)
+            unread = Counter(table for table, _ in node.registry.passed_over)
+            pods = len(node.registry.sandboxes) + unread["sandboxes"]
+            containers = len(node.registry.containers) + unread["containers"]
             if not agreed(pods, containers):
                 return None
             found = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
@@ -95,6 +99,11 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             turn = asyncio.Semaphore(_AT_ONCE)
             told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
             await node.settle()
+            unread_words = [
+                words if table == "containers" else f"{words}; its network was not told"
+                for (table, _), words in node.registry.passed_over.items()
+            ]
+            node.registry.forget_passed_over()
             for pod in unrecorded:
                 await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
@@ -107,7 +116,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
     finally:
         store.close()
     left = [words for fatal, words in filter(None, told) if fatal]
-    failures = [words for fatal, words in filter(None, told) if not fatal]
+    failures = [*unread_words, *(words for fatal, words in filter(None, told) if not fatal)]
     for _ in range(_LOOKS):
         if not (there := tuple(_left(config))):
             break

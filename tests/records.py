@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from criserver.model import User
+from criserver.network import Attachment
+from criserver.network.config import NetworkConfig
+from criserver.network.result import parse
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState, dump
@@ -37,6 +40,20 @@ _USERS = cri.UserNamespace(
     mode=cri.POD,
     uids=[cri.IDMapping(container_id=0, host_id=65_536, length=65_536)],
     gids=[cri.IDMapping(container_id=0, host_id=131_072, length=65_536)],
+)
+_RESULT = {
+    "cniVersion": "1.0.0",
+    "interfaces": [{"name": "eth0", "mac": "0a:58:0a:58:00:02", "sandbox": "/run/criserver/ns/full/net"}],
+    "ips": [{"interface": 0, "address": "10.88.0.2/16"}, {"interface": 0, "address": "fd00::2/64"}],
+}
+_ATTACHMENT = Attachment(
+    network=NetworkConfig("pods", "1.0.0", ({"type": "bridge"},), False, "10-pods.conflist"),
+    container_id="full",
+    netns="/run/criserver/ns/full/net",
+    ifname="eth0",
+    args="IgnoreUnknown=1;K8S_POD_NAME=web",
+    capabilities={"portMappings": [{"hostPort": 5353, "containerPort": 53, "protocol": "udp"}]},
+    result=parse(_RESULT, ifname="eth0", version="1.0.0"),
 )
 _SELINUX = cri.SELinuxOption(user="u", role="r", type="t", level="s0:c1,c2")
 
@@ -194,7 +211,7 @@ def samples() -> Iterator[Sandbox | Container]:
         runtime="crun",
         cgroup_parent="/kubepods/burstable/pod8d1f",
         cgroup_owned=False,
-        attachment='{"sandbox_id":"full"}',
+        attachment=_ATTACHMENT.to_json(),
         ips=("10.88.0.2", "fd00::2"),
         selinux_level="s0:c1,c2",
     )

@@ -20,7 +20,7 @@ from criserver.network import invoke
 from criserver.network.config import ConfigDirectory, NetworkConfig
 from criserver.network.namespaces import is_pinned
 from criserver.network.pod import PodNetwork, PortMapping
-from criserver.network.result import Result, decode, excerpt, parse
+from criserver.network.result import Result, decode, excerpt, parse, stored
 
 __all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
 
@@ -97,7 +97,7 @@ class Attachment:
             ifname=ifname,
             args=document["args"],
             capabilities=document["capabilities"],
-            result=None if result is None else parse(result, ifname=ifname, version=version),
+            result=None if result is None else stored(result, ifname=ifname, version=version),
         )
 
 

@@ -99,6 +99,14 @@ def parse(document: Mapping[str, Any], *, ifname: str, version: str) -> Result:
     )
 
 
+def stored(document: Mapping[str, Any], *, ifname: str, version: str) -> Result:
+    """The result in ``document``, which an earlier release took; what :func:`parse` refuses is for plugins alone."""
+    try:
+        return parse(document, ifname=ifname, version=version)
+    except CriError:
+        return Result((), (), Dns((), "", (), ()), {**document, "cniVersion": version})
+
+
 def excerpt(text: bytes | str, limit: int = 1000) -> str:
     """The beginning of what a plugin said, fit for a log line and a gRPC status: valid UTF-8, on one line."""
     raw = text if isinstance(text, bytes) else text.encode("utf-8", "replace")

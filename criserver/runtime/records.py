@@ -2,19 +2,30 @@
 
 A record is frozen: a change of state is a new record that replaces the old one in the registry, so whoever
 holds a record holds one moment of it. Times are Unix nanoseconds, 0 where it has not happened.
+
+What one release has stored all later ones can read, on any host: ``parse.py`` refuses nothing, and ``migrations.py``
+brings the rest forward.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import enum
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
+from criserver.errors import CriError
 from criserver.model import ContainerConfig, PodConfig, User
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import migrations
+from criserver.runtime.migrations import NewerError, bring_forward, newest
 from criserver.runtime.parse import container_config, pod_config
+from criserver.text import shown
 
 
 class SandboxState(enum.Enum):
@@ -89,9 +100,14 @@ class Container:
 Record = Sandbox | Container
 
 
+class UnreadableError(CriError):
+    """What is stored is no record that this release can read; the message goes on after the record's name."""
+
+
 def dump(record: Record) -> bytes:
     """The record as it is stored: JSON with the kubelet's own message in it instead of our reading of it."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "config"}
+    fields["version"] = newest(migrations.SANDBOX if isinstance(record, Sandbox) else migrations.CONTAINER)
     fields["sent"] = base64.b64encode(record.sent).decode()
     fields["state"] = record.state.value
     if isinstance(record, Container) and record.user is not None:
@@ -100,21 +116,41 @@ def dump(record: Record) -> bytes:
 
 
 def load_sandbox(stored: bytes) -> Sandbox:
-    """The sandbox that :func:`dump` wrote."""
-    fields = json.loads(stored)
-    sent = base64.b64decode(fields["sent"])
-    fields["ips"] = tuple(fields["ips"])
-    fields["state"] = SandboxState(fields["state"])
-    config = pod_config(cri.PodSandboxConfig.FromString(sent))
-    return Sandbox(**{**fields, "sent": sent, "config": config})
+    """The sandbox that :func:`dump` wrote, of this or an earlier release. Raises UnreadableError."""
+    with _reading():
+        fields = bring_forward(json.loads(stored), migrations.SANDBOX)
+        fields["sent"] = base64.b64decode(fields["sent"], validate=True)
+        fields["ips"] = tuple(fields["ips"])
+        fields["state"] = SandboxState(fields["state"])
+        config = pod_config(cri.PodSandboxConfig.FromString(fields["sent"]))
+        return Sandbox(**fields, config=config)
 
 
-def load_container(stored: bytes, pod: PodConfig) -> Container:
-    """The container of ``pod`` that :func:`dump` wrote."""
-    fields = json.loads(stored)
-    sent = base64.b64decode(fields["sent"])
-    fields["state"] = ContainerState(fields["state"])
-    if (user := fields["user"]) is not None:
-        fields["user"] = User(user["uid"], user["gid"], tuple(user["groups"]))
-    config = container_config(cri.ContainerConfig.FromString(sent), pod)
-    return Container(**{**fields, "sent": sent, "config": config})
+def load_container(stored: bytes, sandboxes: Mapping[str, Sandbox]) -> Container:
+    """The container that :func:`dump` wrote, of this or an earlier release, in one of ``sandboxes``, by ID.
+
+    Raises UnreadableError.
+    """
+    with _reading():
+        fields = bring_forward(json.loads(stored), migrations.CONTAINER)
+        if (sandbox := sandboxes.get(fields["sandbox_id"])) is None:
+            raise ValueError(f"its pod sandbox {fields['sandbox_id']} has no record")
+        fields["sent"] = base64.b64decode(fields["sent"], validate=True)
+        fields["state"] = ContainerState(fields["state"])
+        if (user := fields["user"]) is not None:
+            fields["user"] = User(user["uid"], user["gid"], tuple(user["groups"]))
+        config = container_config(cri.ContainerConfig.FromString(fields["sent"]), sandbox.config)
+        return Container(**fields, config=config)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever is wrong with a record, in words that say how to go on."""
+    try:
+        yield
+    except NewerError as e:
+        raise UnreadableError(f"{e}: a newer one wrote it; start that one again") from e
+    except (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError) as e:
+        raise UnreadableError(
+            f"is damaged ({type(e).__name__}: {shown(e)}); put a copy of the database back that is whole"
+        ) from e

@@ -6,20 +6,21 @@ neither, before the next step of the event loop.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import structlog
 
-from criserver.errors import (
-    AlreadyExistsError,
-    CriError,
-    InvalidArgumentError,
-    NotFoundError,
-    ResourceExhaustedError,
+from criserver.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from criserver.runtime.records import (
+    Container,
+    Record,
+    Sandbox,
+    UnreadableError,
+    dump,
+    load_container,
+    load_sandbox,
 )
-from criserver.runtime.records import Container, Record, Sandbox, dump, load_container, load_sandbox
 from criserver.store import Store
 from criserver.text import shown
 
@@ -31,23 +32,36 @@ _Kind = TypeVar("_Kind", Sandbox, Container)
 class Registry:
     """Records by ID, and the names they hold."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, pass_over: bool = False) -> None:
+        """Read all records of ``store``.
+
+        Raises UnreadableError for one that cannot be read; with ``pass_over`` it is named in ``passed_over`` instead.
+        """
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}
         self._containers: dict[str, Container] = {}
         self._names: dict[str, str] = {}
         self._watchers: list[Callable[[Record | None, Record | None], None]] = []
+        self.passed_over: dict[tuple[str, str], str] = {}
         for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
             for key, stored in store.items(table):
                 try:
                     load(stored)
-                except (CriError, KeyError, TypeError, ValueError) as e:
-                    # Not passed over: what no record owns is cleared, and this one's containers may be running.
-                    raise CriError(
-                        f"database: the record {key} of {table} cannot be read ({e}); was it written by a newer "
-                        "criserver? Its containers go on meanwhile"
-                    ) from e
+                except UnreadableError as e:
+                    self.passed_over[table, key] = f"database: the record {key} of {table} {e}"
+        if self.passed_over and not pass_over:
+            # What no record owns is cleared at start-up, and the containers of these may be running.
+            raise UnreadableError(
+                f"{next(iter(self.passed_over.values()))}, or take all pods of the node down with `criserver reset`. "
+                f"{len(self.passed_over)} of the records cannot be read; all containers go on meanwhile"
+            )
         self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))
+
+    def forget_passed_over(self) -> None:
+        """Delete the records that cannot be read: what they were of has been cleared."""
+        for table, key in self.passed_over:
+            self._store.delete(table, key)
+        self.passed_over.clear()
 
     def watch(self, watcher: Callable[[Record | None, Record | None], None]) -> None:
         """Call ``watcher`` with the old and the new record at each change; None is one that is not there."""
@@ -59,7 +73,7 @@ class Registry:
         self._names[sandbox.config.full_name] = sandbox.id
 
     def _load_container(self, stored: bytes) -> None:
-        container = load_container(stored, self._sandboxes[json.loads(stored)["sandbox_id"]].config)
+        container = load_container(stored, self._sandboxes)
         self._containers[container.id] = container
         self._names[self.container_name(container)] = container.id
 

@@ -60,7 +60,8 @@ class Store:
         if version > len(_MIGRATIONS):
             raise CriError(
                 f"database {self._path} has schema version {version}, and this criserver knows "
-                f"{len(_MIGRATIONS)} at most: it was written by a newer criserver; install that one again"
+                f"{len(_MIGRATIONS)} at most: it was written by a newer criserver; install that one again, "
+                "or move it away and take all pods of the node down with `criserver reset`"
             )
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
