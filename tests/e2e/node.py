@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,6 +147,13 @@ class Node:
         code = self.process.wait(30 * SLOWNESS)
         self.client.channel.close()
         return code
+
+    def rewrite(self, table: str, key: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Change a record in the database of a daemon that does not run."""
+        with contextlib.closing(sqlite3.connect(f"{self.root}/criserver.db")) as db, db:
+            (stored,) = db.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+            changed = json.dumps(change(json.loads(stored))).encode()
+            db.execute(f"UPDATE {table} SET value = ? WHERE key = ?", (changed, key))
 
     def daemon_log(self) -> str:
         with open(f"{self.base}/daemon.log") as f:

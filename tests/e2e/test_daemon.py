@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -34,6 +36,47 @@ def test_a_second_daemon_on_the_same_directories_is_refused(node: Node):
     assert node.process is not None
     assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
     node.client.Version()
+
+
+def test_a_record_that_would_be_refused_today_is_read_and_its_container_goes_on(node: Node):
+    """As from another kernel or release: unified limits on cgroup v1, both kinds of user, a number of a later CRI."""
+    container = node.run(node.run_pod("older"), "c", ["sleep", "1000"])
+    pid = node.pid(container)
+
+    def change(fields: dict[str, Any]) -> dict[str, Any]:
+        sent = cri.ContainerConfig.FromString(base64.b64decode(fields["sent"]))
+        sent.linux.resources.unified["memory.high"] = "max"
+        sent.linux.security_context.run_as_user.value = 0
+        sent.linux.security_context.run_as_username = "root"
+        sent.stop_signal = 999
+        del fields["version"]
+        return {**fields, "sent": base64.b64encode(sent.SerializeToString()).decode()}
+
+    node.kill()
+    node.rewrite("containers", container, change)
+    node.start()
+    status = node.status(container)
+    assert (status.state, node.pid(container)) == (cri.CONTAINER_RUNNING, pid)
+    assert dict(status.resources.linux.unified) == {"memory.high": "max"}
+    assert node.client.ListContainers().containers[0].id == container
+    node.client.StopContainer(container_id=container, timeout=0)
+    assert node.wait(container).exit_code == 137
+
+
+def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_container_running(node: Node):
+    container = node.run(node.run_pod("newer"), "c", ["sleep", "1000"])
+    pid = node.pid(container)
+    node.kill()
+    node.rewrite("containers", container, lambda fields: {**fields, "version": 99})
+    command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    os.kill(pid, signal.SIGCONT)
+    node.rewrite("containers", container, lambda fields: {**fields, "version": 1})
+    node.start()
+    assert refused.returncode == 1
+    assert f"the record {container} of containers is of version 99" in refused.stderr
+    assert "start that one again, or take all pods of the node down with `criserver reset`" in refused.stderr
+    assert node.pid(container) == pid
 
 
 def test_status_and_version(node: Node):

@@ -180,3 +180,29 @@ def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node):
     with pytest.raises(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
     assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
+
+
+def test_records_that_cannot_be_read_do_not_keep_their_pods(own_node: Node):
+    node = own_node
+    pods = [node.run_pod("newer"), node.run_pod("plain")]
+    containers = [node.run(pod, "c", ["sleep", "1000"]) for pod in pods]
+    pids = [node.pid(container) for container in containers]
+    node.kill()
+    node.rewrite("sandboxes", pods[0], lambda fields: {**fields, "version": 99, "more": []})
+    node.rewrite("containers", containers[1], lambda fields: {**fields, "state": "asleep"})
+    done = reset(node, "--yes")
+    assert (done.returncode, done.stdout) == (0, "removed 2 pods and 2 containers\n"), done.stderr
+    for words in (
+        f"record {pods[0]} of sandboxes is of version 99, and this criserver knows 1 at most",
+        "its network was not told",
+        f"record {containers[0]} of containers is damaged (ValueError: its pod sandbox {pods[0]} has no record)",
+        f"record {containers[1]} of containers is damaged (ValueError: 'asleep'",
+    ):
+        assert words in done.stderr
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    # Its plugin was not told of the pod that could not be read.
+    assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
+    done = reset(node, "--yes")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "removed 0 pods and 0 containers\n", "")
