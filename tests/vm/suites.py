@@ -67,7 +67,7 @@ SUITES = (
         [
             *_attacks("local_users", "accounts"),
             "-k",
-            "nobody or mounted_from_there or fills_no or travels or never_a_name",
+            "nobody or mounted_from or fills_no or travels or never_a_name",
         ],
         _daemon("systemd", RUNC),
     ),
