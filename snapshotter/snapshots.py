@@ -23,7 +23,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -39,7 +38,7 @@ from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.streams import COMPRESSIONS
 from snapshotter.tasks import outlive
-from snapshotter.threads import in_thread
+from snapshotter.threads import Threads, in_thread
 from snapshotter.tree import Usage
 
 _T = TypeVar("_T")
@@ -100,23 +99,21 @@ class _Flight:
 class Snapshotter:
     """Layers and snapshots below one directory, which no other process changes.
 
-    Creating one sweeps what an earlier process left half done. ``warnings`` says which committed layers and
-    snapshots were dropped because their metadata is missing or broken, what cannot be swept, and why there are no
-    mounts for user namespaces where there are none. ``limits`` hold for every layer; ``workers`` bounds how many are
-    unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
+    Creating one sweeps what an earlier process left half done. The log is told which committed layers and snapshots
+    were dropped because their metadata is missing or broken, and what cannot be swept. ``limits`` hold for every
+    layer; ``workers`` bounds how many are unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
     """
 
     def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
         self._root = os.path.abspath(root)
         self.limits = limits or Limits()
-        self.warnings: list[str] = []
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._undeleted: dict[str, str] = {}  # removed snapshots that are still in staging, by key
         self._flights: dict[str, _Flight] = {}
         self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
         self._settling = asyncio.Lock()
-        self._idmap_supported: bool | None = None
+        self._idmap_trouble: str | None = None
         self._slots = asyncio.Semaphore(workers or max(2, os.cpu_count() or 1))
         self._arrivals = 0
         for name in ("", "layers", "active", "staging", "empty"):
@@ -128,17 +125,17 @@ class Snapshotter:
             try:
                 _unmount(point)
             except SnapshotError as e:
-                self.warnings.append(str(e))
+                log.warning("a mount is left in staging", error=str(e))
         for name in os.listdir(self._path("staging")):
             try:
                 self._delete(name)
             except SnapshotError as e:
-                self.warnings.append(str(e))
+                log.warning("something is left in staging", error=str(e))
                 if key := _REMOVED.fullmatch(name):
                     self._undeleted[key[1]] = name
         used = (int(name) for name in os.listdir(self._path("layers")) if _NUMBER.fullmatch(name))
         self._numbers = itertools.count(max(used, default=0) + 1)
-        self._mount_threads = ThreadPoolExecutor(_MOUNT_THREADS, "mounts", self._enter_layers)
+        self._mount_threads = Threads(_MOUNT_THREADS, "mounts", self._enter_layers)
 
     def close(self) -> None:
         """End the threads. What is mounted stays mounted."""
@@ -261,7 +258,7 @@ class Snapshotter:
         """Mount the snapshot ``key`` on the directory ``target``, writable; its files have the SELinux ``label``.
 
         With ``userns``, the file of a user namespace, the image's files belong to users of that namespace. It is
-        the same one at each mount of a snapshot. Needs :meth:`idmap_supported`.
+        the same one at each mount of a snapshot. It must not have an :meth:`idmap_trouble`.
         """
         snapshot = self._snapshot(key)
         # Relative to the directory in which the layers are seen: layers/ or, with mapped owners, one in staging/.
@@ -347,21 +344,19 @@ class Snapshotter:
         except OSError as e:
             raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
 
-    async def idmap_supported(self) -> bool:
-        """Whether snapshots can be mounted for a user namespace: tried once, where the layers are.
+    async def idmap_trouble(self) -> str:
+        """Why snapshots cannot be mounted for a user namespace, "" where they can: tried once, where the layers are.
 
         It takes Linux 5.19 and a file system with id-mapped mounts.
         """
-        if self._idmap_supported is None:
+        if self._idmap_trouble is None:
             try:
                 async with _user_namespace() as userns:
                     await self._in_mount_thread(self._try_idmap, userns)
+                self._idmap_trouble = ""
             except (SnapshotError, OSError) as e:
-                self.warnings.append(f"snapshots cannot be mounted for user namespaces: {e}")
-                self._idmap_supported = False
-            else:
-                self._idmap_supported = True
-        return self._idmap_supported
+                self._idmap_trouble = f"snapshots cannot be mounted for user namespaces: {e}"
+        return self._idmap_trouble
 
     def _path(self, *names: str) -> str:
         return os.path.join(self._root, *names)
@@ -422,7 +417,7 @@ class Snapshotter:
             except (ValueError, TypeError) as e:
                 self._drop(path, e)
             except OSError as e:
-                self.warnings.append(f"{path} is left as it is: {e}")
+                log.warning("a layer cannot be read and is left as it is", path=path, error=str(e))
             else:
                 self._layers[layer.chain_id] = layer
                 if implied.are_in(path):
@@ -436,14 +431,14 @@ class Snapshotter:
             except (ValueError, TypeError, KeyError) as e:
                 self._drop(path, e)
             except OSError as e:
-                self.warnings.append(f"{path} is left as it is: {e}")
+                log.warning("a snapshot cannot be read and is left as it is", path=path, error=str(e))
 
     def _drop(self, path: str, reason: Exception) -> None:
-        self.warnings.append(f"{path} is dropped: its metadata is unusable ({reason})")
+        log.warning("dropped, as its metadata is unusable", path=path, error=str(reason))
         try:
             self._retire(path)
         except SnapshotError as e:
-            self.warnings.append(str(e))
+            log.warning("what was dropped stays where it is", error=str(e))
 
     def _retire(self, path: str, key: str = "") -> str:
         """Move a layer or snapshot into staging, under a name that is returned, to be deleted there.

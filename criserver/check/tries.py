@@ -93,7 +93,7 @@ def _idmap() -> str | None:
     async def ask() -> str | None:
         snapshotter = Snapshotter(os.path.abspath("snapshots"))
         try:
-            return None if await snapshotter.idmap_supported() else snapshotter.warnings[-1]
+            return await snapshotter.idmap_trouble() or None
         finally:
             snapshotter.close()
 

@@ -10,14 +10,13 @@ import hashlib
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from criserver.images.content import ContentStore
 from criserver.images.manifests import Descriptor, compression
 from snapshotter import Snapshotter
-from snapshotter.threads import in_thread
+from snapshotter.threads import Threads, in_thread
 
 if TYPE_CHECKING:
     from criserver.images.images import Image
@@ -76,7 +75,7 @@ class Verifier:
         total = sum(self._content.size(digest) or 0 for digest in digests)
         blobs = checked = 0
         damaged = set()
-        executor = ThreadPoolExecutor(1, "verify", _give_way)
+        executor = Threads(1, "verify", _give_way)
         try:
             for digest in digests:
                 work = asyncio.get_running_loop().run_in_executor(executor, self._blob, digest)

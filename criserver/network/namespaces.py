@@ -15,7 +15,6 @@ import os
 import socket
 import struct
 import sys
-import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from criserver.errors import (
 )
 from criserver.text import quoted
 from snapshotter import files, tree
+from snapshotter.threads import start_thread
 
 _CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
 # Sysctls that belong to a namespace (kernel Documentation/admin-guide/sysctl); every other one is the node's.
@@ -149,7 +149,12 @@ async def make(
             unpin(directory)
 
     # A thread of its own, never a pooled one: it cannot leave the namespaces that it enters.
-    threading.Thread(target=work, name="namespaces", daemon=True).start()
+    try:
+        start_thread(work, "namespaces")
+    except OSError as e:
+        for fd in made.values():
+            os.close(fd)
+        raise ResourceExhaustedError(f"no namespaces can be made in {directory}: {e.strerror}") from e
     try:
         done, _ = await asyncio.wait({outcome}, timeout=_DEADLINE)
     except asyncio.CancelledError:
@@ -192,7 +197,7 @@ async def stream_socket(path: str | None, family: int) -> socket.socket:
             outcome.set_result(found)
 
     # A thread of its own, as above.
-    threading.Thread(target=work, name="dial", daemon=True).start()
+    start_thread(work, "dial")
     return await outcome
 
 

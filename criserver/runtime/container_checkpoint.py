@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
@@ -40,6 +39,7 @@ from criserver.text import quoted
 from snapshotter import tree
 from snapshotter.files import make_private
 from snapshotter.tasks import outlive
+from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ _MAX_WORDS = 2000
 # The OCI runtime and criu are known by this variable of their environment; it names the checkpoint's directory.
 _VARIABLE = "CRISERVER_CHECKPOINT"
 # More than a node has containers: none waits for another's.
-_threads = ThreadPoolExecutor(1024, "checkpoint")
+_threads = Threads(1024, "checkpoint")
 # While it dumps, criu drops what comes into and goes out of the pod's network. Where it is killed, its rules stay.
 _UNLOCK = """
 for iptables in iptables ip6tables; do

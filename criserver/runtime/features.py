@@ -34,7 +34,10 @@ async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
     found = await ask(runtime)
     if found is None or not _kernel_has_mount_setattr():
         return Features()
-    return replace(found, user_namespaces=found.user_namespaces and await snapshotter.idmap_supported())
+    if found.user_namespaces and (trouble := await snapshotter.idmap_trouble()):
+        log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.name, error=trouble)
+        return replace(found, user_namespaces=False)
+    return found
 
 
 async def ask(runtime: Runtime) -> Features | None:

@@ -12,7 +12,6 @@ import os
 import stat
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from criserver.errors import (
@@ -29,6 +28,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, tree
 from snapshotter.tasks import outlive
+from snapshotter.threads import Threads
 
 # Seconds.
 HOST_PATH_TIMEOUT = 20.0
@@ -36,8 +36,8 @@ HOST_PATH_TIMEOUT = 20.0
 _THE_KERNELS = ("dev", "proc", "sys")
 _MAX_LINKS = 40  # as the kernel follows (path_resolution(7))
 # Of its own: threads that a dead file system holds must not be those that unmounts and deletions need.
-_host_paths = ThreadPoolExecutor(8, "host-paths")
-_copies = ThreadPoolExecutor(4, "volumes")
+_host_paths = Threads(8, "host-paths")
+_copies = Threads(4, "volumes")
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-import threading
 from collections.abc import Collection, Iterable
 
 import structlog
 
 from criserver.stats import parse
 from criserver.stats.parse import Interface
+from snapshotter.threads import start_thread
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +82,12 @@ class Networks:
                 pass  # the loop has ended with the daemon, and nobody waits
 
         # A thread of its own, never a pooled one: it does not leave the namespace that it has entered.
-        threading.Thread(target=work, name="net-dev", daemon=True).start()
+        try:
+            start_thread(work, "net-dev")
+        except OSError as e:
+            log.warning("pods' network counters cannot be opened", namespaces=paths, error=str(e))
+            for path in paths:
+                del self._opening[path]  # the next call tries again
 
     def _take(self, path: str, fd: int | None) -> None:
         """Keep what was opened, unless it was forgotten meanwhile."""

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 import pytest
+from structlog.testing import capture_logs
 
 from snapshotter import (
     Layer,
@@ -440,16 +441,16 @@ async def test_everything_is_found_again_and_staging_is_swept(disk: str) -> None
         file.write('{"chain_id": "x"')
     os.makedirs(f"{disk}/snapshots/active/half")
 
-    second = Snapshotter(f"{disk}/snapshots")
+    with capture_logs() as logs:
+        second = Snapshotter(f"{disk}/snapshots")
     assert dict(second.layers()) == {one.chain_id: one, two.chain_id: two}
     assert dict(second.snapshots()) == dict(first.snapshots())
     assert staging(disk) == []
     assert sorted(os.listdir(f"{disk}/snapshots/layers")) == ["1", "2"]
     assert os.listdir(f"{disk}/snapshots/active") == ["box"]
-    assert [warning.split(" is dropped")[0] for warning in sorted(second.warnings)] == [
-        f"{disk}/snapshots/active/half",
-        f"{disk}/snapshots/layers/77",
-        f"{disk}/snapshots/layers/78",
+    assert sorted((line["log_level"], line["event"], line["path"]) for line in logs) == [
+        ("warning", "dropped, as its metadata is unusable", f"{disk}/snapshots/{name}")
+        for name in ("active/half", "layers/77", "layers/78")
     ]
     three = await unpack(second, write_blob(f"{disk}/three", item("h")), two.chain_id)
     assert os.path.basename(three.path) == "3"
@@ -480,8 +481,9 @@ async def test_workers_end_with_a_daemon_that_is_killed(disk: str) -> None:
     async with asyncio.timeout(5):
         while os.path.exists(f"/proc/{worker}/cwd/fs"):
             await asyncio.sleep(0.01)
-    successor = Snapshotter(f"{disk}/snapshots")
-    assert (dict(successor.layers()), staging(disk), successor.warnings) == ({}, [], [])
+    with capture_logs() as logs:
+        successor = Snapshotter(f"{disk}/snapshots")
+    assert (dict(successor.layers()), staging(disk), logs) == ({}, [], [])
     successor.close()
 
 
@@ -676,9 +678,9 @@ async def test_trees_deeper_than_a_path_are_measured_and_deleted(snapshotter: Sn
     os.close(os.open("bottom", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
     os.close(fd)
     assert (await snapshotter.usage("box")).inodes == 6002
-    await snapshotter.remove("box")
-    assert staging(disk) == []
-    assert snapshotter.warnings == []
+    with capture_logs() as logs:
+        await snapshotter.remove("box")
+    assert (staging(disk), logs) == ([], [])
 
 
 async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
@@ -695,12 +697,13 @@ async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
         assert (dict(snapshotter.snapshots()), snapshotter.removable()) == ({}, {"box.1"})
     (point,) = mounts.mounts_below(disk)
     os.mkdir(f"{point}/kept")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
         # A start unmounts what it finds there, but this is as one that is not to be unmounted.
         patch.setattr(mounts, "mounts_below", lambda _: [])
         again = Snapshotter(f"{disk}/snapshots")
     assert again.removable() == {"box.1"}
-    assert [w for w in again.warnings if "a file system is mounted there" in w] == again.warnings != []
+    assert [line["event"] for line in logs] == ["something is left in staging"]
+    assert "a file system is mounted there" in logs[0]["error"]
     assert os.listdir(point) == ["kept"]
     mounts.umount2(point)
     await again.remove("box.1")
