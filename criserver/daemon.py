@@ -10,16 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import grpc
 import structlog
 
-from criserver import __version__
+from criserver import __version__, upkeep
 from criserver.api import admin_service, image_service, runtime_service
-from criserver.api.server import generic_handler, listen
+from criserver.api.server import ended, generic_handler, listen
 from criserver.config import Config
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
@@ -33,12 +32,14 @@ from criserver.runtime.node import Node
 from criserver.runtime.records import ContainerState, SandboxState
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
-from criserver.runtime.service_manager import notify, report
+from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
+from criserver.upkeep import Task
 from snapshotter import Limits, Snapshotter, allocator, files
+from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -51,20 +52,20 @@ async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Containers go on without the daemon.
 
     Raises FailedPreconditionError where another daemon has the directories, CriError where the host refuses
-    what is needed to start.
+    what is needed to start, and where something fails that the daemon cannot go on without.
     """
     began = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.set_default_executor(Threads())
+    upkeep.hear_the_rest()
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     host.raise_open_files()
     store = Store(os.path.join(config.root, "criserver.db"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
     features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
-    for words in snapshotter.warnings:
-        log.warning("snapshots", warning=words)
     node = assemble(config, store, snapshotter, features)
     try:
         await node.nursery.start()
@@ -73,11 +74,6 @@ async def serve(config: Config) -> None:
         await node.images.collect()
         await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))
-        upkeep = [
-            asyncio.create_task(_checkpoint(store)),
-            asyncio.create_task(node.stats.disk.run()),
-            asyncio.create_task(report(lambda: _status(node.registry))),
-        ]
         # What start-up made lives as long as the daemon; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -90,14 +86,14 @@ async def serve(config: Config) -> None:
             seconds=round(time.monotonic() - began, 3),
         )
         notify("READY=1")
-        await stop.wait()
-        log.info("stopping")
-        notify("STOPPING=1")
-        for task in upkeep:
-            task.cancel()
-        await server.stop(STOP_GRACE)
-        await node.streaming.stop()
-        await _within(node.settle(), STOP_GRACE)
+        try:
+            await upkeep.keep(_tasks(node, store, server), stop)
+        finally:
+            log.info("stopping")
+            notify("STOPPING=1")
+            await server.stop(STOP_GRACE)
+            await node.streaming.stop()
+            await upkeep.finish(node.settle(), STOP_GRACE)
     finally:
         for link in list(node.links.values()):
             link.abandon()
@@ -166,6 +162,17 @@ def _streaming(config: Config) -> StreamingServer:
     return StreamingServer(given.host, given.port, tls=tls, idle=given.idle_timeout)
 
 
+def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
+    """What goes on by itself for as long as the daemon serves."""
+    return [
+        Task("the CRI server", lambda: ended(server), vital=True),
+        Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
+        Task("the measuring of writable layers", node.stats.disk.run),
+        # No longer, or the watchdog would bite.
+        Task("the report to systemd", lambda: report(lambda: _status(node.registry)), max_pause=report_interval()),
+    ]
+
+
 def _status(registry: Registry) -> str:
     """What ``systemctl status`` shows."""
     pods = sum(s.state is SandboxState.READY for s in registry.sandboxes.values())
@@ -214,21 +221,6 @@ def hold(directory: str, advice: str = "stop it, or give this one another root a
     # Earlier releases let others pass.
     files.close_to_others(directory)
     return fd
-
-
-async def _checkpoint(store: Store) -> None:
-    while True:
-        try:
-            await store.checkpoint()
-        except CriError as e:
-            log.warning("the database's log stays as it is for now", error=str(e))
-        await asyncio.sleep(CHECKPOINT_INTERVAL)
-
-
-async def _within(work: Coroutine[Any, Any, None], seconds: float) -> None:
-    done, _ = await asyncio.wait([asyncio.create_task(work)], timeout=seconds)
-    if not done:
-        log.warning("work was still under way at the stop; the next start finishes it")
 
 
 def watch_children() -> None:

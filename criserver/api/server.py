@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
@@ -138,3 +139,9 @@ async def listen(address: str, handlers: list[grpc.GenericRpcHandler]) -> grpc.a
         os.umask(mask)
     await server.start()
     return server
+
+
+async def ended(server: grpc.aio.Server) -> None:
+    """Wait until a server accepts no more calls; raises what has ended it, where that was not its stop()."""
+    # Shielded: a server whose wait is cancelled cannot be stopped any more.
+    await asyncio.shield(server.wait_for_termination())

@@ -116,6 +116,9 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     config = load(options.config)
+    # For gRPC, when it is imported: after a fork that fails for want of processes its handlers leave it deaf. None of
+    # our children uses it.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Imported here: the other commands are to answer at once.
     from criserver import daemon, logs
 

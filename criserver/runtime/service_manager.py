@@ -24,20 +24,29 @@ _TIMEOUT = 15.0
 _NOT_LOADED = 5
 # Between two reports of how things are, where no watchdog sets the pace.
 _REPORT_INTERVAL = 30.0
+# Why it cannot be told, as the log has been told.
+_trouble: set[str] = set()
 
 
 def notify(*states: str) -> None:
-    """Tell systemd, where it started us: assignments as sd_notify(3) has them, "READY=1"."""
+    """Tell systemd, where it started us: assignments as sd_notify(3) has them, "READY=1".
+
+    Never raises. What hinders it is logged once until it works again.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        # It is never waited for: a manager that does not read is not to stop the daemon.
-        sock.setblocking(False)
-        try:
-            sock.sendto("\n".join(states).encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as e:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            # It is never waited for: a manager that does not read is not to stop the daemon.
+            sock.setblocking(False)
+            words = "\n".join(states).encode(errors="replace")
+            sock.sendto(words, "\0" + address[1:] if address[0] == "@" else address)
+        _trouble.clear()
+    except OSError as e:
+        if str(e) not in _trouble:
             log.warning("the service manager cannot be told", state=states[0], error=str(e))
+        _trouble.add(str(e))
 
 
 def watchdog_interval() -> float | None:
@@ -48,16 +57,26 @@ def watchdog_interval() -> float | None:
     return int(given) / 2_000_000
 
 
+def report_interval() -> float:
+    """Seconds between two reports of how things are."""
+    return watchdog_interval() or _REPORT_INTERVAL
+
+
 async def report(status: Callable[[], str]) -> None:
-    """Ping the watchdog for as long as the event loop runs, with a line for ``systemctl status``; does not return.
+    """Ping the watchdog for as long as the event loop runs, and have a line for ``systemctl status``.
 
     That the loop runs is all that a ping says: what waits for a plugin, a runtime or a registry has its own deadline,
-    and a restart would help none of them.
+    and a restart would help none of them. Returns where systemd has not started us.
     """
-    watchdog = watchdog_interval()
+    ping = [] if watchdog_interval() is None else ["WATCHDOG=1"]
     while os.environ.get("NOTIFY_SOCKET"):
-        notify(f"STATUS={status()}", *([] if watchdog is None else ["WATCHDOG=1"]))
-        await asyncio.sleep(_REPORT_INTERVAL if watchdog is None else watchdog)
+        try:
+            words = status()
+        except Exception:
+            notify(*ping)  # the loop runs, whatever becomes of the line
+            raise
+        notify(f"STATUS={words}", *ping)
+        await asyncio.sleep(report_interval())
 
 
 def apart(what: str) -> list[str]:

@@ -9,11 +9,14 @@ import os
 import random
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -107,6 +110,92 @@ def test_containers_have_the_limit_of_descriptors_that_the_daemon_was_started_wi
     assert node.sh(container, "grep files /proc/1/limits").split()[3:5] == ["700", str(hard)]
     node.kill()
     node.start()
+
+
+@pytest.fixture
+def pings(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Has the node's daemon ping a watchdog five times a second; call it for how many pings have come since."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        monkeypatch.delenv("WATCHDOG_PID", raising=False)
+        node.stop()
+        node.start()
+
+        def count() -> int:
+            found = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    found += b"WATCHDOG=1" in manager.recv(4096)
+            return found
+
+        yield count
+        monkeypatch.undo()
+        node.stop()
+        node.start()
+
+
+def faults(node: Node, since: int) -> list[str]:
+    """Events of warnings and errors in the daemon's log from so many lines on."""
+    lines = [json.loads(line) for line in node.daemon_log().splitlines()[since:] if line.startswith("{")]
+    return [line["event"] for line in lines if line["level"] in ("warning", "error")]
+
+
+def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Callable[[], int]):
+    assert node.process is not None
+    pid, before = node.process.pid, len(node.daemon_log().splitlines())
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), limits[1]))
+    try:
+        pings()
+        time.sleep(1)
+        assert pings() == 0
+        node.client.Version()
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    eventually(lambda: pings() > 0)
+    assert faults(node, before) == ["the service manager cannot be told"]
+    container = node.run(node.run_pod("after"), "c", ["sleep", "1000"])
+    eventually(lambda: measured(node, container))
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/fs/cgroup/pids"), reason="the pids controller of cgroup version 1")
+def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, pings: Callable[[], int]):
+    assert node.process is not None
+    container = node.run(node.run_pod("before"), "c", ["sleep", "1000"])
+    groups = (line.split(":", 2) for line in Path(f"/proc/{node.process.pid}/cgroup").read_text().splitlines())
+    home = Path("/sys/fs/cgroup/pids" + next(path for _, kind, path in groups if kind == "pids"))
+    full = home / f"criserver-test-{os.getpid()}"
+    full.mkdir()
+    try:
+        # The daemon alone: its nursery and what that forks stay outside.
+        (full / "cgroup.procs").write_text(str(node.process.pid))
+        (full / "pids.max").write_text((full / "pids.current").read_text())
+        pings()
+        for _ in range(3):
+            node.client.Version()
+            with pytest.raises(grpc.RpcError):
+                node.run_pod("refused")
+            assert node.sh(container, "echo still here") == "still here\n"
+        eventually(lambda: pings() > 0)
+        node.client.StopContainer(container_id=container, timeout=0)
+    finally:
+        (home / "cgroup.procs").write_text(str(node.process.pid))
+        full.rmdir()
+    assert node.process.poll() is None
+    later = node.run(node.run_pod("after"), "c", ["sleep", "1000"])
+    eventually(lambda: measured(node, later))
+    pings()
+    eventually(lambda: pings() > 0)
+
+
+def measured(node: Node, container: str) -> bool:
+    """Whether the writable layer of a container has been measured."""
+    stats = node.client.ContainerStats(container_id=container).stats
+    return bool(stats.writable_layer.inodes_used.value)
 
 
 def test_an_orderly_stop_leaves_the_containers_running(node: Node):
