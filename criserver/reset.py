@@ -105,7 +105,10 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             ]
             node.registry.forget_passed_over()
             for pod in unrecorded:
-                await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
+                try:
+                    await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
+                except CriError as e:
+                    told.append((True, str(e)))
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
                 await service_manager.stop_unit(own)
         finally:

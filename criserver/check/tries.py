@@ -220,7 +220,10 @@ def container(config: Config, handler: str) -> str | None:
         trouble = str(e)
     finally:
         subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
-        asyncio.run(cgroups.remove_pod(parent))
+        try:
+            asyncio.run(cgroups.remove_pod(parent))
+        except CriError as e:
+            trouble = trouble or str(e)
         left = _deleted(directory)
     return trouble or left
 

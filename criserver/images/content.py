@@ -128,7 +128,8 @@ class ContentStore:
     async def delete(self, digest: str) -> int:
         """Delete a blob and return the bytes that it occupied; one that is not there is no error.
 
-        It is gone for everybody when this first waits; giving back the space of a large file takes a thread.
+        It is gone for everybody when this first waits; giving back the space of a large file takes a thread. Raises
+        OSError where that fails, and the blob is there again.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
         size = self._sizes.pop(digest, None)
@@ -137,9 +138,16 @@ class ContentStore:
         self._bytes -= _occupied(size)
         try:
             os.rename(self.path(digest), path)
+            await asyncio.to_thread(tree.remove_path, path)
         except FileNotFoundError:
             return 0
-        await asyncio.to_thread(os.unlink, path)
+        except OSError:
+            # Or nobody would try again before the next start. It may have been pulled anew meanwhile.
+            for place in (path, self.path(digest)):
+                if os.path.isfile(place):
+                    self._committed(place, digest, size)
+                    break
+            raise
         return _occupied(size)
 
     def usage(self) -> tuple[int, int]:

@@ -20,7 +20,12 @@ from criserver.network import invoke
 from criserver.network.config import ConfigDirectory, NetworkConfig
 from criserver.network.namespaces import is_pinned
 from criserver.network.pod import PodNetwork, PortMapping
+<<<<<<< HEAD
 from criserver.network.result import Result, decode, excerpt, parse, stored
+=======
+from criserver.network.result import Result, decode, excerpt, parse
+from snapshotter.tasks import outlive
+>>>>>>> b384a59 (What cannot be looked at is not taken for gone, and what is not removed is not forgotten: cgroups, blobs, strays; failures of forwarded connections, CNI clean-ups and measurements are heard)
 
 __all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
 
@@ -169,7 +174,7 @@ class Network:
             undo = asyncio.create_task(self._undo(replace(attachment, result=result)))
             self._undoing.add(undo)
             undo.add_done_callback(self._undoing.discard)
-            await asyncio.shield(undo)
+            await outlive(undo)
             raise
         return replace(attachment, result=result)
 
@@ -199,8 +204,8 @@ class Network:
         for plugin in reversed(attachment.network.plugins):
             try:
                 await self._delete_from(plugin, attachment)
-            except CriError as e:
-                _log.error("CNI DEL after a failed ADD", sandbox=attachment.container_id, error=str(e))
+            except Exception as e:  # noqa: BLE001 - those of the other plugins are run all the same
+                _log.exception("CNI DEL after a failed ADD", sandbox=attachment.container_id, error=str(e))
 
     async def _delete_from(self, plugin: Mapping[str, Any], attachment: Attachment) -> None:
         # Plugins take an empty CNI_NETNS for "already gone"; a path that leads nowhere is an error to some.

@@ -34,6 +34,10 @@ _PREFIX = "criserver"
 _TRIES, _LOOKS, _LOOK = 50, 50, 0.002
 # Seconds between two looks whether killed processes have ended.
 _END_LOOK = 0.01
+# Seconds that a cgroup may still be in use after its last process has been seen to end.
+_EMPTYING = 1.0
+# Of a list of processes: the cgroup is gone, or is of threads, which its parent's list has (cgroup-v2, "Threads").
+_NO_PROCESSES = frozenset({errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP})
 
 
 def is_slice(parent: str) -> bool:
@@ -122,7 +126,7 @@ def remove_own() -> None:
         try:
             os.rmdir(root + OWN)
         except OSError:
-            continue
+            continue  # it is not empty, or gone; the next pod to go tries again
 
 
 def own_slice() -> str:
@@ -141,7 +145,10 @@ def exists(cgroup: str) -> bool:
 
 
 async def remove_container(parent: str, key: str) -> None:
-    """Remove the cgroup of a container that has no process; systemd's scopes are its own to remove."""
+    """Remove the cgroup of a container that has no process; systemd's scopes are its own to remove.
+
+    Raises CriError where it stays.
+    """
     if not is_slice(parent):
         await asyncio.to_thread(remove, path(parent, key))
     elif os.path.isdir(_processes_root() + path(parent, key)):
@@ -149,7 +156,7 @@ async def remove_container(parent: str, key: str) -> None:
 
 
 async def remove_pod(parent: str) -> None:
-    """Remove the cgroup that we gave a pod; one that is gone is no error."""
+    """Remove the cgroup that we gave a pod; one that is gone is no error. Raises CriError where it stays."""
     if is_slice(parent):
         await service_manager.stop_unit(parent)
     else:
@@ -157,18 +164,36 @@ async def remove_pod(parent: str) -> None:
 
 
 def remove(cgroup: str) -> None:
-    """Remove a cgroup and those below it from every hierarchy; one that is gone or still in use is left."""
+    """Remove a cgroup and those below it from every hierarchy; one that is gone is no error. Blocks.
+
+    Raises CriError where one stays: nothing else would know of it any more.
+    """
+    deadline = time.monotonic() + _EMPTYING
+    while failure := _removal_failure(cgroup):
+        if time.monotonic() > deadline:
+            words = "there are processes in it" if failure.errno == errno.EBUSY else str(failure)
+            raise CriError(f"cgroup {cgroup} cannot be removed: {words}")
+        time.sleep(_END_LOOK)
+
+
+def _removal_failure(cgroup: str) -> OSError | None:
+    """Remove a cgroup wherever it can be; the last of what hindered it elsewhere."""
+    failure = None
     for root in set(roots().values()):
         try:
             above = os.open(root + os.path.dirname(cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            failure = e
             continue
         try:
             tree.remove(above, os.path.basename(cgroup), files=False)
         except OSError as e:
-            log.debug("a cgroup stays", error=str(e))
+            failure = e
         finally:
             os.close(above)
+    return failure
 
 
 def processes(cgroup: str) -> list[int]:
@@ -176,36 +201,55 @@ def processes(cgroup: str) -> list[int]:
 
     Under systemd crun puts a container into a cgroup of its own in the scope, and containers may make more.
     """
+    pids, failure = _look_for_processes(cgroup)
+    if failure is not None:
+        log.warning("a container's cgroups are not all read", cgroup=cgroup, error=str(failure))
+    return pids
+
+
+def _look_for_processes(cgroup: str) -> tuple[list[int], OSError | None]:
+    """As :func:`processes`, and what hindered the looking where these may not be all."""
     pids: list[int] = []
     try:
         top = os.open(f"{_processes_root()}{cgroup}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return pids
+    except FileNotFoundError:
+        return pids, None
+    except OSError as e:
+        return pids, e
+    failure = None
     try:
         for place, entry in tree.walk(top):
             if entry.name == "cgroup.procs":
                 try:
                     with open(os.open(entry.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place.fd)) as f:
                         pids += map(int, f)
-                except OSError:
-                    continue  # gone, or of threads (cgroup-v2, "Threads")
+                except OSError as e:
+                    if e.errno not in _NO_PROCESSES:
+                        failure = e
     except OSError as e:
-        log.warning("a container's cgroups are not all read", cgroup=cgroup, error=str(e))
+        failure = e
     finally:
         os.close(top)
-    return pids
+    return pids, failure
 
 
 def end_processes(cgroup: str, limit: float) -> list[int]:
-    """Kill all that is in a cgroup and below it; what has not ended after ``limit`` seconds. Blocks."""
+    """Kill all that is in a cgroup and below it; what has not ended after ``limit`` seconds. Blocks.
+
+    Raises CriError where it cannot be seen whether something is left.
+    """
     deadline = time.monotonic() + limit
-    while pids := processes(cgroup):
+    while True:
+        pids, failure = _look_for_processes(cgroup)
+        if not pids and failure is None:
+            return []
         if time.monotonic() > deadline:
+            if failure is not None:
+                raise CriError(f"cannot see whether all processes in cgroup {cgroup} have ended: {failure}")
             return pids
         thaw(cgroup)  # what is frozen takes no signal
         _kill(cgroup, pids)
         time.sleep(_END_LOOK)
-    return []
 
 
 def _kill(cgroup: str, pids: list[int]) -> None:
@@ -213,7 +257,7 @@ def _kill(cgroup: str, pids: list[int]) -> None:
     opened: dict[int, int] = {}
     try:
         for pid in pids:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has ended; any other is met again at the next look
                 opened[pid] = os.pidfd_open(pid)
         for pid in opened.keys() & set(processes(cgroup)):
             with contextlib.suppress(ProcessLookupError):

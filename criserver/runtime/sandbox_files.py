@@ -25,7 +25,7 @@ def resolv_conf(dns: Dns) -> str:
         try:
             with open("/etc/resolv.conf") as f:
                 return f.read()
-        except OSError:
+        except FileNotFoundError:
             return ""
     lines = []
     if dns.searches:
@@ -83,7 +83,7 @@ def write_hosts(files: str, config: PodConfig, ips: tuple[str, ...], label: str)
         try:
             with open("/etc/hosts") as f:
                 text = f.read()
-        except OSError:
+        except FileNotFoundError:
             text = hosts(hostname(config), ())
     else:
         text = hosts(hostname(config), ips)

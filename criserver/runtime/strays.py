@@ -52,7 +52,10 @@ def kill(variable: str, value: str) -> None:
 
 
 def _working(variable: str, value: str) -> list[int]:
-    """The processes that were started with this variable; one that has ended has no environment."""
+    """The processes that were started with this variable; one that has ended has no environment.
+
+    Raises OSError where they cannot be looked at: that is not to be taken for their end.
+    """
     wanted = f"{variable}={value}".encode()
     found = []
     for name in os.listdir("/proc"):
@@ -60,8 +63,8 @@ def _working(variable: str, value: str) -> list[int]:
             try:
                 with open(f"/proc/{name}/environ", "rb") as f:
                     environment = f.read()
-            except OSError:
-                continue  # it has ended
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it has ended, or is none of ours
             if wanted in environment.split(b"\0"):
                 found.append(int(name))
     return found

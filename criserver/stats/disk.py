@@ -53,6 +53,7 @@ class DiskMeter:
         # When each is to be measured next, on the monotonic clock, and those that never need it again.
         self._due: dict[str, float] = {}
         self._settled: set[str] = set()
+        self._unmeasured: set[str] = set()  # that the log was told of
         self._nudged = asyncio.Event()
 
     def latest(self, key: str) -> DiskUsage | None:
@@ -88,6 +89,7 @@ class DiskMeter:
             self._due.pop(key)
             self._latest.pop(key, None)
             self._settled.discard(key)
+            self._unmeasured.discard(key)
         self._settled = {key for key in self._settled if not wanted[key]}
         waiting = [key for key in wanted if key not in self._settled]
         for key in sorted(waiting, key=lambda key: self._due.get(key, 0.0)):
@@ -105,9 +107,13 @@ class DiskMeter:
         try:
             async with asyncio.timeout(_DEADLINE):
                 size, inodes = await self._measure(key)
-        except Exception as e:  # noqa: BLE001 - a snapshot may go at any moment, and the others are measured all the same
-            log.debug("a snapshot cannot be measured", snapshot=key, error=str(e))
+        except Exception as e:  # noqa: BLE001 - the others are measured all the same
+            # It may have gone while it was measured.
+            if key in self._wanted() and key not in self._unmeasured:
+                log.warning("a snapshot cannot be measured", snapshot=key, error=str(e))
+                self._unmeasured.add(key)
         else:
+            self._unmeasured.discard(key)
             self._latest[key] = DiskUsage(timestamp, size, inodes)
             if not may_change:
                 self._settled.add(key)

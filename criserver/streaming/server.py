@@ -479,6 +479,8 @@ async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, gre
                     sending.cancel()
     except* ConnectionError:
         pass  # the client is gone, or has let go of the stream
+    except* Exception as e:
+        log.exception("a forwarded connection failed", port=port, error=str(e.exceptions[0]))
     finally:
         for stream in (error, data):
             stream.close()

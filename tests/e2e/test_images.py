@@ -61,7 +61,7 @@ async def test_pull_by_tag(rooms, registry):
     assert image.repo_tags == (name,)
     assert image.repo_digests == (f"{registry.address}/tag@{built.digest}",)
     assert image.size == sum(len(blob) for d, blob in built.blobs.items() if d != built.digest)
-    assert (image.config.cmd, image.uid, image.username, image.pinned) == (("sh",), 1000, "", False)
+    assert (image.config.cmd, image.user.user, image.pinned) == (("sh",), 1000, False)
     assert rooms.read(image, "etc/text") == b"one"
     assert rooms.read(image, "etc/os") == b"base"
     assert rooms.content.digests() == set(built.blobs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from criserver.errors import InvalidArgumentError
+from criserver.errors import CriError, InvalidArgumentError
 from criserver.runtime import cgroups
 
 SLICE = "kubepods-burstable-pod1_2.slice"
@@ -60,3 +63,74 @@ def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: p
 def test_the_pods_count_is_wanted_where_systemd_removes_the_containers(monkeypatch, roots, parent, path):
     monkeypatch.setattr(cgroups, "roots", lambda: roots)
     assert cgroups.pod_events(parent) == path
+
+
+@pytest.fixture
+def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Directories that look like a cgroup with one below it."""
+    monkeypatch.setattr(cgroups, "roots", lambda: {"pids": str(tmp_path)})
+    (tmp_path / "pod/c/inner").mkdir(parents=True)
+    for name in ("pod/c", "pod/c/inner"):
+        (tmp_path / name / "cgroup.procs").write_text("")
+    return tmp_path
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
+    """Have os.open fail for names that end so."""
+    open_ = os.open
+
+    def failing(path: str, *arguments: int, **more: int) -> int:
+        if str(path).endswith(wanted):
+            raise OSError(number, os.strerror(number))
+        return open_(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+
+
+@pytest.mark.parametrize("unread", ["pod/c", "cgroup.procs"])
+def test_what_cannot_be_looked_at_has_not_ended(hierarchy: Path, monkeypatch: pytest.MonkeyPatch, unread: str):
+    """Without a descriptor left, a container's processes were taken for ended, and its record was forgotten."""
+    refuse(monkeypatch, unread, errno.EMFILE)
+    with pytest.raises(CriError, match=r"cannot see whether all processes in cgroup /pod/c have ended.*Too many open"):
+        cgroups.end_processes("/pod/c", 0.05)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP])
+def test_a_cgroup_that_is_gone_or_of_threads_has_no_processes(
+    hierarchy: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    refuse(monkeypatch, "cgroup.procs", number)
+    assert cgroups.end_processes("/pod/c", 0.05) == []
+    assert cgroups.end_processes("/pod/other", 0.05) == []
+
+
+def test_a_cgroup_that_stays_is_told_of(hierarchy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cgroups, "_EMPTYING", 0.05)
+    (hierarchy / "pod/c/cgroup.procs").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, "/pod", errno.EMFILE)
+        with pytest.raises(CriError, match=r"cgroup /pod/c cannot be removed: .*Too many open files"):
+            cgroups.remove("/pod/c")
+    (hierarchy / "pod/c/inner/cgroup.procs").unlink()
+    cgroups.remove("/pod/c")
+    assert not (hierarchy / "pod/c").exists()
+    cgroups.remove("/pod/c")
+    cgroups.remove("/nobody/c")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.isdir("/sys/fs/cgroup/pids"), reason="cgroup version 1, as root")
+def test_a_cgroup_with_a_process_in_it_is_told_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cgroups, "_EMPTYING", 0.2)
+    name = f"criserver-test-{os.getpid()}"
+    top = Path("/sys/fs/cgroup/pids", name)
+    (top / "c").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            (top / "c/cgroup.procs").write_text(str(process.pid))
+            with pytest.raises(CriError, match=f"cgroup /{name} cannot be removed: there are processes in it"):
+                cgroups.remove(f"/{name}")
+        finally:
+            process.kill()
+            process.wait()
+            cgroups.remove(f"/{name}")
+    assert not top.exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from criserver.errors import (
     CriError,
@@ -350,6 +351,24 @@ async def test_a_failing_clean_up_does_not_hide_the_cause(node: Node) -> None:
     with pytest.raises(UnavailableError, match="the cause"):
         await node.network.add(node.plan())
     assert node.calls()[2:] == ["DEL two", "DEL one"], "the other plugins are still undone"
+
+
+async def test_a_clean_up_that_cannot_even_begin_is_told_of_for_each_plugin(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a descriptor for it: by an error that is none of ours."""
+    node.plugin("two", ADD=fail(11, "the cause"))
+    run = invoke.run
+
+    async def refuse(path: str, *, env: dict[str, str], **more: Any) -> invoke.Reply:
+        if env["CNI_COMMAND"] == "DEL":
+            raise OSError(24, "Too many open files")
+        return await run(path, env=env, **more)
+
+    monkeypatch.setattr(invoke, "run", refuse)
+    with capture_logs() as logs, pytest.raises(UnavailableError, match="the cause"):
+        await node.network.add(node.plan())
+    assert [line["error"] for line in logs] == ["[Errno 24] Too many open files"] * 2
 
 
 async def test_a_plugin_that_cannot_be_executed(node: Node) -> None:

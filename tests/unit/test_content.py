@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 
 import pytest
@@ -159,3 +160,34 @@ async def test_what_is_no_blob_keeps_nobody_from_starting(root):
     assert sorted(os.listdir(blobs)) == sorted(["of somebody", DIGEST[7:]])
     await fill(store, b"x", other)
     assert store.read(other, 1) == b"x"
+
+
+async def test_a_blob_that_cannot_be_deleted_is_there_again_for_the_next_attempt(root, monkeypatch):
+    store = ContentStore(root)
+    await fill(store, DATA, DIGEST)
+
+    async def no_room(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "to_thread", no_room)
+        with pytest.raises(OSError, match="can't start new thread"):
+            await store.delete(DIGEST)
+    assert (store.digests(), store.usage(), files(root)) == ({DIGEST}, (200_704, 1), [f"blobs/sha256/{DIGEST[7:]}"])
+    assert await store.delete(DIGEST) == 200_704
+    assert (store.digests(), store.usage(), files(root)) == (set(), (0, 0), [])
+
+
+async def test_a_blob_that_came_anew_while_its_deletion_failed_counts_once(root, monkeypatch):
+    store = ContentStore(root)
+    await fill(store, DATA, DIGEST)
+
+    async def fill_and_fail(*_: object) -> None:
+        monkeypatch.undo()
+        await fill(store, DATA, DIGEST)
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(asyncio, "to_thread", fill_and_fail)
+    with pytest.raises(OSError, match="broken"):
+        await store.delete(DIGEST)
+    assert (store.usage(), files(root)) == ((200_704, 1), [f"blobs/sha256/{DIGEST[7:]}"])

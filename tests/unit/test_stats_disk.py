@@ -7,6 +7,8 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
+from structlog.testing import capture_logs
+
 from criserver.stats import DiskMeter
 
 PERIOD = 0.05
@@ -111,3 +113,19 @@ async def test_the_total_is_of_those_that_there_are() -> None:
         assert meter.total().timestamp == oldest
         del trees.wanted["a"]
         assert (meter.total().bytes, meter.total().inodes) == (2, 1)
+
+
+async def test_one_that_cannot_be_measured_is_told_of_once_and_not_where_it_has_gone() -> None:
+    trees = Trees()
+    trees.wanted, trees.sizes = {"bad": True, "good": True}, {"good": 1}
+    with capture_logs() as logs:
+        async with running(trees):
+            await until(lambda: trees.measured["bad"] >= 3)
+            trees.sizes["bad"] = 1
+            await until(lambda: trees.measured["bad"] >= 4)
+            trees.seconds["going"], trees.wanted["going"] = 0.05, True
+            await until(lambda: trees.measured["going"] == 1)
+            del trees.wanted["going"]
+            count = trees.measured["good"]
+            await until(lambda: trees.measured["good"] >= count + 2)
+    assert [(line["log_level"], line["snapshot"]) for line in logs] == [("warning", "bad")]

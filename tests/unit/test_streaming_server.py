@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from structlog.testing import capture_logs
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, link, offers, server
@@ -741,3 +742,30 @@ async def test_a_client_that_closes_when_it_has_heard_the_end(
     for _ in range(50):
         await blocking(work, hi(serving))
     assert failures == []
+
+
+async def test_a_forwarded_connection_that_fails_is_told_to_the_log_and_the_next_is_served(
+    serving: StreamingServer, pod: Pod
+):
+    """By an error that nobody thought of: asyncio would tell of it when the task is collected."""
+
+    async def dial(port: int) -> socket.socket:
+        if port == 81:
+            raise RuntimeError("unthought of")
+        return await pod.dial(port)
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        client.open("e", streamtype="error", port="81", requestid="1")
+        client.open("d", streamtype="data", port="81", requestid="1")
+        while "d" not in client.reset:
+            assert client.read()
+        open_port(client, 2)
+        with pod.accept() as connection:
+            connection.sendall(b"hello")
+            client.until("data2", b"hello")
+
+    with capture_logs() as logs:
+        await blocking(work, serving.offer(Forward((), dial)))
+    (line,) = (line for line in logs if line["log_level"] == "error")
+    assert (line["event"], line["port"], line["error"]) == ("a forwarded connection failed", 81, "unthought of")

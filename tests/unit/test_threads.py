@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from criserver.errors import ResourceExhaustedError
+from criserver.network import namespaces
+from criserver.stats import Networks
 from snapshotter.threads import Threads, in_thread, start_thread
 
 
@@ -63,3 +69,19 @@ async def test_the_loops_own_calls_go_on_too():
 def test_a_thread_of_its_own_is_refused_as_an_error_of_the_node():
     with no_room(), pytest.raises(OSError, match="can't start new thread"):
         start_thread(lambda: None, "x")
+
+
+async def test_namespaces_without_a_thread_to_make_them_in_are_refused(tmp_path: Path):
+    with no_room(), pytest.raises(ResourceExhaustedError, match=r"no namespaces can be made in .*/ns: can't start new"):
+        await namespaces.make(f"{tmp_path}/ns", net=True, ipc=False, uts=False)
+    assert not (tmp_path / "ns").exists()
+
+
+async def test_network_counters_come_again_once_there_is_a_thread_to_open_them(monkeypatch: pytest.MonkeyPatch):
+    networks, path = Networks(), "/proc/self/ns/net"
+    monkeypatch.setattr("criserver.stats.network._enter_and_open", lambda _: os.open("/proc/net/dev", os.O_RDONLY))
+    with no_room(), capture_logs() as logs:
+        assert await networks.read([path]) == {}
+    assert [line["event"] for line in logs] == ["pods' network counters cannot be opened"]
+    assert path in await networks.read([path])
+    networks.close()

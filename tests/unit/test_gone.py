@@ -1,0 +1,48 @@
+"""What cannot be looked at is not taken for gone: a daemon without a descriptor left knows nothing of it."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import subprocess
+from typing import Any
+
+import pytest
+
+from criserver.model import Dns
+from criserver.runtime import sandbox_files, strays
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
+    """Have open() fail for names that end so."""
+    open_ = builtins.open
+
+    def failing(path: Any, *arguments: Any, **more: Any) -> Any:
+        if str(path).endswith(wanted):
+            raise OSError(number, os.strerror(number))
+        return open_(path, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "open", failing)
+
+
+def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch):
+    with subprocess.Popen(["sleep", "1000"], env={"CNI_CONTAINERID": f"test-{os.getpid()}"}) as process:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                refuse(patch, "/environ", errno.EMFILE)
+                with pytest.raises(OSError, match="Too many open files"):
+                    strays.kill("CNI_CONTAINERID", f"test-{os.getpid()}")
+            assert process.poll() is None
+            strays.kill("CNI_CONTAINERID", f"test-{os.getpid()}")
+            assert process.wait(10) == -9
+        finally:
+            process.kill()
+
+
+def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
+    refuse(monkeypatch, "/etc/resolv.conf", errno.EMFILE)
+    with pytest.raises(OSError, match="Too many open files"):
+        sandbox_files.resolv_conf(Dns((), (), ()))
+    refuse(monkeypatch, "/etc/resolv.conf", errno.ENOENT)
+    assert sandbox_files.resolv_conf(Dns((), (), ())) == ""
