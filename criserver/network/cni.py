@@ -20,12 +20,8 @@ from criserver.network import invoke
 from criserver.network.config import ConfigDirectory, NetworkConfig
 from criserver.network.namespaces import is_pinned
 from criserver.network.pod import PodNetwork, PortMapping
-<<<<<<< HEAD
 from criserver.network.result import Result, decode, excerpt, parse, stored
-=======
-from criserver.network.result import Result, decode, excerpt, parse
 from snapshotter.tasks import outlive
->>>>>>> b384a59 (What cannot be looked at is not taken for gone, and what is not removed is not forgotten: cgroups, blobs, strays; failures of forwarded connections, CNI clean-ups and measurements are heard)
 
 __all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
 
