@@ -9,7 +9,7 @@ from typing import Any
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.node import SLOWNESS, Node
-from tests.e2e.streaming_client import eventually
+from tests.waiting import eventually
 
 NAME = "static"
 POD = {

@@ -12,9 +12,9 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.node import Node
-from tests.e2e.streaming_client import eventually
 from tests.e2e.test_port_forward import Services, fetched
 from tests.terminal import Terminal
+from tests.waiting import eventually
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),

@@ -23,9 +23,9 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests import https, static_pod
 from tests.e2e.node import Node
-from tests.e2e.streaming_client import eventually
 from tests.e2e.test_port_forward import Services, fetched
 from tests.terminal import Terminal
+from tests.waiting import eventually
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubelet", "kubectl")
 # The node's address, on the loopback interface: the API server does not speak to a kubelet at 127.0.0.1.

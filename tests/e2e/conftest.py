@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, cgroups_of_pods, processes
+from tests.waiting import SLOWNESS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,11 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs root: real mounts, namespaces and containers"))
 
 
-def host_state() -> set[str]:
-    """What a test could leave: mounts, links, cgroups, shims, rules. Another runtime's on this machine are not ours."""
+def host_state(scratch: str) -> set[str]:
+    """What a test could leave: mounts, links, cgroups, shims, rules.
+
+    ``scratch`` is the directory of this run's temporary ones. Another run's or runtime's on this machine are not ours.
+    """
     with open("/proc/self/mountinfo") as f:
         points = [line.split()[4] for line in f]
-    found = {"mount " + point for point in points if SCRATCH in point or tempfile.gettempdir() in point}
+    found = {"mount " + point for point in points if point.startswith((SCRATCH, scratch))}
     found |= {"link " + name for name in os.listdir("/sys/class/net") if name == BRIDGE or _is_stray(name)}
     found |= {"cgroup " + path for path in cgroups_of_pods()}
     found |= {f"process {pid} {words}" for pid, words in processes() if f" {SCRATCH}" in words}
@@ -42,11 +45,17 @@ def _is_stray(link: str) -> bool:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail the module that leaves something behind."""
-    before = host_state()
+    scratch = str(tmp_path_factory.getbasetemp())
+    before = host_state(scratch)
     yield
-    assert host_state() - before == set()
+    # The kernel takes a veth with its namespace in its own time, and another runtime's is plugged in a moment after it
+    # is made.
+    deadline = time.monotonic() + 20 * SLOWNESS
+    while (left := host_state(scratch) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +98,7 @@ def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
         node.remove_pods()
         shutil.rmtree(node.logs)
         os.mkdir(node.logs)
-        # A shim that has told of its end is there for a moment yet.
-        deadline = time.monotonic() + 2
-        while (left := node.leftovers()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert left == []
+        assert node.settled() == []
         assert node.complaints() == []
 
 

@@ -27,6 +27,7 @@ from google.protobuf.message_factory import GetMessageClass
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from snapshotter import mounts
+from tests.waiting import SLOWNESS, eventually
 
 # Of this run alone: others may be at work on the machine.
 _RUN = 20 + os.getpid() % 200
@@ -38,7 +39,6 @@ SCRATCH = f"/run/cri-e2e-{_RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
-SLOWNESS = float(os.environ.get("E2E_SLOWNESS", "1"))
 
 
 class Client:
@@ -190,6 +190,29 @@ class Node:
         ]
         return found + cgroups_of_pods()
 
+    def settled(self) -> list[str]:
+        """What is left once all had time to go: a shim that has told of its end is there for a moment yet."""
+        deadline = time.monotonic() + 20 * SLOWNESS
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+    def descriptors(self) -> list[str]:
+        """What the daemon has open, as the kernel names it."""
+        assert self.process is not None
+        found = []
+        for path in glob.glob(f"/proc/{self.process.pid}/fd/*"):
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                found.append(os.readlink(path))
+        return found
+
+    def streams(self) -> int:
+        """How many sockets, pipes and terminals the daemon has: its clients' and its containers'.
+
+        Files and directories are not among them. It opens some at any time by itself, as to measure a snapshot.
+        """
+        return sum(link.startswith(("socket:", "pipe:", "/dev/ptmx", "/dev/pts/")) for link in self.descriptors())
+
     def close(self) -> None:
         """Undo everything, whatever state it is in."""
         try:
@@ -260,13 +283,10 @@ class Node:
         pid: int = json.loads(self.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
         return pid
 
-    def wait(self, container: str, seconds: float = 20) -> cri.ContainerStatus:
+    def wait(self, container: str, seconds: float = 30) -> cri.ContainerStatus:
         """The status of a container once it has exited."""
-        deadline = time.monotonic() + seconds * SLOWNESS
-        while (status := self.status(container)).state != cri.CONTAINER_EXITED:
-            assert time.monotonic() < deadline, f"still {status.state}"
-            time.sleep(0.01)
-        return status
+        eventually(lambda: self.status(container).state == cri.CONTAINER_EXITED, seconds)
+        return self.status(container)
 
     def log(self, container: str) -> str:
         """What a container printed, with the log's framing taken off."""

@@ -8,11 +8,11 @@ import os
 import select
 import socket
 import ssl
-import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from criserver.streaming import spdy, websocket
+from tests.waiting import SLOWNESS
 
 STREAMS = ("stdin", "stdout", "stderr", "error", "resize")
 
@@ -31,7 +31,7 @@ def connect(url: str, headers: dict[str, str], tls: ssl.SSLContext | None = None
     """Ask for an upgrade: the socket, the head of the answer, and what came behind it. Raises Refused."""
     parts = urlsplit(url)
     assert parts.hostname is not None
-    sock = socket.create_connection((parts.hostname, parts.port), timeout=20)
+    sock = socket.create_connection((parts.hostname, parts.port), timeout=30 * SLOWNESS)
     if parts.scheme == "https":
         assert tls is not None
         sock = tls.wrap_socket(sock, server_hostname=parts.hostname)
@@ -93,12 +93,12 @@ class Spdy:
         self.spdy.send(self.ids[name], data, end=end)
         self._flush()
 
-    def read(self, seconds: float = 20) -> bool:
+    def read(self, seconds: float = 30) -> bool:
         """Take what comes next; False when the connection is at its end."""
         if not isinstance(self.sock, ssl.SSLSocket):
             poll = select.poll()  # select takes no descriptor above 1023
             poll.register(self.sock, select.POLLIN)
-            assert poll.poll(seconds * 1000), f"nothing comes; so far {_tails(self.got)}"
+            assert poll.poll(seconds * SLOWNESS * 1000), f"nothing comes; so far {_tails(self.got)}"
         try:
             data = self.sock.recv(1 << 18)
         except ConnectionResetError:
@@ -217,11 +217,3 @@ class WebSocket:
 
 def _tails(got: dict[Any, bytearray]) -> dict[Any, bytes]:
     return {name: bytes(data[-100:]) for name, data in got.items() if data}
-
-
-def eventually(check: Any, seconds: float = 10) -> None:
-    """Wait until ``check()`` holds."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -18,6 +18,7 @@ from tests.e2e.imagebuilder import BuiltImage, add_blob, build_image, digest
 from tests.e2e.layers import Blob, item, write_blob
 from tests.e2e.ownregistry import Server, refused, rooms, server
 from tests.e2e.rooms import Rooms
+from tests.waiting import until
 
 __all__ = ["rooms", "server"]
 
@@ -86,12 +87,6 @@ def unpacked(root: str) -> int:
     return sum(name.startswith("f") for _, _, names in os.walk(f"{root}/snapshots/staging") for name in names)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def test_files_are_there_before_the_blob_is_whole(snapshotter: Snapshotter, slow: Slow, tmp_path: Any) -> None:
     slow.add(400_000)
     arrival = slow.begin(snapshotter)
@@ -151,10 +146,10 @@ async def test_an_arrival_that_was_given_up_is_unpacked_anew(snapshotter: Snapsh
 
 
 async def test_a_wait_beyond_the_workers_deadline_costs_a_second_unpack_only(slow: Slow, tmp_path: Any) -> None:
-    snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=Limits(max_seconds=1))
+    snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=Limits(max_seconds=2))
     slow.add(400_000)
     arrival = slow.begin(snapshotter)
-    await asyncio.sleep(1.3)
+    await asyncio.sleep(2.3)
     slow.add(10_000_000, arrival)
     assert len(os.listdir(f"{await slow.commit(snapshotter, arrival)}/d")) == 100
     snapshotter.close()

@@ -10,8 +10,9 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.node import Node
-from tests.e2e.streaming_client import Spdy, WebSocket, eventually
+from tests.e2e.streaming_client import Spdy, WebSocket
 from tests.e2e.test_bad_input import refused
+from tests.waiting import eventually
 
 SUCCESS = {"status": "Success"}
 ECHO = ["sh", "-c", "while read x; do echo got $x; done; echo over; sleep 1000"]
@@ -148,9 +149,10 @@ def test_a_client_of_input_alone(node: Node, pod: str):
 
 
 def test_input_for_a_container_that_has_none(node: Node, pod: str):
-    container = node.run(pod, "c", ["sh", "-c", "sleep 1; echo end"])
+    container = node.run(pod, "c", ["sh", "-c", "until [ -e /go ]; do sleep 0.05; done; echo end"])
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     client.send("stdin", b"x" * 1_000_000)
+    node.sh(container, "touch /go")
     assert client.finish() == SUCCESS
     assert client.got["stdout"] == b"end\n"
 

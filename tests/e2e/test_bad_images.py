@@ -70,7 +70,7 @@ def pull(node: Node, server: Server):
     before = stored(node)
     yield lambda: node.client.PullImage(image=cri.ImageSpec(image=f"127.0.0.1:{server.server_port}/bad:latest"))
     assert stored(node) == before
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 def stored(node: Node) -> set[str]:

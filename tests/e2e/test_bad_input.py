@@ -127,7 +127,7 @@ def test_a_missing_cni_configuration(node: Node):
             node.run_pod("lonely")
     finally:
         os.rename(f"{node.base}/aside", f"{node.cni}/10-e2e.conflist")
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 def test_a_missing_cni_plugin(node: Node):
@@ -138,7 +138,7 @@ def test_a_missing_cni_plugin(node: Node):
             node.run_pod("lonely")
     finally:
         os.unlink(f"{node.cni}/05-first.conflist")
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 SHARED_PIDS = cri.LinuxPodSandboxConfig(
@@ -169,7 +169,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing(node: Node, linux: cri.Linu
             node.run_pod("lonely", linux=linux, deadline=10)
     finally:
         os.unlink(f"{node.cni}/05-first.conflist")
-    assert node.leftovers() == []
+    assert node.settled() == []
     assert node.client.ListPodSandbox().items == []
 
 

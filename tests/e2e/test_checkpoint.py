@@ -31,11 +31,14 @@ from criserver.runtime import cgroups
 from tests.e2e.conftest import serving
 from tests.e2e.node import GATEWAY, Node, cgroup
 from tests.e2e.test_bad_input import refused
+from tests.waiting import SLOWNESS, eventually, within
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"
 UNPACKED = Path(__file__).parents[2] / ".venv/criu/criu"
 # Looked up before the tests' own PATH.
 REAL_CRIU = os.environ.get("CRISERVER_TEST_CRIU") or (str(UNPACKED) if UNPACKED.exists() else shutil.which("criu"))
+# Seconds. What waits for a checkpoint that hangs has to wait for a minute.
+PROMPT = 20.0
 HANGS = '[ "$1" = check ] || sleep 1000'
 DIES = '[ "$1" = check ] || { sleep 0.1; kill -9 $$; }'
 
@@ -123,14 +126,9 @@ def count(node: Node, container: str) -> int:
 
 def assert_counts(node: Node, container: str) -> None:
     """It runs, and goes on from where it was."""
-    deadline = time.monotonic() + 10
-    while not Path(f"{node.root}/snapshots/active/{container}/fs/count").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(Path(f"{node.root}/snapshots/active/{container}/fs/count").exists)
     before = count(node, container)
-    while count(node, container) < before + 3:
-        assert time.monotonic() < deadline, "it does not count"
-        time.sleep(0.01)
+    eventually(lambda: count(node, container) >= before + 3)
     assert not is_frozen(container_cgroup(node, container))
 
 
@@ -148,7 +146,7 @@ def is_frozen(cgroup: str) -> bool:
 
 def assert_nothing_left(node: Node, tmp_path: Path) -> None:
     """No process of a checkpoint, none of its directories, no half of an archive."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20 * SLOWNESS
     while found := [*at_work(node), *Path(f"{node.root}/checkpoints").glob("*"), *tmp_path.glob(".checkpoint-*")]:
         assert time.monotonic() < deadline, found
         time.sleep(0.02)
@@ -179,7 +177,7 @@ class Call:
             self.outcome = e
 
     def wait(self) -> grpc.RpcError | None:
-        self._thread.join(60)
+        self._thread.join(60 * SLOWNESS)
         assert not self._thread.is_alive()
         return self.outcome
 
@@ -189,10 +187,7 @@ def hanging(node: Node, criu: Criu, container: str, location: Path, timeout: int
     criu.script(HANGS)
     call = Call(node, container, location, timeout)
     cgroup = container_cgroup(node, container)
-    deadline = time.monotonic() + 10
-    while not (is_frozen(cgroup) and criu.started.exists()):
-        assert time.monotonic() < deadline, call.outcome
-        time.sleep(0.005)
+    eventually(lambda: is_frozen(cgroup) and criu.started.exists())
     return call
 
 
@@ -281,12 +276,9 @@ def test_callers_that_give_up_and_ask_again_leave_the_container_running(
                 location=str(tmp_path / f"{moments.randrange(2)}.tar"),
                 timeout=60,
             )
-    deadline = time.monotonic() + 20
-    while os.listdir(f"{node.root}/checkpoints"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: not os.listdir(f"{node.root}/checkpoints"))
     assert_counts(node, counter)
-    assert count(node, counter) > before + 20
+    eventually(lambda: count(node, counter) > before + 20)
     assert_nothing_left(node, tmp_path)
     call = Call(node, counter, tmp_path / "last.tar")
     assert (call.wait() is None) == (kind == "works")
@@ -297,10 +289,7 @@ def test_a_caller_that_gives_up_leaves_the_work_to_its_end(node: Node, criu: Cri
     criu.real(before="sleep 0.3")
     with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
         node.client.CheckpointContainer(deadline=0.2, container_id=counter, location=f"{tmp_path}/c.tar", timeout=60)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "c.tar").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually((tmp_path / "c.tar").exists)
     assert_counts(node, counter)
 
 
@@ -309,15 +298,12 @@ def test_a_failure_after_the_caller_gave_up_is_told_in_the_log(node: Node, criu:
     criu.script('[ "$1" = check ] || { sleep 0.5; exit 1; }')
     with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
         node.client.CheckpointContainer(deadline=0.3, container_id=counter, location=f"{tmp_path}/c.tar", timeout=60)
-    deadline = time.monotonic() + 20
-    while "work failed after its caller had gone" not in node.daemon_log():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: "work failed after its caller had gone" in node.daemon_log())
     assert_nothing_left(node, tmp_path)
 
 
 def test_a_retry_meets_the_attempt_under_way(node: Node, criu: Criu, counter: str, tmp_path: Path):
-    criu.script('[ "$1" = check ] || { sleep 1; exit 1; }')
+    criu.script('[ "$1" = check ] || { sleep 4; exit 1; }')
     with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
         node.client.CheckpointContainer(deadline=0.3, container_id=counter, location=f"{tmp_path}/c.tar", timeout=60)
     retries = [Call(node, counter, tmp_path / "c.tar") for _ in range(3)]
@@ -330,14 +316,13 @@ def test_a_retry_meets_the_attempt_under_way(node: Node, criu: Criu, counter: st
     assert_counts(node, counter)
 
 
-@pytest.mark.parametrize("grace", [0, 20])
+@pytest.mark.parametrize("grace", [0, 50])
 def test_a_stop_does_not_wait_for_a_checkpoint(node: Node, criu: Criu, pod: str, tmp_path: Path, grace: int):
     container = node.run(pod, "c", ["sh", "-c", f"trap 'exit 7' TERM; {COUNTER}"])
     assert_counts(node, container)
     call = hanging(node, criu, container, tmp_path / "c.tar")
-    began = time.monotonic()
-    node.client.StopContainer(container_id=container, timeout=grace)
-    assert time.monotonic() - began < 3
+    with within(PROMPT):
+        node.client.StopContainer(container_id=container, timeout=grace)
     assert node.status(container).exit_code == (7 if grace else 137)
     assert call.wait().code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "cut short" in call.outcome.details()
@@ -349,9 +334,8 @@ def test_a_removal_does_not_wait_for_a_checkpoint(
     node: Node, criu: Criu, pod: str, counter: str, tmp_path: Path, rpc: str
 ):
     call = hanging(node, criu, counter, tmp_path / "c.tar")
-    began = time.monotonic()
-    getattr(node.client, rpc)(**({"container_id": counter} if "Container" in rpc else {"pod_sandbox_id": pod}))
-    assert time.monotonic() - began < 3
+    with within(PROMPT):
+        getattr(node.client, rpc)(**({"container_id": counter} if "Container" in rpc else {"pod_sandbox_id": pod}))
     assert call.wait().code() is grpc.StatusCode.FAILED_PRECONDITION
     assert_nothing_left(node, tmp_path)
 
@@ -361,19 +345,18 @@ def test_a_container_that_is_being_stopped_is_not_frozen_any_more(node: Node, cr
     container = node.run(pod, "deaf", ["sh", "-c", f"trap '' TERM; {COUNTER}"])
     assert_counts(node, container)
     with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
-        node.client.StopContainer(deadline=0.2, container_id=container, timeout=1)
+        node.client.StopContainer(deadline=0.2, container_id=container, timeout=4)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "being stopped"):
         node.client.CheckpointContainer(container_id=container, location=f"{tmp_path}/c.tar")
-    assert node.wait(container, 5).exit_code == 137
+    assert node.wait(container).exit_code == 137
 
 
 def test_a_container_that_somebody_else_has_frozen_can_be_stopped(node: Node, criu: Criu, counter: str):
     cgroup = container_cgroup(node, counter)
     cgroups.freeze(cgroup, time.sleep)
     assert is_frozen(cgroup)
-    began = time.monotonic()
-    node.client.StopContainer(container_id=counter, timeout=0)
-    assert time.monotonic() - began < 3
+    with within(PROMPT):
+        node.client.StopContainer(container_id=counter, timeout=0)
     assert node.status(counter).exit_code == 137
 
 
@@ -383,9 +366,8 @@ def test_the_daemon_is_killed_during_the_dump(node: Node, criu: Criu, counter: s
     node.kill()
     assert call.wait() is not None
     assert is_frozen(cgroup)
-    began = time.monotonic()
-    node.start()
-    assert time.monotonic() - began < 20
+    with within(PROMPT):
+        node.start()
     assert_counts(node, counter)
     assert_nothing_left(node, tmp_path)
     assert os.listdir(tmp_path) == []
@@ -409,11 +391,9 @@ def test_the_daemon_is_killed_while_the_archive_is_written(node: Node, criu: Cri
     criu.real()
     node.sh(counter, "head -c 500m /dev/zero > /large")
     call = Call(node, counter, tmp_path / "c.tar")
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob(".checkpoint-*")):
-        assert time.monotonic() < deadline, call.outcome
-        time.sleep(0.001)
-    assert_counts(node, counter)
+    cgroup = container_cgroup(node, counter)
+    eventually(lambda: list(tmp_path.glob(".checkpoint-*")))
+    assert not is_frozen(cgroup)
     node.kill()
     assert call.wait() is not None
     assert list(tmp_path.glob(".checkpoint-*"))
@@ -430,17 +410,15 @@ def test_an_orderly_stop_of_the_daemon_leaves_the_container_running(
     assert node.stop() == 0
     assert call.wait() is not None
     before = count(node, counter)
-    time.sleep(0.2)
-    assert count(node, counter) > before
+    eventually(lambda: count(node, counter) > before)
     assert_nothing_left(node, tmp_path)
 
 
 def test_a_checkpoint_past_its_timeout_is_undone(node: Node, criu: Criu, counter: str, tmp_path: Path):
     call = hanging(node, criu, counter, tmp_path / "c.tar", timeout=1)
-    began = time.monotonic()
-    assert call.wait().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    with within(PROMPT):
+        assert call.wait().code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "not done within 1 s" in call.outcome.details()
-    assert time.monotonic() - began < 3
     assert_counts(node, counter)
     assert_nothing_left(node, tmp_path)
 
@@ -481,9 +459,11 @@ def test_a_criu_that_is_too_old_for_the_kernel(node: Node, criu: Criu, counter: 
 
 def test_what_criu_cannot_dump_is_told_in_its_words(node: Node, criu: Criu, pod: str, tmp_path: Path):
     criu.real()
-    script = "nc -l -p 99 < /dev/zero > /dev/null & sleep 0.3; nc 127.0.0.1 99 < /dev/zero > /dev/null & " + COUNTER
+    client = "until nc 127.0.0.1 99 < /dev/zero > /dev/null 2>&1; do sleep 0.1; done"
+    script = f"nc -l -p 99 < /dev/zero > /dev/null & ({client}) & {COUNTER}"
     container = node.run(pod, "connected", ["sh", "-c", script])
     assert_counts(node, container)
+    eventually(lambda: "ESTABLISHED" in node.sh(container, "netstat -tn"))
     with refused(grpc.StatusCode.FAILED_PRECONDITION, container, "Connected TCP socket", "--tcp-established"):
         node.client.CheckpointContainer(container_id=container, location=f"{tmp_path}/c.tar")
     assert_counts(node, container)
@@ -567,18 +547,12 @@ def test_a_cgroup_is_frozen_while_its_processes_fork(monkeypatch: pytest.MonkeyP
                 assert not process.stdout.read(), "it forks on"
                 cgroups.thaw(cgroup)
                 cgroups.thaw(cgroup)
-                deadline = time.monotonic() + 5
-                while not process.stdout.read():
-                    assert time.monotonic() < deadline, "it does not go on"
-                    time.sleep(0.01)
+                eventually(process.stdout.read)
         finally:
             cgroups.thaw(cgroup)
             process.kill()
             process.wait()
-            deadline = time.monotonic() + 5
-            while is_left(root + cgroup):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            eventually(lambda: not is_left(root + cgroup))
     cgroups.thaw(cgroup)
     with pytest.raises(FailedPreconditionError, match="No such file"):
         cgroups.freeze(cgroup, time.sleep)

@@ -24,8 +24,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.node import DRIVER, Node, filled
-from tests.e2e.streaming_client import eventually
+from tests.e2e.node import DRIVER, Node, filled, processes
+from tests.waiting import SLOWNESS, eventually, within
 
 
 def test_the_socket_is_roots_alone(node: Node):
@@ -34,7 +34,7 @@ def test_the_socket_is_roots_alone(node: Node):
 
 def test_a_second_daemon_on_the_same_directories_is_refused(node: Node):
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30 * SLOWNESS)
     assert second.returncode == 1
     assert node.process is not None
     assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
@@ -205,8 +205,7 @@ def test_an_orderly_stop_leaves_the_containers_running(node: Node):
     assert not os.path.exists(node.socket) or stat.S_ISSOCK(os.stat(node.socket).st_mode)
     path = f"{node.logs}/calm/c.log"
     size = os.path.getsize(path)
-    time.sleep(0.2)
-    assert os.path.getsize(path) > size
+    eventually(lambda: os.path.getsize(path) > size)
     node.start()
     assert node.status(container).state == cri.CONTAINER_RUNNING
     assert node.sh(container, "echo still here") == "still here\n"
@@ -222,10 +221,7 @@ def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node
     running = {c.id: node.status(c.id) for c in node.client.ListContainers().containers}
     node.kill()
     exit_record = f"{node.state}/containers/{containers[3]}/exit.json"
-    deadline = time.monotonic() + 20
-    while not os.path.exists(exit_record):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: os.path.exists(exit_record))
     node.start()
     assert {p.id: p for p in node.client.ListPodSandbox().items} == before
     for n, container in enumerate(containers):
@@ -237,9 +233,10 @@ def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node
         else:
             assert status == running[container]
             assert node.sh(container, "echo alive") == "alive\n"
-    time.sleep(3)
+    whole = "".join(f"{n}\n" for n in range(1, 201))
     for container in containers:
-        assert node.log(container) == "".join(f"{n}\n" for n in range(1, 201))
+        eventually(lambda container=container: len(node.log(container)) >= len(whole))
+        assert node.log(container) == whole
     for container in containers:
         node.client.StopContainer(container_id=container, timeout=0)
         assert node.status(container).exit_code == (42 if container == containers[3] else 137)
@@ -266,7 +263,7 @@ def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: 
         if pid.isdecimal() and _cwd(pid) == f"{node.state}/containers/{container}"
     )
     os.kill(shim, signal.SIGKILL)
-    time.sleep(0.5)
+    eventually(lambda: "a container's shim is gone" in node.daemon_log())
     assert node.status(container).state == cri.CONTAINER_RUNNING
     node.client.StopContainer(container_id=container, timeout=0)
     ended = node.status(container)
@@ -282,15 +279,13 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
     try:
         for shim in shims:
             os.kill(shim, signal.SIGSTOP)
-        began = time.monotonic()
-        assert len(node.client.ListContainers().containers) == 5
-        for container in containers:
-            node.status(container)
-        assert time.monotonic() - began < 1
+        with within(5):
+            assert len(node.client.ListContainers().containers) == 5
+            for container in containers:
+                node.status(container)
         node.kill()
-        began = time.monotonic()
-        node.start()
-        assert time.monotonic() - began < 10, "start-up waits for frozen shims, and only once for all of them"
+        with within(10):  # start-up waits for frozen shims, and only once for all of them
+            node.start()
         assert {node.status(c).state for c in containers} == {cri.CONTAINER_RUNNING}
     finally:
         for shim in shims:
@@ -300,10 +295,11 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
 def test_an_orderly_stop_invents_no_exit_code(node: Node):
     pod = node.run_pod("exact")
     # The grandchild keeps the log's pipe open, so that the shim is still draining it when the daemon goes.
-    container = node.run(pod, "c", ["sh", "-c", "(trap '' HUP; sleep 1.5) & sleep 0.4; exit 7"])
-    time.sleep(0.45)
+    container = node.run(pod, "c", ["sh", "-c", "(trap '' HUP; sleep 3) & sleep 1; exit 7"])
+    pid = node.pid(container)
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
     assert node.stop() == 0
-    time.sleep(2.5)
+    eventually(lambda: os.path.exists(f"{node.state}/containers/{container}/exit.json"))
     node.start()
     ended = node.wait(container)
     assert (ended.exit_code, ended.reason) == (7, "Error")
@@ -335,9 +331,8 @@ def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node)
     container = node.run(pod, "c", ["sleep", "1000"])
     (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(container))
     os.kill(shim, signal.SIGSTOP)
-    began = time.monotonic()
-    node.client.StopContainer(container_id=container, timeout=0)
-    assert time.monotonic() - began < 10
+    with within(10):
+        node.client.StopContainer(container_id=container, timeout=0)
     ended = node.status(container)
     assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
@@ -353,10 +348,7 @@ def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: No
     (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(pod))
     os.kill(shim, signal.SIGKILL)
     os.kill(infra, signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state != cri.SANDBOX_NOTREADY:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY)
     with pytest.raises(grpc.RpcError) as e:
         node.create(pod, "late", ["true"])
     assert e.value.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -388,7 +380,7 @@ def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node):
         assert not os.path.exists(f"{node.state}/containers/{ended}")
         node.client.StopPodSandbox(pod_sandbox_id=pod)
         node.client.RemovePodSandbox(pod_sandbox_id=pod)
-        eventually(lambda: not node.leftovers())
+        assert node.settled() == []
 
 
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):
@@ -397,23 +389,29 @@ def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undo
     with open(f"{node.base}/bin/slow", "w") as f:
         f.write(
             "#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n"
-            f"ADD) touch {lease}.begun; sleep 1; touch {lease};;\nDEL) rm -f {lease};;\nesac\n"
+            f"ADD) touch {lease}.begun; sleep 3; touch {lease};;\nDEL) rm -f {lease};;\nesac\n"
             'echo \'{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24"}]}\'\n'
         )
         os.fchmod(f.fileno(), 0o755)
     with open(f"{node.cni}/05-slow.conflist", "w") as f:
         f.write('{"cniVersion": "1.0.0", "name": "slow", "plugins": [{"type": "slow"}]}')
+
+    def run() -> None:
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            node.client.RunPodSandbox(config=node.pod("slow"))
+
+    caller = threading.Thread(target=run)
     try:
-        with contextlib.suppress(grpc.RpcError):
-            node.client.RunPodSandbox(config=node.pod("slow"), deadline=0.4)
-        assert os.path.exists(f"{lease}.begun")
+        caller.start()
+        eventually(lambda: os.path.exists(f"{lease}.begun"))
         node.kill()
         assert not os.path.exists(lease)
         node.start()
-        time.sleep(1)
+        eventually(lambda: not [words for _, words in processes() if f"{node.base}/bin/slow" in words])
         assert not os.path.exists(lease)
         assert node.client.ListPodSandbox().items == []
     finally:
+        caller.join()
         os.unlink(f"{node.cni}/05-slow.conflist")
 
 
@@ -442,7 +440,7 @@ def test_a_daemon_killed_at_any_moment_leaves_nothing_without_an_owner(node: Nod
         with contextlib.suppress(FileNotFoundError):
             assert set(os.listdir(f"{node.state}/{directory}")) <= owners, directory
     node.remove_pods()
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 def _cwd(pid: str) -> str:

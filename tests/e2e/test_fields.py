@@ -22,6 +22,7 @@ from tests.e2e.conftest import import_image
 from tests.e2e.imagebuilder import busybox_image, write_archive
 from tests.e2e.node import Node, limit_of
 from tests.e2e.test_bad_input import refused
+from tests.waiting import eventually
 
 # Everything that a label's or an annotation's value may hold.
 ODD = 'two\nlines, "quotes", \u00fc\u20ac, tab\t and nothing:'
@@ -49,14 +50,6 @@ def sandbox(**security) -> cri.LinuxPodSandboxConfig:
     return cri.LinuxPodSandboxConfig(
         security_context=cri.LinuxSandboxSecurityContext(namespace_options=options, **security)
     )
-
-
-def eventually(true, seconds: float = 10) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def test_metadata_labels_and_annotations_come_back_unchanged(node: Node):

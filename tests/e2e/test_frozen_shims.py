@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +17,8 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
 from tests.e2e.node import Node, processes
-from tests.e2e.streaming_client import Spdy, eventually
+from tests.e2e.streaming_client import Spdy
+from tests.waiting import eventually, within
 
 # Seconds. Runs of the OCI runtime are among the calls, on a machine that others use too.
 AT_ONCE = 5.0
@@ -37,14 +37,21 @@ class Freezer:
         self.node = node
         self.stopped: dict[str, int] = {}
 
-    def freeze(self, *keys: str) -> None:
-        """Stop the shims of containers, or of a pod's infra process."""
+    def shims(self, *keys: str) -> dict[str, int]:
+        """The shims of containers, or of a pod's infra process."""
+        found: dict[str, int] = {}
         for pid, words in processes():
             place, _, key = words.rpartition("/")
             if key in keys and place.endswith(f"in {self.node.state}/containers") and "shims" in words:
-                os.kill(pid, signal.SIGSTOP)
-                self.stopped[key] = pid
-        assert set(keys) <= set(self.stopped)
+                found[key] = pid
+        assert found.keys() == set(keys)
+        return found
+
+    def freeze(self, *keys: str) -> None:
+        """Stop the shims of containers, or of a pod's infra process."""
+        for key, pid in self.shims(*keys).items():
+            os.kill(pid, signal.SIGSTOP)
+            self.stopped[key] = pid
 
     def thaw(self) -> None:
         for pid in self.stopped.values():
@@ -76,13 +83,6 @@ def ten(node: Node, pods: list[str], freezer: Freezer) -> list[str]:
     freezer.freeze(*containers, pods[1])
     assert len(freezer.stopped) == 10
     return containers
-
-
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    assert time.monotonic() - begun < seconds
 
 
 def failed(call: Callable[[], object], code: grpc.StatusCode) -> str:
@@ -123,7 +123,7 @@ def test_no_other_call_is_delayed(node: Node, pods: list[str], ten: list[str]):
     with within(AT_ONCE):
         client.StopPodSandbox(pod_sandbox_id=third)
         client.RemovePodSandbox(pod_sandbox_id=third)
-    with within(1):
+    with within(AT_ONCE):
         assert len(client.ListContainers().containers) == 9
         assert len(client.ListPodSandbox().items) == 2
         assert len(client.ListContainerStats().stats) == 9
@@ -171,7 +171,7 @@ def test_calls_for_the_shim_itself_are_errors(node: Node, ten: list[str], freeze
     queued = [Spdy(node.client.Exec(container_id=frozen, cmd=["true"], stdout=True).url) for _ in range(10)]
     for client in queued:
         client.open_command("error", "stdout")
-    with within(3):
+    with within(AT_ONCE):
         failed(lambda: node.client.ExecSync(container_id=frozen, cmd=["true"], timeout=1), late)
     full = failed(lambda: node.client.ExecSync(container_id=frozen, cmd=["true"]), late)
     assert f"the shim of container {frozen} accepted no connection within 10 s" in full
@@ -184,7 +184,7 @@ def test_calls_for_the_shim_itself_are_errors(node: Node, ten: list[str], freeze
 
 def test_a_command_has_its_own_deadline_too(node: Node, ten: list[str]):
     call = lambda: node.client.ExecSync(container_id=ten[0], cmd=["true"], timeout=1)  # noqa: E731
-    with within(3):
+    with within(AT_ONCE):
         assert ten[0] in failed(call, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -209,7 +209,7 @@ def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str
             node.client.RemovePodSandbox(pod_sandbox_id=pods[1])
 
     at_once(stop_and_remove, remove)
-    assert node.leftovers() == []
+    assert node.settled() == []
     assert freezer.gone()
 
 
@@ -234,19 +234,23 @@ def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freez
             node.client.RemovePodSandbox(pod_sandbox_id=pod)
     finally:
         os.close(held)
-    assert node.leftovers() == []
+    assert node.settled() == []
     assert freezer.gone()
 
 
 def test_a_shim_that_stops_while_it_cleans_up_holds_up_no_removal(node: Node, freezer: Freezer):
     pod = node.run_pod()
-    container = node.run(pod, "c", ["sh", "-c", "sleep 1; exit 3"])
-    # It has the exit before it is stopped, and has told of it or not: both have to be right.
-    time.sleep(1.0)
-    freezer.freeze(container)
+    container = node.run(pod, "c", SLEEP)
+    freezer.stopped = freezer.shims(container)
+    pid = node.pid(container)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    # It has the exit before it is stopped, and has told of it, and is gone itself, or not: all have to be right.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(freezer.stopped[container], signal.SIGSTOP)
     with within(2 * DEADLINE):
         node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    assert node.leftovers() == []
+    assert node.settled() == []
     assert freezer.gone()
 
 
@@ -254,7 +258,7 @@ def test_a_new_daemon_serves_beside_them(node: Node, pods: list[str], ten: list[
     node.kill()
     with within(10):
         node.start()
-    with within(1):
+    with within(AT_ONCE):
         assert {node.status(c).state for c in ten} == {cri.CONTAINER_RUNNING}
         assert {p.state for p in node.client.ListPodSandbox().items} == {cri.SANDBOX_READY}
     with within(AT_ONCE):

@@ -26,6 +26,7 @@ from tests.e2e.node import Node
 from tests.e2e.ownregistry import Server
 from tests.e2e.registry import HTPASSWD, Registry, registry, running
 from tests.e2e.screen import Screen
+from tests.waiting import eventually
 
 __all__ = ["registry"]
 
@@ -64,10 +65,7 @@ def only_busybox(node: Node) -> Iterator[None]:
     for image in node.client.ListImages().images:
         if image.id not in before:
             node.client.RemoveImage(image=cri.ImageSpec(image=image.id))
-    deadline = time.monotonic() + 10
-    while used_bytes(node) != used and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert used_bytes(node) == used
+    eventually(lambda: used_bytes(node) == used)
 
 
 @dataclass
@@ -224,10 +222,7 @@ def test_a_pull_ends_with_its_command(node: Node):
         assert used_bytes(node) > before + MB, "what arrives counts at once"
         terminal.type("\x03")
         assert terminal.wait() == 130
-        deadline = time.monotonic() + 20
-        while node.leftovers() or used_bytes(node) != before or not server.broken:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: not node.leftovers() and used_bytes(node) == before and server.broken)
     assert "Traceback" not in terminal.printed
 
 

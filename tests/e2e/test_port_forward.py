@@ -16,10 +16,11 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.streaming import websocket
 from tests.e2e.node import Node
-from tests.e2e.streaming_client import Refused, Spdy, WebSocket, connect_websocket, eventually
+from tests.e2e.streaming_client import Refused, Spdy, WebSocket, connect_websocket
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_exec import rss
 from tests.e2e.test_pods import shared
+from tests.waiting import eventually
 
 
 def echo(connection: socket.socket) -> None:
@@ -223,8 +224,9 @@ def test_finished_connections_cost_nothing(node: Node, pod: str):
         client.send(f"r{number}", b"", end=True)
         if number == 100:
             before = rss(node.process.pid)
-    assert rss(node.process.pid) - before < 1 << 20
-    assert len(os.listdir(f"/proc/{node.process.pid}/fd")) < 60
+    # Five hundred of them. What else the daemon does meanwhile may cost a page too.
+    assert rss(node.process.pid) - before < 2 << 20
+    assert node.streams() < 60
 
 
 def test_a_client_that_goes_closes_its_connections(node: Node, pod: str):
@@ -233,10 +235,9 @@ def test_a_client_that_goes_closes_its_connections(node: Node, pod: str):
     open_port(client, "echo", 7001)
     client.send("echo", b"here")
     client.until("echo", b"here")
-    assert node.process is not None
-    count = len(os.listdir(f"/proc/{node.process.pid}/fd"))
+    count = node.streams()
     client.close()
-    eventually(lambda: len(os.listdir(f"/proc/{node.process.pid}/fd")) == count - 3)
+    eventually(lambda: node.streams() == count - 3)
 
 
 def test_streams_with_headers_that_are_missing_or_wrong(node: Node, pod: str):

@@ -18,6 +18,7 @@ from tests.e2e.imagebuilder import BuiltImage, build_image
 from tests.e2e.ownregistry import Answer, Server, image, offset, refused, rooms, server
 from tests.e2e.registry import registry
 from tests.e2e.rooms import Rooms
+from tests.waiting import within
 
 __all__ = ["image", "registry", "rooms", "server"]
 
@@ -212,8 +213,9 @@ async def test_a_server_that_stalls_is_given_up(server, rooms, image):
 
         server.answers = {name: stalled}
         began = time.monotonic()
-        await refused(rooms, f"{server.address}/app:1", UnavailableError, name, "no progress")
-        assert 0.6 < time.monotonic() - began < 3
+        with within(30):
+            await refused(rooms, f"{server.address}/app:1", UnavailableError, name, "no progress")
+        assert time.monotonic() - began > 0.6
         assert len(server.asked(name)) >= 2  # a connection may be dead where the server is not
         ended.set()
 
@@ -243,9 +245,8 @@ async def test_a_server_that_trickles_makes_no_progress(server, rooms, image):
         return response
 
     server.answers[digest] = trickle
-    began = time.monotonic()
-    await refused(rooms, f"{server.address}/app:1", UnavailableError, digest, "no progress")
-    assert time.monotonic() - began < 3
+    with within(30):
+        await refused(rooms, f"{server.address}/app:1", UnavailableError, digest, "no progress")
 
 
 async def test_a_slow_server_may_take_its_time(server, rooms, image):
@@ -342,7 +343,7 @@ async def test_a_cancelled_pull_does_not_wait_on(server, rooms, image, monkeypat
     await asyncio.sleep(0.1)
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(pull, 2)
+        await asyncio.wait_for(pull, 10)
     assert rooms.leftovers() == []
 
 
@@ -389,7 +390,7 @@ async def test_a_registry_that_stalls_does_not_hold_up_another(server, rooms, im
         waiting = asyncio.create_task(rooms.images.pull(f"{stuck.address}/app:1"))
         while len(stuck.requests) < 5:
             await asyncio.sleep(0.01)
-        assert (await asyncio.wait_for(rooms.images.pull(f"{server.address}/app:1"), 5)).id == image.id
+        assert (await asyncio.wait_for(rooms.images.pull(f"{server.address}/app:1"), 30)).id == image.id
         waiting.cancel()
         await asyncio.wait([waiting])
         ended.set()

@@ -25,10 +25,13 @@ import pytest
 from shims.launch import command
 from shims.wire import Channel
 from tests.e2e.node import processes
+from tests.waiting import SLOWNESS, eventually
 
 Message = dict[str, Any]
 
-WAIT = 20.0
+WAIT = 30.0 * SLOWNESS
+# Longer than what does not hang takes.
+HASTY = 3.0 * SLOWNESS
 CGROUP = "/criserver-test-shims"
 RECORD = re.compile(rb"\S+ (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "tail", "yes", "head", "grep", "kill", "stty", "printf", "ls")
@@ -130,7 +133,7 @@ class Container:
         """Wait for the whole end and return the `exited` event."""
         exited = self.client.expect("exited")
         self.client.expect("gone")
-        _until(lambda: not (self.directory / "state" / "shim.sock").exists())
+        eventually(lambda: not (self.directory / "state" / "shim.sock").exists())
         return exited
 
 
@@ -217,13 +220,6 @@ def _is_shim_of(pid: int, state: Path) -> bool:
         return False
 
 
-def _until(condition: Callable[[], bool], limit: float = WAIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def _spec(
     rootfs: Path,
     name: str,
@@ -302,7 +298,7 @@ def test_output_and_exit_code(host: Host) -> None:
     record = container.exit_record()
     assert record == {key: value for key, value in exited.items() if key != "event"}
     assert not (host.runtime_root / "c").exists()
-    _until(lambda: not Path(f"/proc/{container.shim}").exists())  # the nursery has reaped it
+    eventually(lambda: not Path(f"/proc/{container.shim}").exists())  # the nursery has reaped it
 
 
 def test_started_names_the_init(host: Host) -> None:
@@ -328,8 +324,8 @@ def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: H
 
 @pytest.fixture
 def hasty(rootfs: Path) -> Iterator[Host]:
-    """Shims that give a runtime up after a second."""
-    host = Host(rootfs, _RUN_LIMIT=1.0, _EXEC_LIMIT=1.0)
+    """Shims that give a runtime up soon."""
+    host = Host(rootfs, _RUN_LIMIT=HASTY, _EXEC_LIMIT=HASTY)
     try:
         host.nursery.greeting()
         yield host
@@ -352,9 +348,9 @@ def test_a_start_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: H
     runtime, left = _hanging(tmp_path, "run")
     container = hasty.fork(hasty.prepare("c", "sleep", "1000") | {"runtime": runtime})
     failed = container.client.expect("failed")
-    assert (failed["error"], failed["late"]) == (f"{runtime} run did not come back within 1 s", True)
+    assert (failed["error"], failed["late"]) == (f"{runtime} run did not come back within {HASTY:g} s", True)
     assert left() == []
-    _until(lambda: not (container.directory / "state" / "shim.sock").exists())
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
     assert not any(Path("/sys/fs/cgroup").glob(f"*{CGROUP}/c"))
 
 
@@ -364,7 +360,7 @@ def test_an_exec_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: H
     container.client.expect("started")
     _, streams = _exec(container, "e1", "sleep", "999")
     failed = container.client.expect("exec-failed")
-    assert (failed["error"], failed["late"]) == (f"{runtime} exec did not come back within 1 s", True)
+    assert (failed["error"], failed["late"]) == (f"{runtime} exec did not come back within {HASTY:g} s", True)
     assert left() == []
     # What ran already, though nobody had been told of it, holds the output no more.
     assert (_read_all(streams["stdout"]), _read_all(streams["stderr"])) == (b"", b"")
@@ -392,7 +388,7 @@ def test_kill(host: Host) -> None:
 
 def test_kill_all_reaches_processes_beside_the_init(host: Host) -> None:
     container = host.start("c", "sh", "-c", "sh -c 'sleep 1000; echo over' & wait; echo done; sleep 1000")
-    _until(lambda: len(_members("c")) == 3)
+    eventually(lambda: len(_members("c")) == 3)
     assert container.client.ask("kill", signal=9, all=True)["ok"]
     assert container.finished()["code"] == 137
     assert container.log() == b""
@@ -408,7 +404,7 @@ def test_a_command_that_is_not_there(host: Host) -> None:
     assert "no-such-command" in error
     assert "not found" in error
     assert "\n" not in error
-    _until(lambda: not (container.directory / "state" / "shim.sock").exists())
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
     assert not (host.runtime_root / "c").exists()
     assert not (container.directory / "state" / "exit.json").exists()
     assert container.log("stderr") == b""
@@ -442,7 +438,7 @@ def test_the_shim_outlives_the_daemon_and_the_nursery(host: Host) -> None:
     assert greeting["version"] == 1
     assert (greeting["container"], greeting["state"]) == ("c", "running")
     assert greeting["init"] > 0
-    _until(lambda: container.log() == b"up\n")
+    eventually(lambda: container.log() == b"up\n")
     assert client.ask("kill", signal=15)["ok"]
     assert client.expect("exited")["code"] == 7
     client.expect("gone")
@@ -454,7 +450,7 @@ def test_the_shim_outlives_the_daemon_and_the_nursery(host: Host) -> None:
 def test_an_end_without_any_daemon_is_on_disk(host: Host) -> None:
     container = host.start("c", "sh", "-c", "sleep 0.5; exit 5")
     container.client.close()
-    _until(lambda: not (container.directory / "state" / "shim.sock").exists())
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
     assert container.exit_record()["code"] == 5
 
 
@@ -562,7 +558,7 @@ def test_exec_kill_ends_the_whole_group(host: Host) -> None:
     assert container.client.ask("exec-kill", exec="e1", signal=9)["ok"]
     assert container.client.expect("exec-exited")["code"] == 137
     assert _read_all(streams["stdout"]) == b""  # the sleep holds it no more
-    _until(lambda: len(_members("c")) == 1)
+    eventually(lambda: len(_members("c")) == 1)
     os.close(streams["stdin"])
     os.close(streams["stderr"])
 
@@ -575,7 +571,7 @@ def test_an_owned_exec_ends_with_its_connection_and_others_do_not(host: Host) ->
             os.close(fd)
         container.client.expect("exec-started")
     container.client.close()
-    _until(lambda: len(_members("c")) == 2)
+    eventually(lambda: len(_members("c")) == 2)
     client = container.reconnect()
     assert "not running" in client.ask("exec-kill", exec="mine", signal=9)["error"]
     assert client.ask("exec-kill", exec="free", signal=9)["ok"]
@@ -615,17 +611,17 @@ def test_execs_end_with_the_container(host: Host) -> None:
 
 def test_reopen(host: Host) -> None:
     container = host.start("c", "sh", "-c", "trap 'echo two' USR1; echo one; while :; do sleep 0.1; done")
-    _until(lambda: container.log() == b"one\n")
+    eventually(lambda: container.log() == b"one\n")
     (container.directory / "0.log").rename(container.directory / "0.log.1")
     assert container.client.ask("reopen")["ok"]
     container.client.ask("kill", signal=int(signal.SIGUSR1))
-    _until(lambda: container.log() == b"two\n")
+    eventually(lambda: container.log() == b"two\n")
     assert container.log(name="0.log.1") == b"one\n"
 
 
 def test_terminal(host: Host) -> None:
     container = host.start("c", "sh", "-c", "[ -t 2 ] && echo up; read line; echo got $line; stty size", tty=True)
-    _until(lambda: container.log() == b"up\r\n")
+    eventually(lambda: container.log() == b"up\r\n")
     reader, writer = os.pipe()
     answer, fds = container.client.request("attach", [writer], streams=["stdout"])
     os.close(writer)
@@ -706,6 +702,7 @@ def test_a_pipe_held_from_outside_delays_the_end_by_a_bound(host: Host) -> None:
     container = host.start("c", "sh", "-c", "echo said; exec sleep 1000")
     init = container.client.ask("status")["init"]
     held = os.open(f"/proc/{init}/fd/1", os.O_WRONLY)
+    eventually(lambda: container.log() == b"said\n")
     container.client.ask("kill", signal=9)
     assert container.finished()["code"] == 137
     assert container.log() == b"said\n"
@@ -715,8 +712,8 @@ def test_a_pipe_held_from_outside_delays_the_end_by_a_bound(host: Host) -> None:
 def test_orphans_are_reaped(host: Host) -> None:
     container = host.start("c", "sh", "-c", "(sleep 0.2 &); exec sleep 1000", own_pids=False)
     children = Path(f"/proc/{container.shim}/task/{container.shim}/children")
-    _until(lambda: len(_members("c")) == 1)
-    _until(lambda: len(children.read_text().split()) == 1)
+    eventually(lambda: len(_members("c")) == 1)
+    eventually(lambda: len(children.read_text().split()) == 1)
 
 
 def test_out_of_memory(host: Host) -> None:

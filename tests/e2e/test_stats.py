@@ -13,18 +13,10 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.e2e.node import GATEWAY, Node, cgroup, processes
+from tests.waiting import SLOWNESS, eventually
 
 MIB = 1 << 20
 SLEEP = ["sleep", "1000"]
-
-
-def eventually(found: Callable[[], Any], seconds: float = 15) -> Any:
-    """The first true answer within a time."""
-    deadline = time.monotonic() + seconds
-    while not (answer := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return answer
 
 
 def stats_of(node: Node, container: str) -> cri.ContainerStats:
@@ -113,18 +105,15 @@ def test_network_counters_move_and_are_the_pods_own(node: Node) -> None:
     assert 5000 < after.default_interface.tx_bytes.value - before.default_interface.tx_bytes.value < 20_000
     assert after.default_interface.rx_bytes.value > before.default_interface.rx_bytes.value + 5000
     grown = pod_of(node, other).network.default_interface.rx_bytes.value - silent.default_interface.rx_bytes.value
-    assert grown < 2000
+    assert grown < 4000  # what is told to all; the other's were 5 KiB
 
 
 def test_a_stopped_pods_namespace_is_let_go(node: Node) -> None:
     pod = node.run_pod()
     assert pod_of(node, pod).network.default_interface.name == "eth0"
-    assert node.process is not None
-    descriptors = f"/proc/{node.process.pid}/fd"
 
     def kept() -> list[str]:
-        links = [os.readlink(f"{descriptors}/{name}") for name in os.listdir(descriptors)]
-        return [link for link in links if link.endswith("/net/dev")]
+        return [link for link in node.descriptors() if link.endswith("/net/dev")]
 
     assert len(kept()) == 1
     node.client.StopPodSandbox(pod_sandbox_id=pod)
@@ -148,7 +137,7 @@ def test_processes_are_counted_not_threads(node: Node) -> None:
 
 def test_the_writable_layer_is_measured_soon_and_again(node: Node) -> None:
     container = node.run(node.run_pod(), "c", SLEEP)
-    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 3)
+    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 8)
     node.sh(container, "dd if=/dev/zero of=/fill bs=1M count=8; touch /a /b /c")
     mountpoint = node.client.ImageFsInfo().container_filesystems[0].fs_id.mountpoint
     assert first.writable_layer.fs_id.mountpoint == mountpoint
@@ -231,18 +220,18 @@ def test_stopped_shims_change_nothing(node: Node, stopped_shims: Callable[[], in
     pod = node.run_pod()
     containers = {node.run(pod, f"c{i}", SLEEP) for i in range(3)}
     assert stopped_shims() == 3
-    listed = node.client.ListContainerStats(deadline=2)
+    listed = node.client.ListContainerStats(deadline=8 * SLOWNESS)
     assert ids(listed) == containers
     assert all(s.cpu.usage_core_nano_seconds.value > 0 for s in listed.stats)
-    assert len(node.client.ListPodSandboxStats(deadline=2).stats[0].linux.containers) == 3
-    assert len(node.client.ListPodSandboxMetrics(deadline=2).pod_metrics[0].container_metrics) == 3
+    assert len(node.client.ListPodSandboxStats(deadline=8 * SLOWNESS).stats[0].linux.containers) == 3
+    assert len(node.client.ListPodSandboxMetrics(deadline=8 * SLOWNESS).pod_metrics[0].container_metrics) == 3
 
 
 def test_every_metric_has_a_descriptor_and_its_labels(node: Node) -> None:
     limited = limits(cpu_period=100_000, cpu_quota=20_000, cpu_shares=512, memory_limit_in_bytes=64 * MIB)
     pod = node.run_pod("metered")
     container = node.run(pod, "c", SLEEP, linux=limited)
-    eventually(lambda: stats_of(node, container).writable_layer.timestamp, 3)
+    eventually(lambda: stats_of(node, container).writable_layer.timestamp)
     descriptors = {d.name: list(d.label_keys) for d in node.client.ListMetricDescriptors().descriptors}
     (metered,) = node.client.ListPodSandboxMetrics().pod_metrics
     assert metered.pod_sandbox_id == pod
@@ -254,13 +243,20 @@ def test_every_metric_has_a_descriptor_and_its_labels(node: Node) -> None:
     assert [m.pod_sandbox_id for m in streamed] == [pod]
 
 
+def throttled(node: Node) -> int:
+    """How often the only container was made to wait."""
+    (metered,) = node.client.ListPodSandboxMetrics().pod_metrics
+    values = {m.name: m.value.value for m in metered.container_metrics[0].metrics}
+    return values.get("container_cpu_cfs_throttled_periods_total", 0)
+
+
 def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
     given = {"cpu_period": 100_000, "cpu_quota": 20_000, "cpu_shares": 512, "memory_limit_in_bytes": 64 * MIB}
     pod = node.run_pod("metered")
     script = "sleep 1000 & sleep 1000 & while :; do :; done"
     container = node.run(pod, "c", ["sh", "-c", script], linux=limits(memory_swap_limit_in_bytes=64 * MIB, **given))
-    eventually(lambda: stats_of(node, container).writable_layer.timestamp, 3)
-    time.sleep(1)
+    eventually(lambda: stats_of(node, container).writable_layer.timestamp)
+    eventually(lambda: throttled(node) > 2)
     keys = {d.name: list(d.label_keys) for d in node.client.ListMetricDescriptors().descriptors}
     (metered,) = node.client.ListPodSandboxMetrics().pod_metrics
     own = {m.name: m for m in metered.container_metrics[0].metrics}

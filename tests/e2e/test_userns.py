@@ -53,7 +53,7 @@ def test_a_handler_that_cannot_says_so(node: Node):
         pytest.skip("this runc has id-mapped mounts")
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "user namespace", "runc 1.2"):
         node.run_pod("bad", linux=userns())
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path):
     status = newer.client.PodSandboxStatus(pod_sandbox_id=pod).status
     assert status.linux.namespaces.options.userns_options.uids[0].host_id == BASE
     newer.remove_pods()
-    assert newer.leftovers() == []
+    assert newer.settled() == []
 
 
 def test_a_shared_pid_namespace_within(newer: Node):
@@ -115,7 +115,7 @@ def test_a_shared_pid_namespace_within(newer: Node):
     assert newer.sh(one, "id -u") == "0\n"
     assert newer.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_READY
     newer.remove_pods()
-    assert newer.leftovers() == []
+    assert newer.settled() == []
 
 
 def test_features_by_handler(newer: Node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import json
 import os
 import struct
@@ -32,14 +33,16 @@ def base() -> Iterator[str]:
     base = tempfile.mkdtemp(prefix="cri-userns-", dir="/run")
     os.chmod(base, 0o711)
     mounts.mount("tmpfs", base, "tmpfs", 0, "mode=0711")
+    gc.collect()  # what earlier tests' rubbish has open does not count
     descriptors = len(os.listdir("/proc/self/fd"))
     try:
         yield base
         assert mounts.mounts_below(base) == []
         for thread in threading.enumerate():
             if thread.name == "namespaces":  # one may be about to end
-                thread.join(5)
+                thread.join(30)
                 assert not thread.is_alive()
+        gc.collect()
         assert len(os.listdir("/proc/self/fd")) <= descriptors
         assert children() == []
     finally:

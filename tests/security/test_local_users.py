@@ -230,4 +230,4 @@ def test_the_root_of_a_user_namespace_gets_through_and_nobody_else(newer: Node, 
     assert newer.sh(again, "id -u") == "0\n"
     newer.remove_pods()
     assert stat.S_IMODE(os.stat(newer.state).st_mode) == 0o700
-    assert newer.leftovers() == []
+    assert newer.settled() == []

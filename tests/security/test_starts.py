@@ -25,9 +25,10 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host
 from tests.e2e.conftest import serving
 from tests.e2e.node import RUNTIME, Node, cgroup, processes
-from tests.e2e.streaming_client import Spdy, eventually
+from tests.e2e.streaming_client import Spdy
 from tests.e2e.test_bad_input import refused
-from tests.e2e.test_frozen_shims import Freezer, freezer, within
+from tests.e2e.test_frozen_shims import Freezer, freezer
+from tests.waiting import SLOWNESS, eventually, within
 
 __all__ = ["freezer"]
 
@@ -138,7 +139,7 @@ def half_made(node: Node, pod: str, container: str) -> list[str]:
 def ended(node: Node, pod: str, container: str, start: Future[Any]) -> None:
     """A start that was ended by a stop, as its caller and the kubelet are to see it."""
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "cannot be started", "stopped before its process ran"):
-        start.result(SOON)
+        start.result(SOON * SLOWNESS)
     status = node.status(container)
     assert (status.state, status.exit_code, status.reason) == (cri.CONTAINER_EXITED, 128, "StartError")
     assert "stopped before its process ran" in status.message
@@ -168,7 +169,7 @@ def test_a_start_that_hangs_ends_with_a_stop(node: Node, pool: ThreadPoolExecuto
         ended(node, pod, container, start)
     else:
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "stopped before its process ran"):
-            start.result(SOON)
+            start.result(SOON * SLOWNESS)
         assert container not in {c.id for c in node.client.ListContainers().containers}
     assert half_made(node, pod, container) == []
 
@@ -228,7 +229,7 @@ def test_a_start_whose_shim_was_killed(node: Node, pool: ThreadPoolExecutor, tmp
     freezer.freeze(container)
     os.kill(freezer.stopped[container], signal.SIGKILL)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "shim ended before the container had started"):
-        start.result(SOON)
+        start.result(SOON * SLOWNESS)
     assert half_made(node, pod, container) == []
 
 
@@ -241,7 +242,7 @@ def test_a_stop_at_any_moment_of_a_start_that_does_not_hang(node: Node, pool: Th
         time.sleep(0.003 * moment)
         with within(SOON):
             node.client.StopContainer(container_id=container, timeout=0)
-        failure = start.exception(SOON)
+        failure = start.exception(SOON * SLOWNESS)
         status = node.status(container)
         if status.state == cri.CONTAINER_RUNNING:  # the stop came before the start
             assert failure is None
@@ -276,7 +277,7 @@ def test_a_new_daemon_ends_the_start_of_an_earlier_one(node: Node, tmp_path: Pat
         begun(node, pod, container)
         node.kill()
         with pytest.raises(grpc.RpcError):
-            start.result(SOON)
+            start.result(SOON * SLOWNESS)
     with within(SOON):
         node.start()
     assert node.status(container).state == cri.CONTAINER_CREATED
@@ -300,7 +301,7 @@ def test_a_new_daemon_finds_the_runtime_of_a_start_without_its_shim(node: Node, 
         node.kill()
         os.kill(freezer.stopped[container], signal.SIGKILL)
         with pytest.raises(grpc.RpcError):
-            start.result(SOON)
+            start.result(SOON * SLOWNESS)
     with within(SOON):
         node.start()
     assert node.status(container).reason == "StartError"
@@ -314,10 +315,10 @@ def test_a_pod_whose_infra_process_hangs_is_rolled_back_by_a_new_daemon(node: No
         eventually(lambda: len(asleep()) == 2)
         node.kill()
         with pytest.raises(grpc.RpcError):
-            run.result(SOON)
+            run.result(SOON * SLOWNESS)
     with within(SOON):
         node.start()
-    eventually(lambda: node.leftovers() == [])
+    assert node.settled() == []
     assert asleep() == []
     wrapper.stop()
     # What a kubelet does next: the same pod again.
@@ -335,9 +336,9 @@ def test_a_pod_whose_infra_process_hangs_can_be_stopped_by_who_knows_its_name(
     with within(SOON):
         node.client.StopPodSandbox(pod_sandbox_id=pod)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "stopped before its process ran"):
-        run.result(SOON)
+        run.result(SOON * SLOWNESS)
     assert asleep() == []
-    eventually(lambda: node.leftovers() == [])
+    assert node.settled() == []
 
 
 # Commands
@@ -371,8 +372,8 @@ def test_a_command_whose_time_is_up_leaves_nothing(node: Node, trap: tuple[str, 
     before = inside(pod, container)
     with within(SOON):
         timed_out(node, container)
-    eventually(lambda: exec_processes(node, container) == [], 2)
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: exec_processes(node, container) == [])
+    eventually(lambda: inside(pod, container) == before)
     assert node.status(container).state == cri.CONTAINER_RUNNING
 
 
@@ -381,8 +382,8 @@ def test_a_command_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[
     before = inside(pod, container)
     with pytest.raises(grpc.RpcError):
         node.client.ExecSync(container_id=container, cmd=["true"], deadline=1)
-    eventually(lambda: exec_processes(node, container) == [], 2)
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: exec_processes(node, container) == [])
+    eventually(lambda: inside(pod, container) == before)
 
 
 @pytest.mark.parametrize("tty", [False, True])
@@ -393,8 +394,8 @@ def test_a_stream_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[s
     stream.open_command("error", "stdout", *(["resize"] if tty else []))
     eventually(lambda: len(inside(pod, container)) > len(before))
     stream.close()
-    eventually(lambda: exec_processes(node, container) == [], 2)
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: exec_processes(node, container) == [])
+    eventually(lambda: inside(pod, container) == before)
 
 
 @pytest.mark.parametrize("afterwards", [False, True], ids=["before", "after"])
@@ -405,8 +406,8 @@ def test_a_command_whose_runtime_hangs(node: Node, wrapper: Hanging, *, afterwar
     wrapper.hang("exec", afterwards=afterwards)
     with within(SOON), refused(grpc.StatusCode.DEADLINE_EXCEEDED, "timed out after 1 s"):
         node.client.ExecSync(container_id=container, cmd=["sleep", MARK], timeout=1)
-    eventually(lambda: asleep() == [], 2)
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: asleep() == [])
+    eventually(lambda: inside(pod, container) == before)
     wrapper.stop()
     assert node.sh(container, "echo hello") == "hello\n"
 
@@ -420,7 +421,7 @@ def test_a_container_that_ends_takes_its_hanging_commands_along(node: Node, wrap
     wrapper.stop()
     node.client.StopContainer(container_id=container, timeout=0)
     with pytest.raises(grpc.RpcError):
-        call.result(SOON)
+        call.result(SOON * SLOWNESS)
     eventually(lambda: asleep() == [])
 
 
@@ -433,10 +434,10 @@ def test_a_command_in_a_frozen_container(node: Node):
     try:
         with within(SOON), pytest.raises(grpc.RpcError):
             node.client.ExecSync(container_id=container, cmd=["touch", "/late"], timeout=1)
-        eventually(lambda: exec_processes(node, container) == [], 2)
+        eventually(lambda: exec_processes(node, container) == [])
     finally:
         cgroups.thaw(cgroup(pod, container))
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: inside(pod, container) == before)
     assert node.sh(container, "ls /late 2>/dev/null || echo none") == "none\n"
 
 
@@ -447,12 +448,12 @@ def test_a_half_made_process_that_was_frozen(node: Node, trap: tuple[str, str], 
     eventually(lambda: len(inside(pod, container)) > len(before))
     cgroups.freeze(cgroup(pod, container), time.sleep)
     try:
-        call.result(SOON)
+        call.result(SOON * SLOWNESS)
         # What is frozen with the container takes no signal now.
-        eventually(lambda: {int(p.split()[0]) for p in exec_processes(node, container)} <= inside(pod, container), 2)
+        eventually(lambda: {int(p.split()[0]) for p in exec_processes(node, container)} <= inside(pod, container))
     finally:
         cgroups.thaw(cgroup(pod, container))
-    eventually(lambda: inside(pod, container) == before, 2)
+    eventually(lambda: inside(pod, container) == before)
 
 
 # Targets
@@ -466,7 +467,7 @@ def beside(target: str) -> cri.LinuxContainerConfig:
 @contextlib.contextmanager
 def process_of_number(pid: int) -> Iterator[None]:
     """A process of the node that has this number, which is free."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60 * SLOWNESS
     while True:
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
         process = subprocess.Popen(["sleep", MARK])

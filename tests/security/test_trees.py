@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from snapshotter import mounts, tree
 from tests.e2e.conftest import import_image, serving
 from tests.e2e.imagebuilder import busybox_image, write_archive
 from tests.e2e.layers import archive, item, symlink
-from tests.e2e.node import SLOWNESS, Node, cgroup
+from tests.e2e.node import Node, cgroup
+from tests.waiting import SLOWNESS, eventually
 
 VOLUME = "localhost/volume:latest"
 # From below upwards, in pieces that a path can name: busybox's cd has no longer ones.
@@ -72,11 +72,8 @@ def nested(node: Node, pod: str, where: str, depth: int, name: str = "deep") -> 
 
 
 def wait_until_nested(node: Node, container: str) -> None:
-    deadline = time.monotonic() + 60 * SLOWNESS
-    while "nested" not in node.log(container):
-        assert node.status(container).state == cri.CONTAINER_RUNNING, node.log(container)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    eventually(lambda: "nested" in node.log(container) or node.status(container).state != cri.CONTAINER_RUNNING, 60)
+    assert "nested" in node.log(container), node.log(container)
 
 
 def volumes(node: Node) -> list[str]:
@@ -88,7 +85,7 @@ def volumes(node: Node) -> list[str]:
 
 def reset(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "criserver", "reset", "--config", node.config, "--yes", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS, check=False)
 
 
 @pytest.mark.parametrize("where", ["/data", "/layer"])

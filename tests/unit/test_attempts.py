@@ -32,6 +32,12 @@ async def cancelled(call) -> None:
         await task
 
 
+async def done(attempts: Attempts) -> None:
+    """The work that is under way is at its end, and all that waits for it has heard of it."""
+    await asyncio.wait([attempt.task for attempt in attempts._attempts.values()])
+    await asyncio.sleep(0)
+
+
 async def test_a_retry_during_the_work_waits_for_it():
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
@@ -46,7 +52,7 @@ async def test_a_retry_after_the_work_is_handed_the_outcome_nobody_took():
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     work.end.set()
-    await asyncio.sleep(0.01)
+    await done(attempts)
     assert await attempts.run("pod", b"r", work) == "id-1"
     assert await attempts.run("pod", b"r", work) == "id-2", "once told, the next is a call of its own"
 
@@ -68,7 +74,7 @@ async def test_an_outcome_nobody_took_is_dropped_with_its_sandbox():
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     work.end.set()
-    await asyncio.sleep(0.01)
+    await done(attempts)
     attempts.drop("pod")
     assert await attempts.run("pod", b"r", work) == "id-2"
 
@@ -92,7 +98,7 @@ async def test_a_failure_frees_the_name_whether_somebody_waits_or_not():
     with pytest.raises(NotFoundError):
         await attempts.run("pod", b"r", fail)
     await cancelled(attempts.run("pod", b"r", fail))
-    await asyncio.sleep(0.02)
+    await done(attempts)
     work = Work()
     work.end.set()
     assert await attempts.run("pod", b"other", work) == "id-1"

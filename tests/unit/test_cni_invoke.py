@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from criserver.errors import (
 )
 from criserver.network import invoke
 from criserver.network.cni import Attachment, Network, PodNetwork, PortMapping
+from tests.waiting import until
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
 
@@ -58,7 +58,7 @@ class Node:
         self.bin, self.conf, self.log = directory / "bin", directory / "net.d", directory / "log"
         for d in (self.bin, self.conf, self.log):
             d.mkdir()
-        self.network = Network(conf_dir=str(self.conf), bin_dirs=[str(directory / "none"), str(self.bin)], timeout=10)
+        self.network = Network(conf_dir=str(self.conf), bin_dirs=[str(directory / "none"), str(self.bin)], timeout=30)
 
     def plugin(self, name: str, **verbs: str) -> None:
         actions = {"ADD": say(RESULT), "DEL": ":", "CHECK": ":", "STATUS": ":", "VERSION": SPEAKS, **verbs}
@@ -94,13 +94,6 @@ def node(tmp_path: Path) -> Node:
         node.plugin(name)
     node.configure("one", "two")
     return node
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met within 10 s"
-        await asyncio.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
@@ -381,11 +374,11 @@ async def test_a_plugin_that_cannot_be_executed(node: Node) -> None:
 
 async def test_a_hanging_plugin_is_killed_with_its_children(node: Node) -> None:
     node.plugin("two", ADD=f"sleep 1000 & echo $$ $! > {node.log}/pids; wait")
-    network = Network(conf_dir=str(node.conf), bin_dirs=[str(node.bin)], timeout=0.5)
+    network = Network(conf_dir=str(node.conf), bin_dirs=[str(node.bin)], timeout=2)
     started = time.monotonic()
-    with pytest.raises(DeadlineExceededError, match=r"two \(ADD, network podnet\) did not end within 0.5 s"):
+    with pytest.raises(DeadlineExceededError, match=r"two \(ADD, network podnet\) did not end within 2 s"):
         await network.add(node.plan())
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     pids = [int(pid) for pid in (node.log / "pids").read_text().split()]
     await until(lambda: not any(alive(pid) for pid in pids))
     assert node.calls() == ["ADD one", "ADD two", "DEL two", "DEL one"]
@@ -434,14 +427,14 @@ async def test_a_cancellation_ends_a_plugin_whatever_the_state_of_its_start(
 ) -> None:
     monkeypatch.setattr(invoke, "_GRACE", 0.1)
     plugin = tmp_path / "plugin"
-    plugin.write_text("#!/bin/sh\nsleep 3\ntouch {tmp_path}/late\n")
+    plugin.write_text("#!/bin/sh\nsleep 60\n")
     plugin.chmod(0o755)
     task = asyncio.create_task(invoke.run(str(plugin), what="plugin", env={}, request=b"{}", timeout=60))
     for _ in range(steps):
         await asyncio.sleep(0)
         time.sleep(0.02)  # noqa: ASYNC251 - a busy machine: the plugin is further than the loop
     task.cancel()
-    done, _ = await asyncio.wait({task}, timeout=2)
+    done, _ = await asyncio.wait({task}, timeout=20)
     assert done, "it waits for what the plugin has started"
 
 
@@ -463,7 +456,7 @@ async def test_a_process_left_behind_does_not_hold_up_the_pod(node: Node) -> Non
     started = time.monotonic()
     try:
         assert (await node.network.add(node.plan())).ips == ("10.9.0.2",)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     finally:
         os.kill(int((node.log / "pid").read_text()), 9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import stat
@@ -21,6 +22,8 @@ from criserver.runtime.node import Node
 
 
 def descriptors() -> set[str]:
+    """What is open; not what earlier tests' rubbish has open, which may be collected at any moment."""
+    gc.collect()
     return set(os.listdir("/proc/self/fd"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from criserver.runtime import service_manager
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_one_that_does_not_read_is_not_waited_for(manager: socket.socket):
     start = time.monotonic()
     for _ in range(2000):
         service_manager.notify("WATCHDOG=1")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_without_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch):
@@ -84,21 +85,20 @@ async def test_pings_come_as_long_as_the_loop_runs(manager: socket.socket, monke
     monkeypatch.setenv("WATCHDOG_USEC", "40000")
     count = iter(range(1000))
     task = asyncio.create_task(service_manager.report(lambda: f"{next(count)} pods"))
-    await asyncio.sleep(0.3)
-    pings = received(manager)
-    assert len(pings) >= 5
+    pings: list[str] = []
+    await until(lambda: pings.extend(received(manager)) or len(pings) >= 5)
     assert pings == [f"STATUS={n} pods\nWATCHDOG=1" for n in range(len(pings))]
     time.sleep(0.3)  # the loop stands still  # noqa: ASYNC251
     assert received(manager) == []
-    await asyncio.sleep(0.1)
-    assert received(manager)
+    await until(lambda: received(manager))
     task.cancel()
 
 
 async def test_without_a_watchdog_it_is_told_how_things_are(manager: socket.socket):
     task = asyncio.create_task(service_manager.report(lambda: "3 pods"))
-    await asyncio.sleep(0.05)
-    assert received(manager) == ["STATUS=3 pods"]
+    told: list[str] = []
+    await until(lambda: told.extend(received(manager)) or told)
+    assert told == ["STATUS=3 pods"]
     task.cancel()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from structlog.testing import capture_logs
 
 from criserver.stats import DiskMeter
+from tests.waiting import until
 
 PERIOD = 0.05
 
@@ -39,12 +40,6 @@ async def running(trees: Trees, period: float = PERIOD) -> AsyncIterator[DiskMet
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not true():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_snapshot_is_measured_again_each_period() -> None:

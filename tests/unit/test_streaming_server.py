@@ -405,10 +405,13 @@ async def test_output_of_many_streams_that_nobody_takes_is_bounded(
         feeder.start()
         for number in range(count):
             open_port(client, number)
-        for _ in range(300):
+        # At first until it is full, however long that takes, and then for a while.
+        reads, deadline = 0, time.monotonic() + 30
+        while reads < 300 and time.monotonic() < deadline:
             client.sock.recv(65536)
             time.sleep(0.005)
             most = max(most, links[0]._transport.get_write_buffer_size())
+            reads += most > link.WRITE_LIMIT
         client.close()
         feeder.join()
 
@@ -635,9 +638,10 @@ async def test_no_descriptor_left_is_no_end_of_listening(serving: StreamingServe
 
 
 async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
-    ended = asyncio.Event()
+    begun, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(streams: Streams) -> int:
+        begun.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -645,7 +649,7 @@ async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
         return 0
 
     client = await blocking(lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, wait)))
-    await asyncio.sleep(0.1)
+    await begun.wait()
     await serving.stop()
     assert ended.is_set()
     while await blocking(client.read):
