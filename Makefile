@@ -4,6 +4,7 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := criserver shims snapshotter tests bench contrib setup.py
+WORDS := docs proto Makefile pyproject.toml $(wildcard *.md)
 
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2 procps
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
@@ -21,6 +22,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell $(SOURCES) $(WORDS)
 
 unit: $(VENV)/ready
 	$(BIN)/pytest tests/unit

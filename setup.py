@@ -22,6 +22,9 @@ def generate() -> None:
     out = [f"--python_out={target}", f"--pyi_out={target}"]
     if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"-I{include}", *out, *sources]):
         raise SystemExit("protoc failed")
+    # Packages, not namespaces: what reads imports without running them sees no namespace's modules.
+    for directory in (target, *(p for p in target.rglob("*") if p.is_dir() and p.name != "__pycache__")):
+        (directory / "__init__.py").touch()
 
 
 class BuildWithMessages(build_py):
@@ -30,7 +33,8 @@ class BuildWithMessages(build_py):
     def run(self) -> None:
         """Generate, then build. From a clean tree setuptools has looked for packages before these were there."""
         generate()
-        made = {str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "criserver/pb").rglob("*_pb2.py")}
+        found = (ROOT / "criserver/pb").rglob("__init__.py")
+        made = {str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for path in found}
         self.packages = sorted(made.union(self.packages))
         super().run()
 

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 import structlog
 
 from criserver.errors import CriError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.images import references, users
+from criserver.images import references
 from criserver.images.archive import open_archive
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials, load_docker_config
 from criserver.images.export import Export, archive_of
 from criserver.images.hosts import hosts_for
+from criserver.images.image import FsUsage, Image, Pruned
 from criserver.images.manifests import (
     MAX_CONFIG,
     MAX_MANIFEST,
     Descriptor,
-    ImageConfig,
     Manifest,
     chain_ids,
     choose,
@@ -43,7 +43,6 @@ from criserver.images.progress import LayerProgress, progress
 from criserver.images.pull import Lease, Loader
 from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
-from criserver.images.users import ImageUser
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
 from snapshotter import Layer, SnapshotError, Snapshotter
@@ -58,45 +57,6 @@ _log = structlog.get_logger(__name__)
 _IMAGES = "images"
 _NAMES = "image_names"
 _HEX = frozenset("0123456789abcdef")
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image that is here as a whole.
-
-    ``size`` is in bytes: the configuration and the layers as they are in the registry. ``manifest`` is the digest
-    of its manifest for this platform, ``chain_id`` names its topmost layer. Names are canonical and sorted.
-    """
-
-    id: str
-    repo_tags: tuple[str, ...]
-    repo_digests: tuple[str, ...]
-    size: int
-    config: ImageConfig
-    chain_id: str
-    manifest: str
-    pinned: bool
-
-    @property
-    def user(self) -> ImageUser:
-        """Who its containers run as where nobody says otherwise. Raises InvalidArgumentError for what is no user."""
-        return users.parse(self.config.user)
-
-
-@dataclass(frozen=True, slots=True)
-class FsUsage:
-    """What images occupy: bytes and inodes of the blobs and of the unpacked layers."""
-
-    bytes: int
-    inodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """The images that a prune removed, and what was freed by it."""
-
-    images: tuple[Image, ...]
-    freed: FsUsage
 
 
 @dataclass(frozen=True, slots=True)

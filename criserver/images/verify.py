@@ -11,15 +11,12 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from criserver.images.content import ContentStore
+from criserver.images.image import Image
 from criserver.images.manifests import Descriptor, compression
 from snapshotter import Snapshotter
 from snapshotter.threads import Threads, in_thread
-
-if TYPE_CHECKING:
-    from criserver.images.images import Image
 
 _PIECE = 1 << 20
 _INTERVAL = 0.2

@@ -1,0 +1,48 @@
+"""What is told of images: one that is here, what they occupy, what a prune has removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from criserver.images import users
+from criserver.images.manifests import ImageConfig
+from criserver.images.users import ImageUser
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is here as a whole.
+
+    ``size`` is in bytes: the configuration and the layers as they are in the registry. ``manifest`` is the digest
+    of its manifest for this platform, ``chain_id`` names its topmost layer. Names are canonical and sorted.
+    """
+
+    id: str
+    repo_tags: tuple[str, ...]
+    repo_digests: tuple[str, ...]
+    size: int
+    config: ImageConfig
+    chain_id: str
+    manifest: str
+    pinned: bool
+
+    @property
+    def user(self) -> ImageUser:
+        """Who its containers run as where nobody says otherwise. Raises InvalidArgumentError for what is no user."""
+        return users.parse(self.config.user)
+
+
+@dataclass(frozen=True, slots=True)
+class FsUsage:
+    """What images occupy: bytes and inodes of the blobs and of the unpacked layers."""
+
+    bytes: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The images that a prune removed, and what was freed by it."""
+
+    images: tuple[Image, ...]
+    freed: FsUsage
