@@ -46,6 +46,7 @@ def node(nothing_left: None) -> Iterator[Node]:
         node.close()
 
 
+@pytest.mark.timeout(1000 * SLOWNESS)
 @pytest.mark.parametrize("more", [[], WEBSOCKET], ids=["all", "streaming over WebSocket"])
 def test_no_spec_fails(node: Node, tmp_path, capsys, more: list[str]):
     for name in os.listdir(CERTS):

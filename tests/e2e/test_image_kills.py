@@ -25,6 +25,7 @@ from snapshotter import mounts
 from tests.e2e.imagebuilder import BuiltImage, build_image, write_archive
 from tests.e2e.node import Node
 from tests.e2e.registry import Registry, registry
+from tests.waiting import SLOWNESS
 
 __all__ = ["registry"]
 
@@ -94,6 +95,7 @@ def unfinished(node: Node) -> list[str]:
     return found
 
 
+@pytest.mark.timeout((300 + 30 * KILLS) * SLOWNESS)
 def test_a_kill_at_any_moment_of_what_images_go_through(own_node: Node, registry: Registry, tmp_path):
     node = own_node
     base = files("base", 300, 500)
