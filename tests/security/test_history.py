@@ -327,7 +327,8 @@ def test_a_container_inherits_no_descriptor(node: Node, pod: str):
     assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
     assert set(node.sh(container, list_them).split()) <= {"0", "1", "2", "3"}  # 3 is of the directory itself
     terminal = node.run(pod, "t", SLEEP, tty=True, stdin=True)
-    assert sorted(os.listdir(f"/proc/{node.pid(terminal)}/fd")) == ["0", "1", "2"]
+    # A start is over a moment before the OCI runtime's process has become the container's.
+    eventually(lambda: sorted(os.listdir(f"/proc/{node.pid(terminal)}/fd")) == ["0", "1", "2"])
 
 
 def test_the_oci_runtime_is_given_no_descriptor(nothing_left: None, busybox_archive: str, tmp_path: Path):
