@@ -478,7 +478,7 @@ async def test_workers_end_with_a_daemon_that_is_killed(disk: str) -> None:
     finally:
         daemon.kill()
         await daemon.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while os.path.exists(f"/proc/{worker}/cwd/fs"):
             await asyncio.sleep(0.01)
     with capture_logs() as logs:
@@ -494,7 +494,7 @@ def slow_blob(disk: str) -> Blob:
 
 async def until_a_worker_writes(disk: str) -> int:
     """The pid of the one worker, once it has made files."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             for area in staging(disk):
                 if os.listdir(f"{disk}/snapshots/staging/{area}/fs"):
@@ -612,7 +612,7 @@ async def test_a_worker_is_bounded(snapshotter: Snapshotter, disk: str) -> None:
 async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter, disk: str) -> None:
     async with stopped_worker(snapshotter, disk) as (pid, caller):
         caller.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.wait([caller])
         assert not os.path.exists(f"/proc/{pid}")
         assert staging(disk) == []

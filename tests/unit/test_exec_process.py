@@ -92,7 +92,7 @@ async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Pat
     called = asyncio.Event()
     asyncio.get_running_loop().add_reader(reader, called.set)
     os.write(writer, b"x")
-    await asyncio.wait_for(called.wait(), 5)
+    await asyncio.wait_for(called.wait(), 30)
     asyncio.get_running_loop().remove_reader(reader)
     os.close(reader)
     os.close(writer)
