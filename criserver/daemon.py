@@ -28,8 +28,8 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, host
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import ContainerState, SandboxState
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
 from criserver.runtime.service_manager import notify, report, report_interval

@@ -21,8 +21,9 @@ from criserver.errors import CriError
 from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.features import Features
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
-from criserver.runtime.records import ContainerState, Sandbox
+from criserver.runtime.records import Sandbox
 from criserver.runtime.recovery import entries, recover
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.store import Store

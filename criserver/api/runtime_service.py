@@ -15,7 +15,7 @@ from criserver.api import views
 from criserver.api.filters import batches, selected
 from criserver.api.lists import Fragments, made
 from criserver.api.stats_rpcs import StatsRpcs
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.errors import InvalidArgumentError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, host, selinux
 from criserver.runtime.container_checkpoint import checkpoint_container
@@ -29,7 +29,7 @@ from criserver.runtime.container_stream import attach_address, exec_address, for
 from criserver.runtime.container_update import update_container
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.refusals import check_container, check_pod, check_resources
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import run_sandbox
@@ -113,14 +113,12 @@ class RuntimeService(StatsRpcs):
         return cri.RemovePodSandboxResponse()
 
     async def pod_sandbox_status(self, request: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
-        sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
-        if sandbox.state is SandboxState.CREATING:
-            raise NotFoundError(f"pod sandbox {request.pod_sandbox_id} is still being made")
+        registry = self._node.registry
+        sandbox = registry.visible_sandbox(request.pod_sandbox_id)
         response = cri.PodSandboxStatusResponse(
             status=views.sandbox_status(sandbox),
             containers_statuses=made(
-                (c for c in self._node.registry.containers_of(sandbox.id) if c.state is not ContainerState.CREATING),
-                views.container_status,
+                (c for c in registry.visible_containers() if c.sandbox_id == sandbox.id), views.container_status
             ),
             timestamp=time.time_ns(),
         )
@@ -133,7 +131,7 @@ class RuntimeService(StatsRpcs):
         return self._sandboxes.join(found, len(self._node.registry.sandboxes))
 
     def _filtered_sandboxes(self, wanted: cri.PodSandboxFilter) -> list[Sandbox]:
-        found = [s for s in self._node.registry.sandboxes.values() if s.state is not SandboxState.CREATING]
+        found = self._node.registry.visible_sandboxes()
         if wanted.id:
             found = [s for s in found if s.id.startswith(wanted.id)]
         if wanted.HasField("state"):
@@ -162,9 +160,7 @@ class RuntimeService(StatsRpcs):
         return cri.RemoveContainerResponse()
 
     async def container_status(self, request: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
-        container = self._node.registry.container(request.container_id)
-        if container.state is ContainerState.CREATING:
-            raise NotFoundError(f"container {request.container_id} is still being made")
+        container = self._node.registry.visible_container(request.container_id)
         return cri.ContainerStatusResponse(
             status=views.container_status(container),
             info=self._container_info(container) if request.verbose else {},
@@ -190,7 +186,7 @@ class RuntimeService(StatsRpcs):
         return self._containers.join(found, len(self._node.registry.containers))
 
     def _filtered_containers(self, wanted: cri.ContainerFilter) -> list[Container]:
-        found = [c for c in self._node.registry.containers.values() if c.state is not ContainerState.CREATING]
+        found = self._node.registry.visible_containers()
         if wanted.id:
             found = [c for c in found if c.id.startswith(wanted.id)]
         if wanted.pod_sandbox_id:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from criserver.api import stats_views
 from criserver.api.filters import batches, selected
 from criserver.api.stats_views import StatsViews
-from criserver.errors import NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 
 
 class StatsRpcs:
@@ -22,9 +22,7 @@ class StatsRpcs:
         self._stats = StatsViews(node, os.path.join(node.config.root, "snapshots"))
 
     async def container_stats(self, request: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
-        container = self._node.registry.container(request.container_id)
-        if container.state is ContainerState.CREATING:
-            raise NotFoundError(f"container {request.container_id} is still being made")
+        container = self._node.registry.visible_container(request.container_id)
         return cri.ContainerStatsResponse(stats=self._stats.container(container))
 
     async def list_container_stats(self, request: cri.ListContainerStatsRequest) -> cri.ListContainerStatsResponse:
@@ -39,9 +37,7 @@ class StatsRpcs:
             yield cri.StreamContainerStatsResponse(container_stats=[s async for s in found])
 
     async def pod_sandbox_stats(self, request: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
-        sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
-        if sandbox.state is SandboxState.CREATING:
-            raise NotFoundError(f"pod sandbox {request.pod_sandbox_id} is still being made")
+        sandbox = self._node.registry.visible_sandbox(request.pod_sandbox_id)
         return cri.PodSandboxStatsResponse(stats=await self._stats.sandbox(sandbox))
 
     async def list_pod_sandbox_stats(self, request: cri.ListPodSandboxStatsRequest) -> cri.ListPodSandboxStatsResponse:
@@ -72,7 +68,7 @@ class StatsRpcs:
             yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=[found])
 
     def _measured_containers(self, wanted: cri.ContainerStatsFilter) -> list[Container]:
-        found = [c for c in self._node.registry.containers.values() if c.state is not ContainerState.CREATING]
+        found = self._node.registry.visible_containers()
         if wanted.id:
             found = [c for c in found if c.id.startswith(wanted.id)]
         if wanted.pod_sandbox_id:

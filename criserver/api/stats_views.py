@@ -16,8 +16,9 @@ from criserver.api.lists import made
 from criserver.model import NamespaceMode
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 from criserver.stats import (
     LABELS,
     METRICS,
@@ -224,11 +225,10 @@ class StatsViews:
         return os.path.join(self._node.namespaces_dir(sandbox.id), "net")
 
     def _members(self) -> dict[str, list[Container]]:
-        """All containers by sandbox, those still being made left out."""
+        """The containers that callers see, by sandbox."""
         members: dict[str, list[Container]] = {}
-        for container in self._node.registry.containers.values():
-            if container.state is not ContainerState.CREATING:
-                members.setdefault(container.sandbox_id, []).append(container)
+        for container in self._node.registry.visible_containers():
+            members.setdefault(container.sandbox_id, []).append(container)
         return members
 
     def _retain(self) -> None:

@@ -10,9 +10,10 @@ from criserver.images import Image
 from criserver.model import Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.container_exec import ExecResult
-from criserver.runtime.events import Event, EventType
+from criserver.runtime.events import Event
+from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState
 from criserver.runtime.parse import MODES
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 
 # Intentions under way are seen as the state that they start from.
 CONTAINER_STATES = {
@@ -121,13 +122,12 @@ def container_status(record: Container) -> cri.ContainerStatus:
 
 def event(happened: Event) -> cri.ContainerEventResponse:
     """What happened, with the statuses of the whole pod."""
-    seen = [c for c in happened.containers if c.state in CONTAINER_STATES]
     return cri.ContainerEventResponse(
         container_id=happened.id,
         container_event_type=_EVENTS[happened.type],
         created_at=happened.at,
         pod_sandbox_status=sandbox_status(happened.sandbox),
-        containers_statuses=made(seen, container_status),
+        containers_statuses=made(happened.containers, container_status),
     )
 
 

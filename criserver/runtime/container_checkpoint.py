@@ -33,8 +33,9 @@ from criserver.errors import (
 )
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, checkpoint_archive, strays
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Checkpoint, Node
-from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.records import Container
 from criserver.text import quoted
 from snapshotter import tree
 from snapshotter.files import make_private

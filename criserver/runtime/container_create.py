@@ -25,8 +25,9 @@ from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, filesystems, host, selinux, supervision
 from criserver.runtime.container_log import prepare_log
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.sandbox_run import pod_facts
 from criserver.text import status
 from snapshotter import files, mounts
@@ -249,9 +250,7 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
         await filesystems.discard(node, container.id)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        words = status(f"it cannot be made: {cause}")
-        exited = dataclasses.replace(container, state=ContainerState.EXITED, finished_at=time.time_ns(), message=words)
-        node.registry.save(dataclasses.replace(exited, exit_code=128, reason="CreateError"))
+        node.registry.save(container.ended(128, "CreateError", status(f"it cannot be made: {cause}")))
         return
     node.registry.forget(container)
     # Its image may have been removed while it was being made.

@@ -10,8 +10,9 @@ import asyncio
 import os
 
 from criserver.errors import CriError, FailedPreconditionError
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.records import Container
 from shims import logs
 
 

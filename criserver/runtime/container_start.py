@@ -10,8 +10,9 @@ import structlog
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.runtime import supervision
 from criserver.runtime.container_log import resolved_log
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, SandboxState
+from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
 

@@ -9,8 +9,9 @@ import structlog
 
 from criserver.errors import DeadlineExceededError, NotFoundError
 from criserver.runtime import cgroups, supervision
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
 

@@ -19,9 +19,10 @@ from criserver.errors import FailedPreconditionError, InvalidArgumentError, Unav
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
 from criserver.runtime.exec_process import Console, exec_process, link_to_shim, running_container
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
-from criserver.runtime.records import Container, SandboxState
+from criserver.runtime.records import Container
 from criserver.runtime.shims import Link
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
 

@@ -14,9 +14,10 @@ from criserver.errors import DeadlineExceededError, FailedPreconditionError
 from criserver.oci import spec
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, command, host
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, resources
-from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
 

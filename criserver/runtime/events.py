@@ -1,37 +1,28 @@
 """What happens to sandboxes and containers, told to everyone who listens as it happens (CRI GetContainerEvents).
 
 Events are read off the registry: a record that goes from one state to the next is an event, wherever the change
-comes from, and none can be forgotten.
+comes from, and none can be forgotten. Which step tells what is in :mod:`criserver.runtime.lifecycle`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from criserver.errors import ResourceExhaustedError
-from criserver.runtime.records import Container, ContainerState, Record, Sandbox, SandboxState
+from criserver.runtime.lifecycle import EventType, is_visible, told
+from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.registry import Registry
 
 # A listener that is this far behind is cut off: it has to list anew in any case.
 MAX_BEHIND = 4096
 
 
-class EventType(enum.Enum):
-    """CRI ContainerEventType."""
-
-    CREATED = "created"
-    STARTED = "started"
-    STOPPED = "stopped"
-    DELETED = "deleted"
-
-
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to ``id``, a container or a sandbox, and its whole pod as it was just then.
+    """One thing that happened to ``id``, a container or a sandbox, and its whole pod, as callers saw it just then.
 
     ``at`` is in Unix nanoseconds. A deleted sandbox is in ``sandbox`` as it was last.
     """
@@ -67,12 +58,9 @@ class Events:
             return
         record = new or old
         assert record is not None
-        if isinstance(record, Sandbox):
-            types, sandbox = _sandbox_events(old, new), record
-        else:
-            types, sandbox = _container_events(old, new), self._registry.sandbox(record.sandbox_id)
-        for kind in types:
-            containers = tuple(self._registry.containers_of(sandbox.id))
+        sandbox = record if isinstance(record, Sandbox) else self._registry.sandbox(record.sandbox_id)
+        for kind in told(None if old is None else old.state, None if new is None else new.state):
+            containers = tuple(c for c in self._registry.containers_of(sandbox.id) if is_visible(c.state))
             event = Event(record.id, kind, time.time_ns(), sandbox, containers)
             for queue in list(self._listeners):
                 if queue.qsize() < MAX_BEHIND:
@@ -80,27 +68,3 @@ class Events:
                 else:
                     self._listeners.discard(queue)
                     queue.put_nowait(None)
-
-
-def _sandbox_events(old: Record | None, new: Record | None) -> list[EventType]:
-    before, after = old and old.state, new and new.state
-    if after is SandboxState.READY and before is SandboxState.CREATING:
-        return [EventType.CREATED, EventType.STARTED]
-    if before is SandboxState.READY and after is not SandboxState.READY:
-        return [EventType.STOPPED]
-    if after is None and before is not SandboxState.CREATING:
-        return [EventType.DELETED]
-    return []
-
-
-def _container_events(old: Record | None, new: Record | None) -> list[EventType]:
-    before, after = old and old.state, new and new.state
-    if after is ContainerState.CREATED and before is ContainerState.CREATING:
-        return [EventType.CREATED]
-    if after is ContainerState.RUNNING and before is ContainerState.STARTING:
-        return [EventType.STARTED]
-    if after is ContainerState.EXITED and before in (ContainerState.STARTING, ContainerState.RUNNING):
-        return [EventType.STOPPED]
-    if after is None and before is not ContainerState.CREATING:
-        return [EventType.DELETED]
-    return []

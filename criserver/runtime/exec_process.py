@@ -16,8 +16,9 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.oci import spec
+from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState
+from criserver.runtime.records import Container
 from criserver.runtime.shims import REPLY_TIMEOUT, Link, Message, connect
 from criserver.streaming import ready
 from criserver.text import quoted

@@ -11,8 +11,8 @@ import errno
 import os
 
 from criserver.errors import FailedPreconditionError
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import SandboxState
 from snapshotter import acl, files
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import enum
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,29 +23,10 @@ from criserver.errors import CriError
 from criserver.model import ContainerConfig, PodConfig, User
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.migrations import NewerError, bring_forward, newest
 from criserver.runtime.parse import container_config, pod_config
 from criserver.text import shown
-
-
-class SandboxState(enum.Enum):
-    """Where a sandbox is in its life. CREATING and REMOVING are intentions: start-up rolls them back or on."""
-
-    CREATING = "creating"
-    READY = "ready"
-    NOT_READY = "not-ready"
-    REMOVING = "removing"
-
-
-class ContainerState(enum.Enum):
-    """Where a container is in its life. CREATING, STARTING and REMOVING are intentions."""
-
-    CREATING = "creating"
-    CREATED = "created"
-    STARTING = "starting"
-    RUNNING = "running"
-    EXITED = "exited"
-    REMOVING = "removing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +76,17 @@ class Container:
     exit_code: int = 0
     reason: str = ""
     message: str = ""
+
+    def ended(self, code: int, reason: str, message: str = "", *, finished_at: int = 0) -> Container:
+        """The record of its end, now unless ``finished_at`` says when; ``reason`` is the word that CRI has for it."""
+        return dataclasses.replace(
+            self,
+            state=ContainerState.EXITED,
+            exit_code=code,
+            reason=reason,
+            message=message,
+            finished_at=finished_at or time.time_ns(),
+        )
 
 
 Record = Sandbox | Container

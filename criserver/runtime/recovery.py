@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import time
 from collections.abc import Awaitable
+from typing import assert_never
 
 import structlog
 
@@ -19,8 +19,9 @@ from criserver.network import namespaces
 from criserver.runtime import filesystems, passage, sandbox_files, selinux, strays, supervision
 from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState
+from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import pod_facts
 from criserver.runtime.sandbox_stop import release, unpin_pids
@@ -53,6 +54,10 @@ async def _container(node: Node, container: Container) -> None:
             case ContainerState.CREATED:
                 if not os.path.ismount(node.rootfs(container.id)):
                     _lost_before_start(node, container)
+            case ContainerState.EXITED:
+                pass  # below
+            case never:
+                assert_never(never)
         left = node.registry.containers.get(container.id)
         if left is not None and left.state is ContainerState.EXITED:
             await filesystems.unmount(node, container.id)
@@ -76,16 +81,7 @@ async def _running(node: Node, container: Container) -> None:
 
 
 def _lost_before_start(node: Node, container: Container) -> None:
-    node.registry.save(
-        dataclasses.replace(
-            container,
-            state=ContainerState.EXITED,
-            finished_at=time.time_ns(),
-            exit_code=255,
-            reason="Unknown",
-            message="the node was restarted before the container was started",
-        )
-    )
+    node.registry.save(container.ended(255, "Unknown", "the node was restarted before the container was started"))
 
 
 async def _sandbox(node: Node, sandbox: Sandbox) -> None:
@@ -108,6 +104,10 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 else:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
+            case SandboxState.NOT_READY:
+                pass  # nothing of it is left to look at
+            case never:
+                assert_never(never)
     except Exception:
         log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
 

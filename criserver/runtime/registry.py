@@ -11,7 +11,14 @@ from typing import TypeVar
 
 import structlog
 
-from criserver.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from criserver.errors import (
+    AlreadyExistsError,
+    CriError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
+from criserver.runtime.lifecycle import State, is_allowed, is_visible
 from criserver.runtime.records import (
     Container,
     Record,
@@ -87,6 +94,14 @@ class Registry:
         """All containers, by ID."""
         return self._containers
 
+    def visible_sandboxes(self) -> list[Sandbox]:
+        """The sandboxes that callers see."""
+        return [s for s in self._sandboxes.values() if is_visible(s.state)]
+
+    def visible_containers(self) -> list[Container]:
+        """The containers that callers see, in the order of their making."""
+        return [c for c in self._containers.values() if is_visible(c.state)]
+
     def containers_of(self, sandbox_id: str) -> Iterator[Container]:
         """The containers of one sandbox, in the order of their making."""
         return (c for c in list(self._containers.values()) if c.sandbox_id == sandbox_id)
@@ -98,6 +113,14 @@ class Registry:
     def container(self, given: str) -> Container:
         """The container by its ID or a prefix that only it has. Raises NotFoundError, InvalidArgumentError."""
         return _find("container", self._containers, given)
+
+    def visible_sandbox(self, given: str) -> Sandbox:
+        """As :meth:`sandbox`, and NotFoundError for one that callers do not see yet."""
+        return _visible("pod sandbox", self.sandbox(given), given)
+
+    def visible_container(self, given: str) -> Container:
+        """As :meth:`container`, and NotFoundError for one that callers do not see yet."""
+        return _visible("container", self.container(given), given)
 
     def container_name(self, container: Container) -> str:
         """The name that no two containers share."""
@@ -116,7 +139,11 @@ class Registry:
         self._names[name] = record.id
 
     def save(self, record: Record) -> None:
-        """Replace a record by its next state. Raises ResourceExhaustedError, and nothing has changed then."""
+        """Replace a record by its next state. Raises ResourceExhaustedError, and nothing has changed then.
+
+        So it is with CriError, for a step that is not in the table of :mod:`criserver.runtime.lifecycle`.
+        """
+        self._check(record, record.state)
         self._store.put(_table(record), record.id, dump(record))
         self._replace(record)
 
@@ -124,12 +151,24 @@ class Registry:
         """Replace a record by a state that has come about by itself: it is so even where it cannot be written.
 
         What is lost with the memory then is found again at the next start: in the shim's own record, or in the kernel.
+        A step that is not in the table is refused as by :meth:`save`: it has not come about, somebody is mistaken.
         """
+        self._check(record, record.state)
         try:
             self._store.put(_table(record), record.id, dump(record))
         except ResourceExhaustedError as e:
             log.warning("a state cannot be written down", id=record.id, state=record.state.value, error=str(e))
         self._replace(record)
+
+    def _check(self, record: Record, state: State | None) -> None:
+        there = (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)
+        old = None if there is None else there.state
+        if not is_allowed(old, state):
+            what = "pod sandbox" if isinstance(record, Sandbox) else "container"
+            raise CriError(
+                f"{what} {record.id} cannot go from {_word(old)} to {_word(state)}; this is a fault of criserver: "
+                "report it with the log"
+            )
 
     def _replace(self, record: Record) -> None:
         old: Record | None
@@ -141,7 +180,8 @@ class Registry:
             watcher(old, record)
 
     def forget(self, record: Record) -> None:
-        """Let go of a record and its name: the last step of its removal."""
+        """Let go of a record and its name: the last step of its removal. Raises as :meth:`save` does."""
+        self._check(record, None)
         self._store.delete(_table(record), record.id)
         if isinstance(record, Sandbox):
             self._names.pop(record.config.full_name, None)
@@ -155,6 +195,16 @@ class Registry:
 
 def _table(record: Record) -> str:
     return "sandboxes" if isinstance(record, Sandbox) else "containers"
+
+
+def _word(state: State | None) -> str:
+    return "nothing" if state is None else state.value
+
+
+def _visible(what: str, record: _Kind, given: str) -> _Kind:
+    if not is_visible(record.state):
+        raise NotFoundError(f"{what} {given} is still being made")
+    return record
 
 
 def _find(what: str, records: Mapping[str, _Kind], given: str) -> _Kind:

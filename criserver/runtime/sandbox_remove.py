@@ -9,8 +9,8 @@ import structlog
 from criserver.errors import NotFoundError
 from criserver.runtime import supervision
 from criserver.runtime.container_remove import remove_locked
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import SandboxState
 from criserver.runtime.sandbox_stop import stop_locked
 
 log = structlog.get_logger(__name__)

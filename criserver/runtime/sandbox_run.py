@@ -16,8 +16,9 @@ from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
 from criserver.runtime import apparmor, cgroups, filesystems, host, passage, sandbox_files, selinux, supervision
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Sandbox, SandboxState
+from criserver.runtime.records import Sandbox
 from criserver.runtime.sandbox_stop import pid_pin, release
 from criserver.text import quoted
 from snapshotter import mounts

@@ -12,8 +12,9 @@ from criserver.errors import CriError, NotFoundError
 from criserver.network import Attachment, namespaces
 from criserver.runtime import cgroups, filesystems, passage, sandbox_files, supervision
 from criserver.runtime.container_stop import kill
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Sandbox, SandboxState
+from criserver.runtime.records import Sandbox
 from snapshotter import mounts, tree
 
 log = structlog.get_logger(__name__)

@@ -23,8 +23,9 @@ import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, command, filesystems, host
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Container, ContainerState, SandboxState
+from criserver.runtime.records import Container
 from criserver.runtime.shims import Message, connect
 from shims import tree
 
@@ -181,16 +182,7 @@ def start_failed(node: Node, key: str, words: str) -> None:
     container = node.registry.containers.get(key)
     if container is None or container.state is not ContainerState.STARTING:
         return
-    node.registry.observe(
-        dataclasses.replace(
-            container,
-            state=ContainerState.EXITED,
-            finished_at=time.time_ns(),
-            exit_code=128,
-            reason="StartError",
-            message=words,
-        )
-    )
+    node.registry.observe(container.ended(128, "StartError", words))
     node.background(filesystems.unmount(node, key), "unmount of an unstarted container's files failed")
 
 
@@ -432,16 +424,8 @@ def exited(node: Node, key: str, record: Message) -> None:
     elif container.state in (ContainerState.RUNNING, ContainerState.STARTING):
         code = record["code"]
         reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
-        node.registry.observe(
-            dataclasses.replace(
-                container,
-                state=ContainerState.EXITED,
-                started_at=container.started_at or record["finished_at"],
-                finished_at=record["finished_at"],
-                exit_code=code,
-                reason=reason,
-            )
-        )
+        container = dataclasses.replace(container, started_at=container.started_at or record["finished_at"])
+        node.registry.observe(container.ended(code, reason, finished_at=record["finished_at"]))
         log.info("container exited", container=key, code=code, reason=reason)
     if (event := node.exits.get(key)) is not None:
         event.set()
@@ -505,16 +489,8 @@ def _watch(node: Node, key: str, pidfd: int) -> None:
 
 def _unknown(node: Node, key: str) -> None:
     container = node.registry.containers[key]
-    node.registry.observe(
-        dataclasses.replace(
-            container,
-            state=ContainerState.EXITED,
-            finished_at=time.time_ns(),
-            exit_code=255,
-            reason="Unknown",
-            message="the container's shim ended without a record of its exit",
-        )
-    )
+    words = "the container's shim ended without a record of its exit"
+    node.registry.observe(container.ended(255, "Unknown", words))
     if (event := node.exits.get(key)) is not None:
         event.set()
 
