@@ -45,7 +45,7 @@ async def _start_in_turn(node: Node, container_id: str) -> str:
         node.registry.save(container)
         try:
             _check_target(node, container)
-            started = await supervision.start(
+            await supervision.start(
                 node,
                 container_id,
                 handler=sandbox.runtime,
@@ -59,7 +59,6 @@ async def _start_in_turn(node: Node, container_id: str) -> str:
             error = _target_ended(node, container) or e
             supervision.start_failed(node, container_id, str(error))
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e
-        supervision.running(node, container_id, started)
     return container_id
 
 

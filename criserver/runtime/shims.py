@@ -129,6 +129,13 @@ class Link:
                 self._out[0] = (data[sent:], [])
         self._loop.remove_writer(self._sock)
 
+    def _take(self, message: Message) -> None:
+        """Hand on one event; trouble with it is logged, as the next one may be an exit."""
+        try:
+            self._on_event(message)
+        except Exception as e:
+            log.exception("an event cannot be taken", peer=self._peer, told=message.get("event"), error=str(e))
+
     def _readable(self) -> None:
         try:
             data, fds = wire.receive_once(self._sock)
@@ -147,7 +154,7 @@ class Link:
             fds, self._fds = self._fds[:count], self._fds[count:]
             number = message.get("re")
             if number is None:
-                self._on_event(message)
+                self._take(message)
             elif (reply := self._replies.get(number)) is not None and not reply.done():
                 reply.set_result({**message, "fds": fds})
                 continue

@@ -41,6 +41,8 @@ DELETE_TIMEOUT = 30.0
 # What the kernel may take to let go of killed processes; it takes milliseconds, unless a dead disk holds them.
 END_TIMEOUT = 5.0
 _END_INTERVAL = 0.01
+# Where a container may have a process.
+_ALIVE = (ContainerState.STARTING, ContainerState.RUNNING)
 
 # Why a start was ended early, for its caller and for the record.
 STOPPED = "it was stopped before its process ran"
@@ -84,9 +86,9 @@ async def start(
 ) -> Started:
     """Fork a shim that runs the bundle in ``node.container_dir(key)``, and wait until the process runs.
 
-    It is :func:`under_way`. Raises FailedPreconditionError with the runtime's own words where it cannot be started, and
-    where it was cut; DeadlineExceededError where the runtime or its shim does not come back. Nothing of it is left
-    then.
+    It is :func:`under_way`. A container's record goes from STARTING to RUNNING as soon as its shim tells. Raises
+    FailedPreconditionError with the runtime's own words where it cannot be started, and where it was cut;
+    DeadlineExceededError where the runtime or its shim does not come back. Nothing of it is left then.
     """
     runtime = node.handler(handler)
     program = shutil.which(runtime.path)
@@ -107,8 +109,10 @@ async def start(
             greeted.set_result(None)
         if message.get("event") in ("started", "failed") and not begun.done():
             begun.set_result(message)
-        else:
-            _on_event(node, key, message)
+            if message["event"] == "failed":
+                return
+        # Written down before the next message is looked at, which may be that it has exited.
+        _on_event(node, key, message)
 
     def on_close() -> None:
         if not begun.done():
@@ -140,6 +144,7 @@ async def start(
     if not begun.done():
         # It is found by its directory, where it is once it has said a word.
         await asyncio.wait([greeted], timeout=GREETING_TIMEOUT)
+    if not begun.done():
         await end_start(node, key, handler, cgroup_parent)
         if cut.done():
             raise FailedPreconditionError(STOPPED)
@@ -232,17 +237,19 @@ def _words_of_the_unkillable(key: str, pids: list[int]) -> str:
     return f"processes of {key} have not ended {END_TIMEOUT:g} s after SIGKILL; the kernel holds them: PID {named}"
 
 
-def running(node: Node, key: str, begun: Started) -> None:
-    """Record that a container runs. It may have exited by now: then only what was not known yet is filled in."""
-    container = node.registry.container(key)
-    state = ContainerState.RUNNING if container.state is ContainerState.STARTING else container.state
-    node.registry.observe(
-        dataclasses.replace(
-            container, state=state, pid=begun.pid, start_ticks=begun.start_ticks, started_at=begun.started_at
-        )
+def _running(node: Node, container: Container, begun: Started) -> Container:
+    """Record that a container runs whose start was under way, and return the new record."""
+    container = dataclasses.replace(
+        container,
+        state=ContainerState.RUNNING,
+        pid=begun.pid,
+        start_ticks=begun.start_ticks,
+        started_at=begun.started_at,
     )
+    node.registry.observe(container)
     node.stats.disk.nudge()
-    log.info("container started", container=key, pid=begun.pid)
+    log.info("container started", container=container.id, pid=begun.pid)
+    return container
 
 
 async def wait_gone(node: Node, key: str) -> None:
@@ -332,7 +339,7 @@ def settle(node: Node, key: str) -> None:
     container = node.registry.containers.get(key)
     if container is None and (event := node.exits.get(key)) is not None and not event.is_set():
         exited(node, key, {"reason": "its shim is gone"})
-    if container is None or container.state not in (ContainerState.RUNNING, ContainerState.STARTING):
+    if container is None or container.state not in _ALIVE:
         return
     if (record := _exit_record(node, key)) is not None:
         exited(node, key, record)
@@ -415,18 +422,35 @@ async def _clear_cgroup(parent: str, key: str) -> bool:
 
 def exited(node: Node, key: str, record: Message) -> None:
     """Take an exit record over: the container's new state, and everyone who waits is woken."""
+    try:
+        _take_over(node, key, record)
+    finally:
+        # Whatever may be wrong with the record: it has ended.
+        _wake(node, key)
+
+
+def _take_over(node: Node, key: str, record: Message) -> None:
     container = node.registry.containers.get(key)
     if container is None:
         sandbox = node.registry.sandboxes.get(key)
         if sandbox is not None and sandbox.state is SandboxState.READY:
             log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=key, record=record)
             node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
-    elif container.state in (ContainerState.RUNNING, ContainerState.STARTING):
-        code = record["code"]
+    elif container.state in _ALIVE:
+        code, finished_at = record["code"], record["finished_at"]
+        if container.state is ContainerState.STARTING:
+            # An earlier daemon did not hear of its start. A greeting has its PID, the record on disk has none.
+            begun = Started(
+                record.get("init") or 0, record.get("start_ticks", 0), record.get("started_at") or finished_at
+            )
+            container = _running(node, container, begun)
         reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
-        container = dataclasses.replace(container, started_at=container.started_at or record["finished_at"])
-        node.registry.observe(container.ended(code, reason, finished_at=record["finished_at"]))
+        node.registry.observe(container.ended(code, reason, finished_at=finished_at))
         log.info("container exited", container=key, code=code, reason=reason)
+
+
+def _wake(node: Node, key: str) -> None:
+    """Wake whoever waits for a container's end."""
     if (event := node.exits.get(key)) is not None:
         event.set()
 
@@ -436,10 +460,10 @@ def _on_event(node: Node, key: str, message: Message) -> None:
         case {"hello": "shim", "state": "exited"} | {"event": "exited"}:
             exited(node, key, message)
         case {"hello": "shim", "state": "running"} | {"event": "started"}:
-            # Greeted by the shim of a start that an earlier daemon did not see the end of.
+            # The start is ours, or an earlier daemon's that did not see the end of it.
             container = node.registry.containers.get(key)
             if container is not None and container.state is ContainerState.STARTING:
-                running(node, key, _started(message))
+                _running(node, container, _started(message))
         case {"event": "failed"}:
             start_failed(node, key, message["error"])
         case {"event": "gone"}:
@@ -488,11 +512,14 @@ def _watch(node: Node, key: str, pidfd: int) -> None:
 
 
 def _unknown(node: Node, key: str) -> None:
-    container = node.registry.containers[key]
-    words = "the container's shim ended without a record of its exit"
-    node.registry.observe(container.ended(255, "Unknown", words))
-    if (event := node.exits.get(key)) is not None:
-        event.set()
+    """A container has ended whose shim was gone before it: where nobody knows better, with a code that says so."""
+    container = node.registry.containers.get(key)
+    if container is None:
+        return
+    if container.state in _ALIVE:
+        words = "the container's shim ended without a record of its exit"
+        node.registry.observe(container.ended(255, "Unknown", words))
+    _wake(node, key)
 
     async def clean() -> None:
         sandbox = node.registry.sandbox(container.sandbox_id)

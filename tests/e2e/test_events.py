@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -77,6 +78,43 @@ def test_a_pods_life_in_events(node: Node, listener: Listener):
     event = listener.next()
     assert (event.container_id, event.container_event_type) == (pod, DELETED)
     assert event.pod_sandbox_status.metadata.uid == "uid-told"
+
+
+@pytest.mark.parametrize("wide", [1, 6])
+def test_a_container_that_ends_at_once_is_told_as_started_first(node: Node, listener: Listener, wide: int):
+    """Its shim may tell of both in one breath. All four events come, in their order and once."""
+    pod = node.run_pod("brief")
+    with ThreadPoolExecutor(wide) as pool:
+        containers = list(pool.map(lambda n: node.run(pod, f"c{n}", ["true"]), range(30)))
+    for container in containers:
+        node.wait(container)
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    told: dict[str, list[int]] = {container: [] for container in (pod, *containers)}
+    seen: dict[str, list[int]] = {container: [] for container in containers}
+    while DELETED not in told[pod]:
+        event = listener.next()
+        told[event.container_id].append(event.container_event_type)
+        for status in event.containers_statuses:
+            if status.id == event.container_id:
+                seen[status.id].append(status.state)
+    everything = [CREATED, STARTED, STOPPED, DELETED]
+    assert [c for c, kinds in told.items() if kinds != everything] == []
+    states = [cri.CONTAINER_CREATED, cri.CONTAINER_RUNNING, cri.CONTAINER_EXITED]
+    assert [c for c, found in seen.items() if found != states] == []
+
+
+def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, listener: Listener):
+    pod = node.run_pod("futile")
+    container = node.create(pod, "c", ["/no/such/program"])
+    with pytest.raises(grpc.RpcError):
+        node.client.StartContainer(container_id=container)
+    assert node.status(container).reason == "StartError"
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    told = []
+    while (event := listener.next()).container_id != pod or event.container_event_type != DELETED:
+        if event.container_id == container:
+            told.append(event.container_event_type)
+    assert told == [CREATED, STOPPED, DELETED]
 
 
 def test_every_listener_is_told(node: Node, listener: Listener):

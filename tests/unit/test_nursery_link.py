@@ -47,3 +47,21 @@ async def test_an_answer_that_comes_with_the_end_of_its_time_counts():
         await link.request({"op": "status"}, timeout=0.01)
     link.close()
     theirs.close()
+
+
+async def test_an_event_that_cannot_be_taken_does_not_cost_the_next():
+    """Both may come in one breath, and the next may be an exit."""
+    ours, theirs = socket.socketpair()
+    taken = []
+
+    def take(message: wire.Message) -> None:
+        if message["event"] == "started":
+            raise CriError("refused")
+        taken.append(message["event"])
+
+    link = Link(ours, take, lambda: taken.append("closed"))
+    theirs.sendall(wire.encode({"event": "started"}) + wire.encode({"event": "exited"}))
+    theirs.close()
+    while not link.closed:
+        await asyncio.sleep(0)
+    assert taken == ["exited", "closed"]
