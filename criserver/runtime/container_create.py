@@ -90,10 +90,10 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     async with node.lock(container.id):
         try:
             user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
+            node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
         except BaseException as e:
             await _undo(node, container, e)
             raise
-        node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
     log.info("container created", container=container.id, name=config.name, sandbox=sandbox.id)
     return container.id
 
@@ -248,11 +248,11 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
     """Leave nothing of a container that cannot be made; what resists is left to the kubelet to remove."""
     try:
         await filesystems.discard(node, container.id)
+        node.registry.forget(container)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        node.registry.save(container.ended(128, "CreateError", status(f"it cannot be made: {cause}")))
+        node.registry.observe(container.ended(128, "CreateError", status(f"it cannot be made: {cause}")))
         return
-    node.registry.forget(container)
     # Its image may have been removed while it was being made.
     node.background(node.images.collect(), "garbage collection after a container that was not made failed")
 

@@ -83,11 +83,10 @@ async def _undo(node: Node, sandbox: Sandbox) -> None:
     """Leave nothing of a sandbox that cannot be made; what resists is left to the kubelet to stop and remove."""
     try:
         await release(node, sandbox)
+        node.registry.forget(sandbox)
     except Exception:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
-        node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
-        return
-    node.registry.forget(sandbox)
+        node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
