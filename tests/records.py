@@ -18,8 +18,9 @@ from criserver.network import Attachment
 from criserver.network.config import NetworkConfig
 from criserver.network.result import parse
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.parse import container_config, pod_config
-from criserver.runtime.records import Container, ContainerState, Sandbox, SandboxState, dump
+from criserver.runtime.records import Container, Sandbox, dump
 from criserver.store import Store
 
 DATA = Path(__file__).parent / "data" / "records"
