@@ -28,7 +28,7 @@ def test_the_service_runs_and_is_enabled(node: InstalledNode):
 def test_sockets_and_directories_are_roots_own(node: InstalledNode):
     assert mode("/run/criserver/criserver.sock") == "600"
     for directory in ("/run/criserver", "/var/lib/criserver"):
-        assert mode(directory) == "711", directory
+        assert mode(directory) == "700", directory
         assert os.stat(directory).st_uid == 0
 
 
