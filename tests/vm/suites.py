@@ -67,13 +67,13 @@ SUITES = (
         [
             *_attacks("local_users", "accounts"),
             "-k",
-            "nobody or mounted_from or fills_no or travels or never_a_name",
+            "nobody_but_root or mounted_from or never_a_name",
         ],
         _daemon("systemd", RUNC),
     ),
     Suite(
         "attacks, crun, systemd driver",
-        [*_attacks("starts", "local_users"), "-k", "hangs_ends or target or gets_through or nodes_dev"],
+        [*_attacks("starts", "local_users"), "-k", "hangs_ends or gets_through or nodes_dev"],
         _daemon("systemd", CRUN),
     ),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
