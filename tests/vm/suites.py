@@ -58,7 +58,7 @@ CRITEST = Suite(
 SUITES = (
     Suite("the package", ["tests/node/test_install.py", "tests/node/test_upgrade.py"], seconds=420),
     Suite("systemd, AppArmor", _files("systemd", "apparmor"), _daemon("systemd", RUNC), seconds=420),
-    Suite("runc, systemd driver", _files("resources", "stats", "pods", "security"), _daemon("systemd", RUNC), 420),
+    Suite("runc, systemd driver", _files("resources", "stats", "pods", "security"), _daemon("systemd", RUNC), 500),
     Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
     Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
     Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
