@@ -52,7 +52,7 @@ def test_what_a_container_sees_has_its_pods_level(node: Node):
     for point in ("/", "/dev", "/dev/shm"):
         assert f'context="{files}"' in mounted[point], mounted[point]
     for name in ("hosts", "resolv.conf", "hostname"):
-        assert labelled(f"{node.state}/sandboxes/{pod}/{name}") == files
+        assert labelled(f"{node.root}/sandboxes/{pod}/{name}") == files
 
 
 def test_a_volume_is_relabelled_where_that_is_asked_for(node: Node, tmp_path: Path):
