@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from criserver.errors import InvalidArgumentError
 from criserver.model import MAX_ID
 from criserver.numbers import decimal
+from criserver.text import quoted
 
 # Bytes. Names of users have 32 at most on Debian (useradd(8)), 256 with the kernel's LOGIN_NAME_MAX.
 _MAX_NAME = 256
@@ -35,12 +36,9 @@ def _part(text: str, what: str) -> int | str:
     if text.isascii() and text.isdigit():
         number = decimal(text, MAX_ID)
         if number is None:
-            raise InvalidArgumentError(f"the image's {what} {_shown(text)} is no ID: the largest is {MAX_ID}")
+            raise InvalidArgumentError(f"the image's {what} {quoted(text, _SHOWN)} is no ID: the largest is {MAX_ID}")
         return number
     if len(text.encode()) > _MAX_NAME:
-        raise InvalidArgumentError(f"the image's {what} {_shown(text)} has a name of more than {_MAX_NAME} bytes")
+        shown = quoted(text, _SHOWN)
+        raise InvalidArgumentError(f"the image's {what} {shown} has a name of more than {_MAX_NAME} bytes")
     return text
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from criserver.errors import FailedPreconditionError
 from criserver.model import MAX_GROUPS, User
 from criserver.oci.accounts import Account, accounts, claimed, group_id, memberships
+from criserver.text import quoted
 
 _SHOWN = 64
 
@@ -60,14 +61,14 @@ def _account(user: int | str, passwd: BinaryIO) -> Account:
         if account.name == name:
             return account
     raise FailedPreconditionError(
-        f"user {user[:_SHOWN]!r} is not in the image's /etc/passwd; name one that is, or give a number"
+        f"user {quoted(user, _SHOWN)} is not in the image's /etc/passwd; name one that is, or give a number"
     )
 
 
 def _name(text: str) -> bytes:
     """A name as it stands in a file. Raises FailedPreconditionError for a number, which is nobody's name."""
     if text.isascii() and text.isdigit():
-        raise FailedPreconditionError(f"{text[:_SHOWN]!r} is given as a name and is a number; give it as a number")
+        raise FailedPreconditionError(f"{quoted(text, _SHOWN)} is given as a name and is a number; give it as a number")
     return text.encode()
 
 
@@ -77,6 +78,6 @@ def _gid(group: int | str, groups: BinaryIO) -> int:
     found = group_id(groups, _name(group))
     if found is None:
         raise FailedPreconditionError(
-            f"group {group[:_SHOWN]!r} is not in the image's /etc/group; name one that is, or give a number"
+            f"group {quoted(group, _SHOWN)} is not in the image's /etc/group; name one that is, or give a number"
         )
     return found
