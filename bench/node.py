@@ -228,7 +228,7 @@ class Criserver(Node):
 
     def helpers(self) -> list[int]:
         """The nursery and its forks, the shims, which share its command line."""
-        return [pid for pid in descendants(self.process.pid) if b"shims.nursery" in command_line(pid)]
+        return [pid for pid in descendants(self.process.pid) if b"shims.nursery_process" in command_line(pid)]
 
 
 class Containerd(Node):

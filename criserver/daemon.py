@@ -30,10 +30,10 @@ from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.nursery import Nursery
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
 from criserver.runtime.service_manager import notify, report, report_interval
-from criserver.runtime.shims import Nursery
 from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer

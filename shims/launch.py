@@ -12,5 +12,5 @@ def command(python: str, fd: int) -> list[str]:
     directory it is started in is not searched. This package is found by its own location.
     """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = f"import sys; sys.path.insert(0, {root!r}); from shims.nursery import main; main(int(sys.argv[1]))"
+    code = f"import sys; sys.path.insert(0, {root!r}); from shims.nursery_process import main; main(int(sys.argv[1]))"
     return [python, "-E", "-s", "-S", "-B", "-P", "-c", code, str(fd)]

@@ -23,7 +23,7 @@ from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.runtime.records import Container
-from criserver.runtime.shims import Link
+from criserver.runtime.shim_link import ShimLink
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
 
 DIAL_TIMEOUT = 30.0  # seconds
@@ -167,7 +167,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
         return await _parted(node, container)
 
 
-async def _feed_container(container: Container, source: Source, stdin: int, link: Link) -> None:
+async def _feed_container(container: Container, source: Source, stdin: int, link: ShimLink) -> None:
     """Copy to a container's standard input, which ends with the first client where the kubelet wants that."""
     try:
         await copy_in(source, stdin)

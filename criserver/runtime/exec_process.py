@@ -19,7 +19,7 @@ from criserver.oci import spec
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from criserver.runtime.shims import REPLY_TIMEOUT, Link, Message, connect
+from criserver.runtime.shim_link import REPLY_TIMEOUT, Message, ShimLink, connect
 from criserver.streaming import ready
 from criserver.text import quoted
 
@@ -37,7 +37,7 @@ def running_container(node: Node, given: str) -> Container:
 
 async def link_to_shim(
     node: Node, container: Container, on_event: Callable[[Message], None], on_close: Callable[[], None]
-) -> Link:
+) -> ShimLink:
     """A connection of its own to the container's shim: when it closes, the shim ends what it asked for.
 
     Raises DeadlineExceededError where it is stuck, CriError where it is gone.

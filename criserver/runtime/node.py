@@ -20,9 +20,10 @@ from criserver.oci import cdi
 from criserver.runtime.attempts import Attempts
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
+from criserver.runtime.nursery import Nursery
 from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.registry import Registry
-from criserver.runtime.shims import Link, Nursery
+from criserver.runtime.shim_link import ShimLink
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from criserver.text import quoted
@@ -60,7 +61,7 @@ class Node:
     # As last read, so that only what has changed is read again.
     cdi: cdi.Registry | None = None
     attempts: Attempts = field(default_factory=Attempts)
-    links: dict[str, Link] = field(default_factory=dict)
+    links: dict[str, ShimLink] = field(default_factory=dict)
     # Set when a container has exited, by ID; made where somebody waits.
     exits: dict[str, asyncio.Event] = field(default_factory=dict)
     # Set when nothing of a container runs any more and its shim has cleaned up.

@@ -26,7 +26,7 @@ from criserver.runtime import cgroups, command, filesystems, host
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from criserver.runtime.shims import Message, connect
+from criserver.runtime.shim_link import Message, connect
 from shims import tree
 
 log = structlog.get_logger(__name__)

@@ -22,7 +22,7 @@ from tests.waiting import eventually, within
 
 # Seconds. Runs of the OCI runtime are among the calls, on a machine that others use too.
 AT_ONCE = 5.0
-# What a shim is given to answer (REPLY_TIMEOUT in criserver/runtime/shims.py), and some more.
+# What a shim is given to answer (REPLY_TIMEOUT in criserver/runtime/shim_link.py), and some more.
 DEADLINE = 14.0
 SLEEP = ["sleep", "1000"]
 SHARED = cri.LinuxPodSandboxConfig(

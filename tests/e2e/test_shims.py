@@ -152,8 +152,8 @@ class Host:
         argv = command(sys.executable, theirs.fileno())
         place = argv.index("-c") + 1
         for name, seconds in limits.items():
-            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery"
-            argv[place] = argv[place].replace("from shims.nursery", changed)
+            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery_process"
+            argv[place] = argv[place].replace("from shims.nursery_process", changed)
         self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], close_fds=True)
         theirs.close()
 

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from criserver.errors import CriError, DeadlineExceededError
-from criserver.runtime.shims import Link, Nursery
+from criserver.runtime.nursery import Nursery
+from criserver.runtime.shim_link import ShimLink
 from shims import launch, wire
 
 
@@ -35,7 +36,7 @@ async def test_a_nursery_that_does_not_start_is_told(monkeypatch, code):
 async def test_an_answer_that_comes_with_the_end_of_its_time_counts():
     """A daemon that was busy, or a machine that was asleep, hears of both at once; an answer may bring descriptors."""
     ours, theirs = socket.socketpair()
-    link = Link(ours, lambda _: None, lambda: None)
+    link = ShimLink(ours, lambda _: None, lambda: None)
     asking = asyncio.create_task(link.request({"op": "attach"}, timeout=0.05))
     await asyncio.sleep(0)
     with open(os.devnull) as null:
@@ -59,7 +60,7 @@ async def test_an_event_that_cannot_be_taken_does_not_cost_the_next():
             raise CriError("refused")
         taken.append(message["event"])
 
-    link = Link(ours, take, lambda: taken.append("closed"))
+    link = ShimLink(ours, take, lambda: taken.append("closed"))
     theirs.sendall(wire.encode({"event": "started"}) + wire.encode({"event": "exited"}))
     theirs.close()
     while not link.closed:

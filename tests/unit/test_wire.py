@@ -145,7 +145,7 @@ def test_a_peer_that_does_not_read_is_an_error_and_not_a_wait(pair: tuple[Channe
 
 def test_a_shim_imports_little() -> None:
     """Each module that comes along costs memory on every node; enum and re alone 0.3 MiB in every pod."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import shims.nursery; print(*sys.modules)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import shims.nursery_process; print(*sys.modules)"
     root = os.path.dirname(os.path.dirname(shims.__file__))
     argv = [sys.executable, "-E", "-s", "-S", "-B", "-P", "-c", code, root]
     modules = set(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split())

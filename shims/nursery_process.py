@@ -39,14 +39,14 @@ def main(fd: int) -> None:
         ignore_signal(number)
     os.umask(0o022)
     os.chdir("/")
-    nursery = _Nursery(Channel(Socket(fileno=fd)))
+    nursery = _NurseryProcess(Channel(Socket(fileno=fd)))
     gc.collect()
     _libc.malloc_trim(0)
     gc.freeze()
     nursery.run()
 
 
-class _Nursery:
+class _NurseryProcess:
     """The nursery's own state; a shim closes it after the fork."""
 
     __slots__ = ("_channel", "_devnull", "_gone", "_loop")

@@ -1,6 +1,6 @@
-"""The daemon's side of its shims: the nursery that forks them, and a connection to each.
+"""The daemon's end of a connection to a shim or to the nursery: awaitable requests, and events.
 
-What is said on a connection is shims.wire's; this module turns it into awaitable requests and into events.
+:mod:`shims.wire` is the protocol.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import asyncio
 import itertools
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, UnavailableError
-from criserver.runtime import service_manager
-from shims import launch, wire
+from shims import wire
 
 log = structlog.get_logger(__name__)
 
@@ -25,11 +23,9 @@ Message = dict[str, Any]
 
 # A shim answers in well under a millisecond; one that takes longer than this is stuck.
 REPLY_TIMEOUT = 10.0
-# The nursery needs a tenth of a second to start; a node that boots may be slow.
-START_TIMEOUT = 30.0
 
 
-class Link:
+class ShimLink:
     """A connection to a shim or to the nursery: frames out with descriptors, replies and events in.
 
     ``on_event`` gets every message that is not a reply; ``on_close`` is called once, when the other side is
@@ -161,86 +157,7 @@ class Link:
             _close_all(fds)
 
 
-class Nursery:
-    """The process that forks shims; started again where it has died."""
-
-    def __init__(self) -> None:
-        self._link: Link | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._starting = asyncio.Lock()
-
-    async def start(self) -> None:
-        """Start the process where none runs, and wait until it can fork. Raises CriError where it cannot."""
-        async with self._starting:
-            if self._link is not None and not self._link.closed:
-                return
-            apart = service_manager.apart("criserver-shims")
-            try:
-                self._link = await self._start(apart)
-            except CriError as e:
-                if not apart:
-                    raise
-                log.warning("systemd gives shims no scope of their own; they stay in the daemon's", error=str(e))
-                self._link = await self._start([])
-
-    async def _start(self, before: list[str]) -> Link:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *before,
-                *launch.command(sys.executable, theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # a signal to the daemon's group is not for the shims
-                cwd="/",
-            )
-        greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-
-        def greeted(message: Message) -> None:
-            if not greeting.done():
-                greeting.set_result(message)
-
-        link = Link(ours, greeted, lambda: greeted({}), "the nursery of shims")
-        try:
-            async with asyncio.timeout(START_TIMEOUT):
-                version = (await greeting).get("version")
-        except TimeoutError:
-            version = None
-        if version != wire.VERSION:
-            link.close()
-            raise CriError(
-                f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
-                "its words are above on standard error: is the installation whole?"
-            )
-        return link
-
-    async def fork(self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
-        """A new shim with ``config`` (shims.shim says its keys), and a connection to it."""
-        await self.start()
-        assert self._link is not None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                await self._link.request({"op": "fork", "config": config}, [theirs.fileno()])
-            except BaseException:
-                ours.close()
-                raise
-        return Link(ours, on_event, on_close, _of(config["id"]))
-
-    async def stop(self) -> None:
-        """End the process; the shims live on."""
-        if self._link is not None:
-            self._link.close()
-        if self._process is not None:
-            try:
-                async with asyncio.timeout(5):
-                    await self._process.wait()
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
-
-
-def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> Link:
+def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
     """A connection to the shim that listens at ``path``, in the directory of its container.
 
     Raises OSError where none does: BlockingIOError where it is there and its queue is full.
@@ -257,10 +174,11 @@ def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[
         raise
     finally:
         os.close(directory)
-    return Link(sock, on_event, on_close, _of(os.path.basename(os.path.dirname(path))))
+    return ShimLink(sock, on_event, on_close, peer_name(os.path.basename(os.path.dirname(path))))
 
 
-def _of(container: str) -> str:
+def peer_name(container: str) -> str:
+    """How errors name the shim of a container."""
     return f"the shim of container {container}"
 
 

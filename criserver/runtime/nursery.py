@@ -1,0 +1,101 @@
+"""The daemon's side of the nursery: the process that forks a shim for each container."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Callable
+
+import structlog
+
+from criserver.errors import CriError
+from criserver.runtime import service_manager
+from criserver.runtime.shim_link import Message, ShimLink, peer_name
+from shims import launch, wire
+
+log = structlog.get_logger(__name__)
+
+# The nursery needs a tenth of a second to start; a node that boots may be slow.
+START_TIMEOUT = 30.0
+
+
+class Nursery:
+    """The process that forks shims; started again where it has died."""
+
+    def __init__(self) -> None:
+        self._link: ShimLink | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process where none runs, and wait until it can fork. Raises CriError where it cannot."""
+        async with self._starting:
+            if self._link is not None and not self._link.closed:
+                return
+            apart = service_manager.apart("criserver-shims")
+            try:
+                self._link = await self._start(apart)
+            except CriError as e:
+                if not apart:
+                    raise
+                log.warning("systemd gives shims no scope of their own; they stay in the daemon's", error=str(e))
+                self._link = await self._start([])
+
+    async def _start(self, before: list[str]) -> ShimLink:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *before,
+                *launch.command(sys.executable, theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a signal to the daemon's group is not for the shims
+                cwd="/",
+            )
+        greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        def greeted(message: Message) -> None:
+            if not greeting.done():
+                greeting.set_result(message)
+
+        link = ShimLink(ours, greeted, lambda: greeted({}), "the nursery of shims")
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                version = (await greeting).get("version")
+        except TimeoutError:
+            version = None
+        if version != wire.VERSION:
+            link.close()
+            raise CriError(
+                f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
+                "its words are above on standard error: is the installation whole?"
+            )
+        return link
+
+    async def fork(
+        self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]
+    ) -> ShimLink:
+        """A new shim with ``config`` (its keys: shims.shim), and a connection to it."""
+        await self.start()
+        assert self._link is not None
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                await self._link.request({"op": "fork", "config": config}, [theirs.fileno()])
+            except BaseException:
+                ours.close()
+                raise
+        return ShimLink(ours, on_event, on_close, peer_name(config["id"]))
+
+    async def stop(self) -> None:
+        """End the process; the shims live on."""
+        if self._link is not None:
+            self._link.close()
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(5):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
