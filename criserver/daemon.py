@@ -31,6 +31,7 @@ from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
+from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
 from criserver.runtime.service_manager import notify, report, report_interval
@@ -65,7 +66,8 @@ async def serve(config: Config) -> None:
     host.raise_open_files()
     store = Store(os.path.join(config.root, "criserver.db"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
-    features = {name: await probe(runtime, snapshotter) for name, runtime in config.runtimes.items()}
+    runtimes = os.path.join(config.state, "runtimes")
+    features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
     node = assemble(config, store, snapshotter, features)
     try:
         await node.nursery.start()
@@ -95,8 +97,8 @@ async def serve(config: Config) -> None:
             await node.streaming.stop()
             await upkeep.finish(node.settle(), STOP_GRACE)
     finally:
-        for link in list(node.links.values()):
-            link.abandon()
+        for process in node.processes.values():
+            process.abandon()
         await node.nursery.stop()
         node.stats.close()
         node.snapshotter.close()

@@ -113,8 +113,8 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             if config.cgroup_driver == "systemd" and (own := cgroups.own_slice()):
                 await service_manager.stop_unit(own)
         finally:
-            for link in list(node.links.values()):
-                link.abandon()
+            for process in node.processes.values():
+                process.abandon()
             node.stats.close()
             snapshotter.close()
     finally:

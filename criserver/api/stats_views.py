@@ -18,6 +18,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container, Sandbox
 from criserver.stats import (
     LABELS,
@@ -222,7 +223,7 @@ class StatsViews:
         """Where the sandbox's network namespace is pinned; "" where it is the node's."""
         if sandbox.config.namespaces.network is NamespaceMode.NODE:
             return ""
-        return os.path.join(self._node.namespaces_dir(sandbox.id), "net")
+        return network_pin(self._node, sandbox.id)
 
     def _members(self) -> dict[str, list[Container]]:
         """The containers that callers see, by sandbox."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from criserver.check import tries
-from criserver.config import Config, Runtime
+from criserver.config import Config, RuntimeHandler
 from criserver.runtime import selinux
 
 
@@ -40,7 +40,7 @@ class Host:
     version: Callable[[str], str | None] = tries.version
     plugin_version: Callable[[str], str | None] = tries.plugin_version
     network: Callable[[Config], str | None] = tries.network
-    features: Callable[[Runtime], tuple[str, ...] | None] = tries.features
+    features: Callable[[RuntimeHandler], tuple[str, ...] | None] = tries.features
     container: Callable[[Config, str], str | None] = tries.container
     labelled: Callable[[], bool] = selinux.labels_containers
     synchronised: Callable[[], bool] = tries.clock_is_synchronised

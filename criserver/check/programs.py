@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from criserver.check import advisories
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
-from criserver.config import Config, Runtime
+from criserver.config import Config, RuntimeHandler
 
 _OLDEST_RUNC = advisories.version("1.1")
 
@@ -26,7 +26,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
         )
 
 
-def _handler(host: Host, runtime: Runtime, *, default: bool) -> Iterator[Finding]:
+def _handler(host: Host, runtime: RuntimeHandler, *, default: bool) -> Iterator[Finding]:
     # Pods that ask for another handler by a RuntimeClass are some, not all.
     grave = missing if default else warning
     what = f"runtime handler {runtime.name}"

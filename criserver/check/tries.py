@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import socket
 import struct
 import subprocess
@@ -20,12 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from criserver.config import Config, Runtime
+from criserver.config import Config, RuntimeHandler
 from criserver.errors import CriError
 from criserver.network import Network
 from criserver.oci import spec
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
+from criserver.runtime.oci_runtime import OciRuntime
 from snapshotter import Snapshotter, mounts, tree
 
 _T = TypeVar("_T")
@@ -177,9 +177,9 @@ def network(config: Config) -> str | None:
     return asyncio.run(room.ready())
 
 
-def features(runtime: Runtime) -> tuple[str, ...] | None:
+def features(runtime: RuntimeHandler) -> tuple[str, ...] | None:
     """What a runtime has beyond the ordinary, None where it does not tell."""
-    told = asyncio.run(runtime_features.ask(runtime))
+    told = asyncio.run(runtime_features.ask(OciRuntime.of(runtime, "")))
     if told is None:
         return None
     found = [
@@ -191,21 +191,18 @@ def features(runtime: Runtime) -> tuple[str, ...] | None:
 
 def container(config: Config, handler: str) -> str | None:
     """Run and end a container of the infra program alone, with namespaces and a cgroup of its own."""
-    runtime = config.runtimes[handler]
-    program = shutil.which(runtime.path)
-    assert program is not None, "programs.check has looked"
     key = f"check{secrets.token_hex(8)}"
     above = config.state
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     directory = tempfile.mkdtemp(prefix="check-", dir=above)
     parent = cgroups.own_parent(config.cgroup_driver, key)
-    command = [program, "--root", os.path.join(directory, "runtime"), *cgroups.runtime_args(parent)]
+    runtime = OciRuntime.of(config.runtimes[handler], os.path.join(directory, "runtimes"))
     trouble = None
     try:
         _write_bundle(config, directory, cgroups.spec_path(parent, key))
         done = subprocess.run(
-            [*command, "run", "--bundle", directory, key],
+            runtime.run_command(key, parent, bundle=directory),
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -219,7 +216,8 @@ def container(config: Config, handler: str) -> str | None:
     except OSError as e:
         trouble = str(e)
     finally:
-        subprocess.run([*command, "delete", "--force", key], capture_output=True, timeout=_SECONDS, check=False)
+        delete = runtime.delete_command(key, parent)
+        subprocess.run(delete, capture_output=True, timeout=_SECONDS, check=False)
         try:
             asyncio.run(cgroups.remove_pod(parent))
         except CriError as e:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from criserver.config.load import Config, Runtime, default_text, load
+from criserver.config.load import Config, RuntimeHandler, default_text, load
 
-__all__ = ["Config", "Runtime", "default_text", "load"]
+__all__ = ["Config", "RuntimeHandler", "default_text", "load"]

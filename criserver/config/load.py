@@ -16,7 +16,7 @@ _ADVICE = "`criserver config default` prints every key with its default"
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class RuntimeHandler:
     """A runtime handler: an OCI runtime program, by absolute path or by a name on PATH."""
 
     name: str
@@ -67,7 +67,7 @@ class Config:
     infra: str
     cdi_dirs: tuple[str, ...]
     streaming: Streaming
-    runtimes: Mapping[str, Runtime] = field(default_factory=dict)
+    runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
 
 
 def default_text() -> str:
@@ -86,7 +86,7 @@ def load(path: str | None) -> Config:
         _check(path, given)
         _merge(merged, given)
     cni, registry, runtime = merged["cni"], merged["registry"], merged["runtime"]
-    runtimes = {name: Runtime(name, table["path"]) for name, table in merged["runtimes"].items()}
+    runtimes = {name: RuntimeHandler(name, table["path"]) for name, table in merged["runtimes"].items()}
     if runtime["default"] not in runtimes:
         raise InvalidArgumentError(
             f"{path}: [runtime] default = {runtime['default']!r} has no table [runtimes.{runtime['default']}]; "

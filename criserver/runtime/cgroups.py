@@ -13,13 +13,13 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import structlog
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.runtime import service_manager
 from criserver.text import quoted
 from snapshotter import tree
@@ -64,11 +64,6 @@ def checked_parent(driver: str, parent: str) -> str:
 def spec_path(parent: str, key: str) -> str:
     """The ``cgroupsPath`` of a spec for the container ``key`` (runtime specification, config-linux.md)."""
     return f"{parent}:{_PREFIX}:{key}" if is_slice(parent) else f"{parent}/{key}"
-
-
-def runtime_args(parent: str) -> list[str]:
-    """What the OCI runtime is told of the driver on its command line."""
-    return ["--systemd-cgroup"] if is_slice(parent) else []
 
 
 def path(parent: str, key: str) -> str:
@@ -153,6 +148,29 @@ async def remove_container(parent: str, key: str) -> None:
         await asyncio.to_thread(remove, path(parent, key))
     elif os.path.isdir(_processes_root() + path(parent, key)):
         await service_manager.stop_unit(os.path.basename(path(parent, key)))
+
+
+async def clear(parent: str, key: str, limit: float) -> bool:
+    """End what is in the cgroup of the container ``key``, and remove the cgroup; False where there was none.
+
+    An OCI runtime that was ended before it had written its state leaves both. Raises DeadlineExceededError where
+    processes have not ended after ``limit`` seconds, CriError where the cgroup stays.
+    """
+    cgroup = path(parent, key)
+    if not exists(cgroup):
+        return False
+    if left := await asyncio.to_thread(end_processes, cgroup, limit):
+        raise unkillable(key, left, limit)
+    await remove_container(parent, key)
+    return True
+
+
+def unkillable(key: str, pids: Sequence[int], seconds: float) -> DeadlineExceededError:
+    """The error for processes of a container that have not ended after SIGKILL."""
+    listed = ", ".join(map(str, pids))
+    return DeadlineExceededError(
+        f"processes of {key} have not ended {seconds:g} s after SIGKILL; the kernel holds them: PID {listed}"
+    )
 
 
 async def remove_pod(parent: str) -> None:

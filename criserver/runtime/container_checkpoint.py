@@ -32,9 +32,11 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, checkpoint_archive, strays
+from criserver.runtime import cgroups, checkpoint_archive, process_records, strays
+from criserver.runtime.container_process import Checkpoint, ContainerProcess
 from criserver.runtime.lifecycle import ContainerState
-from criserver.runtime.node import Checkpoint, Node
+from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
 from criserver.text import quoted
 from snapshotter import tree
@@ -76,16 +78,19 @@ async def checkpoint_container(node: Node, given: str, location: str, timeout: f
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means {DEFAULT_TIMEOUT:g} s")
     container_id = node.registry.container(given).id
-    found = node.checkpoints.get(container_id)
-    if found is None:
+    process = node.processes.get(container_id)
+    checkpoint = None if process is None else process.checkpoint
+    if checkpoint is None:
         _check_location(location)
-        _running(node, container_id)
-        found = node.checkpoints[container_id] = Checkpoint(location)
-        found.task = node.begin(_checkpoint(node, container_id, found, timeout or DEFAULT_TIMEOUT))
-    elif found.location != location:
-        raise AlreadyExistsError(f"container {container_id} is being checkpointed to {found.location}; wait for that")
-    assert found.task is not None
-    await outlive(found.task)
+        process = process_records.of_container(node, _running(node, container_id))
+        checkpoint = process.checkpoint = Checkpoint(location)
+        checkpoint.task = node.begin(_checkpoint(node, process, checkpoint, timeout or DEFAULT_TIMEOUT))
+    elif checkpoint.location != location:
+        raise AlreadyExistsError(
+            f"container {container_id} is being checkpointed to {checkpoint.location}; wait for that"
+        )
+    assert checkpoint.task is not None
+    await outlive(checkpoint.task)
 
 
 async def recover_checkpoints(node: Node) -> None:
@@ -122,17 +127,18 @@ def _running(node: Node, container_id: str) -> Container:
     container = node.registry.container(container_id)
     if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"container {container_id} is {container.state.value}, not running")
-    if container_id in node.stopping:
+    if process_records.of_container(node, container).stopping:
         raise FailedPreconditionError(f"container {container_id} is being stopped")
     return container
 
 
-async def _checkpoint(node: Node, container_id: str, found: Checkpoint, timeout: float) -> None:
-    """All of it, whoever waits for it."""
+async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpoint, timeout: float) -> None:
+    """All of it, also where its caller has given up."""
+    container_id = process.id
     deadline = time.monotonic() + timeout
 
     def wait(seconds: float = 0.0) -> None:
-        if found.cut.wait(seconds):
+        if checkpoint.cut.wait(seconds):
             raise FailedPreconditionError(f"the checkpoint of {container_id} was cut short: container or daemon stops")
         if time.monotonic() > deadline:
             raise DeadlineExceededError(f"the checkpoint of {container_id} was not done within {timeout:g} s")
@@ -142,9 +148,9 @@ async def _checkpoint(node: Node, container_id: str, found: Checkpoint, timeout:
         async with node.lock(container_id):
             container = _running(node, container_id)
             await loop.run_in_executor(_threads, _dump, node, container, wait)
-        found.thawed = True
-        await loop.run_in_executor(_threads, _archive, node, container, found.location, wait)
-        log.info("container checkpointed", container=container_id, location=found.location)
+        checkpoint.thawed = True
+        await loop.run_in_executor(_threads, _archive, node, container, checkpoint.location, wait)
+        log.info("container checkpointed", container=container_id, location=checkpoint.location)
     except (CriError, OSError) as e:
         log.warning("container not checkpointed", container=container_id, error=str(e))
         if isinstance(e, CriError):
@@ -157,7 +163,7 @@ async def _checkpoint(node: Node, container_id: str, found: Checkpoint, timeout:
         except OSError as e:
             log.warning("something is left of a checkpoint until the next start", container=container_id, error=str(e))
         finally:
-            del node.checkpoints[container_id]
+            process.checkpoint = None
 
 
 def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
@@ -168,21 +174,20 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     # What was in the container is for root alone.
     make_private(images)
     sandbox = node.registry.sandbox(container.sandbox_id)
-    runtime = node.handler(sandbox.runtime)
+    runtime = node.oci_runtime(sandbox.runtime)
     image = cri.ContainerConfig.FromString(container.sent).image
     name = image.user_specified_image or image.image
-    config = checkpoint_archive.config_dump(container, name, runtime.name, time.time_ns())
+    config = checkpoint_archive.config_dump(container, name, runtime.handler, time.time_ns())
     _write_json(content, "config.dump", config)
     _write_json(content, "status", checkpoint_archive.status_dump(container))
     shutil.copyfile(os.path.join(node.container_dir(container.id), "config.json"), os.path.join(content, "spec.dump"))
     _check_criu(directory, wait)
-    command = (runtime.path, "--root", node.runtime_root(sandbox.runtime), *cgroups.runtime_args(sandbox.cgroup_parent))
-    options = ("--leave-running", "--file-locks", "--image-path", images, "--work-path", content)
+    command = runtime.checkpoint_command(container.id, sandbox.cgroup_parent, images=images, work=content)
     upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
     diff = os.path.join(content, "rootfs-diff.tar")
     try:
         cgroups.freeze(cgroups.path(sandbox.cgroup_parent, container.id), wait)
-        if _run(directory, wait, *command, "checkpoint", *options, container.id):
+        if _run(directory, wait, *command):
             words = _words(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
             raise FailedPreconditionError(f"criu cannot dump container {container.id}: {words}")  # noqa: TRY301 - undone below
         deleted = checkpoint_archive.write_diff(upper, diff, sandbox.config.namespaces.user, wait)
@@ -196,7 +201,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
 def _undo(node: Node, container: Container) -> None:
     """Let a container go on whose dump was cut off, and its pod's network. What worked on that has ended."""
     cgroups.thaw(cgroups.path(node.registry.sandbox(container.sandbox_id).cgroup_parent, container.id))
-    network = os.path.join(node.namespaces_dir(container.sandbox_id), "net")
+    network = network_pin(node, container.sandbox_id)
     if os.path.exists(network):
         command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)

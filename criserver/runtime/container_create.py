@@ -23,12 +23,12 @@ from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
 from criserver.oci import cdi, seccomp, spec, users
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, filesystems, host, selinux, supervision
+from criserver.runtime import apparmor, cgroups, filesystems, host, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import pod_facts
 from criserver.runtime.records import Container, Sandbox
-from criserver.runtime.sandbox_run import pod_facts
 from criserver.text import status
 from snapshotter import files, mounts
 
@@ -219,18 +219,18 @@ def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: C
     Its PID may be another process's by the time that the container is started, and that one's namespace the node's.
     It is unmounted with the container's file systems.
     """
-    pidfd = supervision.open_process(target.pid, target.start_ticks)
-    if pidfd is None:
+    process = pidfd.open_process(target.pid, target.start_ticks)
+    if process is None:
         raise FailedPreconditionError(f"target container {target.id} has ended")
     try:
         namespace = os.open(f"/proc/{target.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as e:
         raise FailedPreconditionError(f"target container {target.id} has ended") from e
     finally:
-        os.close(pidfd)
+        os.close(process)
     try:
         # It was the target's if that has its number still.
-        if host.start_ticks(target.pid) != target.start_ticks:
+        if pidfd.start_ticks(target.pid) != target.start_ticks:
             raise FailedPreconditionError(f"target container {target.id} has ended")
         if sandbox.config.namespaces.pid is not NamespaceMode.NODE and host.is_own_namespace(namespace, "pid"):
             raise InvalidArgumentError(

@@ -46,13 +46,13 @@ async def reopen_log(node: Node, given: str) -> None:
     Raises FailedPreconditionError where it does not run, or where its log cannot be opened: the old file is kept.
     """
     container = node.registry.container(given)
-    link = node.links.get(container.id)
-    if container.state is not ContainerState.RUNNING or link is None:
+    process = node.processes.get(container.id)
+    if container.state is not ContainerState.RUNNING or process is None:
         raise FailedPreconditionError(
             f"container {container.id} is {container.state.value}; only a running one has a log to reopen"
         )
     try:
-        await link.request({"op": "reopen"})
+        await process.request({"op": "reopen"})
     except CriError as e:
         if type(e) is not CriError:
             raise

@@ -7,7 +7,7 @@ import dataclasses
 import structlog
 
 from criserver.errors import NotFoundError
-from criserver.runtime import filesystems, supervision
+from criserver.runtime import filesystems, process_records
 from criserver.runtime.container_stop import kill
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
@@ -35,16 +35,14 @@ async def remove_locked(node: Node, container: Container) -> None:
         name = node.registry.container_name(found)
         found = dataclasses.replace(found, state=ContainerState.REMOVING)
         node.registry.observe(found)
-        sandbox = node.registry.sandbox(found.sandbox_id)
-        await supervision.wait_gone(node, found.id)
-        await supervision.destroy(node, found.id, sandbox.runtime, sandbox.cgroup_parent)
+        process = process_records.of_container(node, found)
+        await process.wait_cleaned_up()
+        await process.destroy()
         await filesystems.discard(node, found.id)
         node.registry.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)
-        node.exits.pop(found.id, None)
-        node.gone.pop(found.id, None)
-        node.stopping.discard(found.id)
+        node.let_go_of_process(found.id)
     # Its image, or one that it had as a volume, may have been removed before it.
     node.background(node.images.collect(), "garbage collection after a container's removal failed")
     log.info("container removed", container=container.id)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from contextlib import suppress
 
 import structlog
 
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
-from criserver.runtime import supervision
+from criserver.runtime import pidfd, process_records
 from criserver.runtime.container_log import resolved_log
+from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
@@ -28,12 +29,13 @@ async def start_container(node: Node, given: str) -> None:
 
 
 async def _start(node: Node, container_id: str) -> str:
+    process = process_records.of_container(node, node.registry.container(container_id))
     # From here on a stop ends it, also while it waits for its turn.
-    with supervision.under_way(node, container_id):
-        return await _start_in_turn(node, container_id)
+    with process.start_under_way():
+        return await _start_in_turn(node, container_id, process)
 
 
-async def _start_in_turn(node: Node, container_id: str) -> str:
+async def _start_in_turn(node: Node, container_id: str, process: ContainerProcess) -> str:
     async with node.lock(container_id):
         container = node.registry.container(container_id)
         if container.state is not ContainerState.CREATED:
@@ -41,15 +43,12 @@ async def _start_in_turn(node: Node, container_id: str) -> str:
         sandbox = node.registry.sandbox(container.sandbox_id)
         if sandbox.state is not SandboxState.READY:
             raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
+        node.handler(sandbox.runtime)  # raises where the handler has left the configuration
         container = dataclasses.replace(container, state=ContainerState.STARTING)
         node.registry.save(container)
         try:
             _check_target(node, container)
-            await supervision.start(
-                node,
-                container_id,
-                handler=sandbox.runtime,
-                cgroup_parent=sandbox.cgroup_parent,
+            await process.start(
                 log_path=await resolved_log(node, container),
                 tty=container.config.tty,
                 stdin=container.config.stdin,
@@ -57,7 +56,7 @@ async def _start_in_turn(node: Node, container_id: str) -> str:
         except CriError as e:
             # The runtime has no words for it: what can be seen of such a namespace is that nothing can be forked.
             error = _target_ended(node, container) or e
-            supervision.start_failed(node, container_id, str(error))
+            process.start_failed(str(error))
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e
     return container_id
 
@@ -72,13 +71,8 @@ def _target_ended(node: Node, container: Container) -> FailedPreconditionError |
     target = container.config.namespaces.target
     if not target:
         return None
-    try:
+    with suppress(NotFoundError):
         found = node.registry.container(target)
-    except NotFoundError:
-        found = None
-    if found is not None and found.state is ContainerState.RUNNING:
-        pidfd = supervision.open_process(found.pid, found.start_ticks)
-        if pidfd is not None:
-            os.close(pidfd)
+        if found.state is ContainerState.RUNNING and pidfd.start_ticks(found.pid) == found.start_ticks:
             return None
     return FailedPreconditionError(f"its target container {target} has ended: nothing can be started beside it")

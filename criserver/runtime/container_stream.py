@@ -18,10 +18,12 @@ from typing import Any
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
-from criserver.runtime.exec_process import Console, exec_process, link_to_shim, running_container
+from criserver.runtime import process_records
+from criserver.runtime.exec_process import Console, exec_process, running_container
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
+from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
 from criserver.runtime.shim_link import ShimLink
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
@@ -140,7 +142,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
             gone.set_result(0)
 
     async with AsyncExitStack() as stack:
-        link = await link_to_shim(node, container, lambda _: None, on_close)
+        link = await process_records.of_container(node, container).open_link(lambda _: None, on_close)
         stack.callback(link.close)
         wanted = {name: sink for name in ("stdout", "stderr") if (sink := getattr(streams, name)) is not None}
         pipes = {name: stack.enter_context(Pipe()) for name in wanted}
@@ -179,14 +181,11 @@ async def _feed_container(container: Container, source: Source, stdin: int, link
 
 async def _parted(node: Node, container: Container) -> int:
     """0 where a container has ended. Its shim also parts with a client that has not taken anything for too long."""
-    event = node.exits.get(container.id)
-    if event is not None:
-        try:
-            async with asyncio.timeout(DRAIN_TIMEOUT):
-                await event.wait()
-        except TimeoutError:
-            words = f"container {container.id} runs on: its output was not taken in time, or it has closed that"
-            raise UnavailableError(words) from None
+    process = node.processes.get(container.id)
+    if process is not None and not await process.wait(DRAIN_TIMEOUT):
+        raise UnavailableError(
+            f"container {container.id} runs on: its output was not taken in time, or it has closed that"
+        )
     return 0
 
 
@@ -243,7 +242,7 @@ def _network_of(node: Node, sandbox_id: str) -> str | None:
         raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; it has no network")
     if sandbox.config.namespaces.network is NamespaceMode.NODE:
         return None
-    return os.path.join(node.namespaces_dir(sandbox.id), "net")
+    return network_pin(node, sandbox.id)
 
 
 async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:

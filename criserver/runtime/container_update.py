@@ -6,22 +6,19 @@ import asyncio
 import dataclasses
 import json
 import os
-import shutil
 
 import structlog
 
-from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.errors import FailedPreconditionError
 from criserver.oci import spec
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, command, host
+from criserver.runtime import cgroups, host
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
-
-_TIMEOUT = 30.0
 
 
 async def update_container(node: Node, given: str, asked: cri.LinuxContainerResources) -> None:
@@ -64,23 +61,11 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
 
 
 async def _apply(node: Node, handler: str, container: Container, asked: cri.LinuxContainerResources) -> None:
-    runtime = node.handler(handler)
-    program = shutil.which(runtime.path)
-    if program is None:
-        raise FailedPreconditionError(f"runtime handler {runtime.name}: {runtime.path} is not an executable")
     parent = node.registry.sandbox(container.sandbox_id).cgroup_parent
     limits = resources(asked)
     if limits.cpu_quota and not limits.cpu_period:  # a quota means nothing without the period that holds
         limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
-    argv = [program, "--root", node.runtime_root(handler), *cgroups.runtime_args(parent)]
-    document = json.dumps(spec.limits(limits, host.facts())).encode()
-    try:
-        done = await command.run([*argv, "update", "--resources", "-", container.id], _TIMEOUT, stdin=document)
-    except TimeoutError:
-        raise DeadlineExceededError(f"{runtime.path} did not update {container.id} within {_TIMEOUT:g} s") from None
-    if done.code:
-        words = done.words.splitlines() or ["it left no message"]
-        raise FailedPreconditionError(f"container {container.id} cannot be given these limits: {words[-1]}")
+    await node.oci_runtime(handler).update(container.id, parent, spec.limits(limits, host.facts()))
     if asked.oom_score_adj:
         await asyncio.to_thread(_set_oom_score, node, container, asked.oom_score_adj)
 

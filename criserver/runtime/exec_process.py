@@ -11,20 +11,20 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.oci import spec
+from criserver.runtime import process_records
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from criserver.runtime.shim_link import REPLY_TIMEOUT, Message, ShimLink, connect
+from criserver.runtime.shim_link import Message
 from criserver.streaming import ready
 from criserver.text import quoted
 
 _numbers = itertools.count(1)
-_CONNECT_INTERVAL = 0.02
 
 
 def running_container(node: Node, given: str) -> Container:
@@ -33,30 +33,6 @@ def running_container(node: Node, given: str) -> Container:
     if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"container {container.id} is {container.state.value}, not running")
     return container
-
-
-async def link_to_shim(
-    node: Node, container: Container, on_event: Callable[[Message], None], on_close: Callable[[], None]
-) -> ShimLink:
-    """A connection of its own to the container's shim: when it closes, the shim ends what it asked for.
-
-    Raises DeadlineExceededError where it is stuck, CriError where it is gone.
-    """
-    path = os.path.join(node.container_dir(container.id), "shim.sock")
-    try:
-        async with asyncio.timeout(REPLY_TIMEOUT):
-            while True:
-                try:
-                    return connect(path, on_event, on_close)
-                except BlockingIOError:
-                    # Its queue is full: so many come at once, or it is stopped.
-                    await asyncio.sleep(_CONNECT_INTERVAL)
-    except TimeoutError:
-        raise DeadlineExceededError(
-            f"the shim of container {container.id} accepted no connection within {REPLY_TIMEOUT:g} s"
-        ) from None
-    except OSError as e:
-        raise CriError(f"the shim of container {container.id} cannot be reached: {e.strerror}") from e
 
 
 @asynccontextmanager
@@ -92,7 +68,7 @@ async def exec_process(
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
     _write_process(node, container, command, path, tty=bool(console))
     try:
-        link = await link_to_shim(node, container, on_event, on_close)
+        link = await process_records.of_container(node, container).open_link(on_event, on_close)
         try:
             request = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
             await link.request({**request, "console": console} if console else request, stdio)

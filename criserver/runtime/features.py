@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
-import shutil
 from dataclasses import dataclass, replace
 
 import structlog
 
-from criserver.config import Runtime
-from criserver.runtime import command
+from criserver.errors import FailedPreconditionError
+from criserver.runtime.oci_runtime import OciRuntime
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
 
 _SYS_MOUNT_SETATTR = 442  # the same on every architecture
-_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +26,26 @@ class Features:
     user_namespaces: bool = False
 
 
-async def probe(runtime: Runtime, snapshotter: Snapshotter) -> Features:
+async def probe(runtime: OciRuntime, snapshotter: Snapshotter) -> Features:
     """What a handler offers on this node; nothing where its runtime does not tell."""
     found = await ask(runtime)
     if found is None or not _kernel_has_mount_setattr():
         return Features()
     if found.user_namespaces and (trouble := await snapshotter.idmap_trouble()):
-        log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.name, error=trouble)
+        log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.handler, error=trouble)
         return replace(found, user_namespaces=False)
     return found
 
 
-async def ask(runtime: Runtime) -> Features | None:
-    """What a runtime says of itself (runtime specification, features.md), whatever the node is.
-
-    None where it is missing or does not tell (runc before 1.1).
-    """
-    program = shutil.which(runtime.path)
-    if program is None:
-        log.warning("a runtime handler's program is not there", handler=runtime.name, path=runtime.path)
-        return None
+async def ask(runtime: OciRuntime) -> Features | None:
+    """What a runtime says of itself, whatever the node is; None where it is missing or does not tell."""
     try:
-        done = await command.run([program, "features"], _TIMEOUT)
-        told = json.loads(done.stdout) if done.code == 0 else None
-    except (TimeoutError, ValueError):
-        told = None
-    if not isinstance(told, dict) or not told:
-        log.warning("a runtime does not tell its features", handler=runtime.name, path=program)
+        told = await runtime.features()
+    except FailedPreconditionError:
+        log.warning("a runtime handler's program is not there", handler=runtime.handler, path=runtime.path)
+        return None
+    if told is None:
+        log.warning("a runtime does not tell its features", handler=runtime.handler, path=runtime.path)
         return None
     linux = told.get("linux", {})
     idmap = linux.get("mountExtensions", {}).get("idmap", {}).get("enabled") is True

@@ -25,6 +25,7 @@ from criserver.images import Image
 from criserver.model import Mount, PodConfig, Propagation
 from criserver.runtime import selinux
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import user_pin
 from criserver.runtime.records import Container
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, tree
 from snapshotter.tasks import outlive
@@ -68,7 +69,7 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
     """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
     sandbox = node.registry.sandbox(container.sandbox_id)
     user = sandbox.config.namespaces.user
-    pinned = None if user is None else os.path.join(node.namespaces_dir(container.sandbox_id), "user")
+    pinned = None if user is None else user_pin(node, container.sandbox_id)
     try:
         await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:

@@ -1,4 +1,4 @@
-"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes, processes."""
+"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes."""
 
 from __future__ import annotations
 
@@ -147,41 +147,3 @@ def is_own_namespace(fd: int, kind: str) -> bool:
     """Whether a descriptor is of the namespace that the daemon itself is in (namespaces(7), /proc/PID/ns)."""
     found, own = os.fstat(fd), os.stat(f"/proc/self/ns/{kind}")
     return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
-
-
-def processes_in(directory: str) -> list[int]:
-    """The processes whose working directory this is: a container's shim, and the OCI runtime while it runs."""
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and is_in(int(name), directory)]
-
-
-def is_in(pid: int, directory: str) -> bool:
-    """Whether this is a process's working directory; one that has ended has none."""
-    try:
-        return os.readlink(f"/proc/{pid}/cwd") == directory
-    except OSError:
-        return False
-
-
-def zombie_code(pid: int) -> int | None:
-    """The exit code of a process that has ended and was not reaped (128 + a signal's number); None for any other.
-
-    proc(5), /proc/PID/stat: fields 3 and 52.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            fields = f.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    if fields[0] != b"Z":
-        return None
-    code = os.waitstatus_to_exitcode(int(fields[49]))
-    return code if code >= 0 else 128 - code
-
-
-def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. 0 where it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            return int(f.read().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError):
-        return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
-import threading
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +12,19 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from criserver.config import Config, Runtime
+from criserver.config import Config, RuntimeHandler
 from criserver.errors import InvalidArgumentError
 from criserver.images import Images
 from criserver.network import Network
 from criserver.oci import cdi
 from criserver.runtime.attempts import Attempts
+from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
 from criserver.runtime.nursery import Nursery
+from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.registry import Registry
-from criserver.runtime.shim_link import ShimLink
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from criserver.text import quoted
@@ -31,16 +32,6 @@ from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    """A checkpoint under way. Setting ``cut`` ends it early; ``thawed`` tells that its container runs again."""
-
-    location: str
-    cut: threading.Event = field(default_factory=threading.Event)
-    thawed: bool = False
-    task: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -61,23 +52,14 @@ class Node:
     # As last read, so that only what has changed is read again.
     cdi: cdi.Registry | None = None
     attempts: Attempts = field(default_factory=Attempts)
-    links: dict[str, ShimLink] = field(default_factory=dict)
-    # Set when a container has exited, by ID; made where somebody waits.
-    exits: dict[str, asyncio.Event] = field(default_factory=dict)
-    # Set when nothing of a container runs any more and its shim has cleaned up.
-    gone: dict[str, asyncio.Event] = field(default_factory=dict)
-    # Under way, by the ID of a container or of an infra process's pod; what is done is to be ended.
-    starts: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    # Under way, by the container's ID.
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    # The containers that a stop has been sent to: none of them is frozen any more.
-    stopping: set[str] = field(default_factory=set)
+    # By the ID of a container, or of the pod sandbox whose infra process it is; see process_records.py.
+    processes: dict[str, ContainerProcess] = field(default_factory=dict)
     # Of all ExecSync calls under way.
     output: OutputRoom = field(default_factory=OutputRoom)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
-    def handler(self, name: str) -> Runtime:
+    def handler(self, name: str) -> RuntimeHandler:
         """The runtime handler by name, the default one for "". Raises InvalidArgumentError for an unknown one."""
         runtime = self.config.runtimes.get(name or self.config.default_runtime)
         if runtime is None:
@@ -105,9 +87,24 @@ class Node:
         """Where a container's root file system is mounted."""
         return os.path.join(self.container_dir(container_id), "rootfs")
 
-    def runtime_root(self, handler: str) -> str:
-        """Where an OCI runtime keeps its own state, apart from any other user of it on the node."""
-        return os.path.join(self.config.state, "runtimes", handler)
+    def oci_runtime(self, handler: str) -> OciRuntime:
+        """The OCI runtime of a handler, "" for the default one. Raises InvalidArgumentError for an unknown handler."""
+        return OciRuntime.of(self.handler(handler), self.runtime_roots())
+
+    def cleanup_runtime(self, handler: str) -> OciRuntime:
+        """As :meth:`oci_runtime`, with the default handler's program for a handler that is not configured any more."""
+        configured = self.config.runtimes.get(handler) or self.handler("")
+        return OciRuntime.of(dataclasses.replace(configured, name=handler), self.runtime_roots())
+
+    def runtime_roots(self) -> str:
+        """The directory that has the root directory of each handler's OCI runtime."""
+        return os.path.join(self.config.state, "runtimes")
+
+    def let_go_of_process(self, owner_id: str) -> None:
+        """Forget the process of a container, or of a pod sandbox, of which nothing is left."""
+        process = self.processes.pop(owner_id, None)
+        if process is not None:
+            process.abandon()
 
     def lock(self, record_id: str) -> asyncio.Lock:
         """The lock of a sandbox or container: one operation at a time. It lasts as long as somebody has it."""
@@ -116,8 +113,8 @@ class Node:
             lock = self._locks[record_id] = asyncio.Lock()
         return lock
 
-    def background(self, work: Coroutine[Any, Any, object], what: str) -> None:
-        """Let work go on by itself; a failure is logged."""
+    def background(self, work: Coroutine[Any, Any, object], what: str) -> asyncio.Task[None]:
+        """Let work go on by itself; a failure is logged as ``what``."""
 
         async def run() -> None:
             try:
@@ -125,9 +122,7 @@ class Node:
             except Exception as e:
                 log.exception(what, error=str(e))
 
-        task = asyncio.create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        return self.begin(run())
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start work that is kept hold of to its end, whoever waits for it."""
@@ -142,7 +137,8 @@ class Node:
 
     async def settle(self) -> None:
         """Wait for what is under way, at the daemon's orderly stop; what may last is ended early."""
-        for checkpoint in self.checkpoints.values():
-            checkpoint.cut.set()
+        for process in self.processes.values():
+            if process.checkpoint is not None:
+                process.checkpoint.cut.set()
         await self.attempts.finish()
         await asyncio.gather(*self._tasks, return_exceptions=True)

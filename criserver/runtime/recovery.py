@@ -16,15 +16,15 @@ import structlog
 
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
-from criserver.runtime import filesystems, passage, sandbox_files, selinux, strays, supervision
+from criserver.runtime import filesystems, passage, process_records, sandbox_files, selinux, strays
 from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
 from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.sandbox_remove import remove_sandbox
-from criserver.runtime.sandbox_run import pod_facts
-from criserver.runtime.sandbox_stop import release, unpin_pids
+from criserver.runtime.sandbox_stop import release
 
 log = structlog.get_logger(__name__)
 
@@ -66,18 +66,19 @@ async def _container(node: Node, container: Container) -> None:
 
 
 async def _running(node: Node, container: Container) -> None:
-    if await supervision.reconnect(node, container.id):
+    process = process_records.of_container(node, container)
+    if await process.reconnect():
         return
     cut_off = container.state is ContainerState.STARTING
     if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
         # Not back to created: a shim that is late would start it a second time. Its root is unmounted, so that one
         # that still comes finds nothing to run, and the kubelet makes a new attempt.
         log.warning("a start was cut off", container=container.id)
-        sandbox = node.registry.sandbox(container.sandbox_id)
-        await supervision.end_start(node, container.id, sandbox.runtime, sandbox.cgroup_parent)
-        supervision.start_failed(node, container.id, "the daemon was ended while the container was being started")
+        await process.end_start()
+        process.start_failed("the daemon was ended while the container was being started")
         return
-    supervision.settle(node, container.id)
+    process.without_shim()
+    await process.wait_cleaned_up()
 
 
 def _lost_before_start(node: Node, container: Container) -> None:
@@ -91,7 +92,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
                 # Nobody waits for its infra process any more; it may still be being started.
-                await supervision.end_start(node, sandbox.id, sandbox.runtime, sandbox.cgroup_parent)
+                await process_records.of_infra(node, sandbox).end_start()
                 await release(node, sandbox)
                 node.registry.forget(sandbox)
             case SandboxState.REMOVING:
@@ -120,7 +121,7 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
         return False
     if sandbox.config.namespaces.pid is not NamespaceMode.POD:
         return True
-    return await supervision.reconnect(node, sandbox.id)
+    return await process_records.of_infra(node, sandbox).reconnect()
 
 
 async def _sweep(node: Node) -> None:
@@ -133,11 +134,11 @@ async def _sweep(node: Node) -> None:
         if name not in sandboxes:
             files, directory = node.sandbox_files_dir(name), node.sandbox_dir(name)
             await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
-    for handler in entries(node.config.state, "runtimes"):
-        for name in entries(node.runtime_root(handler)):
+    for handler in entries(node.runtime_roots()):
+        for name in entries(node.runtime_roots(), handler):
             # What begins with a dot is no container's: crun keeps a cache there.
             if name not in containers and name not in sandboxes and not name.startswith("."):
-                await _swept("a runtime's container", name, supervision.destroy(node, name, handler))
+                await _swept("a runtime's container", name, node.cleanup_runtime(handler).delete(name, ""))
     for name in entries(node.config.state, "containers"):
         if name not in containers and name not in sandboxes:
             await _swept("a container's files", name, filesystems.discard(node, name))

@@ -7,11 +7,10 @@ import dataclasses
 import structlog
 
 from criserver.errors import NotFoundError
-from criserver.runtime import supervision
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.sandbox_stop import stop_locked
+from criserver.runtime.sandbox_stop import cut_infra_start, stop_locked
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +25,7 @@ async def remove_sandbox(node: Node, given: str) -> None:
 
 
 async def _remove(node: Node, sandbox_id: str) -> None:
-    supervision.cut_start(node, sandbox_id)  # of its infra process, while it is made
+    cut_infra_start(node, sandbox_id)
     async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is None:

@@ -15,13 +15,13 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
 from criserver.oci import spec
-from criserver.runtime import apparmor, cgroups, filesystems, host, passage, sandbox_files, selinux, supervision
+from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import network_pin, pin_pids, pod_facts
 from criserver.runtime.records import Sandbox
-from criserver.runtime.sandbox_stop import pid_pin, release
+from criserver.runtime.sandbox_stop import release
 from criserver.text import quoted
-from snapshotter import mounts
 
 log = structlog.get_logger(__name__)
 
@@ -152,17 +152,14 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
-    with supervision.under_way(node, sandbox.id):
-        begun = await supervision.start(node, sandbox.id, handler=sandbox.runtime, cgroup_parent=sandbox.cgroup_parent)
-    # Pinned like the others: a PID may be another process's by the time that a container joins.
-    pin = pid_pin(node, sandbox.id)
-    with open(pin, "w"):
-        pass
+    process = process_records.of_infra(node, sandbox)
+    with process.start_under_way():
+        started = await process.start()
     try:
-        mounts.mount(f"/proc/{begun.pid}/ns/pid", pin, None, mounts.MS_BIND)
+        pin_pids(node, sandbox.id, started.pid)
     except FileNotFoundError as e:
         raise _infra_ended(node) from e
-    return node.exits[sandbox.id]
+    return process.exited
 
 
 def _infra_ended(node: Node) -> FailedPreconditionError:
@@ -184,32 +181,11 @@ def _cgroup_parent(node: Node, config: PodConfig, sandbox_id: str) -> str:
     return cgroups.own_parent(driver, sandbox_id)
 
 
-def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
-    """What the sandbox gives its containers."""
-    config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
-    pins = node.namespaces_dir(sandbox.id)
-    own_network = config.namespaces.network is not NamespaceMode.NODE
-    own_ipc = config.namespaces.ipc is not NamespaceMode.NODE
-    shared_pid = config.namespaces.pid is NamespaceMode.POD
-    return spec.PodFacts(
-        hostname=sandbox_files.hostname(config),
-        resolv_conf=os.path.join(files, "resolv.conf"),
-        hosts=os.path.join(files, "hosts"),
-        hostname_file=os.path.join(files, "hostname"),
-        shm=sandbox_files.shm(node.sandbox_dir(sandbox.id), config),
-        net_namespace=os.path.join(pins, "net") if own_network else None,
-        uts_namespace=os.path.join(pins, "uts") if own_network else None,
-        ipc_namespace=os.path.join(pins, "ipc") if own_ipc else None,
-        pid_namespace=pid_pin(node, sandbox.id) if shared_pid else None,
-        user_namespace=os.path.join(pins, "user") if config.namespaces.user is not None else None,
-    )
-
-
 def _pod_network(node: Node, sandbox: Sandbox) -> PodNetwork:
     config = sandbox.config
     return PodNetwork(
         sandbox_id=sandbox.id,
-        netns=os.path.join(node.namespaces_dir(sandbox.id), "net"),
+        netns=network_pin(node, sandbox.id),
         name=config.name,
         namespace=config.namespace,
         uid=config.uid,

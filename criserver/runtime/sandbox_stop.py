@@ -8,14 +8,13 @@ import os
 
 import structlog
 
-from criserver.errors import CriError, NotFoundError
+from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, filesystems, passage, sandbox_files, supervision
+from criserver.runtime import cgroups, filesystems, passage, pod_namespaces, process_records, sandbox_files
 from criserver.runtime.container_stop import kill
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
-from snapshotter import mounts, tree
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +32,7 @@ async def stop_sandbox(node: Node, given: str) -> None:
 
 
 async def _stop(node: Node, sandbox_id: str) -> None:
-    supervision.cut_start(node, sandbox_id)  # of its infra process, while it is made
+    cut_infra_start(node, sandbox_id)
     async with node.lock(sandbox_id):
         sandbox = node.registry.sandboxes.get(sandbox_id)
         if sandbox is not None:
@@ -61,9 +60,8 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     await stop_infra(node, sandbox)
     if sandbox.attachment:
         await node.network.delete(Attachment.from_json(sandbox.attachment))
-    pins = node.namespaces_dir(sandbox.id)
-    node.stats.networks.forget(os.path.join(pins, "net"))
-    await asyncio.to_thread(namespaces.unpin, pins)
+    node.stats.networks.forget(pod_namespaces.network_pin(node, sandbox.id))
+    await asyncio.to_thread(namespaces.unpin, node.namespaces_dir(sandbox.id))
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
     if sandbox.config.namespaces.user is not None:
         passage.update(node, leaving=sandbox.id)
@@ -74,29 +72,21 @@ async def release(node: Node, sandbox: Sandbox) -> None:
             cgroups.remove_own()
 
 
-def pid_pin(node: Node, sandbox_id: str) -> str:
-    """Where the PID namespace is pinned that the containers of a pod share."""
-    return os.path.join(node.namespaces_dir(sandbox_id), "pid")
-
-
-def unpin_pids(node: Node, sandbox_id: str) -> None:
-    """Let go of a shared PID namespace; where none is pinned that is no error. Raises CriError."""
-    pin = pid_pin(node, sandbox_id)
-    try:
-        mounts.unmount(pin)
-        tree.remove_path(pin)
-    except OSError as e:
-        raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
+def cut_infra_start(node: Node, sandbox_id: str) -> None:
+    """End the start of the pod's infra process, where one is under way."""
+    process = node.processes.get(sandbox_id)
+    if process is not None:
+        process.cut_start()
 
 
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     """End the process that holds the pod's PID namespace, where it has one."""
-    unpin_pids(node, sandbox.id)
+    pod_namespaces.unpin_pids(node, sandbox.id)
     directory = node.container_dir(sandbox.id)
     if not os.path.lexists(directory):
         return
-    await supervision.destroy(node, sandbox.id, sandbox.runtime, sandbox.cgroup_parent)
-    await supervision.wait_gone(node, sandbox.id)
-    node.exits.pop(sandbox.id, None)
-    node.gone.pop(sandbox.id, None)
+    process = process_records.of_infra(node, sandbox)
+    await process.destroy()
+    await process.wait_cleaned_up()
+    node.let_go_of_process(sandbox.id)
     await filesystems.delete(directory)

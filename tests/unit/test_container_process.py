@@ -1,29 +1,36 @@
-"""What a shim tells, and when, as it becomes a container's record: what cannot be had in time with a real one."""
+"""What a shim tells, and when, as it becomes a container's record: what cannot be had in time with a real shim."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from criserver.errors import CriError
-from criserver.runtime import supervision
+from criserver.runtime import cgroups, container_process, pidfd, process_records
+from criserver.runtime.container_process import ContainerProcess, Started
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, told
+from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.records import Container
 from criserver.runtime.registry import Registry
-from criserver.runtime.supervision import Started
 from tests.unit.test_lifecycle import FakeStore, brought_to, container, sandbox
+from tests.waiting import until
 
 STARTED = {"event": "started", "pid": 7, "start_ticks": 8, "started_at": 9}
 EXITED = {"event": "exited", "code": 3, "start_ticks": 8, "started_at": 9, "finished_at": 10}
 
 
 class FakeNode(SimpleNamespace):
-    """What supervision takes of a node, with one container "c" in a state, and the events that it would tell."""
+    """What a process takes of a node, with one container "c" in a state, and the events that it would tell."""
 
     def __init__(self, directory: str, state: ContainerState) -> None:
         registry = Registry(FakeStore())
@@ -31,23 +38,40 @@ class FakeNode(SimpleNamespace):
         brought_to(registry, container("c", pod, state))
         self.told: list[EventType] = []
         registry.watch(lambda old, new: self.told.extend(told(old and old.state, new and new.state)))
+        self.work: set[asyncio.Task[Any]] = set()
         super().__init__(
             registry=registry,
-            exits={"c": asyncio.Event()},
-            gone={"c": asyncio.Event()},
-            links={},
-            starts={},
+            processes={},
             stats=Mock(),
             nursery=Mock(),
-            handler=lambda name: SimpleNamespace(name="r", path="true"),
+            snapshotter=SimpleNamespace(unmount=self.unmount),
+            cleanup_runtime=lambda name: OciRuntime(name, "true", directory),
             container_dir=lambda key: directory,
-            runtime_root=lambda handler: directory,
-            background=lambda work, what: work.close(),
+            rootfs=lambda key: os.path.join(directory, "rootfs"),
+            unmounted=[],
         )
+
+    async def unmount(self, point: str) -> None:
+        self.unmounted.append(point)
+
+    def background(self, work, what: str) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self.work.add(task)
+        return task
 
     @property
     def container(self) -> Container:
         return self.registry.containers["c"]
+
+    @property
+    def process(self) -> ContainerProcess:
+        return process_records.of_container(self, self.container)
+
+
+@pytest.fixture(autouse=True)
+def no_cgroup(monkeypatch) -> None:
+    monkeypatch.setattr(cgroups, "exists", lambda path: False)
+    monkeypatch.setattr(cgroups, "thaw", lambda path: None)
 
 
 @pytest.fixture
@@ -56,14 +80,15 @@ def node(tmp_path, request) -> FakeNode:
 
 
 @pytest.fixture
-def process():
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(["sleep", "60"]) as process:
         yield process
         process.kill()
 
 
 async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False) -> Started:
-    """Start "c" with a shim that says these messages in one breath, when its start has been cut or before."""
+    """Start "c" with a shim that says these messages at once; ``cut``: after its start has been cut."""
+    process = node.process
 
     async def fork(config, on_event, on_close):
         def speak() -> None:
@@ -72,15 +97,15 @@ async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False)
 
         loop = asyncio.get_running_loop()
         if cut:
-            loop.call_soon(supervision.cut_start, node, "c")
+            loop.call_soon(process.cut_start)
             loop.call_later(0.05, speak)  # within the time that a shim has for its first word
         else:
             loop.call_soon(speak)
         return Mock()
 
     node.nursery.fork = fork
-    with supervision.under_way(node, "c"):
-        return await supervision.start(node, "c", handler="", cgroup_parent="/p")
+    with process.start_under_way():
+        return await process.start()
 
 
 async def test_a_container_that_has_exited_before_its_starter_looks_has_been_running(node: FakeNode):
@@ -89,7 +114,7 @@ async def test_a_container_that_has_exited_before_its_starter_looks_has_been_run
     found = node.container
     assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 3, "Error")
     assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (7, 8, 9, 10)
-    assert node.exits["c"].is_set()
+    assert node.process.exited.is_set()
 
 
 async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
@@ -108,8 +133,8 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
     ids=["a greeting", "a record on disk"],
 )
 async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(node: FakeNode, record, pid):
-    supervision.exited(node, "c", record)
-    supervision.exited(node, "c", record)
+    node.process._take_exit(record)
+    node.process._take_exit(record)
     assert node.told == [EventType.STARTED, EventType.STOPPED]
     found = node.container
     assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (pid, 8, 9, 10)
@@ -117,53 +142,82 @@ async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(n
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
-async def test_whoever_waits_for_an_exit_is_woken_whatever_its_record_is(node: FakeNode):
+async def test_those_who_wait_for_an_exit_are_woken_whatever_its_record_is(node: FakeNode):
     with pytest.raises(KeyError):
-        supervision.exited(node, "c", {"event": "exited"})
-    assert node.exits["c"].is_set()
+        node.process._take_exit({"event": "exited"})
+    assert node.process.exited.is_set()
 
 
-@pytest.mark.parametrize("node", [ContainerState.STARTING], indirect=True)
 async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node: FakeNode):
-    supervision.settle(node, "c")
+    node.process.without_shim()
     assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
     assert node.told == [EventType.STOPPED]
+    await asyncio.gather(*node.work)
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
 @pytest.mark.parametrize("after", ["ended", "removing", "gone"])
 async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
-    node: FakeNode, process: subprocess.Popen[bytes], monkeypatch, after: str
+    node: FakeNode, sleeper: subprocess.Popen[bytes], after: str
 ):
     """A container without a shim ends; its code has come from elsewhere, or it is removed, before the kernel tells."""
-    seen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    unknown = supervision._unknown
-
-    def see(*arguments) -> None:
-        try:
-            seen.set_result(unknown(*arguments))
-        except Exception as e:
-            seen.set_exception(e)
-
-    monkeypatch.setattr(supervision, "_unknown", see)
-    ticks = supervision.host.start_ticks(process.pid)
-    node.registry.save(dataclasses.replace(node.container, pid=process.pid, start_ticks=ticks))
-    supervision.settle(node, "c")
+    process = node.process
+    process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
+    process.without_shim()
     if after == "ended":
-        supervision.exited(node, "c", EXITED)
+        process._take_exit(EXITED)
     else:
         node.registry.observe(dataclasses.replace(node.container, state=ContainerState.REMOVING))
         if after == "gone":
             node.registry.forget(node.container)
     before = node.registry.containers.get("c")
-    process.kill()
-    await seen
+    sleeper.kill()
+    await until(lambda: process._cleaning is not None)
+    await process.wait_cleaned_up()
     assert node.registry.containers.get("c") == before
-    assert node.exits["c"].is_set() == (after != "gone")
+    assert process.exited.is_set()
 
 
 async def test_a_step_that_the_table_does_not_have_costs_no_exit(node: FakeNode, monkeypatch):
     monkeypatch.setattr(node.registry, "observe", Mock(side_effect=CriError("no such step")))
     with pytest.raises(CriError):
-        supervision.exited(node, "c", EXITED)
-    assert node.exits["c"].is_set()
+        node.process._take_exit(EXITED)
+    assert node.process.exited.is_set()
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daemon(node: FakeNode):
+    process = node.process
+    process._take_exit(EXITED)
+    process.without_shim()
+    assert not node.unmounted
+    await process.wait_cleaned_up()
+    await asyncio.gather(*node.work)
+    assert node.unmounted == [node.rootfs("c")]
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+@pytest.mark.parametrize("room", ["the record", "the process", "its start"])
+async def test_a_process_that_cannot_be_looked_at_has_not_ended(
+    node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch, room: str
+):
+    """The daemon has no descriptor left when a shim dies."""
+    monkeypatch.setattr(container_process, "_ASK_AGAIN", 0.01)
+    process = node.process
+    process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
+    refused = Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    with monkeypatch.context() as patch:
+        if room == "the process":
+            patch.setattr(os, "pidfd_open", refused)
+        else:
+            patch.setattr(container_process if room == "the record" else pidfd, "open", refused, raising=False)
+        process.without_shim()
+        if room != "the record":
+            with pytest.raises(OSError, match="open files"):
+                process.signal(signal.SIGTERM)
+        await until(lambda: refused.call_count > 2)
+        assert node.container.state is ContainerState.RUNNING
+    sleeper.kill()
+    await until(process.exited.is_set)
+    assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
+    await process.wait_cleaned_up()

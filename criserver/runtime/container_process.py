@@ -1,0 +1,499 @@
+"""A container's first process, or the infra process of a pod, with the shim that holds it: from its start to its end.
+
+How the process ended is taken from its shim, or from the exit record that a shim has left on disk. Where there is
+neither, the kernel is asked whether the process still runs. If it does not, nobody knows how it ended: the observer is
+told that it is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
+from criserver.runtime import cgroups, pidfd
+from criserver.runtime.nursery import Nursery
+from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.shim_link import REPLY_TIMEOUT, Message, ShimLink, connect
+
+log = structlog.get_logger(__name__)
+
+# Seconds.
+# A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
+START_TIMEOUT = 110.0
+# What a shim needs to delete an exited container. It takes milliseconds; a slower one is asked whether it is at work.
+_GONE_TIMEOUT = 15.0
+_GONE_PATIENCE = 2.0
+_GREETING_TIMEOUT = 2.0
+_CONNECT_INTERVAL = 0.02
+# A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
+KILL_TIMEOUT = 30.0
+# What a shim may take to tell of a process that has ended. After that the daemon looks whether the shim is stuck.
+_SHIM_PATIENCE = 5.0
+# What the kernel may take to let go of killed processes. It takes milliseconds, unless a dead disk holds them.
+_END_TIMEOUT = 5.0
+# How long to wait before the kernel is asked again that could not answer, for want of a descriptor or of memory.
+_ASK_AGAIN = 1.0
+
+# Why a start was ended early, for its caller and for the record.
+STOPPED = "it was stopped before its process ran"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process that runs: its PID, its start in clock ticks since boot, and its start in Unix nanoseconds."""
+
+    pid: int
+    start_ticks: int
+    started_at: int
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A checkpoint under way. Setting ``cut`` ends it early; ``thawed`` tells that its container runs again."""
+
+    location: str
+    cut: threading.Event = field(default_factory=threading.Event)
+    thawed: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+class Observer(Protocol):
+    """Keeps the record that a process belongs to, and is told what becomes of the process."""
+
+    def running(self, started: Started) -> None:
+        """The process runs. This may be told twice."""
+
+    def start_failed(self, message: str) -> None:
+        """The process could not be started; ``message`` says why."""
+
+    def exited(self, record: Message) -> None:
+        """The process has ended; the shim's exit record says how. This may be told twice."""
+
+    def lost(self) -> None:
+        """The process has ended, and nobody knows how."""
+
+    def cleaned_up(self) -> None:
+        """Nothing of the container runs any more, and its OCI runtime has forgotten it."""
+
+
+class ContainerProcess:
+    """One process with its shim. Its owner is ``id``, a container's or a pod sandbox's; ``directory`` is its bundle.
+
+    Attributes:
+        runtime: the OCI runtime that starts and deletes it.
+        cgroup: its cgroup below the roots of the hierarchies.
+        started: which process it is, once it runs.
+        exited: set once the process has ended and the observer has been told.
+        stopping: whether a stop was sent to the process. From then on nothing may freeze it.
+        checkpoint: the checkpoint under way.
+
+    """
+
+    def __init__(
+        self,
+        owner_id: str,
+        directory: str,
+        runtime: OciRuntime,
+        cgroup_parent: str,
+        nursery: Nursery,
+        observer: Observer,
+        background: Callable[[Coroutine[Any, Any, object], str], asyncio.Task[None]],
+    ) -> None:
+        self.id = owner_id
+        self.directory = directory
+        self.runtime = runtime
+        self.cgroup = cgroups.path(cgroup_parent, owner_id)
+        self.started: Started | None = None
+        self.exited = asyncio.Event()
+        self.stopping = False
+        self.checkpoint: Checkpoint | None = None
+        self._cgroup_parent = cgroup_parent
+        self._nursery = nursery
+        self._observer = observer
+        self._background = background
+        self._link: ShimLink | None = None
+        self._cut: asyncio.Future[None] | None = None
+        self._gone = asyncio.Event()
+        self._cleaning: asyncio.Task[None] | None = None
+        self._abandoned = False
+
+    # The start
+
+    @contextmanager
+    def start_under_way(self) -> Iterator[None]:
+        """A start, from before it waits for anything: :meth:`cut_start` ends it."""
+        self._cut = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            self._cut = None
+
+    def cut_start(self) -> None:
+        """Have a start under way end at once. Nothing happens where none is, or where it has succeeded meanwhile."""
+        if self._cut is not None and not self._cut.done():
+            self._cut.set_result(None)
+
+    async def start(self, *, log_path: str = "", tty: bool = False, stdin: bool = False) -> Started:
+        """Fork a shim that runs the bundle, and wait until the process runs.
+
+        The call is made within :meth:`start_under_way`. The observer is told as soon as the shim tells. Raises
+        FailedPreconditionError with the runtime's own message where the process cannot be started, and where the start
+        was cut; DeadlineExceededError where the runtime or the shim does not come back. Nothing is left of it then.
+        """
+        cut = self._cut
+        assert cut is not None
+        program = self.runtime.program()
+        if cut.done():
+            raise FailedPreconditionError(STOPPED)
+        loop = asyncio.get_running_loop()
+        greeted: asyncio.Future[None] = loop.create_future()
+        begun: asyncio.Future[Message] = loop.create_future()
+
+        def on_event(message: Message) -> None:
+            if not greeted.done():
+                greeted.set_result(None)
+            if message.get("event") in ("started", "failed") and not begun.done():
+                begun.set_result(message)
+                if message["event"] == "failed":
+                    return
+            # The record is written before the next message is looked at, which may tell of the exit.
+            self._on_event(message)
+
+        def on_close() -> None:
+            if not begun.done():
+                begun.set_result({"event": "failed", "error": "the shim ended before the container had started"})
+            elif begun.result()["event"] == "started":
+                self._on_close()
+
+        self._link = await self._nursery.fork(
+            {
+                "id": self.id,
+                "bundle": self.directory,
+                "directory": self.directory,
+                "runtime": program,
+                "runtime_root": self.runtime.root,
+                "runtime_args": self.runtime.command(self._cgroup_parent)[3:],
+                "log_path": log_path,
+                "tty": tty,
+                "stdin": stdin,
+                "oom_files": cgroups.oom_files(self.cgroup),
+                "pod_events": cgroups.pod_events(self._cgroup_parent),
+            },
+            on_event,
+            on_close,
+        )
+        either: list[asyncio.Future[Any]] = [begun, cut]
+        await asyncio.wait(either, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if not begun.done():
+            # The shim is found by its working directory, where it is once it has greeted.
+            await asyncio.wait([greeted], timeout=_GREETING_TIMEOUT)
+        if not begun.done():
+            await self.end_start()
+            if cut.done():
+                raise FailedPreconditionError(STOPPED)
+            raise DeadlineExceededError(
+                f"the shim of {self.id} did not tell within {START_TIMEOUT:g} s whether {self.runtime.path} has "
+                "started the container"
+            )
+        message = begun.result()
+        if message["event"] == "failed":
+            # A runtime that was given up may have left what it had made by then, and a shim that died its runtime.
+            await self.end_start()
+            raise (DeadlineExceededError if message.get("late") else FailedPreconditionError)(message["error"])
+        return _started(message)
+
+    async def end_start(self) -> None:
+        """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.
+
+        No request is sent to the shim: one that is stuck, or that an earlier version has started, has to end too.
+        Raises DeadlineExceededError where the kernel does not let go of a process.
+        """
+        self.abandon()
+        # A frozen process takes no signal, and the runtime would wait for it.
+        cgroups.thaw(self.cgroup)
+        left = await self._end_shim()
+        await self.destroy()
+        if left:
+            raise cgroups.unkillable(self.id, left, _END_TIMEOUT)
+
+    def start_failed(self, message: str) -> None:
+        """Tell the observer that the start has failed. The caller has seen to it that nothing is left of it."""
+        self._observer.start_failed(message)
+        self.exited.set()
+        self._cleaned_up()
+
+    # Its shim
+
+    async def reconnect(self) -> bool:
+        """Connect to a shim that an earlier daemon started, and take over what it greets with.
+
+        False where the shim is gone. A shim that does not greet (it is stopped, or the node is busy) may do so later.
+        """
+        greeted = asyncio.Event()
+
+        def on_event(message: Message) -> None:
+            self._on_event(message)
+            greeted.set()
+
+        try:
+            self._link = self._connect(on_event, self._on_close)
+        except (FileNotFoundError, NotADirectoryError, ConnectionError):
+            return False
+        except OSError as e:
+            # The shim is so busy, or so stopped, that its queue is full; or the daemon has no descriptor for it. What
+            # the shim says is awaited and not guessed.
+            log.warning("a shim cannot be reached now; its container is taken as it was", owner=self.id, error=str(e))
+            self._background(self._connect_later(), "connecting to a busy shim failed")
+            return True
+        try:
+            async with asyncio.timeout(_GREETING_TIMEOUT):
+                await greeted.wait()
+        except TimeoutError:
+            log.warning("a shim does not greet; its container is taken as it was", owner=self.id)
+        return True
+
+    async def _connect_later(self) -> None:
+        while not self._abandoned:
+            await asyncio.sleep(_GREETING_TIMEOUT)
+            try:
+                self._link = self._connect(self._on_event, self._on_close)
+            except (FileNotFoundError, NotADirectoryError, ConnectionError):
+                if not self._abandoned:
+                    self.without_shim()
+            except OSError:
+                continue
+            return
+
+    async def open_link(self, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
+        """One more connection to the shim. When it closes, the shim ends what was asked for on it.
+
+        Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
+        """
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT):
+                while True:
+                    try:
+                        return self._connect(on_event, on_close)
+                    except BlockingIOError:
+                        # Its queue is full: many connect at once, or the shim is stopped.
+                        await asyncio.sleep(_CONNECT_INTERVAL)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the shim of container {self.id} accepted no connection within {REPLY_TIMEOUT:g} s"
+            ) from None
+        except OSError as e:
+            raise CriError(f"the shim of container {self.id} cannot be reached: {e.strerror}") from e
+
+    def _connect(self, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
+        return connect(os.path.join(self.directory, "shim.sock"), on_event, on_close)
+
+    async def request(self, message: Message, fds: Sequence[int] = ()) -> Message:
+        """The shim's reply to a message. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
+        if self._link is None:
+            raise FailedPreconditionError(f"the shim of container {self.id} is gone")
+        return await self._link.request(message, fds)
+
+    def abandon(self) -> None:
+        """Let go of the shim without another word: it is to be ended, or another daemon takes it over."""
+        self._abandoned = True
+        if self._link is not None:
+            self._link.abandon()
+            self._link = None
+
+    async def _answers(self) -> bool:
+        """Whether the shim is at work: it answers at any time."""
+        try:
+            return self._link is not None and bool(
+                await self._link.request({"op": "status"}, timeout=_GREETING_TIMEOUT)
+            )
+        except DeadlineExceededError:
+            return False
+        except CriError:
+            return True  # it has just ended
+
+    async def _end_shim(self) -> list[int]:
+        """Kill the shim, or the runtime that it has left behind, with all that it has started; returns what stays."""
+        left = await asyncio.to_thread(pidfd.end_all_in, os.path.realpath(self.directory), _END_TIMEOUT)
+        if left:
+            log.error("killed processes of a shim do not end", owner=self.id, pids=left)
+        return left
+
+    def _on_event(self, message: Message) -> None:
+        match message:
+            case {"hello": "shim", "state": "exited"} | {"event": "exited"}:
+                self._take_exit(message)
+            case {"hello": "shim", "state": "running"} | {"event": "started"}:
+                # The start is ours, or an earlier daemon's that did not see the end of it.
+                self.started = _started(message)
+                self._observer.running(self.started)
+            case {"event": "failed"}:
+                self.start_failed(message["error"])
+            case {"event": "gone"}:
+                self._cleaned_up()
+
+    def _on_close(self) -> None:
+        self._link = None
+        self.without_shim()
+
+    # The end
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process; one that has ended is no error. Needs no answer of the shim.
+
+        Raises OSError where the kernel cannot say whether it runs, as for want of a descriptor.
+        """
+        if self.started is not None:
+            pidfd.send_signal(self.started.pid, self.started.start_ticks, number)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for the end of the process for so long; whether it has ended."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.exited.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def kill(self) -> None:
+        """Send SIGKILL and wait for the end. Raises DeadlineExceededError where even that does not end it."""
+        self.signal(signal.SIGKILL)
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while not await self.wait(_SHIM_PATIENCE):
+            if time.monotonic() > deadline:
+                pid = self.started.pid if self.started else "unknown"
+                raise DeadlineExceededError(
+                    f"container {self.id} (PID {pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
+                )
+            await self._replace_stuck_shim()
+
+    async def _replace_stuck_shim(self) -> None:
+        """Take the exit code from the kernel where the process has ended and its shim does not tell; end the shim."""
+        if self.started is not None and pidfd.start_ticks(self.started.pid) == self.started.start_ticks:
+            code = pidfd.zombie_code(self.started.pid)
+            if code is None:
+                return  # it still runs
+            log.error("a shim is stuck; its container's end is taken from the kernel", owner=self.id, code=code)
+            self._take_exit({"code": code, "finished_at": time.time_ns()})
+            await self._end_shim()
+        elif await self._answers():
+            return
+        else:
+            log.error("a shim is stuck that has its container's end and does not tell of it", owner=self.id)
+            await self._end_shim()
+            self.without_shim()
+        await self.destroy()
+
+    def without_shim(self) -> None:
+        """Go on without a shim: take the exit record that it left, or watch the process, or say that it is lost."""
+        try:
+            if not self.exited.is_set():
+                self._find_end()
+        except OSError as e:
+            # A process of which nothing can be seen, as for want of a descriptor, has not ended for that.
+            log.warning("it cannot be seen now whether a process has ended", owner=self.id, error=str(e))
+            asyncio.get_running_loop().call_later(_ASK_AGAIN, self.without_shim)
+        if self.exited.is_set() and not self._gone.is_set():
+            self._clean_up()
+
+    def _find_end(self) -> None:
+        """Raises OSError where the end can be looked up neither on disk nor in the kernel."""
+        if (record := _exit_record(self.directory)) is not None:
+            self._take_exit(record)
+            return
+        process = self.started
+        if process is not None and pidfd.watch(process.pid, process.start_ticks, self._lost):
+            log.error("a container's shim is gone; its log is lost, its end will be seen", owner=self.id)
+            return
+        self._lost()
+
+    def _take_exit(self, record: Message) -> None:
+        try:
+            self._observer.exited(record)
+        finally:
+            # The process has ended, whatever may be wrong with the record.
+            self.exited.set()
+
+    def _lost(self) -> None:
+        if not self.exited.is_set():
+            self._observer.lost()
+            self.exited.set()
+        self._clean_up()
+
+    # The clean-up after it
+
+    def _clean_up(self) -> None:
+        """Do what the shim would have done. It may have left the OCI runtime, which it was waiting for."""
+
+        async def work() -> None:
+            await self._end_shim()
+            await self.destroy()
+            self._cleaned_up()
+
+        if self._cleaning is None:
+            self._cleaning = self._background(work(), "clean-up after a lost shim failed")
+
+    def _cleaned_up(self) -> None:
+        if not self._gone.is_set():
+            self._gone.set()
+            self._observer.cleaned_up()
+
+    async def wait_cleaned_up(self) -> None:
+        """Wait for the clean-up after a process that has ended. A shim that is stuck in it is ended."""
+        if self._cleaning is not None:
+            await asyncio.wait([self._cleaning])
+            return
+        if self._link is None:
+            return
+        for patience in (_GONE_PATIENCE, _GONE_TIMEOUT):
+            try:
+                async with asyncio.timeout(patience):
+                    await self._gone.wait()
+                return
+            except TimeoutError:
+                if not await self._answers():
+                    log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
+                    await self._end_shim()
+                    break
+        else:
+            log.warning("a shim has not cleaned up in time; it is done without the shim", owner=self.id)
+        self.abandon()
+
+    async def destroy(self) -> None:
+        """End whatever runs of the container, by its runtime and in its cgroup, and what the runtime keeps of it.
+
+        A runtime that fails is logged. Raises DeadlineExceededError where the kernel does not let go of a process.
+        """
+        await self.runtime.delete(self.id, self._cgroup_parent)
+        if await cgroups.clear(self._cgroup_parent, self.id, _END_TIMEOUT):
+            # The runtime fails where cgroups are deeper in each other than a path may be long.
+            await self.runtime.delete(self.id, self._cgroup_parent)
+
+
+def _started(message: Message) -> Started:
+    """From the shim's event, or from its greeting, where "pid" is the shim itself."""
+    pid = message["init"] if "hello" in message else message["pid"]
+    return Started(pid, message["start_ticks"], message["started_at"])
+
+
+def _exit_record(directory: str) -> Message | None:
+    """What a shim has written of the end of its process; None where there is nothing to read. Raises OSError."""
+    try:
+        with open(os.path.join(directory, "exit.json")) as f:
+            record: Message = json.load(f)
+            return record
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as e:
+        log.exception("an exit record cannot be read", directory=directory, error=str(e))
+        return None

@@ -1,0 +1,126 @@
+"""An OCI runtime as its handler has it: the program, its root directory, and the command line of every verb.
+
+Shims call the runtime too: to run a container, to run a command in one, and to delete one. ``shims/runtime.py`` has
+these verbs; the daemon gives it the command before them. Verbs and options are those of runc(8) and crun(1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from criserver.config import RuntimeHandler
+from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.runtime import cgroups, command
+
+log = structlog.get_logger(__name__)
+
+# Seconds.
+_DELETE_TIMEOUT = 30.0
+_FEATURES_TIMEOUT = 10.0
+_UPDATE_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OciRuntime:
+    """The OCI runtime of one handler.
+
+    ``root`` is where the runtime keeps its state, apart from that of any other user of the program on this node.
+    """
+
+    handler: str
+    path: str
+    root: str
+
+    @classmethod
+    def of(cls, handler: RuntimeHandler, roots: str) -> OciRuntime:
+        """The runtime of a configured handler. ``roots`` is the directory that has each handler's root."""
+        return cls(handler.name, handler.path, os.path.join(roots, handler.name))
+
+    def program(self) -> str:
+        """The absolute path of the program. Raises FailedPreconditionError where there is none."""
+        program = shutil.which(self.path)
+        if program is None:
+            raise FailedPreconditionError(
+                f"runtime handler {self.handler}: {self.path} is not an executable; install it or change its path in "
+                f"[runtimes.{self.handler}]"
+            )
+        return program
+
+    def command(self, cgroup_parent: str) -> list[str]:
+        """The program with the options that precede every verb for a container below this cgroup parent.
+
+        Raises FailedPreconditionError as :meth:`program` does.
+        """
+        driver = ["--systemd-cgroup"] if cgroups.is_slice(cgroup_parent) else []
+        return [self.program(), "--root", self.root, *driver]
+
+    def run_command(self, container_id: str, cgroup_parent: str, *, bundle: str) -> list[str]:
+        """The command that runs a container and ends with it; for trials, as shims run the containers of pods."""
+        return [*self.command(cgroup_parent), "run", "--bundle", bundle, container_id]
+
+    def delete_command(self, container_id: str, cgroup_parent: str) -> list[str]:
+        """The command that ends what runs of a container and deletes it."""
+        return [*self.command(cgroup_parent), "delete", "--force", container_id]
+
+    def checkpoint_command(self, container_id: str, cgroup_parent: str, *, images: str, work: str) -> list[str]:
+        """The command that has criu dump a container, which runs on.
+
+        ``images`` is the directory for the dump, ``work`` the directory for criu's log.
+        """
+        options = ["--leave-running", "--file-locks", "--image-path", images, "--work-path", work]
+        return [*self.command(cgroup_parent), "checkpoint", *options, container_id]
+
+    def has(self, container_id: str) -> bool:
+        """Whether the runtime keeps a state of this container."""
+        return os.path.isdir(os.path.join(self.root, container_id))
+
+    async def delete(self, container_id: str, cgroup_parent: str) -> None:
+        """End what runs of a container and delete it; nothing where the runtime has none. A failure is logged."""
+        if not self.has(container_id):
+            return
+        try:
+            done = await command.run(self.delete_command(container_id, cgroup_parent), _DELETE_TIMEOUT)
+        except FailedPreconditionError as e:
+            log.warning("runtime delete is not possible", container=container_id, error=str(e))
+            return
+        except TimeoutError:
+            log.warning("runtime delete timed out", container=container_id)
+            return
+        # The container's shim may have been as quick with the same. Then there is nothing left to delete.
+        if done.code and self.has(container_id):
+            log.warning("runtime delete failed", container=container_id, error=done.words)
+
+    async def update(self, container_id: str, cgroup_parent: str, resources: Mapping[str, object]) -> None:
+        """Set limits of a running container: ``resources`` is LinuxResources of the runtime specification.
+
+        Raises FailedPreconditionError where the runtime refuses or fails, DeadlineExceededError where it hangs.
+        """
+        argv = [*self.command(cgroup_parent), "update", "--resources", "-", container_id]
+        try:
+            done = await command.run(argv, _UPDATE_TIMEOUT, stdin=json.dumps(resources).encode())
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"{self.path} did not update {container_id} within {_UPDATE_TIMEOUT:g} s"
+            ) from None
+        if done.code:
+            lines = done.words.splitlines() or ["it left no message"]
+            raise FailedPreconditionError(f"container {container_id} cannot be given these limits: {lines[-1]}")
+
+    async def features(self) -> dict[str, Any] | None:
+        """What the runtime tells of itself (runtime specification, features.md).
+
+        None where the runtime does not tell, as runc before 1.1. Raises FailedPreconditionError without a program.
+        """
+        try:
+            done = await command.run([self.program(), "features"], _FEATURES_TIMEOUT)
+            told = json.loads(done.stdout) if done.code == 0 else None
+        except (TimeoutError, ValueError):
+            return None
+        return told if isinstance(told, dict) and told else None

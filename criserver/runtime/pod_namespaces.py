@@ -1,0 +1,70 @@
+"""The namespaces of a pod: where they are pinned, and what the pod gives its containers."""
+
+from __future__ import annotations
+
+import os
+
+from criserver.errors import CriError
+from criserver.model import NamespaceMode
+from criserver.oci import spec
+from criserver.runtime import sandbox_files
+from criserver.runtime.node import Node
+from criserver.runtime.records import Sandbox
+from snapshotter import mounts, tree
+
+
+def network_pin(node: Node, sandbox_id: str) -> str:
+    """Where a pod's network namespace is pinned, unless it shares the node's."""
+    return os.path.join(node.namespaces_dir(sandbox_id), "net")
+
+
+def pid_pin(node: Node, sandbox_id: str) -> str:
+    """Where the PID namespace is pinned that the containers of a pod share."""
+    return os.path.join(node.namespaces_dir(sandbox_id), "pid")
+
+
+def user_pin(node: Node, sandbox_id: str) -> str:
+    """Where a pod's user namespace is pinned, if it has one."""
+    return os.path.join(node.namespaces_dir(sandbox_id), "user")
+
+
+def pin_pids(node: Node, sandbox_id: str, pid: int) -> None:
+    """Pin the PID namespace of a process. Its PID may be another process's when a container joins the namespace.
+
+    Raises FileNotFoundError where the process has ended.
+    """
+    pin = pid_pin(node, sandbox_id)
+    with open(pin, "w"):
+        pass
+    mounts.mount(f"/proc/{pid}/ns/pid", pin, None, mounts.MS_BIND)
+
+
+def unpin_pids(node: Node, sandbox_id: str) -> None:
+    """Let go of a shared PID namespace; it is no error where none is pinned. Raises CriError."""
+    pin = pid_pin(node, sandbox_id)
+    try:
+        mounts.unmount(pin)
+        tree.remove_path(pin)
+    except OSError as e:
+        raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
+
+
+def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
+    """What the sandbox gives its containers."""
+    config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
+    pins = node.namespaces_dir(sandbox.id)
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    own_ipc = config.namespaces.ipc is not NamespaceMode.NODE
+    shared_pid = config.namespaces.pid is NamespaceMode.POD
+    return spec.PodFacts(
+        hostname=sandbox_files.hostname(config),
+        resolv_conf=os.path.join(files, "resolv.conf"),
+        hosts=os.path.join(files, "hosts"),
+        hostname_file=os.path.join(files, "hostname"),
+        shm=sandbox_files.shm(node.sandbox_dir(sandbox.id), config),
+        net_namespace=network_pin(node, sandbox.id) if own_network else None,
+        uts_namespace=os.path.join(pins, "uts") if own_network else None,
+        ipc_namespace=os.path.join(pins, "ipc") if own_ipc else None,
+        pid_namespace=pid_pin(node, sandbox.id) if shared_pid else None,
+        user_namespace=user_pin(node, sandbox.id) if config.namespaces.user is not None else None,
+    )

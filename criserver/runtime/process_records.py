@@ -1,0 +1,138 @@
+"""Which record a process belongs to: a container's, or its pod's for an infra process; and what becomes of it there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import structlog
+
+from criserver.runtime import filesystems
+from criserver.runtime.container_process import ContainerProcess, Observer, Started
+from criserver.runtime.lifecycle import ContainerState, SandboxState
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, Sandbox
+from criserver.runtime.shim_link import Message
+
+log = structlog.get_logger(__name__)
+
+# The states in which a container may have a process.
+_ALIVE = (ContainerState.STARTING, ContainerState.RUNNING)
+
+
+def of_container(node: Node, container: Container) -> ContainerProcess:
+    """The process of a container; one that has none yet, or none any more, is given one to start or clean up."""
+    process = node.processes.get(container.id)
+    if process is None:
+        sandbox = node.registry.sandbox(container.sandbox_id)
+        process = _make(node, container.id, sandbox, _ContainerRecord(node, container.id))
+        if container.pid:
+            process.started = Started(container.pid, container.start_ticks, container.started_at)
+    return process
+
+
+def of_infra(node: Node, sandbox: Sandbox) -> ContainerProcess:
+    """The process that holds the PID namespace of a pod; one that has none is given one to start or clean up."""
+    process = node.processes.get(sandbox.id)
+    return process or _make(node, sandbox.id, sandbox, _InfraRecord(node, sandbox.id))
+
+
+def _make(node: Node, owner_id: str, sandbox: Sandbox, observer: Observer) -> ContainerProcess:
+    process = node.processes[owner_id] = ContainerProcess(
+        owner_id,
+        node.container_dir(owner_id),
+        node.cleanup_runtime(sandbox.runtime),
+        sandbox.cgroup_parent,
+        node.nursery,
+        observer,
+        node.background,
+    )
+    return process
+
+
+class _ContainerRecord(Observer):
+    """Keeps a container's record; one that is removed meanwhile needs nothing."""
+
+    def __init__(self, node: Node, container_id: str) -> None:
+        self._node = node
+        self._id = container_id
+
+    def running(self, started: Started) -> None:
+        container = self._in_state(ContainerState.STARTING)
+        if container is not None:
+            self._run(container, started)
+
+    def start_failed(self, message: str) -> None:
+        container = self._in_state(ContainerState.STARTING)
+        if container is not None:
+            self._node.registry.observe(container.ended(128, "StartError", message))
+
+    def exited(self, record: Message) -> None:
+        container = self._in_state(*_ALIVE)
+        if container is None:
+            return
+        code, finished_at = record["code"], record["finished_at"]
+        if container.state is ContainerState.STARTING:
+            # An earlier daemon did not hear of the start. A greeting has the PID, the record on disk has none.
+            pid, ticks = record.get("init") or 0, record.get("start_ticks", 0)
+            container = self._run(container, Started(pid, ticks, record.get("started_at") or finished_at))
+        reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
+        self._node.registry.observe(container.ended(code, reason, finished_at=finished_at))
+        log.info("container exited", container=self._id, code=code, reason=reason)
+
+    def lost(self) -> None:
+        container = self._in_state(*_ALIVE)
+        if container is not None:
+            message = "the container's shim ended without a record of its exit"
+            self._node.registry.observe(container.ended(255, "Unknown", message))
+
+    def cleaned_up(self) -> None:
+        if self._id in self._node.registry.containers:
+            self._node.background(
+                filesystems.unmount(self._node, self._id), "unmount of an exited container's files failed"
+            )
+
+    def _in_state(self, *states: ContainerState) -> Container | None:
+        container = self._node.registry.containers.get(self._id)
+        return container if container is not None and container.state in states else None
+
+    def _run(self, container: Container, started: Started) -> Container:
+        container = dataclasses.replace(
+            container,
+            state=ContainerState.RUNNING,
+            pid=started.pid,
+            start_ticks=started.start_ticks,
+            started_at=started.started_at,
+        )
+        self._node.registry.observe(container)
+        self._node.stats.disk.nudge()
+        log.info("container started", container=self._id, pid=started.pid)
+        return container
+
+
+class _InfraRecord(Observer):
+    """Keeps a sandbox's record: without its infra process it is not ready."""
+
+    def __init__(self, node: Node, sandbox_id: str) -> None:
+        self._node = node
+        self._id = sandbox_id
+
+    def running(self, started: Started) -> None:
+        pass  # RunPodSandbox waits for it
+
+    def start_failed(self, message: str) -> None:
+        pass  # RunPodSandbox is told
+
+    def exited(self, record: Message) -> None:
+        self._lose(record)
+
+    def lost(self) -> None:
+        self._lose({"reason": "its shim is gone"})
+
+    def cleaned_up(self) -> None:
+        pass  # StopPodSandbox unmounts
+
+    def _lose(self, record: Message) -> None:
+        sandbox = self._node.registry.sandboxes.get(self._id)
+        if sandbox is not None and sandbox.state is SandboxState.READY:
+            log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=self._id, record=record)
+            self._node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
