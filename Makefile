@@ -10,7 +10,7 @@ RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
 TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test test-vm lint unit e2e format proto wheel deb run-packages test-packages clean
+.PHONY: demo test test-vm lint unit integration e2e format proto wheel deb run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -27,6 +27,9 @@ lint: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(BIN)/pytest tests/unit
+
+integration: test-packages $(VENV)/ready
+	$(BIN)/pytest tests/integration
 
 e2e: test-packages $(VENV)/ready
 	$(BIN)/pytest tests/e2e tests/security tests/conformance

@@ -11,7 +11,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.waiting import SLOWNESS
+from tests.support.waiting import SLOWNESS
 
 # Seconds, with what the test's fixtures take. The slowest takes a minute; some that take longer say so themselves.
 HANGS = 600

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import busybox_archive, clean_pods, node, nothing_left
-from tests.e2e.registry import registry
+from tests.support.fixtures import busybox_archive, clean_pods, node, nothing_left
+from tests.support.registry import registry
 
 __all__ = ["busybox_archive", "clean_pods", "node", "nothing_left", "registry"]

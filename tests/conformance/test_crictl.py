@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 
-from tests.e2e.imagebuilder import busybox_image
-from tests.e2e.node import SUBNET, Node
-from tests.e2e.registry import Registry
+from tests.support.imagebuilder import busybox_image
+from tests.support.node import SUBNET, Node
+from tests.support.registry import Registry
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
 from tests.e2e.test_port_forward import Services, fetched
-from tests.terminal import Terminal
-from tests.waiting import eventually
+from tests.support.node import Node
+from tests.support.terminal import Terminal
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),

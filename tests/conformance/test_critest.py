@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.node import SLOWNESS, Node
+from tests.support.node import SLOWNESS, Node
 
 RUNTIME = os.environ.get("CRITEST_RUNTIME", "runc")
 CERTS = os.environ.get("CRITEST_CERTS", "")

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests import https, static_pod
-from tests.e2e.node import Node
 from tests.e2e.test_port_forward import Services, fetched
-from tests.terminal import Terminal
-from tests.waiting import eventually
+from tests.support import https, static_pod
+from tests.support.node import Node
+from tests.support.terminal import Terminal
+from tests.support.waiting import eventually
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubelet", "kubectl")
 # The node's address, on the loopback interface: the API server does not speak to a kubelet at 127.0.0.1.

@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
-from tests.e2e.streaming_client import Spdy, WebSocket
 from tests.e2e.test_bad_input import refused
-from tests.waiting import eventually
+from tests.support.node import Node
+from tests.support.streaming_client import Spdy, WebSocket
+from tests.support.waiting import eventually
 
 SUCCESS = {"status": "Success"}
 ECHO = ["sh", "-c", "while read x; do echo got $x; done; echo over; sleep 1000"]

@@ -13,10 +13,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e import layers
-from tests.e2e.imagebuilder import BuiltImage, build_image
-from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
+from tests.support import layers
+from tests.support.imagebuilder import BuiltImage, build_image
+from tests.support.node import Node
 
 IMAGE = build_image([{"file": b"content" * 1000}])
 LAYER = IMAGE.manifest["layers"][0]["digest"]
@@ -129,7 +129,7 @@ def test_a_layer_that_wants_to_write_outside_its_root(pull, server: Server, tric
 
 def with_configuration(body: bytes) -> BuiltImage:
     """The image with another configuration, rightly named by its manifest."""
-    from tests.e2e.imagebuilder import add_blob
+    from tests.support.imagebuilder import add_blob
 
     blobs = dict(IMAGE.blobs)
     manifest = {**IMAGE.manifest, "config": add_blob(blobs, IMAGE.manifest["config"]["mediaType"], body)}

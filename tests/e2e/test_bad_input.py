@@ -9,7 +9,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.node import Node
+from tests.support.node import Node
 
 UNKNOWN = "0123456789abcdef" * 4
 
@@ -105,8 +105,8 @@ def test_a_user_that_does_not_exist(node: Node, field: str, tmp_path):
     pod = node.run_pod()
     fields = {}
     if field == "image":
-        from tests.e2e.conftest import import_image
-        from tests.e2e.imagebuilder import busybox_image, write_archive
+        from tests.support.fixtures import import_image
+        from tests.support.imagebuilder import busybox_image, write_archive
 
         write_archive(busybox_image(config={"User": "stranger"}), str(tmp_path / "i.tar"), "localhost/stranger:1")
         import_image(node, str(tmp_path / "i.tar"))
@@ -206,8 +206,8 @@ def test_an_unknown_runtime_handler(node: Node):
 
 
 def test_no_command_at_all(node: Node, tmp_path):
-    from tests.e2e.conftest import import_image
-    from tests.e2e.imagebuilder import busybox_image, write_archive
+    from tests.support.fixtures import import_image
+    from tests.support.imagebuilder import busybox_image, write_archive
 
     write_archive(busybox_image(config={"Cmd": []}), str(tmp_path / "i.tar"), "localhost/mute:1")
     import_image(node, str(tmp_path / "i.tar"))

@@ -15,7 +15,7 @@ from typing import Any
 
 from criserver.check import advisories, tries
 from criserver.config import Runtime, load
-from tests.e2e.node import Node
+from tests.support.node import Node
 
 
 def check(node: Node, *words: str) -> tuple[int, dict[str, Any]]:

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
-from tests.waiting import eventually, within
+from tests.support.node import Node
+from tests.support.waiting import eventually, within
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_what_the_process_is_started_with(node: Node, pod: str, fields, printed)
 
 
 def test_the_images_own_command_environment_directory_and_user(node: Node, pod: str, tmp_path):
-    from tests.e2e.conftest import import_image
-    from tests.e2e.imagebuilder import busybox_image, write_archive
+    from tests.support.fixtures import import_image
+    from tests.support.imagebuilder import busybox_image, write_archive
 
     config = {
         "Entrypoint": ["sh", "-c", 'echo "$0 $1 $FROM_IMAGE $(pwd) $(id -u):$(id -g)"'],
@@ -169,8 +169,8 @@ def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str):
 
 @pytest.mark.parametrize("asked", ["image", "kubelet"])
 def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path, asked):
-    from tests.e2e.conftest import import_image
-    from tests.e2e.imagebuilder import busybox_image, write_archive
+    from tests.support.fixtures import import_image
+    from tests.support.imagebuilder import busybox_image, write_archive
 
     write_archive(busybox_image(config={"StopSignal": "SIGUSR1"}), str(tmp_path / "i.tar"), "localhost/usr1:1")
     import_image(node, str(tmp_path / "i.tar"))

@@ -24,8 +24,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.node import DRIVER, Node, filled, processes
-from tests.waiting import SLOWNESS, eventually, within
+from tests.support.node import DRIVER, Node, filled, processes
+from tests.support.waiting import SLOWNESS, eventually, within
 
 
 def test_the_socket_is_roots_alone(node: Node):

@@ -23,7 +23,7 @@ import pytest
 from criserver.config import load
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.e2e.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Client, own_cgroups, processes
+from tests.support.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Client, own_cgroups, processes
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 PYTHON = "{}.{}".format(*sys.version_info)

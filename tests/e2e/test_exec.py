@@ -14,10 +14,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.node import Node
-from tests.e2e.streaming_client import Refused, Spdy, WebSocket
 from tests.e2e.test_bad_input import refused
-from tests.waiting import eventually, within
+from tests.support.node import Node
+from tests.support.streaming_client import Refused, Spdy, WebSocket
+from tests.support.waiting import eventually, within
 
 SUCCESS = {"status": "Success"}
 

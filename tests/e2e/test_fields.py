@@ -18,11 +18,11 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.conftest import import_image
-from tests.e2e.imagebuilder import busybox_image, write_archive
-from tests.e2e.node import Node, limit_of
 from tests.e2e.test_bad_input import refused
-from tests.waiting import eventually
+from tests.support.fixtures import import_image
+from tests.support.imagebuilder import busybox_image, write_archive
+from tests.support.node import Node, limit_of
+from tests.support.waiting import eventually
 
 # Everything that a label's or an annotation's value may hold.
 ODD = 'two\nlines, "quotes", \u00fc\u20ac, tab\t and nothing:'

@@ -16,9 +16,9 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.node import Node, processes
-from tests.e2e.streaming_client import Spdy
-from tests.waiting import eventually, within
+from tests.support.node import Node, processes
+from tests.support.streaming_client import Spdy
+from tests.support.waiting import eventually, within
 
 # Seconds. Runs of the OCI runtime are among the calls, on a machine that others use too.
 AT_ONCE = 5.0

@@ -21,12 +21,12 @@ import pytest
 from aiohttp import web
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.imagebuilder import BuiltImage, build_image, busybox_image, write_archive
-from tests.e2e.node import Node
-from tests.e2e.ownregistry import Server
-from tests.e2e.registry import HTPASSWD, Registry, registry, running
-from tests.e2e.screen import Screen
-from tests.waiting import eventually
+from tests.support.imagebuilder import BuiltImage, build_image, busybox_image, write_archive
+from tests.support.node import Node
+from tests.support.ownregistry import Server
+from tests.support.registry import HTPASSWD, Registry, registry, running
+from tests.support.screen import Screen
+from tests.support.waiting import eventually
 
 __all__ = ["registry"]
 

@@ -22,10 +22,10 @@ from criserver.images.manifests import chain_ids
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.e2e.imagebuilder import BuiltImage, build_image, write_archive
-from tests.e2e.node import Node
-from tests.e2e.registry import Registry, registry
-from tests.waiting import SLOWNESS
+from tests.support.imagebuilder import BuiltImage, build_image, write_archive
+from tests.support.node import Node
+from tests.support.registry import Registry, registry
+from tests.support.waiting import SLOWNESS
 
 __all__ = ["registry"]
 

@@ -16,12 +16,12 @@ import pytest
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.conftest import import_image
-from tests.e2e.imagebuilder import Dir, Link, build_image, busybox_image, write_docker_archive
-from tests.e2e.node import Node
-from tests.e2e.registry import HTPASSWD, Registry, registry, running
 from tests.e2e.test_bad_input import refused
-from tests.waiting import SLOWNESS, eventually
+from tests.support.fixtures import import_image
+from tests.support.imagebuilder import Dir, Link, build_image, busybox_image, write_docker_archive
+from tests.support.node import Node
+from tests.support.registry import HTPASSWD, Registry, registry, running
+from tests.support.waiting import SLOWNESS, eventually
 
 __all__ = ["registry"]
 

@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.conftest import import_image
-from tests.e2e.imagebuilder import File, busybox_image, write_archive
-from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
+from tests.support.fixtures import import_image
+from tests.support.imagebuilder import File, busybox_image, write_archive
+from tests.support.node import Node
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import DRIVER, SUBNET, Node
-from tests.waiting import SLOWNESS, eventually
+from tests.support.node import DRIVER, SUBNET, Node
+from tests.support.waiting import SLOWNESS, eventually
 
 
 def shared(**modes: int) -> cri.LinuxPodSandboxConfig:

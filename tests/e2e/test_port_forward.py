@@ -15,12 +15,12 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.streaming import websocket
-from tests.e2e.node import Node
-from tests.e2e.streaming_client import Refused, Spdy, WebSocket, connect_websocket
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_exec import rss
 from tests.e2e.test_pods import shared
-from tests.waiting import eventually
+from tests.support.node import Node
+from tests.support.streaming_client import Refused, Spdy, WebSocket, connect_websocket
+from tests.support.waiting import eventually
 
 
 def echo(connection: socket.socket) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.e2e.conftest import serving
-from tests.e2e.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
+from tests.support.fixtures import serving
+from tests.support.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
 
 
 @pytest.fixture

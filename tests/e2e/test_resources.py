@@ -10,8 +10,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import DRIVER, Node, limit_of
 from tests.e2e.test_bad_input import refused
+from tests.support.node import DRIVER, Node, limit_of
 
 ON_V1 = "memory" in cgroups.roots()
 

@@ -12,8 +12,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.node import GATEWAY, Node, cgroup, processes
-from tests.waiting import SLOWNESS, eventually
+from tests.support.node import GATEWAY, Node, cgroup, processes
+from tests.support.waiting import SLOWNESS, eventually
 
 MIB = 1 << 20
 SLEEP = ["sleep", "1000"]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.conftest import import_image
-from tests.e2e.node import Client, Node
+from tests.support.fixtures import import_image
+from tests.support.node import Client, Node
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason="systemd is not this machine's init")
 

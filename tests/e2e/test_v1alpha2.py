@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.node import Node
+from tests.support.node import Node
 
 
 def varint(number: int) -> bytes:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import import_image
-from tests.e2e.node import Node
+from tests.support.fixtures import import_image
+from tests.support.node import Node
 
 ROOT = Path(__file__).parents[2]
 

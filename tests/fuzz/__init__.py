@@ -1,4 +1,4 @@
 """What takes bytes from outside, under any bytes: a module a protocol, whose ``check`` raises where a rule breaks.
 
-``python -m tests.fuzz NAME`` looks for such bytes with atheris. tests/unit/test_fuzz_corpus.py replays corpus/NAME.
+``python -m tests.fuzz NAME`` looks for such bytes with atheris. The unit test test_fuzz_corpus.py replays corpus/NAME.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from criserver.streaming import spdy
-from tests.unit.spdy_peer import (
+from tests.support.spdy_peer import (
     GOAWAY,
     PING,
     RST_STREAM,

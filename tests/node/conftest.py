@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.conftest import busybox_archive
 from tests.node.installed import PACKAGES, InstalledNode, command
+from tests.support.fixtures import busybox_archive
 
 __all__ = ["busybox_archive"]
 

@@ -8,8 +8,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from tests.e2e.node import SLOWNESS, Client, Node, processes
-from tests.e2e.streaming_client import Spdy
+from tests.support.node import SLOWNESS, Client, Node, processes
+from tests.support.streaming_client import Spdy
 
 PACKAGES = os.environ.get("CRISERVER_NODE_PACKAGES", "")  # a directory with first.deb and second.deb, a newer build
 SOCKET = "/run/criserver/criserver.sock"

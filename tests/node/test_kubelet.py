@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import static_pod
-from tests.https import fetched
 from tests.node.installed import SOCKET, InstalledNode
+from tests.support import static_pod
+from tests.support.https import fetched
 
 pytestmark = pytest.mark.skipif(shutil.which("kubelet") is None, reason="kubelet is not on PATH")
 

@@ -1,7 +1,7 @@
-"""A node for the attacks, as the end-to-end tests have it."""
+"""The fixtures of the tests with a daemon, for the attacks."""
 
 from __future__ import annotations
 
-from tests.e2e.conftest import busybox_archive, clean_pods, node, nothing_left, pytest_collection_modifyitems
+from tests.support.fixtures import busybox_archive, clean_pods, node, nothing_left, pytest_collection_modifyitems
 
 __all__ = ["busybox_archive", "clean_pods", "node", "nothing_left", "pytest_collection_modifyitems"]

@@ -12,12 +12,12 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.conftest import import_image
-from tests.e2e.imagebuilder import BuiltImage, Layer, busybox_image, write_archive
-from tests.e2e.node import Node
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_fields import secured
-from tests.waiting import eventually
+from tests.support.fixtures import import_image
+from tests.support.imagebuilder import BuiltImage, Layer, busybox_image, write_archive
+from tests.support.node import Node
+from tests.support.waiting import eventually
 
 FAILED = grpc.StatusCode.FAILED_PRECONDITION
 ROOTS = b"1000:x:0:0::/root:/bin/sh\nroot:x:0:0::/root:/bin/sh\nweb:x:33:44::/:/bin/sh\n"

@@ -20,10 +20,10 @@ from google.protobuf.message import Message
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import output_room
 from criserver.streaming import server as streaming
-from tests.e2e.node import Node
-from tests.e2e.streaming_client import Spdy
 from tests.e2e.test_bad_input import refused
-from tests.waiting import SLOWNESS, eventually, within
+from tests.support.node import Node
+from tests.support.streaming_client import Spdy
+from tests.support.waiting import SLOWNESS, eventually, within
 
 MIB = 1 << 20
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

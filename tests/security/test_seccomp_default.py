@@ -12,8 +12,8 @@ import pytest
 
 from criserver.oci import seccomp
 from criserver.oci.spec import DEFAULT_CAPABILITIES
-from tests.e2e import calls
-from tests.e2e.bundles import Bundles
+from tests.support import calls
+from tests.support.bundles import Bundles
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("runc") or not shutil.which("busybox"), reason="needs runc and busybox"),

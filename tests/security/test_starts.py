@@ -23,12 +23,12 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host
-from tests.e2e.conftest import serving
-from tests.e2e.node import RUNTIME, Node, cgroup, processes
-from tests.e2e.streaming_client import Spdy
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_frozen_shims import Freezer, freezer
-from tests.waiting import SLOWNESS, eventually, within
+from tests.support.fixtures import serving
+from tests.support.node import RUNTIME, Node, cgroup, processes
+from tests.support.streaming_client import Spdy
+from tests.support.waiting import SLOWNESS, eventually, within
 
 __all__ = ["freezer"]
 

@@ -18,11 +18,11 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from snapshotter import mounts, tree
-from tests.e2e.conftest import import_image, serving
-from tests.e2e.imagebuilder import busybox_image, write_archive
-from tests.e2e.layers import archive, item, symlink
-from tests.e2e.node import Node, cgroup
-from tests.waiting import SLOWNESS, eventually
+from tests.support.fixtures import import_image, serving
+from tests.support.imagebuilder import busybox_image, write_archive
+from tests.support.layers import archive, item, symlink
+from tests.support.node import Node, cgroup
+from tests.support.waiting import SLOWNESS, eventually
 
 VOLUME = "localhost/volume:latest"
 # From below upwards, in pieces that a path can name: busybox's cd has no longer ones.

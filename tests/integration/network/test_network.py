@@ -1,0 +1,389 @@
+"""Real namespaces and real plugins.
+
+The plugins work on a node of their own: a network namespace in which their bridge, their iptables chains and
+their sysctls are made, so that the host's are not touched and all of them end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from criserver.errors import CriError, InvalidArgumentError
+from criserver.network import namespaces
+from criserver.network.cni import Attachment, Network, PodNetwork, PortMapping
+from tests.support.waiting import eventually, until
+
+PLUGINS = "/usr/lib/cni"
+BRIDGE = "crinet0"
+GATEWAY = "10.211.57.1"
+
+
+@pytest.fixture
+def base() -> Iterator[str]:
+    """A directory on a tmpfs; whatever is still mounted below it after the test fails the test."""
+    base = tempfile.mkdtemp(prefix="cri-net-", dir="/run")
+    yield base
+    left = pinned(base)
+    for path in left:
+        namespaces.unpin(os.path.dirname(path))
+    shutil.rmtree(base)
+    assert left == []
+    eventually(lambda: "namespaces" not in [t.name for t in threading.enumerate()])  # one may be about to end
+
+
+def pinned(base: str) -> list[str]:
+    with open("/proc/self/mountinfo") as f:
+        return [fields[4] for fields in map(str.split, f) if fields[4].startswith(base)]
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def inside(pin: namespaces.PinnedNamespaces, *command: str) -> str:
+    """What a command prints in the pod's namespaces."""
+    enter = [f"--{kind}={path}" for kind in ("net", "ipc", "uts") if (path := getattr(pin, kind))]
+    return run("nsenter", *enter, *command)
+
+
+@contextmanager
+def listening(pin: namespaces.PinnedNamespaces, port: int, greeting: str) -> Iterator[None]:
+    """A server in the pod that greets its first caller."""
+    serve = (
+        f"import socket; s = socket.create_server(('', {port})); print(flush=True); "
+        f"s.accept()[0].send({greeting.encode()!r})"
+    )
+    command = ["nsenter", f"--net={pin.net}", "python3", "-c", serve]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            yield
+        finally:
+            server.kill()
+
+
+# Namespaces
+
+
+async def test_all_namespaces_are_new_pinned_and_set_up(base: str) -> None:
+    before = {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "ipc", "uts")}
+    hostname = os.uname().nodename
+    with open("/proc/sys/kernel/shm_rmid_forced") as f:
+        shm_rmid_forced = f.read()
+    pin = await namespaces.make(
+        f"{base}/ns",
+        net=True,
+        ipc=True,
+        uts=True,
+        hostname="pod-a",
+        sysctls={
+            "net.ipv4.ip_unprivileged_port_start": "80",
+            "net/ipv4/conf/lo/arp_filter": "1",
+            "kernel.shm_rmid_forced": "1",
+            "fs.mqueue.msg_max": "33",
+        },
+    )
+    assert pin == namespaces.PinnedNamespaces(f"{base}/ns/net", f"{base}/ns/ipc", f"{base}/ns/uts")
+    for kind, inode in before.items():
+        path = getattr(pin, kind)
+        assert namespaces.is_pinned(path)
+        assert os.stat(path).st_ino != inode
+        assert os.stat(f"/proc/self/ns/{kind}").st_ino == inode, "the daemon stays where it is"
+    assert inside(pin, "hostname") == "pod-a\n"
+    names = ("net/ipv4/ip_unprivileged_port_start", "net/ipv4/conf/lo/arp_filter")
+    assert inside(pin, "cat", *(f"/proc/sys/{n}" for n in names)).split() == ["80", "1"]
+    assert inside(pin, "cat", "/proc/sys/kernel/shm_rmid_forced", "/proc/sys/fs/mqueue/msg_max").split() == ["1", "33"]
+    lo = json.loads(inside(pin, "ip", "-json", "address", "show", "lo"))[0]
+    assert "UP" in lo["flags"]
+    assert [a["local"] for a in lo["addr_info"]] == ["127.0.0.1", "::1"]
+    assert os.uname().nodename == hostname
+    with open("/proc/sys/kernel/shm_rmid_forced") as f:
+        assert f.read() == shm_rmid_forced
+
+    namespaces.unpin(f"{base}/ns")
+    assert not os.path.exists(f"{base}/ns")
+    namespaces.unpin(f"{base}/ns")
+
+
+async def test_only_what_is_asked_for_is_made(base: str) -> None:
+    pin = await namespaces.make(f"{base}/ns", net=False, ipc=True, uts=False)
+    assert (pin.net, pin.uts) == (None, None)
+    assert os.listdir(f"{base}/ns") == ["ipc"]
+    assert pin.ipc is not None
+    assert namespaces.is_pinned(pin.ipc)
+    namespaces.unpin(f"{base}/ns")
+
+
+async def test_a_sysctl_that_the_kernel_refuses_undoes_everything(base: str) -> None:
+    for name, value in (("net.ipv4.ip_forward", "many"), ("net.ipv4.no_such_thing", "1")):
+        with pytest.raises(InvalidArgumentError, match="is refused by the kernel"):
+            await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, sysctls={name: value})
+        assert not os.path.exists(f"{base}/ns")
+
+
+async def test_a_pin_that_fails_undoes_the_ones_before(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = namespaces._pin
+
+    def fail_at_uts(kind: str, directory: str, source: str) -> str:
+        if kind == "uts":
+            raise OSError(28, "No space left on device")
+        return pin(kind, directory, source)
+
+    monkeypatch.setattr(namespaces, "_pin", fail_at_uts)
+    with pytest.raises(CriError, match="No space left on device"):
+        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True)
+    assert not os.path.exists(f"{base}/ns")
+
+
+async def test_cancellation_leaves_nothing(base: str) -> None:
+    for delay in (0, 0.0002, 0.0005, 0.001, 0.002):
+        task = asyncio.create_task(namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True))
+        await asyncio.sleep(delay)
+        task.cancel()
+        try:
+            await task
+            namespaces.unpin(f"{base}/ns")
+        except asyncio.CancelledError:
+            assert not os.path.exists(f"{base}/ns")
+    assert pinned(base) == []
+
+
+async def test_a_thread_that_is_late_takes_its_work_back(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, unshare = threading.Event(), namespaces._unshare
+
+    def slow(kinds: list[str]) -> None:
+        go_on.wait(10)
+        unshare(kinds)
+
+    monkeypatch.setattr(namespaces, "_unshare", slow)
+    monkeypatch.setattr(namespaces, "_DEADLINE", 0.05)
+    with pytest.raises(CriError, match="did not make the namespaces"):
+        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True)
+    go_on.set()
+    await until(lambda: not os.path.exists(f"{base}/ns"))
+    assert pinned(base) == []
+
+
+async def test_unpin_of_what_a_crash_left(base: str) -> None:
+    await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True)
+    run("umount", f"{base}/ns/ipc")  # a file that was made, but not yet mounted on
+    run("umount", f"{base}/ns/uts")
+    os.unlink(f"{base}/ns/uts")
+    run("mount", "--bind", f"{base}/ns/net", f"{base}/ns/net")
+    namespaces.unpin(f"{base}/ns")
+    assert not os.path.exists(f"{base}/ns")
+
+
+async def test_unpin_removes_all_but_a_mount_that_it_did_not_make(base: str) -> None:
+    os.makedirs(f"{base}/ns/mount")
+    run("mount", "-t", "tmpfs", "tmpfs", f"{base}/ns/mount")
+    try:
+        Path(f"{base}/ns/mount/kept").touch()
+        Path(f"{base}/ns/other").touch()
+        with pytest.raises(CriError, match="a file system is mounted there; unmount it first"):
+            namespaces.unpin(f"{base}/ns")
+        assert os.listdir(f"{base}/ns/mount") == ["kept"]
+    finally:
+        run("umount", f"{base}/ns/mount")
+    namespaces.unpin(f"{base}/ns")
+    assert not os.path.exists(f"{base}/ns")
+
+
+async def test_many_at_once(base: str) -> None:
+    pins = await asyncio.gather(
+        *(namespaces.make(f"{base}/{i}", net=True, ipc=True, uts=True, hostname=f"pod-{i}") for i in range(20))
+    )
+    assert len({os.stat(pin.net).st_ino for pin in pins if pin.net}) == 20
+    assert [inside(pin, "hostname").strip() for pin in pins] == [f"pod-{i}" for i in range(20)]
+    for i in range(20):
+        namespaces.unpin(f"{base}/{i}")
+
+
+# Plugins
+
+
+class Host:
+    """A node's network in a namespace of its own, with a CNI configuration and Debian's plugins."""
+
+    def __init__(self, base: str, pin: namespaces.PinnedNamespaces) -> None:
+        self.base, self.pin, self.pods = base, pin, 0
+        self.bin, self.conf, self.ipam = f"{base}/bin", f"{base}/net.d", f"{base}/ipam"
+        os.mkdir(self.bin)
+        os.mkdir(self.conf)
+        for name in os.listdir(PLUGINS):
+            with open(f"{self.bin}/{name}", "w") as f:
+                f.write(f'#!/bin/sh\nexec nsenter --net={pin.net} {PLUGINS}/{name} "$@"\n')
+            os.chmod(f"{self.bin}/{name}", 0o755)
+        self.configure()
+        self.network = Network(conf_dir=self.conf, bin_dirs=[self.bin], timeout=30)
+
+    def configure(self, *more: dict[str, Any], subnets: tuple[str, ...] = ("10.211.57.0/24",)) -> None:
+        bridge = {
+            "type": "bridge",
+            "bridge": BRIDGE,
+            "isGateway": True,
+            "ipMasq": True,
+            "hairpinMode": True,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": self.ipam,
+                "ranges": [[{"subnet": subnet}] for subnet in subnets],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        }
+        portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+        document = {"cniVersion": "1.0.0", "name": "crinet", "plugins": [bridge, portmap, *more]}
+        with open(f"{self.conf}/10-crinet.conflist", "w") as f:
+            json.dump(document, f)
+
+    async def pod(self, **fields: Any) -> tuple[namespaces.PinnedNamespaces, Attachment]:
+        """A pod's namespaces, and the plan to attach it."""
+        self.pods += 1
+        pin = await namespaces.make(f"{self.base}/pod{self.pods}", net=True, ipc=True, uts=True)
+        assert pin.net is not None
+        given = {"sandbox_id": f"sandbox-{self.pods}", "name": "web", "namespace": "prod", "uid": "u", **fields}
+        return pin, self.network.attach_plan(PodNetwork(netns=pin.net, **given))
+
+    def leases(self) -> list[str]:
+        try:
+            return sorted(n for n in os.listdir(f"{self.ipam}/crinet") if n[0].isdigit() or ":" in n)
+        except FileNotFoundError:
+            return []
+
+    def ports(self) -> list[str]:
+        return [link["ifname"] for link in json.loads(inside(self.pin, "ip", "-json", "link")) if link.get("master")]
+
+    def rules(self, sandbox: str) -> list[str]:
+        saved = inside(self.pin, "iptables-save") + inside(self.pin, "ip6tables-save")
+        return [line for line in saved.splitlines() if sandbox in line]
+
+    def left(self, sandbox: str) -> list[str]:
+        return [*self.leases(), *self.ports(), *self.rules(sandbox)]
+
+
+@pytest.fixture
+async def host(base: str) -> AsyncIterator[Host]:
+    pin = await namespaces.make(f"{base}/host", net=True, ipc=False, uts=False)
+    host = Host(base, pin)
+    yield host
+    for i in range(host.pods + 1):
+        namespaces.unpin(f"{base}/pod{i}")
+    namespaces.unpin(f"{base}/host")
+
+
+async def test_a_pod_is_attached_reached_and_detached(host: Host) -> None:
+    assert await host.network.ready() is None
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    attachment = await host.network.add(plan)
+
+    assert attachment.ips == ("10.211.57.2",)
+    assert attachment.result is not None
+    eth0 = json.loads(inside(pin, "ip", "-json", "address", "show", "eth0"))[0]
+    assert "10.211.57.2" in [a["local"] for a in eth0["addr_info"]]
+    own = next(i for i in attachment.result.interfaces if i.sandbox)
+    assert (own.name, own.mac, own.sandbox) == ("eth0", eth0["address"], pin.net)
+    assert host.leases() == ["10.211.57.2"]
+    assert len(host.ports()) == 1
+    assert host.rules("sandbox-1")
+
+    with listening(pin, 8080, "the pod"):
+        get = f"import socket; print(socket.create_connection(('{GATEWAY}', 18080), 5).recv(20).decode())"
+        assert inside(host.pin, "python3", "-c", get) == "the pod\n"
+
+    await host.network.delete(attachment)
+    assert host.left("sandbox-1") == []
+    assert "eth0" not in inside(pin, "ip", "link")
+    await host.network.delete(attachment)
+
+
+async def test_check_tells_what_is_amiss(host: Host) -> None:
+    pin, plan = await host.pod()
+    attachment = await host.network.add(plan)
+    await host.network.check(attachment)
+    inside(pin, "ip", "address", "del", "10.211.57.2/24", "dev", "eth0")
+    with pytest.raises(CriError, match=r"CNI plugin bridge \(CHECK, network crinet\)"):
+        await host.network.check(attachment)
+
+
+async def test_a_pod_of_two_families(host: Host) -> None:
+    host.configure(subnets=("fd00:211:57::/64", "10.211.57.0/24"))
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    attachment = await host.network.add(plan)
+    assert attachment.ips == ("fd00:211:57::2", "10.211.57.2"), "the network's order is kept"
+    eth0 = json.loads(inside(pin, "ip", "-json", "address", "show", "eth0"))[0]
+    assert set(attachment.ips) <= {a["local"] for a in eth0["addr_info"]}
+    await host.network.delete(attachment)
+    assert host.left("sandbox-1") == []
+
+
+async def test_delete_after_the_namespace_is_gone(host: Host) -> None:
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    attachment = await host.network.add(plan)
+    namespaces.unpin(f"{host.base}/pod1")
+    assert host.leases()
+    await host.network.delete(attachment)
+    assert host.leases() == []
+    # The bridge plugin takes back its masquerading rules through the namespace only; the ports' rules go.
+    assert [rule for rule in host.rules("sandbox-1") if "dnat" in rule] == []
+    await until(lambda: not host.ports())  # the kernel takes the veth with the namespace, in its own time
+
+
+async def test_delete_of_an_add_whose_outcome_was_never_recorded(host: Host) -> None:
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    intention = plan.to_json()
+    await host.network.add(plan)
+    os.unlink(f"{host.conf}/10-crinet.conflist")
+    await host.network.delete(Attachment.from_json(intention))
+    assert host.left("sandbox-1") == []
+
+
+async def test_a_chain_that_fails_at_its_end_leaves_nothing(host: Host) -> None:
+    host.configure({"type": "tuning", "sysctl": {"net.core.no_such_thing": "1"}})
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    with pytest.raises(CriError, match=r"CNI plugin tuning \(ADD, network crinet\)"):
+        await host.network.add(plan)
+    assert host.left("sandbox-1") == []
+    assert "eth0" not in inside(pin, "ip", "link")
+
+
+async def test_a_cancelled_add_leaves_nothing(host: Host) -> None:
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    task = asyncio.create_task(host.network.add(plan))
+    async with asyncio.timeout(30):
+        while not host.leases():
+            await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert host.left("sandbox-1") == []
+
+
+async def test_pods_attached_at_once_have_addresses_of_their_own(host: Host) -> None:
+    plans = [(await host.pod())[1] for _ in range(6)]
+    attachments = await asyncio.gather(*(host.network.add(plan) for plan in plans))
+    assert len({a.ips[0] for a in attachments}) == 6
+    await asyncio.gather(*(host.network.delete(a) for a in attachments))
+    assert host.left("sandbox") == []
+
+
+async def test_bandwidth_annotations_shape_the_pods_traffic(host: Host) -> None:
+    host.configure({"type": "bandwidth", "capabilities": {"bandwidth": True}})
+    _, plan = await host.pod(annotations={"kubernetes.io/ingress-bandwidth": "10M"})
+    attachment = await host.network.add(plan)
+    shapers = [q for q in json.loads(inside(host.pin, "tc", "-json", "qdisc")) if q["kind"] == "tbf"]
+    assert [q["options"]["rate"] for q in shapers] == [10_000_000 // 8]
+    await host.network.delete(attachment)
+    assert host.left("sandbox-1") == []

@@ -1,0 +1,758 @@
+"""Shims with a real runc: what a container says and how it ends survives the daemon and the nursery."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shims.launch import command
+from shims.wire import Channel
+from tests.support.node import processes
+from tests.support.waiting import SLOWNESS, eventually
+
+Message = dict[str, Any]
+
+WAIT = 30.0 * SLOWNESS
+# Longer than what does not hang takes.
+HASTY = 3.0 * SLOWNESS
+CGROUP = "/criserver-test-shims"
+RECORD = re.compile(rb"\S+ (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
+APPLETS = ("sh", "sleep", "echo", "cat", "true", "tail", "yes", "head", "grep", "kill", "stty", "printf", "ls")
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("runc") or not shutil.which("busybox"),
+    reason="needs root, runc and busybox",
+)
+
+# Its fork takes the container's init over from runc and lets go of it only by its own end, a while after the program's.
+FORKING_RUNTIME = """#!{python}
+import ctypes, os, subprocess, sys, time
+reader, writer = os.pipe()
+if os.fork():
+    os.close(writer)
+    sys.exit(os.read(reader, 1)[0])
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+code = subprocess.run(["{runc}", *sys.argv[1:]]).returncode
+os.write(writer, bytes([code]))
+time.sleep(0.3)
+os._exit(0)
+"""
+
+# Hangs in one command, with a process in a session of its own, once the real runtime has done that command.
+HANGING_RUNTIME = """#!/bin/sh
+case " $* " in *" {command} "*)
+    {runc} "$@"
+    setsid sleep {mark} &
+    sleep {mark}
+esac
+exec {runc} "$@"
+"""
+
+
+class Client:
+    """A daemon's end of a connection to a shim or to the nursery."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(WAIT)
+        self.channel = Channel(sock)
+        self.waiting: list[tuple[Message, list[int]]] = []
+        self.number = 0
+
+    def find(self, wanted: Callable[[Message], bool]) -> tuple[Message, list[int]]:
+        """The first message that is wanted; others are kept for later."""
+        while True:
+            for index, (message, _) in enumerate(self.waiting):
+                if wanted(message):
+                    return self.waiting.pop(index)
+            self.waiting += self.channel.receive()
+
+    def expect(self, event: str) -> Message:
+        return self.find(lambda message: message.get("event") == event)[0]
+
+    def greeting(self) -> Message:
+        return self.find(lambda message: "hello" in message)[0]
+
+    def request(self, op: str, fds: list[int] | None = None, **keys: Any) -> tuple[Message, list[int]]:
+        self.number += 1
+        number = self.number
+        self.channel.send({"op": op, "re": number, **keys}, fds or ())
+        return self.find(lambda message: message.get("re") == number)
+
+    def ask(self, op: str, fds: list[int] | None = None, **keys: Any) -> Message:
+        answer, received = self.request(op, fds, **keys)
+        for fd in received:
+            os.close(fd)
+        return answer
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class Container:
+    """A container under a shim, with the connection that started it."""
+
+    def __init__(self, directory: Path, client: Client, shim: int) -> None:
+        self.directory = directory
+        self.client = client
+        self.shim = shim
+
+    def log(self, stream: str = "stdout", name: str = "0.log") -> bytes:
+        data = (self.directory / name).read_bytes()
+        records = list(RECORD.finditer(data))
+        assert sum(len(record[0]) for record in records) == len(data)
+        return b"".join(
+            record[3] + (b"\n" if record[2] == b"F" else b"") for record in records if record[1] == stream.encode()
+        )
+
+    def exit_record(self) -> Message:
+        return dict(json.loads((self.directory / "state" / "exit.json").read_bytes()))
+
+    def reconnect(self) -> Client:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(self.directory / "state" / "shim.sock"))
+        return Client(sock)
+
+    def finished(self) -> Message:
+        """Wait for the whole end and return the `exited` event."""
+        exited = self.client.expect("exited")
+        self.client.expect("gone")
+        eventually(lambda: not (self.directory / "state" / "shim.sock").exists())
+        return exited
+
+
+class Host:
+    """A nursery and the containers started through it; `close` ends all of it."""
+
+    def __init__(self, rootfs: Path, **limits: float) -> None:
+        """`limits` are in place of those of shims.shim, by their names there."""
+        self.rootfs = rootfs
+        self.directory = Path(tempfile.mkdtemp(dir="/run", prefix="shims-"))
+        self.runtime_root = self.directory / "runc"
+        self.containers: dict[str, Container] = {}
+        self.clients: list[Client] = []
+        ours, theirs = socket.socketpair()
+        self.nursery = Client(ours)
+        argv = command(sys.executable, theirs.fileno())
+        place = argv.index("-c") + 1
+        for name, seconds in limits.items():
+            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery_process"
+            argv[place] = argv[place].replace("from shims.nursery_process", changed)
+        self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], close_fds=True)
+        theirs.close()
+
+    def prepare(self, name: str, *args: str, **options: Any) -> Message:
+        """A bundle on disk and the shim's configuration for it."""
+        directory = self.directory / name
+        (directory / "state").mkdir(parents=True)
+        tty = bool(options.get("tty"))
+        (directory / "config.json").write_text(json.dumps(_spec(self.rootfs, name, args, **options)))
+        return {
+            "id": name,
+            "bundle": str(directory),
+            "runtime": shutil.which("runc"),
+            "runtime_root": str(self.runtime_root),
+            "runtime_args": [],
+            "log_path": str(directory / "0.log"),
+            "tty": tty,
+            "stdin": bool(options.get("stdin")),
+            "directory": str(directory / "state"),
+            "oom_files": [f"/sys/fs/cgroup/memory{CGROUP}/{name}/memory.oom_control"],
+            "a key of a later version": 1,
+        }
+
+    def fork(self, config: Message) -> Container:
+        ours, theirs = socket.socketpair()
+        answer = self.nursery.ask("fork", [theirs.fileno()], config=config)
+        theirs.close()
+        client = Client(ours)
+        self.clients.append(client)
+        assert answer.get("ok"), answer
+        container = Container(Path(config["bundle"]), client, answer["pid"])
+        self.containers[config["id"]] = container
+        greeting = client.greeting()
+        assert (greeting["pid"], greeting["state"]) == (answer["pid"], "starting")
+        return container
+
+    def start(self, name: str, *args: str, **options: Any) -> Container:
+        container = self.fork(self.prepare(name, *args, **options))
+        container.client.expect("started")
+        return container
+
+    def close(self) -> None:
+        self.nursery.close()
+        self.process.wait(WAIT)
+        for name, container in self.containers.items():
+            # A shim that has ended is not killed by its number: only one that is ours still.
+            if _is_shim_of(container.shim, container.directory / "state"):
+                os.kill(container.shim, signal.SIGKILL)
+            subprocess.run(
+                ["runc", "--root", str(self.runtime_root), "delete", "--force", name],
+                capture_output=True,
+                timeout=WAIT,
+                check=False,
+            )
+        for client in self.clients:
+            client.close()
+        shutil.rmtree(self.directory)
+
+
+def _is_shim_of(pid: int, state: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == str(state)
+    except OSError:
+        return False
+
+
+def _spec(
+    rootfs: Path,
+    name: str,
+    args: tuple[str, ...],
+    tty: bool = False,
+    own_pids: bool = True,
+    memory: int = 0,
+    stdin: bool = False,
+) -> Message:
+    namespaces = ["ipc", "uts", "mount", *(["pid"] if own_pids else [])]
+    return {
+        "ociVersion": "1.0.2",
+        "process": _process(args, tty),
+        "root": {"path": str(rootfs), "readonly": True},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            {
+                "destination": "/dev/pts",
+                "type": "devpts",
+                "source": "devpts",
+                "options": ["newinstance", "ptmxmode=0666"],
+            },
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in namespaces],
+            "cgroupsPath": f"{CGROUP}/{name}",
+            "resources": {"memory": {"limit": memory}} if memory else {},
+        },
+    }
+
+
+def _process(args: tuple[str, ...], tty: bool = False) -> Message:
+    return {
+        "terminal": tty,
+        "user": {"uid": 0, "gid": 0},
+        "args": list(args),
+        "env": ["PATH=/bin"],
+        "cwd": "/",
+        "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def rootfs() -> Iterator[Path]:
+    root = Path(tempfile.mkdtemp(dir="/run", prefix="shims-rootfs-"))
+    for name in ("bin", "proc", "dev", "sys"):
+        (root / name).mkdir()
+    shutil.copy(os.path.realpath(shutil.which("busybox") or ""), root / "bin" / "busybox")
+    for applet in APPLETS:
+        (root / "bin" / applet).symlink_to("busybox")
+    yield root
+    shutil.rmtree(root)
+    for directory in (*Path("/sys/fs/cgroup").glob(f"*{CGROUP}"), Path(f"/sys/fs/cgroup{CGROUP}")):
+        if directory.is_dir():
+            directory.rmdir()
+
+
+@pytest.fixture
+def host(rootfs: Path) -> Iterator[Host]:
+    host = Host(rootfs)
+    try:
+        host.nursery.greeting()
+        yield host
+    finally:
+        host.close()
+
+
+def test_output_and_exit_code(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "echo out; echo err >&2; printf tail")
+    exited = container.finished()
+    assert (exited["code"], exited["signal"], exited["oom_killed"]) == (0, 0, False)
+    assert exited["started_at"] <= exited["finished_at"]
+    assert container.log("stdout") == b"out\ntail"
+    assert container.log("stderr") == b"err\n"
+    record = container.exit_record()
+    assert record == {key: value for key, value in exited.items() if key != "event"}
+    assert not (host.runtime_root / "c").exists()
+    eventually(lambda: not Path(f"/proc/{container.shim}").exists())  # the nursery has reaped it
+
+
+def test_started_names_the_init(host: Host) -> None:
+    container = host.fork(host.prepare("c", "sleep", "1000"))
+    started = container.client.expect("started")
+    stat = Path(f"/proc/{started['pid']}/stat").read_text()
+    # The OCI runtime's process has become the container's a moment after.
+    eventually(lambda: Path(f"/proc/{started['pid']}/comm").read_text() == "sleep\n")
+    assert int(stat.rsplit(")", 1)[1].split()[19]) == started["start_ticks"]
+    assert int(stat.rsplit(")", 1)[1].split()[1]) == container.shim
+    assert Path(f"/proc/{container.shim}/comm").read_text() == "criserver-shim\n"
+    assert (container.directory / "state" / "shim.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: Host, tmp_path: Path) -> None:
+    # crun does so with --detach, but for too short a time to be seen each time.
+    runtime = tmp_path / "runtime"
+    runtime.write_text(FORKING_RUNTIME.format(python=sys.executable, runc=shutil.which("runc")))
+    runtime.chmod(0o755)
+    container = host.fork(host.prepare("c", "sh", "-c", "sleep 0.6; exit 6") | {"runtime": str(runtime)})
+    container.client.expect("started")
+    assert container.finished()["code"] == 6
+
+
+@pytest.fixture
+def hasty(rootfs: Path) -> Iterator[Host]:
+    """Shims that give a runtime up soon."""
+    host = Host(rootfs, _RUN_LIMIT=HASTY, _EXEC_LIMIT=HASTY)
+    try:
+        host.nursery.greeting()
+        yield host
+    finally:
+        host.close()
+
+
+def _hanging(directory: Path, command: str) -> tuple[str, Callable[[], list[str]]]:
+    """A runtime that hangs in a command, and what it has started and is there still."""
+    mark = f"85{os.getpid() % 1000:03}"
+    runtime = directory / "hanging"
+    runtime.write_text(HANGING_RUNTIME.format(command=command, runc=shutil.which("runc"), mark=mark))
+    runtime.chmod(0o755)
+    return str(runtime), lambda: [
+        f"{pid} {words}" for pid, words in processes() if f"sleep {mark} " in words or str(runtime) in words
+    ]
+
+
+def test_a_start_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
+    runtime, left = _hanging(tmp_path, "run")
+    container = hasty.fork(hasty.prepare("c", "sleep", "1000") | {"runtime": runtime})
+    failed = container.client.expect("failed")
+    assert (failed["error"], failed["late"]) == (f"{runtime} run did not come back within {HASTY:g} s", True)
+    assert left() == []
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
+    assert not any(Path("/sys/fs/cgroup").glob(f"*{CGROUP}/c"))
+
+
+def test_an_exec_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
+    runtime, left = _hanging(tmp_path, "exec")
+    container = hasty.fork(hasty.prepare("c", "sleep", "1000") | {"runtime": runtime})
+    container.client.expect("started")
+    _, streams = _exec(container, "e1", "sleep", "999")
+    failed = container.client.expect("exec-failed")
+    assert (failed["error"], failed["late"]) == (f"{runtime} exec did not come back within {HASTY:g} s", True)
+    assert left() == []
+    # What ran already, though nobody had been told of it, holds the output no more.
+    assert (_read_all(streams["stdout"]), _read_all(streams["stderr"])) == (b"", b"")
+    os.close(streams["stdin"])
+    assert container.client.ask("status")["state"] == "running"
+
+
+def test_a_runtime_that_fails_in_time_is_not_late(host: Host) -> None:
+    container = host.fork(host.prepare("c", "/no/such/command"))
+    assert container.client.expect("failed")["late"] is False
+
+
+def test_a_code_of_the_containers_own(host: Host) -> None:
+    exited = host.start("c", "sh", "-c", "exit 3").finished()
+    assert (exited["code"], exited["signal"]) == (3, 0)
+
+
+def test_kill(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    assert "error" in container.client.ask("kill", signal=0)
+    assert container.client.ask("kill", signal=9)["ok"]
+    exited = container.finished()
+    assert (exited["code"], exited["signal"]) == (137, 9)
+
+
+def test_kill_all_reaches_processes_beside_the_init(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "sh -c 'sleep 1000; echo over' & wait; echo done; sleep 1000")
+    eventually(lambda: len(_members("c")) == 3)
+    assert container.client.ask("kill", signal=9, all=True)["ok"]
+    assert container.finished()["code"] == 137
+    assert container.log() == b""
+
+
+def _members(name: str) -> list[str]:
+    return Path(f"/sys/fs/cgroup/memory{CGROUP}/{name}/cgroup.procs").read_text().split()
+
+
+def test_a_command_that_is_not_there(host: Host) -> None:
+    container = host.fork(host.prepare("c", "no-such-command"))
+    error = container.client.expect("failed")["error"]
+    assert "no-such-command" in error
+    assert "not found" in error
+    assert "\n" not in error
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
+    assert not (host.runtime_root / "c").exists()
+    assert not (container.directory / "state" / "exit.json").exists()
+    assert container.log("stderr") == b""
+
+
+@pytest.mark.parametrize("key", ["runtime", "log_path"])
+def test_a_start_that_cannot_be_tried_says_why(host: Host, key: str) -> None:
+    config = host.prepare("c", "true") | {key: "/no/such/thing"}
+    container = host.fork(config)
+    assert "/no/such/thing" in container.client.expect("failed")["error"]
+
+
+def test_a_second_shim_does_not_touch_a_running_container(host: Host) -> None:
+    first = host.start("c", "sleep", "1000")
+    config = host.prepare("d", "sleep", "1000") | {"id": "c"}
+    second = host.fork(config)
+    assert "exists" in second.client.expect("failed")["error"]
+    assert first.client.ask("status")["state"] == "running"
+    host.containers["c"] = first
+
+
+def test_the_shim_outlives_the_daemon_and_the_nursery(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.1; done")
+    container.client.close()
+    host.nursery.close()
+    host.process.wait(WAIT)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(container.shim, number)
+    client = container.reconnect()
+    greeting = client.greeting()
+    assert greeting["version"] == 1
+    assert (greeting["container"], greeting["state"]) == ("c", "running")
+    assert greeting["init"] > 0
+    eventually(lambda: container.log() == b"up\n")
+    assert client.ask("kill", signal=15)["ok"]
+    assert client.expect("exited")["code"] == 7
+    client.expect("gone")
+    client.close()
+    assert container.exit_record()["code"] == 7
+    assert container.log() == b"up\nbye\n"
+
+
+def test_an_end_without_any_daemon_is_on_disk(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "sleep 0.5; exit 5")
+    container.client.close()
+    eventually(lambda: not (container.directory / "state" / "shim.sock").exists())
+    assert container.exit_record()["code"] == 5
+
+
+def test_several_connections_hear_the_same(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    second = container.reconnect()
+    second.greeting()
+    container.client.ask("kill", signal=9)
+    assert second.expect("exited")["code"] == 137
+    second.expect("gone")
+    assert container.finished()["code"] == 137
+    second.close()
+
+
+def test_signals_are_not_ignored_inside(host: Host) -> None:
+    container = host.start("c", "grep", "SigIgn", "/proc/self/status")
+    container.finished()
+    ignored = int(container.log().split()[1], 16)
+    assert ignored & (1 << 31) - 1 == 0  # those above are the C library's own
+
+
+def test_no_descriptor_leaks_into_the_container(host: Host) -> None:
+    container = host.start("c", "ls", "/proc/self/fd")
+    container.finished()
+    assert container.log().split() == [b"0", b"1", b"2", b"3"]  # the last is the listing's own
+
+
+def test_unknown_and_malformed_requests_are_answered(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    client = container.client
+    assert "unknown operation 'dance'" in client.ask("dance")["error"]
+    for keys in ({"op": None}, {"op": ["kill"]}, {"op": "kill", "signal": "9"}, {"op": "exec"}, {}):
+        client.number += 1
+        client.channel.send({**keys, "re": client.number})
+        answer, _ = client.find(lambda message: message.get("re") == client.number)
+        assert answer["error"]
+    other = container.reconnect()
+    other.channel.sock.sendall(b"\xff" * 64)
+    with pytest.raises(EOFError):
+        other.find(lambda _: False)
+    other.close()
+    assert client.ask("status")["state"] == "running"
+
+
+def test_the_nursery_refuses_what_it_cannot_fork(host: Host) -> None:
+    assert "config" in host.nursery.ask("fork")["error"]
+    one, two = socket.socketpair()
+    assert "'id'" in host.nursery.ask("fork", [one.fileno()], config={})["error"]
+    assert "unknown operation" in host.nursery.ask("dance")["error"]
+    one.close()
+    two.settimeout(WAIT)
+    assert two.recv(1) == b""  # the nursery has not kept the descriptor
+    two.close()
+    host.start("c", "true").finished()
+
+
+def _exec(container: Container, exec_id: str, *args: str, **keys: Any) -> tuple[Message, dict[str, int]]:
+    """Ask for an exec; returns the answer and our ends of its standard streams."""
+    spec = container.directory / f"{exec_id}.json"
+    spec.write_text(json.dumps(_process(args)))
+    stdin, ours_in = os.pipe()
+    ours_out, stdout = os.pipe()
+    ours_err, stderr = os.pipe()
+    answer = container.client.ask("exec", [stdin, stdout, stderr], exec_id=exec_id, spec=str(spec), **keys)
+    for fd in (stdin, stdout, stderr):
+        os.close(fd)
+    return answer, {"stdin": ours_in, "stdout": ours_out, "stderr": ours_err}
+
+
+def _read_all(fd: int) -> bytes:
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def test_exec(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    answer, streams = _exec(container, "e1", "sh", "-c", "cat; echo err >&2; exit 4")
+    assert answer["ok"]
+    os.write(streams["stdin"], b"in and out")
+    os.close(streams["stdin"])
+    assert _read_all(streams["stdout"]) == b"in and out"
+    assert _read_all(streams["stderr"]) == b"err\n"
+    assert container.client.expect("exec-started")["exec"] == "e1"
+    assert container.client.expect("exec-exited") == {"event": "exec-exited", "exec": "e1", "code": 4, "signal": 0}
+    assert container.log() == b""
+    assert not list((container.directory / "state").glob("exec-*"))
+
+
+def test_exec_of_a_command_that_is_not_there(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    _, streams = _exec(container, "e1", "no-such-command")
+    assert "no-such-command" in container.client.expect("exec-failed")["error"]
+    for fd in streams.values():
+        os.close(fd)
+    assert "not running" in container.client.ask("exec-kill", exec="e1", signal=9)["error"]
+    assert container.client.ask("status")["state"] == "running"
+
+
+def test_exec_kill_ends_the_whole_group(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    _, streams = _exec(container, "e1", "sh", "-c", "sleep 999 & echo up; wait")
+    container.client.expect("exec-started")
+    assert os.read(streams["stdout"], 100) == b"up\n"
+    assert len(_members("c")) == 3
+    assert container.client.ask("exec-kill", exec="e1", signal=9)["ok"]
+    assert container.client.expect("exec-exited")["code"] == 137
+    assert _read_all(streams["stdout"]) == b""  # the sleep holds it no more
+    eventually(lambda: len(_members("c")) == 1)
+    os.close(streams["stdin"])
+    os.close(streams["stderr"])
+
+
+def test_an_owned_exec_ends_with_its_connection_and_others_do_not(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    for name, owned in (("mine", True), ("free", False)):
+        _, streams = _exec(container, name, "sleep", "999", owned=owned)
+        for fd in streams.values():
+            os.close(fd)
+        container.client.expect("exec-started")
+    container.client.close()
+    eventually(lambda: len(_members("c")) == 2)
+    client = container.reconnect()
+    assert "not running" in client.ask("exec-kill", exec="mine", signal=9)["error"]
+    assert client.ask("exec-kill", exec="free", signal=9)["ok"]
+    client.close()
+
+
+def test_exec_with_a_terminal(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    spec = container.directory / "e1.json"
+    spec.write_text(json.dumps(_process(("sh", "-c", "[ -t 0 ] && echo terminal; exit 6"), tty=True)))
+    path = str(container.directory / "tty.sock")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    listener.settimeout(WAIT)
+    assert container.client.ask("exec", exec_id="e1", spec=str(spec), console=path)["ok"]
+    connection, _ = listener.accept()
+    connection.settimeout(WAIT)
+    _, fds, _, _ = socket.recv_fds(connection, 4096, 1)
+    assert os.read(fds[0], 100) == b"terminal\r\n"
+    assert container.client.expect("exec-exited")["code"] == 6
+    os.close(fds[0])
+    connection.close()
+    listener.close()
+
+
+def test_execs_end_with_the_container(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    _, streams = _exec(container, "e1", "sleep", "999")
+    container.client.expect("exec-started")
+    container.client.ask("kill", signal=9)
+    assert container.client.expect("exec-exited")["code"] == 137
+    assert container.finished()["code"] == 137
+    for fd in streams.values():
+        os.close(fd)
+
+
+def test_reopen(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "trap 'echo two' USR1; echo one; while :; do sleep 0.1; done")
+    eventually(lambda: container.log() == b"one\n")
+    (container.directory / "0.log").rename(container.directory / "0.log.1")
+    assert container.client.ask("reopen")["ok"]
+    container.client.ask("kill", signal=int(signal.SIGUSR1))
+    eventually(lambda: container.log() == b"two\n")
+    assert container.log(name="0.log.1") == b"one\n"
+
+
+def test_terminal(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "[ -t 2 ] && echo up; read line; echo got $line; stty size", tty=True)
+    eventually(lambda: container.log() == b"up\r\n")
+    reader, writer = os.pipe()
+    answer, fds = container.client.request("attach", [writer], streams=["stdout"])
+    os.close(writer)
+    assert answer["ok"]
+    fcntl.ioctl(fds[0], termios.TIOCSWINSZ, array.array("H", [33, 99, 0, 0]))
+    os.write(fds[0], b"this\n")
+    assert container.finished()["code"] == 0
+    assert container.log() == b"up\r\nthis\r\ngot this\r\n33 99\r\n"
+    assert _read_all(reader) == b"this\r\ngot this\r\n33 99\r\n"
+    os.close(fds[0])
+
+
+def test_attach(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "cat; echo end >&2", stdin=True)
+    out, out_end = os.pipe()
+    err, err_end = os.pipe()
+    answer, fds = container.client.request("attach", [out_end, err_end], streams=["stdout", "stderr"])
+    assert answer["ok"]
+    os.close(out_end)
+    os.close(err_end)
+    os.write(fds[0], b"hello\n")
+    assert os.read(out, 100) == b"hello\n"
+    assert container.client.ask("close-stdin")["ok"]
+    os.close(fds[0])
+    assert container.finished()["code"] == 0
+    assert _read_all(out) == b""
+    assert _read_all(err) == b"end\n"
+    assert container.log() == b"hello\n"
+
+
+def test_standard_input_stays_open_without_any_client(host: Host) -> None:
+    container = host.start("c", "cat", stdin=True)
+    time.sleep(0.3)
+    assert container.client.ask("status")["state"] == "running"
+    container.client.ask("close-stdin")
+    assert container.finished()["code"] == 0
+
+
+def test_a_slow_client_gets_all_and_one_that_leaves_holds_nothing_up(host: Host) -> None:
+    script = "cat; yes 0123456789 | head -c 3000000; exit 0"
+    container = host.start("c", "sh", "-c", script, stdin=True)
+    readers = []
+    for _ in range(2):
+        reader, writer = os.pipe()
+        container.client.ask("attach", [writer], streams=["stdout"])
+        os.close(writer)
+        readers.append(reader)
+    container.client.ask("close-stdin")
+    time.sleep(0.2)
+    os.close(readers[0])  # full, never read
+    data = _read_all(readers[1])
+    assert container.finished()["code"] == 0
+    assert len(data) == 3_000_000
+    assert container.log() == data
+
+
+def test_a_huge_output_is_whole(host: Host) -> None:
+    script = "yes 'a line of some length, as applications write them' | head -c 50000000"
+    container = host.start("c", "sh", "-c", script)
+    assert container.finished()["code"] == 0
+    line = b"a line of some length, as applications write them\n"
+    expected = (line * (50_000_000 // len(line) + 1))[:50_000_000]
+    log = container.log()
+    assert len(log) == len(expected)
+    assert hashlib.sha256(log).digest() == hashlib.sha256(expected).digest()
+
+
+@pytest.fixture
+def patient(rootfs: Path) -> Iterator[Host]:
+    """Shims that wait for the last of an output for so long that a test would notice."""
+    host = Host(rootfs, _LAST_DRAIN=300.0)
+    try:
+        host.nursery.greeting()
+        yield host
+    finally:
+        host.close()
+
+
+def test_leftover_processes_do_not_keep_the_end_from_being_told(patient: Host) -> None:
+    container = patient.start("c", "sh", "-c", "sleep 999 & echo said; exit 3", own_pids=False)
+    assert container.finished()["code"] == 3  # deleted at once, without waiting out the drain
+    assert container.log() == b"said\n"
+    assert not Path(f"/sys/fs/cgroup/memory{CGROUP}/c").exists()
+
+
+def test_a_pipe_held_from_outside_delays_the_end_by_a_bound(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "echo said; exec sleep 1000")
+    init = container.client.ask("status")["init"]
+    held = os.open(f"/proc/{init}/fd/1", os.O_WRONLY)
+    eventually(lambda: container.log() == b"said\n")
+    container.client.ask("kill", signal=9)
+    assert container.finished()["code"] == 137
+    assert container.log() == b"said\n"
+    os.close(held)
+
+
+def test_orphans_are_reaped(host: Host) -> None:
+    container = host.start("c", "sh", "-c", "(sleep 0.2 &); exec sleep 1000", own_pids=False)
+    children = Path(f"/proc/{container.shim}/task/{container.shim}/children")
+    eventually(lambda: len(_members("c")) == 1)
+    eventually(lambda: len(children.read_text().split()) == 1)
+
+
+def test_out_of_memory(host: Host) -> None:
+    container = host.start("c", "tail", "/dev/zero", memory=16 << 20)
+    exited = container.finished()
+    assert (exited["code"], exited["oom_killed"]) == (137, True)
+    assert container.exit_record()["oom_killed"] is True
+
+
+def test_short_lives_never_lose_their_code(host: Host) -> None:
+    for number in range(50):
+        exited = host.start(f"c{number}", "sh", "-c", f"exit {number}").finished()
+        assert exited["code"] == number
+
+
+def test_a_long_state_directory(host: Host) -> None:
+    name = "x" * 120
+    config = host.prepare("c", "sh", "-c", "echo here", tty=True)
+    state = Path(config["bundle"]) / name
+    state.mkdir()
+    container = host.fork(config | {"directory": str(state)})
+    container.client.expect("started")
+    assert (state / "shim.sock").is_socket()
+    container.client.expect("gone")
+    assert container.log() == b"here\r\n"
+
+
+def test_a_shim_is_small(host: Host) -> None:
+    containers = [host.start(f"c{number}", "sleep", "1000") for number in range(3)]
+    rollup = Path(f"/proc/{containers[0].shim}/smaps_rollup").read_text()
+    private = sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE))
+    assert private < 1536  # KiB; about 1100 is what it takes

@@ -1,0 +1,117 @@
+"""Directories that a layer names only by what is in them are as they are in the layers below."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+
+import pytest
+
+from snapshotter import Snapshotter
+from tests.integration.snapshotter.test_snapshotter import disk, snapshotter, unpack
+from tests.support.layers import directory, item, symlink, write_blob
+
+__all__ = ["disk", "snapshotter"]  # fixtures
+
+
+def facts(path: str) -> tuple[int, int, int, float]:
+    status = os.lstat(path)
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime
+
+
+async def mounted(snapshotter: Snapshotter, disk: str, chain_id: str, key: str = "pod") -> str:
+    """The root of a writable snapshot."""
+    target = f"{disk}/{key}"
+    os.mkdir(target)
+    await snapshotter.prepare(key, chain_id)
+    await snapshotter.mount(key, target)
+    return target
+
+
+BASE = (
+    directory("./", 0o711, uid=7, mtime=10),
+    directory("tmp", 0o1777, mtime=20),
+    directory("home", 0o755, mtime=30),
+    directory("home/user", 0o700, uid=1000, gid=1000, mtime=40, pax_headers={"SCHILY.xattr.user.colour": "red"}),
+    symlink("lib", "usr/lib"),
+    directory("etc", 0o750, uid=5, mtime=50),
+)
+
+
+async def test_they_keep_what_the_layer_below_gave_them(snapshotter: Snapshotter, disk: str) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    top = await unpack(
+        snapshotter,
+        write_blob(
+            f"{disk}/top",
+            item("tmp/file", b"x"),
+            item("home/user/new/file", b"x"),
+            item("lib/file", b"x"),
+            item("opt/file", b"x"),
+        ),
+        base.chain_id,
+    )
+    root = await mounted(snapshotter, disk, top.chain_id)
+    assert facts(root)[:2] == (0o711, 7)
+    assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
+    assert facts(f"{root}/home") == (0o755, 0, 0, 30)
+    assert facts(f"{root}/home/user") == (0o700, 1000, 1000, 40)
+    assert os.getxattr(f"{root}/home/user", "user.colour") == b"red"
+    # What no layer below has, or what a directory takes the place of, gives nothing.
+    for name in ("home/user/new", "opt", "lib"):
+        assert facts(f"{root}/{name}")[:3] == (0o755, 0, 0)
+
+
+async def test_through_several_layers_and_at_once(snapshotter: Snapshotter, disk: str) -> None:
+    parent = (await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))).chain_id
+    for number in range(3):
+        blob = write_blob(f"{disk}/{number}", item(f"home/user/{number}", b"x"))
+        parent = (await unpack(snapshotter, blob, parent)).chain_id
+    roots = await asyncio.gather(*(mounted(snapshotter, disk, parent, f"pod{n}") for n in range(3)))
+    for root in roots:
+        assert facts(f"{root}/home/user") == (0o700, 1000, 1000, 40)
+        assert sorted(os.listdir(f"{root}/home/user")) == ["0", "1", "2"]
+
+
+async def test_an_entry_that_comes_later_counts(snapshotter: Snapshotter, disk: str) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    entries = item("tmp/file", b"x"), directory("tmp", 0o711, uid=3, mtime=60)
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", *entries), base.chain_id)
+    assert facts(f"{await mounted(snapshotter, disk, top.chain_id)}/tmp") == (0o711, 3, 0, 60)
+
+
+@pytest.mark.parametrize("hidden", [".wh.etc", "etc/.wh..wh..opq"])
+async def test_what_is_hidden_gives_nothing(snapshotter: Snapshotter, disk: str, hidden: str) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    middle = await unpack(snapshotter, write_blob(f"{disk}/middle", item(hidden, b"")), base.chain_id)
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", item("etc/file", b"x")), middle.chain_id)
+    found = facts(f"{await mounted(snapshotter, disk, top.chain_id)}/etc")
+    # An opaque directory hides what is in the one below, and is itself that directory.
+    assert found[:2] == ((0o755, 0) if hidden == ".wh.etc" else (0o750, 5))
+
+
+async def test_what_the_same_layer_hides_gives_nothing(snapshotter: Snapshotter, disk: str) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    entries = item(".wh.etc", b""), item("etc/file", b"x")
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", *entries), base.chain_id)
+    assert facts(f"{await mounted(snapshotter, disk, top.chain_id)}/etc")[:2] == (0o755, 0)
+
+
+async def test_a_restart_finds_what_is_not_settled(snapshotter: Snapshotter, disk: str) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", item("tmp/file", b"x")), base.chain_id)
+    again = Snapshotter(f"{disk}/snapshots")
+    try:
+        await again.mount_layer(top.chain_id, f"{disk}/target")
+        assert facts(f"{disk}/target/tmp") == (0o1777, 0, 0, 20)
+    finally:
+        again.close()
+    assert not os.path.exists(f"{top.path}/implied")
+
+
+async def test_65000_files_in_one_directory(snapshotter: Snapshotter, disk: str) -> None:
+    blob = write_blob(f"{disk}/many", *(item(f"many/{number:05}", b"") for number in range(65_000)))
+    layer = await unpack(snapshotter, blob)
+    assert len(os.listdir(f"{layer.path}/fs/many")) == 65_000
+    assert layer.inodes == 65_001

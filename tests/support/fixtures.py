@@ -1,0 +1,108 @@
+"""Nodes for the tests, and the check that a test leaves nothing on the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.support.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, cgroups_of_pods, processes
+from tests.support.waiting import SLOWNESS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs root: real mounts, namespaces and containers"))
+
+
+def host_state(scratch: str) -> set[str]:
+    """What a test could leave: mounts, links, cgroups, shims, rules.
+
+    ``scratch`` is the directory of this run's temporary ones. Another run's or runtime's on this machine are not ours.
+    """
+    with open("/proc/self/mountinfo") as f:
+        points = [line.split()[4] for line in f]
+    found = {"mount " + point for point in points if point.startswith((SCRATCH, scratch))}
+    found |= {"link " + name for name in os.listdir("/sys/class/net") if name == BRIDGE or _is_stray(name)}
+    found |= {"cgroup " + path for path in cgroups_of_pods()}
+    found |= {f"process {pid} {words}" for pid, words in processes() if f" {SCRATCH}" in words}
+    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
+    ours = (f'\\"{NETWORK}\\"', SUBNET.removesuffix("0.0/16"))
+    found |= {"rule " + line for line in rules.splitlines() if any(word in line for word in ours)}
+    return found
+
+
+def _is_stray(link: str) -> bool:
+    """Whether it is the end of a pod's cable that is plugged in nowhere."""
+    return link.startswith("veth") and not os.path.exists(f"/sys/class/net/{link}/master")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the module that leaves something behind."""
+    scratch = str(tmp_path_factory.getbasetemp())
+    before = host_state(scratch)
+    yield
+    # The kernel takes a veth with its namespace in its own time, and another runtime's is plugged in a moment after it
+    # is made.
+    deadline = time.monotonic() + 20 * SLOWNESS
+    while (left := host_state(scratch) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
+
+
+@pytest.fixture(scope="session")
+def busybox_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An OCI archive of the host's busybox, named localhost/busybox:latest."""
+    from tests.support.imagebuilder import busybox_image, write_archive
+
+    path = str(tmp_path_factory.mktemp("images") / "busybox.tar")
+    write_archive(busybox_image(), path, "localhost/busybox:latest")
+    return path
+
+
+@contextmanager
+def serving(archive: str, runtimes: str = "") -> Iterator[Node]:
+    """A running daemon with the images of an archive, which is undone at the end of the block."""
+    node = Node(runtimes)
+    try:
+        node.start()
+        import_image(node, archive)
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture(scope="module")
+def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
+    """A running daemon with the busybox image."""
+    with serving(busybox_archive) as node:
+        yield node
+
+
+@pytest.fixture(autouse=True)
+def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test on a shared node: remove its pods, nothing of them may be left, nor an error nobody took."""
+    yield
+    if "node" in request.fixturenames:
+        node: Node = request.getfixturevalue("node")
+        if node.process is None or node.process.poll() is not None:
+            node.start()
+        node.remove_pods()
+        shutil.rmtree(node.logs)
+        os.mkdir(node.logs)
+        assert node.settled() == []
+        assert node.complaints() == []
+
+
+def import_image(node: Node, path: str) -> None:
+    """Import an archive by the operator's own command."""
+    command = [sys.executable, "-m", "criserver", "image", "import", "--config", node.config, path]
+    subprocess.run(command, check=True, capture_output=True)

@@ -1,0 +1,127 @@
+"""A real registry for tests: Debian's docker-registry on a free port of the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from tests.support.imagebuilder import BuiltImage, write_directory
+
+# User "me", password "secret", by bcrypt.
+HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
+
+_START_TIMEOUT = 20.0
+
+
+class Registry:
+    """A running registry; its log is ``directory``/registry.log, its storage below ``directory`` or another's.
+
+    ``auth`` and ``tls`` are the sections of its configuration.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        storage: Registry | None = None,
+        auth: Mapping[str, Any] | None = None,
+        tls: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.log = os.path.join(directory, "registry.log")
+        self._storage: str = storage._storage if storage else os.path.join(directory, "storage")
+        config: dict[str, Any] = {
+            "version": 0.1,
+            "storage": {"filesystem": {"rootdirectory": self._storage}},
+            "http": {"addr": self.address, **({"tls": tls} if tls else {})},
+            **({"auth": auth} if auth else {}),
+        }
+        path = os.path.join(directory, "registry.json")  # JSON is YAML
+        with open(path, "w") as f:
+            json.dump(config, f)
+        with open(self.log, "wb") as log:
+            self._process = subprocess.Popen(["docker-registry", "serve", path], stdout=log, stderr=log)
+        self._wait()
+
+    def push(self, image: BuiltImage, name: str) -> str:
+        """Push under ``name`` (path:tag) and return the whole reference. The bytes stay as built."""
+        target = f"{self.address}/{name}"
+        with tempfile.TemporaryDirectory() as directory:
+            write_directory(image, directory)
+            command = ["skopeo", "copy", "--quiet", "--all", "--preserve-digests", "--insecure-policy"]
+            command += ["--dest-tls-verify=false", f"dir:{directory}", f"docker://{target}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    def requests(self) -> list[str]:
+        """What was asked of the registry, in order: ``GET /v2/… HTTP/1.1``."""
+        with open(self.log) as f:
+            return [
+                line.split('"')[1]
+                for line in f
+                if '" ' in line and line.partition('"')[2].startswith(("GET /", "HEAD /"))
+            ]
+
+    def blob_requests(self) -> list[str]:
+        """The digests of blobs that were fetched from the registry, in order."""
+        with open(self.log) as f:
+            lines = [line for line in f if '"GET /v2/' in line and "/blobs/" in line]
+        return [line.partition("/blobs/")[2].split()[0] for line in lines]
+
+    def close(self) -> None:
+        """End the registry."""
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _wait(self) -> None:
+        host, _, port = self.address.partition(":")
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            try:
+                socket.create_connection((host, int(port)), timeout=1).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    self.close()
+                    with open(self.log) as f:
+                        raise AssertionError(f"docker-registry did not start:\n{f.read()}") from None
+                time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def running(directory: str, **options: Any) -> Iterator[Registry]:
+    """A registry for a with block; ``options`` as Registry has them."""
+    os.makedirs(directory, exist_ok=True)
+    registry = Registry(directory, **options)
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry for the tests of a module, which imports this fixture."""
+    with running(str(tmp_path_factory.mktemp("registry"))) as found:
+        yield found
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

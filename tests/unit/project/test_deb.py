@@ -1,0 +1,111 @@
+"""What contrib/deb/build.py puts into the Debian package beside the libraries."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from criserver import cli
+from criserver.config import load
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deb_build", ROOT / "contrib/deb/build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deb_build"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def older(one: str, other: str) -> bool:
+    return subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=False).returncode == 0
+
+
+def test_versions_are_in_the_order_of_debian(build: ModuleType):
+    first = build.parse(["--python", "3.11", "--architecture", "amd64"]).version
+    newer_python = build.parse(["--python", "3.13", "--architecture", "amd64"]).version
+    second = build.parse(["--python", "3.11", "--revision", "2", "--architecture", "amd64"]).version
+    assert older(first, newer_python), "a node that goes to the next Debian gets the other package"
+    assert older(newer_python, second)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("1.2.0", "1.2.0"), ("1.2.0rc1", "1.2.0~rc1"), ("1.2.0.dev3", "1.2.0~dev3")]
+)
+def test_what_comes_before_a_release_sorts_before_it(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, expected: str
+):
+    (tmp_path / "criserver").mkdir()
+    (tmp_path / "criserver/__init__.py").write_text(f'"""..."""\n\n__version__ = "{given}"\n')
+    monkeypatch.setattr(build, "SOURCE", tmp_path)
+    assert build.upstream_version() == expected
+    assert expected == "1.2.0" or older(expected, "1.2.0")
+
+
+@pytest.mark.parametrize("words", [["--python", "2.7"], ["--python", "3"], ["--revision", "x1"], ["--revision", "1-2"]])
+def test_options_that_no_package_can_have_are_refused(build: ModuleType, words: list[str]):
+    with pytest.raises(SystemExit):
+        build.parse(words)
+
+
+def test_the_configuration_names_every_key_and_sets_one(build: ModuleType, tmp_path: Path):
+    text = build.configuration()
+    keys = re.findall(r"^#?(\w+) = ", text, re.MULTILINE)
+    assert keys == re.findall(r"^(\w+) = ", (ROOT / "criserver/config/default.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^\w.*", text, re.MULTILINE) == ['cgroup_driver = "systemd"']
+    # Each key can be had by taking its "#" away.
+    for number, line in enumerate(text.splitlines()):
+        if re.match(r"#\w+ = ", line) and not line.startswith("#path"):
+            lines = text.splitlines()
+            lines[number] = line[1:]
+            (tmp_path / "config.toml").write_text("\n".join(lines))
+            load(str(tmp_path / "config.toml"))
+
+
+def test_a_file_of_the_service_that_has_no_place_is_not_left_out_in_silence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setitem(build.PLACES, "systemd", {".timer": "usr/lib/systemd/system/{name}"})
+    options = build.parse(["--architecture", "amd64"])
+    with pytest.raises(SystemExit, match=r"no place is known for contrib/systemd/criserver\.service"):
+        build.files(options, tmp_path)
+
+
+def test_the_manual_page_has_every_command_and_option():
+    page = (ROOT / "contrib/deb/criserver.8").read_text().replace("\\-", "-")
+
+    def walk(parser: argparse.ArgumentParser, path: str) -> None:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, child in action.choices.items():
+                    walk(child, f"{path} {name}")
+            elif action.dest != "help" and action.option_strings:
+                assert action.option_strings[-1] in page
+        if not any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):
+            assert f".B {path}" in page
+
+    walk(cli._parser(), "criserver")
+
+
+def test_commands_go_by_the_nodes_configuration_and_the_daemon_is_told_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def configs() -> list[str | None]:
+        return [cli._parser().parse_args(c.split()).config for c in ("check", "reset", "image list", "serve")]
+
+    monkeypatch.setattr(cli, "NODES_CONFIG", str(tmp_path / "config.toml"))
+    assert configs() == [None] * 4
+    (tmp_path / "config.toml").write_text("")
+    assert configs() == [str(tmp_path / "config.toml")] * 3 + [None]

@@ -1,0 +1,104 @@
+"""The pages of docs/ are whole and true: every CRI field, every key, and only tests that there are."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from criserver.config import default_text, load
+from criserver.pb.runtime.v1 import api_pb2 as cri
+
+ROOT = Path(__file__).parents[3]
+MESSAGES = (
+    "PodSandboxConfig",
+    "LinuxPodSandboxConfig",
+    "LinuxSandboxSecurityContext",
+    "NamespaceOption",
+    "DNSConfig",
+    "PortMapping",
+    "ContainerConfig",
+    "LinuxContainerConfig",
+    "LinuxContainerResources",
+    "LinuxContainerSecurityContext",
+    "Capability",
+    "Mount",
+    "Device",
+)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of each row of the tables in a text, by the name in its first cell; none comes twice."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert found.setdefault(name.strip("`"), cells) is cells, f"{name} has two rows"
+    return found
+
+
+@cache
+def sections() -> dict[str, dict[str, list[str]]]:
+    """The rows of docs/cri-fields.md by message."""
+    first, *others = (ROOT / "docs/cri-fields.md").read_text().split("\n## ")
+    assert rows(first) == {}
+    return {title: rows(body) for title, _, body in (other.partition("\n") for other in others)}
+
+
+@cache
+def functions_in(path: str) -> set[str]:
+    """The names of the test functions in a file below tests/."""
+    file = ROOT / "tests" / path
+    tree = ast.parse(file.read_text()) if file.exists() else ast.Module([], [])
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_the_page_has_the_messages_and_no_others():
+    assert sorted(sections()) == sorted(MESSAGES)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_every_field_of_cri_has_a_row_and_every_row_is_a_field(message: str):
+    fields = {field.name for field in cri.DESCRIPTOR.message_types_by_name[message].fields}
+    assert set(sections()[message]) == fields
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_every_row_says_what_happens_and_names_tests_that_there_are(message: str):
+    for field, (happens, shown) in sections()[message].items():
+        assert happens, field
+        named = re.findall(r"`([^`]*)`", shown)
+        assert named, f"{field}: no test shows it"
+        assert re.sub(r"`[^`]*`", "", shown).strip() == "", f"{field}: {shown}"
+        for test in named:
+            path, _, function = test.partition("::")
+            assert function.startswith("test_"), f"{field}: {test}"
+            assert function in functions_in(path), f"{field}: there is no {test}"
+
+
+def keys(table: dict, prefix: str = "") -> dict[str, object]:
+    """The dotted names of a TOML document's keys, with their values; a handler's name is NAME."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= keys(value, f"{prefix}{'NAME' if prefix == 'runtimes.' else key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def test_every_key_of_the_configuration_is_described_with_its_default():
+    page = (ROOT / "docs/configuration.md").read_text()
+    described = {key: default for key, (default, what) in rows(page).items() if what}
+    assert described == {key: f"`{json.dumps(value)}`" for key, value in keys(tomllib.loads(default_text())).items()}
+
+
+def test_the_example_of_the_configuration_is_valid(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
+    (tmp_path / "config.toml").write_text(example)
+    assert sorted(load(str(tmp_path / "config.toml")).runtimes) == ["crun", "runc"]

@@ -1,0 +1,95 @@
+"""A container or pod that cannot be made is gone, or callers see it and can remove it, whatever the disk takes."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+
+from criserver.errors import CriError, ResourceExhaustedError
+from criserver.images.manifests import ImageConfig
+from criserver.runtime import container_create, sandbox_run
+from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, told
+from criserver.runtime.registry import Registry
+from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+
+
+class FakeNode(SimpleNamespace):
+    """What making takes of a node, with a ready pod "p", and the events that it would tell."""
+
+    def __init__(self) -> None:
+        self.told: list[EventType] = []
+        super().__init__(
+            store=(store := FakeStore()),
+            registry=(registry := Registry(store)),
+            images=Mock(),
+            lock=lambda key: asyncio.Lock(),
+            background=lambda work, what: None,
+        )
+        brought_to(registry, sandbox("p", SandboxState.READY))
+        registry.watch(lambda old, new: self.told.extend(told(old and old.state, new and new.state)))
+
+
+@pytest.fixture
+def node() -> FakeNode:
+    return FakeNode()
+
+
+@pytest.mark.parametrize("undone", [True, False])
+async def test_a_container_that_is_made_but_cannot_be_written_down(node: FakeNode, monkeypatch, undone: bool):
+    pod = node.registry.sandboxes["p"]
+    node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
+    put = node.store.put
+
+    async def prepare(*arguments: object) -> None:
+        monkeypatch.setattr(node.store, "put", Mock(side_effect=ResourceExhaustedError("the disk is full")))
+
+    monkeypatch.setattr(container_create, "_check_features", Mock())
+    monkeypatch.setattr(container_create, "_prepare", prepare)
+    monkeypatch.setattr(container_create.apparmor, "choose", AsyncMock())
+    monkeypatch.setattr(
+        container_create.filesystems, "discard", AsyncMock(side_effect=None if undone else CriError("busy"))
+    )
+    asked = container("c", pod)
+    with pytest.raises(ResourceExhaustedError, match="the disk is full"):
+        await container_create._create(node, "p", asked.config, asked.sent)
+    monkeypatch.setattr(node.store, "put", put)
+    if undone:
+        assert (node.registry.containers, node.told) == ({}, [])
+        node.registry.add(asked)  # its name is free
+    else:
+        (found,) = node.registry.visible_containers()
+        assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 128, "CreateError")
+        assert found.message == "it cannot be made: the disk is full"
+        assert node.told == [EventType.CREATED, EventType.STOPPED]
+
+
+@pytest.mark.parametrize("trouble", ["what it has", "its record"])
+async def test_a_container_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, trouble: str):
+    brought_to(node.registry, found := container("c", node.registry.sandboxes["p"]))
+    discard = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
+    monkeypatch.setattr(container_create.filesystems, "discard", discard)
+    node.store.full = True
+    await container_create._undo(node, found, CriError("why"))
+    (seen,) = node.registry.visible_containers()
+    assert (seen.state, seen.reason, seen.message) == (
+        ContainerState.EXITED,
+        "CreateError",
+        "it cannot be made: why",
+    )
+
+
+@pytest.mark.parametrize("trouble", ["what it has", "its record"])
+async def test_a_pod_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, trouble: str):
+    brought_to(node.registry, found := sandbox("q"))
+    release = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
+    monkeypatch.setattr(sandbox_run, "release", release)
+    node.store.full = True
+    await sandbox_run._undo(node, found)
+    assert [(s.id, s.state) for s in node.registry.visible_sandboxes()] == [
+        ("p", SandboxState.READY),
+        ("q", SandboxState.NOT_READY),
+    ]
+    assert node.told == [EventType.CREATED, EventType.STOPPED]

@@ -1,0 +1,228 @@
+"""What a shim tells, and when, as it becomes a container's record: what cannot be had in time with a real shim."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from criserver.errors import CriError
+from criserver.runtime import cgroups, container_process, pidfd, process_records
+from criserver.runtime.container_process import ContainerProcess, Started
+from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, told
+from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.records import Container
+from criserver.runtime.registry import Registry
+<<<<<<<< HEAD:tests/unit/test_container_process.py
+from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+from tests.support.waiting import until
+========
+from criserver.runtime.supervision import Started
+from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+>>>>>>>> b8cfbf7 (Tests: unit tests lie as the modules do, those of one room apart from those of a daemon, helpers beside both):tests/unit/runtime/test_supervision.py
+
+STARTED = {"event": "started", "pid": 7, "start_ticks": 8, "started_at": 9}
+EXITED = {"event": "exited", "code": 3, "start_ticks": 8, "started_at": 9, "finished_at": 10}
+
+
+class FakeNode(SimpleNamespace):
+    """What a process takes of a node, with one container "c" in a state, and the events that it would tell."""
+
+    def __init__(self, directory: str, state: ContainerState) -> None:
+        registry = Registry(FakeStore())
+        brought_to(registry, pod := sandbox("p", SandboxState.READY))
+        brought_to(registry, container("c", pod, state))
+        self.told: list[EventType] = []
+        registry.watch(lambda old, new: self.told.extend(told(old and old.state, new and new.state)))
+        self.work: set[asyncio.Task[Any]] = set()
+        super().__init__(
+            registry=registry,
+            processes={},
+            stats=Mock(),
+            nursery=Mock(),
+            snapshotter=SimpleNamespace(unmount=self.unmount),
+            cleanup_runtime=lambda name: OciRuntime(name, "true", directory),
+            container_dir=lambda key: directory,
+            rootfs=lambda key: os.path.join(directory, "rootfs"),
+            unmounted=[],
+        )
+
+    async def unmount(self, point: str) -> None:
+        self.unmounted.append(point)
+
+    def background(self, work, what: str) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self.work.add(task)
+        return task
+
+    @property
+    def container(self) -> Container:
+        return self.registry.containers["c"]
+
+    @property
+    def process(self) -> ContainerProcess:
+        return process_records.of_container(self, self.container)
+
+
+@pytest.fixture(autouse=True)
+def no_cgroup(monkeypatch) -> None:
+    monkeypatch.setattr(cgroups, "exists", lambda path: False)
+    monkeypatch.setattr(cgroups, "thaw", lambda path: None)
+
+
+@pytest.fixture
+def node(tmp_path, request) -> FakeNode:
+    return FakeNode(str(tmp_path), getattr(request, "param", ContainerState.STARTING))
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False) -> Started:
+    """Start "c" with a shim that says these messages at once; ``cut``: after its start has been cut."""
+    process = node.process
+
+    async def fork(config, on_event, on_close):
+        def speak() -> None:
+            for message in messages:
+                on_event(message)
+
+        loop = asyncio.get_running_loop()
+        if cut:
+            loop.call_soon(process.cut_start)
+            loop.call_later(0.05, speak)  # within the time that a shim has for its first word
+        else:
+            loop.call_soon(speak)
+        return Mock()
+
+    node.nursery.fork = fork
+    with process.start_under_way():
+        return await process.start()
+
+
+async def test_a_container_that_has_exited_before_its_starter_looks_has_been_running(node: FakeNode):
+    assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, EXITED) == Started(7, 8, 9)
+    assert node.told == [EventType.STARTED, EventType.STOPPED]
+    found = node.container
+    assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 3, "Error")
+    assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (7, 8, 9, 10)
+    assert node.process.exited.is_set()
+
+
+async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
+    """The stop that has cut it finds it running, and ends it as such."""
+    assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, cut=True) == Started(7, 8, 9)
+    assert node.container.state is ContainerState.RUNNING
+    assert node.told == [EventType.STARTED]
+
+
+@pytest.mark.parametrize(
+    ("record", "pid"),
+    [
+        ({"hello": "shim", "state": "exited", "pid": 1, "init": 7, **EXITED}, 7),
+        (EXITED, 0),
+    ],
+    ids=["a greeting", "a record on disk"],
+)
+async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(node: FakeNode, record, pid):
+    node.process._take_exit(record)
+    node.process._take_exit(record)
+    assert node.told == [EventType.STARTED, EventType.STOPPED]
+    found = node.container
+    assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (pid, 8, 9, 10)
+    assert (found.state, found.exit_code) == (ContainerState.EXITED, 3)
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+async def test_those_who_wait_for_an_exit_are_woken_whatever_its_record_is(node: FakeNode):
+    with pytest.raises(KeyError):
+        node.process._take_exit({"event": "exited"})
+    assert node.process.exited.is_set()
+
+
+async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node: FakeNode):
+    node.process.without_shim()
+    assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
+    assert node.told == [EventType.STOPPED]
+    await asyncio.gather(*node.work)
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+@pytest.mark.parametrize("after", ["ended", "removing", "gone"])
+async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
+    node: FakeNode, sleeper: subprocess.Popen[bytes], after: str
+):
+    """A container without a shim ends; its code has come from elsewhere, or it is removed, before the kernel tells."""
+    process = node.process
+    process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
+    process.without_shim()
+    if after == "ended":
+        process._take_exit(EXITED)
+    else:
+        node.registry.observe(dataclasses.replace(node.container, state=ContainerState.REMOVING))
+        if after == "gone":
+            node.registry.forget(node.container)
+    before = node.registry.containers.get("c")
+    sleeper.kill()
+    await until(lambda: process._cleaning is not None)
+    await process.wait_cleaned_up()
+    assert node.registry.containers.get("c") == before
+    assert process.exited.is_set()
+
+
+async def test_a_step_that_the_table_does_not_have_costs_no_exit(node: FakeNode, monkeypatch):
+    monkeypatch.setattr(node.registry, "observe", Mock(side_effect=CriError("no such step")))
+    with pytest.raises(CriError):
+        node.process._take_exit(EXITED)
+    assert node.process.exited.is_set()
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daemon(node: FakeNode):
+    process = node.process
+    process._take_exit(EXITED)
+    process.without_shim()
+    assert not node.unmounted
+    await process.wait_cleaned_up()
+    await asyncio.gather(*node.work)
+    assert node.unmounted == [node.rootfs("c")]
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+@pytest.mark.parametrize("room", ["the record", "the process", "its start"])
+async def test_a_process_that_cannot_be_looked_at_has_not_ended(
+    node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch, room: str
+):
+    """The daemon has no descriptor left when a shim dies."""
+    monkeypatch.setattr(container_process, "_ASK_AGAIN", 0.01)
+    process = node.process
+    process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
+    refused = Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    with monkeypatch.context() as patch:
+        if room == "the process":
+            patch.setattr(os, "pidfd_open", refused)
+        else:
+            patch.setattr(container_process if room == "the record" else pidfd, "open", refused, raising=False)
+        process.without_shim()
+        if room != "the record":
+            with pytest.raises(OSError, match="open files"):
+                process.signal(signal.SIGTERM)
+        await until(lambda: refused.call_count > 2)
+        assert node.container.state is ContainerState.RUNNING
+    sleeper.kill()
+    await until(process.exited.is_set)
+    assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
+    await process.wait_cleaned_up()

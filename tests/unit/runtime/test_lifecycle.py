@@ -1,0 +1,356 @@
+"""The life of pods and containers: its table, the registry that holds records to it, its events, its drawing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from criserver.api import views
+from criserver.errors import CriError, NotFoundError, ResourceExhaustedError
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.events import Event, Events
+from criserver.runtime.lifecycle import (
+    CONTAINER_STEPS,
+    SANDBOX_STEPS,
+    ContainerState,
+    EventType,
+    SandboxState,
+    State,
+    Step,
+    is_allowed,
+    is_visible,
+    told,
+)
+from criserver.runtime.parse import container_config, pod_config
+from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.registry import Registry
+
+ROOT = Path(__file__).parents[3]
+
+# Written down once more, by hand: a step that comes into the table by mistake is in one of the two only.
+SANDBOX = """
+    - creating
+    creating ready  creating -  creating not-ready  creating removing
+    ready not-ready  ready removing
+    not-ready removing
+    removing -
+"""
+CONTAINER = """
+    - creating
+    creating created  creating -  creating exited  creating removing
+    created starting  created exited  created removing
+    starting running  starting exited  starting removing
+    running exited  running removing
+    exited removing
+    removing -
+"""
+
+
+def pairs(text: str) -> set[tuple[str, str]]:
+    words = text.split()
+    return set(zip(words[::2], words[1::2], strict=True))
+
+
+def word(state: State | None) -> str:
+    return "-" if state is None else state.value
+
+
+class FakeStore:
+    """What Registry needs of a store, in memory; ``full`` is a disk that takes no more."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[str, bytes]] = defaultdict(dict)
+        self.full = False
+
+    def items(self, table: str) -> list[tuple[str, bytes]]:
+        return sorted(self.tables[table].items())
+
+    def put(self, table: str, key: str, value: bytes) -> None:
+        self._look()
+        self.tables[table][key] = value
+
+    def delete(self, table: str, key: str) -> None:
+        self._look()
+        self.tables[table].pop(key, None)
+
+    def _look(self) -> None:
+        if self.full:
+            raise ResourceExhaustedError("full")
+
+
+def sandbox(key: str, state: SandboxState = SandboxState.CREATING) -> Sandbox:
+    sent = cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=key, namespace="n", uid=key))
+    return Sandbox(
+        id=key,
+        config=pod_config(sent),
+        sent=sent.SerializeToString(),
+        handler="",
+        state=state,
+        created_at=1,
+        cgroup_parent="/p",
+        cgroup_owned=True,
+        runtime="runc",
+    )
+
+
+def container(key: str, pod: Sandbox, state: ContainerState = ContainerState.CREATING) -> Container:
+    sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name=key), image=cri.ImageSpec(image="i"))
+    return Container(
+        id=key,
+        sandbox_id=pod.id,
+        config=container_config(sent, pod.config),
+        sent=sent.SerializeToString(),
+        image_id="i",
+        image_ref="i",
+        state=state,
+        created_at=1,
+        log_path="",
+        stop_signal=15,
+    )
+
+
+def brought_to(registry: Registry, record: Record) -> None:
+    """Take a record in and lead it, by steps that are allowed, to the state that it has."""
+    steps = SANDBOX_STEPS if isinstance(record, Sandbox) else CONTAINER_STEPS
+    ways: dict[State | None, list[State]] = {None: []}
+    while record.state not in ways:
+        for step in steps:
+            if step.old in ways and step.new is not None and step.new not in ways:
+                ways[step.new] = [*ways[step.old], step.new]
+    first, *others = ways[record.state]
+    registry.add(dataclasses.replace(record, state=first))
+    for state in others:
+        registry.save(dataclasses.replace(record, state=state))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "text"), [(SandboxState, SANDBOX_STEPS, SANDBOX), (ContainerState, CONTAINER_STEPS, CONTAINER)]
+)
+def test_a_step_is_allowed_where_it_is_in_the_table_and_nowhere_else(kind, steps, text):
+    assert len(steps) == len(pairs(text))
+    for old, new in itertools.product((None, *kind), repeat=2):
+        expected = (word(old), word(new)) in pairs(text) or (old is new and old is not None)
+        assert is_allowed(old, new) == expected, (old, new)
+    other = ContainerState if kind is SandboxState else SandboxState
+    assert not any(is_allowed(old, new) for old, new in itertools.product(kind, other))
+
+
+@pytest.mark.parametrize("state", [*SandboxState, *ContainerState])
+def test_every_state_is_reached_and_left(state: State):
+    steps = (*SANDBOX_STEPS, *CONTAINER_STEPS)
+    assert any(step.new is state for step in steps)
+    assert any(step.old is state for step in steps)
+
+
+@pytest.mark.parametrize("state", [*SandboxState, *ContainerState])
+def test_what_callers_see_has_a_state_of_cri(state: State):
+    assert is_visible(state) == (state in {**views.SANDBOX_STATES, **views.CONTAINER_STATES})
+
+
+@pytest.mark.parametrize("step", [*SANDBOX_STEPS, *CONTAINER_STEPS], ids=lambda s: f"{word(s.old)} {word(s.new)}")
+def test_a_record_is_told_of_from_when_it_is_seen_until_it_is_not(step: Step):
+    before, after = (state is not None and is_visible(state) for state in (step.old, step.new))
+    assert (EventType.CREATED in step.told) == (after and not before)
+    assert (EventType.DELETED in step.told) == (before and not after)
+    assert told(step.old, step.new) == step.told
+
+
+@pytest.mark.parametrize("write", ["save", "observe"])
+@pytest.mark.parametrize("old", [*SandboxState, *ContainerState])
+def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str):
+    for new in (*type(old), None):
+        registry = Registry(store := FakeStore())
+        if isinstance(old, SandboxState):
+            record: Record = sandbox("a", old)
+        else:
+            brought_to(registry, pod := sandbox("p", SandboxState.READY))
+            record = container("a", pod, old)
+        brought_to(registry, record)
+        stored = {table: dict(rows) for table, rows in store.tables.items()}
+        changes = []
+        registry.watch(lambda before, after, changes=changes: changes.append((before, after)))
+        there = registry.sandboxes if isinstance(record, Sandbox) else registry.containers
+
+        def step(registry=registry, record=record, new=new) -> None:
+            if new is None:
+                registry.forget(record)
+            else:
+                getattr(registry, write)(dataclasses.replace(record, state=new))
+
+        if is_allowed(old, new):
+            step()
+            assert len(changes) == 1
+            assert (there["a"].state if "a" in there else None) is new
+        else:
+            what = "pod sandbox" if isinstance(record, Sandbox) else "container"
+            words = f"^{what} a cannot go from {old.value} to {'nothing' if new is None else new.value};"
+            with pytest.raises(CriError, match=words) as refused:
+                step()
+            assert type(refused.value) is CriError  # INTERNAL: a fault of ours
+            assert changes == []
+            assert there["a"] == record
+            assert store.tables == stored
+
+
+def test_a_record_that_is_gone_does_not_come_back():
+    registry = Registry(FakeStore())
+    brought_to(registry, gone := sandbox("a", SandboxState.REMOVING))
+    registry.forget(gone)
+    for write in (registry.save, registry.observe, registry.forget):
+        with pytest.raises(CriError, match="cannot go from nothing"):
+            write(gone)
+    with pytest.raises(CriError, match="cannot go from nothing to ready"):
+        registry.add(sandbox("b", SandboxState.READY))
+    assert registry.sandboxes == {}
+    # Its name is nobody's.
+    registry.add(sandbox("b"))
+
+
+def test_what_is_being_made_is_not_seen():
+    registry = Registry(FakeStore())
+    brought_to(registry, pod := sandbox("aa", SandboxState.READY))
+    brought_to(registry, made := container("ca", pod, ContainerState.CREATED))
+    brought_to(registry, sandbox("ab"))
+    brought_to(registry, container("cb", pod))
+    assert (registry.visible_sandboxes(), registry.visible_containers()) == ([pod], [made])
+    assert (registry.visible_sandbox("aa"), registry.visible_container("ca")) == (pod, made)
+    with pytest.raises(NotFoundError, match=r"^pod sandbox ab is still being made$"):
+        registry.visible_sandbox("ab")
+    with pytest.raises(NotFoundError, match=r"^container cb is still being made$"):
+        registry.visible_container("cb")
+
+
+async def test_an_event_shows_the_pod_without_what_is_being_made():
+    registry = Registry(FakeStore())
+    brought_to(registry, pod := sandbox("p", SandboxState.READY))
+    brought_to(registry, container("hidden", pod))
+    heard, listening = _listen(Events(registry))
+    await asyncio.sleep(0)
+    brought_to(registry, made := container("made", pod, ContainerState.CREATED))
+    await asyncio.sleep(0)
+    listening.cancel()
+    assert [(event.id, event.type, event.containers) for event in heard] == [("made", EventType.CREATED, (made,))]
+
+
+def test_an_end_is_now_unless_it_is_known_when():
+    begun = dataclasses.replace(container("c", sandbox("p"), ContainerState.RUNNING), pid=7, started_at=5)
+    ended = begun.ended(3, "Error", finished_at=6)
+    assert (ended.state, ended.exit_code, ended.reason, ended.message) == (ContainerState.EXITED, 3, "Error", "")
+    assert (ended.pid, ended.started_at, ended.finished_at) == (7, 5, 6)
+    late = begun.ended(255, "Unknown", "why")
+    assert (late.reason, late.message) == ("Unknown", "why")
+    assert late.finished_at > 1e18
+
+
+# Whose next state, which, how it is written down, and whether the disk is full then.
+MOVES = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("pod"), st.sampled_from([*SandboxState, None]), st.sampled_from(["save", "observe"]), st.booleans()
+        ),
+        st.tuples(
+            st.sampled_from(["one", "two"]),
+            st.sampled_from([*ContainerState, None]),
+            st.sampled_from(["save", "observe"]),
+            st.booleans(),
+        ),
+    ),
+    max_size=80,
+)
+
+
+@given(MOVES)
+def test_whatever_is_tried_records_and_events_are_as_the_table_says(moves):
+    asyncio.run(_walk(moves))
+
+
+async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
+    store = FakeStore()
+    registry = Registry(store)
+    heard, listening = _listen(Events(registry))
+    await asyncio.sleep(0)
+    ids: dict[str, str] = {}
+    lives: dict[str, list[State | None]] = {}
+    for number, (who, new, write, store.full) in enumerate(moves):
+        pod = registry.sandboxes.get(ids.get("pod", ""))
+        there = pod if who == "pod" else registry.containers.get(ids.get(who, ""))
+        if who != "pod" and (pod is None or not is_visible(pod.state)):
+            continue  # nobody makes a container of a pod that is not there yet
+        if who == "pod" and new is None and registry.containers:
+            continue  # nor lets go of a pod before them
+        old = None if there is None else there.state
+        key = f"{who}{number}" if there is None else there.id
+        if new is None:
+            if there is None:
+                continue
+            record: Record = there
+        elif isinstance(new, SandboxState):
+            record = sandbox(key, new)
+        else:
+            assert pod is not None
+            record = container(key, pod, new)
+        change = registry.forget if new is None else registry.add if there is None else getattr(registry, write)
+        try:
+            change(record)
+        except ResourceExhaustedError:
+            assert store.full
+            assert change != registry.observe
+            assert is_allowed(old, new)
+        except CriError:
+            assert not is_allowed(old, new)
+        else:
+            assert is_allowed(old, new)
+            assert change == registry.observe or not store.full
+            ids[who] = key
+            lives.setdefault(key, [None]).append(new)
+    store.full = False
+    await asyncio.sleep(0)
+    listening.cancel()
+
+    records = {**registry.sandboxes, **registry.containers}
+    for key, life in lives.items():
+        assert (records[key].state if key in records else None) is life[-1]
+        events = [event for event in heard if event.id == key]
+        kinds = [event.type for event in events]
+        assert kinds == [kind for step in itertools.pairwise(life) for kind in told(*step)]
+        # Once each, and in the order of EventType.
+        assert kinds == [kind for kind in EventType if kind in kinds]
+        assert (EventType.CREATED in kinds) == any(state is not None and is_visible(state) for state in life)
+    assert records.keys() <= lives.keys()
+    for event in heard:
+        assert all(is_visible(c.state) for c in event.containers)
+        views.event(event)
+
+
+def _listen(events: Events) -> tuple[list[Event], asyncio.Task[None]]:
+    heard: list[Event] = []
+
+    async def run() -> None:
+        async for event in events.listen():
+            heard.append(event)
+
+    return heard, asyncio.create_task(run())
+
+
+def drawing(steps: tuple[Step, ...]) -> str:
+    """The table of docs/architecture.md: each step with its states, and what listeners are told."""
+    lines = ["| from | to | when | told |", "| --- | --- | --- | --- |"]
+    for step in steps:
+        old, new = ("none" if state is None else f"`{state.name}`" for state in (step.old, step.new))
+        lines.append(f"| {old} | {new} | {step.what} | {', '.join(kind.name for kind in step.told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_drawing_in_the_documentation_is_the_table():
+    page = (ROOT / "docs/architecture.md").read_text()
+    (section,) = re.findall(r"\n## The life of a pod and of a container\n(.*?)\n## ", page, re.DOTALL)
+    drawn = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert drawn == [drawing(SANDBOX_STEPS), drawing(CONTAINER_STEPS)]
