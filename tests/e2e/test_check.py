@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from criserver.check import advisories, tries
-from criserver.config import Runtime, load
+from criserver.config import RuntimeHandler, load
 from tests.support.node import Node
 
 
@@ -117,6 +117,6 @@ def test_a_container_that_the_runtime_refuses_is_told_in_its_words(node: Node, t
     refusing = tmp_path / "refusing"
     refusing.write_text("#!/bin/sh\necho 'no containers on Tuesdays' >&2\nexit 1\n")
     refusing.chmod(0o755)
-    config = dataclasses.replace(load(node.config), runtimes={"runc": Runtime("runc", str(refusing))})
+    config = dataclasses.replace(load(node.config), runtimes={"runc": RuntimeHandler("runc", str(refusing))})
     assert tries.container(config, "runc") == "no containers on Tuesdays"
     assert [name for name in os.listdir(node.state) if name.startswith("check-")] == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from criserver.check import Finding, Host, Level, able, run
-from criserver.config import Config, Runtime, load
+from criserver.config import Config, RuntimeHandler, load
 
 MOUNTS = """\
 21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
@@ -215,7 +215,7 @@ def test_what_does_not_work_when_it_is_tried(node: Fake, tries: dict[str, Any], 
 
 
 def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake):
-    node.configure(runtimes={"runc": Runtime("runc", "runc"), "crun": Runtime("crun", "/opt/crun")})
+    node.configure(runtimes={"runc": RuntimeHandler("runc", "runc"), "crun": RuntimeHandler("crun", "/opt/crun")})
     node.change(which=lambda name: None if "crun" in name else f"/usr/bin/{name}")
     fault = node.fault()
     assert (fault.level, fault.words) == (Level.WARNING, "runtime handler crun: there is no program /opt/crun")

@@ -20,7 +20,6 @@ def test_cgroupfs():
     parent = cgroups.checked_parent("cgroupfs", "/kubepods/burstable/pod1")
     assert cgroups.spec_path(parent, "c") == cgroups.path(parent, "c") == "/kubepods/burstable/pod1/c"
     assert cgroups.pod_path(parent) == parent
-    assert cgroups.runtime_args(parent) == []
 
 
 def test_systemd():
@@ -31,7 +30,6 @@ def test_systemd():
     pod = f"/kubepods.slice/kubepods-burstable.slice/{SLICE}"
     assert cgroups.pod_path(parent) == pod
     assert cgroups.path(parent, "c") == f"{pod}/criserver-c.scope"
-    assert cgroups.runtime_args(parent) == ["--systemd-cgroup"]
 
 
 @pytest.mark.parametrize(("driver", "parent"), [("systemd", "/kubepods/pod1"), ("cgroupfs", SLICE)])

@@ -22,13 +22,8 @@ from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState,
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.records import Container
 from criserver.runtime.registry import Registry
-<<<<<<<< HEAD:tests/unit/test_container_process.py
-from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
 from tests.support.waiting import until
-========
-from criserver.runtime.supervision import Started
 from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
->>>>>>>> b8cfbf7 (Tests: unit tests lie as the modules do, those of one room apart from those of a daemon, helpers beside both):tests/unit/runtime/test_supervision.py
 
 STARTED = {"event": "started", "pid": 7, "start_ticks": 8, "started_at": 9}
 EXITED = {"event": "exited", "code": 3, "start_ticks": 8, "started_at": 9, "finished_at": 10}
