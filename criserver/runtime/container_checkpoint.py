@@ -1,11 +1,11 @@
-"""CheckpointContainer: a running container's processes and changed files in an archive; it runs on afterwards.
+"""CheckpointContainer: a running container's processes and changed files are written to an archive; it runs on.
 
-For the kubelet's checkpoint API (forensic container checkpointing). criu dumps the processes under the OCI runtime;
-what else it is to be told (tcp-established) the operator writes into /etc/criu/runc.conf, which runc reads.
+The kubelet's checkpoint API calls it (forensic container checkpointing). The OCI runtime has criu dump the processes.
+The operator writes further options of criu (tcp-established) into /etc/criu/runc.conf, which runc reads.
 
-The container is frozen from before the dump until its changed files are copied, so that both are of one moment. All of
-that is one blocking function in a thread that thaws at its end: a task could be cancelled while it does so. The
-directory of a checkpoint below the root is the intention: where start-up finds one, its container is thawed.
+The container is frozen before the dump and thawed when its changed files are copied, so that both show one moment. One
+blocking function in a thread does all of that: a task could be cancelled before it has thawed the container. The
+checkpoint's directory below the root is its intention: start-up thaws the container of each that it finds.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
 
-# Seconds. The kubelet, where its user names no timeout, sends its own for all of CRI, two minutes.
+# Seconds. Without a timeout of its user the kubelet sends that of all its CRI calls, two minutes.
 DEFAULT_TIMEOUT = 120.0
 _LOOK = 0.005
 _MAX_WORDS = 2000
-# The OCI runtime and criu are known by this variable of their environment; it names the checkpoint's directory.
+# The OCI runtime and criu have this variable in their environment. Its value is the checkpoint's directory.
 _VARIABLE = "CRISERVER_CHECKPOINT"
-# More than a node has containers: none waits for another's.
+# More threads than a node has containers, so that no checkpoint waits for another.
 _threads = Threads(1024, "checkpoint")
-# While it dumps, criu drops what comes into and goes out of the pod's network. Where it is killed, its rules stay.
+# criu blocks the pod's network by rules while it dumps. A criu that is killed leaves the rules.
 _UNLOCK = """
 for iptables in iptables ip6tables; do
     for chain in INPUT OUTPUT; do while $iptables -w 5 -D $chain -j CRIU; do :; done; done
@@ -66,18 +66,18 @@ done
 """
 
 
-async def checkpoint_container(node: Node, given: str, location: str, timeout: float) -> None:
+async def checkpoint_container(node: Node, id_or_prefix: str, location: str, timeout: float) -> None:
     """Write a checkpoint of a running container to the file ``location``, mode 0600; ``timeout`` in seconds.
 
-    A caller that gives up leaves it to its end, where the same request meets it. Raises AlreadyExistsError while
-    one to another location is under way; InvalidArgumentError for a location that is no absolute path of a file in an
-    existing directory; FailedPreconditionError where there is no criu, where it cannot do it, and for a container that
-    does not run or is being stopped; DeadlineExceededError after the timeout, DEFAULT_TIMEOUT where that is 0. After a
-    failure the container runs on and nothing is left of the checkpoint.
+    The checkpoint goes on where the caller gives up, and the same request again waits for it. Raises
+    AlreadyExistsError while a checkpoint to another location is under way; InvalidArgumentError for a location that is
+    not the absolute path of a file in an existing directory; FailedPreconditionError without criu, where criu fails,
+    and for a container that does not run or is being stopped; DeadlineExceededError after the timeout (DEFAULT_TIMEOUT
+    for 0). After a failure the container runs on and nothing is left of the checkpoint.
     """
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means {DEFAULT_TIMEOUT:g} s")
-    container_id = node.registry.container(given).id
+    container_id = node.registry.container(id_or_prefix).id
     process = node.processes.get(container_id)
     checkpoint = None if process is None else process.checkpoint
     if checkpoint is None:
@@ -94,7 +94,7 @@ async def checkpoint_container(node: Node, given: str, location: str, timeout: f
 
 
 async def recover_checkpoints(node: Node) -> None:
-    """Undo the checkpoints that an earlier daemon did not see the end of; a failure is logged."""
+    """Undo the checkpoints that an earlier daemon did not finish; a failure is logged."""
     try:
         left = os.listdir(_directory(node))
     except (FileNotFoundError, NotADirectoryError):
@@ -161,17 +161,17 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
         try:
             await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
         except OSError as e:
-            log.warning("something is left of a checkpoint until the next start", container=container_id, error=str(e))
+            log.warning("parts of a checkpoint stay until the next start", container=container_id, error=str(e))
         finally:
             process.checkpoint = None
 
 
 def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
-    """Put all that the archive is to hold, but for the log, into the directory. The container runs afterwards."""
+    """Write all parts of the archive but the log into the directory. The container runs afterwards."""
     directory = _directory(node, container.id)
     content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
     _discard(directory)
-    # What was in the container is for root alone.
+    # The container's memory is for root alone.
     make_private(images)
     sandbox = node.registry.sandbox(container.sandbox_id)
     runtime = node.oci_runtime(sandbox.runtime)
@@ -199,7 +199,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
 
 
 def _undo(node: Node, container: Container) -> None:
-    """Let a container go on whose dump was cut off, and its pod's network. What worked on that has ended."""
+    """Thaw a container whose dump was cut off, and unblock its pod's network. The dump's processes have ended."""
     cgroups.thaw(cgroups.path(node.registry.sandbox(container.sandbox_id).cgroup_parent, container.id))
     network = network_pin(node, container.sandbox_id)
     if os.path.exists(network):
@@ -208,16 +208,16 @@ def _undo(node: Node, container: Container) -> None:
 
 
 def _check_criu(directory: str, wait: Callable[..., None]) -> None:
-    """Refuse where criu is not installed, or says itself that it cannot work with this kernel."""
+    """Raises FailedPreconditionError where criu is not installed, or says that it cannot work with this kernel."""
     if shutil.which("criu") is None:
-        raise FailedPreconditionError("CheckpointContainer needs criu, which is not there: install the package criu")
+        raise FailedPreconditionError("CheckpointContainer needs criu: install the package criu")
     if _run(directory, wait, "criu", "check"):
         words = _words(os.path.join(directory, "output"))
         raise FailedPreconditionError(f"criu cannot work on this node; is it older than the kernel? It says: {words}")
 
 
 def _run(directory: str, wait: Callable[..., None], *command: str) -> int:
-    """A command's exit code; what it prints is in ``output``. Where it fails, nothing that it started is left."""
+    """Run a command; returns its exit code. Its output is in ``output``. A command that fails leaves nothing."""
     with open(os.path.join(directory, "output"), "wb") as output:
         process = subprocess.Popen(
             command,
@@ -239,7 +239,7 @@ def _run(directory: str, wait: Callable[..., None], *command: str) -> int:
 
 
 def _words(*paths: str) -> str:
-    """The first errors that criu tells of, the cause of the others, in the first file that has any; or a last line."""
+    """criu's first errors, of the first file that has any: they cause the others. Else the last line of the files."""
     last = ""
     for path in paths:
         if os.path.exists(path):
@@ -252,7 +252,7 @@ def _words(*paths: str) -> str:
 
 
 def _archive(node: Node, container: Container, location: str, wait: Callable[..., None]) -> None:
-    """Make the archive beside its place, and put it there."""
+    """Write the archive beside its location, and rename it to that."""
     directory = _directory(node, container.id)
     partial = os.path.join(os.path.dirname(location), f".checkpoint-{secrets.token_hex(8)}")
     # _discard finds it by this.
@@ -263,19 +263,19 @@ def _archive(node: Node, container: Container, location: str, wait: Callable[...
 
 
 def _discard(directory: str) -> None:
-    """Delete a checkpoint's directory and its unfinished archive; what is gone is no error. Raises OSError."""
+    """Delete a checkpoint's directory and its unfinished archive. What is gone is no error. Raises OSError."""
     try:
         partial = os.readlink(os.path.join(directory, "partial"))
         os.unlink(partial)
     except OSError as e:
-        # EINVAL, ENOTDIR: no link of ours, or no directory at all.
+        # EINVAL: it is no link. ENOTDIR: there is no directory.
         if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
             raise
     tree.remove_path(directory)
 
 
 def _directory(node: Node, container_id: str = "") -> str:
-    """Where a checkpoint is while it is made: on disk, as it holds all of the container's memory."""
+    """Where a checkpoint's parts are while it is made. It is on disk, as it has all of the container's memory."""
     return os.path.join(node.config.root, "checkpoints", container_id)
 
 

@@ -1,4 +1,4 @@
-"""CreateContainer: everything a container needs is put on disk and mounted; nothing runs."""
+"""CreateContainer: the container's files are written and mounted. Nothing runs yet."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     if image is None:
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
     defaults = _defaults(image)
-    # These raise what would fail later. They are called here because nothing has been made yet.
+    # These raise errors that would come up later anyway. Here nothing has been made yet.
     spec.process_args(config, defaults)
     spec.check_mounts(config)
     spec.limits(config.resources, host.facts())
@@ -71,7 +71,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, config)
-    # Again, now that something has been waited for.
+    # Checked again, as the sandbox may have been stopped during the waits above.
     if node.registry.sandbox(sandbox_id).state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
     container = Container(
@@ -123,7 +123,7 @@ async def _seccomp(config: ContainerConfig) -> spec.Spec | None:
 
 
 async def _device_edits(node: Node, config: ContainerConfig) -> cdi.Edits:
-    """What the container's CDI devices change in its spec. Raises NotFoundError for one that is not there."""
+    """What the container's CDI devices change in its spec. Raises NotFoundError for an unknown device."""
     if not config.cdi_devices:
         return cdi.Edits()
     node.cdi = await asyncio.to_thread(cdi.load, node.config.cdi_dirs, node.cdi)
@@ -180,12 +180,12 @@ async def _prepare(
             f.write(json.dumps(cdi.apply(build(user=user), edits)))
         return user
 
-    # In a thread: an image may have megabytes of accounts and of environment.
+    # In a thread, as an image may have megabytes of accounts and of environment variables.
     return await asyncio.to_thread(write)
 
 
 def _with_image_refs(node: Node, sent: bytes) -> bytes:
-    """What the kubelet sent, with the image IDs that its image volumes have at this moment, for the status to tell.
+    """What the kubelet sent, with the present image ID of each image volume, which ContainerStatus shows.
 
     Raises NotFoundError for an image that is not here.
     """
@@ -201,7 +201,7 @@ def _with_image_refs(node: Node, sent: bytes) -> bytes:
 
 
 def _target(node: Node, container: Container) -> Container | None:
-    """The container whose processes this one is to see; None where it asks for none."""
+    """The container whose PID namespace this one joins; None where the request names none."""
     namespaces = container.config.namespaces
     if namespaces.pid is not NamespaceMode.TARGET:
         return None
@@ -214,10 +214,10 @@ def _target(node: Node, container: Container) -> Container | None:
 
 
 def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: Container) -> str:
-    """Pin the PID namespace of a target among the container's own files, and return where.
+    """Pin the PID namespace of a target container in this container's directory; returns the path.
 
-    Its PID may be another process's by the time that the container is started, and that one's namespace the node's.
-    It is unmounted with the container's file systems.
+    When this container is started, the target's PID may be another process's, whose namespace may be the node's. The
+    pin is unmounted together with the container's file systems.
     """
     process = pidfd.open_process(target.pid, target.start_ticks)
     if process is None:
@@ -229,7 +229,7 @@ def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: C
     finally:
         os.close(process)
     try:
-        # It was the target's if that has its number still.
+        # The namespace was opened by PID. It is the target's if the PID still is.
         if pidfd.start_ticks(target.pid) != target.start_ticks:
             raise FailedPreconditionError(f"target container {target.id} has ended")
         if sandbox.config.namespaces.pid is not NamespaceMode.NODE and host.is_own_namespace(namespace, "pid"):
@@ -245,7 +245,7 @@ def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: C
 
 
 async def _undo(node: Node, container: Container, cause: BaseException) -> None:
-    """Leave nothing of a container that cannot be made; what resists is left to the kubelet to remove."""
+    """Undo the making of a container. Where that fails the container is shown as exited, and the kubelet removes it."""
     try:
         await filesystems.discard(node, container.id)
         node.registry.forget(container)
@@ -258,9 +258,9 @@ async def _undo(node: Node, container: Container, cause: BaseException) -> None:
 
 
 def signal_number(name: str) -> int:
-    """The number of "SIGTERM", "TERM", "15", "SIGRTMIN+3" or CRI's "SIGRTMINPLUS3"; SIGTERM where unknown.
+    """The number of "SIGTERM", "TERM", "15", "SIGRTMIN+3" or CRI's "SIGRTMINPLUS3".
 
-    An image's StopSignal is anybody's text, so what cannot be read is not an error.
+    Any other text is SIGTERM, and no error: an image may have anything as its StopSignal.
     """
     text = name.upper().removeprefix("SIG").replace("PLUS", "+").replace("MINUS", "-")
     number = decimal(text, signal.SIGRTMAX)
@@ -280,7 +280,7 @@ def _defaults(image: Image) -> spec.ImageDefaults:
 
 
 def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
-    """Who the container runs as. Blocks. Raises FailedPreconditionError, InvalidArgumentError for what is no user."""
+    """The user that the container runs as. Blocks. Raises FailedPreconditionError, and InvalidArgumentError."""
     security, named = config.security, image.user
     user: int | str = security.run_as_username if security.run_as_user is None else security.run_as_user
     group: int | str = "" if security.run_as_group is None else security.run_as_group
@@ -298,10 +298,12 @@ def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
 
 
 def _check_dev(config: ContainerConfig, rootfs: str) -> None:
-    """Refuse a /dev that makes the OCI runtime cover what it should not, or leave open what it should cover. Blocks.
+    """Refuse a /dev with which an OCI runtime mounts the wrong file or over the wrong path. Blocks.
 
-    runc before 1.3.6 follows an image's link at /dev (CVE-2026-41579), and before 1.2.8 masks a path with whatever is
-    at the container's /dev/null (CVE-2025-31133). Raises FailedPreconditionError.
+    1. runc before 1.3.6 follows an image's symbolic link at /dev (CVE-2026-41579).
+    2. runc before 1.2.8 masks a path with any file that is at the container's /dev/null (CVE-2025-31133).
+
+    Raises FailedPreconditionError.
     """
     what = f"container {config.name}"
     if os.path.islink(os.path.join(rootfs, "dev")):
@@ -325,9 +327,9 @@ def _is_null(path: str) -> bool:
 
 
 def _account_file(rootfs: str, path: str) -> BinaryIO:
-    """A file of the image, empty where it has none; the image's links never lead out of it.
+    """A file of the image, empty where the image has none. The image's links never lead out of its root.
 
-    Raises FailedPreconditionError for what is no regular file, which the OCI runtime would open too, or too large.
+    Raises FailedPreconditionError for a file that is too large or not regular: the OCI runtime would open it too.
     """
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -341,7 +343,7 @@ def _account_file(rootfs: str, path: str) -> BinaryIO:
 
 
 def _annotations(sandbox: Sandbox, container: Container) -> dict[str, str]:
-    """What hooks and tools look for in a spec, under the names that the field uses."""
+    """The annotations of the spec: the container's own, and those of containerd's names that hooks and tools read."""
     return {
         **container.config.annotations,
         "io.kubernetes.cri.container-type": "container",

@@ -29,16 +29,16 @@ class ExecResult:
     code: int
 
 
-async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: float) -> ExecResult:
+async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeout: float) -> ExecResult:
     """Run a command to its end; ``timeout`` in seconds, 0 for none.
 
     Raises FailedPreconditionError where the container does not run or the command does not exist in it,
-    DeadlineExceededError at the timeout, when the command's process group has been killed. Output that there is no
-    room for is dropped.
+    DeadlineExceededError at the timeout; the command's process group is killed then. Output beyond the room for
+    it is dropped.
     """
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means none")
-    container = running_container(node, given)
+    container = running_container(node, id_or_prefix)
     with Pipe() as out, Pipe() as err, open(os.devnull, "rb") as null:
         stdio = [null.fileno(), out.writer, err.writer]
         sinks = (Collected(node.output), Collected(node.output))
@@ -48,7 +48,7 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
                 exec_process(node, container, command, stdio=stdio) as ended,
             ):
                 for pipe in (out, err):
-                    pipe.close_writer()  # so that the command's exit is the pipe's end
+                    pipe.close_writer()  # the command has the only writer then, and its exit closes the pipe
                 reading = [
                     asyncio.create_task(Outflow(pipe.reader, sink).run())
                     for pipe, sink in zip((out, err), sinks, strict=True)
@@ -70,5 +70,5 @@ async def exec_sync(node: Node, given: str, command: Sequence[str], timeout: flo
     if any(sink.cut for sink in sinks):
         kept = [len(sink.data) for sink in sinks]
         log.info("output of a command was dropped: there was no room for it", container=container.id, kept=kept)
-    # As it is: a copy would double what megabytes of output occupy.
+    # Not as bytes: a copy would need the memory a second time.
     return ExecResult(sinks[0].data, sinks[1].data, code)

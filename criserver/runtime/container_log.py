@@ -1,7 +1,7 @@
-"""A container's log: where the kubelet wants it, and ReopenContainerLog, when it has moved the file away.
+"""A container's log: its path, and ReopenContainerLog, which the kubelet calls when it has moved the file away.
 
-The kubelet names a pod's directory, and there may be links on the way to it. Below it is what pods can write to that
-mount the host's logs: there nobody follows a link, neither here nor in the shim.
+The kubelet names a pod's log directory. The path to that directory may have symbolic links. Pods that mount the host's
+logs can write below the directory, so neither the daemon nor a shim follows a link there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _prepare(directory: str, path: str) -> None:
 
 
 async def resolved_log(node: Node, container: Container) -> str:
-    """The log's path without the links that lead to the pod's directory: all that is left are none of the kubelet's."""
+    """The log's path with the links resolved that lead to the pod's log directory. Those below it stay as they are."""
     if not container.log_path:
         return ""
     directory = node.registry.sandbox(container.sandbox_id).config.log_directory
@@ -40,12 +40,13 @@ async def resolved_log(node: Node, container: Container) -> str:
     return os.path.join(real, os.path.relpath(container.log_path, directory))
 
 
-async def reopen_log(node: Node, given: str) -> None:
-    """Have the container's shim open its log path anew.
+async def reopen_log(node: Node, id_or_prefix: str) -> None:
+    """Have the container's shim open its log path again.
 
-    Raises FailedPreconditionError where it does not run, or where its log cannot be opened: the old file is kept.
+    Raises FailedPreconditionError where the container does not run, and where the log cannot be opened. The shim then
+    goes on with the old file.
     """
-    container = node.registry.container(given)
+    container = node.registry.container(id_or_prefix)
     process = node.processes.get(container.id)
     if container.state is not ContainerState.RUNNING or process is None:
         raise FailedPreconditionError(
@@ -56,5 +57,5 @@ async def reopen_log(node: Node, given: str) -> None:
     except CriError as e:
         if type(e) is not CriError:
             raise
-        # The shim's own words.
+        # This class is for refusals by the shim itself; its subclasses are for a shim that is gone or stuck.
         raise FailedPreconditionError(f"the log of container {container.id} cannot be reopened: {e}") from e

@@ -1,4 +1,4 @@
-"""RemoveContainer: its process, its writable layer, its bundle and its record go; its log stays the kubelet's."""
+"""RemoveContainer: the container's process, writable layer, bundle and record are removed. Its log is the kubelet's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from criserver.runtime.records import Container
 log = structlog.get_logger(__name__)
 
 
-async def remove_container(node: Node, given: str) -> None:
+async def remove_container(node: Node, id_or_prefix: str) -> None:
     """Remove a container, running or not. Idempotent (CRI)."""
     try:
-        container = node.registry.container(given)
+        container = node.registry.container(id_or_prefix)
     except NotFoundError:
         return
     await node.finish(remove_locked(node, container))
 
 
 async def remove_locked(node: Node, container: Container) -> None:
-    """Remove a container by its record; it takes the container's lock itself, so a sandbox's may be held."""
+    """Remove a container. The caller may hold the lock of its sandbox, but not the container's own."""
     await kill(node, container)
     async with node.lock(container.id):
         found = node.registry.containers.get(container.id)
@@ -43,6 +43,6 @@ async def remove_locked(node: Node, container: Container) -> None:
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)
         node.let_go_of_process(found.id)
-    # Its image, or one that it had as a volume, may have been removed before it.
+    # Its image, or an image that it had as a volume, may have been removed before the container.
     node.background(node.images.collect(), "garbage collection after a container's removal failed")
     log.info("container removed", container=container.id)

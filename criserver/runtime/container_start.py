@@ -18,19 +18,19 @@ from criserver.runtime.records import Container
 log = structlog.get_logger(__name__)
 
 
-async def start_container(node: Node, given: str) -> None:
+async def start_container(node: Node, id_or_prefix: str) -> None:
     """Start a created container. Raises FailedPreconditionError for one in any other state.
 
-    One whose process cannot be started ends as exited with code 128 and reason StartError, for the kubelet to
-    show, and the runtime's words are the error. So does one that is stopped or removed meanwhile.
+    A container whose process cannot be started becomes exited with code 128 and reason StartError, which the kubelet
+    shows; the error has the OCI runtime's own message. A container that is stopped or removed meanwhile ends likewise.
     """
-    container_id = node.registry.container(given).id
+    container_id = node.registry.container(id_or_prefix).id
     await node.attempts.run(f"start {container_id}", b"", lambda: _start(node, container_id))
 
 
 async def _start(node: Node, container_id: str) -> str:
     process = process_records.of_container(node, node.registry.container(container_id))
-    # From here on a stop ends it, also while it waits for its turn.
+    # From here on StopContainer can end this start, also while it waits for the lock.
     with process.start_under_way():
         return await _start_in_turn(node, container_id, process)
 
@@ -54,7 +54,8 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
                 stdin=container.config.stdin,
             )
         except CriError as e:
-            # The runtime has no words for it: what can be seen of such a namespace is that nothing can be forked.
+            # The OCI runtime only says that it cannot fork. That is what happens in the PID namespace of a container
+            # that has ended.
             error = _target_ended(node, container) or e
             process.start_failed(str(error))
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e

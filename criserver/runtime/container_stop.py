@@ -14,21 +14,21 @@ from criserver.runtime.records import Container
 log = structlog.get_logger(__name__)
 
 
-async def stop_container(node: Node, given: str, grace: float) -> None:
+async def stop_container(node: Node, id_or_prefix: str, grace: float) -> None:
     """Stop a container: its stop signal, ``grace`` seconds, then SIGKILL. Idempotent (CRI).
 
-    A grace of 0 or less kills at once, and a start under way is ended at once: there is nothing yet that could take a
-    signal. Raises DeadlineExceededError where even SIGKILL does not end it.
+    A grace of 0 or less kills at once. A start under way is ended at once, as no process can take a signal yet. Raises
+    DeadlineExceededError where even SIGKILL does not end the container.
     """
     try:
-        container = node.registry.container(given)
+        container = node.registry.container(id_or_prefix)
     except NotFoundError:
         return
     await node.finish(_stop(node, container.id, grace))
 
 
 async def kill(node: Node, container: Container) -> None:
-    """End a container at once; one that does not run is no error."""
+    """End a container at once; it is no error where it does not run."""
     await _stop(node, container.id, 0)
 
 
@@ -38,19 +38,20 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
         if process.checkpoint is not None and not process.checkpoint.thawed:
             process.checkpoint.cut.set()
         process.cut_start()
-    # The lock is held only to let a start or checkpoint under way come to its end: a long grace must not keep another
-    # call, with a shorter one, from ending the container at once.
+    # The lock is held until a start or checkpoint under way has ended, and not during the grace: another call with a
+    # shorter grace must be able to end the container at once.
     async with node.lock(container_id):
         container = node.registry.containers.get(container_id)
         if container is None or container.state not in (ContainerState.STARTING, ContainerState.RUNNING):
             return
         process = process_records.of_container(node, container)
         if container.state is ContainerState.STARTING:
-            # An earlier daemon began this start: one of our own would hold the lock.
+            # A start of this daemon would hold the lock, so an earlier daemon began this one.
             await process.end_start()
             process.start_failed(STOPPED)
             return
-    # From here on no checkpoint freezes it. If somebody else did: a frozen process takes no signal, not even SIGKILL.
+    # From here on no checkpoint freezes the container. Somebody else may have frozen it, and a frozen process takes no
+    # signal, not even SIGKILL.
     process.stopping = True
     cgroups.thaw(process.cgroup)
     if grace > 0:

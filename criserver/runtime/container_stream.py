@@ -1,6 +1,6 @@
-"""Exec, Attach and PortForward: what a client of the streaming server does with a container or a pod.
+"""Exec, Attach and PortForward: streams between a client of the streaming server and a container or a pod.
 
-The calls themselves check what can be checked and answer with an address; the rest happens when a client comes there.
+The RPCs check the request and answer with a URL. The streaming server calls the functions below when a client opens it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_PORTS = 40
 _LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
-def exec_address(node: Node, given: str, command: Sequence[str], wanted: Wanted) -> str:
+def exec_address(node: Node, id_or_prefix: str, command: Sequence[str], wanted: Wanted) -> str:
     """The URL at which a client can run a command in a container.
 
     Raises NotFoundError, FailedPreconditionError where the container does not run, InvalidArgumentError.
@@ -42,22 +42,24 @@ def exec_address(node: Node, given: str, command: Sequence[str], wanted: Wanted)
     _check(wanted)
     if not command:
         raise InvalidArgumentError("the command is empty; it must be given")
-    container = running_container(node, given)
+    container = running_container(node, id_or_prefix)
     return node.streaming.offer(Command(wanted, lambda streams: _exec(node, container.id, command, wanted, streams)))
 
 
-def attach_address(node: Node, given: str, wanted: Wanted) -> str:
-    """The URL at which a client can attach to a container's own process; it raises as :func:`exec_address` does."""
+def attach_address(node: Node, id_or_prefix: str, wanted: Wanted) -> str:
+    """The URL at which a client can attach to a container's own process. Raises as :func:`exec_address`."""
     _check(wanted)
-    container = running_container(node, given)
+    container = running_container(node, id_or_prefix)
     if wanted.tty != container.config.tty:
         has = "has a" if container.config.tty else "has no"
         raise InvalidArgumentError(f"tty = {wanted.tty} and container {container.id} {has} terminal; both must agree")
     return node.streaming.offer(Command(wanted, lambda streams: _attach(node, container.id, streams)))
 
 
-def forward_address(node: Node, given: str, ports: Sequence[int]) -> str:
-    """The URL at which a client can reach ports of a pod; ``ports`` are those of clients that cannot name them.
+def forward_address(node: Node, id_or_prefix: str, ports: Sequence[int]) -> str:
+    """The URL at which a client can reach ports of a pod.
+
+    A WebSocket client cannot name ports, so it gets ``ports``; a SPDY client names its own.
 
     Raises NotFoundError, FailedPreconditionError for a pod that is stopped, InvalidArgumentError.
     """
@@ -66,7 +68,7 @@ def forward_address(node: Node, given: str, ports: Sequence[int]) -> str:
     for port in ports:
         if not 0 < port < 1 << 16:
             raise InvalidArgumentError(f"port = {port} is not a port")
-    sandbox_id = node.registry.sandbox(given).id
+    sandbox_id = node.registry.sandbox(id_or_prefix).id
     _network_of(node, sandbox_id)
     return node.streaming.offer(Forward(tuple(ports), lambda port: _dial(node, sandbox_id, port)))
 
@@ -102,7 +104,7 @@ async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: W
 
 
 async def _feed(source: Source, pipe: Pipe) -> None:
-    """Copy to a command's standard input, and end it when the client does."""
+    """Copy to a command's standard input, and close it when the client closes its side."""
     await copy_in(source, pipe.writer)
     pipe.close_writer()
 
@@ -115,8 +117,9 @@ async def _exec_on_terminal(node: Node, container: Container, command: Sequence[
         stack.push_async_callback(_let_go, arrival)
         await asyncio.wait({arrival, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            code = ended.result()  # or what hindered it
-            # The terminal was sent before the command could begin: it is on its way, with all that was written to it.
+            code = ended.result()  # raises where the command could not be run
+            # The OCI runtime sent the terminal before it started the command. It may not have been received yet, and
+            # it still has the command's output.
             await asyncio.wait({arrival}, timeout=DRAIN_TIMEOUT)
             if not arrival.done():
                 return code
@@ -126,7 +129,7 @@ async def _exec_on_terminal(node: Node, container: Container, command: Sequence[
 
 
 async def _let_go(arrival: asyncio.Task[int]) -> None:
-    """Wait no more for a terminal, or close it where it has come."""
+    """Stop waiting for a terminal, and close it if it was received."""
     arrival.cancel()
     await asyncio.wait({arrival})
     if not arrival.cancelled() and arrival.exception() is None:
@@ -151,7 +154,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
         for pipe in pipes.values():
             pipe.close_writer()
         inputs = []
-        for stdin in reply["fds"]:  # one, or none where the container has no input
+        for stdin in reply["fds"]:  # at most one; none where the container has no standard input
             os.set_blocking(stdin, False)
             if container.config.tty:
                 stack.callback(os.close, stdin)
@@ -170,7 +173,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
 
 
 async def _feed_container(container: Container, source: Source, stdin: int, link: ShimLink) -> None:
-    """Copy to a container's standard input, which ends with the first client where the kubelet wants that."""
+    """Copy to a container's standard input. With stdin_once the first client that ends closes it for good."""
     try:
         await copy_in(source, stdin)
     finally:
@@ -180,11 +183,14 @@ async def _feed_container(container: Container, source: Source, stdin: int, link
 
 
 async def _parted(node: Node, container: Container) -> int:
-    """0 where a container has ended. Its shim also parts with a client that has not taken anything for too long."""
+    """0 where the container has ended. Raises UnavailableError where it runs on.
+
+    The shim has then disconnected a client that did not read for too long, or the container has closed its output.
+    """
     process = node.processes.get(container.id)
     if process is not None and not await process.wait(DRAIN_TIMEOUT):
         raise UnavailableError(
-            f"container {container.id} runs on: its output was not taken in time, or it has closed that"
+            f"container {container.id} runs on: the client did not read its output in time, or the container closed it"
         )
     return 0
 
@@ -194,10 +200,10 @@ async def _carry(
     outputs: Sequence[tuple[int, Sink | None]],
     ended: asyncio.Future[int] | None,
 ) -> int:
-    """Move bytes both ways until the process has ended and its output is taken; its exit code.
+    """Copy both ways until the process has ended and the client has its output; returns the exit code.
 
-    Without ``ended`` the end of the output is the end, and the code 0. Raises ConnectionError where the client goes
-    before, and what ``ended`` raises.
+    Without ``ended`` it returns 0 at the end of the output. Raises ConnectionError where the client disconnects before
+    that, and what ``ended`` raises.
     """
     flows = [Outflow(fd, sink) for fd, sink in outputs if sink is not None]
     try:
@@ -219,7 +225,7 @@ async def _carry(
 async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[Outflow]) -> None:
     """Wait until the client has all output.
 
-    A process that the command left behind may keep the pipe open. Then wait until no more output comes.
+    A process that the command left behind may keep the pipe open. The wait then ends when no more output comes.
     """
     while pending := [task for task in tasks if not task.done()]:
         before = sum(flow.moved for flow in flows)
@@ -262,7 +268,7 @@ async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
             return sock
         except (OSError, TimeoutError) as e:
             sock.close()
-            # asyncio has words of its own there.
+            # The message of asyncio's own exception has no more to say than the error's number.
             words = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else f"no answer in {DIAL_TIMEOUT:g} s"
         except BaseException:
             sock.close()

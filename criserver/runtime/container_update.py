@@ -21,13 +21,13 @@ from criserver.runtime.records import Container
 log = structlog.get_logger(__name__)
 
 
-async def update_container(node: Node, given: str, asked: cri.LinuxContainerResources) -> None:
-    """Set the limits that ``asked`` names; what it leaves unset stays as it is.
+async def update_container(node: Node, id_or_prefix: str, asked: cri.LinuxContainerResources) -> None:
+    """Set the limits that ``asked`` has; a limit that it does not set stays as it is.
 
-    Raises FailedPreconditionError for a container that has exited, and where the kernel refuses a limit: nothing
-    has changed then.
+    Raises FailedPreconditionError for a container that has exited, and where the kernel refuses a limit. Nothing has
+    changed then.
     """
-    container_id = node.registry.container(given).id
+    container_id = node.registry.container(id_or_prefix).id
     await node.finish(_update(node, container_id, asked))
 
 
@@ -47,13 +47,13 @@ async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResour
         if container.state is ContainerState.RUNNING:
             await _apply(node, sandbox.runtime, changed, asked)
         _rewrite(node, changed)
-        # It may have exited meanwhile: only the limits are new, whatever the record says by now.
+        # The container may have exited meanwhile. Only the limits in its record are replaced.
         current = node.registry.container(container_id)
         node.registry.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
-    """Protobuf's own merge, but lists of limits replace each other."""
+    """Merge as protobuf does, except that a new list of limits replaces the old one."""
     hugepages = list(asked.hugepage_limits)
     if hugepages:
         del into.hugepage_limits[:]
@@ -63,7 +63,7 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
 async def _apply(node: Node, handler: str, container: Container, asked: cri.LinuxContainerResources) -> None:
     parent = node.registry.sandbox(container.sandbox_id).cgroup_parent
     limits = resources(asked)
-    if limits.cpu_quota and not limits.cpu_period:  # a quota means nothing without the period that holds
+    if limits.cpu_quota and not limits.cpu_period:  # a quota needs the period that is in force
         limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
     await node.oci_runtime(handler).update(container.id, parent, spec.limits(limits, host.facts()))
     if asked.oom_score_adj:
@@ -71,7 +71,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
 
 
 def _set_oom_score(node: Node, container: Container, score: int) -> None:
-    """Give the score to every process of the container: the OCI runtime's update has none."""
+    """Set the OOM score of every process of the container. The OCI runtime's update has no option for it."""
     sandbox = node.registry.sandbox(container.sandbox_id)
     for pid in cgroups.processes(cgroups.path(sandbox.cgroup_parent, container.id)):
         try:
@@ -82,7 +82,7 @@ def _set_oom_score(node: Node, container: Container, score: int) -> None:
 
 
 def _rewrite(node: Node, container: Container) -> None:
-    """Keep the bundle true: a container not yet started is started from it, and an exec reads it."""
+    """Write the new limits into the bundle: the container may be started from it, and an exec reads it."""
     path = os.path.join(node.container_dir(container.id), "config.json")
     with open(path) as f:
         document = json.load(f)

@@ -1,7 +1,7 @@
-"""A command beside a container's own process: started by the shim, ended with whoever asked for it.
+"""A command in a running container, beside the container's own process.
 
-The shim runs it, so that its end is seen; its standard streams are the daemon's pipes or a terminal, so that no byte
-of them passes through the shim.
+The shim starts the command and sees its end. The command's standard streams are pipes of the daemon or a terminal: no
+byte of them passes through the shim. The command is killed when the caller that asked for it gives up.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from criserver.text import quoted
 _numbers = itertools.count(1)
 
 
-def running_container(node: Node, given: str) -> Container:
+def running_container(node: Node, id_or_prefix: str) -> Container:
     """The container by its ID, where it runs. Raises NotFoundError, FailedPreconditionError."""
-    container = node.registry.container(given)
+    container = node.registry.container(id_or_prefix)
     if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"container {container.id} is {container.state.value}, not running")
     return container
@@ -39,13 +39,13 @@ def running_container(node: Node, given: str) -> Container:
 async def exec_process(
     node: Node, container: Container, command: Sequence[str], *, stdio: Sequence[int] = (), console: str = ""
 ) -> AsyncIterator[asyncio.Future[int]]:
-    """Start a command in a running container; the future is its exit code, 128 and the signal where one ended it.
+    """Start a command in a running container. The future is its exit code: 128 + a signal's number if one killed it.
 
     ``stdio`` are its standard input, output and error, which stay the caller's to close; or ``console`` is the path
-    of a socket to which its terminal is sent. The future raises FailedPreconditionError where the command cannot be
-    run, DeadlineExceededError where the OCI runtime does not come back. At the end of the context whatever still runs
-    of it is killed with its process group, or with the runtime that is making it. Raises InvalidArgumentError for an
-    empty command, and CriError where the shim cannot be reached or does not answer.
+    of a socket to which the OCI runtime sends its terminal. The future raises FailedPreconditionError where the command
+    cannot be run, DeadlineExceededError where the OCI runtime hangs. When the context ends, the command's process group
+    is killed, or the OCI runtime that is still starting it. Raises InvalidArgumentError for an empty command, CriError
+    where the shim cannot be reached or does not answer.
     """
     if not command:
         raise InvalidArgumentError("the command is empty; it must be given")
@@ -76,7 +76,7 @@ async def exec_process(
         finally:
             link.close()
             if ended.done() and not ended.cancelled():
-                ended.exception()  # taken, so that asyncio does not complain of one nobody waits for
+                ended.exception()  # read, so that asyncio does not log an exception that nobody read
     finally:
         _unlink(path)
 
@@ -92,16 +92,16 @@ class Console:
     """A socket on which an OCI runtime hands over the master side of a terminal (runc, docs/terminals.md)."""
 
     def __init__(self, directory: str) -> None:
-        """Listen in ``directory``, under a name that is nobody else's."""
+        """Listen in ``directory``, under a name of its own."""
         name = f"console-{os.getpid()}-{next(_numbers)}.sock"
         with ExitStack() as stack:
             opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, opened)
-            # By way of the descriptor: a socket's address has room for 107 bytes, a state directory may be longer.
+            # Named by way of a descriptor: a socket's address holds 107 bytes, and a state directory may be longer.
             self.path = f"/proc/{os.getpid()}/fd/{opened}/{name}"
             self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             self._listener.setblocking(False)
-            # What the file gets that bind makes: the umask belongs to all threads, and another may make files just now.
+            # The mode of the file that bind makes. The umask would do the same to files of other threads.
             os.fchmod(self._listener.fileno(), 0o600)
             self._listener.bind(self.path)
             stack.callback(_unlink, os.path.join(directory, name))
@@ -109,7 +109,7 @@ class Console:
             self._undo = stack.pop_all()
 
     async def master(self) -> int:
-        """The terminal's master side, once the runtime has sent it; the caller closes it. Raises CriError."""
+        """Wait for the master side of the terminal. The caller closes it. Raises CriError where there is none."""
         loop = asyncio.get_running_loop()
         connection, _ = await loop.sock_accept(self._listener)
         with connection:
@@ -122,7 +122,7 @@ class Console:
         return fds[0]
 
     def close(self) -> None:
-        """Stop listening; nobody may be waiting for the terminal any more."""
+        """Stop listening. No task may be waiting in :meth:`master`."""
         self._undo.close()
 
 

@@ -1,4 +1,4 @@
-"""What the operations work with: one value handed to each, instead of globals or inheritance."""
+"""What every operation needs: the rooms, the records and the work under way, as one value that each is given."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Node:
-    """The rooms below, the records, and what is under way."""
+    """The rooms, the records and the work under way."""
 
     config: Config
     registry: Registry
@@ -68,7 +68,7 @@ class Node:
         return runtime
 
     def sandbox_dir(self, sandbox_id: str) -> str:
-        """Where what a sandbox has mounted is until the boot ends."""
+        """Where a sandbox's mounts are; they end with the boot."""
         return os.path.join(self.config.state, "sandboxes", sandbox_id)
 
     def sandbox_files_dir(self, sandbox_id: str) -> str:
@@ -107,7 +107,7 @@ class Node:
             process.abandon()
 
     def lock(self, record_id: str) -> asyncio.Lock:
-        """The lock of a sandbox or container: one operation at a time. It lasts as long as somebody has it."""
+        """The lock of a sandbox or container: one operation at a time. It exists while an operation refers to it."""
         lock = self._locks.get(record_id)
         if lock is None:
             lock = self._locks[record_id] = asyncio.Lock()
@@ -125,18 +125,18 @@ class Node:
         return self.begin(run())
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start work that is kept hold of to its end, whoever waits for it."""
+        """Start work that the daemon waits for at its stop. The event loop itself keeps no task alive."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await work that goes on to its end even where the caller is cancelled."""
+        """Await work. It goes on to its end where the caller is cancelled."""
         await outlive(self.begin(work))
 
     async def settle(self) -> None:
-        """Wait for what is under way, at the daemon's orderly stop; what may last is ended early."""
+        """Wait for all work under way, at the daemon's orderly stop. Checkpoints are cut short."""
         for process in self.processes.values():
             if process.checkpoint is not None:
                 process.checkpoint.cut.set()

@@ -1,7 +1,7 @@
-"""Start-up: what an earlier daemon left is finished or rolled back, and what belongs to nobody is cleared.
+"""Start-up: operations that an earlier daemon did not finish are finished or rolled back; leftovers are removed.
 
-Every record in an intermediate state is an intention whose outcome was not written. Afterwards each mount,
-namespace, bundle and runtime state below our directories has a record that owns it.
+A record in an intermediate state tells what was about to be done; whether it was done is not known. After recovery each
+mount, namespace, bundle and runtime state below our directories has a record that owns it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ log = structlog.get_logger(__name__)
 
 
 async def recover(node: Node) -> None:
-    """Bring records and host into agreement. Work on one thing that fails is logged and does not stop the rest."""
-    # First of all: what is frozen cannot be ended.
+    """Make records and node agree. A failure with one pod or container is logged, and the others go on."""
+    # This comes first: a frozen container cannot be ended.
     await recover_checkpoints(node)
     await asyncio.gather(*(_container(node, c) for c in list(node.registry.containers.values())))
     await asyncio.gather(*(_sandbox(node, s) for s in list(node.registry.sandboxes.values())))
@@ -71,8 +71,8 @@ async def _running(node: Node, container: Container) -> None:
         return
     cut_off = container.state is ContainerState.STARTING
     if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
-        # Not back to created: a shim that is late would start it a second time. Its root is unmounted, so that one
-        # that still comes finds nothing to run, and the kubelet makes a new attempt.
+        # It does not become created again: a late shim could start it a second time. Its root file system is
+        # unmounted, so that a late shim finds nothing to run. The kubelet makes a new container.
         log.warning("a start was cut off", container=container.id)
         await process.end_start()
         process.start_failed("the daemon was ended while the container was being started")
@@ -91,7 +91,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
-                # Nobody waits for its infra process any more; it may still be being started.
+                # Its infra process may be starting at this moment.
                 await process_records.of_infra(node, sandbox).end_start()
                 await release(node, sandbox)
                 node.registry.forget(sandbox)
@@ -106,7 +106,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
             case SandboxState.NOT_READY:
-                pass  # nothing of it is left to look at
+                pass  # its parts have been released
             case never:
                 assert_never(never)
     except Exception:
@@ -114,7 +114,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
 
 
 async def _whole(node: Node, sandbox: Sandbox) -> bool:
-    """Whether the sandbox still has what makes it one: a reboot takes all of it."""
+    """Whether the sandbox still has its namespaces and its infra process. A reboot ends them all."""
     facts = pod_facts(node, sandbox)
     pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace, facts.user_namespace, facts.pid_namespace)
     if not all(namespaces.is_pinned(path) for path in pins if path):
@@ -125,7 +125,7 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
 
 
 async def _sweep(node: Node) -> None:
-    """Clear what no record owns."""
+    """Remove what no record owns."""
     sandboxes, containers = node.registry.sandboxes, node.registry.containers
     for name in entries(node.config.state, "ns"):
         if name not in sandboxes:
@@ -136,7 +136,7 @@ async def _sweep(node: Node) -> None:
             await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
     for handler in entries(node.runtime_roots()):
         for name in entries(node.runtime_roots(), handler):
-            # What begins with a dot is no container's: crun keeps a cache there.
+            # A name that begins with a dot is no container's: crun keeps a cache there.
             if name not in containers and name not in sandboxes and not name.startswith("."):
                 await _swept("a runtime's container", name, node.cleanup_runtime(handler).delete(name, ""))
     for name in entries(node.config.state, "containers"):
@@ -149,11 +149,11 @@ async def _sweep(node: Node) -> None:
 
 
 async def _swept(what: str, name: str, work: Awaitable[None]) -> None:
-    """Do the work of clearing one thing; the next is cleared too where that fails."""
+    """Remove one leftover; a failure is logged, so that the others are removed too."""
     try:
         await work
     except Exception as e:
-        log.exception("something that belongs to nobody cannot be cleared", what=what, name=name, error=str(e))
+        log.exception("a leftover cannot be removed", what=what, name=name, error=str(e))
 
 
 def _unpin(node: Node, sandbox_id: str) -> None:
@@ -162,7 +162,7 @@ def _unpin(node: Node, sandbox_id: str) -> None:
 
 
 def entries(*parts: str) -> list[str]:
-    """The names in the directory that ``parts`` lead to; none where there is no directory."""
+    """The names in the directory at the path of ``parts``; none where there is no directory."""
     try:
         return os.listdir(os.path.join(*parts))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""RemovePodSandbox: the pod, its containers and its record go."""
+"""RemovePodSandbox: the pod, its containers and its record are removed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from criserver.runtime.sandbox_stop import cut_infra_start, stop_locked
 log = structlog.get_logger(__name__)
 
 
-async def remove_sandbox(node: Node, given: str) -> None:
+async def remove_sandbox(node: Node, id_or_prefix: str) -> None:
     """Remove a sandbox, running or not, with all its containers. Idempotent (CRI)."""
     try:
-        sandbox_id = node.registry.sandbox(given).id
+        sandbox_id = node.registry.sandbox(id_or_prefix).id
     except NotFoundError:
         return
     await node.finish(_remove(node, sandbox_id))

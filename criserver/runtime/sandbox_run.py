@@ -1,4 +1,4 @@
-"""RunPodSandbox: namespaces, network and files of a pod; no process unless it shares a PID namespace."""
+"""RunPodSandbox: the pod's namespaces, network and files; a process only where its containers share a PID namespace."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
 
 
 async def _undo(node: Node, sandbox: Sandbox) -> None:
-    """Leave nothing of a sandbox that cannot be made; what resists is left to the kubelet to stop and remove."""
+    """Undo the making of a sandbox. Where that fails it is shown as not ready, and the kubelet stops and removes it."""
     try:
         await release(node, sandbox)
         node.registry.forget(sandbox)
@@ -110,8 +110,8 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         sysctls=config.sysctls,
         user=_user_mapping(config),
     )
-    # Side by side: the infra process takes about as long as one CNI plugin. Both come to their end whatever becomes of
-    # the other: a start that is cut off half-way leaves nobody to say what runs.
+    # Both at once: the infra process takes about as long as one CNI plugin. If one fails, the other is still awaited: a
+    # start that was cancelled could leave a process that nothing knows of.
     infra = asyncio.create_task(_start_infra(node, sandbox)) if config.namespaces.pid is NamespaceMode.POD else None
     network = asyncio.create_task(_connect(node, sandbox)) if own_network else None
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
@@ -127,14 +127,14 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
-    # Written at once: whatever happens next, DEL is given what ADD has done.
+    # Saved at once, so that CNI DEL is given the result of ADD whatever happens next.
     sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
     node.registry.save(sandbox)
     return sandbox
 
 
 async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
-    """Start the process that holds the pod's PID namespace, and pin that; returns what is set when it ends."""
+    """Start the process that holds the pod's PID namespace, and pin the namespace; returns the event of its end."""
     directory = node.container_dir(sandbox.id)
     root = filesystems.make_directory(node, sandbox.id, sandbox.config)
     for name in ("proc", "dev"):

@@ -1,4 +1,4 @@
-"""StopPodSandbox: everything of a pod that holds resources is let go; its record and logs stay."""
+"""StopPodSandbox: the pod's containers, network and namespaces are released. Its record and its logs stay."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from criserver.runtime.records import Sandbox
 log = structlog.get_logger(__name__)
 
 
-async def stop_sandbox(node: Node, given: str) -> None:
+async def stop_sandbox(node: Node, id_or_prefix: str) -> None:
     """Stop a sandbox: its containers are killed, its network and namespaces released. Idempotent (CRI).
 
-    Raises CriError where the network plugins refuse to let go; the next call tries again.
+    Raises CriError where a network plugin fails; the next call tries again.
     """
     try:
-        sandbox_id = node.registry.sandbox(given).id
+        sandbox_id = node.registry.sandbox(id_or_prefix).id
     except NotFoundError:
         return
     await node.finish(_stop(node, sandbox_id))
@@ -40,10 +40,10 @@ async def _stop(node: Node, sandbox_id: str) -> None:
 
 
 async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
-    """Stop the sandbox under its lock, which the caller holds. Every step succeeds where its thing is gone."""
+    """Stop the sandbox; the caller holds its lock. Every step succeeds where nothing is left to do."""
     if sandbox.state is SandboxState.READY:
-        # First of all: no container is made or started in it any more, whatever fails below. On a full disk too:
-        # stopping and removing is what frees it.
+        # This comes first: from now on no container is made or started in it, even if a step below fails. A full disk
+        # must not prevent it, as stopping and removing pods is what frees the disk.
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
         node.registry.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
@@ -56,7 +56,7 @@ async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
 
 
 async def release(node: Node, sandbox: Sandbox) -> None:
-    """Undo all that running a sandbox did, in reverse; what is gone, or was never made, is no error."""
+    """Undo what RunPodSandbox did, in reverse order. It is no error where a part is gone or was never made."""
     await stop_infra(node, sandbox)
     if sandbox.attachment:
         await node.network.delete(Attachment.from_json(sandbox.attachment))
@@ -68,7 +68,7 @@ async def release(node: Node, sandbox: Sandbox) -> None:
     if sandbox.cgroup_owned:
         await cgroups.remove_pod(sandbox.cgroup_parent)
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
-            # Not while another pod may be making its own in there.
+            # Only with the last pod: another one may be making its cgroup below it at this moment.
             cgroups.remove_own()
 
 

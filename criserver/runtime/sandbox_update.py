@@ -1,7 +1,7 @@
-"""UpdatePodSandboxResources: what the pod as a whole is sized at has changed.
+"""UpdatePodSandboxResources: the resources of the pod as a whole have changed.
 
-The kubelet sets the limits of the pod's cgroup itself; a runtime keeps the figures for those who ask it (CRI
-UpdatePodSandboxResources).
+The kubelet sets the limits of the pod's cgroup itself. The runtime records the figures and shows them in a verbose
+status (CRI UpdatePodSandboxResources).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from criserver.runtime.node import Node
 
 
 def update_sandbox(
-    node: Node, given: str, overhead: cri.LinuxContainerResources, resources: cri.LinuxContainerResources
+    node: Node, id_or_prefix: str, overhead: cri.LinuxContainerResources, resources: cri.LinuxContainerResources
 ) -> None:
     """Record the pod's new resources and overhead, as a verbose status shows them. Raises NotFoundError."""
-    sandbox = node.registry.sandbox(given)
+    sandbox = node.registry.sandbox(id_or_prefix)
     sent = cri.PodSandboxConfig.FromString(sandbox.sent)
     sent.linux.resources.CopyFrom(resources)
     sent.linux.overhead.CopyFrom(overhead)
