@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import host
+from criserver.runtime import pidfd
 from tests.support.node import Node, processes
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import eventually, within
@@ -60,7 +60,7 @@ class Freezer:
 
     def gone(self) -> bool:
         """Whether none of the shims is there any more, but for what an init that takes its time has to reap."""
-        return not any(host.start_ticks(pid) and host.zombie_code(pid) is None for pid in self.stopped.values())
+        return not any(pidfd.start_ticks(pid) and pidfd.zombie_code(pid) is None for pid in self.stopped.values())
 
 
 @pytest.fixture

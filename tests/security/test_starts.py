@@ -22,7 +22,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, host
+from criserver.runtime import cgroups, pidfd
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_frozen_shims import Freezer, freezer
 from tests.support.fixtures import serving
@@ -130,7 +130,7 @@ def begun(node: Node, pod: str, container: str) -> None:
 
 def half_made(node: Node, pod: str, container: str) -> list[str]:
     """What there is of a container beside its record and its files."""
-    found = [str(pid) for pid in host.processes_in(f"{node.state}/containers/{container}")]
+    found = [str(pid) for pid in pidfd.processes_in(f"{node.state}/containers/{container}")]
     found += [root + cgroup(pod, container) for root in cgroups.roots().values()]
     found += glob.glob(f"{node.state}/runtimes/*/{container}")
     return [thing for thing in found if thing.isdecimal() or os.path.exists(thing)] + asleep()
