@@ -18,6 +18,7 @@ from .wire import VERSION, Channel, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .messages import NurseryGreeting, Reply
     from .wire import Message
 
 _PR_SET_NAME = 15
@@ -30,8 +31,7 @@ _prctl = _libc.prctl
 def main(fd: int) -> None:
     """Serve the daemon on the connected unix stream socket `fd` until it closes.
 
-    Greets with {"hello": "nursery", ...}. {"op": "fork", "config": {...}} with one descriptor, the shim's
-    first connection, is answered with {"ok": true, "pid": N} or {"error": text}.
+    `shims.messages` has what both sides send: a greeting, then a reply to each request for a fork.
     """
     _prctl(_PR_SET_NAME, b"criserver-nurse", 0, 0, 0)
     on_signal(SIGCHLD, wake)
@@ -60,7 +60,8 @@ class _NurseryProcess:
     def run(self) -> None:
         """Serve until the daemon has gone; shims that end meanwhile are reaped by the loop."""
         self._loop.watch(self._channel.fileno(), select.EPOLLIN, self._serve)
-        self._channel.send({"hello": "nursery", "version": VERSION, "pid": os.getpid()})
+        greeting: NurseryGreeting = {"hello": "nursery", "version": VERSION}
+        self._channel.send(greeting)
         self._loop.until(lambda: self._gone)
 
     def _serve(self, _events: int) -> None:
@@ -71,18 +72,17 @@ class _NurseryProcess:
         except (EOFError, OSError, ProtocolError):
             self._gone = True
 
-    def _answer(self, message: Message, fds: list[int]) -> Message:
+    def _answer(self, message: Message, fds: list[int]) -> Reply:
         try:
             config = _fork_request(message, fds)
-            pid = os.fork()
-            if pid == 0:
+            if os.fork() == 0:
                 self._become_shim(config, fds[0])
         except (OSError, RequestError) as error:
             return {"error": str(error)}
         finally:
             for fd in fds:
                 os.close(fd)
-        return {"ok": True, "pid": pid}
+        return {"ok": True}
 
     def _become_shim(self, config: Config, fd: int) -> None:
         """Live a shim's life in a fork of the nursery; does not return.

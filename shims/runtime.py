@@ -31,10 +31,6 @@ class Runtime:
         options = ["--detach", "--process", spec, "--pid-file", pid_file, *sockets]
         return [*self._base, "--log", log, "exec", *options, self._container]
 
-    def kill_all(self, signal: int, log: str) -> list[str]:
-        """Send a signal to every process of the container's cgroup."""
-        return [*self._base, "--log", log, "kill", "--all", self._container, str(signal)]
-
     def delete(self, log: str) -> list[str]:
         """Kill what is left in the container's cgroup and remove it; no error if it is gone already."""
         return [*self._base, "--log", log, "delete", "--force", self._container]

@@ -20,12 +20,24 @@ from .wire import VERSION, Channel, ProtocolError, receive_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .loop import Call
+    from .messages import (
+        ExecExitedEvent,
+        ExecFailedEvent,
+        ExitRecord,
+        FailedEvent,
+        GoneEvent,
+        OkReply,
+        Reply,
+        ShimEvent,
+        ShimGreeting,
+        StartedEvent,
+    )
     from .wire import Message
 
-    Answer = tuple[Message, Sequence[int]]
+    Answer = tuple[Reply, Sequence[int]]
 
 SOCKET = "shim.sock"
 EXIT_RECORD = "exit.json"
@@ -36,14 +48,13 @@ _LOG = "runtime.log"
 
 _RUN_LIMIT = 100.0
 _EXEC_LIMIT = 60.0
-_KILL_LIMIT = 10.0
 _DELETE_LIMIT = 30.0
 _DELETE_ATTEMPTS = 3
 _QUIET_DRAIN = 0.2
 _LAST_DRAIN = 2.0
 _SAVE_PAUSE = 1.0
 
-_OK: Answer = ({"ok": True}, ())
+_OK: OkReply = {"ok": True}
 
 
 class RequestError(Exception):
@@ -86,31 +97,34 @@ class Config:
 
 
 class _Exec:
-    """A process that was asked for with `exec`; `signal` waits for it to be started."""
+    """An exec: the OCI runtime's `call` starts the process, then `pid` is set. It ends with its connection."""
 
-    __slots__ = ("call", "channel", "id", "owned", "pid", "signal")
+    __slots__ = ("_killed", "_pid", "call", "channel", "id")
 
-    def __init__(self, exec_id: str, channel: Channel, owned: bool) -> None:
+    def __init__(self, exec_id: str, channel: Channel) -> None:
         self.id = exec_id
         self.channel = channel
-        self.owned = owned
         self.call: Call | None = None
-        self.pid = 0
-        self.signal = 0
+        self._pid = 0
+        self._killed = False
 
-    def kill(self, number: int) -> None:
-        """Signal the process and its group: runc and crun make it the leader of a session of its own.
+    def started(self, pid: int) -> None:
+        self._pid = pid
+        if self._killed:
+            self.kill()
 
-        What is to be killed before it is there ends with the runtime that is making it.
+    def kill(self) -> None:
+        """Kill the process with its group, since runc and crun make it the leader of a session of its own.
+
+        Where it is not yet started, kill the runtime that starts it.
         """
-        if self.pid:
+        self._killed = True
+        if self._pid:
             try:
-                os.killpg(self.pid, number)
+                os.killpg(self._pid, SIGKILL)
             except ProcessLookupError:
-                os.kill(self.pid, number)  # a runtime that gives it no session
-            return
-        self.signal = number
-        if number == SIGKILL and self.call is not None:
+                os.kill(self._pid, SIGKILL)  # this runtime gives it no session
+        elif self.call is not None:
             self.call.end()
 
 
@@ -127,14 +141,15 @@ class Shim:
         self._outputs: dict[str, Output] = {}
         self._input = -1
         self._pipes: list[int] = []
-        self._state = "starting"
         self._call: Call | None = None
         self._failure: RequestError | None = None
         self._init = 0
-        self._times: Message = {}
+        self._start_ticks = 0
+        self._started_at = 0
+        self._finished_at = 0
         self._status: int | None = None
-        self._exit: Message = {}
-        self._gone: Message = {}
+        self._record: ExitRecord | None = None
+        self._gone: GoneEvent | None = None
         self._deleted = False
         self._others = 0
         self._connect(first)
@@ -147,7 +162,8 @@ class Shim:
             listener = self._listen()
             self._start()
         except (OSError, RequestError) as error:
-            self._tell({"event": "failed", "error": str(error), "late": isinstance(error, LateError)})
+            failed: FailedEvent = {"event": "failed", "error": str(error), "late": isinstance(error, LateError)}
+            self._tell(failed)
         else:
             self._loop.until(lambda: self._status is not None)
             self._finish()
@@ -179,7 +195,7 @@ class Shim:
             for fd in stdio:
                 if fd > 2:
                     os.close(fd)
-            self._loop.until(lambda: self._state == "running" or self._failure is not None)
+            self._loop.until(lambda: self._init > 0 or self._failure is not None)
         finally:
             if console:
                 console.close()
@@ -203,7 +219,7 @@ class Shim:
         try:
             self._in_time(self._call, code, "run", _RUN_LIMIT)
             pid = self._started_pid(code, _PID_FILE, _LOG)
-            self._times = {"start_ticks": start_ticks(pid), "started_at": time.time_ns()}
+            self._start_ticks, self._started_at = start_ticks(pid), time.time_ns()
             self._loop.adopt(pid, self._init_ended)
             if console:
                 master = _receive_console(console)
@@ -219,8 +235,14 @@ class Shim:
             return
         self._init = pid
         self._watch_pod()
-        self._state = "running"
-        self._tell({"event": "started", "pid": pid, **self._times})
+        started: StartedEvent = {
+            "event": "started",
+            "init": pid,
+            "pid": pid,
+            "start_ticks": self._start_ticks,
+            "started_at": self._started_at,
+        }
+        self._tell(started)
 
     def _watch_pod(self) -> None:
         """Follow how many processes of the pod's others were killed for want of memory.
@@ -270,7 +292,7 @@ class Shim:
         return int(read_small(pid_file))
 
     def _init_ended(self, status: int) -> None:
-        self._times["finished_at"] = time.time_ns()
+        self._finished_at = time.time_ns()
         self._status = status
 
     # The way down
@@ -278,7 +300,14 @@ class Shim:
     def _finish(self) -> None:
         """After the container's end: complete the log, write the status down, tell it, clear up."""
         # The count is gone once it is deleted.
-        record = {**_result(self._status), **self._times, "oom_killed": self._was_oom_killed()}
+        assert self._status is not None
+        record: ExitRecord = {
+            "code": _exit_code(self._status),
+            "start_ticks": self._start_ticks,
+            "started_at": self._started_at,
+            "finished_at": self._finished_at,
+            "oom_killed": self._was_oom_killed(),
+        }
         if not self._drained(_QUIET_DRAIN):
             _save(EXIT_RECORD, record)  # it will be a while until it is told
             self._delete()  # processes left in the cgroup hold the pipes
@@ -290,13 +319,12 @@ class Shim:
                     output.end()
         self._log.close()
         saved = _save(EXIT_RECORD, record)
-        self._exit = record
-        self._state = "exited"
+        self._record = record
         self._tell({"event": "exited", **record})
         error = self._delete()
         if not self._loop.until(lambda: not self._execs, _LAST_DRAIN):
             for execution in self._execs.values():
-                execution.kill(SIGKILL)  # a runtime that hangs has nobody to end it afterwards
+                execution.kill()  # a runtime that hangs has nobody to end it afterwards
         self._gone = {"event": "gone", "error": error} if error else {"event": "gone"}
         self._tell(self._gone)
         # On a full disk the record is kept here, for a daemon to come, until it can be saved. The removal of the
@@ -343,25 +371,25 @@ class Shim:
             self._send(channel, self._gone)
 
     def _hang_up(self, channel: Channel) -> None:
-        """Close a connection; what it owned ends with it."""
+        """Close a connection. The execs that it asked for end with it."""
         if self._channels.pop(channel.fileno(), None) is None:
             return
         self._loop.forget(channel.fileno())
         channel.close()
         for execution in self._execs.values():
-            if execution.channel is channel and execution.owned:
-                execution.kill(SIGKILL)
+            if execution.channel is channel:
+                execution.kill()
 
-    def _send(self, channel: Channel, message: Message, fds: Sequence[int] = ()) -> None:
+    def _send(self, channel: Channel, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         if channel.fileno() in self._channels:
             try:
                 channel.send(message, fds)
             except (OSError, ProtocolError):
                 self._hang_up(channel)
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, event: ShimEvent) -> None:
         for channel in list(self._channels.values()):
-            self._send(channel, message)
+            self._send(channel, event)
 
     def _serve(self, channel: Channel) -> None:
         try:
@@ -389,38 +417,28 @@ class Shim:
             for fd in fds:
                 os.close(fd)
 
-    def _greeting(self) -> Message:
+    def _greeting(self) -> ShimGreeting:
+        if not self._init:
+            return {"hello": "shim", "version": VERSION, "state": "starting"}
+        if self._record is not None:
+            return {"hello": "shim", "version": VERSION, "state": "exited", "init": self._init, **self._record}
         return {
             "hello": "shim",
             "version": VERSION,
-            "container": self._config.id,
-            "pid": os.getpid(),
-            "state": self._state,
-            "init": self._init or None,
-            **self._times,
-            **self._exit,
+            "state": "running",
+            "init": self._init,
+            "start_ticks": self._start_ticks,
+            "started_at": self._started_at,
         }
 
     # Operations
 
     def _op_status(self, _channel: Channel, _message: Message, _fds: list[int]) -> Answer:
-        return {"ok": True, **self._greeting(), "log_dropped": self._log.dropped}, ()
+        return _OK, ()
 
     def _op_reopen(self, _channel: Channel, _message: Message, _fds: list[int]) -> Answer:
         self._log.reopen()
-        return _OK
-
-    def _op_kill(self, _channel: Channel, message: Message, _fds: list[int]) -> Answer:
-        """Signal the init: it cannot be another process of the same number, as it is reaped here. With
-        "all", signal every process of the container; the answer says only that this has begun."""
-        number = _signal(message)
-        self._must_run()
-        if message.get("all"):
-            argv = self._runtime.kill_all(number, self._path(_LOG))
-            self._loop.spawn(argv, (0, 1, 2), _KILL_LIMIT, lambda _: None)
-        else:
-            os.kill(self._init, number)
-        return _OK
+        return _OK, ()
 
     def _op_exec(self, channel: Channel, message: Message, fds: list[int]) -> Answer:
         """Start a process in the container; how it goes is told by events to the connection that asked.
@@ -437,18 +455,18 @@ class Shim:
             raise RequestError(f"exec {exec_id} is running already")
         if len(fds) != (0 if console else 3):
             raise RequestError("an exec takes three file descriptors, or a console socket and none")
-        execution = _Exec(exec_id, channel, bool(message.get("owned")))
+        execution = _Exec(exec_id, channel)
         pid_file, log = f"exec-{exec_id}.pid", f"exec-{exec_id}.log"
         argv = self._runtime.exec(_text(message, "spec"), self._path(pid_file), self._path(log), console)
         execution.call = self._loop.spawn(
             argv, fds or (0, 1, 2), _EXEC_LIMIT, lambda code: self._entered(execution, code, pid_file, log)
         )
         self._execs[exec_id] = execution
-        return _OK
+        return _OK, ()
 
     def _entered(self, execution: _Exec, code: int, pid_file: str, log: str) -> None:
         """The runtime's exec has ended: take over the process that it started."""
-        event: Message = {"exec": execution.id}
+        failed: ExecFailedEvent | None = None
         try:
             self._in_time(execution.call, code, "exec", _EXEC_LIMIT)
             pid = self._started_pid(code, pid_file, log)
@@ -456,28 +474,30 @@ class Shim:
         except (OSError, ValueError, RequestError) as error:
             _end_unseen(pid_file)
             del self._execs[execution.id]
-            event.update(event="exec-failed", error=str(error), late=isinstance(error, LateError))
+            failed = {
+                "event": "exec-failed",
+                "exec_id": execution.id,
+                "exec": execution.id,
+                "error": str(error),
+                "late": isinstance(error, LateError),
+            }
         else:
-            execution.pid = pid
-            event.update(event="exec-started", pid=pid)
-            if execution.signal:
-                execution.kill(execution.signal)
+            execution.started(pid)
         for path in (pid_file, log):
             if os.path.lexists(path):
                 os.unlink(path)
-        self._send(execution.channel, event)
+        if failed is not None:
+            self._send(execution.channel, failed)
 
     def _exec_ended(self, execution: _Exec, status: int) -> None:
         del self._execs[execution.id]
-        event = {"event": "exec-exited", "exec": execution.id, **_result(status)}
-        self._send(execution.channel, event)
-
-    def _op_exec_kill(self, _channel: Channel, message: Message, _fds: list[int]) -> Answer:
-        execution = self._execs.get(_text(message, "exec"))
-        if execution is None:
-            raise RequestError(f"exec {message['exec']} is not running")
-        execution.kill(_signal(message))
-        return _OK
+        exited: ExecExitedEvent = {
+            "event": "exec-exited",
+            "exec_id": execution.id,
+            "exec": execution.id,
+            "code": _exit_code(status),
+        }
+        self._send(execution.channel, exited)
 
     def _op_attach(self, _channel: Channel, message: Message, fds: list[int]) -> Answer:
         """Copy output from now on to the descriptors given, one for each of "streams" ("stdout", "stderr").
@@ -498,10 +518,10 @@ class Shim:
         if self._input >= 0 and not self._config.tty:
             os.close(self._input)
             self._input = -1
-        return _OK
+        return _OK, ()
 
     def _must_run(self) -> None:
-        if self._state != "running" or self._status is not None:
+        if not self._init or self._status is not None:
             raise RequestError(f"container {self._config.id} is not running")
 
     def _path(self, name: str) -> str:
@@ -512,9 +532,7 @@ class Shim:
 _OPERATIONS: dict[str, Callable[[Shim, Channel, Message, list[int]], Answer]] = {
     "status": Shim._op_status,
     "reopen": Shim._op_reopen,
-    "kill": Shim._op_kill,
     "exec": Shim._op_exec,
-    "exec-kill": Shim._op_exec_kill,
     "attach": Shim._op_attach,
     "close-stdin": Shim._op_close_stdin,
 }
@@ -541,17 +559,9 @@ def _texts(message: Message, key: str) -> list[str]:
     return value
 
 
-def _signal(message: Message) -> int:
-    number = message.get("signal")
-    if not isinstance(number, int) or not 0 < number <= 64:
-        raise RequestError(f"'signal' must be a number from 1 to 64, not {number!r}")
-    return number
-
-
-def _result(status: int | None) -> Message:
-    """Exit code and signal of a child; a signal's code is 128 and its number, as shells have it."""
-    assert status is not None
-    return {"code": status if status >= 0 else 128 - status, "signal": max(0, -status)}
+def _exit_code(status: int) -> int:
+    """The exit code for a child's status, which is minus a signal's number: then 128 and that number, as in shells."""
+    return status if status >= 0 else 128 - status
 
 
 def _bind(name: str) -> Socket:
@@ -593,7 +603,7 @@ def _end_unseen(pid_file: str) -> None:
         pass
 
 
-def _save(name: str, record: Message) -> bool:
+def _save(name: str, record: ExitRecord) -> bool:
     """Write a record so that it survives a crash of the machine; False if that should be tried again.
 
     When the directory itself is gone, nobody will look there: that counts as done.

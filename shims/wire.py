@@ -23,10 +23,10 @@ from .lean import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
-    Message = dict[str, Any]
+    Message = dict[str, Any]  # as it was received: nobody has checked its keys (shims.messages)
 
 VERSION = 1
 MAX_FRAME = 1 << 20
@@ -40,7 +40,7 @@ class ProtocolError(Exception):
     """The peer sent what is not a frame; nothing after it can be trusted, so close the connection."""
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Mapping[str, object]) -> bytes:
     """One frame. Raises ProtocolError if the message is larger than a frame may be."""
     body = dumps(message).encode()
     if len(body) > MAX_FRAME:
@@ -117,7 +117,7 @@ class Channel:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+    def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Send one frame; the descriptors stay open here.
 
         Raises OSError, also if a non-blocking socket does not take the whole frame at once: the peer has

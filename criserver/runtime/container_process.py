@@ -13,10 +13,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -24,9 +24,15 @@ from criserver.errors import CriError, DeadlineExceededError, FailedPrecondition
 from criserver.runtime import cgroups, pidfd
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
-from criserver.runtime.shim_link import REPLY_TIMEOUT, Message, ShimLink, connect
+from criserver.runtime.shim_link import REPLY_TIMEOUT, ShimLink, connect
+
+if TYPE_CHECKING:
+    from shims.messages import FailedEvent, ForkConfig, Request, RunningGreeting, ShimMessage, StartedEvent
 
 log = structlog.get_logger(__name__)
+
+# An exit record, as a shim tells it or has written it; of any version, so that a key may be missing.
+ExitRecord = Mapping[str, Any]
 
 # Seconds.
 # A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
@@ -77,7 +83,7 @@ class Observer(Protocol):
     def start_failed(self, message: str) -> None:
         """The process could not be started; ``message`` says why."""
 
-    def exited(self, record: Message) -> None:
+    def exited(self, record: ExitRecord) -> None:
         """The process has ended; the shim's exit record says how. This may be told twice."""
 
     def lost(self) -> None:
@@ -158,12 +164,12 @@ class ContainerProcess:
             raise FailedPreconditionError(STOPPED)
         loop = asyncio.get_running_loop()
         greeted: asyncio.Future[None] = loop.create_future()
-        begun: asyncio.Future[Message] = loop.create_future()
+        begun: asyncio.Future[StartedEvent | FailedEvent] = loop.create_future()
 
-        def on_event(message: Message) -> None:
+        def on_event(message: ShimMessage) -> None:
             if not greeted.done():
                 greeted.set_result(None)
-            if message.get("event") in ("started", "failed") and not begun.done():
+            if "event" in message and message["event"] in ("started", "failed") and not begun.done():
                 begun.set_result(message)
                 if message["event"] == "failed":
                     return
@@ -172,27 +178,25 @@ class ContainerProcess:
 
         def on_close() -> None:
             if not begun.done():
-                begun.set_result({"event": "failed", "error": "the shim ended before the container had started"})
+                error = "the shim ended before the container had started"
+                begun.set_result({"event": "failed", "error": error, "late": False})
             elif begun.result()["event"] == "started":
                 self._on_close()
 
-        self._link = await self._nursery.fork(
-            {
-                "id": self.id,
-                "bundle": self.directory,
-                "directory": self.directory,
-                "runtime": program,
-                "runtime_root": self.runtime.root,
-                "runtime_args": self.runtime.command(self._cgroup_parent)[3:],
-                "log_path": log_path,
-                "tty": tty,
-                "stdin": stdin,
-                "oom_files": cgroups.oom_files(self.cgroup),
-                "pod_events": cgroups.pod_events(self._cgroup_parent),
-            },
-            on_event,
-            on_close,
-        )
+        config: ForkConfig = {
+            "id": self.id,
+            "bundle": self.directory,
+            "directory": self.directory,
+            "runtime": program,
+            "runtime_root": self.runtime.root,
+            "runtime_args": self.runtime.command(self._cgroup_parent)[3:],
+            "log_path": log_path,
+            "tty": tty,
+            "stdin": stdin,
+            "oom_files": cgroups.oom_files(self.cgroup),
+            "pod_events": cgroups.pod_events(self._cgroup_parent),
+        }
+        self._link = await self._nursery.fork(config, on_event, on_close)
         either: list[asyncio.Future[Any]] = [begun, cut]
         await asyncio.wait(either, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if not begun.done():
@@ -210,7 +214,7 @@ class ContainerProcess:
         if message["event"] == "failed":
             # A runtime that was given up may have left what it had made by then, and a shim that died its runtime.
             await self.end_start()
-            raise (DeadlineExceededError if message.get("late") else FailedPreconditionError)(message["error"])
+            raise (DeadlineExceededError if message["late"] else FailedPreconditionError)(message["error"])
         return _started(message)
 
     async def end_start(self) -> None:
@@ -242,7 +246,7 @@ class ContainerProcess:
         """
         greeted = asyncio.Event()
 
-        def on_event(message: Message) -> None:
+        def on_event(message: ShimMessage) -> None:
             self._on_event(message)
             greeted.set()
 
@@ -275,7 +279,7 @@ class ContainerProcess:
                 continue
             return
 
-    async def open_link(self, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
+    async def open_link(self, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
         """One more connection to the shim. When it closes, the shim ends what was asked for on it.
 
         Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
@@ -295,14 +299,14 @@ class ContainerProcess:
         except OSError as e:
             raise CriError(f"the shim of container {self.id} cannot be reached: {e.strerror}") from e
 
-    def _connect(self, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
+    def _connect(self, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
         return connect(os.path.join(self.directory, "shim.sock"), on_event, on_close)
 
-    async def request(self, message: Message, fds: Sequence[int] = ()) -> Message:
-        """The shim's reply to a message. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
+    async def request(self, message: Request) -> None:
+        """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
         if self._link is None:
             raise FailedPreconditionError(f"the shim of container {self.id} is gone")
-        return await self._link.request(message, fds)
+        await self._link.request(message)
 
     def abandon(self) -> None:
         """Let go of the shim without another word: it is to be ended, or another daemon takes it over."""
@@ -313,14 +317,15 @@ class ContainerProcess:
 
     async def _answers(self) -> bool:
         """Whether the shim is at work: it answers at any time."""
+        if self._link is None:
+            return False
         try:
-            return self._link is not None and bool(
-                await self._link.request({"op": "status"}, timeout=_GREETING_TIMEOUT)
-            )
+            await self._link.request({"op": "status"}, timeout=_GREETING_TIMEOUT)
         except DeadlineExceededError:
             return False
         except CriError:
-            return True  # it has just ended
+            pass  # it has just ended
+        return True
 
     async def _end_shim(self) -> list[int]:
         """Kill the shim, or the runtime that it has left behind, with all that it has started; returns what stays."""
@@ -329,18 +334,25 @@ class ContainerProcess:
             log.error("killed processes of a shim do not end", owner=self.id, pids=left)
         return left
 
-    def _on_event(self, message: Message) -> None:
-        match message:
-            case {"hello": "shim", "state": "exited"} | {"event": "exited"}:
+    def _on_event(self, message: ShimMessage) -> None:
+        if "hello" in message:
+            if message["state"] == "running":
+                self._runs(message)
+            elif message["state"] == "exited":
                 self._take_exit(message)
-            case {"hello": "shim", "state": "running"} | {"event": "started"}:
-                # The start is ours, or an earlier daemon's that did not see the end of it.
-                self.started = _started(message)
-                self._observer.running(self.started)
-            case {"event": "failed"}:
-                self.start_failed(message["error"])
-            case {"event": "gone"}:
-                self._cleaned_up()
+        elif message["event"] == "started":
+            self._runs(message)
+        elif message["event"] == "failed":
+            self.start_failed(message["error"])
+        elif message["event"] == "exited":
+            self._take_exit(message)
+        elif message["event"] == "gone":
+            self._cleaned_up()
+
+    def _runs(self, message: StartedEvent | RunningGreeting) -> None:
+        """The start is ours, or an earlier daemon's that did not see the end of it."""
+        self.started = _started(message)
+        self._observer.running(self.started)
 
     def _on_close(self) -> None:
         self._link = None
@@ -417,7 +429,7 @@ class ContainerProcess:
             return
         self._lost()
 
-    def _take_exit(self, record: Message) -> None:
+    def _take_exit(self, record: ExitRecord) -> None:
         try:
             self._observer.exited(record)
         finally:
@@ -480,17 +492,15 @@ class ContainerProcess:
             await self.runtime.delete(self.id, self._cgroup_parent)
 
 
-def _started(message: Message) -> Started:
-    """From the shim's event, or from its greeting, where "pid" is the shim itself."""
-    pid = message["init"] if "hello" in message else message["pid"]
-    return Started(pid, message["start_ticks"], message["started_at"])
+def _started(message: StartedEvent | RunningGreeting) -> Started:
+    return Started(message["init"], message["start_ticks"], message["started_at"])
 
 
-def _exit_record(directory: str) -> Message | None:
+def _exit_record(directory: str) -> ExitRecord | None:
     """What a shim has written of the end of its process; None where there is nothing to read. Raises OSError."""
     try:
         with open(os.path.join(directory, "exit.json")) as f:
-            record: Message = json.load(f)
+            record: ExitRecord = json.load(f)
             return record
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -13,7 +13,7 @@ import struct
 import termios
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, closing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.model import NamespaceMode
@@ -27,6 +27,9 @@ from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
 from criserver.runtime.shim_link import ShimLink
 from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
+
+if TYPE_CHECKING:
+    from shims.messages import AttachRequest
 
 DIAL_TIMEOUT = 30.0  # seconds
 # A WebSocket's channels are named by one character; each port takes two.
@@ -147,14 +150,15 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
     async with AsyncExitStack() as stack:
         link = await process_records.of_container(node, container).open_link(lambda _: None, on_close)
         stack.callback(link.close)
-        wanted = {name: sink for name in ("stdout", "stderr") if (sink := getattr(streams, name)) is not None}
+        names: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+        wanted = {name: sink for name in names if (sink := getattr(streams, name)) is not None}
         pipes = {name: stack.enter_context(Pipe()) for name in wanted}
-        request = {"op": "attach", "streams": list(wanted)}
-        reply = await link.request(request, [pipe.writer for pipe in pipes.values()])
+        request: AttachRequest = {"op": "attach", "streams": list(wanted)}
+        received = await link.request(request, [pipe.writer for pipe in pipes.values()])
         for pipe in pipes.values():
             pipe.close_writer()
         inputs = []
-        for stdin in reply["fds"]:  # at most one; none where the container has no standard input
+        for stdin in received:  # at most one; none where the container has no standard input
             os.set_blocking(stdin, False)
             if container.config.tty:
                 stack.callback(os.close, stdin)
@@ -165,7 +169,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
                 inputs.append(_feed_container(container, streams.stdin, stdin, link))
             else:
                 os.close(stdin)
-        if streams.stdin and not reply["fds"]:
+        if streams.stdin and not received:
             inputs.append(discard(streams.stdin))
         outputs = [(pipe.reader, wanted[name]) for name, pipe in pipes.items()]
         await _carry(inputs, outputs, None if outputs else gone)

@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.oci import spec
@@ -20,9 +21,11 @@ from criserver.runtime import process_records
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from criserver.runtime.shim_link import Message
 from criserver.streaming import ready
 from criserver.text import quoted
+
+if TYPE_CHECKING:
+    from shims.messages import ExecRequest, ShimMessage
 
 _numbers = itertools.count(1)
 
@@ -52,13 +55,13 @@ async def exec_process(
     exec_id = f"{os.getpid()}-{next(_numbers)}"
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    def on_event(message: Message) -> None:
-        if message.get("exec") != exec_id or ended.done():
+    def on_event(message: ShimMessage) -> None:
+        if "exec_id" not in message or message["exec_id"] != exec_id or ended.done():
             return
-        if message.get("event") == "exec-exited":
+        if message["event"] == "exec-exited":
             ended.set_result(message["code"])
-        elif message.get("event") == "exec-failed":
-            kind = DeadlineExceededError if message.get("late") else FailedPreconditionError
+        else:
+            kind = DeadlineExceededError if message["late"] else FailedPreconditionError
             ended.set_exception(kind(f"{quoted(command[0])} cannot be run: {message['error']}"))
 
     def on_close() -> None:
@@ -70,8 +73,10 @@ async def exec_process(
     try:
         link = await process_records.of_container(node, container).open_link(on_event, on_close)
         try:
-            request = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
-            await link.request({**request, "console": console} if console else request, stdio)
+            request: ExecRequest = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
+            if console:
+                request["console"] = console
+            await link.request(request, stdio)
             yield ended
         finally:
             link.close()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import structlog
 
 from criserver.errors import CriError
 from criserver.runtime import service_manager
-from criserver.runtime.shim_link import Message, ShimLink, peer_name
+from criserver.runtime.shim_link import ShimLink, peer_name
 from shims import launch, wire
+
+if TYPE_CHECKING:
+    from shims.messages import ForkConfig, ShimMessage
 
 log = structlog.get_logger(__name__)
 
@@ -53,9 +57,9 @@ class Nursery:
                 start_new_session=True,  # a signal to the daemon's group is not for the shims
                 cwd="/",
             )
-        greeting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        greeting: asyncio.Future[Mapping[str, object]] = asyncio.get_running_loop().create_future()
 
-        def greeted(message: Message) -> None:
+        def greeted(message: Mapping[str, object]) -> None:
             if not greeting.done():
                 greeting.set_result(message)
 
@@ -74,9 +78,9 @@ class Nursery:
         return link
 
     async def fork(
-        self, config: Message, on_event: Callable[[Message], None], on_close: Callable[[], None]
+        self, config: ForkConfig, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]
     ) -> ShimLink:
-        """A new shim with ``config`` (its keys: shims.shim), and a connection to it."""
+        """Fork a shim, and return the connection to it. Raises CriError where the nursery cannot."""
         await self.start()
         assert self._link is not None
         ours, theirs = socket.socketpair()

@@ -7,11 +7,10 @@ import dataclasses
 import structlog
 
 from criserver.runtime import filesystems
-from criserver.runtime.container_process import ContainerProcess, Observer, Started
+from criserver.runtime.container_process import ContainerProcess, ExitRecord, Observer, Started
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, Sandbox
-from criserver.runtime.shim_link import Message
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +65,7 @@ class _ContainerRecord(Observer):
         if container is not None:
             self._node.registry.observe(container.ended(128, "StartError", message))
 
-    def exited(self, record: Message) -> None:
+    def exited(self, record: ExitRecord) -> None:
         container = self._in_state(*_ALIVE)
         if container is None:
             return
@@ -122,7 +121,7 @@ class _InfraRecord(Observer):
     def start_failed(self, message: str) -> None:
         pass  # RunPodSandbox is told
 
-    def exited(self, record: Message) -> None:
+    def exited(self, record: ExitRecord) -> None:
         self._lose(record)
 
     def lost(self) -> None:
@@ -131,7 +130,7 @@ class _InfraRecord(Observer):
     def cleaned_up(self) -> None:
         pass  # StopPodSandbox unmounts
 
-    def _lose(self, record: Message) -> None:
+    def _lose(self, record: ExitRecord) -> None:
         sandbox = self._node.registry.sandboxes.get(self._id)
         if sandbox is not None and sandbox.state is SandboxState.READY:
             log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=self._id, record=record)

@@ -10,16 +10,17 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, UnavailableError
 from shims import wire
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from shims.messages import Request, ShimMessage
 
-Message = dict[str, Any]
+log = structlog.get_logger(__name__)
 
 # A shim answers in well under a millisecond; one that takes longer than this is stuck.
 REPLY_TIMEOUT = 10.0
@@ -29,13 +30,13 @@ class ShimLink:
     """A connection to a shim or to the nursery: frames out with descriptors, replies and events in.
 
     ``on_event`` gets every message that is not a reply; ``on_close`` is called once, when the other side is
-    gone. A reply's key "fds" is the descriptors that came with it, which are the caller's.
+    gone.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        on_event: Callable[[Message], None],
+        on_event: Callable[[ShimMessage], None],
         on_close: Callable[[], None],
         peer: str = "the shim",
     ) -> None:
@@ -46,23 +47,23 @@ class ShimLink:
         self._on_close = on_close
         self._frames = wire.Frames()
         self._numbers = itertools.count(1)
-        self._replies: dict[int, asyncio.Future[Message]] = {}
+        self._replies: dict[int, asyncio.Future[tuple[wire.Message, list[int]]]] = {}
         self._out: list[tuple[bytes, list[int]]] = []
         self._fds: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._readable)
         self.closed = False
 
-    async def request(self, message: Message, fds: Sequence[int] = (), timeout: float = REPLY_TIMEOUT) -> Message:
-        """The reply to ``message``; ``fds`` travel with it and stay the caller's to close.
+    async def request(self, message: Request, fds: Sequence[int] = (), timeout: float = REPLY_TIMEOUT) -> list[int]:
+        """Send ``message``, wait for the reply, and return the descriptors that came with it: the caller closes them.
 
-        Raises UnavailableError where the other side is gone, DeadlineExceededError where it is stuck, and
-        CriError with its own words where it refuses.
+        ``fds`` go with the message and stay the caller's. Raises UnavailableError where the other side is gone,
+        DeadlineExceededError where it is stuck, and CriError with its text where it refuses.
         """
         if self.closed:
             raise UnavailableError(f"{self._peer} has ended")
         number = next(self._numbers)
-        reply: asyncio.Future[Message] = self._loop.create_future()
+        reply: asyncio.Future[tuple[wire.Message, list[int]]] = self._loop.create_future()
         self._replies[number] = reply
         # Duplicates live until they are sent, however soon the caller closes its own.
         frame = wire.encode({**message, "re": number, "fds": len(fds)})
@@ -73,16 +74,16 @@ class ShimLink:
             # It counts also where it and the end of its time have come at once, to a daemon that was busy until then.
             if not reply.done():
                 raise DeadlineExceededError(f"{self._peer} did not answer {message['op']!r} within {timeout:g} s")
-            answer = reply.result()
+            answer, received = reply.result()
         except asyncio.CancelledError:
             if reply.done() and reply.exception() is None:
-                _close_all(reply.result()["fds"])
+                _close_all(reply.result()[1])
             raise
         finally:
             self._replies.pop(number, None)
         if "error" in answer:
             raise CriError(str(answer["error"]))
-        return answer
+        return received
 
     def close(self) -> None:
         """End the connection; the other side goes on."""
@@ -125,10 +126,10 @@ class ShimLink:
                 self._out[0] = (data[sent:], [])
         self._loop.remove_writer(self._sock)
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: wire.Message) -> None:
         """Hand on one event; trouble with it is logged, as the next one may be an exit."""
         try:
-            self._on_event(message)
+            self._on_event(present_shape(message))
         except Exception as e:
             log.exception("an event cannot be taken", peer=self._peer, told=message.get("event"), error=str(e))
 
@@ -152,12 +153,12 @@ class ShimLink:
             if number is None:
                 self._take(message)
             elif (reply := self._replies.get(number)) is not None and not reply.done():
-                reply.set_result({**message, "fds": fds})
+                reply.set_result((message, fds))
                 continue
             _close_all(fds)
 
 
-def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[], None]) -> ShimLink:
+def connect(path: str, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
     """A connection to the shim that listens at ``path``, in the directory of its container.
 
     Raises OSError where none does: BlockingIOError where it is there and its queue is full.
@@ -175,6 +176,31 @@ def connect(path: str, on_event: Callable[[Message], None], on_close: Callable[[
     finally:
         os.close(directory)
     return ShimLink(sock, on_event, on_close, peer_name(os.path.basename(os.path.dirname(path))))
+
+
+def present_shape(message: dict[str, Any]) -> ShimMessage:
+    """Bring what a shim told to the shape of :mod:`shims.messages`. Shims of 0.1.0 differ in these:
+
+    1. Their greeting has the PID of the shim itself as "pid", and "init" without a value while the container starts.
+    2. Their "started" event has the container's first process as "pid".
+    3. Their exec events name the exec "exec".
+    4. Their events of failures have no "late".
+    5. They tell "exec-started", which no daemon reads.
+
+    Present shims send the old keys of 2 and 3 as well, for daemons of 0.1.0.
+    """
+    event = message.get("event")
+    if "hello" in message:
+        message.pop("pid", None)
+        if message.get("init", 0) is None:
+            del message["init"]
+    elif event == "started" and "pid" in message:
+        message["init"] = message.pop("pid")
+    elif event in ("exec-failed", "exec-exited") and "exec" in message:
+        message["exec_id"] = message.pop("exec")
+    if event in ("failed", "exec-failed"):
+        message.setdefault("late", False)
+    return message  # type: ignore[return-value]  # of any version: its receiver ignores what it does not know
 
 
 def peer_name(container: str) -> str:

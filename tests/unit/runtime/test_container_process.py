@@ -25,7 +25,7 @@ from criserver.runtime.registry import Registry
 from tests.support.waiting import until
 from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
 
-STARTED = {"event": "started", "pid": 7, "start_ticks": 8, "started_at": 9}
+STARTED = {"event": "started", "init": 7, "start_ticks": 8, "started_at": 9}
 EXITED = {"event": "exited", "code": 3, "start_ticks": 8, "started_at": 9, "finished_at": 10}
 
 
@@ -127,7 +127,7 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
 @pytest.mark.parametrize(
     ("record", "pid"),
     [
-        ({"hello": "shim", "state": "exited", "pid": 1, "init": 7, **EXITED}, 7),
+        ({"hello": "shim", "state": "exited", "init": 7, **EXITED}, 7),
         (EXITED, 0),
     ],
     ids=["a greeting", "a record on disk"],

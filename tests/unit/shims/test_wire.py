@@ -150,4 +150,5 @@ def test_a_shim_imports_little() -> None:
     argv = [sys.executable, "-E", "-s", "-S", "-B", "-P", "-c", code, root]
     modules = set(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split())
     assert "shims.shim" in modules
+    assert "shims.messages" not in modules
     assert not modules & {"enum", "re", "json", "socket", "signal", "typing", "collections", "logging", "criserver"}

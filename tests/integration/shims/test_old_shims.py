@@ -1,0 +1,123 @@
+"""Shims of release 0.1.0, as they were: this daemon takes their messages, and they take its requests.
+
+A shim outlives an upgrade of the daemon for as long as its container runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from criserver.runtime.shim_link import ShimLink, connect
+from shims.messages import ExecRequest
+from tests.integration.shims.test_shims import WAIT, Container, Host, _members, _process, rootfs
+from tests.support.waiting import eventually
+
+__all__ = ["rootfs"]
+
+RELEASE = "213e8f6"  # the commit of 0.1.0
+REPOSITORY = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("runc") or not shutil.which("busybox"),
+    reason="needs root, runc and busybox",
+)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package `shims` of 0.1.0."""
+    command = ["git", "-C", str(REPOSITORY), "archive", RELEASE, "shims"]
+    try:
+        archive = subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"needs git and commit {RELEASE}, release 0.1.0, in the repository's history")
+    directory = tmp_path_factory.mktemp("release")
+    subprocess.run(["tar", "-x", "-C", str(directory)], input=archive, check=True)
+    return directory
+
+
+@pytest.fixture
+async def container(rootfs: Path, release: Path) -> AsyncIterator[Container]:
+    host = Host(rootfs, release)
+    try:
+        host.nursery.greeting()
+        container = host.fork(host.prepare("c", "sh", "-c", "while :; do sleep 0.1; done"))
+        started = container.client.expect("started")
+        assert "init" not in started  # this is a shim of 0.1.0
+        container.init = started["pid"]
+        yield container
+    finally:
+        host.close()
+
+
+async def until(done: Callable[[], Any]) -> None:
+    """Wait on the event loop, which has the connection."""
+    async with asyncio.timeout(WAIT):
+        while not done():
+            await asyncio.sleep(0.01)
+
+
+def linked(container: Container) -> tuple[ShimLink, list[Any]]:
+    """A daemon's connection, and what comes by it."""
+    told: list[Any] = []
+    return connect(str(container.directory / "state" / "shim.sock"), told.append, lambda: None), told
+
+
+async def test_a_container_of_an_old_shim_from_the_greeting_to_the_end(container: Container) -> None:
+    link, told = linked(container)
+    with closing(link):
+        await until(lambda: told)
+        greeting = told.pop()
+        assert (greeting["state"], greeting["init"]) == ("running", container.init)
+        assert {"start_ticks", "started_at"} <= greeting.keys()
+        assert "pid" not in greeting
+        assert await link.request({"op": "status"}) == []
+        assert await link.request({"op": "reopen"}) == []
+        container.kill()
+        await until(lambda: len(told) == 2)
+    exited, gone = told
+    assert (exited["event"], exited["code"], exited["oom_killed"]) == ("exited", 137, False)
+    assert exited["started_at"] < exited["finished_at"]
+    assert gone == {"event": "gone"}
+
+
+async def test_an_exec_by_an_old_shim(container: Container) -> None:
+    for args, end in ((("sh", "-c", "exit 4"), ("exec-exited", 4)), (("no-such-command",), ("exec-failed", None))):
+        link, told = await _exec(container, *args)
+        with closing(link):
+            await until(lambda told=told: told and "exec_id" in told[-1])
+            assert (told[-1]["exec_id"], told[-1]["event"], told[-1].get("code")) == ("e1", *end)
+            assert told[-1].get("late", False) is False
+
+
+async def test_an_exec_by_an_old_shim_ends_with_its_connection(container: Container) -> None:
+    link, _ = await _exec(container, "sleep", "999")
+    await until(lambda: b"999" in _command_lines())
+    link.close()
+    eventually(lambda: b"999" not in _command_lines())
+
+
+def _command_lines() -> bytes:
+    return b"".join(
+        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in _members("c") if os.path.exists(f"/proc/{pid}")
+    )
+
+
+async def _exec(container: Container, *args: str) -> tuple[ShimLink, list[Any]]:
+    spec = container.directory / "e1.json"
+    spec.write_text(json.dumps(_process(args)))
+    link, told = linked(container)
+    request: ExecRequest = {"op": "exec", "exec_id": "e1", "spec": str(spec), "owned": True}
+    with open(os.devnull, "r+b") as null:
+        await link.request(request, [null.fileno()] * 3)
+    return link, told
