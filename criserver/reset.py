@@ -27,7 +27,7 @@ from criserver.runtime.records import Sandbox
 from criserver.runtime.recovery import entries, recover
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.store import Store
-from snapshotter import Snapshotter, mounts, tree
+from snapshotter import Snapshotter, mounts, removal
 
 log = structlog.get_logger(__name__)
 
@@ -170,7 +170,7 @@ def _delete(directory: str, *others: str) -> list[str]:
     left = []
     for path in (*others, *(os.path.join(directory, name) for name in os.listdir(directory))):
         try:
-            tree.remove_path(path)
+            removal.remove_path(path)
         except OSError as e:
             left.append(f"{path}, which cannot be deleted: {e}")
     try:

@@ -15,10 +15,10 @@ from snapshotter.errors import (
     SnapshotNotFoundError,
     TruncatedLayerError,
 )
+from snapshotter.file_tree import Usage
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.snapshots import Snapshotter
-from snapshotter.tree import Usage
 
 __all__ = [
     "Arrival",

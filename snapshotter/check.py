@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import allocator, confine, errors, tar, tree
+from snapshotter import allocator, confine, errors, file_tree, tar
 from snapshotter.limits import Limits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
 from snapshotter.streams import LayerStream, decoder
@@ -275,7 +275,7 @@ class _Places:
         """What is there and not ``known``, save for directories that nothing but paths through them named."""
         implied = set(self._numbers.values())
         foreign: set[int] = set()  # directories of which one word is enough
-        for place, entry in tree.walk(self._root):
+        for place, entry in file_tree.walk(self._root):
             is_directory = entry.is_dir(follow_symlinks=False)
             is_known = (place.number, os.fsencode(entry.name)) in known or (is_directory and entry.inode() in implied)
             if place.number not in foreign:

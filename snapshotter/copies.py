@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
-from snapshotter.tree import Place, shortened
+from snapshotter.file_tree import Place, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095

@@ -30,16 +30,16 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import isal
 import structlog
 
-from snapshotter import errors, implied, marks, mounts, tree
+from snapshotter import errors, file_tree, implied, marks, mounts, removal
 from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
+from snapshotter.file_tree import Usage
 from snapshotter.files import make_private
 from snapshotter.limits import Limits
 from snapshotter.model import Layer, Snapshot
 from snapshotter.streams import COMPRESSIONS
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads, in_thread
-from snapshotter.tree import Usage
 
 _T = TypeVar("_T")
 
@@ -340,7 +340,7 @@ class Snapshotter:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
         path = os.path.join(self._snapshot(key).path, "fs")
         try:
-            return await asyncio.to_thread(tree.measure, path)
+            return await asyncio.to_thread(file_tree.measure, path)
         except OSError as e:
             raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
 
@@ -455,7 +455,7 @@ class Snapshotter:
     def _delete(self, name: str) -> None:
         """Delete ``name`` in staging. Raises SnapshotError with what hinders it; the next start tries again."""
         try:
-            tree.remove_path(self._path("staging", name))
+            removal.remove_path(self._path("staging", name))
         except OSError as e:
             raise SnapshotError(f"{self._path('staging', name)} cannot be deleted: {e}") from e
 
@@ -638,7 +638,7 @@ def _forget_volatile(work: str) -> None:
     finally:
         os.close(fd)
     try:
-        tree.remove(inner, "incompat")
+        removal.remove(inner, "incompat")
     finally:
         os.close(inner)
 

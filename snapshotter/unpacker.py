@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from snapshotter import implied, marks, tar, tree
+from snapshotter import implied, marks, removal, tar
 from snapshotter.errors import LayerError, LimitError, SnapshotError, shown
 from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
@@ -337,7 +337,7 @@ class _Unpacker:
         status = os.lstat(base, dir_fd=fd)
         if stat.S_ISDIR(status.st_mode):
             os.rename(base, b"replaced", src_dir_fd=fd, dst_dir_fd=self._area)
-            tree.remove(self._area, "replaced")
+            removal.remove(self._area, "replaced")
         else:
             os.unlink(base, dir_fd=fd)
         # The directory kept open may have been reached through what is gone now.

@@ -26,7 +26,7 @@ from criserver.oci import spec
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
 from criserver.runtime.oci_runtime import OciRuntime
-from snapshotter import Snapshotter, mounts, tree
+from snapshotter import Snapshotter, mounts, removal
 
 _T = TypeVar("_T")
 
@@ -277,7 +277,7 @@ def _in_scratch(directory: str, work: Callable[[], str | None]) -> str | None:
 def _deleted(directory: str) -> str | None:
     """Delete what a try has made; why not, where that cannot be done."""
     try:
-        tree.remove_path(directory)
+        removal.remove_path(directory)
     except OSError as e:
         return f"{directory} cannot be deleted: {e}"
     return None

@@ -21,7 +21,7 @@ from typing import BinaryIO, Protocol
 import structlog
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
-from snapshotter import tree
+from snapshotter import removal
 from snapshotter.files import make_private
 from snapshotter.threads import in_thread
 
@@ -138,7 +138,7 @@ class ContentStore:
         self._bytes -= _occupied(size)
         try:
             os.rename(self.path(digest), path)
-            await asyncio.to_thread(tree.remove_path, path)
+            await asyncio.to_thread(removal.remove_path, path)
         except FileNotFoundError:
             return 0
         except OSError:
@@ -240,7 +240,7 @@ class Ingest:
 def _sweep(path: str) -> None:
     """Delete what should not be there; where that cannot be done it is no reason not to start."""
     try:
-        tree.remove_path(path)
+        removal.remove_path(path)
     except OSError as e:
         _log.warning("something is left among the image content", path=path, error=str(e))
 

@@ -27,7 +27,7 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.text import quoted
-from snapshotter import files, tree
+from snapshotter import files, removal
 from snapshotter.threads import start_thread
 
 _CLONE = {"net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "user": 0x10000000}
@@ -217,7 +217,7 @@ def unpin(directory: str) -> None:
             path = os.path.join(directory, kind)
             while _unmount(path):
                 pass
-        tree.remove_path(directory)
+        removal.remove_path(directory)
     except OSError as e:
         raise CriError(f"cannot remove the pinned namespaces in {directory}: {e}") from e
 

@@ -22,7 +22,7 @@ import structlog
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.runtime import service_manager
 from criserver.text import quoted
-from snapshotter import tree
+from snapshotter import file_tree, removal
 
 log = structlog.get_logger(__name__)
 
@@ -206,7 +206,7 @@ def _removal_failure(cgroup: str) -> OSError | None:
             failure = e
             continue
         try:
-            tree.remove(above, os.path.basename(cgroup), files=False)
+            removal.remove(above, os.path.basename(cgroup), files=False)
         except OSError as e:
             failure = e
         finally:
@@ -236,7 +236,7 @@ def _look_for_processes(cgroup: str) -> tuple[list[int], OSError | None]:
         return pids, e
     failure = None
     try:
-        for place, entry in tree.walk(top):
+        for place, entry in file_tree.walk(top):
             if entry.name == "cgroup.procs":
                 try:
                     with open(os.open(entry.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place.fd)) as f:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from criserver.errors import FailedPreconditionError
 from criserver.model import IdMapping, UserNamespace
 from criserver.runtime.records import Container
-from snapshotter import files, tree
+from snapshotter import file_tree, files
 
 _PIECE = 1 << 20
 # Each entry has its path in it: a container could fill the disk with a few directories in each other.
@@ -115,11 +115,11 @@ def _walk(directory: str) -> Iterator[tuple[str, str]]:
     """
     top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for place, entry in tree.walk(top):
+        for place, entry in file_tree.walk(top):
             name = place.path_of(entry.name)
             if len(name) > _MAX_NAME:
                 words = f"has a path of more than {_MAX_NAME} characters, which no checkpoint can hold"
-                raise FailedPreconditionError(f"{tree.shortened(name)!r} {words}")
+                raise FailedPreconditionError(f"{file_tree.shortened(name)!r} {words}")
             yield name, f"/proc/self/fd/{place.fd}/{entry.name}"
     finally:
         os.close(top)

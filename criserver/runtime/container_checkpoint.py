@@ -39,7 +39,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
 from criserver.text import quoted
-from snapshotter import tree
+from snapshotter import removal
 from snapshotter.files import make_private
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
@@ -271,7 +271,7 @@ def _discard(directory: str) -> None:
         # EINVAL: it is no link. ENOTDIR: there is no directory.
         if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
             raise
-    tree.remove_path(directory)
+    removal.remove_path(directory)
 
 
 def _directory(node: Node, container_id: str = "") -> str:

@@ -27,7 +27,7 @@ from criserver.runtime import selinux
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import user_pin
 from criserver.runtime.records import Container
-from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, tree
+from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, removal
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
 
@@ -174,7 +174,7 @@ async def discard(node: Node, container_id: str) -> None:
 async def delete(path: str) -> None:
     """Delete a file or directory tree that containers may have written to. Raises CriError with what hinders it."""
     try:
-        await asyncio.to_thread(tree.remove_path, path)
+        await asyncio.to_thread(removal.remove_path, path)
     except OSError as e:
         raise CriError(f"{path} cannot be deleted: {e}") from e
 

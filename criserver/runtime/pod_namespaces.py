@@ -10,7 +10,7 @@ from criserver.oci import spec
 from criserver.runtime import sandbox_files
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
-from snapshotter import mounts, tree
+from snapshotter import mounts, removal
 
 
 def network_pin(node: Node, sandbox_id: str) -> str:
@@ -44,7 +44,7 @@ def unpin_pids(node: Node, sandbox_id: str) -> None:
     pin = pid_pin(node, sandbox_id)
     try:
         mounts.unmount(pin)
-        tree.remove_path(pin)
+        removal.remove_path(pin)
     except OSError as e:
         raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
 

@@ -12,7 +12,7 @@ import os
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.model import Dns, NamespaceMode, PodConfig
 from criserver.runtime import selinux
-from snapshotter import mounts, tree
+from snapshotter import mounts, removal
 from snapshotter.files import make_private
 
 SHM_SIZE = 64 << 20
@@ -110,7 +110,7 @@ def remove(files: str, directory: str) -> None:
     try:
         mounts.unmount(os.path.join(directory, "shm"))
         for path in (directory, files):
-            tree.remove_path(path)
+            removal.remove_path(path)
     except OSError as e:
         raise CriError(f"a pod's files cannot be removed: {e}") from e
 

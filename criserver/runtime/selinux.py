@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import Security, SelinuxOptions
-from snapshotter import tree
+from snapshotter import file_tree
 
 _ATTRIBUTE = "security.selinux"
 _USER, _ROLE, _FILE_ROLE, _LEVEL = "system_u", "system_r", "object_r", "s0"
@@ -137,13 +137,13 @@ def relabel(path: str, label: str) -> None:
         raise _refusal(path, e) from e
     try:
         # A label is no change of a directory's content, but one of its attributes.
-        for place, entry in tree.walk(top, lambda status: status.st_mtime):
+        for place, entry in file_tree.walk(top, lambda status: status.st_mtime):
             try:
                 set_label(f"/proc/self/fd/{place.fd}/{entry.name}", label)
             except FileNotFoundError:
                 continue  # it has gone meanwhile
             except OSError as e:
-                raise OSError(e.errno, e.strerror, tree.shortened(place.path_of(entry.name))) from e
+                raise OSError(e.errno, e.strerror, file_tree.shortened(place.path_of(entry.name))) from e
     except OSError as e:
         if e.errno == errno.EOPNOTSUPP:
             return

@@ -17,7 +17,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from snapshotter import mounts, tree
+from snapshotter import file_tree, mounts, removal
 from tests.support.fixtures import import_image, serving
 from tests.support.imagebuilder import busybox_image, write_archive
 from tests.support.layers import archive, item, symlink
@@ -60,7 +60,7 @@ def own_node(nothing_left: None, volume_archive: str) -> Iterator[Node]:
             node.remove_pods()
             node.stop()
         for name in ("volumes", "snapshots", "strange"):
-            tree.remove_path(f"{node.root}/{name}")
+            removal.remove_path(f"{node.root}/{name}")
 
 
 def nested(node: Node, pod: str, where: str, depth: int, name: str = "deep") -> str:
@@ -323,7 +323,7 @@ def test_the_volume_of_an_image_that_is_deeper_than_a_path(own_node: Node, tmp_p
     import_image(node, path)
     pod = node.run_pod("volume")
     container = node.create(pod, "volume", ["true"], image="localhost/deep:latest")
-    assert tree.measure(f"{node.root}/volumes/{container}/0").inodes == 1 + 5000 + 10
+    assert file_tree.measure(f"{node.root}/volumes/{container}/0").inodes == 1 + 5000 + 10
     node.client.RemoveContainer(container_id=container)
     assert volumes(node) == []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from criserver.runtime import selinux
-from snapshotter import copies, mounts, tree
+from snapshotter import copies, file_tree, mounts, removal
 
 LABEL = "system_u:object_r:container_file_t:s0:c1,c2"
 
@@ -63,15 +63,15 @@ def test_what_is_mounted_in_a_tree_stays_and_is_named(disk: Path, bound: str):
     if bound == "tmpfs":
         (point / "kept").touch()
     with pytest.raises(OSError, match=r"mounted.*unmount it first.*t/a/b/point'"):
-        tree.remove_path(str(disk / "t"))
+        removal.remove_path(str(disk / "t"))
     assert str(point) in mounts.mounts_below(str(disk))
     assert os.listdir(disk / "other/sub") == ["kept"]
     assert bound != "tmpfs" or os.listdir(point) == ["kept"]
     assert os.listdir(disk / "t/a") == ["b"]
     # Neither is it of what the tree occupies.
-    assert tree.measure(str(disk / "t")).inodes == 4
+    assert file_tree.measure(str(disk / "t")).inodes == 4
     mounts.umount2(str(point))
-    tree.remove_path(str(disk / "t"))
+    removal.remove_path(str(disk / "t"))
     assert not (disk / "t").exists()
     assert os.listdir(disk / "other/sub") == ["kept"]
 
@@ -84,7 +84,7 @@ def test_attributes_that_forbid_deletion_are_taken_away(disk: Path, letter: str)
     (disk / "t/d/full/f").touch()
     for name in ("t/d/full/f", "t/d/full", "t/d/empty", "t/d", "t"):
         set_attribute(letter, disk / name)
-    tree.remove_path(str(disk / "t"))
+    removal.remove_path(str(disk / "t"))
     assert not (disk / "t").exists()
 
 
@@ -94,11 +94,11 @@ def test_attributes_that_stay_are_named_with_what_to_do(disk: Path, monkeypatch:
     (disk / "t/other").touch()
     set_attribute("i", disk / "t/d/f")
     with monkeypatch.context() as patch:
-        patch.setattr(tree, "_SET_FLAGS", 0)
+        patch.setattr(removal, "_SET_FLAGS", 0)
         with pytest.raises(PermissionError, match=r"immutable or append-only; run `chattr -i -a` on it.*t/d/f'"):
-            tree.remove_path(str(disk / "t"))
+            removal.remove_path(str(disk / "t"))
     assert os.listdir(disk / "t") == ["d"]
-    tree.remove_path(str(disk / "t"))
+    removal.remove_path(str(disk / "t"))
     assert not (disk / "t").exists()
 
 
@@ -107,7 +107,7 @@ def test_devices_are_deleted_and_not_opened(disk: Path):
     os.mknod(disk / "t/none", stat.S_IFBLK | 0o666, os.makedev(240, 77))
     os.mkfifo(disk / "t/pipe")
     set_attribute("i", disk / "t")
-    tree.remove_path(str(disk / "t"))
+    removal.remove_path(str(disk / "t"))
     assert not (disk / "t").exists()
 
 
@@ -117,8 +117,8 @@ def test_directories_without_permissions(disk: Path):
     for name in ("t/a/b", "t/a", "t"):
         os.chmod(disk / name, 0)
         os.chown(disk / name, 12345, 12345)
-    assert tree.measure(str(disk / "t")).inodes == 4
-    tree.remove_path(str(disk / "t"))
+    assert file_tree.measure(str(disk / "t")).inodes == 4
+    removal.remove_path(str(disk / "t"))
     assert not (disk / "t").exists()
 
 
@@ -132,9 +132,9 @@ def test_a_process_that_makes_files_is_outlasted(disk: Path):
     try:
         while True:
             try:
-                tree.remove_path(str(disk / "t"))
+                removal.remove_path(str(disk / "t"))
                 break
-            except tree.UnsettledError:
+            except file_tree.UnsettledError:
                 assert time.monotonic() < deadline
     finally:
         maker.wait()

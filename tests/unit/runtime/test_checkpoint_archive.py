@@ -12,7 +12,7 @@ import pytest
 from criserver.errors import FailedPreconditionError
 from criserver.model import IdMapping, UserNamespace
 from criserver.runtime import checkpoint_archive
-from snapshotter import tree
+from snapshotter import removal
 
 
 def nothing() -> None:
@@ -127,7 +127,7 @@ def test_an_upper_layer_is_archived_however_deep_it_is(tmp_path: Path):
         with pytest.raises(FailedPreconditionError, match=r"'deeper/dd.*….*dd' has a path of more than 16384"):
             checkpoint_archive.write_diff(str(upper), str(tmp_path / "diff.tar"), None, nothing)
     finally:
-        tree.remove_path(str(upper))
+        removal.remove_path(str(upper))
 
 
 def nest(top: Path, depth: int, first: str = "dd") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter import copies, tree
+from snapshotter import copies, file_tree, removal
 
 DEEP = 20_000
 NAMES = [b"-rf", b"a\nb", b"\xff\xfe", b"n" * 255, b"...", b" ", b"\\", "ü".encode()]
@@ -36,7 +36,7 @@ def top() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(dir="/dev/shm")) / "top"
     made.mkdir()
     yield made
-    tree.remove_path(str(made.parent))
+    removal.remove_path(str(made.parent))
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def ignoring_errors(work: Callable[[], object]) -> Callable[[], None]:
 def found(top: Path) -> list[str]:
     fd = os.open(top, os.O_RDONLY)
     try:
-        return [place.path_of(entry.name) for place, entry in tree.walk(fd)]
+        return [place.path_of(entry.name) for place, entry in file_tree.walk(fd)]
     finally:
         os.close(fd)
 
@@ -78,15 +78,15 @@ def found(top: Path) -> list[str]:
 def test_no_depth_is_too_much(top: Path):
     (top / "t").mkdir()
     nested(top / "t", DEEP)
-    assert tree.measure(str(top)).inodes == DEEP + 3
+    assert file_tree.measure(str(top)).inodes == DEEP + 3
     fd = os.open(top, os.O_RDONLY)
     paths = 0
-    for place, entry in tree.walk(fd):
+    for place, entry in file_tree.walk(fd):
         paths += 1
         last = place.depth, entry.name
     os.close(fd)
     assert (paths, last) == (DEEP + 2, (DEEP + 1, "bottom"))
-    tree.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     assert os.listdir(top) == []
 
 
@@ -96,10 +96,10 @@ def test_any_name_is_one(top: Path):
         path = os.path.join(os.fsencode(top / "t"), name)
         os.makedirs(os.path.join(path, name, name))
         Path(os.fsdecode(os.path.join(path, b"f"))).touch()
-    assert tree.measure(str(top / "t")).inodes == 1 + 4 * len(NAMES)
+    assert file_tree.measure(str(top / "t")).inodes == 1 + 4 * len(NAMES)
     assert sorted(os.fsencode(path) for path in found(top / "t") if "/" not in path) == sorted(NAMES)
     os.rename(top / "t", os.path.join(os.fsencode(top), b"n" * 255))
-    tree.remove_path(str(top / ("n" * 255)))
+    removal.remove_path(str(top / ("n" * 255)))
     assert os.listdir(top) == []
 
 
@@ -121,7 +121,7 @@ def test_whatever_is_there_is_deleted(top: Path, kind: str):
         path = top / "none" / "t"
     elif kind == "a file's child":
         path = outside / "kept" / "t"
-    tree.remove_path(str(path))
+    removal.remove_path(str(path))
     assert os.listdir(top) == ["outside"]
     assert os.listdir(outside) == ["kept"]
 
@@ -134,7 +134,7 @@ def test_no_link_in_a_tree_is_followed(top: Path):
     for place in ("t/link", "t/sub/link"):
         (top / place).symlink_to(outside)
     assert sorted(found(top / "t")) == ["link", "sub", "sub/link"]
-    tree.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     assert os.listdir(top) == ["outside"]
     assert os.listdir(outside) == ["kept"]
 
@@ -142,7 +142,7 @@ def test_no_link_in_a_tree_is_followed(top: Path):
 def test_what_an_earlier_attempt_left_beside_it_is_no_hindrance(top: Path):
     (top / "t/a/b").mkdir(parents=True)
     (top / "t.1/full").mkdir(parents=True)
-    tree.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     assert os.listdir(top) == ["t.1"]
 
 
@@ -153,7 +153,7 @@ def test_only_directories_are_deleted_of_cgroups(top: Path):
     try:
         # On a real one the file would go with its directory.
         with pytest.raises(OSError, match="faster"):
-            tree.remove(fd, "t", files=False)
+            removal.remove(fd, "t", files=False)
     finally:
         os.close(fd)
     assert sorted(found(top)) == ["t", "t/a", "t/a/tasks"]
@@ -171,15 +171,15 @@ def test_files_that_are_made_all_the_time_are_an_end_in_words(top: Path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rmdir", refilled)
-        with pytest.raises(tree.UnsettledError, match=r"faster.*t/sub'"):
-            tree.remove_path(str(top / "t"))
-    tree.remove_path(str(top / "t"))
+        with pytest.raises(file_tree.UnsettledError, match=r"faster.*t/sub'"):
+            removal.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     assert os.listdir(top) == []
 
 
 def test_directories_that_are_nested_all_the_time_are_an_end_in_words(top: Path, monkeypatch: pytest.MonkeyPatch):
     """A process that goes on downwards is never caught up with."""
-    monkeypatch.setattr(tree, "_MAX_CHANGED", 500)
+    monkeypatch.setattr(file_tree, "_MAX_CHANGED", 500)
     (top / "t").mkdir()
     real = os.scandir
 
@@ -193,10 +193,10 @@ def test_directories_that_are_nested_all_the_time_are_an_end_in_words(top: Path,
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", nesting)
-        for work in (tree.measure, tree.remove_path):
-            with pytest.raises(tree.UnsettledError, match="somebody makes directories all the time"):
+        for work in (file_tree.measure, removal.remove_path):
+            with pytest.raises(file_tree.UnsettledError, match="somebody makes directories all the time"):
                 work(str(top / "t"))
-    tree.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     assert os.listdir(top) == []
 
 
@@ -207,7 +207,7 @@ def test_a_tree_that_somebody_moves_about_is_deleted(top: Path):
         (top / f"t/{number}/a/b/c/f").touch()
     one, other = top / "t/100/a/b", top / "t/101/moved"
     with meanwhile(ignoring_errors(lambda: (os.rename(one, other), os.rename(other, one)))):
-        tree.remove_path(str(top / "t"))
+        removal.remove_path(str(top / "t"))
     assert os.listdir(top) == []
 
 
@@ -227,7 +227,7 @@ def test_the_way_up_leads_nowhere_else(top: Path, monkeypatch: pytest.MonkeyPatc
 
     (top / "t/a/b/c/f").touch()
     monkeypatch.setattr(os, "scandir", moving)
-    tree.remove_path(str(top / "t"))
+    removal.remove_path(str(top / "t"))
     monkeypatch.undo()
     assert sorted(os.listdir(top)) == ["elsewhere"]
     assert {"full", "kept"} <= set(os.listdir(top / "elsewhere"))
@@ -246,7 +246,7 @@ def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refused)
         with pytest.raises(PermissionError, match=r"top/t/d/d.*….*d/d/bottom'") as error:
-            tree.remove_path(str(top / "t"))
+            removal.remove_path(str(top / "t"))
     assert len(str(error.value)) < 3000
 
 
@@ -264,7 +264,7 @@ def test_the_rest_goes_where_something_has_to_stay(top: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "unlink", refused)
     with pytest.raises(OSError, match=r"Input/output error: '.*t/b/sub/stays'"):
-        tree.remove_path(str(top / "t"))
+        removal.remove_path(str(top / "t"))
     assert sorted(found(top)) == ["t", "t/b", "t/b/sub", "t/b/sub/stays"]
 
 
@@ -324,7 +324,7 @@ def test_a_deep_tree_is_copied(top: Path):
         (top / name).mkdir()
     nested(top / "s", DEEP)
     copied(top / "s", top / "c")
-    assert tree.measure(str(top / "c")).inodes == DEEP + 2
+    assert file_tree.measure(str(top / "c")).inodes == DEEP + 2
 
 
 def test_copying_ends_early_where_it_is_told_to(top: Path):
