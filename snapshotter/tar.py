@@ -7,31 +7,35 @@ nothing of files; the unpacker does.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from snapshotter.errors import LayerError, LimitError, TruncatedLayerError, shown
 from snapshotter.limits import Limits
+from snapshotter.tar_fields import (
+    SPARSE_MAP,
+    parse_decimal,
+    parse_device,
+    parse_identity,
+    parse_number,
+    parse_pax_records,
+    parse_size,
+    parse_time,
+    verify_checksum,
+)
 
 BLOCK = 512
 
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _ZEROS = bytes(BLOCK)
 _USTAR = b"ustar\x0000"
-_CHECKSUM = slice(148, 156)
 _MAX_PAX = 1 << 20
 _MAX_EXTENSIONS = 16  # before one entry; three are honest: x, L, K
 _MAX_GLOBAL = 64  # records; git writes one
 _MAX_MAP = 1 << 20  # bytes of a sparse file's map
-_MAX_DEVICE = (1 << 12) - 1, (1 << 20) - 1  # major and minor, as the kernel keeps them
-_MAX_ID = (1 << 32) - 2  # the last one means "unchanged" to chown
-_MAX_SECONDS = 1 << 55
 _XATTR = b"SCHILY.xattr."
 _SPARSE = b"GNU.sparse."
-_SPARSE_MAP = b"GNU.sparse.map"
-_SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 _SPARSE_FLAG = b"S"
 _OLD_MAP, _OLD_MORE, _OLD_SIZE = slice(386, 482), 482, slice(483, 495)  # in a header of GNU's first format
 _NEXT_MAP, _NEXT_MORE = slice(0, 504), 504  # in the blocks after it
@@ -107,7 +111,7 @@ class TarReader:
                 extensions += 1
                 if extensions > _MAX_EXTENSIONS:
                     raise LayerError(f"more than {_MAX_EXTENSIONS} extended headers stand before one entry")
-                self._read_extension(flag, _number(header[124:136], "size"), records)
+                self._read_extension(flag, parse_number(header[124:136], "size"), records)
                 continue
             entries += 1
             if entries > self._limits.max_entries:
@@ -184,7 +188,7 @@ class TarReader:
             if self._take(BLOCK) != _ZEROS:
                 raise LayerError("a block of zeros stands among the layer's entries")
             return None
-        _verify(header)
+        verify_checksum(header)
         return header
 
     def _read_extension(self, flag: bytes, size: int, records: dict[bytes, bytes]) -> None:
@@ -199,7 +203,7 @@ class TarReader:
         elif flag == b"K":
             records[b"linkpath"] = data.rstrip(b"\0")
         else:
-            update = _pax_records(data)
+            update = parse_pax_records(data)
             if flag == b"g":
                 self._global.update(update)
                 if len(self._global) > _MAX_GLOBAL:
@@ -232,14 +236,14 @@ class TarReader:
                 kind,
                 name,
                 link,
-                _number(mode, "mode") & 0o7777,
-                _identity(uid, records.get(b"uid"), "owner"),
-                _identity(gid, records.get(b"gid"), "group"),
-                _size(size, records.get(b"size")) if kind is FILE else 0,
-                _time(mtime, records.get(b"mtime")),
+                parse_number(mode, "mode") & 0o7777,
+                parse_identity(uid, records.get(b"uid"), "owner"),
+                parse_identity(gid, records.get(b"gid"), "group"),
+                parse_size(size, records.get(b"size")) if kind is FILE else 0,
+                parse_time(mtime, records.get(b"mtime")),
                 {k[len(_XATTR) :]: v for k, v in records.items() if k.startswith(_XATTR)} if records else {},
                 None,
-                _device(major, minor) if kind is CHARACTER or kind is BLOCK_DEVICE else 0,
+                parse_device(major, minor) if kind is CHARACTER or kind is BLOCK_DEVICE else 0,
             )
         except LayerError as e:
             raise LayerError(f"entry {shown(name)}: {e}") from None
@@ -251,13 +255,13 @@ class TarReader:
                 raise LayerError("has the map of a sparse file and is none")  # noqa: TRY301 - named below
             if header[156:157] == _SPARSE_FLAG:
                 numbers = self._old_map(header)
-                size = _number(header[_OLD_SIZE], "size")
+                size = parse_number(header[_OLD_SIZE], "size")
             elif records.get(b"GNU.sparse.major", b"0") == b"0":
-                numbers = [_decimal(n, "map") for n in records.get(_SPARSE_MAP, b"").split(b",") if n]
-                size = _decimal(records.get(b"GNU.sparse.size", b""), "size")
+                numbers = [parse_decimal(n, "map") for n in records.get(SPARSE_MAP, b"").split(b",") if n]
+                size = parse_decimal(records.get(b"GNU.sparse.size", b""), "size")
             elif (records[b"GNU.sparse.major"], records.get(b"GNU.sparse.minor")) == (b"1", b"0"):
                 numbers = self._inner_map()
-                size = _decimal(records.get(b"GNU.sparse.realsize", b""), "size")
+                size = parse_decimal(records.get(b"GNU.sparse.realsize", b""), "size")
             else:
                 raise LayerError("is a sparse file of an unknown format")  # noqa: TRY301 - named below
             if size > self._limits.max_bytes:
@@ -281,7 +285,7 @@ class TarReader:
         for at in range(0, len(fields), 24):
             if not fields[at]:
                 break
-            numbers += _number(fields[at : at + 12], "map"), _number(fields[at + 12 : at + 24], "map")
+            numbers += parse_number(fields[at : at + 12], "map"), parse_number(fields[at + 12 : at + 24], "map")
         return numbers
 
     def _inner_map(self) -> list[int]:
@@ -297,8 +301,8 @@ class TarReader:
             lines += block.count(b"\n")
             data += block
             if first and lines:
-                wanted = 1 + 2 * _decimal(bytes(data[: data.index(b"\n")]), "map")
-        return [_decimal(number, "map") for number in bytes(data).split(b"\n", wanted)[1:wanted]]
+                wanted = 1 + 2 * parse_decimal(bytes(data[: data.index(b"\n")]), "map")
+        return [parse_decimal(number, "map") for number in bytes(data).split(b"\n", wanted)[1:wanted]]
 
 
 def _extents(numbers: list[int], size: int, stored: int) -> tuple[tuple[int, int], ...]:
@@ -313,102 +317,3 @@ def _extents(numbers: list[int], size: int, stored: int) -> tuple[tuple[int, int
     if len(numbers) % 2 or at > size or total != stored:
         raise LayerError(f"its map does not fit its {size} bytes, of which {stored} are in the layer")
     return extents
-
-
-def _verify(header: bytes) -> None:
-    field = header[_CHECKSUM]
-    # The sum counts its own field as eight spaces.
-    total = sum(header) - sum(field) + 256
-    told = _number(field, "checksum")
-    if told != total:
-        # Some tools of old summed signed bytes.
-        signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-        if told != signed:
-            raise LayerError(f"a header's checksum is wrong: it says {told}, and the sum is {total}")
-
-
-def _number(field: bytes, what: str) -> int:
-    """A header's number: octal digits, or base-256 (two's complement) where the first bit is set."""
-    if field[0] & 0x80:
-        bits = 8 * len(field) - 1
-        value = int.from_bytes(field, "big") - (1 << bits)
-        return value - (1 << bits) if field[0] & 0x40 else value
-    digits = field.strip(b" \0")
-    if not digits:
-        return 0
-    try:
-        if digits.isdigit():
-            return int(digits, 8)
-    except ValueError:
-        pass
-    raise LayerError(f"its {what} {shown(digits)} is not an octal number")
-
-
-def _decimal(value: bytes, what: str) -> int:
-    if not value.isdigit() or len(value) > 20:
-        raise LayerError(f"its {what} {shown(value)} is not a number of bytes or an identity")
-    return int(value)
-
-
-def _size(field: bytes, record: bytes | None) -> int:
-    size = _decimal(record, "size") if record else _number(field, "size")
-    if size < 0:
-        raise LayerError(f"its size {size} is negative")
-    return size
-
-
-def _identity(field: bytes, record: bytes | None, what: str) -> int:
-    number = _decimal(record, what) if record else _number(field, what)
-    if not 0 <= number <= _MAX_ID:
-        raise LayerError(f"its {what} {number} is out of range")
-    return number
-
-
-def _device(major: bytes, minor: bytes) -> int:
-    numbers = _number(major, "major number"), _number(minor, "minor number")
-    if not all(0 <= number <= limit for number, limit in zip(numbers, _MAX_DEVICE, strict=True)):
-        raise LayerError(f"its device number {numbers[0]}:{numbers[1]} is out of range")
-    return os.makedev(*numbers)
-
-
-def _time(field: bytes, record: bytes | None) -> int:
-    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25``."""
-    if record:
-        whole, _, fraction = record.partition(b".")
-        digits = whole.removeprefix(b"-")
-        if not digits.isdigit() or len(digits) > 20 or (fraction and not fraction.isdigit()):
-            raise LayerError(f"its time {shown(record)} is not a number")
-        seconds = int(digits)
-        nanoseconds = seconds * 10**9 + int(fraction[:9].ljust(9, b"0"))
-        nanoseconds = -nanoseconds if whole.startswith(b"-") else nanoseconds
-    else:
-        seconds = _number(field, "time")
-        nanoseconds = seconds * 10**9
-    if abs(seconds) > _MAX_SECONDS:
-        raise LayerError(f"its time {seconds} is out of range")
-    return nanoseconds
-
-
-def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """``LENGTH KEY=VALUE\\n`` records, where LENGTH counts the whole record."""
-    records = {}
-    pairs: list[bytes] = []  # of format 0.0 of sparse files, which says the same keys again and again
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 21)
-        length = data[at:space]
-        if space < 0 or not length.isdigit():
-            raise LayerError("a PAX record has no length")
-        end = at + int(length)
-        key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if end <= space + 1 or end > len(data) or data[end - 1] != 0x0A or not equals or not key:
-            raise LayerError(f"a PAX record is broken: {shown(data[at : at + 40])}")
-        if key in _SPARSE_PAIR:
-            if key != _SPARSE_PAIR[len(pairs) % 2] or b"," in value:
-                raise LayerError("a sparse file's map is not in order")
-            pairs.append(value)
-        records[key] = value
-        at = end
-    if pairs:
-        records[_SPARSE_MAP] = b",".join(pairs)
-    return records
