@@ -17,7 +17,7 @@ from snapshotter.errors import (
 )
 from snapshotter.file_tree import Usage
 from snapshotter.limits import Limits
-from snapshotter.model import Layer, Snapshot
+from snapshotter.metadata import Layer, Snapshot
 from snapshotter.snapshots import Snapshotter
 
 __all__ = [

@@ -28,7 +28,7 @@ class Arrival:
     worker, ``discard`` deletes what was unpacked in vain.
     """
 
-    def __init__(self, task: asyncio.Task[Unpacked], pipe: int, discard: Callable[[str], None]) -> None:
+    def __init__(self, task: asyncio.Task[Unpacked], pipe: int, discard: Callable[[str], object]) -> None:
         self._task = task
         self._pipe = pipe
         self._discard = discard

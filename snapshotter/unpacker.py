@@ -38,7 +38,7 @@ _HOST_ERRORS = frozenset(
 
 
 class Unpacked(NamedTuple):
-    """What was made; see snapshotter.model.Layer."""
+    """What was made; see snapshotter.metadata.Layer."""
 
     size: int
     inodes: int

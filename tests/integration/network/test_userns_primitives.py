@@ -418,7 +418,7 @@ async def test_a_file_system_without_idmapped_mounts_is_told(base: str, pod: Pin
 
 
 async def test_a_node_without_user_namespaces_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snapshotter.snapshots._USERNS_MAKER", "import os; os.write(1, b'-1')")
+    monkeypatch.setattr("snapshotter.overlay._USERNS_MAKER", "import os; os.write(1, b'-1')")
     snapshotter = Snapshotter(f"{base}/snapshots")
     snapshotter.close()
     words = "snapshots cannot be mounted for user namespaces: the kernel makes no user namespace"

@@ -1,0 +1,86 @@
+"""The directory of whatever is being made or deleted, and of mounts that are needed for a moment.
+
+A layer or snapshot is renamed out of it when it is whole, and into it when it is removed. What an earlier process has
+left in it is deleted at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import tempfile
+
+import structlog
+
+from snapshotter import mounts, removal
+from snapshotter.errors import SnapshotError
+from snapshotter.metadata import KEY
+
+log = structlog.get_logger(__name__)
+
+_REMOVED = re.compile(rf"removed-[0-9a-f]{{16}}-({KEY.pattern})")
+
+
+class Staging:
+    """The directory ``path``, which no other process changes. Methods raise OSError where they do not say otherwise."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def sweep(self) -> dict[str, str]:
+        """Unmount and delete all that is here. Returns the names of removed snapshots that are still here, by key."""
+        # First the mounts: a deletion must not go into what is mounted.
+        for point in mounts.mounts_below(os.path.realpath(self.path)):
+            try:
+                mounts.unmount(point)
+            except OSError as e:
+                log.warning("a mount is left in staging", error=f"cannot unmount {point}: {e.strerror}")
+        left = {}
+        for name in os.listdir(self.path):
+            if not self.discard(name) and (key := _REMOVED.fullmatch(name)):
+                left[key[1]] = name
+        return left
+
+    def new(self) -> str:
+        """The path of a new empty directory."""
+        return tempfile.mkdtemp(dir=self.path)
+
+    def new_root(self, area: str, uid: int, gid: int, mode: int) -> None:
+        """Make the directory ``fs`` in ``area``: the root of a layer or snapshot."""
+        path = os.path.join(area, "fs")
+        os.mkdir(path, 0o700)
+        os.chown(path, uid, gid)
+        os.chmod(path, mode)
+
+    def retire(self, path: str, key: str = "") -> str:
+        """Move a layer, or the snapshot ``key``, here to be deleted; returns its name here. Raises SnapshotError.
+
+        It makes no directory, as there may be no space left on the file system.
+        """
+        name = f"removed-{secrets.token_hex(8)}" + (f"-{key}" if key else "")
+        try:
+            os.rename(path, os.path.join(self.path, name))
+        except OSError as e:
+            raise SnapshotError(f"{path} cannot be removed: {e}") from e
+        return name
+
+    def delete(self, name: str) -> None:
+        """Delete ``name`` here. Raises SnapshotError with the reason; the next start tries again."""
+        path = os.path.join(self.path, name)
+        try:
+            removal.remove_path(path)
+        except OSError as e:
+            raise SnapshotError(f"{path} cannot be deleted: {e}") from e
+
+    def discard(self, area: str) -> bool:
+        """Delete ``area``, a name or a path here. Returns False, and logs the reason, if it cannot be deleted.
+
+        The next start tries again then.
+        """
+        try:
+            self.delete(os.path.basename(area))
+        except SnapshotError as e:
+            log.warning("something is left in staging", error=str(e))
+            return False
+        return True

@@ -1,0 +1,245 @@
+"""Starts and supervises the unpack worker (snapshotter.worker) and the layer checker (snapshotter.check).
+
+Each of them is a process for one layer. Its options are JSON in an argument, the blob is its standard input, and it
+prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, BinaryIO
+
+import isal
+
+from snapshotter import errors, marks
+from snapshotter.arrival import Arrival, Unpacked
+from snapshotter.errors import SnapshotError
+from snapshotter.limits import Limits
+from snapshotter.metadata import Layer
+from snapshotter.staging import Staging
+from snapshotter.threads import in_thread
+
+_MAX_ARRIVALS = 3  # beside the workers whose blobs are whole: a slow registry must not hold those up
+_MAX_OUTPUT = 64 << 10
+
+# The worker imports neither this package's __init__ nor site, which saves half of its start-up time.
+_WORKER = """
+import sys, types
+package = types.ModuleType("snapshotter")
+package.__path__ = [sys.argv.pop()]
+sys.modules["snapshotter"] = package
+sys.path.append(sys.argv.pop())
+from snapshotter.worker import main
+main()
+"""
+_CHECKER = _WORKER.replace("snapshotter.worker", "snapshotter.check")
+_WORKER_PATHS = (os.path.dirname(os.path.dirname(isal.__file__)), os.path.dirname(__file__))
+_WORKER_ERRORS: dict[str, type[SnapshotError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.LayerError,
+        errors.LimitError,
+        errors.TruncatedLayerError,
+        errors.DiffMismatchError,
+        SnapshotError,
+    )
+}
+
+
+class Workers:
+    """Unpacks blobs in ``staging``, each by a worker of its own; ``count`` bounds how many work at the same time."""
+
+    def __init__(self, staging: Staging, limits: Limits, count: int) -> None:
+        self._staging = staging
+        self._limits = limits
+        self._slots = asyncio.Semaphore(count)
+        self._arrivals = 0
+
+    def arrival(self, blob: str, compression: str, diff_id: str) -> Arrival | None:
+        """Begin to unpack a blob that is still being written; see :meth:`Snapshotter.arrival`."""
+        if self._arrivals == _MAX_ARRIVALS:
+            return None
+        try:
+            file = open(blob, "rb")  # noqa: SIM115 - the task closes it
+        except OSError:
+            return None
+        told, pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(told, True)
+        self._arrivals += 1
+        task = asyncio.create_task(self._make(file, compression, diff_id, told))
+
+        def ended(_: asyncio.Task[Unpacked]) -> None:
+            self._arrivals -= 1
+            file.close()
+            os.close(told)
+
+        task.add_done_callback(ended)
+        return Arrival(task, pipe, self._staging.discard)
+
+    async def unpack(self, blob: str, compression: str, diff_id: str, arrival: Arrival | None) -> Unpacked:
+        """Unpack a whole blob, or end what ``arrival`` has begun. Raises as :meth:`Snapshotter.unpack`."""
+        if arrival is not None and (unpacked := await arrival.result()) is not None:
+            return unpacked
+        async with self._slots:
+            try:
+                with open(blob, "rb") as file:
+                    return await self._make(file, compression, diff_id)
+            except OSError as e:
+                raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
+
+    async def _make(self, blob: BinaryIO, compression: str, diff_id: str, told: int | None = None) -> Unpacked:
+        """Unpack a blob in a new directory in staging, which is deleted after a failure."""
+        area = self._staging.new()
+        try:
+            self._staging.new_root(area, 0, 0, 0o755)
+            options = {
+                "compression": compression,
+                "diff_id": diff_id,
+                "limits": self._limits._asdict(),
+                "daemon": os.getpid(),
+                "told": told,
+            }
+            try:
+                return area, await _run_worker(area, blob, options, self._limits)
+            except SnapshotError as e:
+                raise type(e)(f"layer {diff_id}: {e}") from e
+            except OSError as e:
+                raise SnapshotError(f"cannot unpack layer {diff_id}: {e}") from e
+        except BaseException:
+            await in_thread(self._staging.discard, area)
+            raise
+
+
+async def compare(layer: Layer, blob: str, compression: str, limits: Limits) -> str:
+    """How the files of a layer differ from its blob; "" where they do not, or where one of the two has gone."""
+    options = {
+        "compression": compression,
+        "diff_id": layer.diff_id,
+        "limits": limits._asdict(),
+        "daemon": os.getpid(),
+    }
+    try:
+        with open(blob, "rb") as file:
+            process = await _start(_CHECKER, options, file, layer.path)
+    except OSError:
+        return ""
+    try:
+        output, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return "; ".join(_result("the layer checker", process, output, complaint).get("differences", []))
+
+
+async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    told = options["told"]
+    async with _answered_marks(area) as theirs:
+        passed = [theirs.fileno(), *([] if told is None else [told])]
+        process = await _start(_WORKER, {**options, "marks": theirs.fileno()}, blob, area, passed)
+        theirs.close()
+        output, complaint = await _supervise(process, blob, limits)
+    result = _result("the unpack worker", process, output, complaint)
+    if "error" in result:
+        raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
+    return result
+
+
+async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits: Limits) -> tuple[bytes, bytes]:
+    """What the worker writes to its output and its error output. The worker has ended when this returns or raises."""
+    outputs = asyncio.create_task(_outputs(process))
+    try:
+        async with asyncio.timeout(limits.max_seconds):
+            seen = _progress(process.pid, blob)
+            while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
+                before, seen = seen, _progress(process.pid, blob)
+                if before == seen:
+                    raise SnapshotError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
+        return outputs.result()
+    except TimeoutError:
+        raise SnapshotError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        outputs.cancel()
+
+
+async def _start(
+    program: str, options: dict[str, Any], blob: BinaryIO, directory: str, pass_fds: Sequence[int] = ()
+) -> asyncio.subprocess.Process:
+    """Start one of this package's programs in a layer's ``directory``."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-c", program, json.dumps(options), *_WORKER_PATHS),
+        stdin=blob,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=directory,
+        env={},
+        pass_fds=pass_fds,
+    )
+
+
+def _result(what: str, process: asyncio.subprocess.Process, output: bytes, complaint: bytes) -> dict[str, Any]:
+    """The object that a program has printed. Raises SnapshotError if it has ended without one."""
+    try:
+        result: dict[str, Any] = json.loads(output)
+    except ValueError:
+        words = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
+        raise SnapshotError(f"{what} ended with status {process.returncode}: {words}") from None
+    return result
+
+
+def _progress(pid: int, blob: BinaryIO) -> tuple[int, str]:
+    """How far a worker has read, and the CPU time that it has taken: one of them changes while it does anything."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0, "ended"
+    return os.lseek(blob.fileno(), 0, os.SEEK_CUR), " ".join(fields[11:13])  # utime, stime (proc_pid_stat(5))
+
+
+@asynccontextmanager
+async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
+    """A socket for a worker, by which it asks for opaque marks below ``area``. They are set while the block lasts."""
+    device = os.stat(area).st_dev
+    loop = asyncio.get_running_loop()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+
+        def answer() -> None:
+            if not marks.answer(ours, device):
+                loop.remove_reader(ours)
+
+        loop.add_reader(ours, answer)
+        try:
+            yield theirs
+        finally:
+            loop.remove_reader(ours)
+
+
+async def _outputs(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    """What a program writes to its output and its error output until it has ended."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, complaint, _ = await asyncio.gather(
+        _read_bounded(process.stdout), _read_bounded(process.stderr), process.wait()
+    )
+    return output, complaint
+
+
+async def _read_bounded(stream: asyncio.StreamReader) -> bytes:
+    """Read a stream to its end. Returns its last _MAX_OUTPUT bytes."""
+    kept = b""
+    while piece := await stream.read(_MAX_OUTPUT):
+        kept = (kept + piece)[-_MAX_OUTPUT:]
+    return kept
