@@ -9,8 +9,8 @@ from __future__ import annotations
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials
 from criserver.images.image import FsUsage, Image, Pruned
-from criserver.images.images import Images
 from criserver.images.manifests import ImageConfig
+from criserver.images.node_images import Images
 from criserver.images.platforms import Platform, host_platform
 from criserver.images.policy import ImagePolicy
 from criserver.images.progress import LayerProgress, Stage

@@ -1,0 +1,265 @@
+"""The images that are recorded: by ID, by name, and what each of them needs.
+
+The store has the manifest for each image ID (the digest of the image's configuration), and the image ID for each name.
+All else is read from the content store, at the start. So what is served is what is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.images import references
+from criserver.images.content import ContentStore
+from criserver.images.export import Export
+from criserver.images.image import Image
+from criserver.images.manifests import (
+    MAX_CONFIG,
+    MAX_MANIFEST,
+    Descriptor,
+    Manifest,
+    chain_ids,
+    parse_config,
+    parse_manifest,
+)
+from criserver.store import Store
+from snapshotter import Snapshotter
+
+_log = structlog.get_logger(__name__)
+
+_IMAGES = "images"
+_NAMES = "image_names"
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An image with its manifest, and with what it needs to be kept."""
+
+    image: Image
+    manifest: Descriptor
+    blobs: frozenset[str]
+    layers: frozenset[str]
+
+
+class ImageStore:
+    """The records of images. Creating it drops those of images that are no longer here as a whole."""
+
+    def __init__(self, store: Store, content: ContentStore, snapshotter: Snapshotter) -> None:
+        self._store = store
+        self._content = content
+        self._snapshotter = snapshotter
+        self._entries: dict[str, _Entry] = {}
+        self._names: dict[str, str] = {}
+        self._load()
+
+    def get(self, ref_or_id: str) -> Image | None:
+        """The image by its name, its ID, the ID's hexadecimal part or an unambiguous beginning of it; or None.
+
+        A name goes before the beginning of an ID. Raises InvalidArgumentError where several IDs begin so.
+        """
+        if references.is_digest(ref_or_id):
+            entry = self._entries.get(ref_or_id)
+            return entry.image if entry else None
+        if name := self.name_in(ref_or_id):
+            return self._entries[self._names[name]].image
+        start = ref_or_id.removeprefix("sha256:")
+        if not start or not _HEX.issuperset(start):
+            return None
+        found = [entry.image for key, entry in self._entries.items() if key.startswith(f"sha256:{start}")]
+        if len(found) > 1:
+            raise InvalidArgumentError(f"image ID {ref_or_id} is the beginning of {len(found)} IDs; give more of it")
+        return found[0] if found else None
+
+    def wanted(self, ref_or_id: str) -> Image:
+        """As :meth:`get`, for an image that has to be here. Raises NotFoundError, InvalidArgumentError."""
+        image = self.get(ref_or_id)
+        if image is None:
+            raise NotFoundError(f"image {ref_or_id} is not on this node")
+        return image
+
+    def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
+        """All images by ID; with ``filter`` those that it names, a name without tag and digest meaning all tags."""
+        if not filter:
+            return [entry.image for _, entry in sorted(self._entries.items())]
+        if ids := self._in_repository(filter):
+            return [self._entries[image_id].image for image_id in sorted(ids)]
+        image = self.get(filter)
+        return [image] if image else []
+
+    def pin(self, ref: str, *, pinned: bool) -> Image:
+        """Keep an image from garbage collection, the kubelet's too (CRI Image.pinned), or no more.
+
+        Raises NotFoundError, InvalidArgumentError.
+        """
+        image = self.wanted(ref)
+        record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
+        self._store.put(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode())
+        image = replace(image, pinned=pinned)
+        self._entries[image.id] = replace(self._entries[image.id], image=image)
+        _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
+        return image
+
+    def name_in(self, ref: str) -> str:
+        """The name of an image here that ``ref`` is, in its canonical form; "" where it is none."""
+        try:
+            name = str(references.parse(ref))
+        except InvalidArgumentError:
+            return ""
+        return name if name in self._names else ""
+
+    def named(self, name: str) -> Image | None:
+        """The image with this canonical name, or None."""
+        image_id = self._names.get(name)
+        return self._entries[image_id].image if image_id else None
+
+    def export(self, image_id: str, names: tuple[str, ...]) -> Export:
+        """What an export of the image under these names consists of. Raises DataLossError, NotFoundError."""
+        descriptor = self._entries[image_id].manifest
+        return Export(names, descriptor, self._manifest(descriptor))
+
+    def blobs(self, image_ids: Iterable[str] | None = None) -> set[str]:
+        """The digests of the blobs that the images need; of all images where none are given."""
+        wanted = self._entries if image_ids is None else image_ids
+        return set().union(*(self._entries[image_id].blobs for image_id in wanted))
+
+    def layers(self) -> set[str]:
+        """The chain IDs of the layers that the images need."""
+        return set().union(*(entry.layers for entry in self._entries.values()))
+
+    def owners(self, digest: str) -> tuple[Image, ...]:
+        """The images that have the blob with this digest, or the layer with this chain ID."""
+        entries = (entry for _, entry in sorted(self._entries.items()))
+        return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
+
+    def sources(self) -> dict[str, Descriptor]:
+        """The blobs of the layers of all images, by the layers' chain IDs."""
+        found: dict[str, Descriptor] = {}
+        for entry in self._entries.values():
+            try:
+                manifest = self._manifest(entry.manifest)
+                body = self._content.read(manifest.config.digest, MAX_CONFIG)
+            except CriError:
+                continue  # it is damaged, which is told of by its digest
+            chain = chain_ids(parse_config(body, entry.image.id).diff_ids)
+            found.update(zip(chain, manifest.layers, strict=True))
+        return found
+
+    def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
+        """Make what was loaded an image and give it ``names``, which other images lose."""
+        entry = self._read(manifest, pinned=pinned)
+        old = self._entries.get(entry.image.id)
+        if old is not None and old.image.pinned:
+            entry = replace(entry, image=replace(entry.image, pinned=True))
+        record = {
+            "manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size},
+            "pinned": entry.image.pinned,
+        }
+        names = tuple(names)
+        with self._store.transaction():
+            self._store.put(_IMAGES, entry.image.id, json.dumps(record).encode())
+            for name in names:
+                self._store.put(_NAMES, name, entry.image.id.encode())
+        changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
+        self._entries[entry.image.id] = entry
+        self._names.update(dict.fromkeys(names, entry.image.id))
+        self._name(changed)
+        return self._entries[entry.image.id].image
+
+    def drop(self, image_ids: Iterable[str]) -> None:
+        """Forget images and their names."""
+        gone = set(image_ids)
+        names = [name for name, image_id in self._names.items() if image_id in gone]
+        with self._store.transaction():
+            for name in names:
+                self._store.delete(_NAMES, name)
+            for image_id in gone:
+                self._store.delete(_IMAGES, image_id)
+        for name in names:
+            del self._names[name]
+        for image_id in gone:
+            self._entries.pop(image_id, None)
+
+    def _in_repository(self, text: str) -> set[str]:
+        """The IDs of all images in the repository that ``text`` names without tag and digest."""
+        try:
+            repository = references.parse(text).name
+        except InvalidArgumentError:
+            return set()
+        if "@" in text or ":" in text.rpartition("/")[2]:
+            return set()
+        prefixes = (f"{repository}:", f"{repository}@")
+        return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
+
+    def _name(self, image_ids: Iterable[str]) -> None:
+        """Bring the names that images show up to date."""
+        for image_id in image_ids:
+            names = sorted(name for name, owner in self._names.items() if owner == image_id)
+            entry = self._entries[image_id]
+            image = replace(
+                entry.image,
+                repo_tags=tuple(name for name in names if "@" not in name),
+                repo_digests=tuple(name for name in names if "@" in name),
+            )
+            self._entries[image_id] = replace(entry, image=image)
+
+    def _load(self) -> None:
+        broken = []
+        for image_id, value in self._store.items(_IMAGES):
+            try:
+                self._entries[image_id] = self._recorded(image_id, value)
+            except (CriError, ValueError, KeyError, TypeError) as e:
+                broken.append(image_id)
+                _log.warning("image dropped, pull it again", image=image_id, error=str(e))
+        self._names = {name: value.decode() for name, value in self._store.items(_NAMES)}
+        unknown = {image_id for image_id in self._names.values() if image_id not in self._entries}
+        if broken or unknown:
+            self.drop(unknown.union(broken))
+        self._name(list(self._entries))
+
+    def _recorded(self, image_id: str, value: bytes) -> _Entry:
+        """The image of a record. Raises where anything of it is missing or damaged."""
+        record = json.loads(value)
+        found = record["manifest"]
+        manifest = Descriptor(found["mediaType"], found["digest"], found["size"])
+        entry = self._read(manifest, pinned=record["pinned"])
+        if entry.image.id != image_id:
+            raise DataLossError(f"its manifest {manifest.digest} is of image {entry.image.id}")
+        return entry
+
+    def _read(self, descriptor: Descriptor, *, pinned: bool) -> _Entry:
+        """The image with this manifest, without names, from what is on disk. Raises where a part is missing."""
+        manifest = self._manifest(descriptor)
+        for blob in (manifest.config, *manifest.layers):
+            if self._content.size(blob.digest) != blob.size:
+                raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
+        body = self._content.read(manifest.config.digest, MAX_CONFIG)
+        configuration = parse_config(body, f"configuration {manifest.config.digest}")
+        chain = chain_ids(configuration.diff_ids)
+        for chain_id in chain:
+            if self._snapshotter.layer(chain_id) is None:
+                raise NotFoundError(f"layer {chain_id} is missing")
+        image = Image(
+            id=manifest.config.digest,
+            repo_tags=(),
+            repo_digests=(),
+            size=manifest.config.size + sum(layer.size for layer in manifest.layers),
+            config=configuration.process,
+            chain_id=chain[-1],
+            manifest=descriptor.digest,
+            pinned=pinned,
+        )
+        blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer in manifest.layers))
+        return _Entry(image, descriptor, frozenset(blobs), frozenset(chain))
+
+    def _manifest(self, descriptor: Descriptor) -> Manifest:
+        what = f"manifest {descriptor.digest}"
+        body = self._content.read(descriptor.digest, MAX_MANIFEST)
+        manifest = parse_manifest(body, descriptor.media_type, what)
+        if not isinstance(manifest, Manifest):
+            raise DataLossError(f"{what} is an index")
+        return manifest

@@ -1,0 +1,253 @@
+"""The images of this node: pulled, imported, exported, verified and removed.
+
+1. An image is recorded (see criserver.images.image_store), in one transaction, when all of it is here. A removal
+   deletes the record first, and the content after that.
+2. Content that has no record and no lease of a load under way is garbage. So a daemon that dies at any moment leaves
+   nothing but garbage, and :meth:`Images.collect` removes that at the next start (criserver.images.garbage).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import structlog
+
+from criserver.errors import FailedPreconditionError
+from criserver.images import references
+from criserver.images.archive import open_archive
+from criserver.images.content import ContentStore
+from criserver.images.credentials import Credentials, load_docker_config
+from criserver.images.export import archive_of
+from criserver.images.garbage import GarbageCollector
+from criserver.images.hosts import hosts_for
+from criserver.images.image import FsUsage, Image, Pruned
+from criserver.images.image_store import ImageStore
+from criserver.images.manifests import Descriptor, choose
+from criserver.images.platforms import Platform
+from criserver.images.policy import AcceptAll, ImagePolicy
+from criserver.images.progress import LayerProgress, progress
+from criserver.images.pull import Lease, Loader
+from criserver.images.references import Reference
+from criserver.images.settings import RegistrySettings
+from criserver.images.verify import Verified, Verifier
+from criserver.store import Store
+from snapshotter import Snapshotter
+from snapshotter.shared_task import SharedTasks
+from snapshotter.threads import in_thread
+
+if TYPE_CHECKING:
+    from criserver.images.registry import RegistryClient
+
+_log = structlog.get_logger(__name__)
+
+
+class Images:
+    """The images of a node. One for a daemon, which calls :meth:`collect` once at its start.
+
+    Creating it drops the records of images that are no longer here as a whole.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        content: ContentStore,
+        snapshotter: Snapshotter,
+        registries: RegistrySettings,
+        platform: Platform,
+        policy: ImagePolicy | None = None,
+    ) -> None:
+        self._images = ImageStore(store, content, snapshotter)
+        self._garbage = GarbageCollector(self._images, content, snapshotter)
+        self._content = content
+        self._snapshotter = snapshotter
+        self._registries = registries
+        self._policy = policy or AcceptAll()
+        self._platform = platform
+        self._loader = Loader(content, snapshotter, platform)
+        self._downloads = asyncio.Semaphore(registries.max_downloads)
+        self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
+        self._verifying = False
+
+    async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
+        """Bring the image that ``ref`` means at its registry at this moment, and give it that name.
+
+        The registry is asked even for what is here, as it decides who may have it. Calls with the same reference
+        and credentials share one pull, which ends early when the last of them is cancelled.
+
+        Raises InvalidArgumentError for what is malformed, NotFoundError, UnauthenticatedError,
+        PermissionDeniedError, which is the policy's too, UnavailableError, DataLossError for content that is not what
+        its digest says, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry
+        configuration.
+        """
+        reference = references.parse(ref)
+        lease = Lease()
+        return await self._pulls.run(
+            (str(reference), credentials), lease, lambda: self._pull(reference, credentials, lease)
+        )
+
+    def watch(self, ref: str, credentials: Credentials | None = None) -> Callable[[], tuple[LayerProgress, ...]]:
+        """How far the pull under way with this reference and these credentials is, whenever that is called.
+
+        Its layers, the lowest first; () before they are known, and where there is no such pull. It may be asked when
+        the pull has ended, too. Raises InvalidArgumentError.
+        """
+        lease = self._pulls.notes.get((str(references.parse(ref)), credentials), Lease())
+        return lambda: progress(lease, self._content, self._snapshotter)
+
+    async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
+        """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
+
+        ``pinned`` images are kept from the kubelet's garbage collection. One without a name has its ID only. All
+        are here, or none where an error is raised: NotFoundError, InvalidArgumentError, DataLossError,
+        UnimplementedError, ResourceExhaustedError.
+        """
+        with open_archive(path, name) as archive:
+            async with self._garbage.kept(Lease()) as lease:
+                loaded: list[tuple[Descriptor, list[str]]] = []
+                for archived in await archive.images():
+                    target = choose(archived.index, self._platform, archive.name)
+                    names = [str(name) for name in archived.names]
+                    if archived.published:
+                        names += [f"{name.name}@{target.digest}" for name in archived.names]
+                    loaded.append((await self._loader.load(archive, target, lease), names))
+                ids = {self._images.record(found, names, pinned=pinned).id: None for found, names in loaded}
+                images = [self._images.wanted(image_id) for image_id in ids]
+        _log.info("archive imported", path=path, images=list(ids))
+        return images
+
+    async def export(self, refs: Sequence[str]) -> AsyncIterator[bytes]:
+        """The pieces of a tar file of images, by name or ID; see :mod:`criserver.images.export`.
+
+        An image is exported under the names that it is given by, one that is given by its ID under all that it has.
+        None of them goes while it is read. Raises NotFoundError, InvalidArgumentError, DataLossError.
+        """
+        chosen: dict[str, list[str]] = {}
+        for ref in refs:
+            image = self._images.wanted(ref)
+            given = self._images.name_in(ref)
+            chosen.setdefault(image.id, []).extend([given] if given else image.repo_tags or image.repo_digests)
+        lease = Lease(self._images.blobs(chosen))
+        async with self._garbage.kept(lease):
+            exports = [self._images.export(key, tuple(dict.fromkeys(names))) for key, names in chosen.items()]
+            pieces = archive_of(exports, self._content)
+            while (piece := await in_thread(next, pieces, None)) is not None:
+                yield piece
+
+    def get(self, ref_or_id: str) -> Image | None:
+        """See :meth:`ImageStore.get`."""
+        return self._images.get(ref_or_id)
+
+    def wanted(self, ref_or_id: str) -> Image:
+        """See :meth:`ImageStore.wanted`."""
+        return self._images.wanted(ref_or_id)
+
+    def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
+        """See :meth:`ImageStore.list`."""
+        return self._images.list(filter)
+
+    def pin(self, ref: str, *, pinned: bool) -> Image:
+        """See :meth:`ImageStore.pin`."""
+        return self._images.pin(ref, pinned=pinned)
+
+    def snapshots_of(self, image: Image) -> int:
+        """How many writable snapshots stand on the image's topmost layer."""
+        return sum(s.chain_id == image.chain_id for s in self._snapshotter.snapshots().values())
+
+    async def remove(self, ref: str) -> None:
+        """Remove the image that ``ref`` means, by name or ID, with all its names (CRI RemoveImage).
+
+        An unknown image is no error, and neither is a pinned one: whoever names it means it. Its content goes too,
+        except for what others need: layers that containers stand on stay until :meth:`collect` finds them free.
+        """
+        image = self._images.get(ref)
+        if image is None:
+            return
+        self._images.drop([image.id])
+        _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
+        await self.collect()
+
+    async def prune(self, *, unused: bool = False, used: Collection[str] = ()) -> Pruned:
+        """Remove what nobody needs; with ``unused`` also images that no snapshot stands on and nobody has pinned.
+
+        ``used`` are the IDs of images to be kept although no snapshot stands on them yet.
+        """
+        gone: list[Image] = []
+        if unused:
+            standing = {snapshot.chain_id for snapshot in self._snapshotter.snapshots().values()}
+            gone = [
+                image
+                for image in self._images.list()
+                if not image.pinned and image.id not in used and image.chain_id not in standing
+            ]
+            self._images.drop([image.id for image in gone])
+        freed = await self.collect()
+        _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
+        return Pruned(tuple(gone), freed)
+
+    async def verify(self) -> AsyncIterator[Verified]:
+        """Read all blobs and look at all layers, one at a time; what was found, again and again until the end.
+
+        Raises FailedPreconditionError while another one is under way: it would only be slower.
+        """
+        if self._verifying:
+            raise FailedPreconditionError("the images are being verified already; wait for it, or end that one")
+        self._verifying = True
+        try:
+            verifier = Verifier(self._content, self._snapshotter, self._images.owners, self._images.sources)
+            async with aclosing(verifier.run()) as found:
+                async for verified in found:
+                    yield verified
+        finally:
+            self._verifying = False
+
+    async def collect(self) -> FsUsage:
+        """Delete blobs and layers that no image, no load under way and no writable snapshot needs.
+
+        To be called at start, and when a snapshot is gone: the image that it stood on may have been removed before
+        it. Goes on to its end where the caller is cancelled. Returns what was freed.
+        """
+        return await self._garbage.collect()
+
+    def fs_usage(self) -> FsUsage:
+        """What images occupy at this moment, from counters; layers that are still being unpacked are not in it."""
+        size, inodes = self._content.usage()
+        for layer in self._snapshotter.layers().values():
+            size += layer.size
+            inodes += layer.inodes
+        return FsUsage(size, inodes)
+
+    async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
+        from criserver.images.auth import Keyring  # with aiohttp: see transport
+        from criserver.images.registry import RegistryClient
+
+        registries = self._registries
+        hosts = hosts_for(reference.domain, registries.config_path)
+        file = load_docker_config(registries.auth_file) if registries.auth_file else None
+        keyring = Keyring(reference, credentials, file)
+        async with self._garbage.kept(lease):
+            async with RegistryClient(
+                reference, hosts, keyring, self._downloads, registries.progress_timeout
+            ) as client:
+                if image := await self._unchanged(client, reference):
+                    return image
+                target = await client.resolve()
+                await self._policy.check(reference, target)
+                descriptor = await self._loader.load(client, target, lease)
+            names = [str(reference), f"{reference.name}@{target.digest}"]
+            image = self._images.record(descriptor, names, pinned=False)
+        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
+        return image
+
+    async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:
+        """The image that has the name already, where that means the same at its registry at this moment."""
+        if not self._images.name_in(str(reference)) or (target := await client.peek()) is None:
+            return None
+        await self._policy.check(reference, target)
+        image = self._images.named(str(reference))
+        if image is None or image != self._images.named(f"{reference.name}@{target.digest}"):
+            return None
+        _log.info("image is as it was", reference=str(reference), image=image.id)
+        return image
