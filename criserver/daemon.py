@@ -39,7 +39,7 @@ from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
 from criserver.upkeep import Task
-from snapshotter import Limits, Snapshotter, allocator, files
+from snapshotter import LayerLimits, Snapshotter, allocator, files
 from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ async def serve(config: Config) -> None:
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     host.raise_open_files()
     store = Store(os.path.join(config.root, "criserver.db"))
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=Limits(**asdict(config.images)))
+    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
     runtimes = os.path.join(config.state, "runtimes")
     features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
     node = assemble(config, store, snapshotter, features)

@@ -15,8 +15,8 @@ from snapshotter.errors import (
     SnapshotNotFoundError,
     TruncatedLayerError,
 )
-from snapshotter.file_tree import Usage
-from snapshotter.limits import Limits
+from snapshotter.file_tree import TreeUsage
+from snapshotter.limits import LayerLimits
 from snapshotter.metadata import Layer, Snapshot
 from snapshotter.snapshots import Snapshotter
 
@@ -25,12 +25,12 @@ __all__ = [
     "DiffMismatchError",
     "Layer",
     "LayerError",
+    "LayerLimits",
     "LimitError",
-    "Limits",
     "Snapshot",
     "SnapshotError",
     "SnapshotNotFoundError",
     "Snapshotter",
+    "TreeUsage",
     "TruncatedLayerError",
-    "Usage",
 ]

@@ -22,7 +22,7 @@ class TruncatedLayerError(LayerError):
 
 
 class LimitError(LayerError):
-    """The layer asks for more than the Limits allow; the message names the field."""
+    """The layer asks for more than the LayerLimits allow; the message names the field."""
 
 
 class DiffMismatchError(LayerError):

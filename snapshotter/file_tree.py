@@ -29,7 +29,7 @@ _MAX_MOVED = 100  # how often others have moved a directory that the walk is in
 _SHOWN = 250  # characters of a path in an error, at its beginning and at its end
 
 
-class Usage(NamedTuple):
+class TreeUsage(NamedTuple):
     """What a directory tree occupies, as du counts it: allocated bytes, and inodes."""
 
     bytes: int
@@ -198,7 +198,7 @@ def walk(
                 del waiting[place.depth + 1 :]
 
 
-def measure(path: str) -> Usage:
+def measure(path: str) -> TreeUsage:
     """What the tree at ``path`` occupies, itself included; an inode with several links counts once.
 
     Raises OSError where ``path`` is no directory, or cannot be read.
@@ -222,7 +222,7 @@ def measure(path: str) -> Usage:
             inodes += 1
     finally:
         os.close(top)
-    return Usage(size, inodes)
+    return TreeUsage(size, inodes)
 
 
 def shortened(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 _GIB = 1 << 30
 
 
-class Limits(NamedTuple):
+class LayerLimits(NamedTuple):
     """Bounds on one layer; a layer that exceeds them is a LimitError, which says the field's name.
 
     ``max_bytes`` bounds the tar stream and each file, holes included. ``max_ratio`` (stream to blob) holds from

@@ -25,14 +25,14 @@ import structlog
 from snapshotter import file_tree, implied, metadata
 from snapshotter.arrival import Arrival
 from snapshotter.errors import SnapshotError, SnapshotNotFoundError
-from snapshotter.file_tree import Usage
+from snapshotter.file_tree import TreeUsage
 from snapshotter.files import make_private
-from snapshotter.limits import Limits
+from snapshotter.layer_stream import COMPRESSIONS
+from snapshotter.limits import LayerLimits
 from snapshotter.metadata import KEY, Layer, Snapshot
 from snapshotter.overlay import OverlayMounter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.staging import Staging
-from snapshotter.streams import COMPRESSIONS
 from snapshotter.threads import in_thread
 from snapshotter.worker_process import Workers, compare
 
@@ -50,9 +50,9 @@ class Snapshotter:
     layer; ``workers`` bounds how many are unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
     """
 
-    def __init__(self, root: str, *, limits: Limits | None = None, workers: int | None = None) -> None:
+    def __init__(self, root: str, *, limits: LayerLimits | None = None, workers: int | None = None) -> None:
         self._root = os.path.abspath(root)
-        self.limits = limits or Limits()
+        self.limits = limits or LayerLimits()
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
@@ -213,7 +213,7 @@ class Snapshotter:
         """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more.
 
         With the file ``blob`` that it came from, all its files are compared with that, by a process of its own (see
-        snapshotter.check). Without, or where that cannot be read, only its record is looked at.
+        snapshotter.layer_check). Without, or where that cannot be read, only its record is looked at.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -225,7 +225,7 @@ class Snapshotter:
             wrong = await compare(layer, blob, compression, self.limits)
         return wrong if self._layers.get(chain_id) is layer else ""
 
-    async def usage(self, key: str) -> Usage:
+    async def usage(self, key: str) -> TreeUsage:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
         path = os.path.join(self._snapshot(key).path, "fs")
         try:

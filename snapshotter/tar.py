@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from snapshotter.errors import LayerError, LimitError, TruncatedLayerError, shown
-from snapshotter.limits import Limits
+from snapshotter.limits import LayerLimits
 from snapshotter.tar_fields import (
     SPARSE_MAP,
     parse_decimal,
@@ -92,7 +92,7 @@ class TarReader:
     Raises :class:`LayerError`, or :class:`TruncatedLayerError` where the stream ends within an entry.
     """
 
-    def __init__(self, read: Callable[[], bytes], limits: Limits) -> None:
+    def __init__(self, read: Callable[[], bytes], limits: LayerLimits) -> None:
         self._read = read
         self._limits = limits
         self._piece = b""

@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 from snapshotter import allocator, confine, errors, mounts, unpacker
-from snapshotter.limits import Limits
+from snapshotter.layer_stream import Arriving, LayerStream, decoder
+from snapshotter.limits import LayerLimits
 from snapshotter.marks import Asker
-from snapshotter.streams import Arriving, LayerStream, decoder
 from snapshotter.tar import TarReader
 
 # Of address space: an honest layer takes a fifth of it, a zstd window of the largest size allowed a third.
@@ -31,7 +31,7 @@ _HARMLESS = mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_AT
 def main() -> None:
     """Unpack as the first argument, a JSON object, says."""
     options = json.loads(sys.argv[1])
-    limits = Limits(**options["limits"])
+    limits = LayerLimits(**options["limits"])
     allocator.keep_memory()
     blob: Any = sys.stdin.buffer
     if options["told"] is not None:

@@ -1,4 +1,4 @@
-"""Starts and supervises the unpack worker (snapshotter.worker) and the layer checker (snapshotter.check).
+"""Starts and supervises the unpack worker (snapshotter.worker) and the layer checker (snapshotter.layer_check).
 
 Each of them is a process for one layer. Its options are JSON in an argument, the blob is its standard input, and it
 prints one JSON object.
@@ -20,7 +20,7 @@ import isal
 from snapshotter import errors, marks
 from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError
-from snapshotter.limits import Limits
+from snapshotter.limits import LayerLimits
 from snapshotter.metadata import Layer
 from snapshotter.staging import Staging
 from snapshotter.threads import in_thread
@@ -38,7 +38,7 @@ sys.path.append(sys.argv.pop())
 from snapshotter.worker import main
 main()
 """
-_CHECKER = _WORKER.replace("snapshotter.worker", "snapshotter.check")
+_CHECKER = _WORKER.replace("snapshotter.worker", "snapshotter.layer_check")
 _WORKER_PATHS = (os.path.dirname(os.path.dirname(isal.__file__)), os.path.dirname(__file__))
 _WORKER_ERRORS: dict[str, type[SnapshotError]] = {
     kind.__name__: kind
@@ -55,7 +55,7 @@ _WORKER_ERRORS: dict[str, type[SnapshotError]] = {
 class Workers:
     """Unpacks blobs in ``staging``, each by a worker of its own; ``count`` bounds how many work at the same time."""
 
-    def __init__(self, staging: Staging, limits: Limits, count: int) -> None:
+    def __init__(self, staging: Staging, limits: LayerLimits, count: int) -> None:
         self._staging = staging
         self._limits = limits
         self._slots = asyncio.Semaphore(count)
@@ -116,7 +116,7 @@ class Workers:
             raise
 
 
-async def compare(layer: Layer, blob: str, compression: str, limits: Limits) -> str:
+async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits) -> str:
     """How the files of a layer differ from its blob; "" where they do not, or where one of the two has gone."""
     options = {
         "compression": compression,
@@ -138,7 +138,7 @@ async def compare(layer: Layer, blob: str, compression: str, limits: Limits) -> 
     return "; ".join(_result("the layer checker", process, output, complaint).get("differences", []))
 
 
-async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits: Limits) -> dict[str, Any]:
+async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits: LayerLimits) -> dict[str, Any]:
     told = options["told"]
     async with _answered_marks(area) as theirs:
         passed = [theirs.fileno(), *([] if told is None else [told])]
@@ -151,7 +151,7 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
     return result
 
 
-async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits: Limits) -> tuple[bytes, bytes]:
+async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits: LayerLimits) -> tuple[bytes, bytes]:
     """What the worker writes to its output and its error output. The worker has ended when this returns or raises."""
     outputs = asyncio.create_task(_outputs(process))
     try:

@@ -138,9 +138,9 @@ def _config_default(_: argparse.Namespace) -> int:
 
 
 def _image(options: argparse.Namespace) -> int:
-    from criserver.cli import image
+    from criserver.cli import image_commands
 
-    return int(getattr(image, options.function)(options))
+    return int(getattr(image_commands, options.function)(options))
 
 
 def _reset(options: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ class ArchivedImage:
 
 
 class Archive:
-    """An open archive; a :class:`~criserver.images.pull.Source`. Made by :func:`open_archive`."""
+    """An open archive; a :class:`~criserver.images.pull.BlobSource`. Made by :func:`open_archive`."""
 
     def __init__(self, name: str, tar: tarfile.TarFile, fd: int) -> None:
         self.name = self.origin = f"archive {name}"

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import structlog
 
 from criserver.images.credentials import Credentials, DockerConfig, canonical_server
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.references import Reference
-from criserver.images.tokens import Challenge, Token, Wanted, parse_challenges, wanted_by
+from criserver.images.tokens import Challenge, Token, TokenRequest, parse_challenges, wanted_by
 
 _log = structlog.get_logger(__name__)
 
-FetchToken = Callable[[Host, Wanted, Credentials | None], Awaitable[Token]]
+FetchToken = Callable[[RegistryHost, TokenRequest, Credentials | None], Awaitable[Token]]
 
 
 class Keyring:
@@ -31,15 +31,15 @@ class Keyring:
         self._reference = reference
         self._given = given
         self._file = file
-        self._found: dict[Host, Credentials | None] = {}
+        self._found: dict[RegistryHost, Credentials | None] = {}
 
-    def find(self, host: Host) -> Credentials | None:
+    def find(self, host: RegistryHost) -> Credentials | None:
         """What ``host`` may see, if anything."""
         if host not in self._found:
             self._found[host] = self._find(host)
         return self._found[host]
 
-    def _find(self, host: Host) -> Credentials | None:
+    def _find(self, host: RegistryHost) -> Credentials | None:
         names = {canonical_server(host.authority)}
         if host.origin:
             names.add(canonical_server(self._reference.domain))
@@ -68,7 +68,7 @@ class _Identity:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     header: str = ""
-    wanted: Wanted | None = None  # a token, which may have to be fetched anew
+    wanted: TokenRequest | None = None  # a token, which may have to be fetched anew
     expires: float = 0.0
 
 
@@ -79,9 +79,9 @@ class Authorizer:
         self._keyring = keyring
         self._fetch_token = fetch_token
         self._scope = scope
-        self._identities: dict[Host, _Identity] = {}
+        self._identities: dict[RegistryHost, _Identity] = {}
 
-    async def header(self, host: Host) -> str:
+    async def header(self, host: RegistryHost) -> str:
         """What this host is known to want; "" where that is nothing. Raises as :meth:`answer`."""
         identity = self._identities.get(host)
         if identity is None:
@@ -91,7 +91,7 @@ class Authorizer:
                 await self._fetch(host, identity, identity.wanted)
             return identity.header
 
-    async def answer(self, host: Host, challenges: Sequence[str], sent: str) -> bool:
+    async def answer(self, host: RegistryHost, challenges: Sequence[str], sent: str) -> bool:
         """Take up the WWW-Authenticate headers of the 401 that the header ``sent`` met with.
 
         True where the request is worth another try. Raises UnauthenticatedError, TryAgainError, UnavailableError.
@@ -110,7 +110,7 @@ class Authorizer:
             return False
 
     async def _answer_bearer(
-        self, host: Host, identity: _Identity, challenge: Challenge, credentials: Credentials | None
+        self, host: RegistryHost, identity: _Identity, challenge: Challenge, credentials: Credentials | None
     ) -> bool:
         if credentials is not None and credentials.registry_token:
             sent, identity.header = identity.header, f"Bearer {credentials.registry_token}"
@@ -119,6 +119,6 @@ class Authorizer:
         await self._fetch(host, identity, wanted_by(challenge, host, scopes))
         return True
 
-    async def _fetch(self, host: Host, identity: _Identity, wanted: Wanted) -> None:
+    async def _fetch(self, host: RegistryHost, identity: _Identity, wanted: TokenRequest) -> None:
         token = await self._fetch_token(host, wanted, self._keyring.find(host))
         identity.header, identity.wanted, identity.expires = f"Bearer {token.text}", wanted, token.expires

@@ -10,7 +10,7 @@ import aiohttp
 from criserver.errors import DataLossError
 from criserver.images.content import Ingest
 from criserver.images.exchange import Exchange
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.manifests import Descriptor
 from criserver.images.retries import TryAgainError
 from criserver.numbers import decimal
@@ -40,7 +40,7 @@ class Download:
         self._best = self._ingest.size
         return True
 
-    async def attempt(self, host: Host) -> None:
+    async def attempt(self, host: RegistryHost) -> None:
         """Fetch from ``host`` what is missing.
 
         Raises as Exchange.get, DataLossError where the host has other content, ResourceExhaustedError.
@@ -55,7 +55,7 @@ class Download:
             # What is wrong may be what came before, from another host.
             await self._fetch(host)
 
-    async def _fetch(self, host: Host) -> None:
+    async def _fetch(self, host: RegistryHost) -> None:
         digest, size, offset = self._descriptor.digest, self._descriptor.size, self._ingest.size
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         async with self._exchange.get(host, f"blobs/{digest}", headers, idle=self._idle) as response:

@@ -17,7 +17,7 @@ from criserver.errors import (
     UnavailableError,
 )
 from criserver.images.auth import Authorizer
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.retries import TryAgainError, retry_after
 from criserver.images.transport import Transport
 
@@ -37,7 +37,7 @@ class Exchange:
     @asynccontextmanager
     async def get(
         self,
-        host: Host,
+        host: RegistryHost,
         path: str,
         headers: dict[str, str],
         *,
@@ -78,12 +78,12 @@ class Exchange:
             if not await self._authorizer.answer(host, challenges, authorization):
                 raise refusal
 
-    def _url(self, host: Host, path: str) -> URL:
+    def _url(self, host: RegistryHost, path: str) -> URL:
         url = URL(f"{host.url}{host.path}/{self._repository}/{path}")
         return url.with_query(ns=host.namespace) if host.namespace else url
 
 
-def _identity(host: Host, authorization: str) -> list[tuple[str, str]]:
+def _identity(host: RegistryHost, authorization: str) -> list[tuple[str, str]]:
     """The operator's headers, and ours; a server that wants another Authorization than the operator's gets that."""
     if not authorization:
         return list(host.headers)

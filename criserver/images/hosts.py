@@ -33,7 +33,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class RegistryHost:
     """One server to ask.
 
     ``url`` is scheme and authority, ``path`` the root of the API there, usually ``/v2``. ``namespace`` is the
@@ -61,7 +61,7 @@ class Host:
         return urlsplit(self.url).netloc
 
 
-def hosts_for(domain: str, config_path: str) -> tuple[Host, ...]:
+def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:
     """The servers to ask for images of ``domain``, in order; the registry itself is last.
 
     ``config_path`` is a directory, or several with ":" between them, of which the first that knows the domain
@@ -70,7 +70,7 @@ def hosts_for(domain: str, config_path: str) -> tuple[Host, ...]:
     """
     directory = _directory(domain, config_path) if config_path else None
     if directory is None:
-        return _expanded(_default(domain, Host("")), domain)
+        return _expanded(_default(domain, RegistryHost("")), domain)
     path = os.path.join(directory, "hosts.toml")
     try:
         with open(path, "rb") as f:
@@ -97,7 +97,7 @@ def _directory(domain: str, config_path: str) -> str | None:
     return None
 
 
-def _certificate_files(directory: str) -> Host:
+def _certificate_files(directory: str) -> RegistryHost:
     """Docker's layout, for directories without hosts.toml: ``*.crt`` authorities, ``*.cert`` with ``*.key``."""
     names = sorted(os.listdir(directory))
     pairs = []
@@ -106,10 +106,10 @@ def _certificate_files(directory: str) -> Host:
             key = name.removesuffix(".cert") + ".key"
             pairs.append((os.path.join(directory, name), os.path.join(directory, key) if key in names else None))
     ca = tuple(os.path.join(directory, name) for name in names if name.endswith(".crt"))
-    return Host("", ca=ca, client=tuple(pairs))
+    return RegistryHost("", ca=ca, client=tuple(pairs))
 
 
-def _default(domain: str, settings: Host) -> Host:
+def _default(domain: str, settings: RegistryHost) -> RegistryHost:
     """The registry itself where no ``server`` names it; ``settings`` has the TLS keys that apply to it."""
     server = replace(settings, path="/v2", capabilities=_CAPABILITIES, origin=True)
     if domain == DEFAULT_DOMAIN:
@@ -133,7 +133,7 @@ def _is_loopback(domain: str) -> bool:
         return False
 
 
-def _expanded(host: Host, domain: str) -> tuple[Host, ...]:
+def _expanded(host: RegistryHost, domain: str) -> tuple[RegistryHost, ...]:
     """The host as it is asked: TLS settings at an http:// address mean https first, and http as its fallback."""
     if host.authority not in (domain, _DOCKER_HUB if domain == DEFAULT_DOMAIN else domain):
         host = replace(host, namespace=domain)
@@ -153,7 +153,7 @@ class _File:
         self._path = path
         self._directory = os.path.dirname(path)
 
-    def hosts(self, domain: str, content: bytes) -> tuple[Host, ...]:
+    def hosts(self, domain: str, content: bytes) -> tuple[RegistryHost, ...]:
         try:
             root = tomllib.loads(content.decode())
         except ValueError as e:  # tomllib's and UnicodeDecodeError are both
@@ -161,7 +161,7 @@ class _File:
         tables = root.get("host", {})
         if not isinstance(tables, dict):
             raise self._error("host", 'is not a table; write [host."https://NAME"]')
-        found: list[Host] = []
+        found: list[RegistryHost] = []
         for url, table in tables.items():
             key = f'host."{url}"'
             if not isinstance(table, dict):
@@ -174,9 +174,9 @@ class _File:
         last = replace(last, origin=True) if server else _default(domain, last)
         return (*found, *_expanded(last, domain))
 
-    def _host(self, key: str, url: str, table: Mapping[str, Any]) -> Host:
+    def _host(self, key: str, url: str, table: Mapping[str, Any]) -> RegistryHost:
         base, path = self._url(key, url, self._boolean(key, table, "override_path") or False) if url else ("", "")
-        return Host(
+        return RegistryHost(
             base,
             path,
             self._capabilities(key, table),

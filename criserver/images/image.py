@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from criserver.images import users
+from criserver.images import image_user
+from criserver.images.image_user import ImageUser
 from criserver.images.manifests import ImageConfig
-from criserver.images.users import ImageUser
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Image:
     @property
     def user(self) -> ImageUser:
         """Who its containers run as where nobody says otherwise. Raises InvalidArgumentError for what is no user."""
-        return users.parse(self.config.user)
+        return image_user.parse(self.config.user)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import jsonschema
 import referencing
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
-from criserver.images import users
+from criserver.images import image_user
 from criserver.images.platforms import Platform, rank
 from criserver.text import shown
 
@@ -163,7 +163,7 @@ def parse_config(body: bytes, what: str) -> Configuration:
         exposed_ports=tuple(sorted(found.get("ExposedPorts") or ())),
     )
     try:
-        users.parse(process.user)
+        image_user.parse(process.user)
     except InvalidArgumentError as e:
         raise InvalidArgumentError(f"{what} is invalid: {e}") from e
     platform = Platform(document["os"], document["architecture"], document.get("variant", ""))

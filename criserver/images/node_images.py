@@ -39,7 +39,7 @@ from snapshotter.shared_task import SharedTasks
 from snapshotter.threads import in_thread
 
 if TYPE_CHECKING:
-    from criserver.images.registry import RegistryClient
+    from criserver.images.registry_client import RegistryClient
 
 _log = structlog.get_logger(__name__)
 
@@ -221,7 +221,7 @@ class Images:
 
     async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
         from criserver.images.auth import Keyring  # with aiohttp: see transport
-        from criserver.images.registry import RegistryClient
+        from criserver.images.registry_client import RegistryClient
 
         registries = self._registries
         hosts = hosts_for(reference.domain, registries.config_path)

@@ -37,7 +37,7 @@ _LIMITED = "the configuration has this limit in [images]"
 _SOON = 0.5
 
 
-class Source(Protocol):
+class BlobSource(Protocol):
     """Where blobs come from.
 
     ``name`` says it in errors. Two sources with the same ``origin`` deliver the same blob for a digest, so one
@@ -75,7 +75,7 @@ class Loader:
         self._platform = platform
         self._locks: dict[tuple[str, str], _Lock] = {}
 
-    async def load(self, source: Source, target: Descriptor, lease: Lease) -> Descriptor:
+    async def load(self, source: BlobSource, target: Descriptor, lease: Lease) -> Descriptor:
         """Bring the image that ``target``, a manifest or an index, means on this platform; return its manifest.
 
         Blobs are fetched a few at a time, and layers are unpacked while their blobs arrive where that takes long, but
@@ -107,7 +107,7 @@ class Loader:
         )
         return descriptor
 
-    async def _manifest(self, source: Source, target: Descriptor, lease: Lease) -> tuple[Descriptor, Manifest]:
+    async def _manifest(self, source: BlobSource, target: Descriptor, lease: Lease) -> tuple[Descriptor, Manifest]:
         descriptor = target
         for _ in range(_MAX_NESTING):
             lease.blobs.add(descriptor.digest)
@@ -123,7 +123,7 @@ class Loader:
             descriptor = choose(parsed, self._platform, source.name)
         raise InvalidArgumentError(f"{source.name}: indexes are nested more than {_MAX_NESTING} deep")
 
-    async def _configuration(self, source: Source, manifest: Manifest) -> Configuration:
+    async def _configuration(self, source: BlobSource, manifest: Manifest) -> Configuration:
         what = f"{source.name}: configuration {manifest.config.digest}"
         if manifest.config.size > MAX_CONFIG:
             raise InvalidArgumentError(f"{what} has {manifest.config.size} bytes; {MAX_CONFIG} are the most allowed")
@@ -132,7 +132,7 @@ class Loader:
 
     async def _layer(
         self,
-        source: Source,
+        source: BlobSource,
         layer: Descriptor,
         diff_id: str,
         chain_id: str,
@@ -166,7 +166,7 @@ class Loader:
         except SnapshotError as e:
             raise CriError(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
 
-    async def _fetch(self, source: Source, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
+    async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
         async with self._alone(source.origin, descriptor.digest):
             if self._content.size(descriptor.digest) is None:
                 await source.blob(descriptor, self._content, watcher)

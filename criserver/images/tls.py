@@ -10,10 +10,10 @@ import ssl
 from functools import cache
 
 from criserver.errors import FailedPreconditionError
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 
 
-def context_for(host: Host, *, identified: bool) -> ssl.SSLContext:
+def context_for(host: RegistryHost, *, identified: bool) -> ssl.SSLContext:
     """The system's authorities and the host's own; with its client certificate where we are to be ``identified``.
 
     Of several client certificates the first is used. Raises FailedPreconditionError that names a file.

@@ -16,7 +16,7 @@ from yarl import URL
 
 from criserver.errors import UnauthenticatedError, UnavailableError
 from criserver.images.credentials import Credentials
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.retries import TryAgainError, retry_after
 from criserver.images.transport import Transport, read_bounded
 
@@ -43,7 +43,7 @@ class Challenge:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TokenRequest:
     """The token that a challenge asks for, and where it is to be had. ``scopes`` are sorted."""
 
     realm: URL
@@ -82,7 +82,7 @@ def _items(header: str) -> Iterable[re.Match[str]]:
         position = item.end()
 
 
-def wanted_by(challenge: Challenge, host: Host, scopes: Iterable[str]) -> Wanted:
+def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -> TokenRequest:
     """What a host's bearer challenge asks for, with ``scopes`` beside its own.
 
     Raises UnauthenticatedError for an authorisation server that nobody should be sent to: a host that speaks TLS
@@ -102,10 +102,12 @@ def wanted_by(challenge: Challenge, host: Host, scopes: Iterable[str]) -> Wanted
             "the registry's configuration"
         )
     asked = challenge.parameters.get("scope", "").split()[:_MAX_SCOPES]
-    return Wanted(realm, challenge.parameters.get("service", ""), tuple(sorted({*scopes, *asked})))
+    return TokenRequest(realm, challenge.parameters.get("service", ""), tuple(sorted({*scopes, *asked})))
 
 
-async def fetch_token(transport: Transport, host: Host, wanted: Wanted, credentials: Credentials | None) -> Token:
+async def fetch_token(
+    transport: Transport, host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None
+) -> Token:
     """Ask for a token as ``credentials`` say who we are, without any as nobody.
 
     Raises UnauthenticatedError where it is refused, TryAgainError, UnavailableError.

@@ -18,7 +18,7 @@ from yarl import URL
 
 import criserver
 from criserver.errors import InvalidArgumentError, UnavailableError
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.proxies import Proxies
 from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
@@ -41,7 +41,7 @@ class Transport:
     """The connections of one pull. An async context manager."""
 
     def __init__(self) -> None:
-        self._contexts: dict[tuple[Host, bool], ssl.SSLContext] = {}
+        self._contexts: dict[tuple[RegistryHost, bool], ssl.SSLContext] = {}
         self._proxies = Proxies(os.environ)
 
     async def __aenter__(self) -> Self:
@@ -63,7 +63,7 @@ class Transport:
     @asynccontextmanager
     async def send(
         self,
-        host: Host,
+        host: RegistryHost,
         url: URL,
         headers: Iterable[tuple[str, str]],
         what: str,
@@ -116,7 +116,7 @@ class Transport:
         except (aiohttp.ClientError, ValueError) as e:
             raise UnavailableError(f"{what}: {str(e) or type(e).__name__}") from e
 
-    def _context(self, host: Host, identified: bool) -> ssl.SSLContext:
+    def _context(self, host: RegistryHost, identified: bool) -> ssl.SSLContext:
         if (host, identified) not in self._contexts:
             self._contexts[host, identified] = context_for(host, identified=identified)
         return self._contexts[host, identified]
@@ -132,7 +132,7 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) 
     return bytes(body)
 
 
-def _not_connected(host: Host, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:
+def _not_connected(host: RegistryHost, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:
     if url.origin() == URL(host.url).origin():
         return NotConnectedError(f"cannot connect: {reason}", plain=plain)
     return UnavailableError(f"{what}: cannot connect to {url.origin()}: {reason}")

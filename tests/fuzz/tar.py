@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from unittest import mock
 
-from snapshotter import LayerError, Limits, tar
+from snapshotter import LayerError, LayerLimits, tar
 from snapshotter.tar import Entry, TarReader
 
-LIMITS = Limits(max_entries=50, max_bytes=1 << 20, max_name=300)
+LIMITS = LayerLimits(max_entries=50, max_bytes=1 << 20, max_name=300)
 
 
 def check(data: bytes) -> None:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from criserver.errors import DataLossError, InvalidArgumentError
 from criserver.images import pull
-from snapshotter import Arrival, DiffMismatchError, LayerError, Limits, Snapshotter, TruncatedLayerError
+from snapshotter import Arrival, DiffMismatchError, LayerError, LayerLimits, Snapshotter, TruncatedLayerError
 from tests.support.imagebuilder import BuiltImage, add_blob, build_image, digest
 from tests.support.layers import Blob, item, write_blob
 from tests.support.ownregistry import Server, refused, rooms, server
@@ -146,7 +146,7 @@ async def test_an_arrival_that_was_given_up_is_unpacked_anew(snapshotter: Snapsh
 
 
 async def test_a_wait_beyond_the_workers_deadline_costs_a_second_unpack_only(slow: Slow, tmp_path: Any) -> None:
-    snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=Limits(max_seconds=2))
+    snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=LayerLimits(max_seconds=2))
     slow.add(400_000)
     arrival = slow.begin(snapshotter)
     await asyncio.sleep(2.3)

@@ -20,7 +20,7 @@ import zstandard
 from snapshotter import (
     DiffMismatchError,
     LayerError,
-    Limits,
+    LayerLimits,
     SnapshotError,
     Snapshotter,
     TruncatedLayerError,
@@ -50,7 +50,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 async def snapshotter(disk: str) -> AsyncIterator[Snapshotter]:
-    with_limits = Snapshotter(f"{disk}/snapshots", limits=Limits(max_entries=50, max_bytes=1 << 20))
+    with_limits = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_entries=50, max_bytes=1 << 20))
     yield with_limits
     with_limits.close()
 
@@ -91,7 +91,7 @@ def unpack_without_chroot(disk: str, data: bytes) -> None:
     root = os.open(f"{disk}/alone/staging/area/fs", os.O_RDONLY)
     pieces = iter([data, b""])
     try:
-        unpacker.unpack(TarReader(lambda: next(pieces), Limits(max_entries=50)), root, area)
+        unpacker.unpack(TarReader(lambda: next(pieces), LayerLimits(max_entries=50)), root, area)
     finally:
         os.close(area)
         os.close(root)
@@ -287,7 +287,7 @@ async def test_too_many_bytes_are_refused_even_after_the_archive(snapshotter: Sn
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 async def test_a_compression_bomb_is_refused(disk: str, compression: Literal["gzip", "zstd"]) -> None:
     data = archive(item("f", bytes(4 << 20)))
-    snapshotter = Snapshotter(f"{disk}/snapshots", limits=Limits(max_ratio=50, ratio_floor=1 << 20))
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_ratio=50, ratio_floor=1 << 20))
     with open(f"{disk}/snapshots/blob", "wb") as file:
         file.write(packed(data, compression))
     diff_id = digest(data)

@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 
 from snapshotter import (
     Layer,
-    Limits,
+    LayerLimits,
     SnapshotError,
     SnapshotNotFoundError,
     Snapshotter,
@@ -606,7 +606,7 @@ async def test_a_worker_is_bounded(snapshotter: Snapshotter, disk: str) -> None:
     assert limits["Max core file size"] == "0"
     assert int(limits["Max address space"]) == 1 << 30
     assert int(limits["Max open files"]) == 64
-    assert int(limits["Max file size"]) == Limits().max_bytes
+    assert int(limits["Max file size"]) == LayerLimits().max_bytes
 
 
 async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter, disk: str) -> None:
@@ -632,7 +632,7 @@ async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapsh
 
 
 async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
-    snapshotter = Snapshotter(f"{disk}/snapshots", limits=Limits(max_stall=1.5))
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=1.5))
     async with stopped_worker(snapshotter, disk) as (pid, caller):
         with pytest.raises(SnapshotError, match=r"did nothing for 1\.5 seconds"):
             await caller
@@ -642,7 +642,7 @@ async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
 
 
 async def test_an_unpack_has_a_deadline(disk: str) -> None:
-    snapshotter = Snapshotter(f"{disk}/snapshots", limits=Limits(max_seconds=0.1))
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_seconds=0.1))
     with pytest.raises(SnapshotError, match=r"longer than 0\.1 seconds"):
         await unpack(snapshotter, slow_blob(disk))
     assert staging(disk) == []

@@ -10,7 +10,7 @@ from criserver.cli import main
 from criserver.config import default_text, load
 from criserver.config.load import ImageLimits
 from criserver.errors import InvalidArgumentError
-from snapshotter import Limits
+from snapshotter import LayerLimits
 
 
 def written(tmp_path, text: str) -> str:
@@ -52,7 +52,7 @@ def test_the_registry_table(tmp_path):
 
 
 def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path):
-    assert load(None).images == ImageLimits(*(getattr(Limits(), name) for name in ImageLimits.__slots__))
+    assert load(None).images == ImageLimits(*(getattr(LayerLimits(), name) for name in ImageLimits.__slots__))
     config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5"))
     assert (config.images.max_layers, config.images.max_bytes, config.images.max_ratio) == (3, 5, 200)
 

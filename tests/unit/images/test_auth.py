@@ -17,16 +17,16 @@ from criserver.errors import UnauthenticatedError
 from criserver.images import Credentials
 from criserver.images.auth import Authorizer, Keyring
 from criserver.images.credentials import DockerConfig
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.references import parse
-from criserver.images.tokens import Challenge, Token, Wanted, fetch_token, parse_challenges, wanted_by
+from criserver.images.tokens import Challenge, Token, TokenRequest, fetch_token, parse_challenges, wanted_by
 from criserver.images.transport import Transport
 
-HUB = Host("https://registry-1.docker.io", origin=True)
-OWN = Host("https://r.example:5000", origin=True)
-INSIDE = Host("https://inside.example", namespace="r.example:5000", origin=True)
-MIRROR = Host("https://m.example", namespace="r.example:5000")
-PROXY = Host("https://m.example", path="/v2/cache", namespace="r.example:5000")
+HUB = RegistryHost("https://registry-1.docker.io", origin=True)
+OWN = RegistryHost("https://r.example:5000", origin=True)
+INSIDE = RegistryHost("https://inside.example", namespace="r.example:5000", origin=True)
+MIRROR = RegistryHost("https://m.example", namespace="r.example:5000")
+PROXY = RegistryHost("https://m.example", path="/v2/cache", namespace="r.example:5000")
 HERE = "r.example:5000/team/app:1"
 
 
@@ -157,7 +157,7 @@ def test_authorisation_servers_that_nobody_is_sent_to(host, realm, words):
 def test_what_a_challenge_asks_for():
     challenge = Challenge("bearer", {"realm": "http://a/t?x=1", "service": "s", "scope": "c b a"})
     plain = replace(OWN, url="http://r.example:5000")
-    assert wanted_by(challenge, plain, ["b", "d"]) == Wanted(URL("http://a/t?x=1"), "s", ("a", "b", "c", "d"))
+    assert wanted_by(challenge, plain, ["b", "d"]) == TokenRequest(URL("http://a/t?x=1"), "s", ("a", "b", "c", "d"))
     endless = Challenge("bearer", {"realm": "https://a/t", "scope": " ".join(map(str, range(10_000)))})
     assert len(wanted_by(endless, OWN, []).scopes) == 20
 
@@ -167,9 +167,9 @@ class Tokens:
 
     def __init__(self, lifetime: float = 60.0) -> None:
         self.lifetime = lifetime
-        self.asked: list[tuple[Wanted, Credentials | None]] = []
+        self.asked: list[tuple[TokenRequest, Credentials | None]] = []
 
-    async def __call__(self, host: Host, wanted: Wanted, credentials: Credentials | None) -> Token:
+    async def __call__(self, host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None) -> Token:
         self.asked.append((wanted, credentials))
         number = len(self.asked)
         await asyncio.sleep(0)
@@ -280,10 +280,10 @@ async def test_an_authorisation_server_that_is_the_registry_gets_one_authorizati
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    host = Host(f"http://127.0.0.1:{runner.addresses[0][1]}", headers=(("Authorization", "Basic operator"),))
+    host = RegistryHost(f"http://127.0.0.1:{runner.addresses[0][1]}", headers=(("Authorization", "Basic operator"),))
     try:
         async with Transport() as transport:
-            await fetch_token(transport, host, Wanted(URL(f"{host.url}/token"), "s", ("a",)), given)
+            await fetch_token(transport, host, TokenRequest(URL(f"{host.url}/token"), "s", ("a",)), given)
     finally:
         await runner.cleanup()
     assert seen == [[given.basic if given else "Basic operator"]]

@@ -11,7 +11,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.images import Credentials
 from criserver.images.auth import Keyring
 from criserver.images.credentials import canonical_server, load_docker_config
-from criserver.images.hosts import Host
+from criserver.images.hosts import RegistryHost
 from criserver.images.references import parse
 
 
@@ -104,7 +104,7 @@ def test_a_missing_file_is_named():
     ],
 )
 def test_a_credential_helper_that_would_be_asked_is_logged(load, capsys, document, told):
-    host = Host("https://r.example", origin=True)
+    host = RegistryHost("https://r.example", origin=True)
     Keyring(parse("r.example/app:1"), None, load(document)).find(host)
     output = capsys.readouterr().out
     assert ("credential helper" in output) is told

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from criserver.errors import FailedPreconditionError
-from criserver.images.hosts import Host, hosts_for
+from criserver.images.hosts import RegistryHost, hosts_for
 
 ALL = frozenset({"pull", "resolve", "push", "referrers"})
 
@@ -22,7 +22,7 @@ def write(tmp_path):
     return write
 
 
-def urls(hosts: tuple[Host, ...]) -> list[str]:
+def urls(hosts: tuple[RegistryHost, ...]) -> list[str]:
     return [host.url + host.path for host in hosts]
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
-from criserver.images.users import ImageUser, parse
+from criserver.images.image_user import ImageUser, parse
 from criserver.model import MAX_GROUPS, User
 from criserver.oci import users
 

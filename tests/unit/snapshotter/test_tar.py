@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotter.errors import LayerError, TruncatedLayerError
-from snapshotter.limits import Limits
+from snapshotter.limits import LayerLimits
 from snapshotter.tar import BLOCK_DEVICE, CHARACTER, DIRECTORY, FIFO, FILE, LINK, SYMLINK, Entry, TarReader
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -23,8 +23,8 @@ def pieces(data: bytes, size: int) -> Callable[[], bytes]:
     return lambda: file.read(size)
 
 
-def read(data: bytes, size: int = 10_000, limits: Limits | None = None) -> list[tuple[Entry, bytes]]:
-    reader = TarReader(pieces(data, size), limits or Limits())
+def read(data: bytes, size: int = 10_000, limits: LayerLimits | None = None) -> list[tuple[Entry, bytes]]:
+    reader = TarReader(pieces(data, size), limits or LayerLimits())
     return [(entry, b"".join(reader.content())) for entry in reader]
 
 
@@ -275,11 +275,11 @@ def test_sizes_of_extended_headers_are_bounded_before_they_are_read() -> None:
 
 def test_limits_on_entries_and_names() -> None:
     data = archive(*((member(f"{n}"), b"") for n in range(4)))
-    assert len(read(data, limits=Limits(max_entries=4))) == 4
+    assert len(read(data, limits=LayerLimits(max_entries=4))) == 4
     with pytest.raises(LayerError, match="more than 3 entries"):
-        read(data, limits=Limits(max_entries=3))
+        read(data, limits=LayerLimits(max_entries=3))
     with pytest.raises(LayerError, match="name of more than 10 bytes"):
-        read(archive((member("n" * 11), b"")), limits=Limits(max_name=10))
+        read(archive((member("n" * 11), b"")), limits=LayerLimits(max_name=10))
 
 
 def test_a_lone_block_of_zeros_is_refused() -> None:
@@ -295,7 +295,7 @@ def test_nothing_is_read_as_an_entry_after_the_end() -> None:
 
 def test_drain_reads_to_the_end_of_the_stream() -> None:
     file = io.BytesIO(archive((member("a"), b"")) + b"more" * 1000)
-    reader = TarReader(lambda: file.read(700), Limits())
+    reader = TarReader(lambda: file.read(700), LayerLimits())
     for _ in reader:
         pass
     reader.drain()

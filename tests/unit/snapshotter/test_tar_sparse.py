@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.errors import LayerError
-from snapshotter.limits import Limits
+from snapshotter.limits import LayerLimits
 from snapshotter.tar import Entry, TarReader
 from tests.support import hostile
 
@@ -24,7 +24,7 @@ PAGE = 65536  # no file system has larger blocks
 
 def read(data: bytes) -> list[tuple[Entry, bytes]]:
     pieces = iter([data[at : at + 1000] for at in range(0, len(data), 1000)])
-    reader = TarReader(lambda: next(pieces, b""), Limits())
+    reader = TarReader(lambda: next(pieces, b""), LayerLimits())
     return [(entry, b"".join(reader.content())) for entry in reader]
 
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from snapshotter import allocator, confine, errors, file_tree, tar
-from snapshotter.limits import Limits
+from snapshotter.layer_stream import LayerStream, decoder
+from snapshotter.limits import LayerLimits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
-from snapshotter.streams import LayerStream, decoder
 from snapshotter.unpacker import ACCESS_LIST, OPAQUE_MARK, RESERVED, WHITEOUT, is_kept
 
 _MOST = 5  # differences that are named
@@ -61,7 +61,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     os.nice(_NICEST)
     allocator.keep_memory()
-    limits = Limits(**options["limits"])
+    limits = LayerLimits(**options["limits"])
     result: dict[str, Any]
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from criserver.cli.progress import Bars, Lines, size_words
+from criserver.cli.progress_display import Bars, Lines, size_words
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import grpc
 
 from criserver.cli.client import connected, method, words
-from criserver.cli.progress import display, short, size_words
+from criserver.cli.progress_display import display, short, size_words
 from criserver.config import load
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin

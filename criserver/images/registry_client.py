@@ -22,11 +22,11 @@ from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.credentials import Credentials
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
-from criserver.images.hosts import PULL, RESOLVE, Host
+from criserver.images.hosts import PULL, RESOLVE, RegistryHost
 from criserver.images.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor
 from criserver.images.references import Reference, is_digest
 from criserver.images.retries import MAX_WAIT, Retries, TryAgainError
-from criserver.images.tokens import Token, Wanted, fetch_token
+from criserver.images.tokens import Token, TokenRequest, fetch_token
 from criserver.images.transport import NotConnectedError, Transport, read_bounded
 
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ _CONNECTIONS = 3
 
 
 class RegistryClient:
-    """Pulls for one reference. An async context manager; a :class:`~criserver.images.pull.Source`.
+    """Pulls for one reference. An async context manager; a :class:`~criserver.images.pull.BlobSource`.
 
     Every method asks the hosts in order until one delivers, and asks those again that may do so a little later.
     Where none does, the error is of the class that the last one, the registry itself, gave, and tells what each
@@ -49,7 +49,7 @@ class RegistryClient:
     def __init__(
         self,
         reference: Reference,
-        hosts: Sequence[Host],
+        hosts: Sequence[RegistryHost],
         keyring: Keyring,
         downloads: asyncio.Semaphore,
         patience: float,
@@ -64,8 +64,8 @@ class RegistryClient:
         self._transport = Transport()
         authorizer = Authorizer(keyring, self._fetch_token, f"repository:{reference.path}:pull")
         self._exchange = Exchange(self._transport, authorizer, reference.path)
-        self._reached: set[Host] = set()
-        self._unreachable: dict[Host, UnavailableError] = {}
+        self._reached: set[RegistryHost] = set()
+        self._unreachable: dict[RegistryHost, UnavailableError] = {}
         self._resolved: dict[str, bytes] = {}
 
     async def __aenter__(self) -> Self:
@@ -83,7 +83,7 @@ class RegistryClient:
         """
         wanted = self._reference.digest
 
-        async def attempt(host: Host) -> Descriptor:
+        async def attempt(host: RegistryHost) -> Descriptor:
             name = wanted or f"{self._reference.tag}"
             async with self._exchange.get(
                 host,
@@ -112,7 +112,7 @@ class RegistryClient:
         wanted = self._reference.digest
         capabilities = {PULL} if wanted else {PULL, RESOLVE}
 
-        async def attempt(host: Host) -> tuple[Descriptor, bytes]:
+        async def attempt(host: RegistryHost) -> tuple[Descriptor, bytes]:
             return await self._fetch_manifest(host, wanted or f"{self._reference.tag}", wanted)
 
         descriptor, body = await self._from_any(capabilities, attempt)
@@ -124,7 +124,7 @@ class RegistryClient:
         if descriptor.digest in self._resolved:
             return self._resolved[descriptor.digest]
 
-        async def attempt(host: Host) -> tuple[Descriptor, bytes]:
+        async def attempt(host: RegistryHost) -> tuple[Descriptor, bytes]:
             return await self._fetch_manifest(host, descriptor.digest, descriptor.digest)
 
         return (await self._from_any({PULL}, attempt))[1]
@@ -138,7 +138,7 @@ class RegistryClient:
         with content.ingest(descriptor.digest, watcher) as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
-            async def attempt(host: Host) -> None:
+            async def attempt(host: RegistryHost) -> None:
                 queued = time.monotonic()
                 async with self._downloads:
                     retries.forgive(time.monotonic() - queued)
@@ -151,7 +151,7 @@ class RegistryClient:
             await self._from_any({PULL}, attempt, retries)
 
     async def _from_any(
-        self, capabilities: set[str], attempt: Callable[[Host], Awaitable[_T]], retries: Retries | None = None
+        self, capabilities: set[str], attempt: Callable[[RegistryHost], Awaitable[_T]], retries: Retries | None = None
     ) -> _T:
         hosts = [host for host in self._hosts if host.capabilities >= capabilities]
         if not hosts:
@@ -160,7 +160,7 @@ class RegistryClient:
                 f"{', '.join(sorted(capabilities))}"
             )
         retries = retries or Retries(self._patience)
-        failures: dict[Host, CriError] = {}
+        failures: dict[RegistryHost, CriError] = {}
         asked = hosts
         while True:
             for host in asked:
@@ -180,7 +180,7 @@ class RegistryClient:
                 raise kind(f"{self.name}: {told}") from last
             asked = list(again)
 
-    async def _ask(self, host: Host, attempt: Callable[[Host], Awaitable[_T]], *, first: bool) -> _T:
+    async def _ask(self, host: RegistryHost, attempt: Callable[[RegistryHost], Awaitable[_T]], *, first: bool) -> _T:
         """One attempt at one host. One that there was no way to is not asked again at ``first``, as that may cost
         its whole dial timeout; nor later, unless it was there before.
         """
@@ -198,15 +198,15 @@ class RegistryClient:
         self._has_been_reached(host)
         return found
 
-    def _has_been_reached(self, host: Host) -> None:
+    def _has_been_reached(self, host: RegistryHost) -> None:
         self._reached.add(host)
         self._unreachable.pop(host, None)
 
-    def _speaks_plainly(self, host: Host) -> bool:
+    def _speaks_plainly(self, host: RegistryHost) -> bool:
         error = self._unreachable.get(host)
         return isinstance(error, NotConnectedError) and error.plain
 
-    async def _fetch_manifest(self, host: Host, name: str, digest: str | None) -> tuple[Descriptor, bytes]:
+    async def _fetch_manifest(self, host: RegistryHost, name: str, digest: str | None) -> tuple[Descriptor, bytes]:
         headers = {"Accept": _ACCEPT}
         async with self._exchange.get(
             host, f"manifests/{name}", headers, idle=self._idle, total=self._patience, trusted=digest is None
@@ -218,7 +218,7 @@ class RegistryClient:
                 raise DataLossError(f"manifest {name}: the content received has digest {found}, not {stated}")
             return Descriptor(_media_type(response), found, len(body)), body
 
-    async def _fetch_token(self, host: Host, wanted: Wanted, credentials: Credentials | None) -> Token:
+    async def _fetch_token(self, host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None) -> Token:
         return await fetch_token(self._transport, host, wanted, credentials)
 
 

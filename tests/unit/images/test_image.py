@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from criserver.images import Image, ImageConfig
-from criserver.images.users import ImageUser
+from criserver.images.image_user import ImageUser
 
 
 def test_the_http_client_is_not_imported_before_the_first_pull():

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from isal import isal_zlib
 
 from snapshotter.errors import LayerError, LimitError, TruncatedLayerError
-from snapshotter.limits import Limits
+from snapshotter.limits import LayerLimits
 
 _INPUT = 128 << 10
 _NOTES = 4096
@@ -135,7 +135,7 @@ class _Counted:
 class LayerStream:
     """The tar stream of a blob: :meth:`read` its pieces to the end, then ask for its :meth:`digest`."""
 
-    def __init__(self, blob: BinaryIO, decode: Decoder, limits: Limits) -> None:
+    def __init__(self, blob: BinaryIO, decode: Decoder, limits: LayerLimits) -> None:
         self._limits = limits
         self._taken = 0
         self._pieces = decode(blob, self._count)
