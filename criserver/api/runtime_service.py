@@ -35,7 +35,7 @@ from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.runtime.sandbox_run import run_sandbox
 from criserver.runtime.sandbox_stop import stop_sandbox
 from criserver.runtime.sandbox_update import update_sandbox
-from criserver.streaming import Wanted
+from criserver.streaming import RequestedStreams
 
 log = structlog.get_logger(__name__)
 
@@ -218,12 +218,12 @@ class RuntimeService(StatsRpcs):
         return views.exec_result(result)
 
     async def exec(self, request: cri.ExecRequest) -> cri.ExecResponse:
-        wanted = Wanted(request.stdin, request.stdout, request.stderr, request.tty)
-        return cri.ExecResponse(url=exec_address(self._node, request.container_id, list(request.cmd), wanted))
+        requested = RequestedStreams(request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.ExecResponse(url=exec_address(self._node, request.container_id, list(request.cmd), requested))
 
     async def attach(self, request: cri.AttachRequest) -> cri.AttachResponse:
-        wanted = Wanted(request.stdin, request.stdout, request.stderr, request.tty)
-        return cri.AttachResponse(url=attach_address(self._node, request.container_id, wanted))
+        requested = RequestedStreams(request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.AttachResponse(url=attach_address(self._node, request.container_id, requested))
 
     async def port_forward(self, request: cri.PortForwardRequest) -> cri.PortForwardResponse:
         return cri.PortForwardResponse(url=forward_address(self._node, request.pod_sandbox_id, list(request.port)))

@@ -14,7 +14,7 @@ from criserver.runtime.exec_process import exec_process, running_container
 from criserver.runtime.node import Node
 from criserver.runtime.output_room import Collected
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
-from criserver.streaming import Outflow
+from criserver.streaming import OutputCopier
 from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
@@ -50,7 +50,7 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
                 for pipe in (out, err):
                     pipe.close_writer()  # the command has the only writer then, and its exit closes the pipe
                 reading = [
-                    asyncio.create_task(Outflow(pipe.reader, sink).run())
+                    asyncio.create_task(OutputCopier(pipe.reader, sink).run())
                     for pipe, sink in zip((out, err), sinks, strict=True)
                 ]
                 try:

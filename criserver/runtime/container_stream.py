@@ -26,7 +26,17 @@ from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
 from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
 from criserver.runtime.shim_link import ShimLink
-from criserver.streaming import Command, Forward, Outflow, Sink, Source, Streams, Wanted, copy_in, discard
+from criserver.streaming import (
+    ClientSink,
+    ClientSource,
+    Command,
+    CommandStreams,
+    Forward,
+    OutputCopier,
+    RequestedStreams,
+    copy_in,
+    discard,
+)
 
 if TYPE_CHECKING:
     from shims.messages import AttachRequest
@@ -37,7 +47,7 @@ MAX_PORTS = 40
 _LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
-def exec_address(node: Node, id_or_prefix: str, command: Sequence[str], wanted: Wanted) -> str:
+def exec_address(node: Node, id_or_prefix: str, command: Sequence[str], wanted: RequestedStreams) -> str:
     """The URL at which a client can run a command in a container.
 
     Raises NotFoundError, FailedPreconditionError where the container does not run, InvalidArgumentError.
@@ -49,7 +59,7 @@ def exec_address(node: Node, id_or_prefix: str, command: Sequence[str], wanted: 
     return node.streaming.offer(Command(wanted, lambda streams: _exec(node, container.id, command, wanted, streams)))
 
 
-def attach_address(node: Node, id_or_prefix: str, wanted: Wanted) -> str:
+def attach_address(node: Node, id_or_prefix: str, wanted: RequestedStreams) -> str:
     """The URL at which a client can attach to a container's own process. Raises as :func:`exec_address`."""
     _check(wanted)
     container = running_container(node, id_or_prefix)
@@ -76,14 +86,16 @@ def forward_address(node: Node, id_or_prefix: str, ports: Sequence[int]) -> str:
     return node.streaming.offer(Forward(tuple(ports), lambda port: _dial(node, sandbox_id, port)))
 
 
-def _check(wanted: Wanted) -> None:
+def _check(wanted: RequestedStreams) -> None:
     if wanted.tty and wanted.stderr:
         raise InvalidArgumentError("tty and stderr are both set: a terminal has one output, stdout")
     if not (wanted.stdin or wanted.stdout or wanted.stderr):
         raise InvalidArgumentError("none of stdin, stdout and stderr is set; one must be")
 
 
-async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: Wanted, streams: Streams) -> int:
+async def _exec(
+    node: Node, container_id: str, command: Sequence[str], wanted: RequestedStreams, streams: CommandStreams
+) -> int:
     container = running_container(node, container_id)
     if wanted.tty:
         return await _exec_on_terminal(node, container, command, streams)
@@ -106,13 +118,13 @@ async def _exec(node: Node, container_id: str, command: Sequence[str], wanted: W
         return await _carry(inputs, outputs, ended)
 
 
-async def _feed(source: Source, pipe: Pipe) -> None:
+async def _feed(source: ClientSource, pipe: Pipe) -> None:
     """Copy to a command's standard input, and close it when the client closes its side."""
     await copy_in(source, pipe.writer)
     pipe.close_writer()
 
 
-async def _exec_on_terminal(node: Node, container: Container, command: Sequence[str], streams: Streams) -> int:
+async def _exec_on_terminal(node: Node, container: Container, command: Sequence[str], streams: CommandStreams) -> int:
     async with AsyncExitStack() as stack:
         console = stack.enter_context(closing(Console(node.container_dir(container.id))))
         ended = await stack.enter_async_context(exec_process(node, container, command, console=console.path))
@@ -139,7 +151,7 @@ async def _let_go(arrival: asyncio.Task[int]) -> None:
         os.close(arrival.result())
 
 
-async def _attach(node: Node, container_id: str, streams: Streams) -> int:
+async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int:
     container = running_container(node, container_id)
     gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -176,7 +188,7 @@ async def _attach(node: Node, container_id: str, streams: Streams) -> int:
         return await _parted(node, container)
 
 
-async def _feed_container(container: Container, source: Source, stdin: int, link: ShimLink) -> None:
+async def _feed_container(container: Container, source: ClientSource, stdin: int, link: ShimLink) -> None:
     """Copy to a container's standard input. With stdin_once the first client that ends closes it for good."""
     try:
         await copy_in(source, stdin)
@@ -201,7 +213,7 @@ async def _parted(node: Node, container: Container) -> int:
 
 async def _carry(
     inputs: Sequence[Coroutine[Any, Any, None]],
-    outputs: Sequence[tuple[int, Sink | None]],
+    outputs: Sequence[tuple[int, ClientSink | None]],
     ended: asyncio.Future[int] | None,
 ) -> int:
     """Copy both ways until the process has ended and the client has its output; returns the exit code.
@@ -209,7 +221,7 @@ async def _carry(
     Without ``ended`` it returns 0 at the end of the output. Raises ConnectionError where the client disconnects before
     that, and what ``ended`` raises.
     """
-    flows = [Outflow(fd, sink) for fd, sink in outputs if sink is not None]
+    flows = [OutputCopier(fd, sink) for fd, sink in outputs if sink is not None]
     try:
         async with asyncio.TaskGroup() as group:
             feeding = [group.create_task(work) for work in inputs]
@@ -226,20 +238,20 @@ async def _carry(
     return code
 
 
-async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[Outflow]) -> None:
+async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[OutputCopier]) -> None:
     """Wait until the client has all output.
 
     A process that the command left behind may keep the pipe open. The wait then ends when no more output comes.
     """
     while pending := [task for task in tasks if not task.done()]:
-        before = sum(flow.moved for flow in flows)
+        before = sum(flow.copied for flow in flows)
         await asyncio.wait(pending, timeout=DRAIN_TIMEOUT)
         resting = all(flow.waiting for task, flow in zip(tasks, flows, strict=True) if not task.done())
-        if resting and sum(flow.moved for flow in flows) == before:
+        if resting and sum(flow.copied for flow in flows) == before:
             return
 
 
-async def _resize(streams: Streams, terminal: int) -> None:
+async def _resize(streams: CommandStreams, terminal: int) -> None:
     async for size in streams.sizes():
         with suppress(OSError):  # a terminal that is gone has no size
             fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))

@@ -1,18 +1,20 @@
 """Exec, attach and port-forward, over SPDY/3.1 and WebSocket."""
 
-from criserver.streaming.pipes import Outflow, Sink, Source, copy_in, discard, ready
-from criserver.streaming.remotecommand import Wanted
-from criserver.streaming.server import Command, Forward, StreamingServer, Streams
+from criserver.streaming.command_session import Command, CommandStreams
+from criserver.streaming.copying import ClientSink, ClientSource, OutputCopier, copy_in, discard, ready
+from criserver.streaming.forward_session import Forward
+from criserver.streaming.remotecommand import RequestedStreams
+from criserver.streaming.server import StreamingServer
 
 __all__ = [
+    "ClientSink",
+    "ClientSource",
     "Command",
+    "CommandStreams",
     "Forward",
-    "Outflow",
-    "Sink",
-    "Source",
+    "OutputCopier",
+    "RequestedStreams",
     "StreamingServer",
-    "Streams",
-    "Wanted",
     "copy_in",
     "discard",
     "ready",

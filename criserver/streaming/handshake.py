@@ -1,9 +1,8 @@
-"""One HTTP/1.1 request that asks for an upgrade to SPDY/3.1 or WebSocket, seen from the server; no I/O.
+"""The server's side of one HTTP/1.1 request for an upgrade to SPDY/3.1 or WebSocket; no I/O.
 
-A connection brings one request and gets one answer: 101, after which it speaks another protocol, or a refusal, after
-which it is closed. What a request must look like is RFC 9110, section 7.8, RFC 6455, section 4.2.1, and what the
-streaming server of Kubernetes asks of its clients. There is no CORS and no look at Origin: the address has a token in
-it that a page cannot guess.
+A connection has one request and one answer: 101, after which it uses the other protocol, or a refusal, after which it
+is closed. The rules for a request are in RFC 9110, section 7.8, in RFC 6455, section 4.2.1, and in the streaming server
+of Kubernetes. The server has no CORS and does not read Origin: the address has a token that a web page cannot guess.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from wsproto.utilities import generate_accept_token
 
 from criserver.numbers import decimal
 
-# Bytes of a request with all its headers; RFC 9110, section 5.4, leaves the number to the server.
+# Bytes of a request with all its headers. The server chooses the limit (RFC 9110, section 5.4).
 _MAX_REQUEST = 16 << 10
 _PROTOCOLS = "x-stream-protocol-version"
 _WEBSOCKET_PROTOCOLS = "sec-websocket-protocol"
@@ -30,8 +29,8 @@ Headers = tuple[tuple[str, str], ...]
 """Headers in their order, names in lower case; a name may come more than once."""
 
 
-class Kind(enum.Enum):
-    """What a connection is upgraded to; the value is its name in Upgrade, in lower case."""
+class Upgrade(enum.Enum):
+    """The protocol that a connection is upgraded to; the value is its name in the header Upgrade, in lower case."""
 
     SPDY = "spdy/3.1"
     WEBSOCKET = "websocket"
@@ -41,21 +40,21 @@ class Kind(enum.Enum):
 class Request:
     """A request that may be accepted.
 
-    ``path`` and ``query`` are as they were sent, percent signs and all. ``protocols`` are those that the client
-    offers, the one that it likes best first; over SPDY there is one at least.
+    ``path`` and ``query`` are still percent-encoded. ``protocols`` are those that the client offers, the best one for
+    it first. Over SPDY there is at least one.
     """
 
     method: str
     path: str
     query: str
     headers: Headers
-    kind: Kind
+    upgrade: Upgrade
     protocols: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request that is none of ours: send ``response`` and close."""
+    """A request that is refused: send ``response`` and close."""
 
     status: int
     text: str
@@ -68,7 +67,7 @@ class Handshake:
     def __init__(self, limit: int = _MAX_REQUEST) -> None:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limit)
         self._room = limit
-        self._head: Request | None = None  # checked, its body not yet
+        self._head: Request | None = None  # its head is checked, its body not yet
         self._request: Request | None = None
         self._bodiless = False
         self._refused = False
@@ -76,21 +75,21 @@ class Handshake:
 
     @property
     def rest(self) -> bytes:
-        """What came behind the request: the first bytes of the other protocol."""
+        """The bytes behind the request: the first ones of the other protocol."""
         return bytes(self._rest)
 
     def receive(self, data: bytes) -> Request | Refusal | None:
-        """The request that ``data`` completes, what is wrong with it, or None while more is to come.
+        """The request that ``data`` completes, or its refusal; None where more has to come.
 
-        Never raises. After a request, bytes are kept for :attr:`rest`, so stop reading; after a refusal they are
-        dropped.
+        Never raises. After a request all bytes are kept for :attr:`rest`, so the caller must stop reading. After a
+        refusal they are dropped.
         """
         if self._refused:
             return None
         if self._request is not None:
             self._rest += data
             return None
-        # h11 is never given more than a request may have: what it accepts does not depend on how the bytes are cut.
+        # h11 never gets more bytes than a request may have. So it does not matter how the client splits its bytes.
         self._rest += data[self._room :]
         if piece := data[: self._room]:
             self._room -= len(piece)
@@ -106,8 +105,8 @@ class Handshake:
         """The 101 response that chooses one of the request's protocols; "" chooses none, for a WebSocket."""
         request = self._request
         assert request is not None, "there is no request to accept"
-        assert protocol in request.protocols or (not protocol and request.kind is Kind.WEBSOCKET)
-        if request.kind is Kind.SPDY:
+        assert protocol in request.protocols or (not protocol and request.upgrade is Upgrade.WEBSOCKET)
+        if request.upgrade is Upgrade.SPDY:
             headers = [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", protocol)]
         else:
             token = generate_accept_token(_values(request.headers, "sec-websocket-key")[0].encode()).decode()
@@ -117,17 +116,17 @@ class Handshake:
         return _response(101, headers)
 
     def refuse(self, status: int, text: str) -> bytes:
-        """The response that says in plain text why not; close the connection behind it."""
+        """The response that tells the reason in plain text. Close the connection after it."""
         return self._answer(status, text, ())
 
     def refuse_protocols(self, accepted: Iterable[str]) -> bytes:
-        """The response to a client that offers only protocols that the server does not know: 403 with those it does."""
+        """The response to a client whose protocols are all unknown here: 403, with the known ones."""
         assert self._request is not None, "there is no request to refuse"
         known = [protocol for protocol in accepted if protocol]
         offered = ", ".join(self._request.protocols) or "none"
-        text = f"none of the protocols that the client offers is known ({offered}); use one of {', '.join(known)}"
+        text = f"the server knows none of the client's protocols ({offered}); use one of {', '.join(known)}"
         headers: list[tuple[str, str]] = []
-        if self._request.kind is Kind.SPDY:
+        if self._request.upgrade is Upgrade.SPDY:
             headers = [("X-Accepted-Stream-Protocol-Versions", protocol) for protocol in known]
         return self._answer(403, text, headers)
 
@@ -171,39 +170,39 @@ class _RefusedError(Exception):
 
 
 def _malformed(status: int) -> _RefusedError:
-    # Nothing of the request is told: how much of it h11 has seen when it gives up depends on how the bytes were cut.
+    # The text quotes nothing of the request: how much of it h11 has read depends on how the client splits its bytes.
     if status == 431:
         return _RefusedError(431, "the request's headers are too large")
     if status == 501:
-        return _RefusedError(501, "the only transfer encoding that is known is chunked")
-    return _RefusedError(400, "this is not a request of HTTP/1.1")
+        return _RefusedError(501, "the only supported transfer encoding is chunked")
+    return _RefusedError(400, "this is not an HTTP/1.1 request")
 
 
 def _checked(head: h11.Request) -> Request:
-    """Refuse what can be told without the body."""
+    """The request of a head, after all checks that do not need the body."""
     if head.http_version != b"1.1":
         raise _RefusedError(505, "only HTTP/1.1 can be upgraded")
     if head.method not in (b"GET", b"POST"):
         raise _RefusedError(405, "the methods are GET and POST", (("Allow", "GET, POST"),))
     request = _read_head(head)
-    if request.kind is Kind.WEBSOCKET:
+    if request.upgrade is Upgrade.WEBSOCKET:
         _check_websocket(request)
     elif not request.protocols:
         raise _RefusedError(400, "unable to upgrade: X-Stream-Protocol-Version is missing or names no protocol")
     lengths = _values(request.headers, "content-length")
     if lengths and decimal(lengths[0], 0) is None:
         raise _RefusedError(413, "a request to upgrade has no body")
-    if "100-continue" in _words(request.headers, "expect"):
+    if "100-continue" in _lowercase_list(request.headers, "expect"):
         raise _RefusedError(417, "a request to upgrade has no body to wait for")
     return request
 
 
 def _read_head(head: h11.Request) -> Request:
     headers = tuple((name.decode(), value.decode("latin-1")) for name, value in head.headers)
-    kind = _kind(headers)
+    upgrade = _upgrade(headers)
     path, _, query = _origin_form(head.target.decode()).partition("?")
-    offered = _listed(headers, _WEBSOCKET_PROTOCOLS if kind is Kind.WEBSOCKET else _PROTOCOLS)
-    return Request(head.method.decode(), path, query, headers, kind, offered)
+    offered = _listed(headers, _WEBSOCKET_PROTOCOLS if upgrade is Upgrade.WEBSOCKET else _PROTOCOLS)
+    return Request(head.method.decode(), path, query, headers, upgrade, offered)
 
 
 def _origin_form(target: str) -> str:
@@ -219,13 +218,12 @@ def _origin_form(target: str) -> str:
     return target
 
 
-def _kind(headers: Headers) -> Kind:
-    wanted = _words(headers, "upgrade")
-    if "upgrade" in _words(headers, "connection"):
-        for word in wanted:
-            for kind in Kind:
-                if word == kind.value:
-                    return kind
+def _upgrade(headers: Headers) -> Upgrade:
+    if "upgrade" in _lowercase_list(headers, "connection"):
+        for protocol in _lowercase_list(headers, "upgrade"):
+            for upgrade in Upgrade:
+                if protocol == upgrade.value:
+                    return upgrade
     raise _RefusedError(
         400, 'unable to upgrade: "Connection: Upgrade" and "Upgrade: SPDY/3.1" or "Upgrade: websocket" are needed'
     )
@@ -248,18 +246,18 @@ def _check_websocket(request: Request) -> None:
 
 
 def _values(headers: Headers, name: str) -> list[str]:
-    return [value for found, value in headers if found == name]
+    return [value for key, value in headers if key == name]
 
 
 def _listed(headers: Headers, name: str) -> tuple[str, ...]:
-    """The values of headers that are lists, in their order."""
-    words = [word.strip(" \t") for value in _values(headers, name) for word in value.split(",")]
-    return tuple(word for word in words if word)
+    """The entries of a header that is a list, over all its values, in their order."""
+    entries = [entry.strip(" \t") for value in _values(headers, name) for entry in value.split(",")]
+    return tuple(entry for entry in entries if entry)
 
 
-def _words(headers: Headers, name: str) -> tuple[str, ...]:
-    """The same for headers that make no difference between lower and upper case."""
-    return tuple(word.lower() for word in _listed(headers, name))
+def _lowercase_list(headers: Headers, name: str) -> tuple[str, ...]:
+    """The entries in lower case, for a header in which case does not matter."""
+    return tuple(entry.lower() for entry in _listed(headers, name))
 
 
 def _response(status: int, headers: Iterable[tuple[str, str]]) -> bytes:

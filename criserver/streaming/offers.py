@@ -1,4 +1,4 @@
-"""What was promised to clients: addresses that work once, and not for long."""
+"""Offers to clients: each has an address that works once, and for a short time."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from criserver.errors import ResourceExhaustedError
 
 _Offer = TypeVar("_Offer")
 
-# Seconds. The kubelet connects at once; a person may paste an address.
+# Seconds. The kubelet connects at once, but a person may paste an address.
 LIFETIME = 60.0
 LIMIT = 1000
 
 
 class Offers(Generic[_Offer]):
-    """Offers by their tokens, oldest first."""
+    """Offers by their random tokens, oldest first."""
 
     def __init__(self) -> None:
         self._offers: OrderedDict[str, tuple[float, _Offer]] = OrderedDict()
 
     def add(self, offer: _Offer) -> str:
-        """The token that :meth:`take` gives the offer for, once. Raises ResourceExhaustedError for too many."""
+        """Keep an offer, and return its token for :meth:`take`. Raises ResourceExhaustedError for too many."""
         now = time.monotonic()
         while self._offers and next(iter(self._offers.values()))[0] <= now:
             self._offers.popitem(last=False)
@@ -34,6 +34,6 @@ class Offers(Generic[_Offer]):
         return token
 
     def take(self, token: str) -> _Offer | None:
-        """The offer, or None where there is no such token any more; all tokens are of one length and random."""
+        """The offer of a token, once; None for a token that is unknown, used or too old."""
         expires, offer = self._offers.pop(token, (0.0, None))
         return offer if expires > time.monotonic() else None

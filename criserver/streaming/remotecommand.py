@@ -1,13 +1,13 @@
-"""Exec and attach: streams and channels, the versions of their protocol, statuses and terminal sizes; no I/O.
+"""Exec and attach: streams and channels, the versions of the protocol, statuses and terminal sizes; no I/O.
 
-Over SPDY each stream of a command is a stream of the connection, which its header ``streamType`` names; over WebSocket
-it is a channel with a number. The versions of the protocol differ in two things that matter to a server:
+Over SPDY each stream of a command is a stream of the connection, named by its header ``streamType``. Over WebSocket it
+is a channel with a number. The versions of the protocol differ in two things that matter to a server:
 
-- Sizes of the terminal come from version 3 on; over WebSocket always.
-- The error stream tells how the command ended: from version 4 on by a v1.Status in JSON, with the exit code; before
-  that by a text, and by nothing where all went well.
+1. Version 3 and later send sizes of the terminal. Over WebSocket all versions do.
+2. The error stream tells how the command ended. Version 4 and later send a v1.Status in JSON with the exit code. Older
+   versions send a text, and nothing for a success.
 
-That a client writes no more to stdin is a half-closed stream over SPDY. WebSocket has a sign for it in version 5 alone.
+The client ends stdin by half-closing the stream over SPDY. Over WebSocket only version 5 can tell the end of stdin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from criserver.errors import InvalidArgumentError
 
 STREAM_TYPE = "streamtype"
-"""The header that names a stream's type, as it is on the wire of SPDY."""
+"""The header with a stream's type, in lower case as SPDY sends it."""
 
 _MAX_RESIZE = 1024
 _SPACE = b" \t\r\n"
@@ -30,7 +30,7 @@ _RESIZES = re.compile(rb"(?:[ \t\r\n]*\{[^{}]*\})*")
 _RESIZE = re.compile(rb"\{[^{}]*\}")
 
 
-class Stream(enum.IntEnum):
+class StreamType(enum.IntEnum):
     """A stream of a command; the value is its channel over WebSocket."""
 
     STDIN = 0
@@ -40,42 +40,43 @@ class Stream(enum.IntEnum):
     RESIZE = 4
 
     @property
-    def type(self) -> str:
-        """What ``streamType`` calls it over SPDY."""
+    def header(self) -> str:
+        """The value of the header ``streamType`` over SPDY."""
         return self.name.lower()
 
 
-_TYPES = {stream.type: stream for stream in Stream}
+_TYPES = {stream_type.header: stream_type for stream_type in StreamType}
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
-    """What a version of the protocol has: sizes of the terminal, and the end told as a v1.Status."""
+class ProtocolFeatures:
+    """The features of a version: sizes of the terminal (``resize``), the end as a v1.Status (``status``)."""
 
     resize: bool
     status: bool
 
 
-# In the order in which a client that supports none of them is told. Kubernetes gives version 5 to WebSocket alone.
-SPDY_PROTOCOLS: Mapping[str, Features] = {
-    "v4.channel.k8s.io": Features(resize=True, status=True),
-    "v3.channel.k8s.io": Features(resize=True, status=False),
-    "v2.channel.k8s.io": Features(resize=False, status=False),
-    "channel.k8s.io": Features(resize=False, status=False),
+# In the order in which the refusal lists them to a client that supports none. Version 5 is for WebSocket alone, as in
+# Kubernetes.
+SPDY_PROTOCOLS: Mapping[str, ProtocolFeatures] = {
+    "v4.channel.k8s.io": ProtocolFeatures(resize=True, status=True),
+    "v3.channel.k8s.io": ProtocolFeatures(resize=True, status=False),
+    "v2.channel.k8s.io": ProtocolFeatures(resize=False, status=False),
+    "channel.k8s.io": ProtocolFeatures(resize=False, status=False),
 }
-# "" is for a client that offers nothing. Versions 2 and 3 were never spoken here, and a channel for sizes always is.
-WEBSOCKET_PROTOCOLS: Mapping[str, Features] = {
-    "v5.channel.k8s.io": Features(resize=True, status=True),
-    "v4.channel.k8s.io": Features(resize=True, status=True),
-    "v4.base64.channel.k8s.io": Features(resize=True, status=True),
-    "channel.k8s.io": Features(resize=True, status=False),
-    "base64.channel.k8s.io": Features(resize=True, status=False),
-    "": Features(resize=True, status=False),
+# "" is for a client that offers no protocol. WebSocket never had versions 2 and 3, and always has a channel for sizes.
+WEBSOCKET_PROTOCOLS: Mapping[str, ProtocolFeatures] = {
+    "v5.channel.k8s.io": ProtocolFeatures(resize=True, status=True),
+    "v4.channel.k8s.io": ProtocolFeatures(resize=True, status=True),
+    "v4.base64.channel.k8s.io": ProtocolFeatures(resize=True, status=True),
+    "channel.k8s.io": ProtocolFeatures(resize=True, status=False),
+    "base64.channel.k8s.io": ProtocolFeatures(resize=True, status=False),
+    "": ProtocolFeatures(resize=True, status=False),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestedStreams:
     """The streams that a request of exec or attach asks for."""
 
     stdin: bool
@@ -83,50 +84,52 @@ class Wanted:
     stderr: bool
     tty: bool
 
-    def spdy_streams(self, features: Features) -> frozenset[Stream]:
-        """The streams that the client opens; the command waits for them all."""
-        resize = {Stream.RESIZE} if self.tty and features.resize else set()
-        return frozenset({Stream.ERROR, *self._outputs(), *self._inputs(), *resize})
+    def spdy_streams(self, features: ProtocolFeatures) -> frozenset[StreamType]:
+        """The streams that the client opens. The command waits for all of them."""
+        resize = {StreamType.RESIZE} if self.tty and features.resize else set()
+        return frozenset({StreamType.ERROR, *self._outputs(), *self._inputs(), *resize})
 
-    def websocket_channels(self) -> tuple[frozenset[Stream], frozenset[Stream]]:
-        """The channels that the client may write to, and those that we write to."""
-        # Sizes for no terminal are dropped: they would be kept, and nothing behind them read, as nobody takes them.
-        resize = {Stream.RESIZE} if self.tty else set()
-        return frozenset({*self._inputs(), *resize}), frozenset({*self._outputs(), Stream.ERROR})
+    def websocket_channels(self) -> tuple[frozenset[StreamType], frozenset[StreamType]]:
+        """The channels that the client may write to, and those that the server writes to."""
+        # Without a terminal, nothing reads the sizes. Their channel would keep its bytes, and hold back the connection.
+        resize = {StreamType.RESIZE} if self.tty else set()
+        return frozenset({*self._inputs(), *resize}), frozenset({*self._outputs(), StreamType.ERROR})
 
-    def greeting_channel(self) -> Stream:
-        """The channel whose first message is empty: it tells a client of WebSocket that the command is connected."""
+    def greeting_channel(self) -> StreamType:
+        """The channel that gets an empty first message: it tells a WebSocket client that the command is connected."""
         return min(self.websocket_channels()[1])
 
-    def _inputs(self) -> set[Stream]:
-        return {Stream.STDIN} if self.stdin else set()
+    def _inputs(self) -> set[StreamType]:
+        return {StreamType.STDIN} if self.stdin else set()
 
-    def _outputs(self) -> set[Stream]:
-        return {stream for stream, asked in ((Stream.STDOUT, self.stdout), (Stream.STDERR, self.stderr)) if asked}
+    def _outputs(self) -> set[StreamType]:
+        return {
+            stream for stream, asked in ((StreamType.STDOUT, self.stdout), (StreamType.STDERR, self.stderr)) if asked
+        }
 
 
 def negotiate(offered: Iterable[str], accepted: Collection[str]) -> str | None:
-    """The protocol to speak: the first of the client's that is accepted, as Kubernetes does it; None for none.
+    """The protocol to use: the first of the client's that is accepted, as in Kubernetes; None where none is.
 
-    A client that offers nothing gets "", where that is accepted.
+    A client that offers none gets "", where that is accepted.
     """
     return next((protocol for protocol in tuple(offered) or ("",) if protocol in accepted), None)
 
 
-def stream_of(headers: Iterable[tuple[str, str]]) -> Stream:
-    """The stream that the headers of a SPDY stream announce, names in lower case. Raises InvalidArgumentError."""
-    kind = next((value for name, value in headers if name == STREAM_TYPE), "")
-    if not kind:
+def stream_type(headers: Iterable[tuple[str, str]]) -> StreamType:
+    """The type of a SPDY stream by its headers, names in lower case. Raises InvalidArgumentError."""
+    header = next((value for name, value in headers if name == STREAM_TYPE), "")
+    if not header:
         raise InvalidArgumentError("a stream came without the header streamType; update the client")
     try:
-        return _TYPES[kind]
+        return _TYPES[header]
     except KeyError:
         known = ", ".join(_TYPES)
-        raise InvalidArgumentError(f"streamType {kind[:100]!r} is none of {known}; update the client") from None
+        raise InvalidArgumentError(f"streamType {header[:100]!r} is none of {known}; update the client") from None
 
 
-def exit_message(code: int, features: Features) -> bytes:
-    """What the error stream says of a command that has ended with ``code``; b"" for nothing."""
+def exit_message(code: int, features: ProtocolFeatures) -> bytes:
+    """The error stream's message for a command that has ended with ``code``; b"" for no message."""
     if not code:
         return _document({"status": "Success"}) if features.status else b""
     text = f"command terminated with non-zero exit code: {code}"
@@ -136,8 +139,8 @@ def exit_message(code: int, features: Features) -> bytes:
     return _document({"status": "Failure", "message": text, "reason": "NonZeroExitCode", "details": {"causes": causes}})
 
 
-def failure_message(text: str, features: Features) -> bytes:
-    """What the error stream says where a command could not be run, or its end is not known."""
+def failure_message(text: str, features: ProtocolFeatures) -> bytes:
+    """The error stream's message for a command that could not be run, or whose end is not known."""
     text = f"Internal error occurred: {text}"
     if not features.status:
         return text.encode(errors="replace")
@@ -149,18 +152,18 @@ def _document(status: Mapping[str, object]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class TerminalSize:
     """A terminal's size in characters."""
 
     width: int
     height: int
 
 
-class Resizes:
+class ResizeDecoder:
     """The decoder of a stream of terminal sizes: JSON objects one after the other, with or without space between.
 
-    Names are "Width" and "Height" in whatever case, 0 where one is missing, and others count for nothing. What is no
-    such object ends the stream, as it does in Kubernetes: nothing behind it can be trusted.
+    The keys are "Width" and "Height" in any case. A missing one is 0, other keys are ignored. Anything but such an
+    object ends the stream, as in Kubernetes: the bytes behind it cannot be trusted.
     """
 
     def __init__(self) -> None:
@@ -169,10 +172,10 @@ class Resizes:
 
     @property
     def ended(self) -> bool:
-        """Whether the stream has had something else than sizes in it."""
+        """Whether the stream has ended, because there was something else than sizes in it."""
         return self._ended
 
-    def feed(self, data: bytes) -> Size | None:
+    def feed(self, data: bytes) -> TerminalSize | None:
         """The last of the sizes that ``data`` completes, or None. Never raises."""
         if self._ended:
             return None
@@ -181,11 +184,11 @@ class Resizes:
         assert match is not None
         size = None
         for text in _RESIZE.findall(data, 0, match.end()):
-            found = _size(text)
-            if found is None:
+            parsed = _size(text)
+            if parsed is None:
                 self._end()
                 return size
-            size = found
+            size = parsed
         self._rest = data[match.end() :].lstrip(_SPACE)
         if self._rest and (not self._rest.startswith(b"{") or b"{" in self._rest[1:] or len(self._rest) > _MAX_RESIZE):
             self._end()
@@ -195,13 +198,13 @@ class Resizes:
         self._ended, self._rest = True, b""
 
 
-def _size(text: bytes) -> Size | None:
+def _size(text: bytes) -> TerminalSize | None:
     if len(text) > _MAX_RESIZE:
         return None
     try:
-        found = {name.lower(): value for name, value in json.loads(text.decode()).items()}
+        fields = {name.lower(): value for name, value in json.loads(text.decode()).items()}
     except (ValueError, RecursionError):
         return None
-    size = Size(found.get("width", 0), found.get("height", 0))
+    size = TerminalSize(fields.get("width", 0), fields.get("height", 0))
     valid = all(type(value) is int and 0 <= value < 1 << 16 for value in (size.width, size.height))
     return size if valid else None

@@ -1,7 +1,7 @@
-"""The streaming server: a client comes with the address that CRI's Exec, Attach or PortForward has given out.
+"""The streaming server: it serves the addresses that CRI's Exec, Attach and PortForward give out.
 
-Kubernetes' clients reach it through the kubelet, crictl directly; each request is upgraded to SPDY/3.1 or to a
-WebSocket. What is done with the streams is the offer's: this room knows no containers.
+Kubernetes' clients connect through the kubelet, crictl connects directly. Each connection is upgraded to SPDY/3.1 or to
+WebSocket. The offer behind the address decides what happens with the streams: this room knows no containers.
 """
 
 from __future__ import annotations
@@ -10,87 +10,48 @@ import asyncio
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
 
 from criserver.errors import CriError
-from criserver.streaming import handshake, pipes, portforward, remotecommand, websocket
-from criserver.streaming.handshake import Handshake, Kind, Request
-from criserver.streaming.link import READ_SIZE, Link
+from criserver.streaming import portforward, remotecommand
+from criserver.streaming.client_link import READ_SIZE, ClientLink, UpgradedConnection
+from criserver.streaming.command_session import Command, serve_command
+from criserver.streaming.forward_session import Forward, serve_forward
+from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
 from criserver.streaming.offers import Offers
-from criserver.streaming.remotecommand import Features, Size, Wanted
-from criserver.streaming.spdy.headers import Pairs
-from criserver.streaming.streams import ChannelCarrier, SpdyCarrier, Stream
-from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
-# Seconds: for the request's head, and for all streams of a command, or both of a forwarded connection, to be opened.
+# Seconds for a client to send the head of its request.
 HEAD_TIMEOUT = 10.0
-STREAMS_TIMEOUT = 30.0
-# Connections at once of clients that have come with an address of ours, each with a few MiB at the worst of what its
-# client has sent, and of what it does not take.
-MAX_CONNECTIONS = 1000
-# And of all others, who have not said yet what they want, or have no such address. The kubelet and any process of the
-# node come from one peer, 127.0.0.1, so no count by peer tells them apart: the oldest makes room for the newest.
-# Whoever is waited for sends its request at once, and is known before so many others can come.
-MAX_STRANGERS = 512
-# The parts of all descriptors that these may take: a known client has about a dozen. The rest is the daemon's, whose
-# own socket has to go on.
-_SHARE_OF_KNOWN, _SHARE_OF_STRANGERS = 32, 8
+# Accepted connections are those that have taken an offer: at most so many at once. Each may cost a few MiB: what its
+# client has sent, and what its client has not read yet.
+MAX_ACCEPTED = 1000
+# Pending connections are all others: no request yet, or none with a valid address. The kubelet and every process of the
+# node connect from 127.0.0.1, so a limit by peer cannot tell them apart. The newest connection replaces the oldest
+# pending one. A real client sends its request at once, and is accepted before so many others can connect.
+MAX_PENDING = 512
+# The parts of the daemon's descriptors that both may take: an accepted client has about a dozen. The rest is for the
+# daemon, which has to serve its own socket too.
+_ACCEPTED_SHARE, _PENDING_SHARE = 32, 8
 _BACKLOG = 1024
 # Connections that are accepted in one turn of the loop.
 _ACCEPTS = 16
-# Seconds: until it is tried again where no descriptor or memory is left, and between words of the log on one matter.
+# Seconds until the server accepts again when no descriptor or memory was left, and between two log lines about closed
+# connections.
 _ACCEPT_PAUSE = 1.0
 _LOG_PAUSE = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """A client's side of a command: None for what was not asked for."""
-
-    stdin: Stream | None
-    stdout: Stream | None
-    stderr: Stream | None
-    resize: Stream | None
-
-    async def sizes(self) -> AsyncIterator[Size]:
-        """The sizes that the client's terminal takes."""
-        if self.resize is None:
-            return
-        decoder = remotecommand.Resizes()
-        while data := await self.resize.read():
-            if (size := decoder.feed(bytes(data))) is not None:
-                yield size
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Exec or attach: ``run`` returns the exit code, and raises CriError where there is none to tell."""
-
-    wanted: Wanted
-    run: Callable[[Streams], Awaitable[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Port forwarding: ``dial`` returns a connected socket that does not block, for a port of the pod."""
-
-    ports: Sequence[int]
-    dial: Callable[[int], Awaitable[socket.socket]]
-
 
 Offer = Command | Forward
 
 
 class StreamingServer:
-    """Serves on one TCP address; :meth:`offer` gives out what can be asked of it.
+    """Serves on one TCP address; :meth:`offer` gives out the address at which a client takes an offer.
 
-    ``idle`` is the seconds after which a connection on which nothing moves is closed.
+    A connection without traffic for ``idle`` seconds is closed.
     """
 
     def __init__(self, host: str, port: int, *, tls: ssl.SSLContext | None = None, idle: float) -> None:
@@ -101,28 +62,28 @@ class StreamingServer:
         self._offers: Offers[Offer] = Offers()
         self._listeners: list[socket.socket] = []
         self._sessions: set[asyncio.Task[None]] = set()
-        self._strangers: dict[asyncio.Task[None], None] = {}  # a part of the sessions, the oldest first
-        self._most_known = MAX_CONNECTIONS
-        self._most_strangers = MAX_STRANGERS
-        # A view, since asyncio's TLS fills slices of it.
+        self._pending: dict[asyncio.Task[None], None] = {}  # a part of the sessions, the oldest first
+        self._max_accepted = MAX_ACCEPTED
+        self._max_pending = MAX_PENDING
+        # A view, because asyncio's TLS fills slices of it.
         self._buffer = memoryview(bytearray(READ_SIZE))
-        self._dropped = 0  # strangers, that the log was not told of
-        self._told = -_LOG_PAUSE
+        self._unlogged_drops = 0
+        self._last_log = -_LOG_PAUSE
         self._base = ""
 
     async def start(self) -> None:
-        """Listen. Raises CriError where the address is taken or not this node's."""
+        """Listen. Raises CriError where the address is in use or does not belong to this node."""
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors != resource.RLIM_INFINITY:
-            self._most_known = min(MAX_CONNECTIONS, descriptors // _SHARE_OF_KNOWN)
-            self._most_strangers = min(MAX_STRANGERS, descriptors // _SHARE_OF_STRANGERS)
+            self._max_accepted = min(MAX_ACCEPTED, descriptors // _ACCEPTED_SHARE)
+            self._max_pending = min(MAX_PENDING, descriptors // _PENDING_SHARE)
         try:
             await self._listen()
         except OSError as e:
             self._unlisten()
             raise CriError(f"streaming: cannot listen on {self._host}:{self._port}: {e.strerror or e}") from e
         host, port = self._listeners[0].getsockname()[:2]
-        # The kubelet is on this node: an address that means all of them means the loopback one to it.
+        # The kubelet is on this node: it reaches a server that listens on all addresses at the loopback address.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not listened on
         scheme = "http" if self._tls is None else "https"
         self._base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -145,7 +106,7 @@ class StreamingServer:
         self._listeners.clear()
 
     async def stop(self) -> None:
-        """Listen no more, and end what is under way."""
+        """Stop listening, and end all connections."""
         self._unlisten()
         for session in self._sessions:
             session.cancel()
@@ -158,7 +119,7 @@ class StreamingServer:
         return f"{self._base}/{kind}/{self._offers.add(offer)}"
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take who has come. Not asyncio's own server: over TLS that tells of a client only after its handshake."""
+        """Accept new connections. asyncio's own server does not report a client over TLS before its handshake."""
         loop = asyncio.get_running_loop()
         for _ in range(_ACCEPTS):
             try:
@@ -178,53 +139,53 @@ class StreamingServer:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _begin(self, sock: socket.socket) -> None:
-        """Serve a connection: one of a stranger so far, for whom the oldest of them may have to go."""
-        while len(self._strangers) >= self._most_strangers:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
+        """Serve a connection. It is pending at first; with too many of these the oldest is closed."""
+        while len(self._pending) >= self._max_pending:
+            oldest = next(iter(self._pending))
+            del self._pending[oldest]
             oldest.cancel()
-            self._tell_of_drop()
+            self._log_drop()
         task = asyncio.create_task(self._session(sock))
         self._sessions.add(task)
-        self._strangers[task] = None
+        self._pending[task] = None
 
         def ended(task: asyncio.Task[None]) -> None:
             self._sessions.discard(task)
-            self._strangers.pop(task, None)
-            sock.close()  # where it was ended before it could begin
+            self._pending.pop(task, None)
+            sock.close()  # for a task that was cancelled before it began
 
         task.add_done_callback(ended)
 
-    def _tell_of_drop(self) -> None:
-        self._dropped += 1
+    def _log_drop(self) -> None:
+        self._unlogged_drops += 1
         now = asyncio.get_running_loop().time()
-        if now - self._told >= _LOG_PAUSE:
+        if now - self._last_log >= _LOG_PAUSE:
             log.warning(
                 "streaming connections without a request were closed for new ones: too many at once",
-                closed=self._dropped,
-                limit=self._most_strangers,
+                closed=self._unlogged_drops,
+                limit=self._max_pending,
             )
-            self._dropped, self._told = 0, now
+            self._unlogged_drops, self._last_log = 0, now
 
     async def _session(self, sock: socket.socket) -> None:
-        """A connection's life: one request, what it asks for, and a clean end."""
-        link = Link(self._buffer)
-        arrival = _Arrival(link)
-        watch = asyncio.create_task(self._watch(link))
+        """Serve one connection: TLS, one request, the offer that it takes, and a clean end."""
+        link = ClientLink(self._buffer)
+        reader = _RequestReader(link)
+        idle_watch = asyncio.create_task(self._close_when_idle(link))
         try:
-            if await self._connected(sock, link):
-                await self._serve(link, arrival)
+            if await self._connect(sock, link):
+                await self._serve(link, reader)
                 await link.finish()
         except ConnectionError:
             pass  # the client is gone
         except Exception as e:
             log.exception("a streaming session failed", error=str(e))
         finally:
-            watch.cancel()
+            idle_watch.cancel()
             link.abort()
 
-    async def _connected(self, sock: socket.socket, link: Link) -> bool:
-        """Whether the link has become the socket's, over TLS with a handshake that went well and was made in time."""
+    async def _connect(self, sock: socket.socket, link: ClientLink) -> bool:
+        """Connect the link to the socket. False where the client failed in the TLS handshake or took too long."""
         limit = None if self._tls is None else HEAD_TIMEOUT
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -234,262 +195,74 @@ class StreamingServer:
             return False
         return True
 
-    async def _watch(self, link: Link) -> None:
-        """Close a connection on which nothing has moved for too long."""
+    async def _close_when_idle(self, link: ClientLink) -> None:
         loop = asyncio.get_running_loop()
         while (left := link.used + self._idle - loop.time()) > 0:
             await asyncio.sleep(left)
         log.info("a streaming connection was idle for too long", seconds=self._idle)
         link.abort()
 
-    async def _serve(self, link: Link, arrival: _Arrival) -> None:
-        shake = arrival.shake
-        request = await arrival.request()
+    async def _serve(self, link: ClientLink, reader: _RequestReader) -> None:
+        handshake = reader.handshake
+        request = await reader.request()
         if request is None:
             return
-        if len(self._sessions) - len(self._strangers) >= self._most_known:
-            # Before its address is used up: it may come again.
-            link.send(shake.refuse(503, f"{self._most_known} clients are being served; try again later"))
+        if len(self._sessions) - len(self._pending) >= self._max_accepted:
+            # Before the offer is taken: the client may come again with the same address.
+            link.send(handshake.refuse(503, f"{self._max_accepted} clients are being served; try again later"))
             return
         offer = self._offers.take(request.path.rpartition("/")[2])
         if offer is None:
-            link.send(shake.refuse(404, "there is no such address any more: it works once, and not for long"))
+            text = "this address is not valid, or not any more: an address works once, and for a short time"
+            link.send(handshake.refuse(404, text))
             return
         task = asyncio.current_task()
         assert task is not None
-        self._strangers.pop(task, None)
-        protocols = _protocols(offer, request.kind)
+        self._pending.pop(task, None)
+        protocols = _protocols(offer, request.upgrade)
         protocol = remotecommand.negotiate(request.protocols, protocols)
         if protocol is None:
-            link.send(shake.refuse_protocols(protocols))
+            link.send(handshake.refuse_protocols(protocols))
             return
-        link.send(shake.accept(protocol))
-        session = _Session(link, request.kind, protocol, shake.rest)
-        await (session.command(offer) if isinstance(offer, Command) else session.forward(offer))
+        link.send(handshake.accept(protocol))
+        connection = UpgradedConnection(link, request.upgrade, protocol, handshake.rest)
+        await (serve_command(connection, offer) if isinstance(offer, Command) else serve_forward(connection, offer))
 
 
-def _protocols(offer: Offer, kind: Kind) -> Sequence[str]:
+def _protocols(offer: Offer, upgrade: Upgrade) -> Sequence[str]:
     if isinstance(offer, Command):
-        return tuple(remotecommand.SPDY_PROTOCOLS if kind is Kind.SPDY else remotecommand.WEBSOCKET_PROTOCOLS)
-    return portforward.SPDY_PROTOCOLS if kind is Kind.SPDY else portforward.WEBSOCKET_PROTOCOLS
+        return tuple(remotecommand.SPDY_PROTOCOLS if upgrade is Upgrade.SPDY else remotecommand.WEBSOCKET_PROTOCOLS)
+    return portforward.SPDY_PROTOCOLS if upgrade is Upgrade.SPDY else portforward.WEBSOCKET_PROTOCOLS
 
 
-class _Arrival:
-    """A client's request, from its first byte on."""
+class _RequestReader:
+    """Reads a client's request, from the first byte of the connection on."""
 
-    def __init__(self, link: Link) -> None:
-        self.shake = Handshake()
+    def __init__(self, link: ClientLink) -> None:
+        self.handshake = Handshake()
         self._link = link
-        self._answer: asyncio.Future[Request | handshake.Refusal] = asyncio.get_running_loop().create_future()
+        self._outcome: asyncio.Future[Request | Refusal] = asyncio.get_running_loop().create_future()
         link.received = self._received
 
     def _received(self, data: bytes) -> None:
-        found = self.shake.receive(data)
-        if found is not None and not self._answer.done():
-            self._answer.set_result(found)
-            self._link.hold(self.shake)  # until somebody takes what comes behind
+        outcome = self.handshake.receive(data)
+        if outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+            self._link.hold(self.handshake)  # until the session reads the bytes behind the request
 
     async def request(self) -> Request | None:
         """The request; None where it was refused, or did not come in time. Raises ConnectionError."""
-        link, answer = self._link, self._answer
-        either: set[asyncio.Future[Any]] = {answer, link.lost}
+        link, outcome = self._link, self._outcome
+        either: set[asyncio.Future[Any]] = {outcome, link.lost}
         await asyncio.wait(either, timeout=HEAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         if link.lost.done():
             raise ConnectionResetError("the client is gone")
-        link.release(self.shake)
-        if not answer.done():
-            link.send(self.shake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
+        link.release(self.handshake)
+        if not outcome.done():
+            link.send(self.handshake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
             return None
-        found = answer.result()
-        if isinstance(found, handshake.Refusal):
-            link.send(found.response)
+        result = outcome.result()
+        if isinstance(result, Refusal):
+            link.send(result.response)
             return None
-        return found
-
-
-class _Session:
-    """What one client does with the streams of its connection."""
-
-    def __init__(self, link: Link, kind: Kind, protocol: str, rest: bytes) -> None:
-        self._link = link
-        self._kind = kind
-        self._protocol = protocol
-        self._rest = rest
-
-    async def command(self, offer: Command) -> None:
-        """Run a command on the client's streams and tell it how that ended."""
-        carrier: SpdyCarrier | ChannelCarrier
-        if self._kind is Kind.SPDY:
-            features = remotecommand.SPDY_PROTOCOLS[self._protocol]
-            carrier, streams = await self._spdy_streams(offer.wanted, features)
-        else:
-            features = remotecommand.WEBSOCKET_PROTOCOLS[self._protocol]
-            readable, writable = offer.wanted.websocket_channels()
-            carrier = ChannelCarrier(self._link, self._protocol, readable=readable, writable=writable)
-            streams = {remotecommand.Stream(number): stream for number, stream in carrier.streams.items()}
-            carrier.receive(self._rest)
-            await streams[offer.wanted.greeting_channel()].write(b"")
-        message = await self._while_connected(_outcome(offer, streams, features))
-        if message:
-            await streams[remotecommand.Stream.ERROR].write(message)
-        for stream in streams.values():
-            stream.close()
-        carrier.close()
-
-    async def _spdy_streams(
-        self, wanted: Wanted, features: Features
-    ) -> tuple[SpdyCarrier, dict[remotecommand.Stream, Stream]]:
-        """The streams of a command, when the client has opened them all. Raises ConnectionError where it does not."""
-        expected = wanted.spdy_streams(features)
-        found: dict[remotecommand.Stream, Stream] = {}
-        complete = asyncio.Event()
-
-        def opened(stream: Stream, headers: Pairs) -> None:
-            try:
-                kind = remotecommand.stream_of(headers)
-            except CriError as e:
-                raise ValueError(str(e)) from e
-            if kind in found or kind not in expected:
-                raise ValueError(f"a {kind.type} stream is not expected")
-            found[kind] = stream
-            if found.keys() == expected:
-                complete.set()
-
-        carrier = SpdyCarrier(self._link, opened)
-        carrier.receive(self._rest)
-        try:
-            async with asyncio.timeout(STREAMS_TIMEOUT):
-                await self._while_connected(complete.wait())
-        except TimeoutError:
-            missing = ", ".join(kind.type for kind in expected - found.keys())
-            raise ConnectionAbortedError(f"the client did not open its streams: {missing}") from None
-        return carrier, found
-
-    async def forward(self, offer: Forward) -> None:
-        """Serve forwarded connections until the client goes, or none can come any more."""
-        tasks: set[asyncio.Task[None]] = set()
-
-        def carry(port: int, data: Stream, error: Stream, greeting: bytes = b"") -> None:
-            task = asyncio.create_task(_forwarded(offer, port, data, error, greeting))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-
-        try:
-            if self._kind is Kind.SPDY or self._protocol == websocket.TUNNEL_PROTOCOL:
-                self._forward_streams(carry)
-                await asyncio.wait({self._link.lost})
-            else:
-                carrier = self._forward_channels(offer, carry)
-                if tasks:
-                    await self._while_connected(asyncio.wait(tasks))
-                carrier.close()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _forward_streams(self, carry: Callable[[int, Stream, Stream], None]) -> None:
-        """Two streams that the client opens are a connection."""
-        pairs = portforward.Pairs()
-        waiting: dict[int, Stream] = {}
-        timers: dict[str, asyncio.TimerHandle] = {}
-        loop = asyncio.get_running_loop()
-
-        def opened(stream: Stream, headers: Pairs) -> None:
-            try:
-                pair = pairs.add(stream.number, headers)
-            except CriError as e:
-                raise ValueError(str(e)) from e
-            waiting[stream.number] = stream
-            if pair.data is not None and pair.error is not None:
-                timers.pop(pair.key).cancel()
-                carry(pair.port, waiting.pop(pair.data), waiting.pop(pair.error))
-            else:
-                timers[pair.key] = loop.call_later(STREAMS_TIMEOUT, expire, pair)
-
-        def expire(pair: portforward.Pair) -> None:
-            del timers[pair.key]
-            if pairs.expire(pair):
-                for number in (pair.data, pair.error):
-                    if number is not None:
-                        waiting.pop(number).reset()
-
-        tunnel = websocket.Tunnel() if self._kind is Kind.WEBSOCKET else None
-        SpdyCarrier(self._link, opened, tunnel)
-        self._link.received(self._rest)
-
-    def _forward_channels(self, offer: Forward, carry: Callable[[int, Stream, Stream, bytes], None]) -> ChannelCarrier:
-        """Two channels of the WebSocket are a connection to each of the request's ports."""
-        readable, writable = portforward.websocket_channels(offer.ports)
-        carrier = ChannelCarrier(self._link, self._protocol, readable=readable, writable=writable)
-        carrier.receive(self._rest)
-        for number, port in enumerate(offer.ports):
-            carry(port, carrier.streams[2 * number], carrier.streams[2 * number + 1], portforward.greeting(port))
-        return carrier
-
-    async def _while_connected(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of work that is cancelled when the client goes; ConnectionResetError then."""
-        task = asyncio.create_task(work)
-        try:
-            await asyncio.wait({task, self._link.lost}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise ConnectionResetError("the client is gone")
-        finally:
-            if not task.done():
-                task.cancel()
-                # Not wait: what a task that is cut off raises is to be taken, or asyncio complains of it.
-                await asyncio.gather(task, return_exceptions=True)
-
-
-async def _outcome(offer: Command, streams: dict[remotecommand.Stream, Stream], features: Features) -> bytes:
-    """Run the command; what the error stream is to say of its end."""
-    kind = remotecommand.Stream
-    given = Streams(*(streams.get(k) for k in (kind.STDIN, kind.STDOUT, kind.STDERR, kind.RESIZE)))
-    try:
-        return remotecommand.exit_message(await offer.run(given), features)
-    except CriError as e:
-        log.info("a streamed command failed", error=str(e))
-        return remotecommand.failure_message(status(str(e)), features)
-
-
-async def _forwarded(offer: Forward, port: int, data: Stream, error: Stream, greeting: bytes) -> None:
-    """Carry one connection between a client and a port of the pod.
-
-    A ``greeting`` goes first on both streams, of a client that has no sign for the end of one but that of all.
-    """
-    try:
-        if greeting:
-            await data.write(greeting)
-            await error.write(greeting)
-        try:
-            sock = await offer.dial(port)
-        except CriError as e:
-            log.info("a port cannot be forwarded", port=port, error=str(e))
-            await error.write(status(str(e)).encode())
-            return
-        with sock:
-            async with asyncio.TaskGroup() as group:
-                sending = group.create_task(_send_all(data, sock))
-                await pipes.Outflow(sock.fileno(), data).run()
-                data.close()
-                # Kubernetes' clients before 1.30 say that they have nothing more to send only when this has ended.
-                error.close()
-                if greeting:
-                    sending.cancel()
-    except* ConnectionError:
-        pass  # the client is gone, or has let go of the stream
-    except* Exception as e:
-        log.exception("a forwarded connection failed", port=port, error=str(e.exceptions[0]))
-    finally:
-        for stream in (error, data):
-            stream.close()
-            stream.reset()
-
-
-async def _send_all(data: Stream, sock: socket.socket) -> None:
-    await pipes.copy_in(data, sock.fileno())
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # it is closed already
+        return result

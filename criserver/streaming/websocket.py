@@ -1,8 +1,8 @@
 """WebSocket connections after their handshake (RFC 6455): channels in messages, or a stream of bytes; no I/O.
 
-:class:`Channels` speaks the sub-protocols of Kubernetes in which a message belongs to a channel, :class:`Tunnel` the
-one that carries another protocol's bytes. Both take the peer's bytes, never raise on them, and give events; what they
-have to say is fetched with ``take``. A message is handed on in the parts in which it comes, and never kept whole.
+:class:`Channels` has the sub-protocols of Kubernetes in which a message belongs to a channel. :class:`Tunnel` has the
+one that carries the bytes of another protocol. ``receive`` takes the peer's bytes, never raises on them, and returns
+events. ``take`` returns the bytes to send. A message is passed on in parts, as they arrive, and never kept whole.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ CLOSE_SIGNAL_PROTOCOL = "v5.channel.k8s.io"
 BINARY_PROTOCOLS = frozenset({"", "channel.k8s.io", "v4.channel.k8s.io", CLOSE_SIGNAL_PROTOCOL})
 BASE64_PROTOCOLS = frozenset({"base64.channel.k8s.io", "v4.base64.channel.k8s.io"})
 TUNNEL_PROTOCOL = "SPDY/3.1+portforward.k8s.io"
-"""The sub-protocol that :class:`Tunnel` is for."""
+"""The sub-protocol of :class:`Tunnel`."""
 
-# A message of v5 that begins with it says that the client writes no more to the channel of its second byte.
+# The first byte of a close signal (v5): the client writes no more to the channel in the second byte.
 _CLOSE_SIGNAL = 255
-# The channels that v5 has: those of a command, its errors and its terminal's size.
+# The channels of v5: those of a command, its errors and the size of its terminal.
 _CLOSABLE = range(5)
-# wsproto's cost for a byte doubles with pieces that do not stay in the processor's cache.
+# Bytes that wsproto gets at once. Its cost for a byte doubles with pieces that do not fit the processor's cache.
 _PIECE = 64 << 10
-# First bytes of a message that is one frame (RFC 6455, section 5.2).
+# The first byte of a message in one frame (RFC 6455, section 5.2).
 _TEXT_FRAME, _BINARY_FRAME = b"\x81", b"\x82"
 
 
@@ -47,7 +47,7 @@ class ChannelClosed:
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class TunnelData:
     """Bytes of a tunnel."""
 
     data: bytes
@@ -57,15 +57,15 @@ class Data:
 class Closed:
     """The last event: the peer has closed, or has broken the protocol.
 
-    ``code`` is the peer's (1005 where it gave none), or the one that we close with. Send what there is to take, then
-    close the connection.
+    ``code`` is the peer's (1005 where it gave none), or the one that this side closes with. Send the bytes of ``take``,
+    then close the connection.
     """
 
     code: int
     reason: str
 
 
-Event = ChannelData | ChannelClosed | Data | Closed
+Event = ChannelData | ChannelClosed | TunnelData | Closed
 _Message = TextMessage | BytesMessage
 Buffer = bytes | bytearray | memoryview
 
@@ -77,9 +77,9 @@ class _PeerError(Exception):
 
 
 class _Socket:
-    """What channels and tunnels share: frames, pings and the closing handshake.
+    """The common part of channels and tunnels: frames, pings and the closing handshake.
 
-    ``client`` is for tests: the daemon is never one.
+    ``client`` is for tests alone: the daemon is always the server.
     """
 
     def __init__(self, *, client: bool) -> None:
@@ -91,16 +91,16 @@ class _Socket:
 
     @property
     def open(self) -> bool:
-        """Whether what is sent still goes out: neither side has closed."""
+        """Whether this side can still send: neither side has closed."""
         return not self._ended and self._wire.state is ConnectionState.OPEN
 
     @property
     def ended(self) -> bool:
-        """Whether the peer has closed or broken the protocol; nothing comes any more."""
+        """Whether the peer has closed or broken the protocol. No event comes any more."""
         return self._ended
 
     def receive(self, data: bytes) -> list[Event]:
-        """The events that ``data`` completes; none after Closed. Never raises on what a peer sends."""
+        """The events that ``data`` completes; none after Closed. Never raises, whatever a peer sends."""
         events: list[Event] = []
         for start in range(0, len(data), _PIECE):
             if self._ended:
@@ -119,14 +119,14 @@ class _Socket:
             self._out.append(self._wire.send(CloseConnection(code, reason)))
 
     def take(self) -> bytes:
-        """What is to be sent to the peer."""
+        """The bytes to send to the peer."""
         self._flush_pong()
         out = self._out
         self._out = []
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _message(self, text: bool, head: bytes, data: Buffer) -> None:
-        """Send one message of two parts; dropped when the peer would not see it any more."""
+        """Send one message of two parts. It is dropped after either side has closed."""
         if not self.open:
             return
         if self._client:
@@ -134,7 +134,7 @@ class _Socket:
             message = TextMessage(payload.decode()) if text else BytesMessage(payload)
             self._out.append(self._wire.send(message))
             return
-        # wsproto makes four copies of a payload on its way out; a frame of a server needs one.
+        # The frame is made here: wsproto would copy the payload four times, and a server's frame needs one copy.
         size = len(head) + len(data)
         if size < 126:
             length = size.to_bytes(1, "big")
@@ -148,7 +148,7 @@ class _Socket:
         for event in self._wire.events():
             match event:
                 case TextMessage() | BytesMessage():
-                    # What still comes after our own close is no longer wanted.
+                    # Messages after this side has closed are dropped.
                     if self._wire.state is ConnectionState.OPEN:
                         self._part(event, events)
                 case Ping(payload=payload):
@@ -162,7 +162,7 @@ class _Socket:
         raise NotImplementedError
 
     def _end(self, events: list[Event], code: int, reason: str) -> None:
-        """The peer has closed, or a rule was broken: answer with the same code, unless we have closed ourselves."""
+        """The peer has closed or broken a rule. Answer with the same code, unless this side has closed already."""
         if self._wire.state in (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING):
             self._flush_pong()
             self._out.append(self._wire.send(CloseConnection(code, reason)))
@@ -178,14 +178,15 @@ class _Socket:
 class Channels(_Socket):
     """A connection whose messages belong to channels.
 
-    ``readable`` are the channels that the peer may write to: data for others is dropped, as Kubernetes does, so that
-    a client may write to a stream that was not asked for. ``writable`` are those that we may write to; likewise.
+    ``readable`` are the channels that the peer may write to. Data for other channels is dropped, as in Kubernetes: a
+    client may write to a stream that it did not request. ``writable`` are the channels that this side may write to;
+    data for others is dropped too.
     """
 
     def __init__(
         self, subprotocol: str, *, readable: Collection[int], writable: Collection[int], client: bool = False
     ) -> None:
-        """Raises ValueError for a sub-protocol without channels, and for a channel that it has no sign for."""
+        """Raises ValueError for a sub-protocol without channels, and for a channel number that it cannot encode."""
         super().__init__(client=client)
         if subprotocol not in BINARY_PROTOCOLS | BASE64_PROTOCOLS:
             raise ValueError(f"{subprotocol!r} is no sub-protocol with channels")
@@ -195,7 +196,7 @@ class Channels(_Socket):
             raise ValueError(f"{subprotocol!r} has the channels 0 to {channel_limit(subprotocol) - 1} only")
         self._readable = set(readable)
         self._writable = set(writable)
-        # Of the message that is being received; it has begun when its first byte has come.
+        # The state of the message that is being received. A message begins with its first byte.
         self._within = False
         self._channel: int | None = None
         self._signal: bytes | None = None
@@ -203,7 +204,7 @@ class Channels(_Socket):
         self._padded = False
 
     def send(self, channel: int, data: Buffer) -> None:
-        """Send one message, which may be empty. Dropped for a channel that we may not write to, and once closed."""
+        """Send one message, which may be empty. It is dropped for a channel that is not writable, and after a close."""
         if channel not in self._writable:
             return
         if self._base64:
@@ -212,14 +213,14 @@ class Channels(_Socket):
             self._message(False, bytes((channel,)), data)
 
     def close(self, channel: int) -> None:
-        """Write no more to a channel. Only v5 has a sign for it, and only for clients: a server's is not sent."""
+        """Write no more to a channel. Only v5 has a close signal, and only a client sends it."""
         if channel in self._writable:
             self._writable.discard(channel)
             if self._signals and self._client:
                 self._message(False, bytes((_CLOSE_SIGNAL, channel)), b"")
 
     def _part(self, message: _Message, events: list[Event]) -> None:
-        # Kubernetes takes text and binary messages for the same.
+        # Kubernetes treats text and binary messages alike.
         data = message.data.encode() if isinstance(message, TextMessage) else bytes(message.data)
         if not self._within and data:
             self._within = True
@@ -227,7 +228,7 @@ class Channels(_Socket):
         if self._signal is not None:
             self._signal += data
             if len(self._signal) > 1:
-                raise _PeerError(CloseReason.PROTOCOL_ERROR, "a sign of closing names one channel")
+                raise _PeerError(CloseReason.PROTOCOL_ERROR, "a close signal names one channel")
         elif self._channel is not None:
             if self._base64:
                 data = self._decoded(data, message.message_finished)
@@ -240,7 +241,7 @@ class Channels(_Socket):
             self._channel = self._signal = None
 
     def _begin(self, data: bytes) -> bytes:
-        """Take a message's first byte, and return what is behind it."""
+        """Read the first byte of a message, and return the bytes behind it."""
         first, rest = data[0], data[1:]
         if self._signals and first == _CLOSE_SIGNAL:
             self._signal = b""
@@ -252,13 +253,13 @@ class Channels(_Socket):
 
     def _peer_closes(self, signal: bytes, events: list[Event]) -> None:
         if not signal or signal[0] not in _CLOSABLE:
-            raise _PeerError(CloseReason.PROTOCOL_ERROR, "a sign of closing names no channel that there is")
+            raise _PeerError(CloseReason.PROTOCOL_ERROR, "a close signal names an unknown channel")
         if signal[0] in self._readable:
             self._readable.discard(signal[0])
             events.append(ChannelClosed(signal[0]))
 
     def _decoded(self, data: bytes, last: bool) -> bytes:
-        """The bytes that complete groups of four characters stand for; line breaks between them count for nothing."""
+        """Decode the complete groups of four characters; line breaks between them are ignored."""
         if b"\n" in data or b"\r" in data:
             data = data.translate(None, b"\r\n")
         if self._quantum:
@@ -279,22 +280,22 @@ class Channels(_Socket):
 
 
 class Tunnel(_Socket):
-    """A connection whose binary messages are a stream of bytes; where one ends means nothing."""
+    """A connection whose binary messages are a stream of bytes. The borders of messages have no meaning."""
 
     def __init__(self, *, client: bool = False) -> None:
         super().__init__(client=client)
 
     def send(self, data: Buffer) -> None:
-        """Send one message. Dropped once closed."""
+        """Send one message. It is dropped after a close."""
         self._message(False, b"", data)
 
     def _part(self, message: _Message, events: list[Event]) -> None:
         if isinstance(message, TextMessage):
             raise _PeerError(CloseReason.UNSUPPORTED_DATA, "a tunnel carries binary messages")
         if message.data:
-            events.append(Data(bytes(message.data)))
+            events.append(TunnelData(bytes(message.data)))
 
 
 def channel_limit(subprotocol: str) -> int:
-    """How many channels a sub-protocol can name: in base64 their signs, from "0" on, stay ASCII."""
+    """How many channels a sub-protocol can encode: in base64 by characters from "0" on, which have to be ASCII."""
     return 80 if subprotocol in BASE64_PROTOCOLS else 255

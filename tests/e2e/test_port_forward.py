@@ -112,7 +112,7 @@ class Tunnel(Spdy):
 
     def receive(self, data: bytes) -> None:
         for event in self.tunnel.receive(data):
-            if isinstance(event, websocket.Data):
+            if isinstance(event, websocket.TunnelData):
                 super().receive(event.data)
 
     def wrapped(self, data: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from criserver.streaming.handshake import Handshake, Kind, Refusal, Request
+from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
 
 LIMITS = (16384, 256, 64)
 
@@ -41,7 +41,9 @@ def check_request(handshake: Handshake, request: Request, data: bytes, limit: in
         head, end, rest = response.partition(b"\r\n\r\n")
         assert (end, rest) == (b"\r\n\r\n", b"")
         assert head.startswith(b"HTTP/1.1 101 ")
-        assert head.count(b"\n") == head.count(b"\r\n") == (4 if request.kind is Kind.WEBSOCKET and protocol else 3)
+        assert (
+            head.count(b"\n") == head.count(b"\r\n") == (4 if request.upgrade is Upgrade.WEBSOCKET and protocol else 3)
+        )
     refused = handshake.refuse_protocols(["v4.channel.k8s.io"])
     assert refused.startswith(b"HTTP/1.1 403 ")
     assert len(refused) < limit * 2 + 1024

@@ -19,7 +19,7 @@ from tests.support.spdy_peer import (
     words,
 )
 
-LIMITS = spdy.Limits(
+LIMITS = spdy.SpdyLimits(
     control=9000, headers=2000, pairs=8, settings=4, streams=6, answers=32, text=4000, frame=500, window=60
 )
 MAX_ID = 0x7FFFFFFF

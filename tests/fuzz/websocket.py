@@ -9,9 +9,9 @@ from criserver.streaming.websocket import (
     ChannelData,
     Channels,
     Closed,
-    Data,
     Event,
     Tunnel,
+    TunnelData,
 )
 
 PROTOCOLS = [*sorted(BINARY_PROTOCOLS | BASE64_PROTOCOLS), "tunnel"]
@@ -43,8 +43,8 @@ def check(data: bytes) -> None:
     refused = whole.ended and {events[-1].code, pieces[-1].code} <= {1003, 1007}
     if not refused:
         assert written(events) == written(pieces)
-        assert [event for event in events if not isinstance(event, ChannelData | Data)] == [
-            event for event in pieces if not isinstance(event, ChannelData | Data)
+        assert [event for event in events if not isinstance(event, ChannelData | TunnelData)] == [
+            event for event in pieces if not isinstance(event, ChannelData | TunnelData)
         ]
     assert sum(len(part) for part in written(events).values()) <= (0 if closing else len(data))
 
@@ -71,7 +71,7 @@ def written(events: list[Event]) -> dict[int, bytes]:
                 assert channel in (0, 4)
                 assert data
                 found[channel] = found.get(channel, b"") + data
-            case Data(data=data):
+            case TunnelData(data=data):
                 assert data
                 found[-1] = found.get(-1, b"") + data
             case ChannelClosed(channel=channel):

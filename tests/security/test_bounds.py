@@ -464,7 +464,7 @@ def test_idle_connections_keep_nobody_out(node: Node, data: bytes):
         promptly(node, container)
         promptly(node, container)
         assert node.sh(container, "echo hi") == "hi\n", "and CRI's own socket serves"
-        assert node.streams() < streaming.MAX_STRANGERS + 200
+        assert node.streams() < streaming.MAX_PENDING + 200
 
 
 def test_slow_writers_keep_nobody_out(node: Node):
@@ -508,10 +508,10 @@ def test_connections_that_come_without_end_keep_nobody_out(node: Node):
     thread = threading.Thread(target=knock)
     thread.start()
     try:
-        eventually(lambda: made[0] > streaming.MAX_STRANGERS)
+        eventually(lambda: made[0] > streaming.MAX_PENDING)
         for _ in range(5):
             promptly(node, container)
-        assert node.streams() < streaming.MAX_STRANGERS + 200
+        assert node.streams() < streaming.MAX_PENDING + 200
     finally:
         done.set()
         thread.join()

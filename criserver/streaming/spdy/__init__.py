@@ -1,7 +1,7 @@
 """SPDY/3.1 without I/O, for either side of a connection.
 
 connection = Connection()
-for event in connection.receive(what_came):
+for event in connection.receive(received_bytes):
     match event:
         case StreamOpened(stream, headers):
             connection.reply(stream)
@@ -13,8 +13,8 @@ transport.write(connection.take())
 
 from __future__ import annotations
 
-from criserver.streaming.spdy.connection import Connection, Limits
-from criserver.streaming.spdy.events import (
+from criserver.streaming.spdy.connection import Connection, SpdyLimits
+from criserver.streaming.spdy.connection_events import (
     ConnectionFailed,
     Data,
     Event,
@@ -27,7 +27,7 @@ from criserver.streaming.spdy.events import (
     StreamOpened,
     WindowGrown,
 )
-from criserver.streaming.spdy.frames import MAX_WINDOW, Farewell, LocalError, Status
+from criserver.streaming.spdy.frames import MAX_WINDOW, GoAwayStatus, LocalError, Status
 from criserver.streaming.spdy.states import Half
 
 __all__ = [
@@ -36,16 +36,16 @@ __all__ = [
     "ConnectionFailed",
     "Data",
     "Event",
-    "Farewell",
+    "GoAwayStatus",
     "GoneAway",
     "Half",
     "Headers",
-    "Limits",
     "LocalError",
     "Pong",
     "Refused",
     "Replied",
     "Reset",
+    "SpdyLimits",
     "Status",
     "StreamOpened",
     "WindowGrown",

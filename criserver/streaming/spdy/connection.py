@@ -1,17 +1,17 @@
 """SPDY/3.1 without I/O: bytes in, events out, and the bytes to send (SPDY Protocol Draft 3.1, section 2).
 
-kubectl's exec, attach and port-forward and crictl speak it after an HTTP upgrade, with moby/spdystream on their side.
-What that peer does shapes this module where the specification leaves room:
+kubectl (exec, attach, port-forward) and crictl use it after an HTTP upgrade. Their library is moby/spdystream. Where
+the specification leaves a choice, this module follows that library:
 
-- It drops data for a stream that has no SYN_REPLY yet, so ``send`` before ``reply`` is refused here.
-- It reads nothing after a GOAWAY, not even data of open streams, so ``go_away`` comes after all that it is to get.
-- It takes no part in flow control: no WINDOW_UPDATE ever comes from it. Ours it reads and ignores, yet each takes a
-  place in one of five bounded queues, and behind a stream whose user does not read these fill up until all of its
-  streams stand still. So flow control begins only when the peer sends a WINDOW_UPDATE, or a SETTINGS with an initial
-  window. Until then none is sent, and no window bounds what is sent.
+1. It drops data for a stream that has no SYN_REPLY yet. So ``send`` before ``reply`` is refused here.
+2. It reads nothing after a GOAWAY, not even data of open streams. So call ``go_away`` after the last data.
+3. It has no flow control: it never sends a WINDOW_UPDATE, and ignores those that it gets. But each one takes a place in
+   one of its five bounded queues. Behind a stream that is not read these queues fill up, until all streams stop. So
+   flow control begins only when the peer sends a WINDOW_UPDATE, or a SETTINGS with an initial window. Before that, this
+   side sends no WINDOW_UPDATE, and no window limits ``send``.
 
-A peer that goes beyond a window of ours is not cut off. The caller bounds its own memory by not reading the socket
-while it holds too much (``held``), and while the transport does not take what it is given.
+A peer that sends more than its window is not disconnected. The caller limits its own memory: it stops reading the
+socket while too many bytes are in memory (``held``), and while the transport's send buffer is full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from criserver.streaming.spdy.events import (
+from criserver.streaming.spdy.connection_events import (
     ConnectionFailed,
     Data,
     Event,
@@ -41,8 +41,8 @@ from criserver.streaming.spdy.frames import (
     MAX_WINDOW,
     UNIDIRECTIONAL,
     ConnectionFault,
-    Farewell,
     FrameReader,
+    GoAwayStatus,
     LocalError,
     Payload,
     Setting,
@@ -56,22 +56,23 @@ from criserver.streaming.spdy.frames import (
     two_words,
 )
 from criserver.streaming.spdy.headers import HeaderDecoder, HeaderEncoder, Pairs, split_pairs
-from criserver.streaming.spdy.states import REASONS, RULES, Half, Sent, Stream
+from criserver.streaming.spdy.states import REASONS, RULES, Half, Sent, StreamState
 
 # An attribute of an Enum costs too much for each frame of data.
 _OPEN, _DONE = Half.OPEN, Half.DONE
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds on what a peer may ask of one connection; sizes are in bytes.
+class SpdyLimits:
+    """The limits of one connection; sizes are in bytes.
 
-    ``control`` is the body of a control frame, which section 2.2.1 wants to be 8192 at least; ``headers`` a header
-    block after its decompression; ``pairs`` the headers in one block, each value counted; ``settings`` the entries of
-    a SETTINGS frame. ``streams`` may be open at once, of both sides together. Two hold for all that is received
-    between two calls of ``take``: ``answers``, the frames that the peer makes us send (PING, RST_STREAM), and
-    ``text``, the header blocks together. ``frame`` is the payload of a DATA frame that we send, ``window`` what a
-    peer that takes part in flow control may send of one stream ahead of ``consumed``.
+    ``control``: the body of a control frame (section 2.2.1: at least 8192). ``headers``: a decompressed header block.
+    ``pairs``: the headers in one block, each value counted. ``settings``: the entries of a SETTINGS frame. ``streams``:
+    the open streams of both sides together. ``frame``: the payload of a DATA frame that this side sends. ``window``:
+    what a peer with flow control may send on one stream ahead of ``consumed``.
+
+    Two limits hold between two calls of ``take``. ``answers``: the answers to the peer's frames (PING, RST_STREAM).
+    ``text``: all header blocks together.
     """
 
     control: int = 16 * 1024
@@ -88,9 +89,9 @@ class Limits:
 class Connection:
     """One side of a connection, the server unless ``client``.
 
-    With ``announce`` the peer is told our windows from the start, and by that to keep to them; without, once it has
-    told us of its own. None of the methods blocks or does I/O; those that make frames raise LocalError for what the
-    state of the connection or stream forbids, and then nothing has changed.
+    With ``announce`` flow control begins at once; without it, when the peer begins. No method blocks or does I/O. A
+    method that makes a frame raises LocalError where the state of the connection or stream forbids it, and has changed
+    nothing then.
     """
 
     __slots__ = (
@@ -104,6 +105,7 @@ class Connection:
         "_encoder",
         "_failed",
         "_going",
+        "_granting",
         "_held",
         "_initial",
         "_last_opened",
@@ -116,16 +118,15 @@ class Connection:
         "_pings",
         "_reader",
         "_reset",
-        "_speaking",
         "_streams",
         "_text",
         "_wanted",
     )
 
-    def __init__(self, *, client: bool = False, limits: Limits | None = None, announce: bool = False) -> None:
+    def __init__(self, *, client: bool = False, limits: SpdyLimits | None = None, announce: bool = False) -> None:
         self._client = client
-        self._limits = limits or Limits()
-        self._streams: dict[int, Stream] = {}
+        self._limits = limits or SpdyLimits()
+        self._streams: dict[int, StreamState] = {}
         self._decoder = HeaderDecoder()
         self._encoder = HeaderEncoder()
         self._next_id = self._next_ping = 1 if client else 2
@@ -136,22 +137,22 @@ class Connection:
         self._peer_gone = False
         self._going = False
         self._failed = False
-        # What is to be sent.
+        # The frames to send.
         self._out: list[bytes | memoryview] = []
         self._reset: set[int] = set()  # streams that have got an RST_STREAM since the last take()
         self._answers = 0
         self._text = 0
         self._reader = FrameReader(self._limits.control)
         self._wanted = False  # whether the payload of the DATA frame that is being read goes to the caller
-        # Flow control: the peer's windows, which bound us, and ours.
+        # Flow control: first the peer's windows, which limit this side, then the windows of this side.
         self._bounded = False
         self._initial = DEFAULT_WINDOW
         self._balance = DEFAULT_WINDOW
-        self._speaking = False
+        self._granting = False
         self._held = 0
         self._credit = 0
         if announce:
-            self._speak()
+            self._begin_grants()
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -164,7 +165,7 @@ class Connection:
         return self._held
 
     def state(self, stream: int) -> tuple[Half, Half]:
-        """What we and the peer may still send on a stream."""
+        """What this side and the peer may still send on a stream."""
         known = self._streams.get(stream)
         return (known.ours, known.theirs) if known else (_DONE, _DONE)
 
@@ -189,11 +190,11 @@ class Connection:
         body = HEAD.pack(stream, 0) + b"\x00\x00" + block
         self._out.append(control(Type.SYN_STREAM, body, FIN if end else 0))
         self._next_id += 2
-        self._streams[stream] = Stream(stream, _DONE if end else _OPEN, Half.SILENT)
+        self._streams[stream] = StreamState(stream, _DONE if end else _OPEN, Half.SILENT)
         return stream
 
     def reply(self, stream: int, headers: Iterable[tuple[str, str]] = (), *, end: bool = False) -> None:
-        """Accept a stream of the peer's; ``end``: this side sends no data on it."""
+        """Accept a stream of the peer; ``end``: this side sends no data on it."""
         self._send_block(Type.SYN_REPLY, Sent.REPLY, stream, headers, end=end)
 
     def headers(self, stream: int, headers: Iterable[tuple[str, str]], *, end: bool = False) -> None:
@@ -201,7 +202,7 @@ class Connection:
         self._send_block(Type.HEADERS, Sent.HEADERS, stream, headers, end=end)
 
     def send(self, stream: int, data: bytes | bytearray | memoryview, *, end: bool = False) -> None:
-        """Send data, not more than ``window`` allows; with ``end`` it is this side's last, and may be empty."""
+        """Send data, at most ``window`` bytes; with ``end`` it is this side's last data, and may be empty."""
         known, _ = self._may_send(stream, Sent.DATA)
         if type(data) is not bytes:
             data = bytes(data)  # it may change before take()
@@ -224,7 +225,7 @@ class Connection:
             self._forget_closed(known)
 
     def reset(self, stream: int, status: int) -> None:
-        """End a stream in both directions; nothing to do where it has ended already."""
+        """End a stream in both directions. Does nothing where it has ended already."""
         if not 0 < status <= 0xFFFFFFFF:
             raise LocalError(f"{status} is no status of RST_STREAM")
         if self._drop(stream):
@@ -232,7 +233,7 @@ class Connection:
             self._out.append(two_words(Type.RST_STREAM, stream, status))
 
     def ping(self) -> int:
-        """Ask for a sign of life and return the ID that the Pong will have."""
+        """Send a ping and return the ID that its Pong will have."""
         if self._failed:
             raise LocalError("no ping can be sent: the connection has failed")
         ping = self._next_ping
@@ -241,26 +242,26 @@ class Connection:
         self._out.append(control(Type.PING, ping.to_bytes(4, "big")))
         return ping
 
-    def go_away(self, status: int = Farewell.OK) -> None:
-        """Accept no more streams; those that are open go on. The second call does nothing."""
+    def go_away(self, status: int = GoAwayStatus.OK) -> None:
+        """Accept no more streams. Open streams go on. A second call does nothing."""
         if not (self._going or self._failed):
             self._going = True
             self._out.append(two_words(Type.GOAWAY, self._accepted, status))
 
     def consumed(self, stream: int, count: int) -> None:
-        """``count`` bytes of the stream's Data have been passed on or thrown away, also of a stream that has ended."""
+        """The caller has passed on or dropped ``count`` bytes of the stream's Data. The stream may have ended."""
         if not 0 <= count <= self._held:
             raise LocalError(f"{count} bytes cannot have been consumed: {self._held} are held")
         self._held -= count
         known = self._streams.get(stream)
         if known is not None and known.theirs is not _DONE:
             known.credit += count
-            if self._speaking and known.credit * 2 >= self._limits.window:
+            if self._granting and known.credit * 2 >= self._limits.window:
                 self._grant(known)
         self._restore(count)
 
     def take(self) -> bytes:
-        """What is to be sent now, b"" if nothing is."""
+        """The bytes to send now, b"" for none."""
         out = b"".join(self._out)
         self._out.clear()
         self._reset.clear()
@@ -268,7 +269,7 @@ class Connection:
         return out
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """The events in what the peer has sent. A fault of the peer's is an event and never raised."""
+        """The events in the peer's bytes. A fault of the peer is an event, and is never raised."""
         events: list[Event] = []
         if self._failed:
             return events
@@ -296,8 +297,8 @@ class Connection:
                 step = known.theirs, Sent.DATA
                 self._stream_fault(stream, RULES[step], REASONS[step], events)
         size = len(data)
-        if known is None or not self._wanted:  # also where the caller has reset it in the middle of a frame
-            # Nobody will consume it, and still it has used up the connection's window (section 2.6.8).
+        if known is None or not self._wanted:  # or the caller has reset it in the middle of a frame
+            # The caller will not consume these bytes, but they have used up the connection's window (section 2.6.8).
             self._restore(size)
             return
         if size or ended:
@@ -317,7 +318,7 @@ class Connection:
             return
         if not stream or self._is_own(stream) or stream < self._last_opened:
             raise ConnectionFault(
-                Farewell.PROTOCOL_ERROR, f"stream {stream} cannot be opened after stream {self._last_opened}"
+                GoAwayStatus.PROTOCOL_ERROR, f"stream {stream} cannot be opened after stream {self._last_opened}"
             )
         self._last_opened = stream
         if len(self._streams) >= self._limits.streams:
@@ -330,7 +331,7 @@ class Connection:
             return
         self._accepted = stream
         ended, unidirectional = bool(flags & FIN), bool(flags & UNIDIRECTIONAL)
-        known = Stream(stream, _DONE if unidirectional else Half.SILENT, _DONE if ended else _OPEN)
+        known = StreamState(stream, _DONE if unidirectional else Half.SILENT, _DONE if ended else _OPEN)
         self._streams[stream] = known
         events.append(StreamOpened(stream, pairs, ended, unidirectional))
         self._forget_closed(known)
@@ -371,11 +372,13 @@ class Connection:
         self._forget_closed(known)
 
     def _decode(self, block: bytes) -> bytes:
-        """A header block's text. Done for every block, whatever becomes of its frame: the next one builds on it."""
+        """The text of a header block. Every block must be decoded, also of ignored frames: the next block needs it."""
         text = self._decoder.decode(block, self._limits.headers)
         self._text += len(text)
         if self._text > self._limits.text:
-            raise ConnectionFault(Farewell.PROTOCOL_ERROR, f"more than {self._limits.text} bytes of headers at once")
+            raise ConnectionFault(
+                GoAwayStatus.PROTOCOL_ERROR, f"more than {self._limits.text} bytes of headers at once"
+            )
         return text
 
     def _rst_stream(self, body: bytes, _flags: int, events: list[Event]) -> None:
@@ -390,8 +393,8 @@ class Connection:
         if initial is None:
             return
         if initial > MAX_WINDOW:
-            raise ConnectionFault(Farewell.FLOW_CONTROL_ERROR, f"an initial window of {initial} bytes")
-        self._heed()
+            raise ConnectionFault(GoAwayStatus.FLOW_CONTROL_ERROR, f"an initial window of {initial} bytes")
+        self._begin_flow_control()
         grown = initial > self._initial
         self._initial = initial
         if grown:
@@ -417,12 +420,12 @@ class Connection:
 
     def _window_update(self, body: bytes, _flags: int, events: list[Event]) -> None:
         stream, delta = (word & MAX_ID for word in HEAD.unpack(body))
-        self._heed()
+        self._begin_flow_control()
         if not stream:
             if not delta:
-                raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes")
+                raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes")
             if self._balance + delta > MAX_WINDOW:
-                raise ConnectionFault(Farewell.FLOW_CONTROL_ERROR, f"a window of more than {MAX_WINDOW} bytes")
+                raise ConnectionFault(GoAwayStatus.FLOW_CONTROL_ERROR, f"a window of more than {MAX_WINDOW} bytes")
             self._balance += delta
             events.append(WindowGrown(0))
             return
@@ -448,10 +451,10 @@ class Connection:
         self._answer_reset(stream, status)
 
     def _unknown(self, stream: int, sent: Sent) -> None:
-        """A frame for a stream that is not open. That is no event: after a reset it is what is still on its way."""
+        """A frame for a stream that is not open. It is no event: frames may still arrive after a reset."""
         if not stream:
-            raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a frame for stream 0")
-        if self._going:  # it may be for a stream that we have ignored (section 2.2.2)
+            raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, "a frame for stream 0")
+        if self._going:  # it may be for a stream that was ignored here (section 2.2.2)
             return
         closed = stream < self._next_id if self._is_own(stream) else stream <= self._last_opened
         # Section 2.3.7 for data after the close, 2.2.2 and 2.6.3 for the rest.
@@ -459,7 +462,7 @@ class Connection:
         self._answer_reset(stream, Status.PROTOCOL_ERROR if wrong else Status.INVALID_STREAM)
 
     def _answer_reset(self, stream: int, status: int) -> None:
-        # One is enough for all frames that follow in succession (section 2.4.2).
+        # One RST_STREAM is enough for several frames in succession (section 2.4.2).
         if stream not in self._reset:
             self._reset.add(stream)
             self._answer(two_words(Type.RST_STREAM, stream, status))
@@ -468,23 +471,23 @@ class Connection:
         self._answers += 1
         if self._answers > self._limits.answers:
             raise ConnectionFault(
-                Farewell.PROTOCOL_ERROR, f"more than {self._limits.answers} frames that demand an answer at once"
+                GoAwayStatus.PROTOCOL_ERROR, f"more than {self._limits.answers} frames that demand an answer at once"
             )
         self._out.append(frame)
 
     def _is_own(self, number: int) -> bool:
-        """Whether a stream's or ping's ID is one of ours: odd ones are the client's (sections 2.3.2, 2.6.5)."""
+        """Whether the ID of a stream or ping is one of this side: a client's IDs are odd (sections 2.3.2, 2.6.5)."""
         return number % 2 == self._client
 
     def _drop(self, stream: int) -> bool:
-        """Close a stream; tells whether there was one."""
+        """Close a stream. False where there was none."""
         return self._streams.pop(stream, None) is not None
 
-    def _forget_closed(self, known: Stream) -> None:
+    def _forget_closed(self, known: StreamState) -> None:
         if known.ours is _DONE and known.theirs is _DONE:
             del self._streams[known.id]
 
-    def _may_send(self, stream: int, sent: Sent) -> tuple[Stream, Half]:
+    def _may_send(self, stream: int, sent: Sent) -> tuple[StreamState, Half]:
         known = self._streams.get(stream)
         if known is None:
             raise LocalError(f"stream {stream} is not open")
@@ -503,24 +506,24 @@ class Connection:
         known.ours = _DONE if end else after
         self._forget_closed(known)
 
-    def _room(self, known: Stream) -> int:
+    def _room(self, known: StreamState) -> int:
         return min(self._initial + known.balance, self._balance) if self._bounded else MAX_WINDOW
 
-    def _heed(self) -> None:
-        """The peer takes part in flow control: keep to its windows, and tell it ours."""
+    def _begin_flow_control(self) -> None:
+        """The peer uses flow control: keep to its windows, and announce the windows of this side."""
         self._bounded = True
-        self._speak()
+        self._begin_grants()
 
-    def _speak(self) -> None:
-        """Tell the peer our windows, from now on."""
-        if self._speaking:
+    def _begin_grants(self) -> None:
+        """Announce the windows of this side, and grant bytes from now on."""
+        if self._granting:
             return
-        self._speaking = True
+        self._granting = True
         window = self._limits.window
         self._out.append(
             settings({Setting.MAX_CONCURRENT_STREAMS: self._limits.streams, Setting.INITIAL_WINDOW_SIZE: window})
         )
-        # A peer that kept to its windows in silence cannot have sent more than one of them.
+        # The peer may have kept to its windows all the time. Then it has sent at most one default window.
         self._credit = min(self._credit, DEFAULT_WINDOW) + max(0, window - DEFAULT_WINDOW)
         self._restore(0)
         for known in self._streams.values():
@@ -528,14 +531,14 @@ class Connection:
             if known.credit:
                 self._grant(known)
 
-    def _grant(self, known: Stream) -> None:
+    def _grant(self, known: StreamState) -> None:
         self._out.append(two_words(Type.WINDOW_UPDATE, known.id, known.credit))
         known.credit = 0
 
     def _restore(self, count: int) -> None:
-        """Give back a part of the connection's window, half a window at a time."""
+        """Grant bytes of the connection's window again, half a window at a time."""
         self._credit += count
-        if self._speaking and self._credit * 2 >= max(self._limits.window, DEFAULT_WINDOW):
+        if self._granting and self._credit * 2 >= max(self._limits.window, DEFAULT_WINDOW):
             self._out.append(two_words(Type.WINDOW_UPDATE, 0, self._credit))
             self._credit = 0
 

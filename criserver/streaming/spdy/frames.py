@@ -1,4 +1,4 @@
-"""Frames and their wire forms (SPDY Protocol Draft 3.1, sections 2.2 and 2.6), whatever they mean to a stream."""
+"""Frames and their form on the wire (SPDY Protocol Draft 3.1, sections 2.2 and 2.6); no state of streams."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Status(IntEnum):
     FRAME_TOO_LARGE = 11
 
 
-class Farewell(IntEnum):
-    """Why a connection goes away (section 2.6.6; the last one is section 2.6.8's)."""
+class GoAwayStatus(IntEnum):
+    """Why a connection goes away (section 2.6.6; the last one is from section 2.6.8)."""
 
     OK = 0
     PROTOCOL_ERROR = 1
@@ -57,18 +57,18 @@ class Farewell(IntEnum):
 
 
 class Setting(IntEnum):
-    """The settings that this side speaks of; the others are hints for browsers."""
+    """The settings that this side uses; the others are hints for browsers."""
 
     MAX_CONCURRENT_STREAMS = 4
     INITIAL_WINDOW_SIZE = 7
 
 
 class LocalError(Exception):
-    """The caller asked for what the protocol does not allow; nothing was sent."""
+    """The protocol does not allow the call; nothing was sent."""
 
 
-class Fault(Exception):  # noqa: N818 (it ends up as a frame and an event, never with a caller)
-    """The peer broke the protocol: the status that it is told, and the reason in words."""
+class Fault(Exception):  # noqa: N818 (it becomes a frame and an event, and never reaches a caller)
+    """The peer broke the protocol. It gets ``status``; ``reason`` is for the event."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -77,7 +77,7 @@ class Fault(Exception):  # noqa: N818 (it ends up as a frame and an event, never
 
 
 class ConnectionFault(Fault):
-    """A fault after which nothing more can be read from this peer; ``status`` is a Farewell."""
+    """A fault after which the connection cannot be read any more; ``status`` is a GoAwayStatus."""
 
 
 class StreamFault(Fault):
@@ -100,27 +100,27 @@ def two_words(kind: Type, first: int, second: int) -> bytes:
 
 
 def settings(values: dict[Setting, int]) -> bytes:
-    """A SETTINGS frame; the lowest ID goes first, as section 2.6.4 asks."""
+    """A SETTINGS frame; the lowest ID is first, as section 2.6.4 requires."""
     entries = b"".join(HEAD.pack(key, value) for key, value in sorted(values.items()))
     return control(Type.SETTINGS, len(values).to_bytes(4, "big") + entries)
 
 
 def parse_settings(body: bytes, limit: int) -> dict[int, int]:
-    """ID to value; of an ID that comes twice the first value holds. Raises ConnectionFault."""
+    """The values by ID. For an ID that comes twice, the first value counts. Raises ConnectionFault."""
     count = int.from_bytes(body[:4], "big")
     if len(body) != 4 + 8 * count:
         raise ConnectionFault(
-            Farewell.PROTOCOL_ERROR, f"a SETTINGS frame of {len(body)} bytes claims {count} entries of 8 bytes"
+            GoAwayStatus.PROTOCOL_ERROR, f"a SETTINGS frame of {len(body)} bytes claims {count} entries of 8 bytes"
         )
     if count > limit:
-        raise ConnectionFault(Farewell.PROTOCOL_ERROR, f"{count} settings in one frame, more than {limit}")
+        raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, f"{count} settings in one frame, more than {limit}")
     values: dict[int, int] = {}
     for flags_and_key, value in HEAD.iter_unpack(body[4:]):
         values.setdefault(flags_and_key & 0xFFFFFF, value)
     return values
 
 
-# The least and the most bytes of a control frame's body; None is what the reader allows.
+# The least and the most bytes of a control frame's body; None is the limit of the reader.
 _SIZES: Mapping[int, tuple[int, int | None]] = {
     Type.SYN_STREAM: (10, None),
     Type.SYN_REPLY: (4, None),
@@ -132,11 +132,11 @@ _SIZES: Mapping[int, tuple[int, int | None]] = {
     Type.WINDOW_UPDATE: (8, 8),
 }
 
-_DATA = -1  # beside the types of control frames, of which 0 is one that is unknown
+_DATA = -1  # no type of a control frame has this value
 
 
 class Control(NamedTuple):
-    """A whole control frame of a known type, its body of a length that the type may have."""
+    """A whole control frame of a known type, with a body of a valid length."""
 
     kind: int
     flags: int
@@ -144,9 +144,9 @@ class Control(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """A piece of a DATA frame: ``begins`` with the frame's first, ``ended`` with the last of one that has FLAG_FIN.
+    """A piece of a DATA frame. ``begins``: it is the first of its frame. ``ended``: it is the last of a stream.
 
-    The first may be empty, for a frame's head is known before its payload.
+    The first may be empty, because the head of a frame may come before its payload.
     """
 
     stream: int
@@ -156,23 +156,23 @@ class Payload(NamedTuple):
 
 
 class FrameReader:
-    """Decoder of a byte stream into control frames and pieces of DATA frames, which are not gathered here."""
+    """Decodes a byte stream into control frames and pieces of DATA frames. Pieces are passed on as they come."""
 
     __slots__ = ("_flags", "_kind", "_left", "_limit", "_partial", "_stream")
 
     def __init__(self, limit: int) -> None:
         """``limit`` is the most bytes of a control frame's body."""
         self._limit = limit
-        self._partial = bytearray()  # a head, or the body of a control frame, as far as it has come
+        self._partial = bytearray()  # the part that has come of a head, or of a control frame's body
         self._kind = _DATA
         self._flags = 0
         self._stream = 0
-        self._left = 0  # what is to come of the frame's body
+        self._left = 0  # bytes of the frame's body that have not come yet
 
     def read(self, view: memoryview) -> Iterator[Control | Payload]:
-        """What ``view`` holds and completes. Raises ConnectionFault.
+        """The frames and pieces that ``view`` has or completes. Raises ConnectionFault.
 
-        Control frames of unknown types are skipped (section 2.2.1), however large they are.
+        Control frames of unknown types are skipped (section 2.2.1), whatever their size.
         """
         partial = self._partial
         at, end = 0, len(view)
@@ -213,9 +213,9 @@ class FrameReader:
             return
         version, self._kind = first >> 16 & 0x7FFF, first & 0xFFFF
         if version != VERSION:
-            raise ConnectionFault(Farewell.PROTOCOL_ERROR, f"a control frame of version {version}, not {VERSION}")
+            raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, f"a control frame of version {version}, not {VERSION}")
         least, most = _SIZES.get(self._kind, (0, MAX_SIZE))
         if not least <= self._left <= (self._limit if most is None else most):
             raise ConnectionFault(
-                Farewell.PROTOCOL_ERROR, f"a {Type(self._kind).name} frame with a body of {self._left} bytes"
+                GoAwayStatus.PROTOCOL_ERROR, f"a {Type(self._kind).name} frame with a body of {self._left} bytes"
             )

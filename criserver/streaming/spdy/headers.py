@@ -7,12 +7,12 @@ import struct
 import zlib
 from collections.abc import Iterable
 
-from criserver.streaming.spdy.frames import ConnectionFault, Farewell, LocalError, Status, StreamFault
+from criserver.streaming.spdy.frames import ConnectionFault, GoAwayStatus, LocalError, Status, StreamFault
 
 Pairs = tuple[tuple[str, str], ...]
 """Headers in their order. A name is in lower case and comes once for each of its values."""
 
-# Words with their lengths before them (the underline is a space), then text.
+# The dictionary's strings: each gets its length before it, and an underline is a space. Then the dictionary's text.
 _WORDS = """
 options head post put delete trace accept accept-charset accept-encoding accept-language accept-ranges age allow
 authorization cache-control connection content-base content-encoding content-language content-length content-location
@@ -37,7 +37,7 @@ def _string(text: bytes) -> bytes:
 
 
 DICTIONARY = b"".join(_string(word.replace("_", " ").encode()) for word in _WORDS.split()) + _TEXT
-"""What both sides' zlib streams begin with in their windows (section 2.6.10.1)."""
+"""The zlib dictionary of both sides (section 2.6.10.1)."""
 
 _ZLIB_HEAD = b"\x78\xbb" + zlib.adler32(DICTIONARY).to_bytes(4, "big")
 _SYNC_FLUSH = b"\x00\x00\xff\xff"
@@ -52,8 +52,8 @@ _NAME = re.compile(rb"[!-@\[-~]+")
 class HeaderEncoder:
     """Header blocks to one peer, as one zlib stream.
 
-    They go as stored blocks. That is zlib like any other, needs no state but whether the stream has begun, and costs
-    little: this side's headers are few and short.
+    They are stored blocks: valid zlib without compression. The only state is whether the stream has begun. The cost is
+    low, because this side's headers are few and short.
     """
 
     __slots__ = ("_begun",)
@@ -62,8 +62,8 @@ class HeaderEncoder:
         self._begun = False
 
     def encode(self, headers: Iterable[tuple[str, str]]) -> bytes:
-        """The compressed block. Raises LocalError for a name or value that SPDY does not allow, and if it is more
-        than any peer would take."""
+        """The block as zlib. Raises LocalError for a name or value that SPDY does not allow, and for headers that are
+        larger than any peer accepts."""
         text = join_pairs(headers)
         if len(text) > _MOST:
             raise LocalError(f"headers of {len(text)} bytes are more than {_MOST} bytes")
@@ -78,9 +78,8 @@ class HeaderEncoder:
 class HeaderDecoder:
     """Header blocks from one peer: one zlib stream, with a flush to a byte's boundary after each block.
 
-    Because of that flush a block can be inflated by itself as long as the text before it is known. So that text is all
-    that is kept between blocks, a few hundred bytes of a peer like kubectl, where zlib would keep a window of 32 KiB
-    and its tables.
+    Because of the flush, a block can be decompressed by itself if the text before it is known. So only that text is
+    kept between blocks: a few hundred bytes for a peer like kubectl. zlib would keep 32 KiB and its tables.
     """
 
     __slots__ = ("_text",)
@@ -89,8 +88,8 @@ class HeaderDecoder:
         self._text: bytes | None = None
 
     def decode(self, block: bytes, limit: int) -> bytes:
-        """The decompressed block. Raises ConnectionFault, for its stream cannot be read on, if it is no zlib or
-        more than ``limit`` bytes."""
+        """The decompressed block. Raises ConnectionFault for invalid zlib and for more than ``limit`` bytes: the blocks
+        behind it cannot be decompressed then."""
         if not block:  # a block without headers may be left out (section 2.6.7)
             return b"\x00\x00\x00\x00"
         before = self._text
@@ -98,7 +97,7 @@ class HeaderDecoder:
             head = int.from_bytes(block[:2], "big")
             if head & 0x0F20 != 0x0820 or head % 31 or block[2:6] != _ZLIB_HEAD[2:]:  # RFC 1950, section 2.2
                 raise ConnectionFault(
-                    Farewell.PROTOCOL_ERROR, "the first header block is not compressed with SPDY's dictionary"
+                    GoAwayStatus.PROTOCOL_ERROR, "the first header block is not compressed with SPDY's dictionary"
                 )
             before = b""
             block = block[6:]
@@ -106,22 +105,27 @@ class HeaderDecoder:
         try:
             text = inflate.decompress(block, limit + 1)
         except zlib.error as error:
-            raise ConnectionFault(Farewell.PROTOCOL_ERROR, f"a header block cannot be decompressed: {error}") from None
+            raise ConnectionFault(
+                GoAwayStatus.PROTOCOL_ERROR, f"a header block cannot be decompressed: {error}"
+            ) from None
         if len(text) > limit:
             raise ConnectionFault(
-                Farewell.PROTOCOL_ERROR, f"a header block has more than {limit} bytes when it is decompressed"
+                GoAwayStatus.PROTOCOL_ERROR, f"a header block has more than {limit} bytes when it is decompressed"
             )
         if inflate.eof or not block.endswith(_SYNC_FLUSH):
-            raise ConnectionFault(Farewell.PROTOCOL_ERROR, "a header block does not end with a flush")
+            raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, "a header block does not end with a flush")
         self._text = (before + text)[-_ZLIB_WINDOW:]
         return text
 
 
 def join_pairs(headers: Iterable[tuple[str, str]]) -> bytes:
-    """A header block before its compression. Names go in lower case, the values of one name together.
+    """A header block before its compression: names in lower case, all values of a name together.
 
-    Raises LocalError for what SPDY does not allow: a name that is empty or not printable ASCII, a NUL or what is not
-    Latin-1 in a value, an empty one among several.
+    Raises LocalError where SPDY does not allow it:
+
+    1. A name is empty or not printable ASCII.
+    2. A value has a NUL, or a character that is not in Latin-1.
+    3. One of several values of a name is empty.
     """
     merged: dict[bytes, list[bytes]] = {}
     for name, value in headers:
@@ -172,7 +176,7 @@ def split_pairs(text: bytes, limit: int) -> Pairs:
 
 
 def _field(text: bytes, at: int) -> tuple[bytes, int]:
-    """A string with its length before it, and the place after it, which may be beyond the text's end."""
+    """A string that has its length before it, and the position after it, which may be beyond the text's end."""
     start = at + 4
     end = start + int.from_bytes(text[at:start], "big")
     return text[start:end], end

@@ -9,7 +9,7 @@ from criserver.streaming.spdy.frames import Status
 
 
 class Half(IntEnum):
-    """What one side of a stream may still send. A stream of which both halves are DONE is closed, and forgotten."""
+    """What one side of a stream may still send. A stream is closed, and forgotten, when both halves are DONE."""
 
     SILENT = 0  # it has to send SYN_REPLY before data
     OPEN = 1
@@ -17,15 +17,15 @@ class Half(IntEnum):
 
 
 class Sent(IntEnum):
-    """What a side sends on a stream that exists; with FLAG_FIN its half is DONE afterwards."""
+    """What a side sends on an open stream. After a frame with FLAG_FIN, its half is DONE."""
 
     REPLY = 0
     HEADERS = 1
     DATA = 2
 
 
-# What a frame does to its sender's half, or the status that it is reset with. Both sides are held to it: for the
-# peer's frames the status goes into an RST_STREAM, for our own it is a LocalError.
+# The sender's half after a frame; or the status for a frame that is not allowed. The table holds for both sides: a
+# frame of the peer gets an RST_STREAM with the status, a frame of this side raises LocalError.
 RULES: Mapping[tuple[Half, Sent], Half | Status] = {
     (Half.SILENT, Sent.REPLY): Half.OPEN,
     (Half.SILENT, Sent.HEADERS): Half.SILENT,  # "at any time" (section 2.6.7)
@@ -47,7 +47,7 @@ REASONS = {
 }
 
 
-class Stream:
+class StreamState:
     """One stream: its halves, and its windows as differences to the initial ones."""
 
     __slots__ = ("balance", "credit", "id", "ours", "theirs")
@@ -56,5 +56,5 @@ class Stream:
         self.id = stream
         self.ours = ours
         self.theirs = theirs
-        self.balance = 0  # what the peer has granted by WINDOW_UPDATE, less what we have sent
-        self.credit = 0  # what was consumed and the peer has not been told of
+        self.balance = 0  # bytes that the peer has granted by WINDOW_UPDATE, less the bytes sent
+        self.credit = 0  # bytes that are consumed and not yet granted to the peer again

@@ -52,9 +52,7 @@ def test_every_verb_begins_with_the_root_and_the_driver(runtime: OciRuntime, par
 
 def test_a_program_that_is_not_there_is_named_with_its_handler(runtime: OciRuntime):
     os.unlink(runtime.path)
-    with pytest.raises(
-        FailedPreconditionError, match=r"handler kata: .*/program is not an exec.*\[runtimes.kata\]"
-    ):
+    with pytest.raises(FailedPreconditionError, match=r"handler kata: .*/program is not an exec.*\[runtimes.kata\]"):
         runtime.command("/p")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.events import AcceptConnection
 
-from criserver.streaming.handshake import Handshake, Kind, Refusal, Request
+from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
 
 SPDY = (
     b"POST /exec/abc?x=%20 HTTP/1.1\r\nHost: node\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\nContent-Length: 0\r\n"
@@ -69,7 +69,7 @@ def status_and_headers(response: bytes) -> tuple[int, dict[str, list[str]], byte
 
 def test_a_request_to_speak_spdy():
     found = request(SPDY)
-    assert (found.method, found.path, found.query, found.kind) == ("POST", "/exec/abc", "x=%20", Kind.SPDY)
+    assert (found.method, found.path, found.query, found.upgrade) == ("POST", "/exec/abc", "x=%20", Upgrade.SPDY)
     assert found.protocols == ("v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io")
     assert ("host", "node") in found.headers
 
@@ -85,7 +85,7 @@ def test_spdy_is_accepted_with_the_chosen_protocol():
 
 def test_a_request_to_open_a_websocket():
     found = request(WEBSOCKET)
-    assert (found.method, found.path, found.query, found.kind) == ("GET", "/exec/abc", "", Kind.WEBSOCKET)
+    assert (found.method, found.path, found.query, found.upgrade) == ("GET", "/exec/abc", "", Upgrade.WEBSOCKET)
     assert found.protocols == ("v5.channel.k8s.io", "v4.channel.k8s.io")
 
 
@@ -143,10 +143,10 @@ def test_byte_by_byte(data):
 @pytest.mark.parametrize(
     ("status", "words", "data"),
     [
-        (400, "not a request", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),  # TLS
-        (400, "not a request", b"GET / HTTP/1.1\r\n\r\n"),  # no Host
-        (400, "not a request", b"GET\r\n\r\n"),
-        (400, "not a request", SPDY.replace(b"Content-Length: 0", b"Content-Length: -1")),
+        (400, "not an HTTP/1.1 request", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),  # TLS
+        (400, "not an HTTP/1.1 request", b"GET / HTTP/1.1\r\n\r\n"),  # no Host
+        (400, "not an HTTP/1.1 request", b"GET\r\n\r\n"),
+        (400, "not an HTTP/1.1 request", SPDY.replace(b"Content-Length: 0", b"Content-Length: -1")),
         (400, "are needed", b"GET /exec/abc HTTP/1.1\r\nHost: node\r\n\r\n"),
         (400, "are needed", SPDY.replace(b"Connection: Upgrade", b"Connection: close")),
         (400, "are needed", SPDY.replace(b"Upgrade: SPDY/3.1", b"Upgrade: h2c")),

@@ -11,8 +11,8 @@ from criserver.streaming.portforward import (
     SPDY_PROTOCOLS,
     WEBSOCKET_PROTOCOLS,
     DuplicateStreamError,
-    Pair,
-    Pairs,
+    StreamPair,
+    StreamPairs,
     greeting,
     websocket_channels,
 )
@@ -26,41 +26,41 @@ def headers(kind: str | None = "data", port: str | None = "80", request: str | N
 
 
 def test_two_streams_of_one_request_are_a_pair():
-    pairs = Pairs()
+    pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="0"))
-    assert half == Pair("0", 80, data=None, error=1)
+    assert half == StreamPair("0", 80, data=None, error=1)
     assert not half.complete
     whole = pairs.add(3, headers("data", request="0"))
-    assert whole == Pair("0", 80, data=3, error=1)
+    assert whole == StreamPair("0", 80, data=3, error=1)
     assert whole.complete
 
 
 def test_streams_of_several_requests_may_come_in_any_order():
-    pairs = Pairs()
+    pairs = StreamPairs()
     pairs.add(1, headers("data", "80", "a"))
     pairs.add(3, headers("data", "443", "b"))
-    assert pairs.add(5, headers("error", "443", "b")) == Pair("b", 443, data=3, error=5)
-    assert pairs.add(7, headers("error", "80", "a")) == Pair("a", 80, data=1, error=7)
+    assert pairs.add(5, headers("error", "443", "b")) == StreamPair("b", 443, data=3, error=5)
+    assert pairs.add(7, headers("error", "80", "a")) == StreamPair("a", 80, data=1, error=7)
 
 
 def test_a_request_may_come_again_once_its_pair_is_complete():
-    pairs = Pairs()
+    pairs = StreamPairs()
     pairs.add(1, headers("error", request="0"))
     pairs.add(3, headers("data", request="0"))
-    assert pairs.add(5, headers("error", request="0")) == Pair("0", 80, error=5)
+    assert pairs.add(5, headers("error", request="0")) == StreamPair("0", 80, error=5)
 
 
 def test_clients_of_old_send_no_request():
-    pairs = Pairs()
+    pairs = StreamPairs()
     assert pairs.add(1, headers("error")).key == "1"
     assert pairs.add(3, headers("data")).complete
     assert pairs.add(5, headers("error", request="")).key == "5"
     assert pairs.add(9, headers("data")).key == "7"  # not the one of 5: this client opened two pairs at once
-    assert pairs.add(7, headers("data")) == Pair("5", 80, data=7, error=5)
+    assert pairs.add(7, headers("data")) == StreamPair("5", 80, data=7, error=5)
 
 
 def test_the_stream_with_the_data_decides_the_port():
-    pairs = Pairs()
+    pairs = StreamPairs()
     pairs.add(1, headers("error", "1", "0"))
     assert pairs.add(3, headers("data", "2", "0")).port == 2
     pairs.add(5, headers("data", "2", "1"))
@@ -69,7 +69,7 @@ def test_the_stream_with_the_data_decides_the_port():
 
 @pytest.mark.parametrize(("text", "port"), [("1", 1), ("65535", 65535), ("00080", 80), ("000000000080", 80)])
 def test_ports(text, port):
-    assert Pairs().add(1, headers(port=text)).port == port
+    assert StreamPairs().add(1, headers(port=text)).port == port
 
 
 @pytest.mark.parametrize(
@@ -78,24 +78,24 @@ def test_ports(text, port):
 )
 def test_what_is_no_port_is_refused(text):
     with pytest.raises(InvalidArgumentError, match="is not a number from 1 to 65535"):
-        Pairs().add(1, headers(port=text))
+        StreamPairs().add(1, headers(port=text))
 
 
 @pytest.mark.parametrize("text", ["", None])
 def test_a_stream_without_a_port_is_refused(text):
     with pytest.raises(InvalidArgumentError, match="without the header port"):
-        Pairs().add(1, headers(port=text))
+        StreamPairs().add(1, headers(port=text))
 
 
 @pytest.mark.parametrize("kind", [None, "", "Data", "stdin", "resize"])
 def test_a_stream_of_another_type_is_refused(kind):
     with pytest.raises(InvalidArgumentError, match="neither data nor error"):
-        Pairs().add(1, headers(kind))
+        StreamPairs().add(1, headers(kind))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("data", None), ("error", 1)])
 def test_a_second_stream_of_a_type_is_refused_and_the_first_stays(kind, error):
-    pairs = Pairs()
+    pairs = StreamPairs()
     first = pairs.add(1, headers(kind, request="a"))
     with pytest.raises(DuplicateStreamError, match=f"'a' has its {kind} stream already") as raised:
         pairs.add(3, headers(kind, "81", "a"))
@@ -106,7 +106,7 @@ def test_a_second_stream_of_a_type_is_refused_and_the_first_stays(kind, error):
 
 
 def test_halves_are_bounded():
-    pairs = Pairs(limit=2)
+    pairs = StreamPairs(limit=2)
     pairs.add(1, headers("error", request="a"))
     pairs.add(3, headers("error", request="b"))
     with pytest.raises(ResourceExhaustedError, match="2 port forwards wait"):
@@ -116,15 +116,15 @@ def test_halves_are_bounded():
 
 
 def test_a_half_whose_time_is_up_is_forgotten():
-    pairs = Pairs()
+    pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="a"))
     assert pairs.expire(half)
     assert not pairs.expire(half)
-    assert pairs.add(3, headers("data", request="a")) == Pair("a", 80, data=3)
+    assert pairs.add(3, headers("data", request="a")) == StreamPair("a", 80, data=3)
 
 
 def test_a_pair_that_is_complete_does_not_expire():
-    pairs = Pairs()
+    pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="a"))
     pairs.add(3, headers("data", request="a"))
     again = pairs.add(5, headers("error", request="a"))
@@ -138,7 +138,7 @@ def test_a_pair_that_is_complete_does_not_expire():
     )
 )
 def test_every_stream_is_in_one_pair_at_most(opened):
-    pairs, seen = Pairs(limit=2), []
+    pairs, seen = StreamPairs(limit=2), []
     for number, (kind, port, request) in enumerate(opened):
         try:
             pair = pairs.add(2 * number + 1, headers(kind, port, request))

@@ -13,20 +13,20 @@ from criserver.errors import InvalidArgumentError
 from criserver.streaming.remotecommand import (
     SPDY_PROTOCOLS,
     WEBSOCKET_PROTOCOLS,
-    Features,
-    Resizes,
-    Size,
-    Stream,
-    Wanted,
+    ProtocolFeatures,
+    RequestedStreams,
+    ResizeDecoder,
+    StreamType,
+    TerminalSize,
     exit_message,
     failure_message,
     negotiate,
-    stream_of,
+    stream_type,
 )
 from criserver.streaming.websocket import BASE64_PROTOCOLS, BINARY_PROTOCOLS
 
 V1, V2, V3, V4, V5 = ("channel.k8s.io", *(f"v{number}.channel.k8s.io" for number in (2, 3, 4, 5)))
-TEXT, STATUS = Features(resize=True, status=False), Features(resize=True, status=True)
+TEXT, STATUS = ProtocolFeatures(resize=True, status=False), ProtocolFeatures(resize=True, status=True)
 
 
 # --- versions and streams -------------------------------------------------------------------------------------------
@@ -66,11 +66,11 @@ def test_the_first_protocol_of_the_client_that_is_known(offered, accepted, chose
 
 
 def test_streams_and_their_channels():
-    assert [(stream.type, int(stream)) for stream in Stream] == [
+    assert [(stream.header, int(stream)) for stream in StreamType] == [
         ("stdin", 0), ("stdout", 1), ("stderr", 2), ("error", 3), ("resize", 4),
     ]  # fmt: skip
-    for stream in Stream:
-        assert stream_of([("other", "x"), ("streamtype", stream.type), ("streamtype", "later")]) is stream
+    for stream in StreamType:
+        assert stream_type([("other", "x"), ("streamtype", stream.header), ("streamtype", "later")]) is stream
 
 
 @pytest.mark.parametrize(
@@ -83,26 +83,26 @@ def test_streams_and_their_channels():
 )
 def test_streams_of_no_known_type_are_refused(headers, words):
     with pytest.raises(InvalidArgumentError, match=words):
-        stream_of(headers)
+        stream_type(headers)
 
 
 def test_the_streams_that_a_client_opens_over_spdy():
-    error, resize = Stream.ERROR, Stream.RESIZE
-    shell = Wanted(stdin=True, stdout=True, stderr=False, tty=True)
-    assert shell.spdy_streams(SPDY_PROTOCOLS[V4]) == {Stream.STDIN, Stream.STDOUT, error, resize}
-    assert shell.spdy_streams(SPDY_PROTOCOLS[V2]) == {Stream.STDIN, Stream.STDOUT, error}
-    output = Wanted(stdin=False, stdout=True, stderr=True, tty=False)
-    assert output.spdy_streams(SPDY_PROTOCOLS[V4]) == {Stream.STDOUT, Stream.STDERR, error}
+    error, resize = StreamType.ERROR, StreamType.RESIZE
+    shell = RequestedStreams(stdin=True, stdout=True, stderr=False, tty=True)
+    assert shell.spdy_streams(SPDY_PROTOCOLS[V4]) == {StreamType.STDIN, StreamType.STDOUT, error, resize}
+    assert shell.spdy_streams(SPDY_PROTOCOLS[V2]) == {StreamType.STDIN, StreamType.STDOUT, error}
+    output = RequestedStreams(stdin=False, stdout=True, stderr=True, tty=False)
+    assert output.spdy_streams(SPDY_PROTOCOLS[V4]) == {StreamType.STDOUT, StreamType.STDERR, error}
 
 
 def test_the_channels_of_a_websocket():
-    output = Wanted(stdin=False, stdout=False, stderr=True, tty=False)
-    assert output.websocket_channels() == (set(), {Stream.STDERR, Stream.ERROR})
-    assert output.greeting_channel() is Stream.STDERR
-    assert Wanted(stdin=True, stdout=True, stderr=True, tty=False).greeting_channel() is Stream.STDOUT
-    stdin = Wanted(stdin=True, stdout=False, stderr=False, tty=False)
-    assert stdin.websocket_channels() == ({Stream.STDIN}, {Stream.ERROR})
-    assert stdin.greeting_channel() is Stream.ERROR
+    output = RequestedStreams(stdin=False, stdout=False, stderr=True, tty=False)
+    assert output.websocket_channels() == (set(), {StreamType.STDERR, StreamType.ERROR})
+    assert output.greeting_channel() is StreamType.STDERR
+    assert RequestedStreams(stdin=True, stdout=True, stderr=True, tty=False).greeting_channel() is StreamType.STDOUT
+    stdin = RequestedStreams(stdin=True, stdout=False, stderr=False, tty=False)
+    assert stdin.websocket_channels() == ({StreamType.STDIN}, {StreamType.ERROR})
+    assert stdin.greeting_channel() is StreamType.ERROR
 
 
 # --- statuses -------------------------------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ def test_an_internal_error():
 # --- terminal sizes -------------------------------------------------------------------------------------------------
 
 
-def sizes(pieces: list[bytes]) -> list[Size]:
-    decoder = Resizes()
+def sizes(pieces: list[bytes]) -> list[TerminalSize]:
+    decoder = ResizeDecoder()
     return [size for piece in pieces if (size := decoder.feed(piece)) is not None]
 
 
 def test_a_size():
-    decoder = Resizes()
-    assert decoder.feed(b'{"Width":80,"Height":24}\n') == Size(80, 24)
+    decoder = ResizeDecoder()
+    assert decoder.feed(b'{"Width":80,"Height":24}\n') == TerminalSize(80, 24)
     assert decoder.feed(b"") is None
     assert not decoder.ended
 
@@ -151,24 +151,26 @@ def test_a_size():
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        (b'{"Height":24,"Width":80}', Size(80, 24)),
-        (b' \t\r\n{ "width" : 80 , "HEIGHT" : 24 }', Size(80, 24)),
-        (b'{"Width":80}', Size(80, 0)),
-        (b"{}", Size(0, 0)),
-        (b'{"Width":65535,"Height":65535,"Depth":["a"]}', Size(65535, 65535)),
+        (b'{"Height":24,"Width":80}', TerminalSize(80, 24)),
+        (b' \t\r\n{ "width" : 80 , "HEIGHT" : 24 }', TerminalSize(80, 24)),
+        (b'{"Width":80}', TerminalSize(80, 0)),
+        (b"{}", TerminalSize(0, 0)),
+        (b'{"Width":65535,"Height":65535,"Depth":["a"]}', TerminalSize(65535, 65535)),
     ],
 )
 def test_sizes_in_other_words(text, size):
-    assert Resizes().feed(text) == size
+    assert ResizeDecoder().feed(text) == size
 
 
 def test_the_last_of_several_sizes_counts():
-    assert Resizes().feed(b'{"Width":1,"Height":2}{"Width":3,"Height":4}\n{"Width":5,"Height":6}{"Wi') == Size(5, 6)
+    assert ResizeDecoder().feed(
+        b'{"Width":1,"Height":2}{"Width":3,"Height":4}\n{"Width":5,"Height":6}{"Wi'
+    ) == TerminalSize(5, 6)
 
 
 def test_byte_by_byte():
     text = b'{"Width":1,"Height":2}{"Width":3,"Height":4}'
-    assert sizes([text[at : at + 1] for at in range(len(text))]) == [Size(1, 2), Size(3, 4)]
+    assert sizes([text[at : at + 1] for at in range(len(text))]) == [TerminalSize(1, 2), TerminalSize(3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -203,15 +205,15 @@ def test_byte_by_byte():
 @pytest.mark.parametrize("step", [1, 1 << 20])
 def test_garbage_ends_the_stream(garbage, step):
     text = b'{"Width":1,"Height":2}' + garbage + b'}{"Width":3,"Height":4}'
-    decoder = Resizes()
+    decoder = ResizeDecoder()
     found = [decoder.feed(text[at : at + step]) for at in range(0, len(text), step)]
-    assert [size for size in found if size] == [Size(1, 2)]
+    assert [size for size in found if size] == [TerminalSize(1, 2)]
     assert decoder.ended
     assert decoder.feed(b"{}") is None
 
 
 def test_what_is_kept_is_bounded():
-    decoder = Resizes()
+    decoder = ResizeDecoder()
     for _ in range(10):
         assert decoder.feed(b" " * 100_000) is None
     assert not decoder.ended
@@ -229,7 +231,7 @@ TOKENS = st.sampled_from(
 @given(st.lists(TOKENS, max_size=12), st.lists(st.integers(0, 60), max_size=6))
 def test_how_the_bytes_are_cut_makes_no_difference(tokens, cuts):
     data = b"".join(tokens)
-    whole, cut = Resizes(), Resizes()
+    whole, cut = ResizeDecoder(), ResizeDecoder()
     edges = [0, *sorted(cuts), len(data)]
     last = whole.feed(data)
     found = [size for a, b in itertools.pairwise(edges) if (size := cut.feed(data[a:b])) is not None]

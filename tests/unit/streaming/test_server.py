@@ -23,22 +23,33 @@ import pytest
 from structlog.testing import capture_logs
 
 from criserver.errors import CriError, ResourceExhaustedError
-from criserver.streaming import Command, Forward, StreamingServer, Streams, Wanted, link, offers, server
+from criserver.streaming import (
+    Command,
+    CommandStreams,
+    Forward,
+    RequestedStreams,
+    StreamingServer,
+    client_link,
+    command_session,
+    forward_session,
+    offers,
+    server,
+)
 from tests.support import spdy_peer
 from tests.support.streaming_client import Refused, Spdy, WebSocket
 
-OUTPUT = Wanted(stdin=False, stdout=True, stderr=False, tty=False)
-CAT = Wanted(stdin=True, stdout=True, stderr=False, tty=False)
-INPUT = Wanted(stdin=True, stdout=False, stderr=False, tty=False)
+OUTPUT = RequestedStreams(stdin=False, stdout=True, stderr=False, tty=False)
+CAT = RequestedStreams(stdin=True, stdout=True, stderr=False, tty=False)
+INPUT = RequestedStreams(stdin=True, stdout=False, stderr=False, tty=False)
 
 
-async def say_hi(streams: Streams) -> int:
+async def say_hi(streams: CommandStreams) -> int:
     assert streams.stdout is not None
     await streams.stdout.write(b"hi")
     return 0
 
 
-async def cat(streams: Streams) -> int:
+async def cat(streams: CommandStreams) -> int:
     assert streams.stdin is not None
     assert streams.stdout is not None
     while data := await streams.stdin.read():
@@ -138,7 +149,7 @@ async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatc
 
 
 async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "STREAMS_TIMEOUT", 0.2)
+    monkeypatch.setattr(command_session, "STREAMS_TIMEOUT", 0.2)
 
     def work() -> None:
         client = Spdy(hi(serving)).open_command("stdout")
@@ -150,7 +161,7 @@ async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch
 
 
 async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "STREAMS_TIMEOUT", 0.2)
+    monkeypatch.setattr(forward_session, "STREAMS_TIMEOUT", 0.2)
 
     async def dial(port: int) -> socket.socket:
         raise CriError(f"nobody at {port}")
@@ -306,7 +317,7 @@ async def stuck(serving: StreamingServer) -> AsyncIterator[str]:
     """The address of a command that takes nothing of its input."""
     gate = asyncio.Event()
 
-    async def wait(streams: Streams) -> int:
+    async def wait(streams: CommandStreams) -> int:
         await gate.wait()
         return 0
 
@@ -353,15 +364,17 @@ async def test_input_in_many_small_frames_costs_no_more_than_its_size(stuck: str
 
 
 @pytest.fixture
-def links(monkeypatch: pytest.MonkeyPatch) -> list[link.Link]:
+def links(monkeypatch: pytest.MonkeyPatch) -> list[client_link.ClientLink]:
     """The server's connections."""
-    found: list[link.Link] = []
-    made = link.Link.connection_made
-    monkeypatch.setattr(link.Link, "connection_made", lambda self, t: (found.append(self), made(self, t))[1])
+    found: list[client_link.ClientLink] = []
+    made = client_link.ClientLink.connection_made
+    monkeypatch.setattr(
+        client_link.ClientLink, "connection_made", lambda self, t: (found.append(self), made(self, t))[1]
+    )
     return found
 
 
-async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[link.Link]):
+async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[client_link.ClientLink]):
     most = 0
 
     def work(url: str) -> None:
@@ -380,11 +393,11 @@ async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[lin
         most = max(most, links[0]._transport.get_write_buffer_size())
 
     await blocking(work, stuck)
-    assert link.ANSWER_LIMIT < most < link.ANSWER_LIMIT * 1.1
+    assert client_link.ANSWER_LIMIT < most < client_link.ANSWER_LIMIT * 1.1
 
 
 async def test_output_of_many_streams_that_nobody_takes_is_bounded(
-    serving: StreamingServer, pod: Pod, links: list[link.Link]
+    serving: StreamingServer, pod: Pod, links: list[client_link.ClientLink]
 ):
     count, most = 40, 0
 
@@ -411,12 +424,12 @@ async def test_output_of_many_streams_that_nobody_takes_is_bounded(
             client.sock.recv(65536)
             time.sleep(0.005)
             most = max(most, links[0]._transport.get_write_buffer_size())
-            reads += most > link.WRITE_LIMIT
+            reads += most > client_link.WRITE_LIMIT
         client.close()
         feeder.join()
 
     await blocking(work, serving.offer(Forward((), pod.dial)))
-    assert link.WRITE_LIMIT < most < 2 * link.WRITE_LIMIT
+    assert client_link.WRITE_LIMIT < most < 2 * client_link.WRITE_LIMIT
 
 
 async def test_a_client_that_goes_is_sent_no_more(serving: StreamingServer, pod: Pod, caplog: pytest.LogCaptureFixture):
@@ -446,7 +459,7 @@ async def test_a_client_that_goes_is_sent_no_more(serving: StreamingServer, pod:
 
 
 async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving: StreamingServer):
-    async def slow(streams: Streams) -> int:
+    async def slow(streams: CommandStreams) -> int:
         assert streams.stdin is not None
         while await streams.stdin.read():
             await asyncio.sleep(0.0005)
@@ -468,7 +481,7 @@ async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     begun = asyncio.Event()
 
-    async def both(streams: Streams) -> int:
+    async def both(streams: CommandStreams) -> int:
         async with asyncio.TaskGroup() as group:
             group.create_task(cat(streams))
             begun.set()
@@ -491,7 +504,7 @@ async def test_a_connection_on_which_nothing_moves():
     await found.start()
     gone = asyncio.Event()
 
-    async def wait(streams: Streams) -> int:
+    async def wait(streams: CommandStreams) -> int:
         try:
             await asyncio.sleep(60)
         finally:
@@ -534,10 +547,10 @@ def is_closed(sock: socket.socket) -> bool:
 async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_it_wants(
     serving: StreamingServer, monkeypatch: pytest.MonkeyPatch, data: bytes
 ):
-    monkeypatch.setattr(serving, "_most_strangers", 3)
+    monkeypatch.setattr(serving, "_max_pending", 3)
     begun, end = asyncio.Event(), asyncio.Event()
 
-    async def wait(streams: Streams) -> int:
+    async def wait(streams: CommandStreams) -> int:
         begun.set()
         await end.wait()
         return 0
@@ -547,7 +560,7 @@ async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_i
     await begun.wait()
     url = hi(serving)
     with idle(url, 3, data) as others:
-        while len(serving._strangers) < 3:
+        while len(serving._pending) < 3:
             await asyncio.sleep(0.01)
         assert (await blocking(run_command, url))[0] == b"hi"
         while not is_closed(others[0]):
@@ -567,9 +580,9 @@ async def test_a_thousand_idle_connections_keep_nobody_out(serving: StreamingSer
             for _ in range(4):
                 others.enter_context(idle(hi(serving), 300))
                 assert (await blocking(run_command, hi(serving)))[0] == b"hi"
-                assert len(serving._sessions) <= serving._most_strangers + 1
+                assert len(serving._sessions) <= serving._max_pending + 1
             kept, _ = tracemalloc.get_traced_memory()
-            assert kept < serving._most_strangers * (32 << 10)
+            assert kept < serving._max_pending * (32 << 10)
     finally:
         tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -580,7 +593,7 @@ async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[st
     tls.load_cert_chain(*certificate)
     found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
     await found.start()
-    found._most_strangers = 5
+    found._max_pending = 5
     trusted = ssl.create_default_context(cafile=certificate[0])
 
     def work(url: str) -> bytes:
@@ -589,7 +602,7 @@ async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[st
         return bytes(client.got["stdout"])
 
     with idle(hi(found), 20):
-        while len(found._strangers) < 5:
+        while len(found._pending) < 5:
             await asyncio.sleep(0.01)
         assert await blocking(work, hi(found)) == b"hi"
         assert len(found._sessions) <= 6
@@ -597,10 +610,10 @@ async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[st
 
 
 async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serving, "_most_known", 1)
+    monkeypatch.setattr(serving, "_max_accepted", 1)
     begun, end = asyncio.Event(), asyncio.Event()
 
-    async def wait(streams: Streams) -> int:
+    async def wait(streams: CommandStreams) -> int:
         begun.set()
         await end.wait()
         return 0
@@ -640,7 +653,7 @@ async def test_no_descriptor_left_is_no_end_of_listening(serving: StreamingServe
 async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
     begun, ended = asyncio.Event(), asyncio.Event()
 
-    async def wait(streams: Streams) -> int:
+    async def wait(streams: CommandStreams) -> int:
         begun.set()
         try:
             await asyncio.sleep(60)
@@ -657,13 +670,13 @@ async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
 
 
 async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer):
-    async def refuse(streams: Streams) -> int:
+    async def refuse(streams: CommandStreams) -> int:
         raise CriError("it cannot be done")
 
-    async def crash(streams: Streams) -> int:
+    async def crash(streams: CommandStreams) -> int:
         raise RuntimeError("a bug")
 
-    async def quote(streams: Streams) -> int:
+    async def quote(streams: CommandStreams) -> int:
         raise CriError("it says \ud800\x1b" + "x" * 100_000)
 
     _, status = await blocking(run_command, serving.offer(Command(OUTPUT, quote)))

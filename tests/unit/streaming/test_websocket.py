@@ -20,8 +20,8 @@ from criserver.streaming.websocket import (
     ChannelData,
     Channels,
     Closed,
-    Data,
     Tunnel,
+    TunnelData,
     channel_limit,
 )
 from tests.fuzz import websocket as fuzz
@@ -69,8 +69,8 @@ def joined(events: list) -> list:
         last = found[-1] if found else None
         if isinstance(event, ChannelData) and isinstance(last, ChannelData) and last.channel == event.channel:
             found[-1] = ChannelData(event.channel, last.data + event.data)
-        elif isinstance(event, Data) and isinstance(last, Data):
-            found[-1] = Data(last.data + event.data)
+        elif isinstance(event, TunnelData) and isinstance(last, TunnelData):
+            found[-1] = TunnelData(last.data + event.data)
         else:
             found.append(event)
     return found
@@ -412,7 +412,7 @@ def test_a_tunnel_is_a_stream_of_bytes():
     here, there = Tunnel(), client()
     data = os.urandom(100_000)
     sent = there.send(BytesMessage(data[:10], message_finished=False)) + there.send(BytesMessage(data[10:]))
-    assert joined(here.receive(sent)) == [Data(data)]
+    assert joined(here.receive(sent)) == [TunnelData(data)]
     here.send(data)
     here.send(b"more")
     assert b"".join(event.data for event in received(there, here.take())) == data + b"more"
@@ -433,8 +433,8 @@ def test_both_ends_of_a_tunnel_may_be_ours():
     here, there = Tunnel(), Tunnel(client=True)
     there.send(bytearray(b"SYN"))
     here.send(memoryview(b"REPLY"))
-    assert here.receive(there.take()) == [Data(b"SYN")]
-    assert there.receive(here.take()) == [Data(b"REPLY")]
+    assert here.receive(there.take()) == [TunnelData(b"SYN")]
+    assert there.receive(here.take()) == [TunnelData(b"REPLY")]
 
 
 # --- bytes of any kind ----------------------------------------------------------------------------------------------

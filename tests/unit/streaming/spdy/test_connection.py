@@ -283,7 +283,7 @@ def test_a_second_syn_stream_for_an_older_stream_that_is_open_resets_it() -> Non
 def test_after_our_goaway_new_streams_are_ignored_and_open_ones_go_on() -> None:
     connection, peer = opened()
     connection.go_away()
-    connection.go_away(spdy.Farewell.INTERNAL_ERROR)
+    connection.go_away(spdy.GoAwayStatus.INTERNAL_ERROR)
     assert frames(connection.take()) == [(GOAWAY, 0, struct.pack(">II", 1, 0))]
     assert connection.receive(peer.syn_stream(3) + data(3, b"x") + peer.headers(3)) == []
     assert connection.take() == b""
@@ -294,7 +294,7 @@ def test_after_our_goaway_new_streams_are_ignored_and_open_ones_go_on() -> None:
 
 
 def test_goaway_names_the_last_stream_that_was_accepted() -> None:
-    connection, peer = spdy.Connection(limits=spdy.Limits(streams=1)), Peer()
+    connection, peer = spdy.Connection(limits=spdy.SpdyLimits(streams=1)), Peer()
     connection.receive(peer.syn_stream(5) + peer.syn_stream(7))
     connection.take()
     connection.go_away()
@@ -318,39 +318,67 @@ def _entries(*pairs: tuple[int, int], count: int | None = None) -> bytes:
     return control(SETTINGS, body + b"".join(struct.pack(">II", *pair) for pair in pairs))
 
 
-BREAKS: dict[str, tuple[Callable[[Peer], bytes], spdy.Farewell, str]] = {
-    "version 0": (lambda _: control(0, b"", version=0), spdy.Farewell.PROTOCOL_ERROR, "version 0"),
-    "version 2": (lambda _: control(PING, bytes(4), version=2), spdy.Farewell.PROTOCOL_ERROR, "version 2"),
-    "an unknown frame of version 4": (lambda _: control(77, b"", version=4), spdy.Farewell.PROTOCOL_ERROR, "version 4"),
-    "PING of 3 bytes": (lambda _: control(PING, bytes(3)), spdy.Farewell.PROTOCOL_ERROR, "PING.*3 bytes"),
-    "PING of 5 bytes": (lambda _: control(PING, bytes(5)), spdy.Farewell.PROTOCOL_ERROR, "PING.*5 bytes"),
-    "PING of nothing": (lambda _: control(PING, b""), spdy.Farewell.PROTOCOL_ERROR, "PING.*0 bytes"),
-    "RST_STREAM of 4 bytes": (lambda _: control(RST_STREAM, bytes(4)), spdy.Farewell.PROTOCOL_ERROR, "RST_STREAM"),
-    "RST_STREAM of 9 bytes": (lambda _: control(RST_STREAM, bytes(9)), spdy.Farewell.PROTOCOL_ERROR, "RST_STREAM"),
-    "GOAWAY of 9 bytes": (lambda _: control(GOAWAY, bytes(9)), spdy.Farewell.PROTOCOL_ERROR, "GOAWAY"),
-    "WINDOW_UPDATE of 7": (lambda _: control(WINDOW_UPDATE, bytes(7)), spdy.Farewell.PROTOCOL_ERROR, "WINDOW_UPDATE"),
-    "GOAWAY of 4 bytes, as in SPDY/2": (lambda _: control(GOAWAY, bytes(4)), spdy.Farewell.PROTOCOL_ERROR, "GOAWAY"),
-    "WINDOW_UPDATE of 9": (lambda _: control(WINDOW_UPDATE, bytes(9)), spdy.Farewell.PROTOCOL_ERROR, "WINDOW_UPDATE"),
-    "SYN_STREAM of 9 bytes": (lambda _: control(SYN_STREAM, bytes(9)), spdy.Farewell.PROTOCOL_ERROR, "SYN_STREAM"),
-    "SYN_REPLY of 3 bytes": (lambda _: control(SYN_REPLY, bytes(3)), spdy.Farewell.PROTOCOL_ERROR, "SYN_REPLY"),
-    "HEADERS of 3 bytes": (lambda _: control(HEADERS, bytes(3)), spdy.Farewell.PROTOCOL_ERROR, "HEADERS"),
-    "SETTINGS of 3 bytes": (lambda _: control(SETTINGS, bytes(3)), spdy.Farewell.PROTOCOL_ERROR, "SETTINGS"),
-    "SETTINGS with too few entries": (lambda _: _entries((4, 1), count=2), spdy.Farewell.PROTOCOL_ERROR, "2 entries"),
-    "SETTINGS with too many entries": (lambda _: _entries((4, 1), count=0), spdy.Farewell.PROTOCOL_ERROR, "0 entries"),
-    "an initial window of 2 GiB": (lambda _: _entries((7, 1 << 31)), spdy.Farewell.FLOW_CONTROL_ERROR, "2147483648"),
+BREAKS: dict[str, tuple[Callable[[Peer], bytes], spdy.GoAwayStatus, str]] = {
+    "version 0": (lambda _: control(0, b"", version=0), spdy.GoAwayStatus.PROTOCOL_ERROR, "version 0"),
+    "version 2": (lambda _: control(PING, bytes(4), version=2), spdy.GoAwayStatus.PROTOCOL_ERROR, "version 2"),
+    "an unknown frame of version 4": (
+        lambda _: control(77, b"", version=4),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "version 4",
+    ),
+    "PING of 3 bytes": (lambda _: control(PING, bytes(3)), spdy.GoAwayStatus.PROTOCOL_ERROR, "PING.*3 bytes"),
+    "PING of 5 bytes": (lambda _: control(PING, bytes(5)), spdy.GoAwayStatus.PROTOCOL_ERROR, "PING.*5 bytes"),
+    "PING of nothing": (lambda _: control(PING, b""), spdy.GoAwayStatus.PROTOCOL_ERROR, "PING.*0 bytes"),
+    "RST_STREAM of 4 bytes": (lambda _: control(RST_STREAM, bytes(4)), spdy.GoAwayStatus.PROTOCOL_ERROR, "RST_STREAM"),
+    "RST_STREAM of 9 bytes": (lambda _: control(RST_STREAM, bytes(9)), spdy.GoAwayStatus.PROTOCOL_ERROR, "RST_STREAM"),
+    "GOAWAY of 9 bytes": (lambda _: control(GOAWAY, bytes(9)), spdy.GoAwayStatus.PROTOCOL_ERROR, "GOAWAY"),
+    "WINDOW_UPDATE of 7": (
+        lambda _: control(WINDOW_UPDATE, bytes(7)),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "WINDOW_UPDATE",
+    ),
+    "GOAWAY of 4 bytes, as in SPDY/2": (
+        lambda _: control(GOAWAY, bytes(4)),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "GOAWAY",
+    ),
+    "WINDOW_UPDATE of 9": (
+        lambda _: control(WINDOW_UPDATE, bytes(9)),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "WINDOW_UPDATE",
+    ),
+    "SYN_STREAM of 9 bytes": (lambda _: control(SYN_STREAM, bytes(9)), spdy.GoAwayStatus.PROTOCOL_ERROR, "SYN_STREAM"),
+    "SYN_REPLY of 3 bytes": (lambda _: control(SYN_REPLY, bytes(3)), spdy.GoAwayStatus.PROTOCOL_ERROR, "SYN_REPLY"),
+    "HEADERS of 3 bytes": (lambda _: control(HEADERS, bytes(3)), spdy.GoAwayStatus.PROTOCOL_ERROR, "HEADERS"),
+    "SETTINGS of 3 bytes": (lambda _: control(SETTINGS, bytes(3)), spdy.GoAwayStatus.PROTOCOL_ERROR, "SETTINGS"),
+    "SETTINGS with too few entries": (
+        lambda _: _entries((4, 1), count=2),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "2 entries",
+    ),
+    "SETTINGS with too many entries": (
+        lambda _: _entries((4, 1), count=0),
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
+        "0 entries",
+    ),
+    "an initial window of 2 GiB": (
+        lambda _: _entries((7, 1 << 31)),
+        spdy.GoAwayStatus.FLOW_CONTROL_ERROR,
+        "2147483648",
+    ),
     "a connection's window over 2 GiB": (
         lambda _: words(WINDOW_UPDATE, 0, spdy.MAX_WINDOW),
-        spdy.Farewell.FLOW_CONTROL_ERROR,
+        spdy.GoAwayStatus.FLOW_CONTROL_ERROR,
         "more than 2147483647",
     ),
-    "WINDOW_UPDATE of nothing": (lambda _: words(WINDOW_UPDATE, 0, 0), spdy.Farewell.PROTOCOL_ERROR, "0 bytes"),
-    "DATA of stream 0": (lambda _: data(0, b"x"), spdy.Farewell.PROTOCOL_ERROR, "stream 0"),
-    "HEADERS of stream 0": (lambda peer: peer.headers(0), spdy.Farewell.PROTOCOL_ERROR, "stream 0"),
-    "SYN_STREAM of stream 0": (lambda peer: peer.syn_stream(0), spdy.Farewell.PROTOCOL_ERROR, "stream 0"),
-    "a stream of the wrong side": (lambda peer: peer.syn_stream(8), spdy.Farewell.PROTOCOL_ERROR, "stream 8"),
+    "WINDOW_UPDATE of nothing": (lambda _: words(WINDOW_UPDATE, 0, 0), spdy.GoAwayStatus.PROTOCOL_ERROR, "0 bytes"),
+    "DATA of stream 0": (lambda _: data(0, b"x"), spdy.GoAwayStatus.PROTOCOL_ERROR, "stream 0"),
+    "HEADERS of stream 0": (lambda peer: peer.headers(0), spdy.GoAwayStatus.PROTOCOL_ERROR, "stream 0"),
+    "SYN_STREAM of stream 0": (lambda peer: peer.syn_stream(0), spdy.GoAwayStatus.PROTOCOL_ERROR, "stream 0"),
+    "a stream of the wrong side": (lambda peer: peer.syn_stream(8), spdy.GoAwayStatus.PROTOCOL_ERROR, "stream 8"),
     "a stream of a lower ID": (
         lambda peer: peer.syn_stream(3),
-        spdy.Farewell.PROTOCOL_ERROR,
+        spdy.GoAwayStatus.PROTOCOL_ERROR,
         "stream 3.*after stream 5",
     ),
 }
@@ -358,7 +386,7 @@ BREAKS: dict[str, tuple[Callable[[Peer], bytes], spdy.Farewell, str]] = {
 
 @pytest.mark.parametrize(("frame", "status", "reason"), BREAKS.values(), ids=BREAKS)
 def test_what_breaks_the_protocol_ends_the_connection(
-    frame: Callable[[Peer], bytes], status: spdy.Farewell, reason: str
+    frame: Callable[[Peer], bytes], status: spdy.GoAwayStatus, reason: str
 ) -> None:
     connection, peer = spdy.Connection(), Peer()
     connection.receive(peer.syn_stream(5))
@@ -459,7 +487,7 @@ def test_a_peer_without_windows_neither_bounds_us_nor_hears_of_ours() -> None:
 
 @pytest.mark.parametrize("sign", [_entries((7, 64 * KIB)), words(WINDOW_UPDATE, 0, 1), words(WINDOW_UPDATE, 1, 1)])
 def test_a_peer_that_shows_windows_bounds_us_and_is_told_ours(sign: bytes) -> None:
-    connection, _ = opened(limits=spdy.Limits(window=256 * KIB, streams=7))
+    connection, _ = opened(limits=spdy.SpdyLimits(window=256 * KIB, streams=7))
     connection.send(1, bytes(60 * KIB))  # counted, though nothing bounds it yet
     connection.take()
     connection.receive(data(1, bytes(10 * KIB)))
@@ -476,7 +504,7 @@ def test_a_peer_that_shows_windows_bounds_us_and_is_told_ours(sign: bytes) -> No
 
 
 def test_a_peer_that_went_beyond_our_windows_unseen_gets_no_more_than_one_when_it_shows_its_own() -> None:
-    connection, _ = opened(limits=spdy.Limits(window=64 * KIB))
+    connection, _ = opened(limits=spdy.SpdyLimits(window=64 * KIB))
     connection.receive(data(1, bytes(1000 * KIB)))
     connection.consumed(1, 1000 * KIB)
     connection.receive(words(WINDOW_UPDATE, 1, 1))
@@ -565,7 +593,7 @@ def test_the_largest_window_is_allowed() -> None:
 
 
 def test_our_windows_are_given_back_by_halves_as_data_is_consumed() -> None:
-    connection, _ = opened(announce=True, limits=spdy.Limits(window=100_000))
+    connection, _ = opened(announce=True, limits=spdy.SpdyLimits(window=100_000))
     connection.receive(data(1, bytes(100_000)))
     # The connection's window begins as 65536 bytes and has 34464 more to come, which is less than a half.
     connection.consumed(1, 15_000)
@@ -586,14 +614,14 @@ def test_our_windows_are_given_back_by_halves_as_data_is_consumed() -> None:
 
 
 def test_what_came_for_a_stream_that_has_ended_is_given_back_to_the_connection_alone() -> None:
-    connection, _ = opened(announce=True, limits=spdy.Limits(window=64 * KIB))
+    connection, _ = opened(announce=True, limits=spdy.SpdyLimits(window=64 * KIB))
     connection.receive(data(1, bytes(64 * KIB), FIN))
     connection.consumed(1, 64 * KIB)
     assert _updates(connection.take()) == [(0, 64 * KIB)]
 
 
 def test_data_that_nobody_gets_is_given_back_to_the_connection() -> None:
-    connection, _ = opened(announce=True, limits=spdy.Limits(window=64 * KIB))
+    connection, _ = opened(announce=True, limits=spdy.SpdyLimits(window=64 * KIB))
     connection.reset(1, spdy.Status.CANCEL)
     connection.take()
     assert connection.receive(data(1, bytes(40 * KIB))) == []
@@ -601,7 +629,7 @@ def test_data_that_nobody_gets_is_given_back_to_the_connection() -> None:
 
 
 def test_a_peer_beyond_its_window_is_not_cut_off() -> None:
-    connection, _ = opened(announce=True, limits=spdy.Limits(window=64 * KIB))
+    connection, _ = opened(announce=True, limits=spdy.SpdyLimits(window=64 * KIB))
     for _ in range(100):
         (event,) = connection.receive(data(1, bytes(64 * KIB)))
         assert isinstance(event, spdy.Data)
@@ -613,7 +641,7 @@ def test_a_peer_beyond_its_window_is_not_cut_off() -> None:
 
 
 def test_streams_over_the_bound_are_refused() -> None:
-    connection, peer = spdy.Connection(limits=spdy.Limits(streams=2)), Peer()
+    connection, peer = spdy.Connection(limits=spdy.SpdyLimits(streams=2)), Peer()
     connection.receive(peer.syn_stream(1) + peer.syn_stream(3))
     assert connection.receive(peer.syn_stream(5)) == [spdy.Refused(5, spdy.Status.REFUSED_STREAM, "2 streams are open")]
     assert resets(connection.take()) == [(5, spdy.Status.REFUSED_STREAM)]
@@ -623,36 +651,36 @@ def test_streams_over_the_bound_are_refused() -> None:
 
 @pytest.mark.parametrize(("kind", "head"), [(SYN_STREAM, 10), (SYN_REPLY, 4), (HEADERS, 4), (SETTINGS, 4)])
 def test_a_control_frame_over_the_bound_is_refused_before_its_body(kind: int, head: int) -> None:
-    connection = spdy.Connection(limits=spdy.Limits(control=10_000))
+    connection = spdy.Connection(limits=spdy.SpdyLimits(control=10_000))
     (event,) = connection.receive(control(kind, bytes(10_001))[:8])
     assert isinstance(event, spdy.ConnectionFailed)
     assert "10001 bytes" in event.reason
-    assert spdy.Connection(limits=spdy.Limits(control=10_000)).receive(control(kind, bytes(10_000))[:8]) == []
+    assert spdy.Connection(limits=spdy.SpdyLimits(control=10_000)).receive(control(kind, bytes(10_000))[:8]) == []
 
 
 def test_settings_are_bounded() -> None:
-    limits = spdy.Limits(settings=3)
+    limits = spdy.SpdyLimits(settings=3)
     assert spdy.Connection(limits=limits).receive(_entries(*[(1, 1)] * 3)) == []
     (event,) = spdy.Connection(limits=limits).receive(_entries(*[(1, 1)] * 4))
-    assert event == spdy.ConnectionFailed(spdy.Farewell.PROTOCOL_ERROR, "4 settings in one frame, more than 3")
+    assert event == spdy.ConnectionFailed(spdy.GoAwayStatus.PROTOCOL_ERROR, "4 settings in one frame, more than 3")
 
 
 def test_a_flood_of_frames_that_demand_answers_ends_the_connection() -> None:
     flood = words(PING, 1) * 50 + data(1) + data(3)
-    connection = spdy.Connection(limits=spdy.Limits(answers=52))
+    connection = spdy.Connection(limits=spdy.SpdyLimits(answers=52))
     assert connection.receive(flood) == []
     connection.take()
     assert connection.receive(flood) == []
     (event,) = connection.receive(words(PING, 1) * 1000)
     assert event == spdy.ConnectionFailed(
-        spdy.Farewell.PROTOCOL_ERROR, "more than 52 frames that demand an answer at once"
+        spdy.GoAwayStatus.PROTOCOL_ERROR, "more than 52 frames that demand an answer at once"
     )
     assert [kind for kind, _, _ in frames(connection.take())] == [PING] * 50 + [RST_STREAM] * 2 + [GOAWAY]
 
 
 def test_a_flood_of_headers_ends_the_connection() -> None:
     # The smallest of frames can become large blocks, and all of them are events at once.
-    connection, peer = opened(limits=spdy.Limits(headers=10_000, text=100_000))
+    connection, peer = opened(limits=spdy.SpdyLimits(headers=10_000, text=100_000))
     flood = [(b"a", b"b" * (10_000 - 13))]
     for _ in range(2):
         for _ in range(10):
@@ -661,7 +689,7 @@ def test_a_flood_of_headers_ends_the_connection() -> None:
     events = connection.receive(b"".join(peer.headers(1, flood) for _ in range(11)))
     assert len(events) == 11
     assert events[-1] == spdy.ConnectionFailed(
-        spdy.Farewell.PROTOCOL_ERROR, "more than 100000 bytes of headers at once"
+        spdy.GoAwayStatus.PROTOCOL_ERROR, "more than 100000 bytes of headers at once"
     )
 
 
@@ -749,7 +777,7 @@ class Pair:
     """A client and a server, and what is on its way between them."""
 
     def __init__(self, announce: tuple[bool, bool]) -> None:
-        limits = spdy.Limits(window=5000, frame=700, streams=6, answers=10_000)
+        limits = spdy.SpdyLimits(window=5000, frame=700, streams=6, answers=10_000)
         self.sides = (
             spdy.Connection(client=True, announce=announce[0], limits=limits),
             spdy.Connection(announce=announce[1], limits=limits),

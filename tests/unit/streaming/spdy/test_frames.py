@@ -54,7 +54,7 @@ FROM_GO = [
     ("00000001 00000005 68656c6c6f", spdy.Data(1, memoryview(b"hello"), False)),
     ("00000001 01000000", spdy.Data(1, NOTHING, True)),
     ("80030003 00000008 00000001 00000005", spdy.Reset(1, spdy.Status.CANCEL)),
-    ("80030007 00000008 00000002 00000000", spdy.GoneAway(2, spdy.Farewell.OK)),
+    ("80030007 00000008 00000002 00000000", spdy.GoneAway(2, spdy.GoAwayStatus.OK)),
 ]
 
 
@@ -88,7 +88,11 @@ SENT: list[tuple[str, Callable[[spdy.Connection], object], str]] = [
     ("RST_STREAM", lambda c: c.reset(1, spdy.Status.CANCEL), "80030003 00000008 00000001 00000005"),
     ("PING", lambda c: c.ping(), "80030006 00000004 00000002"),
     ("GOAWAY", lambda c: c.go_away(), "80030007 00000008 00000001 00000000"),
-    ("GOAWAY with a status", lambda c: c.go_away(spdy.Farewell.INTERNAL_ERROR), "80030007 00000008 00000001 00000002"),
+    (
+        "GOAWAY with a status",
+        lambda c: c.go_away(spdy.GoAwayStatus.INTERNAL_ERROR),
+        "80030007 00000008 00000001 00000002",
+    ),
 ]
 
 
@@ -114,7 +118,7 @@ def test_data_is_sent_in_its_wire_form() -> None:
 
 
 def test_windows_are_sent_in_their_wire_form() -> None:
-    connection = spdy.Connection(announce=True, limits=spdy.Limits(window=0x40000, streams=9))
+    connection = spdy.Connection(announce=True, limits=spdy.SpdyLimits(window=0x40000, streams=9))
     assert connection.take() == bytes.fromhex(
         "80030004 00000014 00000002  00000004 00000009  00000007 00040000"  # SETTINGS
         "80030009 00000008 00000000 00030000"  # WINDOW_UPDATE of the connection, which SETTINGS cannot change
@@ -147,7 +151,7 @@ RECEIVED: list[tuple[str, str, list[spdy.Event]]] = [
         [spdy.Reset(1, spdy.Status.REFUSED_STREAM)],
     ),
     ("RST_STREAM of another stream", "80030003 00000008 00000003 00000003", []),
-    ("GOAWAY", "80030007 00000008 00000000 00000002", [spdy.GoneAway(0, spdy.Farewell.INTERNAL_ERROR)]),
+    ("GOAWAY", "80030007 00000008 00000000 00000002", [spdy.GoneAway(0, spdy.GoAwayStatus.INTERNAL_ERROR)]),
     ("SETTINGS of no window", "80030004 0000000c 00000001 01000004 00000064", []),
     ("SETTINGS with a window", "80030004 0000000c 00000001 00000007 00020000", [spdy.WindowGrown(0)]),
     ("SETTINGS with the same window", "80030004 0000000c 00000001 00000007 00010000", []),
@@ -184,7 +188,7 @@ def test_the_numbers_are_the_specifications() -> None:
         9: "STREAM_ALREADY_CLOSED",
         11: "FRAME_TOO_LARGE",
     }
-    assert {status.value: status.name for status in spdy.Farewell} == {
+    assert {status.value: status.name for status in spdy.GoAwayStatus} == {
         0: "OK",
         1: "PROTOCOL_ERROR",
         2: "INTERNAL_ERROR",
@@ -238,14 +242,14 @@ def test_a_large_frame_is_handed_on_as_it_comes() -> None:
 
 
 def test_what_is_sent_is_cut_into_frames() -> None:
-    connection, _ = opened(limits=spdy.Limits(frame=1000))
+    connection, _ = opened(limits=spdy.SpdyLimits(frame=1000))
     connection.send(1, bytes(range(250)) * 10, end=True)
     assert [(flags, len(payload)) for _, flags, payload in frames(connection.take())] == [
         (0, 1000),
         (0, 1000),
         (1, 500),
     ]
-    connection, _ = opened(limits=spdy.Limits(frame=1000))
+    connection, _ = opened(limits=spdy.SpdyLimits(frame=1000))
     connection.send(1, bytes(2000))
     connection.send(1, bytes(2000), end=True)
     sent = [(flags, len(payload)) for _, flags, payload in frames(connection.take())]
@@ -400,13 +404,13 @@ def test_a_block_that_is_not_spdys_zlib_ends_the_connection(block: bytes) -> Non
     connection = spdy.Connection()
     (event,) = connection.receive(_first_block(block))
     assert isinstance(event, spdy.ConnectionFailed)
-    assert event.status == spdy.Farewell.PROTOCOL_ERROR
+    assert event.status == spdy.GoAwayStatus.PROTOCOL_ERROR
     assert connection.take() == bytes.fromhex("80030007 00000008 00000000 00000001")
 
 
 @pytest.mark.parametrize("length", [1000, 1001, 100_000_000])
 def test_a_block_that_swells_is_not_decompressed_beyond_the_bound(length: int) -> None:
-    limits = spdy.Limits(headers=1000, control=1 << 20)
+    limits = spdy.SpdyLimits(headers=1000, control=1 << 20)
     connection, peer = spdy.Connection(limits=limits), Peer()
     text = block_text([(b"a", b"b" * (length - 13))])
     (event,) = connection.receive(peer.syn_stream(1, text=text))
@@ -414,12 +418,12 @@ def test_a_block_that_swells_is_not_decompressed_beyond_the_bound(length: int) -
         assert isinstance(event, spdy.StreamOpened)
     else:
         assert event == spdy.ConnectionFailed(
-            spdy.Farewell.PROTOCOL_ERROR, "a header block has more than 1000 bytes when it is decompressed"
+            spdy.GoAwayStatus.PROTOCOL_ERROR, "a header block has more than 1000 bytes when it is decompressed"
         )
 
 
 def test_headers_are_bounded_in_number_each_value_counted() -> None:
-    connection, peer = spdy.Connection(limits=spdy.Limits(pairs=3)), Peer()
+    connection, peer = spdy.Connection(limits=spdy.SpdyLimits(pairs=3)), Peer()
     names = [(b"%d" % number, b"") for number in range(4)]
     assert isinstance(connection.receive(peer.syn_stream(1, names[:3]))[0], spdy.StreamOpened)
     assert connection.receive(peer.syn_stream(3, names)) == [

@@ -1,4 +1,4 @@
-"""Streams of a client over one connection: SPDY's, and the channels of a WebSocket, behind one face."""
+"""The streams of one client over its connection: streams of SPDY, or channels of a WebSocket, with one interface."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Protocol
 import structlog
 
 from criserver.streaming import spdy, websocket
-from criserver.streaming.link import Link
+from criserver.streaming.client_link import ClientLink
 from criserver.streaming.spdy.headers import Pairs
 
 log = structlog.get_logger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
-# Bytes that a stream, and all of a connection, keep of what a client has sent and nobody has taken yet. More come only
-# with the read that passes the limit.
+# Bytes from the client that may wait to be read: for one stream, and for all streams of a connection. One read may pass
+# the limit; then the connection is not read until enough is taken.
 STREAM_LIMIT = 128 << 10
 CONNECTION_LIMIT = 1 << 20
-# Bytes. A piece that is smaller is copied, for a view keeps alive all that was read with it.
+# Bytes. A smaller piece is copied: a view would keep the memory of the whole read.
 _LARGE = 16 << 10
 
 
 class Carrier(Protocol):
-    """What multiplexes streams over a connection."""
+    """Carries streams over a connection."""
 
     async def send(self, stream: int, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionError where the client or its stream is gone."""
@@ -35,29 +35,29 @@ class Carrier(Protocol):
         """Wait until more may be sent on any stream. Raises ConnectionError where the client is gone."""
 
     def end(self, stream: int) -> None:
-        """Nothing more is sent on a stream."""
+        """Tell the client that the server sends nothing more on a stream."""
 
     def reset(self, stream: int) -> None:
-        """Let go of a stream at once, both ways."""
+        """End a stream at once, in both directions."""
 
-    def taken(self, stream: Stream, count: int) -> None:
-        """So many bytes that the client had sent are gone from memory."""
+    def taken(self, stream: ClientStream, count: int) -> None:
+        """``count`` bytes of the stream are not in memory any more: they were read or dropped."""
 
 
-class Stream:
-    """One stream: what the client sends is read, what is written goes to it."""
+class ClientStream:
+    """One stream of a client: ``read`` gives the client's bytes, ``write`` sends to the client."""
 
     def __init__(self, carrier: Carrier, number: int) -> None:
         self._carrier = carrier
         self._pieces: deque[Buffer] = deque()
         self._more: asyncio.Event = asyncio.Event()
         self._ended = False
-        self.broken = False  # nobody reads or writes any more
+        self.broken = False  # no more reads or writes
         self.number = number
         self.kept = 0
 
     async def read(self) -> Buffer:
-        """The next bytes that the client has sent, b"" at the end. Raises ConnectionResetError where it is gone."""
+        """The next bytes of the client, b"" at the end. Raises ConnectionResetError where the client is gone."""
         while not self._pieces:
             if self.broken:
                 raise ConnectionResetError("the client is gone")
@@ -81,16 +81,16 @@ class Stream:
         await self._carrier.send(self.number, data)
 
     def close(self) -> None:
-        """Write no more; what the client sends can still be read."""
+        """Write no more. The client's bytes can still be read."""
         self._carrier.end(self.number)
 
     def reset(self) -> None:
-        """Let go of the stream at once."""
+        """End the stream at once, in both directions."""
         self._carrier.reset(self.number)
         self.break_off()
 
     def feed(self, data: Buffer) -> None:
-        """Take what has come."""
+        """Keep bytes of the client for ``read``."""
         last = self._pieces[-1] if self._pieces else None
         if len(data) >= _LARGE:
             self._pieces.append(data)
@@ -102,12 +102,12 @@ class Stream:
         self._more.set()
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """The client sends nothing more."""
         self._ended = True
         self._more.set()
 
     def break_off(self) -> None:
-        """The stream is gone: what is not read yet is of no use, nothing can be sent."""
+        """The stream is gone: drop the unread bytes, and refuse to send."""
         self.broken = True
         self._pieces.clear()
         dropped, self.kept = self.kept, 0
@@ -115,47 +115,47 @@ class Stream:
         self._more.set()
 
 
-class _Kept:
-    """Holds a connection back while too much of what it has brought is kept."""
+class _ReadLimits:
+    """Stops reading a connection while too many of its bytes wait in memory."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ClientLink) -> None:
         self._link = link
-        self._all = 0
+        self._total = 0
 
-    def grow(self, stream: Stream, count: int) -> None:
-        self._all += count
+    def grow(self, stream: ClientStream, count: int) -> None:
+        self._total += count
         if stream.kept > STREAM_LIMIT:
             self._link.hold(stream)
-        if self._all > CONNECTION_LIMIT:
+        if self._total > CONNECTION_LIMIT:
             self._link.hold(self)
 
-    def shrink(self, stream: Stream, count: int) -> None:
-        self._all -= count
+    def shrink(self, stream: ClientStream, count: int) -> None:
+        self._total -= count
         if stream.kept <= STREAM_LIMIT:
             self._link.release(stream)
-        if self._all <= CONNECTION_LIMIT:
+        if self._total <= CONNECTION_LIMIT:
             self._link.release(self)
 
 
 class SpdyCarrier:
-    """Streams of SPDY/3.1, straight on a connection or in the tunnel of a WebSocket.
+    """Streams of SPDY/3.1, directly on a connection or in the tunnel of a WebSocket.
 
-    ``opened`` is called with each stream that the client opens, and its headers; what it raises as ValueError is no
-    fault of ours: the stream is reset.
+    ``opened`` is called with each stream that the client opens, and its headers. When it raises ValueError, the client
+    made an error, and the stream is reset.
     """
 
     def __init__(
         self,
-        link: Link,
-        opened: Callable[[Stream, Pairs], None],
+        link: ClientLink,
+        opened: Callable[[ClientStream, Pairs], None],
         tunnel: websocket.Tunnel | None = None,
     ) -> None:
         self._link = link
         self._opened = opened
         self._tunnel = tunnel
         self._spdy = spdy.Connection()
-        self._streams: dict[int, Stream] = {}
-        self._kept = _Kept(link)
+        self._streams: dict[int, ClientStream] = {}
+        self._read_limits = _ReadLimits(link)
         self._windows: dict[int, asyncio.Event] = {}
         link.received = self.receive if tunnel is None else self._receive_tunnelled
         link.lost.add_done_callback(lambda _: self._break_off())
@@ -193,7 +193,7 @@ class SpdyCarrier:
         if self._spdy.state(number) == (spdy.Half.DONE, spdy.Half.DONE):
             self._forget(number)
 
-    def _forget(self, number: int) -> Stream | None:
+    def _forget(self, number: int) -> ClientStream | None:
         if (window := self._windows.pop(number, None)) is not None:
             window.set()
         return self._streams.pop(number, None)
@@ -203,13 +203,13 @@ class SpdyCarrier:
             self._spdy.reset(stream, spdy.Status.CANCEL)
             self._flush()
 
-    def taken(self, stream: Stream, count: int) -> None:
+    def taken(self, stream: ClientStream, count: int) -> None:
         self._spdy.consumed(stream.number, count)
         self._flush()
-        self._kept.shrink(stream, count)
+        self._read_limits.shrink(stream, count)
 
     def close(self) -> None:
-        """Say that no more streams are taken; to be followed by the link's finish."""
+        """Tell the client that no more streams are accepted. Call the link's ``finish`` after it."""
         self._spdy.go_away()
         self._flush()
         if self._tunnel is not None:
@@ -217,7 +217,7 @@ class SpdyCarrier:
             self._link.send(self._tunnel.take())
 
     def receive(self, data: Buffer) -> None:
-        """Take bytes from the client."""
+        """Handle bytes from the client."""
         for event in self._spdy.receive(data):
             match event:
                 case spdy.Data(stream=number, data=piece, ended=ended):
@@ -226,7 +226,7 @@ class SpdyCarrier:
                     else:
                         if piece:
                             stream.feed(piece)
-                            self._kept.grow(stream, len(piece))
+                            self._read_limits.grow(stream, len(piece))
                         if ended:
                             stream.finish()
                             self._forget_closed(number)
@@ -248,10 +248,10 @@ class SpdyCarrier:
 
     def _open(self, number: int, headers: Pairs, ended: bool) -> None:
         if self._spdy.state(number)[0] is not spdy.Half.SILENT:
-            # The client has reset the stream already, or we may not send on it. No protocol here uses such a stream.
+            # The client has reset the stream already, or the server may not send on it: no protocol here needs that.
             self._spdy.reset(number, spdy.Status.REFUSED_STREAM)
             return
-        stream = self._streams[number] = Stream(self, number)
+        stream = self._streams[number] = ClientStream(self, number)
         self._spdy.reply(number)
         if ended:
             stream.finish()
@@ -264,7 +264,7 @@ class SpdyCarrier:
         assert self._tunnel is not None
         for event in self._tunnel.receive(data):
             match event:
-                case websocket.Data(data=piece):
+                case websocket.TunnelData(data=piece):
                     self.receive(piece)
                 case websocket.Closed():
                     self._link.send(self._tunnel.take())
@@ -286,13 +286,15 @@ class SpdyCarrier:
 
 
 class ChannelCarrier:
-    """The channels of a WebSocket: the streams are there from the beginning, by their numbers."""
+    """The channels of a WebSocket. All streams exist from the beginning, by their numbers."""
 
-    def __init__(self, link: Link, protocol: str, *, readable: Collection[int], writable: Collection[int]) -> None:
+    def __init__(
+        self, link: ClientLink, protocol: str, *, readable: Collection[int], writable: Collection[int]
+    ) -> None:
         self._link = link
         self._socket = websocket.Channels(protocol, readable=readable, writable=writable)
-        self._kept = _Kept(link)
-        self.streams = {number: Stream(self, number) for number in {*readable, *writable}}
+        self._read_limits = _ReadLimits(link)
+        self.streams = {number: ClientStream(self, number) for number in {*readable, *writable}}
         link.received = self.receive
         link.lost.add_done_callback(lambda _: self._break_off())
 
@@ -310,23 +312,23 @@ class ChannelCarrier:
     def reset(self, stream: int) -> None:
         self._socket.close(stream)
 
-    def taken(self, stream: Stream, count: int) -> None:
-        self._kept.shrink(stream, count)
+    def taken(self, stream: ClientStream, count: int) -> None:
+        self._read_limits.shrink(stream, count)
 
     def close(self) -> None:
-        """Begin to close; to be followed by the link's finish."""
+        """Begin to close. Call the link's ``finish`` after it."""
         self._socket.close_all()
         self._link.send(self._socket.take())
 
     def receive(self, data: bytes) -> None:
-        """Take bytes from the client."""
+        """Handle bytes from the client."""
         for event in self._socket.receive(data):
             match event:
                 case websocket.ChannelData(channel=number, data=piece):
                     stream = self.streams[number]
                     if not stream.broken:
                         stream.feed(piece)
-                        self._kept.grow(stream, len(piece))
+                        self._read_limits.grow(stream, len(piece))
                 case websocket.ChannelClosed(channel=number):
                     self.streams[number].finish()
                 case websocket.Closed():

@@ -1,4 +1,4 @@
-"""What a connection tells its caller of what the peer has done."""
+"""The events of a connection: what the peer has done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from criserver.streaming.spdy.headers import Pairs
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """The peer has opened a stream. ``ended``: it sends nothing on it; ``unidirectional``: nor may this side."""
+    """The peer has opened a stream. ``ended``: the peer sends nothing on it. ``unidirectional``: nor may this side."""
 
     stream: int
     headers: Pairs
@@ -19,7 +19,7 @@ class StreamOpened:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The peer's attempt to open a stream was turned down."""
+    """The peer tried to open a stream, and it was refused."""
 
     stream: int
     status: int
@@ -28,7 +28,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Replied:
-    """The peer has accepted a stream of ours."""
+    """The peer has accepted a stream of this side."""
 
     stream: int
     headers: Pairs
@@ -46,9 +46,9 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A piece of a stream, which need not be a whole frame; empty only where the stream ends without more.
+    """A piece of a stream, which may be a part of a frame. It is empty only at the end of a stream.
 
-    ``data`` is a view of what was given to ``receive``, and changes with it where that is a buffer used again.
+    ``data`` is a view of the argument of ``receive``: it changes when the caller uses that buffer again.
     """
 
     stream: int
@@ -58,7 +58,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """A stream is over in both directions: reset by the peer, or by us for the fault of the peer's in ``reason``."""
+    """A stream has ended in both directions: the peer reset it, or this side did for the peer's fault in ``reason``."""
 
     stream: int
     status: int
@@ -67,7 +67,7 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class WindowGrown:
-    """``send`` may carry more on this stream; stream 0 is the connection, and any stream may carry more."""
+    """``send`` may carry more on this stream. Stream 0 is the connection: any stream may carry more."""
 
     stream: int
 
@@ -81,7 +81,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class GoneAway:
-    """The peer takes no new streams. Of ours it has taken those up to ``last``; the others are Reset before this."""
+    """The peer accepts no new streams. It has accepted those of this side up to ``last``; the others had a Reset."""
 
     last: int
     status: int
@@ -89,7 +89,7 @@ class GoneAway:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionFailed:
-    """The peer broke the protocol. Send what ``take`` gives and close the connection: no event follows this one."""
+    """The peer broke the protocol. Send the bytes of ``take`` and close the connection: no event follows this one."""
 
     status: int
     reason: str

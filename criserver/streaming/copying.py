@@ -1,4 +1,4 @@
-"""Between descriptors that do not block and the streams of a client, at the pace of the slower side."""
+"""Copies bytes between descriptors that do not block and a client's streams, at the pace of the slower side."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 import os
 from typing import Protocol
 
-# Bytes. More at once is measured to be no faster, and a frame of this size is what a stalled client costs.
+# Bytes. Larger chunks were measured and are no faster. A client that reads nothing costs one chunk of memory.
 CHUNK = 128 << 10
 
 
-class Source(Protocol):
+class ClientSource(Protocol):
     """Bytes from the client."""
 
     async def read(self) -> bytes | bytearray | memoryview:
         """The next bytes, b"" at the end. Raises ConnectionError where the client is gone."""
 
 
-class Sink(Protocol):
+class ClientSink(Protocol):
     """Bytes to the client."""
 
     async def room(self) -> None:
@@ -27,24 +27,24 @@ class Sink(Protocol):
         """Send, and wait until more may be sent. Raises ConnectionError where the client is gone."""
 
 
-class Outflow:
-    """Copies what comes out of a pipe, terminal or socket to a client.
+class OutputCopier:
+    """Copies the output of a pipe, terminal or socket to a client.
 
-    ``waiting`` is true while there is nothing to copy. ``moved`` is the number of bytes copied so far. Both together
+    ``waiting`` is true while there is nothing to copy. ``copied`` is the number of bytes copied so far. Both together
     tell whether any output still comes.
     """
 
-    def __init__(self, fd: int, sink: Sink) -> None:
+    def __init__(self, fd: int, sink: ClientSink) -> None:
         self._fd = fd
         self._sink = sink
         self.waiting = False
-        self.moved = 0
+        self.copied = 0
 
     async def run(self) -> None:
         """Copy until the end. Raises ConnectionError where the client is gone."""
         while True:
-            # Before reading, with nothing to wait for in between: however many share a connection, one chunk goes
-            # beyond what it may keep.
+            # Wait for room before the read, and do not wait between both. So a connection keeps one chunk more than its
+            # limit at most, however many copiers share it.
             await self._sink.room()
             try:
                 data = os.read(self._fd, CHUNK)
@@ -53,40 +53,40 @@ class Outflow:
                 await ready(self._fd, write=False)
                 self.waiting = False
                 continue
-            except OSError:  # EIO: a terminal has no other side any more
+            except OSError:  # EIO: the other side of the terminal is closed
                 return
             if not data:
                 return
-            self.moved += len(data)
+            self.copied += len(data)
             await self._sink.write(data)
-            await asyncio.sleep(0)  # others' turn: neither side may ever have to be waited for
+            await asyncio.sleep(0)  # the other tasks' turn: with two fast sides the loop above never waits
 
 
-async def copy_in(source: Source, fd: int) -> None:
-    """Copy what comes from a client into a pipe, terminal or socket until the client ends it.
+async def copy_in(source: ClientSource, fd: int) -> None:
+    """Copy a client's bytes into a pipe, terminal or socket until the client ends its stream.
 
-    What nobody takes any more is read and dropped: the client is not to be held up by it.
+    When the other side of the descriptor is closed, the rest is read and dropped: the client must not have to wait.
     """
-    taken = True
+    writable = True
     while data := await source.read():
         rest = memoryview(data)
-        while taken and rest:
+        while writable and rest:
             try:
                 rest = rest[os.write(fd, rest) :]
             except BlockingIOError:
                 await ready(fd, write=True)
             except OSError:
-                taken = False
+                writable = False
 
 
-async def discard(source: Source) -> None:
+async def discard(source: ClientSource) -> None:
     """Read to the end."""
     while await source.read():
         pass
 
 
 async def ready(fd: int, *, write: bool) -> None:
-    """Wait until a descriptor can be read, or written to; also where its other side is gone."""
+    """Wait until a descriptor can be read, or written to. A closed other side ends the wait too."""
     loop = asyncio.get_running_loop()
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
     future: asyncio.Future[None] = loop.create_future()
