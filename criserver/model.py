@@ -35,7 +35,11 @@ class Propagation(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PortMapping:
-    """A port of the host that leads to one of the pod; ``protocol`` is tcp, udp or sctp."""
+    """A port of the host that leads to a port of the pod.
+
+    ``protocol`` is "tcp", "udp" or "sctp". A ``host_ip`` of "" means every address of the host. A ``host_port`` of 0
+    means that the pod requests no port of the host.
+    """
 
     protocol: str
     container_port: int

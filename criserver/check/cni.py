@@ -11,7 +11,7 @@ from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
 from criserver.config import Config
 from criserver.errors import FailedPreconditionError
-from criserver.network.config import ConfigDirectory, NetworkConfig
+from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 
 # The kinds of network interfaces that the CNI project's plugins make, by plugin.
 _LINKS = {
@@ -28,7 +28,7 @@ _BRIDGE = "/proc/sys/net/bridge/bridge-nf-call-iptables"
 def check(host: Host, config: Config) -> Iterator[Finding]:
     """The network in force, and whether packets get through the node."""
     try:
-        network = ConfigDirectory(host.path(config.cni_conf_dir)).current()
+        network = CniConfigDirectory(host.path(config.cni_conf_dir)).current()
     except FailedPreconditionError as e:
         yield missing(
             str(e),

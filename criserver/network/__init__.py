@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from criserver.network.cni import Attachment, Network
-from criserver.network.pod import PodNetwork, PortMapping
+from criserver.network.cni_network import Attachment, Network
+from criserver.network.pod_network import PodNetwork
 
-__all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
+__all__ = ["Attachment", "Network", "PodNetwork"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.model import NamespaceMode
-from criserver.network import namespaces
+from criserver.network.pod_socket import stream_socket
 from criserver.runtime import process_records
 from criserver.runtime.exec_process import Console, exec_process, running_container
 from criserver.runtime.lifecycle import SandboxState
@@ -274,7 +274,7 @@ async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
     words = "no address family"
     for family, host in _LOCALHOSTS:
         try:
-            sock = await namespaces.stream_socket(network, family)
+            sock = await stream_socket(network, family)
         except OSError as e:
             words = e.strerror or str(e)
             continue

@@ -13,7 +13,7 @@ import structlog
 
 from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
-from criserver.network import Attachment, PodNetwork, PortMapping, namespaces
+from criserver.network import Attachment, PodNetwork, namespaces
 from criserver.oci import spec
 from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
 from criserver.runtime.lifecycle import SandboxState
@@ -168,10 +168,7 @@ def _infra_ended(node: Node) -> FailedPreconditionError:
 
 def _user_mapping(config: PodConfig) -> namespaces.UserMapping | None:
     user = config.namespaces.user
-    if user is None:
-        return None
-    uids, gids = (namespaces.IdMapping(m.container_id, m.host_id, m.length) for m in (user.uids, user.gids))
-    return namespaces.UserMapping((uids,), (gids,))
+    return None if user is None else namespaces.UserMapping((user.uids,), (user.gids,))
 
 
 def _cgroup_parent(node: Node, config: PodConfig, sandbox_id: str) -> str:
@@ -189,9 +186,7 @@ def _pod_network(node: Node, sandbox: Sandbox) -> PodNetwork:
         name=config.name,
         namespace=config.namespace,
         uid=config.uid,
-        port_mappings=tuple(
-            PortMapping(p.protocol, p.container_port, p.host_port, p.host_ip) for p in config.port_mappings
-        ),
+        port_mappings=config.port_mappings,
         annotations=config.annotations,
         dns_servers=config.dns.servers,
         dns_searches=config.dns.searches,

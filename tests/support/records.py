@@ -15,8 +15,8 @@ from pathlib import Path
 
 from criserver.model import User
 from criserver.network import Attachment
-from criserver.network.config import NetworkConfig
-from criserver.network.result import parse
+from criserver.network.cni_config import NetworkConfig
+from criserver.network.cni_result import parse
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.parse import container_config, pod_config

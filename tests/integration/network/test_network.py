@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from criserver.errors import CriError, InvalidArgumentError
-from criserver.network import namespaces
-from criserver.network.cni import Attachment, Network, PodNetwork, PortMapping
+from criserver.model import PortMapping
+from criserver.network import Attachment, Network, PodNetwork, namespaces
 from tests.support.waiting import eventually, until
 
 PLUGINS = "/usr/lib/cni"
@@ -162,13 +162,13 @@ async def test_cancellation_leaves_nothing(base: str) -> None:
 
 
 async def test_a_thread_that_is_late_takes_its_work_back(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, unshare = threading.Event(), namespaces._unshare
+    go_on, unshare = threading.Event(), namespaces.unshare
 
     def slow(kinds: list[str]) -> None:
         go_on.wait(10)
         unshare(kinds)
 
-    monkeypatch.setattr(namespaces, "_unshare", slow)
+    monkeypatch.setattr(namespaces, "unshare", slow)
     monkeypatch.setattr(namespaces, "_DEADLINE", 0.05)
     with pytest.raises(CriError, match="did not make the namespaces"):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True)

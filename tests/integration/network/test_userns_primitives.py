@@ -17,8 +17,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError
-from criserver.network import namespaces
-from criserver.network.namespaces import IdMapping, PinnedNamespaces, UserMapping
+from criserver.model import IdMapping
+from criserver.network import namespaces, user_namespace
+from criserver.network.namespaces import PinnedNamespaces, UserMapping
 from snapshotter import Layer, SnapshotError, Snapshotter, mounts
 from tests.support.layers import directory, hardlink, item, write_blob
 
@@ -192,15 +193,15 @@ async def test_a_failed_pin_leaves_nothing(base: str, monkeypatch: pytest.Monkey
 
 
 async def test_a_maker_that_dies_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "_MAKER", "raise ValueError('no such luck')")
+    monkeypatch.setattr(user_namespace, "_HELPER", "raise ValueError('no such luck')")
     with pytest.raises(CriError, match="no such luck"):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
     assert os.listdir(base) == []
 
 
 async def test_a_maker_that_hangs_is_killed(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "_MAKER", "import time; time.sleep(60)")
-    monkeypatch.setattr(namespaces, "_DEADLINE", 0.1)
+    monkeypatch.setattr(user_namespace, "_HELPER", "import time; time.sleep(60)")
+    monkeypatch.setattr(user_namespace, "_DEADLINE", 0.1)
     with pytest.raises(DeadlineExceededError):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
     assert os.listdir(base) == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from criserver.errors import FailedPreconditionError
-from criserver.network.config import ConfigDirectory, NetworkConfig
+from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 
 BRIDGE = {"type": "bridge", "bridge": "cni0", "ipam": {"type": "host-local", "subnet": "10.1.0.0/16"}}
 
@@ -23,7 +23,7 @@ def conflist(**changes: Any) -> str:
 
 
 def load(directory: Path) -> NetworkConfig:
-    return ConfigDirectory(str(directory)).current()
+    return CniConfigDirectory(str(directory)).current()
 
 
 def refusal(directory: Path) -> str:
@@ -110,7 +110,7 @@ def test_every_supported_version_is_taken(tmp_path: Path, version: str) -> None:
     (tmp_path / "10.conflist").write_text(conflist(cniVersion=version))
     config = load(tmp_path)
     assert config.cni_version == version
-    assert config.speaks("0.4.0") is (version not in ("0.3.0", "0.3.1"))
+    assert config.has_version("0.4.0") is (version not in ("0.3.0", "0.3.1"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_plugins_of_the_sibling_folder_are_appended_unless_forbidden(tmp_path: P
 
 
 def test_every_change_is_followed(tmp_path: Path) -> None:
-    directory = ConfigDirectory(str(tmp_path / "net.d"))
+    directory = CniConfigDirectory(str(tmp_path / "net.d"))
     with pytest.raises(FailedPreconditionError, match="no CNI configuration"):
         directory.current()
     (tmp_path / "net.d" / "podnet").mkdir(parents=True)

@@ -20,8 +20,8 @@ from criserver.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from criserver.network import invoke
-from criserver.network.cni import Attachment, Network, PodNetwork, PortMapping
+from criserver.model import PortMapping
+from criserver.network import Attachment, Network, PodNetwork, cni_plugin
 from tests.support.waiting import until
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
@@ -351,14 +351,14 @@ async def test_a_clean_up_that_cannot_even_begin_is_told_of_for_each_plugin(
 ) -> None:
     """Without a descriptor for it: by an error that is none of ours."""
     node.plugin("two", ADD=fail(11, "the cause"))
-    run = invoke.run
+    run = cni_plugin.run
 
-    async def refuse(path: str, *, env: dict[str, str], **more: Any) -> invoke.Reply:
+    async def refuse(path: str, *, env: dict[str, str], **more: Any) -> cni_plugin.PluginReply:
         if env["CNI_COMMAND"] == "DEL":
             raise OSError(24, "Too many open files")
         return await run(path, env=env, **more)
 
-    monkeypatch.setattr(invoke, "run", refuse)
+    monkeypatch.setattr(cni_plugin, "run", refuse)
     with capture_logs() as logs, pytest.raises(UnavailableError, match="the cause"):
         await node.network.add(node.plan())
     assert [line["error"] for line in logs] == ["[Errno 24] Too many open files"] * 2
@@ -385,7 +385,7 @@ async def test_a_hanging_plugin_is_killed_with_its_children(node: Node) -> None:
 
 
 async def test_cancellation_kills_the_plugin_and_undoes_the_rest(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invoke, "_GRACE", 0.1)
+    monkeypatch.setattr(cni_plugin, "_GRACE", 0.1)
     node.plugin("two", ADD=f"sleep 1000 & echo $$ $! > {node.log}/pids; wait")
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(lambda: (node.log / "pids").exists() and (node.log / "pids").read_text().endswith("\n"))
@@ -409,7 +409,7 @@ async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node) -> N
 
 
 async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invoke, "_GRACE", 0.1)
+    monkeypatch.setattr(cni_plugin, "_GRACE", 0.1)
     node.plugin("two", ADD="sleep 1000", DEL="sleep 0.3")
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(lambda: "ADD two" in node.calls())
@@ -425,11 +425,11 @@ async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monk
 async def test_a_cancellation_ends_a_plugin_whatever_the_state_of_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    monkeypatch.setattr(invoke, "_GRACE", 0.1)
+    monkeypatch.setattr(cni_plugin, "_GRACE", 0.1)
     plugin = tmp_path / "plugin"
     plugin.write_text("#!/bin/sh\nsleep 60\n")
     plugin.chmod(0o755)
-    task = asyncio.create_task(invoke.run(str(plugin), what="plugin", env={}, request=b"{}", timeout=60))
+    task = asyncio.create_task(cni_plugin.run(str(plugin), run_name="plugin", env={}, request=b"{}", timeout=60))
     for _ in range(steps):
         await asyncio.sleep(0)
         time.sleep(0.02)  # noqa: ASYNC251 - a busy machine: the plugin is further than the loop
@@ -468,7 +468,7 @@ async def test_a_request_larger_than_a_pipe(node: Node) -> None:
 
 
 async def test_pods_do_not_wait_for_each_other(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invoke, "_GRACE", 0.1)
+    monkeypatch.setattr(cni_plugin, "_GRACE", 0.1)
     node.plugin("one", ADD=f"[ $CNI_CONTAINERID = stuck ] && sleep 1000; {say(RESULT)}")
     stuck = asyncio.create_task(node.network.add(node.plan(sandbox_id="stuck")))
     await until(lambda: "ADD one" in node.calls())

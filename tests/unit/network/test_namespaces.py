@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
+from criserver.model import IdMapping
 from criserver.network import namespaces
-from criserver.network.namespaces import IdMapping, UserMapping
+from criserver.network.namespaces import UserMapping
 
 
 @pytest.mark.parametrize(

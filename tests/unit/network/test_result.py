@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from criserver.errors import CriError
-from criserver.network.result import Dns, Interface, Result, decode, excerpt, parse
+from criserver.network.cni_result import CniDns, CniInterface, CniResult, decode, excerpt, parse
 
 NETNS = "/run/criserver/ns/net"
 BRIDGE_RESULT = {
@@ -29,16 +29,16 @@ BRIDGE_RESULT = {
 }
 
 
-def parsed(document: dict[str, Any], *, version: str = "1.0.0") -> Result:
+def parsed(document: dict[str, Any], *, version: str = "1.0.0") -> CniResult:
     return parse(document, ifname="eth0", version=version)
 
 
 def test_all_fields() -> None:
     result = parsed(BRIDGE_RESULT)
-    assert result.interfaces[0] == Interface("cni0", "26:22:a9:d7:5e:1b", "")
-    assert result.interfaces[2] == Interface("eth0", "72:4f:5a:e1:2f:01", NETNS)
+    assert result.interfaces[0] == CniInterface("cni0", "26:22:a9:d7:5e:1b", "")
+    assert result.interfaces[2] == CniInterface("eth0", "72:4f:5a:e1:2f:01", NETNS)
     assert result.ips == ("10.1.0.5", "fd00:1::5")
-    assert result.dns == Dns(("10.1.0.1",), "local", ("a", "b"), ("ndots:5",))
+    assert result.dns == CniDns(("10.1.0.1",), "local", ("a", "b"), ("ndots:5",))
     assert result.raw == BRIDGE_RESULT
 
 
@@ -72,7 +72,7 @@ def test_prev_result_is_in_the_configurations_version() -> None:
 
 def test_null_is_nothing() -> None:
     result = parsed({"interfaces": None, "ips": None, "dns": None, "cniVersion": None})
-    assert (result.interfaces, result.ips, result.dns) == ((), (), Dns((), "", (), ()))
+    assert (result.interfaces, result.ips, result.dns) == ((), (), CniDns((), "", (), ()))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Joining pods to the node's CNI network and taking them out again (CNI specification 1.1, section 3).
+"""Attaches pods to the node's CNI network, and detaches them (CNI specification 1.1, section 3).
 
-runtime/ plans an attachment, records it, adds it and records the outcome. A recorded attachment holds all that
-DEL needs, so it can be undone after a crash at any line and whatever has become of the configuration.
+runtime/ plans an attachment, records it, adds it and records the outcome. A recorded attachment has everything that DEL
+needs. So it can be undone after a crash at any line, and after any change of the configuration.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from typing import Any
 import structlog
 
 from criserver.errors import CriError, FailedPreconditionError, UnavailableError
-from criserver.network import invoke
-from criserver.network.config import ConfigDirectory, NetworkConfig
-from criserver.network.namespaces import is_pinned
-from criserver.network.pod import PodNetwork, PortMapping
-from criserver.network.result import Result, decode, excerpt, parse, stored
+from criserver.network import cni_plugin
+from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
+from criserver.network.cni_result import CniResult, decode, excerpt, parse, stored
+from criserver.network.namespace_calls import is_pinned
+from criserver.network.pod_network import PodNetwork
 from snapshotter.tasks import outlive
 
-__all__ = ["Attachment", "Network", "PodNetwork", "PortMapping"]
-
-# Seconds. The kubelet waits for the answer of a probe with its whole node status.
+# Seconds for the plugins' answers to the kubelet's Status call: the kubelet's node status waits for them.
 _PROBE_TIMEOUT = 5.0
 
 # Error codes of the specification, section 5.
@@ -44,7 +42,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A pod on a network: planned while ``result`` is None, added when it is there."""
+    """A pod on a network: planned while ``result`` is None, added when it has a result."""
 
     network: NetworkConfig
     container_id: str
@@ -52,11 +50,11 @@ class Attachment:
     ifname: str
     args: str
     capabilities: Mapping[str, Any]
-    result: Result | None = None
+    result: CniResult | None = None
 
     @property
     def ips(self) -> tuple[str, ...]:
-        """The pod's addresses, the primary one first; empty before it is added."""
+        """The pod's addresses, the primary one first. Empty before the attachment is added."""
         return self.result.ips if self.result else ()
 
     def to_json(self) -> str:
@@ -81,7 +79,7 @@ class Attachment:
 
     @classmethod
     def from_json(cls, text: str) -> Attachment:
-        """The attachment that :meth:`to_json` wrote."""
+        """The attachment in the text of :meth:`to_json`."""
         document = json.loads(text)
         network, result = document["network"], document["result"]
         version, ifname = network["cniVersion"], document["ifname"]
@@ -103,30 +101,30 @@ class Attachment:
 
 
 class Network:
-    """The network that the node's configuration names.
+    """The network in the node's CNI configuration.
 
-    ``bin_dirs`` are searched in order for plugins; ``timeout`` is the seconds that one plugin may take.
+    Plugins are searched in ``bin_dirs``, in this order. One plugin may take ``timeout`` seconds.
     """
 
     def __init__(self, *, conf_dir: str, bin_dirs: Sequence[str], timeout: float = 60.0) -> None:
-        self._directory = ConfigDirectory(conf_dir)
+        self._directory = CniConfigDirectory(conf_dir)
         self._bin_dirs = tuple(bin_dirs)
         self._timeout = timeout
-        # By plugin path: what identifies the file, and the versions that it speaks (None if it does not say).
-        self._spoken: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
+        # By plugin path: the file's identity, and the versions that the plugin supports (None if it tells none).
+        self._versions: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
 
     def config(self) -> NetworkConfig:
-        """The network in force. Raises FailedPreconditionError where none is configured."""
+        """The network of the node now. Raises FailedPreconditionError where none is configured."""
         return self._directory.current()
 
     async def ready(self) -> str | None:
-        """None if pods can be attached; otherwise the reason why not, for the node's status."""
+        """None if pods can be attached, otherwise the reason for the node's status."""
         try:
             config = self.config()
             for plugin in config.plugins:
                 await self._check_version(config, plugin)
-            if config.speaks("1.1.0"):
+            if config.has_version("1.1.0"):
                 for plugin in config.plugins:
                     await self._call("STATUS", config, plugin)
         except (CriError, OSError) as e:
@@ -134,10 +132,10 @@ class Network:
         return None
 
     def attach_plan(self, pod: PodNetwork) -> Attachment:
-        """What :meth:`add` will do for ``pod``; nothing has happened yet.
+        """The attachment for :meth:`add`. This call changes nothing.
 
-        Raises FailedPreconditionError without a network or one of its plugins, InvalidArgumentError for a pod
-        that cannot be told to the network.
+        Raises FailedPreconditionError without a network or one of its plugins, and InvalidArgumentError for a pod whose
+        values cannot be passed to the plugins.
         """
         config = self.config()
         for plugin in config.plugins:
@@ -153,20 +151,20 @@ class Network:
         )
 
     async def add(self, attachment: Attachment) -> Attachment:
-        """Run the chain's ADD; the attachment comes back with its result.
+        """Run ADD of all plugins, and return the attachment with its result.
 
-        Raises UnavailableError where a plugin asks to try later, DeadlineExceededError, FailedPreconditionError
-        or CriError. When it raises, also when cancelled, DEL has been run for the whole chain; what DEL could
-        not undo is logged, and :meth:`delete` may be called again.
+        Raises UnavailableError where a plugin asks to try later, DeadlineExceededError, FailedPreconditionError or
+        CriError. When it raises, also when it is cancelled, DEL of all plugins has run. A failed DEL is logged, and
+        :meth:`delete` may be called again.
         """
-        result: Result | None = None
+        result: CniResult | None = None
         try:
             for plugin in attachment.network.plugins:
                 output = await self._call("ADD", attachment.network, plugin, attachment, result)
                 result = _parse_result(output, attachment, plugin)
             _require_address(attachment, result)
         except BaseException:
-            # A task of its own: a second cancellation must not stop the clean-up half-way.
+            # A task of its own: a second cancellation must not stop the clean-up in the middle.
             undo = asyncio.create_task(self._undo(replace(attachment, result=result)))
             self._undoing.add(undo)
             undo.add_done_callback(self._undoing.discard)
@@ -175,23 +173,23 @@ class Network:
         return replace(attachment, result=result)
 
     async def delete(self, attachment: Attachment) -> None:
-        """Run the chain's DEL, in reverse order; also for an attachment whose ADD is not known to have ended.
+        """Run DEL of all plugins, in reverse order. It is allowed for an attachment whose ADD may not have ended.
 
-        Does nothing where nothing is left. Raises as :meth:`add` does, at the first plugin that fails: an
-        address must not be free for others while rules of a later plugin still lead to it. Call again then.
+        Does nothing where nothing is left. It stops at the first plugin that fails, and raises as :meth:`add` does: an
+        address must not be given to another pod while rules of another plugin still lead to it. Call it again then.
         """
         for plugin in reversed(attachment.network.plugins):
             await self._delete_from(plugin, attachment)
 
     async def check(self, attachment: Attachment) -> None:
-        """Run the chain's CHECK; nothing where the network's version has none or its file forbids it.
+        """Run CHECK of all plugins. Does nothing where the network's version has no CHECK, or its file disables it.
 
-        Raises FailedPreconditionError for an attachment that was not added, and as :meth:`add` does where a
-        plugin finds something amiss.
+        Raises FailedPreconditionError for an attachment that was not added, and as :meth:`add` does where a plugin
+        finds an error.
         """
         if attachment.result is None:
             raise FailedPreconditionError(f"sandbox {attachment.container_id} is not attached to a network")
-        if attachment.network.disable_check or not attachment.network.speaks("0.4.0"):
+        if attachment.network.disable_check or not attachment.network.has_version("0.4.0"):
             return
         for plugin in attachment.network.plugins:
             await self._call("CHECK", attachment.network, plugin, attachment, attachment.result)
@@ -200,13 +198,13 @@ class Network:
         for plugin in reversed(attachment.network.plugins):
             try:
                 await self._delete_from(plugin, attachment)
-            except Exception as e:  # noqa: BLE001 - those of the other plugins are run all the same
+            except Exception as e:  # noqa: BLE001 - DEL of the other plugins must run too
                 _log.exception("CNI DEL after a failed ADD", sandbox=attachment.container_id, error=str(e))
 
     async def _delete_from(self, plugin: Mapping[str, Any], attachment: Attachment) -> None:
-        # Plugins take an empty CNI_NETNS for "already gone"; a path that leads nowhere is an error to some.
+        # An empty CNI_NETNS means "already gone". For some plugins a path that does not exist is an error.
         netns = attachment.netns if is_pinned(attachment.netns) else ""
-        prev = attachment.result if attachment.network.speaks("0.4.0") else None
+        prev = attachment.result if attachment.network.has_version("0.4.0") else None
         await self._call("DEL", attachment.network, plugin, replace(attachment, netns=netns), prev)
 
     async def _call(
@@ -215,11 +213,11 @@ class Network:
         config: NetworkConfig,
         plugin: Mapping[str, Any],
         attachment: Attachment | None = None,
-        prev: Result | None = None,
+        prev: CniResult | None = None,
     ) -> bytes:
-        """Run ``verb`` of a plugin and return what it printed; its failure is raised as what its code means."""
+        """Run ``verb`` of a plugin and return its output. Raises the error class for the plugin's error code."""
         path = self._find(config, plugin)
-        what = f"CNI plugin {plugin['type']} ({verb}, network {config.name})"
+        run_name = f"CNI plugin {plugin['type']} ({verb}, network {config.name})"
         env = {
             "PATH": os.environ.get("PATH", os.defpath),
             "CNI_COMMAND": verb,
@@ -230,21 +228,21 @@ class Network:
             env["CNI_NETNS"] = attachment.netns
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
-        reply = await invoke.run(
+        reply = await cni_plugin.run(
             path,
-            what=what,
+            run_name=run_name,
             env=env,
             request=_request(config, plugin, attachment, prev),
             timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
         )
         if reply.returncode == 0:
             if reply.stderr:
-                _log.debug("CNI plugin's standard error", plugin=what, text=excerpt(reply.stderr))
+                _log.debug("CNI plugin's standard error", plugin=run_name, text=excerpt(reply.stderr))
             return reply.stdout
-        code, message = invoke.failure(reply)
+        code, message = cni_plugin.failure(reply)
         if verb == "DEL" and code == _UNKNOWN_CONTAINER:
             return b""
-        raise _ERRORS.get(code, CriError)(f"{what}: {message}")
+        raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
 
     def _find(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> str:
         for directory in self._bin_dirs:
@@ -257,21 +255,21 @@ class Network:
         )
 
     async def _check_version(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> None:
-        """Raise FailedPreconditionError if the plugin says that it does not speak the network's version."""
+        """Raises FailedPreconditionError if the plugin does not support the network's version."""
         path = self._find(config, plugin)
         stat = os.stat(path)
         identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._spoken.get(path, (None,))[0] != identity:
-            self._spoken[path] = (identity, await self._ask_versions(config, plugin))
-        spoken = self._spoken[path][1]
-        if spoken is not None and config.cni_version not in spoken:
+        if self._versions.get(path, (None,))[0] != identity:
+            self._versions[path] = (identity, await self._ask_versions(config, plugin))
+        versions = self._versions[path][1]
+        if versions is not None and config.cni_version not in versions:
             raise FailedPreconditionError(
                 f"CNI plugin {path} does not support cniVersion {config.cni_version} of network {config.name} "
-                f"({config.source}), but {', '.join(sorted(spoken))}: upgrade it, or lower cniVersion"
+                f"({config.source}), but {', '.join(sorted(versions))}: upgrade it, or lower cniVersion"
             )
 
     async def _ask_versions(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> frozenset[str] | None:
-        """The versions that the plugin speaks; None where it does not know VERSION, as some scripts do not."""
+        """The versions that the plugin supports; None where it has no VERSION, as some scripts."""
         try:
             versions = decode(await self._call("VERSION", config, plugin)).get("supportedVersions")
         except CriError as e:
@@ -281,14 +279,14 @@ class Network:
 
 
 def _request(
-    config: NetworkConfig, plugin: Mapping[str, Any], attachment: Attachment | None, prev: Result | None
+    config: NetworkConfig, plugin: Mapping[str, Any], attachment: Attachment | None, prev: CniResult | None
 ) -> bytes:
     """The plugin's standard input (section 3, "Deriving request configuration from plugin configuration")."""
     request = {key: value for key, value in plugin.items() if key != "capabilities"}
     request |= {"name": config.name, "cniVersion": config.cni_version}
     if attachment is not None:
-        wanted = [name for name, on in plugin.get("capabilities", {}).items() if on]
-        runtime = {name: attachment.capabilities[name] for name in wanted if name in attachment.capabilities}
+        enabled = [name for name, on in plugin.get("capabilities", {}).items() if on]
+        runtime = {name: attachment.capabilities[name] for name in enabled if name in attachment.capabilities}
         if runtime:
             request["runtimeConfig"] = runtime
     if prev is not None:
@@ -296,7 +294,7 @@ def _request(
     return json.dumps(request).encode()
 
 
-def _require_address(attachment: Attachment, result: Result | None) -> None:
+def _require_address(attachment: Attachment, result: CniResult | None) -> None:
     if result is None or not result.ips:
         raise CriError(
             f"CNI network {attachment.network.name} gave interface {attachment.ifname} of sandbox "
@@ -304,7 +302,7 @@ def _require_address(attachment: Attachment, result: Result | None) -> None:
         )
 
 
-def _parse_result(output: bytes, attachment: Attachment, plugin: Mapping[str, Any]) -> Result:
+def _parse_result(output: bytes, attachment: Attachment, plugin: Mapping[str, Any]) -> CniResult:
     config = attachment.network
     try:
         return parse(decode(output), ifname=attachment.ifname, version=config.cni_version)

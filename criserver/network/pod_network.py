@@ -1,4 +1,4 @@
-"""What a network is told of a pod: CNI_ARGS and capability arguments (CNI CONVENTIONS.md)."""
+"""The values of a pod for CNI plugins: CNI_ARGS and capability arguments (CNI CONVENTIONS.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from fractions import Fraction
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
+from criserver.model import PortMapping
 from criserver.text import quoted
 
 _BANDWIDTH = {"ingress": "kubernetes.io/ingress-bandwidth", "egress": "kubernetes.io/egress-bandwidth"}
-# Bits. The annotations have a rate only; the largest burst that fits the plugin's field leaves it to the rate.
+# Bits. The annotations have only a rate. With the largest burst of the plugin's field, only the rate limits.
 _BURST = 2**32 - 1
-# Bits per second, the bounds that Kubernetes sets.
+# Bits per second, the bounds of Kubernetes.
 _MIN_RATE, _MAX_RATE = 10**3, 10**15
 
 _QUANTITY = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:([numkMGTPE]|[KMGTPE]i)|[eE]([+-]?\d{1,2}))?", re.ASCII)
@@ -28,22 +29,8 @@ _CONTAINER_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
-class PortMapping:
-    """A port of the host that leads to one of the pod.
-
-    ``protocol`` is "tcp", "udp" or "sctp"; ``host_ip`` "" means every address of the host; a ``host_port`` of 0
-    means that no port of the host is wanted.
-    """
-
-    protocol: str
-    container_port: int
-    host_port: int
-    host_ip: str
-
-
-@dataclass(frozen=True, slots=True)
 class PodNetwork:
-    """A pod to be attached: who it is, its network namespace's path and what it asks of the network."""
+    """A pod for the network: its identity, the path of its network namespace and its requests."""
 
     sandbox_id: str
     netns: str
@@ -59,7 +46,7 @@ class PodNetwork:
     cgroup_parent: str = ""
 
     def cni_args(self) -> str:
-        """The value of CNI_ARGS. Raises InvalidArgumentError for what it cannot carry."""
+        """The value of CNI_ARGS. Raises InvalidArgumentError for characters that CNI_ARGS cannot have."""
         if not _CONTAINER_ID.fullmatch(self.sandbox_id):
             raise InvalidArgumentError(f"sandbox id {quoted(self.sandbox_id)} is not a valid CNI container id")
         pairs = {
@@ -75,9 +62,9 @@ class PodNetwork:
         return ";".join(f"{key}={value}" for key, value in pairs.items())
 
     def capability_args(self) -> dict[str, Any]:
-        """Capability arguments by name, those that the pod has a use for.
+        """The capability arguments of the pod by name, without empty ones.
 
-        Raises InvalidArgumentError for a bandwidth annotation that is not a sensible Kubernetes quantity.
+        Raises InvalidArgumentError for a bandwidth annotation that is not a valid Kubernetes quantity.
         """
         dns = {"servers": self.dns_servers, "searches": self.dns_searches, "options": self.dns_options}
         args = {
@@ -112,7 +99,7 @@ def _bandwidth(annotations: Mapping[str, str]) -> dict[str, int]:
 
 
 def _quantity(text: str) -> int | None:
-    """The value of a Kubernetes quantity, rounded up; None if it is none, or absurdly long."""
+    """The value of a Kubernetes quantity, rounded up; None for another text, and for more than 64 characters."""
     match = _QUANTITY.fullmatch(text) if len(text) <= 64 else None
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""One run of one CNI plugin: configuration in, output back, in bounded time and memory."""
+"""One run of one CNI plugin, in bounded time and memory: configuration to its input, results from its output."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from dataclasses import dataclass
 from typing import IO, BinaryIO
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
-from criserver.network.result import decode, excerpt
+from criserver.network.cni_result import decode, excerpt
 
 _MAX_STDOUT = 1 << 20
 _MAX_STDERR = 4096
 _PIECE = 64 << 10
-# Seconds that output may follow a plugin's exit; longer only if it left a process behind that holds its pipes.
+# Seconds to read output after a plugin's exit. Output takes longer only if another process still has the pipes open.
 _DRAIN = 1.0
-# Seconds that a plugin gets to finish when its caller is cancelled. One killed in the middle of a write may leave
-# what its own DEL does not find: host-local does not know whose a lease file is that it did not get to fill.
+# Seconds that a plugin gets to finish when its caller is cancelled. A plugin that is killed during a write may leave
+# something that its DEL does not find: host-local cannot tell the owner of a lease file that is still empty.
 _GRACE = 2.0
-# Seconds that a killed plugin may take to be gone; longer only if the kernel itself does not let go of it.
+# Seconds for a killed plugin to end. It takes longer only if the kernel is stuck.
 _KILL = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """How a plugin ended, its output, and the last 4 KiB of its standard error."""
+class PluginReply:
+    """A plugin's exit status, its output, and the last 4 KiB of its standard error."""
 
     returncode: int
     stdout: bytes
     stderr: bytes
 
 
-async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, timeout: float) -> Reply:
+async def run(path: str, *, run_name: str, env: Mapping[str, str], request: bytes, timeout: float) -> PluginReply:
     """Run the plugin at ``path`` with ``request`` on its standard input; ``timeout`` is in seconds.
 
-    ``what`` names the run in messages. Raises DeadlineExceededError, FailedPreconditionError or
-    UnavailableError where it cannot be started, CriError for more than 1 MiB of output. When it raises, the
-    plugin and its process group are dead; when cancelled, the plugin has ended by itself or, after a short
-    grace, been killed too.
+    ``run_name`` names the run in messages. Raises DeadlineExceededError, FailedPreconditionError or UnavailableError
+    where the plugin cannot be started, and CriError for more than 1 MiB of output. When it raises, the plugin and its
+    process group are dead. When it is cancelled, the plugin gets a short time to end, and is killed after that.
     """
-    # A file: of a pipe, the writing would have to be waited for.
+    # A file, because writing to a pipe could block.
     with os.fdopen(os.memfd_create("cni-request"), "w+b") as stdin:
         stdin.write(request)
         stdin.seek(0)
         try:
             plugin = _Plugin(path, env, stdin)
         except OSError as e:
-            raise _start_error(what, path, e) from e
+            raise _start_error(run_name, path, e) from e
     try:
         try:
             done, _ = await asyncio.wait({plugin.ended}, timeout=timeout)
@@ -58,11 +57,11 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
             await asyncio.wait({plugin.ended}, timeout=_GRACE)
             raise
         if not done:
-            raise DeadlineExceededError(f"{what} did not end within {timeout:g} s and was killed")
+            raise DeadlineExceededError(f"{run_name} did not end within {timeout:g} s and was killed")
         if len(plugin.stdout) > _MAX_STDOUT:
-            raise CriError(f"{what} printed more than {_MAX_STDOUT} bytes and was killed")
+            raise CriError(f"{run_name} printed more than {_MAX_STDOUT} bytes and was killed")
         assert plugin.returncode is not None
-        return Reply(plugin.returncode, bytes(plugin.stdout), bytes(plugin.stderr))
+        return PluginReply(plugin.returncode, bytes(plugin.stdout), bytes(plugin.stderr))
     finally:
         try:
             if plugin.returncode is None:
@@ -72,12 +71,12 @@ async def run(path: str, *, what: str, env: Mapping[str, str], request: bytes, t
             plugin.close()
 
 
-def failure(reply: Reply) -> tuple[int, str]:
+def failure(reply: PluginReply) -> tuple[int, str]:
     """The error code (0 for none) and the message of a plugin that failed (specification, section 5, "Error")."""
     if reply.returncode < 0:
-        return 0, f"killed by signal {-reply.returncode}{_aside(reply.stderr)}"
+        return 0, f"killed by signal {-reply.returncode}{_stderr_note(reply.stderr)}"
     if not reply.stdout.strip():
-        return 0, f"exit status {reply.returncode} without a message{_aside(reply.stderr)}"
+        return 0, f"exit status {reply.returncode} without a message{_stderr_note(reply.stderr)}"
     try:
         document = decode(reply.stdout)
     except CriError as e:
@@ -88,10 +87,10 @@ def failure(reply: Reply) -> tuple[int, str]:
 
 
 class _Plugin:
-    """A plugin that runs; its output is collected until it is done or has printed too much.
+    """A plugin that runs. Its output is collected until the plugin ends or has printed too much.
 
-    Not asyncio's subprocess: where a task is cancelled while that starts one, it waits for ever, for pipes that are
-    not connected yet. Here nothing is awaited between the start and having it.
+    Not asyncio's subprocess: it waits for ever for unconnected pipes when its task is cancelled during the start. Here
+    the start awaits nothing.
     """
 
     def __init__(self, path: str, env: Mapping[str, str], stdin: BinaryIO) -> None:
@@ -127,18 +126,18 @@ class _Plugin:
 
     @property
     def returncode(self) -> int | None:
-        """As subprocess has it; None until the process has ended."""
+        """The exit status as in subprocess; None until the process has ended."""
         return self._process.returncode
 
     def kill_group(self) -> None:
-        """Kill the plugin, which leads a group, and what it has started."""
+        """Kill the plugin and all processes of its group."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
     def close(self) -> None:
-        """Take no more of it."""
+        """Stop reading, and close all descriptors."""
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._close_pipes()
@@ -183,11 +182,11 @@ class _Plugin:
             self.ended.set_result(None)
 
 
-def _start_error(what: str, path: str, e: OSError) -> CriError:
+def _start_error(run_name: str, path: str, e: OSError) -> CriError:
     if e.errno in (errno.ETXTBSY, errno.EAGAIN, errno.ENOMEM):
-        return UnavailableError(f"{what} cannot be started just now: {path}: {e.strerror}")
-    return FailedPreconditionError(f"{what} cannot be started: {path}: {e.strerror}; install the plugin anew")
+        return UnavailableError(f"{run_name} cannot be started just now: {path}: {e.strerror}")
+    return FailedPreconditionError(f"{run_name} cannot be started: {path}: {e.strerror}; install the plugin anew")
 
 
-def _aside(stderr: bytes) -> str:
+def _stderr_note(stderr: bytes) -> str:
     return f"; its standard error ends: {excerpt(stderr)}" if stderr.strip() else ""

@@ -1,7 +1,7 @@
-"""The CNI configuration directory: which network the node's pods join.
+"""The CNI configuration directory: the network of the node's pods.
 
-The first valid file by name rules, as with other runtimes. The directory is looked at anew on every use, so a
-network plugin that installs its file later, or changes it, needs no restart of the daemon.
+The first valid file in order of names counts, as in other runtimes. The directory is listed again on each use. So the
+daemon needs no restart when a network plugin installs or changes its file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import structlog
 
 from criserver.errors import FailedPreconditionError
 
-# Ascending. Older ones know neither chains nor a list of addresses; the newest is the specification followed.
+# Ascending. Older versions have no plugin lists and no lists of addresses. The newest one is implemented here.
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
 _SUFFIXES = (".conflist", ".conf", ".json")
@@ -27,7 +27,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class NetworkConfig:
-    """A network: its plugins in the order of ADD, as the file has them. ``source`` is the file's path."""
+    """A network: its plugins in the order of ADD, as in the file. ``source`` is the path of the file."""
 
     name: str
     cni_version: str
@@ -35,29 +35,29 @@ class NetworkConfig:
     disable_check: bool
     source: str
 
-    def speaks(self, version: str) -> bool:
-        """Whether what came with CNI specification ``version`` may be used with the plugins."""
+    def has_version(self, version: str) -> bool:
+        """Whether the network's version is ``version`` of the CNI specification, or newer."""
         return VERSIONS.index(self.cni_version) >= VERSIONS.index(version)
 
 
-class ConfigDirectory:
+class CniConfigDirectory:
     """A directory of CNI configuration files."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._seen: list[tuple[str, int, int, int]] | None = None
+        self._loaded_listing: list[tuple[str, int, int, int]] | None = None
         self._outcome: NetworkConfig | str = ""
 
     def current(self) -> NetworkConfig:
-        """The network in force now; files are read only when the listing has changed.
+        """The network now. The files are read only when the listing has changed.
 
-        Raises FailedPreconditionError that says what is missing, or which file has which fault.
+        Raises FailedPreconditionError where there is no file, and with the fault of each file where none is valid.
         """
         try:
-            seen = _listing(self._path)
-            if seen != self._seen:
+            listing = _listing(self._path)
+            if listing != self._loaded_listing:
                 self._outcome = _load(self._path)
-                self._seen = seen
+                self._loaded_listing = listing
         except OSError as e:
             raise FailedPreconditionError(f"cannot read the CNI configuration in {self._path}: {e}") from e
         if isinstance(self._outcome, str):
@@ -65,12 +65,12 @@ class ConfigDirectory:
         return self._outcome
 
 
-class _FaultError(Exception):
-    """A file is not a valid configuration; the message says why."""
+class _CniConfigError(Exception):
+    """A file is not a valid configuration; the message has the reason."""
 
 
 def _listing(directory: str) -> list[tuple[str, int, int, int]]:
-    """All that tells one state of the directory from another: path, inode, size and time of every file."""
+    """Path, inode, size and time of every file: they differ when a file was changed."""
     stamps = []
     for entry in _scan(directory):
         if entry.is_dir():
@@ -97,19 +97,19 @@ def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
 
 
 def _load(directory: str) -> NetworkConfig | str:
-    """The network of ``directory``, or why there is none."""
+    """The network of ``directory``, or the reason why there is none."""
     faults = []
     for path in sorted(e.path for e in _scan(directory) if e.name.endswith(_SUFFIXES) and not e.is_dir()):
         try:
             return _network(path)
-        except _FaultError as e:
-            _log.warning("CNI configuration file passed over", path=path, reason=str(e))
+        except _CniConfigError as e:
+            _log.warning("CNI configuration file ignored", path=path, reason=str(e))
             faults.append(f"{path}: {e}")
     if faults:
         return f"no valid CNI configuration in {directory}: {'; '.join(faults)}"
     return (
         f"no CNI configuration in {directory}: install a network plugin, or put a .conflist file there; "
-        "it is taken up without a restart"
+        "the daemon reads it without a restart"
     )
 
 
@@ -117,7 +117,7 @@ def _network(path: str) -> NetworkConfig:
     document = _read(path)
     if not path.endswith(".conflist"):
         if "plugins" in document:
-            raise _FaultError("key plugins: a list of plugins must be in a file that ends in .conflist")
+            raise _CniConfigError("key plugins: a list of plugins must be in a file that ends in .conflist")
         document = {k: document[k] for k in ("name", "cniVersion") if k in document} | {"plugins": [document]}
         document["loadOnlyInlinedPlugins"] = True
     _check(document, "list")
@@ -125,7 +125,7 @@ def _network(path: str) -> NetworkConfig:
     if not _true(document.get("loadOnlyInlinedPlugins", False)):
         plugins = [*plugins, *_sibling_plugins(path, document["name"])]
     if not plugins:
-        raise _FaultError("key plugins: there is none, and no plugin file in the folder of the network's name")
+        raise _CniConfigError("key plugins: there is none, and no plugin file in the directory with the network's name")
     return NetworkConfig(
         name=document["name"],
         cni_version=_version(document),
@@ -136,14 +136,14 @@ def _network(path: str) -> NetworkConfig:
 
 
 def _sibling_plugins(path: str, name: str) -> list[Mapping[str, Any]]:
-    """Plugins that others add to the network, from the folder of its name (specification 1.1, section 1)."""
+    """Plugins in files of their own, from the directory with the network's name (specification 1.1, section 1)."""
     plugins: list[Mapping[str, Any]] = []
     for file in sorted(e.path for e in _scan(os.path.join(os.path.dirname(path), name)) if e.name.endswith(".conf")):
         try:
             plugin = _read(file)
             _check(plugin, "plugin")
-        except _FaultError as e:
-            raise _FaultError(f"its plugin file {file}: {e}") from e
+        except _CniConfigError as e:
+            raise _CniConfigError(f"its plugin file {file}: {e}") from e
         plugins.append(plugin)
     return plugins
 
@@ -153,34 +153,34 @@ def _read(path: str) -> dict[str, Any]:
         with open(path, "rb") as f:
             document = json.loads(f.read())
     except OSError as e:
-        raise _FaultError(f"cannot be read: {e.strerror}") from e
+        raise _CniConfigError(f"cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
-        raise _FaultError(f"is not valid JSON: {e}") from e
+        raise _CniConfigError(f"is not valid JSON: {e}") from e
     if not isinstance(document, dict):
-        raise _FaultError("is not a JSON object")
+        raise _CniConfigError("is not a JSON object")
     return document
 
 
 def _check(document: dict[str, Any], kind: str) -> None:
-    # Imported here: the daemon needs it once, and its import takes longer than everything else in this room.
+    # Imported here: the daemon needs it once, and its import takes longer than the rest of this room.
     import jsonschema
 
     schema = json.loads(files("criserver.network").joinpath("schema/network.json").read_text())
     schema["$ref"] = f"#/$defs/{kind}"
     for error in jsonschema.Draft202012Validator(schema).iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"
-        raise _FaultError(f"key {key}: {error.message[:300]}")
+        raise _CniConfigError(f"key {key}: {error.message[:300]}")
 
 
 def _version(document: Mapping[str, Any]) -> str:
-    """The highest of the file's versions that this room speaks (specification 1.1, "Version considerations")."""
-    given = [document["cniVersion"]] if "cniVersion" in document else []
-    given += document.get("cniVersions", [])
-    spoken = [v for v in VERSIONS if v in given]
-    if not spoken:
-        has = f"{', '.join(given)} is not supported" if given else "it is missing"
-        raise _FaultError(f"key cniVersion: {has}; it must be one of {', '.join(VERSIONS)}")
-    return spoken[-1]
+    """The highest version of the file that is supported here (specification 1.1, "Version considerations")."""
+    versions = [document["cniVersion"]] if "cniVersion" in document else []
+    versions += document.get("cniVersions", [])
+    supported = [v for v in VERSIONS if v in versions]
+    if not supported:
+        fault = f"{', '.join(versions)} is not supported" if versions else "it is missing"
+        raise _CniConfigError(f"key cniVersion: {fault}; it must be one of {', '.join(VERSIONS)}")
+    return supported[-1]
 
 
 def _true(switch: bool | str) -> bool:
