@@ -22,7 +22,8 @@ from typing import TypeVar
 from criserver.config import Config, RuntimeHandler
 from criserver.errors import CriError
 from criserver.network import Network
-from criserver.oci import spec
+from criserver.oci.infra_spec import build_infra
+from criserver.oci.spec_inputs import PodFacts
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
 from criserver.runtime.oci_runtime import OciRuntime
@@ -232,10 +233,10 @@ def _write_bundle(config: Config, directory: str, cgroups_path: str) -> None:
         os.makedirs(os.path.join(rootfs, name))
     with open(os.path.join(rootfs, "infra"), "w"):
         pass
-    document = spec.infra(
+    document = build_infra(
         program=config.infra,
         rootfs=rootfs,
-        pod=spec.PodFacts("", "", "", "", "", None, None, None, None),
+        pod=PodFacts("", "", "", "", "", None, None, None, None),
         host=host.facts(),
         cgroups_path=cgroups_path,
     )

@@ -1,1 +1,1 @@
-"""OCI: the runtime spec built from what was asked, and who a container runs as. Pure functions."""
+"""OCI: the runtime spec of a container, with its devices, its seccomp filter and its user. Pure functions."""

@@ -1,8 +1,8 @@
-"""Account files that nobody vouches for, read as getpwnam(3) and getgrnam(3) read them (passwd(5), group(5)).
+"""Account files of an untrusted image, read as getpwnam(3) and getgrnam(3) read them (passwd(5), group(5)).
 
-They are bytes: a line ends at a newline and nowhere else, a field at a colon. What is no entry is passed over, as the C
-library does: comments, too few fields, an ID that is no number or too large, names that begin with "+" or "-". Nothing
-is kept of a file but the line that is being read.
+The files are bytes: only a newline ends a line, and only a colon ends a field. As in the C library, lines that are no
+entries are skipped: comments, too few fields, an ID that is no number or too large, names that begin with "+" or "-".
+Only one line is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from criserver.errors import FailedPreconditionError
 from criserver.model import MAX_GROUPS, MAX_ID
 from criserver.numbers import decimal
 
-# Bytes; a longer line is no entry. A group of 5,000 members has fewer.
+# Bytes. A longer line is skipped. The line of a group with 5,000 members is shorter.
 _MAX_LINE = 64 << 10
-# runc before 1.3 makes some 50 million a second. A real image has a hundred lines, a container ten groups.
+# runc before 1.3 makes about 50 million a second. A real image has a hundred lines, a container ten groups.
 _MAX_COMPARISONS = 50_000_000
-# White space before an entry, as isspace(3) has it.
+# White space before an entry, as in isspace(3).
 _BLANKS = b" \t\v\f\r"
 
 
@@ -44,48 +44,48 @@ def accounts(passwd: BinaryIO) -> Iterator[Account]:
 
 
 def group_id(group: BinaryIO, name: bytes) -> int | None:
-    """The ID of the group with this name, in a group file; None where it has none."""
-    return next((gid for found, gid, _ in _groups(group) if found == name), None)
+    """The ID of the group with this name in a group file; None where there is none."""
+    return next((gid for entry, gid, _ in _groups(group) if entry == name), None)
 
 
 def memberships(group: BinaryIO, user: bytes) -> set[int]:
-    """The IDs of the groups that a group file has the user in.
+    """The IDs of the groups with this user in a group file.
 
-    Raises FailedPreconditionError where they are more than the kernel takes for a process.
+    Raises FailedPreconditionError for more groups than the kernel allows for a process.
     """
-    found: set[int] = set()
+    gids: set[int] = set()
     for _, gid, members in _groups(group):
         if user in members and any(member.lstrip(_BLANKS) == user for member in members.split(b",")):
-            found.add(gid)
-            if len(found) > MAX_GROUPS:
+            gids.add(gid)
+            if len(gids) > MAX_GROUPS:
                 raise FailedPreconditionError(
-                    f"the image's /etc/group has its user in more than {MAX_GROUPS} groups; the kernel takes no more"
+                    f"the image's /etc/group has its user in more than {MAX_GROUPS} groups; the kernel allows no more"
                 )
-    return found
+    return gids
 
 
 def claimed(group: BinaryIO, gids: Set[int]) -> set[int]:
-    """Those of ``gids`` that a group file has as the name of a group with another ID.
+    """Those of ``gids`` that are also the name of a group with another ID in a group file.
 
-    runc before 1.3 looks additional groups up in the image's /etc/group, by name and by ID, and takes what comes first.
-    It takes more lines for entries than the C library does, so that every line counts here. Raises
-    FailedPreconditionError where that would take it long.
+    runc before 1.3 looks up additional groups in the image's /etc/group, by name and by ID, and uses the first match.
+    It accepts more lines as entries than the C library, so this function looks at every line. Raises
+    FailedPreconditionError where runc would need too long.
     """
     names = {str(gid): gid for gid in gids}
-    found: set[int] = set()
+    claimed_gids: set[int] = set()
     lines = 0
     while line := group.readline(_MAX_LINE):
         lines += 1
         name, *rest = line.split(b":", 3)
         gid = names.get(name.decode(errors="replace").strip())
         if gid is not None and (len(rest) < 2 or decimal(rest[1].strip(), MAX_ID) != gid):
-            found.add(gid)
+            claimed_gids.add(gid)
     if lines * len(gids) > _MAX_COMPARISONS:
         raise FailedPreconditionError(
             f"the image's /etc/group has {lines} lines and the container {len(gids)} groups; the OCI runtime compares "
-            "each with each, which would take too long"
+            "each line with each group, which would take too long"
         )
-    return found
+    return claimed_gids
 
 
 def _groups(group: BinaryIO) -> Iterator[tuple[bytes, int, bytes]]:
@@ -97,10 +97,10 @@ def _groups(group: BinaryIO) -> Iterator[tuple[bytes, int, bytes]]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that could be entries, without their ends."""
+    """The lines that may be entries, without their newlines."""
     whole = True
     while line := file.readline(_MAX_LINE):
-        # The rest of a line that is too long is no line of its own.
+        # The rest of a long line is no line of its own.
         begins, whole = whole, line.endswith(b"\n")
         if not begins or len(line) == _MAX_LINE:
             continue

@@ -1,8 +1,8 @@
-"""Which system calls a container may make: the OCI object ``linux.seccomp``.
+"""The system calls that a container may make: the OCI object ``linux.seccomp``.
 
-The runtime's default is data, ``seccomp_default.toml``, with the reason for each group of calls in it. A profile of
-the node's own is a JSON file in the form that Docker and Kubernetes use. Both are decided here for the capabilities
-of one container, so that the OCI runtime gets rules without conditions.
+The default profile is data: ``seccomp_default.toml`` has the reason for each group of calls. A profile of the node is a
+JSON file in the format of Docker and Kubernetes. The conditions of both are evaluated here, for the capabilities of one
+container. So the OCI runtime gets rules without conditions.
 
 OCI runtime specification 1.0.2 (config-linux.md, "Seccomp"); seccomp(2).
 """
@@ -29,15 +29,15 @@ Seccomp = dict[str, Any]
 
 MAX_PROFILE = 1 << 20
 
-# Go's names whose capitals are not libseccomp's name.
+# Go's names of architectures whose upper case is not libseccomp's name.
 _NATIVE = {"amd64": "X86_64", "386": "X86", "arm64": "AARCH64"}
-# What a call gets that the table does not list.
+# The error of a call that the table does not list.
 _UNLISTED = "ENOSYS"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A node's architecture, and libseccomp's names of it and of those whose programs it runs as well."""
+    """A node's architecture. ``filter`` has libseccomp's names of it, and of others whose programs it can run."""
 
     name: str
     filter: tuple[str, ...]
@@ -46,9 +46,9 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Calls with one answer: allowed always, never, or with one of some capabilities; else they fail with ``errno``.
+    """Calls with one rule: allowed always, never, or with one of several capabilities. Else they fail with ``errno``.
 
-    ``architectures`` are the nodes that have these calls, empty for all.
+    ``architectures`` are those that have these calls, empty for all.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A call that is decided by the low 32 bits of one argument: (mask, value) matches argument & mask == value."""
+    """A call whose rule depends on the low 32 bits of one argument: (mask, value) is argument & mask == value."""
 
     syscall: str
     argument: int
@@ -87,7 +87,7 @@ def _data() -> Mapping[str, Any]:
 
 @functools.cache
 def default_architectures() -> Mapping[str, Architecture]:
-    """The architectures that the default is made for, by Go's name."""
+    """The architectures of the default profile, by Go's name."""
     return {
         one["name"]: Architecture(name=one["name"], filter=tuple(one["filter"]), reason=one["reason"])
         for one in _data()["architecture"]
@@ -96,7 +96,7 @@ def default_architectures() -> Mapping[str, Architecture]:
 
 @functools.cache
 def default_table() -> tuple[tuple[Group, ...], tuple[Filter, ...]]:
-    """The runtime's default as the data file has it."""
+    """The default profile as it is in the data file."""
     document = _data()
     groups = tuple(
         Group(
@@ -127,9 +127,9 @@ def default_table() -> tuple[tuple[Group, ...], tuple[Filter, ...]]:
 
 
 def default_profile(capabilities: Collection[str], architecture: str) -> Seccomp:
-    """The runtime's default for a container whose bounding set is ``capabilities`` ("CAP_…") on ``architecture`` (Go).
+    """The default profile for a container with the bounding set ``capabilities`` ("CAP_…") on ``architecture`` (Go).
 
-    Raises UnimplementedError for an architecture whose system calls the default was not made for.
+    Raises UnimplementedError for an architecture that the default profile does not have.
     """
     if architecture not in default_architectures():
         raise UnimplementedError(
@@ -164,33 +164,33 @@ def default_profile(capabilities: Collection[str], architecture: str) -> Seccomp
 
 
 def localhost_profile(path: str, capabilities: Collection[str], architecture: str, kernel: str) -> Seccomp:
-    """The profile in the file ``path`` for a container whose bounding set is ``capabilities``.
+    """The profile in the file ``path`` for a container with the bounding set ``capabilities``.
 
-    ``path`` is CRI's localhost_ref, absolute; ``architecture`` is Go's name and ``kernel`` the release ("6.1.0-18"),
-    which the file's conditions are compared with. Raises NotFoundError for a file that is not there, and
-    InvalidArgumentError that names the file and the key.
+    ``path`` is CRI's localhost_ref, absolute. The conditions of the file use ``architecture`` (Go's name) and
+    ``kernel``, the release ("6.1.0-18"). Raises NotFoundError for a missing file, and InvalidArgumentError that names
+    the file and the key.
     """
     if not path.startswith("/"):
         raise InvalidArgumentError(f"seccomp profile {path!r} must be an absolute path")
     return resolve(_read(path), f"seccomp profile {path}", capabilities, architecture, kernel)
 
 
-def resolve(text: bytes, what: str, capabilities: Collection[str], architecture: str, kernel: str) -> Seccomp:
-    """The OCI object for the profile in ``text``, with its conditions decided; ``what`` names it in errors.
+def resolve(text: bytes, profile_name: str, capabilities: Collection[str], architecture: str, kernel: str) -> Seccomp:
+    """The OCI object for the profile in ``text``; ``profile_name`` is its name in errors.
 
-    Parameters and errors as for :func:`localhost_profile`. A rule's ``includes`` must all hold and of its
-    ``excludes`` none, which is Docker's meaning of them.
+    Parameters and errors are those of :func:`localhost_profile`. A rule applies where all of its ``includes`` hold and
+    none of its ``excludes``, as in Docker.
     """
-    document = _document(text, what)
+    document = _document(text, profile_name)
     profile: Seccomp = {"defaultAction": document["defaultAction"]}
-    if (number := _errno(document, "defaultErrnoRet", "defaultErrno", what)) is not None:
+    if (number := _errno(document, "defaultErrnoRet", "defaultErrno", profile_name)) is not None:
         profile["defaultErrnoRet"] = number
-    if architectures := _architectures(document, architecture, what):
+    if architectures := _architectures(document, architecture, profile_name):
         profile["architectures"] = architectures
     if document.get("flags"):
         profile["flags"] = document["flags"]
     profile["syscalls"] = [
-        _rule(rule, f"{what}: key syscalls.{index}")
+        _rule(rule, f"{profile_name}: key syscalls.{index}")
         for index, rule in enumerate(document.get("syscalls") or ())
         if _applies(rule, capabilities, architecture, _version(kernel))
     ]
@@ -198,7 +198,7 @@ def resolve(text: bytes, what: str, capabilities: Collection[str], architecture:
 
 
 def _by_argument(one: Filter) -> list[Seccomp]:
-    """A rule for each match: runtimes take several conditions on one argument for alternatives, but do not have to."""
+    """One rule for each match: OCI runtimes may treat several conditions on one argument as alternatives, or not."""
     rules = []
     for mask, value in one.allowed:
         rules.append({"names": [one.syscall], "action": "SCMP_ACT_ALLOW", "args": [_masked(one.argument, mask, value)]})
@@ -224,19 +224,19 @@ def _read(path: str) -> bytes:
         raise InvalidArgumentError(f"seccomp profile {path} cannot be read: {e.strerror}") from e
 
 
-def _document(text: bytes, what: str) -> Mapping[str, Any]:
+def _document(text: bytes, profile_name: str) -> Mapping[str, Any]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InvalidArgumentError(f"{what} is not valid JSON: {e}") from e
-    # Said in words of its own: it is a documented feature, and the schema would only call it a wrong value.
+        raise InvalidArgumentError(f"{profile_name} is not valid JSON: {e}") from e
+    # An error of its own: this is a documented feature, and the error of the schema would not say that.
     if isinstance(document, dict) and (document.get("listenerPath") or document.get("listenerMetadata")):
         raise InvalidArgumentError(
-            f"{what}: key listenerPath: handing system calls to another program (SCMP_ACT_NOTIFY) is not supported"
+            f"{profile_name}: key listenerPath: passing system calls to another program (SCMP_ACT_NOTIFY) is not supported"
         )
     for error in _validator().iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"
-        raise InvalidArgumentError(f"{what}: key {key}: {error.message[:300]}")
+        raise InvalidArgumentError(f"{profile_name}: key {key}: {error.message[:300]}")
     return dict(document)
 
 
@@ -246,10 +246,10 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
-def _architectures(document: Mapping[str, Any], architecture: str, what: str) -> list[str]:
+def _architectures(document: Mapping[str, Any], architecture: str, profile_name: str) -> list[str]:
     listed, mapped = document.get("architectures") or [], document.get("archMap") or []
     if listed and mapped:
-        raise InvalidArgumentError(f"{what}: keys architectures and archMap are both set; give one")
+        raise InvalidArgumentError(f"{profile_name}: keys architectures and archMap are both set; give one")
     native = f"SCMP_ARCH_{_NATIVE.get(architecture, architecture.upper())}"
     for entry in mapped:
         if entry["architecture"] == native:
@@ -275,30 +275,30 @@ def _applies(
 
 
 def _version(release: str) -> tuple[int, int]:
-    found = re.match(r"([0-9]{1,9})\.([0-9]{1,9})(?![0-9])", release)
-    if not found:
+    match = re.match(r"([0-9]{1,9})\.([0-9]{1,9})(?![0-9])", release)
+    if not match:
         raise InvalidArgumentError(f"kernel release {quoted(release)} does not begin with a version")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def _rule(rule: Mapping[str, Any], what: str) -> Seccomp:
+def _rule(rule: Mapping[str, Any], rule_name: str) -> Seccomp:
     if ("name" in rule) == ("names" in rule):
-        raise InvalidArgumentError(f"{what}: it must have either names or, as old profiles do, name")
-    found: Seccomp = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
-    if (number := _errno(rule, "errnoRet", "errno", what)) is not None:
-        found["errnoRet"] = number
+        raise InvalidArgumentError(f"{rule_name}: it must have either names or, as in old profiles, name")
+    oci_rule: Seccomp = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
+    if (number := _errno(rule, "errnoRet", "errno", rule_name)) is not None:
+        oci_rule["errnoRet"] = number
     if rule.get("args"):
-        found["args"] = rule["args"]
-    return found
+        oci_rule["args"] = rule["args"]
+    return oci_rule
 
 
-def _errno(table: Mapping[str, Any], number: str, name: str, what: str) -> int | None:
-    """The error to return: its number, or its name ("EPERM"), which Podman's profiles have beside or instead of it."""
+def _errno(table: Mapping[str, Any], number: str, name: str, subject: str) -> int | None:
+    """The error to return: its number, or its name ("EPERM"). Podman's profiles have both, or the name alone."""
     if table.get(number) is not None:
         return int(table[number])
     if name not in table:
         return None
     value = getattr(errno, table[name], None)
     if not isinstance(value, int):
-        raise InvalidArgumentError(f"{what}: key {name}: {table[name]!r} is not the name of an error")
+        raise InvalidArgumentError(f"{subject}: key {name}: {table[name]!r} is not the name of an error")
     return value

@@ -21,7 +21,11 @@ from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotF
 from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
-from criserver.oci import cdi, seccomp, spec, users
+from criserver.oci import cdi, container_user, seccomp, spec
+from criserver.oci.capabilities import capability_sets
+from criserver.oci.spec_inputs import ImageDefaults, Spec
+from criserver.oci.spec_mounts import check_mounts
+from criserver.oci.spec_resources import resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, filesystems, host, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
@@ -65,8 +69,8 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     defaults = _defaults(image)
     # These raise errors that would come up later anyway. Here nothing has been made yet.
     spec.process_args(config, defaults)
-    spec.check_mounts(config)
-    spec.limits(config.resources, host.facts())
+    check_mounts(config)
+    resource_limits(config.resources, host.facts())
     _check_features(node, sandbox, config)
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
@@ -110,22 +114,22 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
     selinux.check(config.security, sandbox.selinux_level, f"container {config.name}")
 
 
-async def _seccomp(config: ContainerConfig) -> spec.Spec | None:
+async def _seccomp(config: ContainerConfig) -> Spec | None:
     """The filter that the container asks for. Raises NotFoundError, InvalidArgumentError for a profile's file."""
     profile = config.security.seccomp
     if not profile:
         return None
-    capabilities = spec.capabilities(config, host.facts())["bounding"]
+    capabilities = capability_sets(config, host.facts())["bounding"]
     architecture = host_platform().architecture
     if profile == "default":
         return seccomp.default_profile(capabilities, architecture)
     return await asyncio.to_thread(seccomp.localhost_profile, profile, capabilities, architecture, os.uname().release)
 
 
-async def _device_edits(node: Node, config: ContainerConfig) -> cdi.Edits:
+async def _device_edits(node: Node, config: ContainerConfig) -> cdi.ContainerEdits:
     """What the container's CDI devices change in its spec. Raises NotFoundError for an unknown device."""
     if not config.cdi_devices:
-        return cdi.Edits()
+        return cdi.ContainerEdits()
     node.cdi = await asyncio.to_thread(cdi.load, node.config.cdi_dirs, node.cdi)
     return cdi.resolve(config.cdi_devices, node.cdi)
 
@@ -135,10 +139,10 @@ async def _prepare(
     sandbox: Sandbox,
     container: Container,
     image: Image,
-    defaults: spec.ImageDefaults,
-    filter_: spec.Spec | None,
+    defaults: ImageDefaults,
+    filter_: Spec | None,
     profile: str,
-    edits: cdi.Edits,
+    edits: cdi.ContainerEdits,
 ) -> User:
     config = container.config
     target = _target(node, container)
@@ -149,7 +153,7 @@ async def _prepare(
     rootfs = await filesystems.make_root(node, container, image)
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
-    spec.check_mounts(config)
+    check_mounts(config)
     labels = selinux.labels(config.security, sandbox.selinux_level)
     if labels.files:
         for mount in config.mounts:
@@ -274,9 +278,9 @@ def signal_number(name: str) -> int:
     return number if number is not None and 1 <= number <= signal.SIGRTMAX else signal.SIGTERM
 
 
-def _defaults(image: Image) -> spec.ImageDefaults:
+def _defaults(image: Image) -> ImageDefaults:
     found = image.config
-    return spec.ImageDefaults(tuple(found.entrypoint), tuple(found.cmd), tuple(found.env), found.working_dir)
+    return ImageDefaults(tuple(found.entrypoint), tuple(found.cmd), tuple(found.env), found.working_dir)
 
 
 def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
@@ -287,7 +291,7 @@ def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
     if user == "":
         user, group = named.user, named.group if group == "" else group
     with _account_file(rootfs, "etc/passwd") as passwd, _account_file(rootfs, "etc/group") as groups:
-        return users.resolve(
+        return container_user.resolve(
             user=user,
             group=group,
             supplemental=security.supplemental_groups,

@@ -10,7 +10,7 @@ import os
 import structlog
 
 from criserver.errors import FailedPreconditionError
-from criserver.oci import spec
+from criserver.oci.spec_resources import resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host
 from criserver.runtime.lifecycle import ContainerState
@@ -65,7 +65,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
     limits = resources(asked)
     if limits.cpu_quota and not limits.cpu_period:  # a quota needs the period that is in force
         limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
-    await node.oci_runtime(handler).update(container.id, parent, spec.limits(limits, host.facts()))
+    await node.oci_runtime(handler).update(container.id, parent, resource_limits(limits, host.facts()))
     if asked.oom_score_adj:
         await asyncio.to_thread(_set_oom_score, node, container, asked.oom_score_adj)
 
@@ -87,7 +87,7 @@ def _rewrite(node: Node, container: Container) -> None:
     with open(path) as f:
         document = json.load(f)
     linux, asked = document["linux"], container.config.resources
-    linux["resources"] = {**spec.limits(asked, host.facts()), "devices": linux["resources"]["devices"]}
+    linux["resources"] = {**resource_limits(asked, host.facts()), "devices": linux["resources"]["devices"]}
     document["process"]["oomScoreAdj"] = max(asked.oom_score_adj, host.facts().oom_score_adj_floor)
     with open(path + ".new", "w") as f:
         json.dump(document, f)

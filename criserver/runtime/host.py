@@ -8,7 +8,7 @@ import stat
 from functools import cache
 
 from criserver.errors import InvalidArgumentError
-from criserver.oci.spec import DeviceNode, Host
+from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.cgroup import huge_page_sizes
 
 # By number, from 0 (capabilities(7), linux/capability.h).
@@ -52,7 +52,7 @@ def raise_open_files() -> None:
 
 
 @cache
-def facts() -> Host:
+def facts() -> HostFacts:
     """The host's facts, read once.
 
     The kernel refuses an OOM score below the writer's own without CAP_SYS_RESOURCE (proc(5),
@@ -64,7 +64,7 @@ def facts() -> Host:
     if not _status_mask("CapEff") >> _CAPABILITIES.index("SYS_RESOURCE") & 1:
         with open("/proc/self/oom_score_adj") as f:
             floor = int(f.read())
-    return Host(
+    return HostFacts(
         capabilities=known,
         open_files=open_files(),
         oom_score_adj_floor=floor,

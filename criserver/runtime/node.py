@@ -50,7 +50,7 @@ class Node:
     # By the handler's name.
     features: Mapping[str, Features]
     # As last read, so that only what has changed is read again.
-    cdi: cdi.Registry | None = None
+    cdi: cdi.CdiCatalog | None = None
     attempts: Attempts = field(default_factory=Attempts)
     # By the ID of a container, or of the pod sandbox whose infra process it is; see process_records.py.
     processes: dict[str, ContainerProcess] = field(default_factory=dict)

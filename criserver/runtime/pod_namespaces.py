@@ -6,7 +6,7 @@ import os
 
 from criserver.errors import CriError
 from criserver.model import NamespaceMode
-from criserver.oci import spec
+from criserver.oci.spec_inputs import PodFacts
 from criserver.runtime import sandbox_files
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
@@ -49,14 +49,14 @@ def unpin_pids(node: Node, sandbox_id: str) -> None:
         raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
 
 
-def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
+def pod_facts(node: Node, sandbox: Sandbox) -> PodFacts:
     """What the sandbox gives its containers."""
     config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     pins = node.namespaces_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     own_ipc = config.namespaces.ipc is not NamespaceMode.NODE
     shared_pid = config.namespaces.pid is NamespaceMode.POD
-    return spec.PodFacts(
+    return PodFacts(
         hostname=sandbox_files.hostname(config),
         resolv_conf=os.path.join(files, "resolv.conf"),
         hosts=os.path.join(files, "hosts"),

@@ -76,7 +76,7 @@ def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
     for device in sent.devices:
         _check_device(device, what)
     for device_name in parse.cdi_devices(sent):
-        cdi.parse(device_name)
+        cdi.parse_name(device_name)
     _check_log_path(sent.log_path, pod)
     check_resources(sent.linux.resources)
     _check_security(security, what)

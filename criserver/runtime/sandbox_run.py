@@ -14,7 +14,7 @@ import structlog
 from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, namespaces
-from criserver.oci import spec
+from criserver.oci.infra_spec import build_infra
 from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
@@ -141,7 +141,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         os.mkdir(os.path.join(root, name), 0o755)
     with open(os.path.join(root, "infra"), "w"):
         pass
-    document = spec.infra(
+    document = build_infra(
         program=node.config.infra,
         rootfs=root,
         pod=pod_facts(node, sandbox),

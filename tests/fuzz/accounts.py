@@ -7,7 +7,7 @@ import io
 
 from criserver.errors import FailedPreconditionError
 from criserver.model import MAX_ID
-from criserver.oci import users
+from criserver.oci import container_user
 from criserver.oci.accounts import accounts, group_id
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +51,7 @@ def check(data: bytes) -> None:
         assert gid is None or name in names
     for user in ("root", "a", 0, 33):
         try:
-            got = users.resolve(
+            got = container_user.resolve(
                 user=user, group="a", supplemental=(), strict=False, passwd=io.BytesIO(data), groups=io.BytesIO(data)
             )
         except FailedPreconditionError as e:

@@ -12,7 +12,7 @@ from criserver.errors import InvalidArgumentError
 from criserver.images import Image
 from criserver.images.manifests import parse_config
 from criserver.model import MAX_ID
-from criserver.oci import spec
+from criserver.oci.spec_inputs import ImageDefaults
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.container_create import signal_number
 from tests.fuzz.manifests import VALID, changed
@@ -43,4 +43,4 @@ def check(data: bytes) -> None:
     if shown.HasField("uid"):
         assert 0 <= shown.uid.value <= MAX_ID
     assert 1 <= signal_number(found.stop_signal) <= 64
-    spec.ImageDefaults(found.entrypoint, found.cmd, found.env, found.working_dir)
+    ImageDefaults(found.entrypoint, found.cmd, found.env, found.working_dir)

@@ -87,7 +87,7 @@ def test_a_number_is_never_a_name(node: Node, load: Load, pod: str):
     assert ids(node, by_field) == (1000, 2000, [])
     alone = node.run(pod, "alone", SLEEP, image=image, **secured(run_as_user=user))
     assert ids(node, alone) == (1000, 0, [0])
-    with refused(FAILED, "'1000' is given as a name and is a number"):
+    with refused(FAILED, "'1000' is given as a name, but it is a number"):
         node.create(pod, "name", SLEEP, image=image, **secured(run_as_username="1000"))
     with refused(FAILED, "named '2000'"):
         node.create(pod, "groups", SLEEP, image=image, **secured(run_as_user=user, supplemental_groups=[2000]))

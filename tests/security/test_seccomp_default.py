@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pytest
 
 from criserver.oci import seccomp
-from criserver.oci.spec import DEFAULT_CAPABILITIES
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES
 from tests.support import calls
 from tests.support.bundles import Bundles
 

@@ -31,7 +31,7 @@ def bundles(nothing_left: None) -> Iterator[Bundles]:
 
 
 @pytest.fixture
-def edits(tmp_path: Path) -> cdi.Edits:
+def edits(tmp_path: Path) -> cdi.ContainerEdits:
     """A camera, which is the host's /dev/fuse under another name, and what its programs need."""
     (tmp_path / "library").write_text("the vendor's library\n")
     document = {
@@ -76,7 +76,7 @@ def user(spec: dict[str, Any], uid: int) -> dict[str, Any]:
     return spec
 
 
-def test_a_device_in_a_container(bundles: Bundles, edits: cdi.Edits, tmp_path: Path) -> None:
+def test_a_device_in_a_container(bundles: Bundles, edits: cdi.ContainerEdits, tmp_path: Path) -> None:
     script = "exec 3<>/dev/camera && stat -c '%t:%T %a %u' /dev/camera; echo $CAMERA; cat /tmp/library; id -G"
     found = bundles.run(cdi.apply(bundles.spec(["sh", "-c", script]), edits))
     assert found.returncode == 0, found.stderr
@@ -90,7 +90,7 @@ def test_a_device_in_a_container(bundles: Bundles, edits: cdi.Edits, tmp_path: P
     assert (tmp_path / "hook").read_text() == "vendor\n"
 
 
-def test_a_user_without_privileges_can_open_it(bundles: Bundles, edits: cdi.Edits) -> None:
+def test_a_user_without_privileges_can_open_it(bundles: Bundles, edits: cdi.ContainerEdits) -> None:
     spec = user(bundles.spec(["sh", "-c", "exec 3<>/dev/camera && id -u"]), 1000)
     found = bundles.run(cdi.apply(spec, edits))
     assert (found.returncode, found.stdout) == (0, "1000\n"), found.stderr
@@ -98,7 +98,7 @@ def test_a_user_without_privileges_can_open_it(bundles: Bundles, edits: cdi.Edit
 
 @pytest.mark.parametrize(("permissions", "opened"), [("rw", "rw"), ("r", "r"), ("", "")])
 def test_the_device_cgroup_holds_to_the_permissions(
-    bundles: Bundles, edits: cdi.Edits, permissions: str, opened: str
+    bundles: Bundles, edits: cdi.ContainerEdits, permissions: str, opened: str
 ) -> None:
     edits = dataclasses.replace(edits, nodes=(dataclasses.replace(edits.nodes[0], permissions=permissions),))
     script = "(exec 3</dev/camera) && printf r; (exec 3>/dev/camera) && printf w; true"

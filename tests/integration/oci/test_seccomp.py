@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from criserver.oci import seccomp
-from criserver.oci.spec import DEFAULT_CAPABILITIES
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES
 from tests.support import calls
 from tests.support.bundles import Bundles
 

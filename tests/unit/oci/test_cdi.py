@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.oci import cdi
+from criserver.oci import cdi, cdi_edits, cdi_files
 
 KIND = "vendor.com/gpu"
 
@@ -32,7 +32,7 @@ def device(name: str, **edits: Any) -> dict[str, Any]:
     return {"name": name, "containerEdits": edits}
 
 
-def edits_of(tmp_path: Path, *names: str, **changes: Any) -> cdi.Edits:
+def edits_of(tmp_path: Path, *names: str, **changes: Any) -> cdi.ContainerEdits:
     write(tmp_path, **changes)
     return cdi.resolve(names or [f"{KIND}=0"], cdi.load([str(tmp_path)]))
 
@@ -72,13 +72,13 @@ DEVICES = word(ALNUM, ALNUM + "_-.:", 100)
 
 @given(VENDORS, CLASSES, DEVICES)
 def test_every_name_of_the_grammar_is_taken_apart(vendor: str, class_: str, name: str) -> None:
-    assert cdi.parse(f"{vendor}/{class_}={name}") == (f"{vendor}/{class_}", name)
+    assert cdi.parse_name(f"{vendor}/{class_}={name}") == (f"{vendor}/{class_}", name)
 
 
 @given(st.text(LETTERS + "/=._-:1\n ", max_size=20))
 def test_any_other_name_is_refused(text: str) -> None:
     try:
-        kind, name = cdi.parse(text)
+        kind, name = cdi.parse_name(text)
     except InvalidArgumentError:
         return
     assert f"{kind}={name}" == text
@@ -129,7 +129,7 @@ def test_annotations_name_devices() -> None:
 
 def test_no_directories_and_no_devices(tmp_path: Path) -> None:
     registry = cdi.load([str(tmp_path / "no"), str(tmp_path / "neither")])
-    assert cdi.resolve([], registry) == cdi.Edits()
+    assert cdi.resolve([], registry) == cdi.ContainerEdits()
     with pytest.raises(NotFoundError, match=f"vendor.com/gpu=0 is in no file .*{tmp_path}/no, {tmp_path}/neither"):
         cdi.resolve(["vendor.com/gpu=0"], registry)
 
@@ -163,7 +163,7 @@ def test_two_files_of_one_directory_are_a_conflict(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=f"=0 is in each of {low}/a.json, {low}/b.json"):
         cdi.resolve([f"{KIND}=0"], registry)
     write(high)
-    assert cdi.resolve([f"{KIND}=0"], cdi.load([str(low), str(high)])) == cdi.Edits()
+    assert cdi.resolve([f"{KIND}=0"], cdi.load([str(low), str(high)])) == cdi.ContainerEdits()
 
 
 def test_every_missing_device_is_named(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch:
     path = write(tmp_path, devices=[device("0", env=["A=1"])])
     write(tmp_path, "other.json", kind="vendor.com/nic")
     read: list[str] = []
-    reader = cdi.files.read
-    monkeypatch.setattr(cdi.files, "read", lambda name, limit: read.append(name) or reader(name, limit))
+    reader = cdi_files.files.read
+    monkeypatch.setattr(cdi_files.files, "read", lambda name, limit: read.append(name) or reader(name, limit))
     first = cdi.load([str(tmp_path)])
     assert len(read) == 2
     assert cdi.load([str(tmp_path)], first) == first
@@ -247,10 +247,10 @@ def test_a_file_that_breaks_the_rules_is_passed_over(tmp_path: Path, changes: di
     registry = cdi.load([str(tmp_path)])
     with pytest.raises(NotFoundError, match=f"{path} is not used: .*{message}"):
         cdi.resolve([f"{KIND}=0"], registry)
-    assert cdi.resolve(["vendor.com/good=0"], registry) == cdi.Edits()
+    assert cdi.resolve(["vendor.com/good=0"], registry) == cdi.ContainerEdits()
 
 
-@pytest.mark.parametrize("version", cdi.VERSIONS)
+@pytest.mark.parametrize("version", cdi_files.VERSIONS)
 def test_every_version_is_read(tmp_path: Path, version: str) -> None:
     found = edits_of(tmp_path, f"{KIND}=a", cdiVersion=version, devices=[device("a", env=["A=1"])])
     assert found.env == ("A=1",)
@@ -281,7 +281,7 @@ def test_a_yaml_file_that_is_none_is_named_where_a_device_is_not_found(tmp_path:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.json").symlink_to("nowhere")
     os.mkfifo(tmp_path / "fifo.json")
-    (tmp_path / "large.json").write_bytes(b" " * (cdi.MAX_FILE + 1))
+    (tmp_path / "large.json").write_bytes(b" " * (cdi_files.MAX_FILE + 1))
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     faults = {os.path.basename(f.path): f.fault for f in cdi.load([str(tmp_path)]).files}
@@ -310,7 +310,7 @@ def test_no_file_hinders_the_others(tmp_path_factory: pytest.TempPathFactory, ki
     write(directory, kind=kind, devices=devices, containerEdits=edits)
     write(directory, "good.json", kind="vendor.com/good")
     try:
-        assert cdi.resolve(["vendor.com/good=0"], cdi.load([str(directory)])) == cdi.Edits()
+        assert cdi.resolve(["vendor.com/good=0"], cdi.load([str(directory)])) == cdi.ContainerEdits()
     except CriError as e:
         pytest.fail(str(e))
 
@@ -358,7 +358,9 @@ def test_a_node_without_an_owner_is_the_containers_users(tmp_path: Path) -> None
         ({"permissions": ""}, host(), ("c", 1)),
     ],
 )
-def test_kinds_of_nodes(tmp_path: Path, node: dict[str, Any], stat_of: cdi.Stat, expected: tuple[str, int]) -> None:
+def test_kinds_of_nodes(
+    tmp_path: Path, node: dict[str, Any], stat_of: cdi_edits.StatCall, expected: tuple[str, int]
+) -> None:
     edits = edits_of(tmp_path, containerEdits={"deviceNodes": [{"path": "/dev/a", **node}]})
     found = cdi.apply(spec(), edits, stat_of)["linux"]
     assert (found["devices"][0]["type"], len(found["resources"]["devices"]) - 1) == expected
@@ -373,7 +375,9 @@ def test_kinds_of_nodes(tmp_path: Path, node: dict[str, Any], stat_of: cdi.Stat,
         ({"type": "b"}, host(stat.S_IFCHR), "is no block device"),
     ],
 )
-def test_a_device_that_the_host_lacks(tmp_path: Path, node: dict[str, Any], stat_of: cdi.Stat, message: str) -> None:
+def test_a_device_that_the_host_lacks(
+    tmp_path: Path, node: dict[str, Any], stat_of: cdi_edits.StatCall, message: str
+) -> None:
     nodes = [{"path": "/dev/a", "hostPath": "/dev/b", **node}]
     with pytest.raises(FailedPreconditionError, match=f"CDI device /dev/a: .*{message}"):
         cdi.apply(spec(), edits_of(tmp_path, containerEdits={"deviceNodes": nodes}), stat_of)
@@ -416,11 +420,11 @@ def test_hooks_groups_and_rdt(tmp_path: Path) -> None:
 
 PATHS = st.sampled_from(["/dev/a", "/dev/b", "/dev//a", "/x/y", "/x"])
 EDITS = st.builds(
-    cdi.Edits,
+    cdi.ContainerEdits,
     env=st.lists(st.sampled_from(["A=1", "A=2", "B=1"])).map(tuple),
     nodes=st.lists(
         st.builds(
-            cdi.Node,
+            cdi_edits.CdiDeviceNode,
             path=PATHS,
             host_path=PATHS,
             kind=st.sampled_from(["", "c"]),
@@ -442,7 +446,7 @@ EDITS = st.builds(
 
 
 @given(EDITS)
-def test_twice_is_as_good_as_once_and_the_spec_is_left_alone(edits: cdi.Edits) -> None:
+def test_twice_is_as_good_as_once_and_the_spec_is_left_alone(edits: cdi.ContainerEdits) -> None:
     before = spec()
     kept = copy.deepcopy(before)
     once = cdi.apply(before, edits, host())

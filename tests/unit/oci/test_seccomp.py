@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from criserver.errors import CriError, InvalidArgumentError, NotFoundError, UnimplementedError
 from criserver.oci import seccomp
-from criserver.oci.spec import DEFAULT_CAPABILITIES
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES
 
 GROUPS, FILTERS = seccomp.default_table()
 NAMESPACE_FLAGS = 0x7E020000

@@ -21,13 +21,16 @@ from criserver.model import (
     User,
 )
 from criserver.oci import spec
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES
+from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts
+from criserver.oci.spec_resources import resource_limits
 
-HOST = spec.Host(
-    capabilities=(*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"),
+HOST = HostFacts(
+    capabilities=(*DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"),
     oom_score_adj_floor=-500,
     hugepage_sizes=frozenset({"2MB"}),
 )
-POD = spec.PodFacts(
+POD = PodFacts(
     hostname="pod",
     resolv_conf="/s/resolv.conf",
     hosts="/s/hosts",
@@ -63,8 +66,8 @@ CONFIG = ContainerConfig(
 
 
 def build(
-    image: spec.ImageDefaults | None = None,
-    pod: spec.PodFacts = POD,
+    image: ImageDefaults | None = None,
+    pod: PodFacts = POD,
     nodes=(),
     host=HOST,
     selinux_label="",
@@ -74,7 +77,7 @@ def build(
 ):
     return spec.build(
         config=dataclasses.replace(CONFIG, **changes),
-        image=image or spec.ImageDefaults(),
+        image=image or ImageDefaults(),
         user=User(1, 2, (2, 3)),
         pod=pod,
         host=host,
@@ -98,7 +101,7 @@ def build(
     ],
 )
 def test_the_command_line(command, args, entrypoint, cmd, expected):
-    image = spec.ImageDefaults(entrypoint=entrypoint, cmd=cmd)
+    image = ImageDefaults(entrypoint=entrypoint, cmd=cmd)
     assert build(image, command=command, args=args)["process"]["args"] == expected
 
 
@@ -108,7 +111,7 @@ def test_no_command_is_refused():
 
 
 def test_the_environment_is_the_images_with_the_kubelets_over_it():
-    image = spec.ImageDefaults(env=("A=1", "B=2=3", "PATH=/own"))
+    image = ImageDefaults(env=("A=1", "B=2=3", "PATH=/own"))
     env = build(image, envs=(("B", "x"), ("C", "")))["process"]["env"]
     assert env == ["PATH=/own", "HOSTNAME=pod", "A=1", "B=x", "C="]
 
@@ -165,13 +168,13 @@ def test_propagation_reaches_the_root():
 @pytest.mark.parametrize(
     ("security", "bounding", "ambient"),
     [
-        ({}, set(spec.DEFAULT_CAPABILITIES), set()),
-        ({"add_capabilities": ("SYS_ADMIN",)}, {*spec.DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN"}, set()),
+        ({}, set(DEFAULT_CAPABILITIES), set()),
+        ({"add_capabilities": ("SYS_ADMIN",)}, {*DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN"}, set()),
         ({"add_capabilities": ("all",)}, set(HOST.capabilities), set()),
         ({"drop_capabilities": ("ALL",)}, set(), set()),
         ({"drop_capabilities": ("ALL",), "add_capabilities": ("cap_chown",)}, {"CAP_CHOWN"}, set()),
         ({"add_capabilities": ("ALL",), "drop_capabilities": ("CHOWN",)}, {*HOST.capabilities} - {"CAP_CHOWN"}, set()),
-        ({"ambient_capabilities": ("NET_ADMIN",)}, {*spec.DEFAULT_CAPABILITIES, "CAP_NET_ADMIN"}, {"CAP_NET_ADMIN"}),
+        ({"ambient_capabilities": ("NET_ADMIN",)}, {*DEFAULT_CAPABILITIES, "CAP_NET_ADMIN"}, {"CAP_NET_ADMIN"}),
         ({"privileged": True, "drop_capabilities": ("ALL",)}, set(HOST.capabilities), set()),
     ],
 )
@@ -212,7 +215,7 @@ def test_resources_that_are_unset_are_not_in_the_spec():
 
 
 def test_devices_are_allowed_one_by_one():
-    node = spec.DeviceNode("/dev/x", "c", 10, 229, 0o20666, 0, 0)
+    node = DeviceNode("/dev/x", "c", 10, 229, 0o20666, 0, 0)
     linux = build(nodes=[node], devices=(Device("/dev/x", "/dev/fuse", "rw"),))
     assert linux["linux"]["resources"]["devices"] == [
         {"allow": False, "access": "rwm"},
@@ -255,16 +258,16 @@ def test_the_limit_of_descriptors():
 
 
 def test_a_quota_has_its_period_by_name():
-    assert spec.limits(Resources(cpu_quota=30_000), HOST)["cpu"] == {"quota": 30_000, "period": 100_000}
+    assert resource_limits(Resources(cpu_quota=30_000), HOST)["cpu"] == {"quota": 30_000, "period": 100_000}
     given = Resources(cpu_quota=30_000, cpu_period=50_000)
-    assert spec.limits(given, HOST)["cpu"] == {"quota": 30_000, "period": 50_000}
-    assert "period" not in spec.limits(Resources(cpu_shares=512), HOST)["cpu"]
+    assert resource_limits(given, HOST)["cpu"] == {"quota": 30_000, "period": 50_000}
+    assert "period" not in resource_limits(Resources(cpu_shares=512), HOST)["cpu"]
 
 
 @pytest.mark.parametrize(("swap", "left"), [(0, "0"), (64, "0"), (80, "16"), (-1, "max")])
 def test_version_2_is_told_swap_alone(swap: int, left: str):
     host = dataclasses.replace(HOST, unified_cgroups=True, swap_accounting=True)
-    found = spec.limits(Resources(memory_limit=64, memory_swap_limit=swap), host)
+    found = resource_limits(Resources(memory_limit=64, memory_swap_limit=swap), host)
     assert found == {"memory": {"limit": 64}, "unified": {"memory.swap.max": left}}
     asked = Resources(memory_limit=64, memory_swap_limit=swap, unified={"memory.swap.max": "7"})
-    assert spec.limits(asked, host)["unified"] == {"memory.swap.max": "7"}
+    assert resource_limits(asked, host)["unified"] == {"memory.swap.max": "7"}

@@ -34,11 +34,14 @@ from criserver.model import (
     User,
 )
 from criserver.oci import spec
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES
+from criserver.oci.infra_spec import build_infra
+from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, Spec
 
 PACKAGED = "/usr/share/gocode/src/github.com/opencontainers/runtime-spec/schema"
 SCHEMA = os.environ.get("OCI_RUNTIME_SCHEMA", PACKAGED)
 BASE_MOUNTS = ("/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/dev/shm")
-KNOWN = (*spec.DEFAULT_CAPABILITIES, "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE")
+KNOWN = (*DEFAULT_CAPABILITIES, "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE")
 
 # What parse.py lets through: text without NUL, absolute and normal paths, numbers of CRI's types.
 text = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=8)
@@ -122,7 +125,7 @@ configs = st.builds(
     stop_signal=st.sampled_from(["", "SIGTERM", "SIGUSR1"]),
 )
 images = st.builds(
-    spec.ImageDefaults,
+    ImageDefaults,
     entrypoint=words,
     cmd=words,
     env=st.lists(st.tuples(names, text).map("=".join), max_size=4).map(tuple),
@@ -130,7 +133,7 @@ images = st.builds(
 )
 pins = st.one_of(st.none(), paths)
 pods = st.builds(
-    spec.PodFacts,
+    PodFacts,
     hostname=text,
     resolv_conf=paths,
     hosts=paths,
@@ -144,7 +147,7 @@ pods = st.builds(
 )
 users = st.builds(User, uid=numbers, gid=numbers, groups=st.lists(numbers, max_size=3, unique=True).map(tuple))
 hosts = st.builds(
-    spec.Host,
+    HostFacts,
     capabilities=st.just(KNOWN),
     open_files=st.one_of(st.none(), st.just((1024, 1 << 20))),
     oom_score_adj_floor=st.integers(-1000, 1000),
@@ -159,7 +162,7 @@ def asked(draw: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of a build that belong together: a node for each device."""
     config = draw(configs)
     nodes = [
-        spec.DeviceNode(
+        DeviceNode(
             path=device.container_path,
             kind=draw(st.sampled_from("cb")),
             major=draw(st.integers(0, 4095)),
@@ -185,7 +188,7 @@ def asked(draw: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def built(arguments: dict[str, Any]) -> spec.Spec | None:
+def built(arguments: dict[str, Any]) -> Spec | None:
     """The document, None where the arguments are refused as they should be."""
     try:
         return spec.build(**arguments)
@@ -306,4 +309,4 @@ def test_a_document_is_valid_by_the_schema(validator, arguments):
 @many
 @given(program=paths, rootfs=paths, pod=pods, host=hosts)
 def test_the_infra_process_is_valid_by_the_schema(validator, program, rootfs, pod, host):
-    validator.validate(spec.infra(program=program, rootfs=rootfs, pod=pod, host=host, cgroups_path="/p/c"))
+    validator.validate(build_infra(program=program, rootfs=rootfs, pod=pod, host=host, cgroups_path="/p/c"))

@@ -9,7 +9,7 @@ import pytest
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images.image_user import ImageUser, parse
 from criserver.model import MAX_GROUPS, User
-from criserver.oci import users
+from criserver.oci import container_user
 
 PASSWD = (
     b"1000:x:0:0::/root:/bin/sh\nroot:x:0:0:root:/root:/bin/sh\nweb:x:33:44:web:/var/www:/bin/false\n"
@@ -19,7 +19,7 @@ GROUP = b"2000:x:0:\nroot:x:0:\nusers:x:100:web,other\nweb:x:44:\naudio:x:29:web
 
 
 def resolve(user: int | str = "", group: int | str = "", supplemental=(), strict=False, passwd=PASSWD) -> User:
-    return users.resolve(
+    return container_user.resolve(
         user=user,
         group=group,
         supplemental=supplemental,
@@ -63,8 +63,8 @@ def test_a_number_is_never_looked_up_as_a_name():
     ("asked", "words"),
     [
         ({"user": "nobody"}, "user 'nobody' is not in"),
-        ({"user": "1000"}, "'1000' is given as a name and is a number"),
-        ({"user": "web", "group": "2000"}, "'2000' is given as a name and is a number"),
+        ({"user": "1000"}, "'1000' is given as a name, but it is a number"),
+        ({"user": "web", "group": "2000"}, "'2000' is given as a name, but it is a number"),
         ({"user": "web", "group": "nogroup"}, "group 'nogroup' is not in"),
         ({"user": "-1"}, "user '-1' is not in"),
         ({"user": "huge"}, "user 'huge' is not in"),
@@ -78,7 +78,7 @@ def test_a_name_that_the_image_does_not_have_is_refused(asked, words):
 
 def test_as_many_groups_as_the_kernel_takes():
     assert len(resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS - 3))).groups) == MAX_GROUPS
-    with pytest.raises(FailedPreconditionError, match=f"takes {MAX_GROUPS}"):
+    with pytest.raises(FailedPreconditionError, match=f"allows {MAX_GROUPS}"):
         resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS)))
 
 

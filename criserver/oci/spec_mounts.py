@@ -1,0 +1,123 @@
+"""The mounts of a container's spec: those of every container, the sandbox's files and the kubelet's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from criserver.errors import InvalidArgumentError
+from criserver.model import ContainerConfig, IdMapping, Mount, Propagation
+from criserver.oci.spec_inputs import PodFacts, Spec
+
+
+def check_mounts(config: ContainerConfig) -> None:
+    """Refuse mounts with Bidirectional propagation in which the OCI runtime would mount something of its own.
+
+    Such a mount would appear on the node too. Raises InvalidArgumentError.
+    """
+    shared = [m.container_path for m in config.mounts if m.propagation is Propagation.BIDIRECTIONAL]
+    if "/" in shared:
+        raise InvalidArgumentError(
+            f"container {config.name}: a mount at / with Bidirectional propagation would give the node the container's "
+            "own /proc and /dev; mount it elsewhere"
+        )
+    security = config.security
+    own = () if security.privileged else (*security.masked_paths, *security.readonly_paths)
+    for path in (*map(os.path.normpath, own), *(["/dev/console"] if config.tty else [])):
+        top = next((s for s in shared if _is_in(path, s)), None)
+        if top is not None:
+            raise InvalidArgumentError(
+                f"container {config.name}: {path} of the container lies in its mount {top} with Bidirectional "
+                "propagation, and so would be covered on the node too; mount that elsewhere, or without propagation"
+            )
+
+
+def _is_free(destination: str, config: ContainerConfig) -> bool:
+    """Whether the daemon's own mount is made at ``destination``. It is not made:
+
+    1. where the pod has a mount of its own,
+    2. below a /dev of the pod,
+    3. below a mount with Bidirectional propagation, as it would appear on the node too.
+    """
+    for mount in config.mounts:
+        if mount.container_path == destination:
+            return False
+        covers_all = mount.container_path == "/dev" or mount.propagation is Propagation.BIDIRECTIONAL
+        if covers_all and _is_in(destination, mount.container_path):
+            return False
+    return True
+
+
+def _is_in(path: str, top: str) -> bool:
+    """Whether ``path`` is ``top`` or lies below it."""
+    return path == top or path.startswith(top.rstrip("/") + "/")
+
+
+def container_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    """All mounts of a container. A mount is behind those of its parent directories: runc mounts in this order."""
+    own = (*_base_mounts(config, pod), *_sandbox_files(config, pod))
+    mounts = [*(m for m in own if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
+    return sorted(mounts, key=lambda m: m["destination"].rstrip("/").count("/"))
+
+
+def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    privileged = config.security.privileged
+    writable = "rw" if privileged else "ro"
+    quiet = ["nosuid", "noexec", "nodev"]
+    return [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": quiet},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
+        },
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": quiet},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*quiet, writable]},
+        {
+            "destination": "/sys/fs/cgroup",
+            "type": "cgroup",
+            "source": "cgroup",
+            "options": [*quiet, "relatime", writable],
+        },
+        {
+            "destination": "/dev/shm",  # noqa: S108 - the container's
+            "type": "bind",
+            "source": pod.shm,
+            "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
+        },
+    ]
+
+
+def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
+    access = "ro" if config.security.readonly_rootfs else "rw"
+    files = (
+        ("/etc/resolv.conf", pod.resolv_conf),
+        ("/etc/hosts", pod.hosts),
+        ("/etc/hostname", pod.hostname_file),
+    )
+    options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
+    return [{"destination": inside, "type": "bind", "source": outside, "options": options} for inside, outside in files]
+
+
+def _user_mount(mount: Mount) -> Spec:
+    access = "rro" if mount.recursive_readonly else "ro" if mount.readonly else "rw"
+    oci_mount: Spec = {
+        "destination": mount.container_path,
+        "type": "bind",
+        "source": mount.host_path,
+        "options": ["rbind", mount.propagation.value, access, *(["nosuid", "nodev"] if mount.guarded else [])],
+    }
+    if mount.uids:
+        oci_mount["uidMappings"], oci_mount["gidMappings"] = _id_mappings(mount.uids), _id_mappings(mount.gids)
+    return oci_mount
+
+
+def _id_mappings(mappings: Iterable[IdMapping]) -> list[Spec]:
+    return [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]

@@ -1,0 +1,83 @@
+"""The resources of a spec: limits of cgroups, and devices."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+from criserver.errors import FailedPreconditionError
+from criserver.model import ContainerConfig, Resources
+from criserver.oci.spec_inputs import DeviceNode, HostFacts, Spec
+
+_CPU_PERIOD = 100_000  # microseconds: the kernel's default
+
+
+def resource_limits(resources: Resources, host: HostFacts) -> Spec:
+    """The ``resources`` of a spec (config-linux.md), without devices and without unset values.
+
+    Raises FailedPreconditionError for a limit of huge pages that this node cannot enforce. The kubelet sends a limit of
+    0 for each page size of the node: a 0 that cannot be enforced is left out.
+    """
+    for size, limit in resources.hugepage_limits:
+        if limit and size not in host.hugepage_sizes:
+            supported = ", ".join(sorted(host.hugepage_sizes)) or "none: there is no hugetlb cgroup controller"
+            raise FailedPreconditionError(
+                f"hugepage_limits: {size} = {limit} cannot be enforced; this node can limit page sizes: {supported}"
+            )
+    cpu = {
+        # Always set with a quota, also to the kernel's default: under systemd, crun ignores a quota without a period.
+        "period": resources.cpu_period or (_CPU_PERIOD if resources.cpu_quota else 0),
+        "quota": resources.cpu_quota,
+        "shares": resources.cpu_shares,
+        "cpus": resources.cpuset_cpus,
+        "mems": resources.cpuset_mems,
+    }
+    memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
+    if host.swap_accounting and not resources.memory_swap_limit:
+        memory["swap"] = resources.memory_limit  # without it a container could use swap beyond its memory limit
+    unified = dict(resources.unified)
+    if host.unified_cgroups and host.swap_accounting and memory["limit"] > 0 and memory["swap"]:
+        # cgroup v2 has a limit for swap alone. crun would pass the sum of both to systemd.
+        swap = memory.pop("swap")
+        unified.setdefault("memory.swap.max", "max" if swap < 0 else str(max(swap - memory["limit"], 0)))
+    limits: Spec = {"cpu": _without_unset(cpu), "memory": _without_unset(memory), "unified": unified}
+    limits["hugepageLimits"] = [
+        {"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits if size in host.hugepage_sizes
+    ]
+    return _without_unset(limits)
+
+
+def _without_unset(table: Mapping[str, Any]) -> Spec:
+    return {key: value for key, value in table.items() if value}
+
+
+def device_rules(config: ContainerConfig, nodes: list[DeviceNode]) -> list[Spec]:
+    """The rules of the device cgroup: only the requested devices. runc adds those of every container."""
+    if config.security.privileged:
+        return [{"allow": True, "access": "rwm"}]
+    rules: list[Spec] = [{"allow": False, "access": "rwm"}]
+    for device, node in zip(config.devices, nodes, strict=True):
+        rules.append(
+            {
+                "allow": True,
+                "type": node.kind,
+                "major": node.major,
+                "minor": node.minor,
+                "access": device.permissions,
+            }
+        )
+    return rules
+
+
+def oci_device(node: DeviceNode) -> Spec:
+    """The OCI device of a node."""
+    return {
+        "path": node.path,
+        "type": node.kind,
+        "major": node.major,
+        "minor": node.minor,
+        "fileMode": stat.S_IMODE(node.mode),
+        "uid": node.uid,
+        "gid": node.gid,
+    }
