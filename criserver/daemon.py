@@ -35,7 +35,7 @@ from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.recovery import recover
 from criserver.runtime.registry import Registry
 from criserver.runtime.service_manager import notify, report, report_interval
-from criserver.stats import Cgroups, DiskMeter, Networks, Statistics
+from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
 from criserver.upkeep import Task
@@ -139,8 +139,8 @@ def assemble(
         nursery=Nursery(),
         streaming=_streaming(config),
         stats=Statistics(
-            Cgroups(cgroups.roots()),
-            Networks(),
+            CgroupReaders(cgroups.roots()),
+            NetworkCounters(),
             DiskMeter(snapshotter.usage, lambda: _writable_layers(registry)),
         ),
     )

@@ -23,27 +23,27 @@ from criserver.runtime.records import Container, Sandbox
 from criserver.stats import (
     LABELS,
     METRICS,
+    CgroupUsage,
+    ContainerLimits,
     Cpu,
     Descriptors,
     FileSystem,
-    Interface,
-    Limits,
+    InterfaceCounters,
+    Measurements,
     Memory,
     Metric,
     Pressure,
     Stall,
-    Subject,
     Swap,
-    Usage,
+    count_descriptors,
     device_name,
     samples,
-    survey,
 )
 
 # The pod network's interface, as the CNI plugins are told to name it.
 _DEFAULT_INTERFACE = "eth0"
 # Seconds for counting the descriptors of all containers' processes; those beyond have none in this answer.
-_SURVEY_TIME = 2.0
+_COUNT_TIME = 2.0
 
 _KINDS = {True: cri.COUNTER, False: cri.GAUGE}
 
@@ -112,20 +112,20 @@ class StatsViews:
         for pod, containers in pods:
             pids |= self._processes(pod, containers)
             await asyncio.sleep(0)
-        counts = await asyncio.to_thread(survey, pids.values(), _SURVEY_TIME)
+        counts = await asyncio.to_thread(count_descriptors, pids.values(), _COUNT_TIME)
         descriptors = dict(zip(pids, counts, strict=True))
         file_system = await asyncio.to_thread(_file_system, self._directory)
 
         def make_pod(pod: Sandbox) -> cri.PodSandboxMetrics:
             interfaces = networks.get(self._network_namespace(pod), ())
             own = (pod.id, *(c.id for c in members.get(pod.id, []) if c.id in pids))
-            subject = self._pod_subject(pod, sum(len(pids[key]) for key in own), interfaces)
-            return cri.PodSandboxMetrics(pod_sandbox_id=pod.id, metrics=_metrics(subject, _pod_labels(pod)))
+            measured = self._measure_pod(pod, sum(len(pids[key]) for key in own), interfaces)
+            return cri.PodSandboxMetrics(pod_sandbox_id=pod.id, metrics=_metrics(measured, _pod_labels(pod)))
 
         def make_container(pod: Sandbox, container: Container) -> cri.ContainerMetrics:
             key = container.id
-            subject = self._container_subject(pod, container, len(pids[key]), descriptors[key], file_system)
-            return cri.ContainerMetrics(container_id=key, metrics=_metrics(subject, _container_labels(pod, container)))
+            measured = self._measure_container(pod, container, len(pids[key]), descriptors[key], file_system)
+            return cri.ContainerMetrics(container_id=key, metrics=_metrics(measured, _container_labels(pod, container)))
 
         for pod, containers in pods:
             for response in made((pod,), make_pod):
@@ -146,7 +146,7 @@ class StatsViews:
         )
 
     def _sandbox(
-        self, record: Sandbox, containers: list[Container], interfaces: tuple[Interface, ...] | None
+        self, record: Sandbox, containers: list[Container], interfaces: tuple[InterfaceCounters, ...] | None
     ) -> cri.PodSandboxStats:
         config = record.config
         linux = cri.LinuxPodSandboxStats(containers=[self.container(c) for c in containers])
@@ -177,9 +177,9 @@ class StatsViews:
         paths = {key: cgroups.path(pod.cgroup_parent, key) for key in (pod.id, *(c.id for c in containers))}
         return {key: self._node.stats.cgroups.reader(path).processes() for key, path in paths.items()}
 
-    def _pod_subject(self, pod: Sandbox, processes: int, interfaces: tuple[Interface, ...]) -> Subject:
+    def _measure_pod(self, pod: Sandbox, processes: int, interfaces: tuple[InterfaceCounters, ...]) -> Measurements:
         reader = self._node.stats.cgroups.reader(cgroups.pod_path(pod.cgroup_parent))
-        return Subject(
+        return Measurements(
             usage=reader.usage(),
             details=reader.details(),
             processes=processes,
@@ -187,24 +187,24 @@ class StatsViews:
             started_at=pod.created_at,
         )
 
-    def _container_subject(
+    def _measure_container(
         self,
         pod: Sandbox,
         container: Container,
         processes: int,
         descriptors: Descriptors | None,
         file_system: FileSystem,
-    ) -> Subject:
+    ) -> Measurements:
         stats, given = self._node.stats, container.config.resources
         reader = stats.cgroups.reader(cgroups.path(pod.cgroup_parent, container.id))
-        return Subject(
+        return Measurements(
             usage=reader.usage(),
             details=reader.details(),
             processes=processes,
             descriptors=descriptors,
             disk=stats.disk.latest(container.id),
             file_system=file_system,
-            limits=Limits(
+            limits=ContainerLimits(
                 cpu_period=given.cpu_period,
                 cpu_quota=given.cpu_quota,
                 cpu_shares=given.cpu_shares,
@@ -214,7 +214,7 @@ class StatsViews:
             started_at=container.started_at,
         )
 
-    async def _networks(self, sandboxes: Iterable[Sandbox]) -> Mapping[str, tuple[Interface, ...]]:
+    async def _networks(self, sandboxes: Iterable[Sandbox]) -> Mapping[str, tuple[InterfaceCounters, ...]]:
         """The interfaces by namespace, of those sandboxes that are up and have one."""
         paths = [self._network_namespace(s) for s in sandboxes if s.state is SandboxState.READY]
         return await self._node.stats.networks.read(path for path in paths if path)
@@ -249,8 +249,10 @@ def descriptors() -> list[cri.MetricDescriptor]:
     return [cri.MetricDescriptor(name=m.name, help=m.help, label_keys=[*LABELS, *m.labels]) for m in METRICS]
 
 
-def _metrics(subject: Subject, labels: tuple[str, ...]) -> list[cri.Metric]:
-    return [_metric(metric, subject.usage.timestamp, value, (*labels, *own)) for metric, value, own in samples(subject)]
+def _metrics(measured: Measurements, labels: tuple[str, ...]) -> list[cri.Metric]:
+    return [
+        _metric(metric, measured.usage.timestamp, value, (*labels, *own)) for metric, value, own in samples(measured)
+    ]
 
 
 def _metric(metric: Metric, timestamp: int, value: int, labels: tuple[str, ...]) -> cri.Metric:
@@ -283,7 +285,7 @@ def _file_system(directory: str) -> FileSystem:
     )
 
 
-def _fill(found: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: Usage) -> None:
+def _fill(found: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: CgroupUsage) -> None:
     """The fields that a container and a pod have in common."""
     if usage.cpu is not None:
         found.cpu.CopyFrom(_cpu(usage, usage.cpu))
@@ -293,7 +295,7 @@ def _fill(found: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: Usage) ->
         found.io.CopyFrom(cri.IoUsage(timestamp=usage.timestamp, psi=_psi(usage.io_pressure)))
 
 
-def _cpu(usage: Usage, cpu: Cpu) -> cri.CpuUsage:
+def _cpu(usage: CgroupUsage, cpu: Cpu) -> cri.CpuUsage:
     return cri.CpuUsage(
         timestamp=usage.timestamp,
         usage_core_nano_seconds=_number(cpu.total_ns),
@@ -302,7 +304,7 @@ def _cpu(usage: Usage, cpu: Cpu) -> cri.CpuUsage:
     )
 
 
-def _memory(usage: Usage, memory: Memory) -> cri.MemoryUsage:
+def _memory(usage: CgroupUsage, memory: Memory) -> cri.MemoryUsage:
     return cri.MemoryUsage(
         timestamp=usage.timestamp,
         working_set_bytes=_number(memory.working_set),
@@ -321,7 +323,7 @@ def _swap(timestamp: int, swap: Swap) -> cri.SwapUsage:
     )
 
 
-def _network(interfaces: tuple[Interface, ...]) -> cri.NetworkUsage:
+def _network(interfaces: tuple[InterfaceCounters, ...]) -> cri.NetworkUsage:
     """``interfaces`` of the answer are all but the default one."""
     default = [_interface(i) for i in interfaces if i.name == _DEFAULT_INTERFACE]
     return cri.NetworkUsage(
@@ -331,7 +333,7 @@ def _network(interfaces: tuple[Interface, ...]) -> cri.NetworkUsage:
     )
 
 
-def _interface(interface: Interface) -> cri.NetworkInterfaceUsage:
+def _interface(interface: InterfaceCounters) -> cri.NetworkInterfaceUsage:
     return cri.NetworkInterfaceUsage(
         name=interface.name,
         rx_bytes=_number(interface.rx_bytes),

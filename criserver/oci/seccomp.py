@@ -232,7 +232,7 @@ def _document(text: bytes, profile_name: str) -> Mapping[str, Any]:
     # An error of its own: this is a documented feature, and the error of the schema would not say that.
     if isinstance(document, dict) and (document.get("listenerPath") or document.get("listenerMetadata")):
         raise InvalidArgumentError(
-            f"{profile_name}: key listenerPath: passing system calls to another program (SCMP_ACT_NOTIFY) is not supported"
+            f"{profile_name}: key listenerPath: a program that answers system calls (SCMP_ACT_NOTIFY) is not supported"
         )
     for error in _validator().iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"

@@ -9,7 +9,7 @@ from functools import cache
 
 from criserver.errors import InvalidArgumentError
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
-from criserver.stats.cgroup import huge_page_sizes
+from criserver.stats.huge_pages import huge_page_sizes
 
 # By number, from 0 (capabilities(7), linux/capability.h).
 _CAPABILITIES = (

@@ -1,40 +1,47 @@
 """Statistics of cgroups, network namespaces and writable layers, and the metrics made of them.
 
-This room knows paths and keys only: what a pod or a container is, is its callers' business.
+This room knows only paths and keys. Its callers know the pods and containers behind them.
 """
 
-from criserver.stats.cgroup import CgroupReader, Cgroups, Cpu, Details, Memory, Swap, Usage
+from criserver.stats.cgroup_readers import CgroupReaders
+from criserver.stats.cgroup_values import CgroupUsage, Cpu, Memory, Swap
+from criserver.stats.descriptors import Descriptors, count_descriptors
 from criserver.stats.disk import DiskMeter, DiskUsage
-from criserver.stats.metrics import LABELS, METRICS, FileSystem, Limits, Metric, Subject, device_name, samples
-from criserver.stats.network import Networks
-from criserver.stats.parse import DeviceIo, Interface, Pressure, Stall
-from criserver.stats.processes import Descriptors, survey
+from criserver.stats.kernel_text import InterfaceCounters, Pressure, Stall
+from criserver.stats.metrics import (
+    LABELS,
+    METRICS,
+    ContainerLimits,
+    FileSystem,
+    Measurements,
+    Metric,
+    device_name,
+    samples,
+)
+from criserver.stats.network_counters import NetworkCounters
 from criserver.stats.statistics import Statistics
 
 __all__ = [
     "LABELS",
     "METRICS",
-    "CgroupReader",
-    "Cgroups",
+    "CgroupReaders",
+    "CgroupUsage",
+    "ContainerLimits",
     "Cpu",
     "Descriptors",
-    "Details",
-    "DeviceIo",
     "DiskMeter",
     "DiskUsage",
     "FileSystem",
-    "Interface",
-    "Limits",
+    "InterfaceCounters",
+    "Measurements",
     "Memory",
     "Metric",
-    "Networks",
+    "NetworkCounters",
     "Pressure",
     "Stall",
     "Statistics",
-    "Subject",
     "Swap",
-    "Usage",
+    "count_descriptors",
     "device_name",
     "samples",
-    "survey",
 ]

@@ -1,8 +1,8 @@
-"""The metrics that cAdvisor's users know, as a table: one entry has a metric's name, help, labels and values.
+"""The metrics of cAdvisor, as a table: an entry has the name, help text, labels and values of one metric.
 
-A value comes out of the same entry as its descriptor, so the two cannot disagree. Values are whole numbers, because
-CRI's field is one: times are in whole seconds. The labels that all have mean what they mean in cAdvisor: ``id`` is
-the cgroup, ``name`` the container's ID, and ``container`` is empty where the figure is the pod's.
+The values and the descriptor of a metric are in one entry, so they always fit together. Values are whole numbers, as
+CRI's field is: times are in whole seconds. The common labels mean the same as in cAdvisor: ``id`` is the cgroup,
+``name`` is the container's ID, and ``container`` is empty for a value of the pod.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from criserver.stats.cgroup import Details, HugePages, Usage
+from criserver.stats.cgroup_values import CgroupDetails, CgroupUsage, HugePages
+from criserver.stats.descriptors import Descriptors
 from criserver.stats.disk import DiskUsage
-from criserver.stats.parse import DeviceIo, Interface, Pressure
-from criserver.stats.processes import Descriptors
+from criserver.stats.kernel_text import DeviceIo, InterfaceCounters, Pressure
 
 LABELS = ("pod", "namespace", "container", "id", "image", "name")
 
 _SECOND_NS = 1_000_000_000
-# What the kernel has where a container was given nothing.
+# The kernel's defaults, for a container without these values.
 _CPU_PERIOD = 100_000
 _CPU_SHARES = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a container was given (CRI LinuxContainerResources); 0 means no limit."""
+class ContainerLimits:
+    """The limits of a container (CRI LinuxContainerResources); 0 means no limit."""
 
     cpu_period: int = 0
     cpu_quota: int = 0
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class FileSystem:
-    """The file system with the writable layers: its device, and its size in bytes and inodes."""
+    """The file system of the writable layers: its device, and its size in bytes and inodes."""
 
     device: str
     size: int
@@ -46,119 +46,123 @@ class FileSystem:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is known of a container or pod when metrics are asked for; None and empty where it has no such thing.
+class Measurements:
+    """All measurements of a container or pod for its metrics; None or empty where it has no such thing.
 
     ``started_at`` is in Unix nanoseconds.
     """
 
-    usage: Usage
-    details: Details
+    usage: CgroupUsage
+    details: CgroupDetails
     processes: int
     descriptors: Descriptors | None = None
-    interfaces: tuple[Interface, ...] = ()
+    interfaces: tuple[InterfaceCounters, ...] = ()
     disk: DiskUsage | None = None
     file_system: FileSystem | None = None
-    limits: Limits | None = None
+    limits: ContainerLimits | None = None
     started_at: int = 0
 
 
-# A value, None where it is not known, and the values of the metric's own labels.
+# A value, None where it is unknown, and the values of the metric's own labels.
 _Row = tuple[int | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric's descriptor; ``labels`` are its own, after :data:`LABELS`."""
+    """A metric's descriptor; ``labels`` are its own ones, behind :data:`LABELS`."""
 
     name: str
     help: str
     counter: bool
     labels: tuple[str, ...]
-    rows: Callable[[Subject], Iterable[_Row]]
+    rows: Callable[[Measurements], Iterable[_Row]]
 
 
-def samples(of: Subject) -> Iterator[tuple[Metric, int, tuple[str, ...]]]:
-    """Each metric's values that are known, with the values of its own labels."""
+def samples(measured: Measurements) -> Iterator[tuple[Metric, int, tuple[str, ...]]]:
+    """The known values of each metric, with the values of its own labels."""
     for metric in METRICS:
-        for value, labels in metric.rows(of):
+        for value, labels in metric.rows(measured):
             if value is not None:
                 yield metric, value, labels
 
 
-def _counter(name: str, words: str, value: Callable[[Subject], int | None]) -> Metric:
-    return Metric(name, words, True, (), lambda of: ((value(of), ()),))
+def _counter(name: str, help_text: str, value: Callable[[Measurements], int | None]) -> Metric:
+    return Metric(name, help_text, True, (), lambda of: ((value(of), ()),))
 
 
-def _gauge(name: str, words: str, value: Callable[[Subject], int | None]) -> Metric:
-    return Metric(name, words, False, (), lambda of: ((value(of), ()),))
+def _gauge(name: str, help_text: str, value: Callable[[Measurements], int | None]) -> Metric:
+    return Metric(name, help_text, False, (), lambda of: ((value(of), ()),))
 
 
 def _seconds(nanoseconds: int | None) -> int | None:
     return None if nanoseconds is None else nanoseconds // _SECOND_NS
 
 
-def _pressure(resource: str, words: str, value: Callable[[Subject], Pressure | None]) -> tuple[Metric, Metric]:
-    """What cAdvisor calls waiting is PSI's "some", and stalled its "full"."""
+def _pressure(resource: str, awaited: str, value: Callable[[Measurements], Pressure | None]) -> tuple[Metric, Metric]:
+    """cAdvisor's "waiting" is "some" in PSI, and its "stalled" is "full"."""
 
-    def waiting(of: Subject) -> int | None:
-        found = value(of)
-        return _seconds(found.some.total_ns) if found and found.some else None
+    def waiting(of: Measurements) -> int | None:
+        pressure = value(of)
+        return _seconds(pressure.some.total_ns) if pressure and pressure.some else None
 
-    def stalled(of: Subject) -> int | None:
-        found = value(of)
-        return _seconds(found.full.total_ns) if found and found.full else None
+    def stalled(of: Measurements) -> int | None:
+        pressure = value(of)
+        return _seconds(pressure.full.total_ns) if pressure and pressure.full else None
 
     prefix = f"container_pressure_{resource}"
     return (
-        _counter(f"{prefix}_waiting_seconds_total", f"Time for which a task waited for {words}, in seconds.", waiting),
         _counter(
-            f"{prefix}_stalled_seconds_total", f"Time for which all tasks waited for {words}, in seconds.", stalled
+            f"{prefix}_waiting_seconds_total", f"Time for which a task waited for {awaited}, in seconds.", waiting
+        ),
+        _counter(
+            f"{prefix}_stalled_seconds_total", f"Time for which all tasks waited for {awaited}, in seconds.", stalled
         ),
     )
 
 
-def _io(name: str, words: str, value: Callable[[DeviceIo], int]) -> Metric:
-    def rows(of: Subject) -> Iterable[_Row]:
+def _io(name: str, help_text: str, value: Callable[[DeviceIo], int]) -> Metric:
+    def rows(of: Measurements) -> Iterable[_Row]:
         return ((value(io), (device_name(io.major, io.minor),)) for io in of.details.io)
 
-    return Metric(name, words, True, ("device",), rows)
+    return Metric(name, help_text, True, ("device",), rows)
 
 
-def _blkio(of: Subject) -> Iterable[_Row]:
+def _blkio(of: Measurements) -> Iterable[_Row]:
     for io in of.details.io:
         device = (device_name(io.major, io.minor), str(io.major), str(io.minor))
         yield io.read_bytes, (*device, "Read")
         yield io.write_bytes, (*device, "Write")
 
 
-def _fs(name: str, words: str, value: Callable[[FileSystem, Subject], int | None]) -> Metric:
-    def rows(of: Subject) -> Iterable[_Row]:
+def _fs(name: str, help_text: str, value: Callable[[FileSystem, Measurements], int | None]) -> Metric:
+    def rows(of: Measurements) -> Iterable[_Row]:
         return () if of.file_system is None else ((value(of.file_system, of), (of.file_system.device,)),)
 
-    return Metric(name, words, False, ("device",), rows)
+    return Metric(name, help_text, False, ("device",), rows)
 
 
-def _huge(name: str, words: str, value: Callable[[HugePages], int | None]) -> Metric:
-    return Metric(name, words, False, ("pagesize",), lambda of: ((value(h), (h.size,)) for h in of.details.huge_pages))
+def _huge(name: str, help_text: str, value: Callable[[HugePages], int | None]) -> Metric:
+    return Metric(
+        name, help_text, False, ("pagesize",), lambda of: ((value(h), (h.size,)) for h in of.details.huge_pages)
+    )
 
 
-def _network(name: str, words: str, value: Callable[[Interface], int]) -> Metric:
-    return Metric(name, words, True, ("interface",), lambda of: ((value(i), (i.name,)) for i in of.interfaces))
+def _network(name: str, help_text: str, value: Callable[[InterfaceCounters], int]) -> Metric:
+    return Metric(name, help_text, True, ("interface",), lambda of: ((value(i), (i.name,)) for i in of.interfaces))
 
 
-def _spec(name: str, words: str, value: Callable[[Limits], int | None]) -> Metric:
-    return _gauge(name, words, lambda of: None if of.limits is None else value(of.limits))
+def _spec(name: str, help_text: str, value: Callable[[ContainerLimits], int | None]) -> Metric:
+    return _gauge(name, help_text, lambda of: None if of.limits is None else value(of.limits))
 
 
-def _faults(of: Subject) -> Iterable[_Row]:
+def _faults(of: Measurements) -> Iterable[_Row]:
     for scope, counts in (("container", of.details.faults), ("hierarchy", of.details.hierarchy_faults)):
         for kind, count in zip(("pgfault", "pgmajfault"), counts, strict=True):
             yield count, (kind, scope)
 
 
 def device_name(major: int, minor: int) -> str:
-    """A block device's name, /dev/sda; its numbers, 8:0, where it has none."""
+    """The name of a block device, such as /dev/sda; its numbers, such as 8:0, where it has no name."""
     try:
         return "/dev/" + os.path.basename(os.readlink(f"/sys/dev/block/{major}:{minor}"))
     except OSError:
@@ -222,7 +226,9 @@ METRICS = (
         lambda s: s.usage.memory.rss if s.usage.memory else None,
     ),
     _gauge("container_memory_cache", "Page cache, in bytes.", lambda s: s.details.cache),
-    _gauge("container_memory_kernel_usage", "Memory of the kernel's for it, in bytes.", lambda s: s.details.kernel),
+    _gauge(
+        "container_memory_kernel_usage", "Memory that the kernel uses for it, in bytes.", lambda s: s.details.kernel
+    ),
     _gauge("container_memory_mapped_file", "Files mapped into memory, in bytes.", lambda s: s.details.mapped_file),
     _gauge(
         "container_memory_swap",
@@ -231,12 +237,12 @@ METRICS = (
     ),
     _gauge(
         "container_memory_total_active_file_bytes",
-        "Page cache used lately, in bytes.",
+        "Active page cache, in bytes.",
         lambda s: s.details.active_file,
     ),
     _gauge(
         "container_memory_total_inactive_file_bytes",
-        "Page cache not used lately, in bytes.",
+        "Inactive page cache, in bytes.",
         lambda s: s.details.inactive_file,
     ),
     _gauge("container_memory_max_usage_bytes", "The most memory ever in use, in bytes.", lambda s: s.details.max_usage),
@@ -283,10 +289,14 @@ METRICS = (
     # Disks.
     _fs(
         "container_fs_usage_bytes",
-        "What its writable layer occupies, in bytes.",
+        "Disk usage of its writable layer, in bytes.",
         lambda _, s: s.disk.bytes if s.disk else None,
     ),
-    _fs("container_fs_limit_bytes", "The size of the file system with its writable layer.", lambda fs, _: fs.size),
+    _fs(
+        "container_fs_limit_bytes",
+        "The size of the file system with its writable layer, in bytes.",
+        lambda fs, _: fs.size,
+    ),
     _fs("container_fs_inodes_total", "All inodes of the file system with its writable layer.", lambda fs, _: fs.inodes),
     _fs("container_fs_inodes_free", "The inodes still free there.", lambda fs, _: fs.inodes_free),
     _io("container_fs_reads_total", "Reads from a device.", lambda io: io.reads),
@@ -309,16 +319,14 @@ METRICS = (
     _network("container_network_transmit_packets_total", "Packets sent.", lambda i: i.tx_packets),
     _network("container_network_transmit_packets_dropped_total", "Packets to send dropped.", lambda i: i.tx_dropped),
     _network("container_network_transmit_errors_total", "Errors in sending.", lambda i: i.tx_errors),
-    # What it was given.
+    # Its limits.
     _spec("container_spec_cpu_period", "The period of its CPU quota, in us.", lambda of: of.cpu_period or _CPU_PERIOD),
     _spec("container_spec_cpu_quota", "Its CPU quota, in us a period.", lambda of: max(of.cpu_quota, 0) or None),
-    _spec(
-        "container_spec_cpu_shares", "Its weight where processors are short.", lambda of: of.cpu_shares or _CPU_SHARES
-    ),
+    _spec("container_spec_cpu_shares", "Its weight when processors are busy.", lambda of: of.cpu_shares or _CPU_SHARES),
     _spec("container_spec_memory_limit_bytes", "Its memory limit, in bytes; 0 without one.", lambda of: of.memory),
     _spec(
         "container_spec_memory_reservation_limit_bytes",
-        "Its memory reservation, in bytes; 0, for CRI asks for none.",
+        "Its memory reservation, in bytes; always 0, because CRI has none.",
         lambda _: 0,
     ),
     _spec(

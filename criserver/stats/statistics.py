@@ -1,20 +1,20 @@
-"""All statistics of a node, as its operations and its API hold them."""
+"""All sources of statistics of a node."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from criserver.stats.cgroup import Cgroups
+from criserver.stats.cgroup_readers import CgroupReaders
 from criserver.stats.disk import DiskMeter
-from criserver.stats.network import Networks
+from criserver.stats.network_counters import NetworkCounters
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What is kept between calls: descriptors of cgroups and network namespaces, and sizes of writable layers."""
+    """The state between calls: descriptors of cgroups and network namespaces, and sizes of writable layers."""
 
-    cgroups: Cgroups
-    networks: Networks
+    cgroups: CgroupReaders
+    networks: NetworkCounters
     disk: DiskMeter
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from criserver.errors import ResourceExhaustedError
 from criserver.network import namespaces
-from criserver.stats import Networks
+from criserver.stats import NetworkCounters
 from snapshotter.threads import Threads, in_thread, start_thread
 
 
@@ -78,8 +78,10 @@ async def test_namespaces_without_a_thread_to_make_them_in_are_refused(tmp_path:
 
 
 async def test_network_counters_come_again_once_there_is_a_thread_to_open_them(monkeypatch: pytest.MonkeyPatch):
-    networks, path = Networks(), "/proc/self/ns/net"
-    monkeypatch.setattr("criserver.stats.network._enter_and_open", lambda _: os.open("/proc/net/dev", os.O_RDONLY))
+    networks, path = NetworkCounters(), "/proc/self/ns/net"
+    monkeypatch.setattr(
+        "criserver.stats.network_counters._enter_and_open", lambda _: os.open("/proc/net/dev", os.O_RDONLY)
+    )
     with no_room(), capture_logs() as logs:
         assert await networks.read([path]) == {}
     assert [line["event"] for line in logs] == ["pods' network counters cannot be opened"]

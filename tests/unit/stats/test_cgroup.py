@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from criserver.stats import Cgroups, Pressure, Stall, cgroup
-from criserver.stats.cgroup import CgroupReader
+from criserver.stats import CgroupReaders, Pressure, Stall, cgroup_reader, cgroup_readers
+from criserver.stats.cgroup_reader import CgroupReader
 
 V1 = {
     "cpu/cpu.stat": "nr_periods 40\nnr_throttled 38\nthrottled_time 3100000000\nnr_bursts 0\nburst_time 0\n",
@@ -72,13 +72,13 @@ def lay(top: Path, files: dict[str, str], *, below_controller: bool) -> None:
 def v1(tmp_path: Path) -> CgroupReader:
     lay(tmp_path, V1, below_controller=True)
     roots = {name: f"{tmp_path}/{name}" for name in ("cpu", "cpuacct", "memory", "pids", "blkio")}
-    return Cgroups({**roots, "": f"{tmp_path}/unified"}).reader("/pod")
+    return CgroupReaders({**roots, "": f"{tmp_path}/unified"}).reader("/pod")
 
 
 @pytest.fixture
 def v2(tmp_path: Path) -> CgroupReader:
     lay(tmp_path, V2, below_controller=False)
-    return Cgroups({"": str(tmp_path)}).reader("/pod")
+    return CgroupReaders({"": str(tmp_path)}).reader("/pod")
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -136,7 +136,7 @@ def test_version_2_has_its_own_units(v2: CgroupReader) -> None:
     "roots", [{"": "/nowhere"}, {"memory": "/nowhere", "cpuacct": "/nowhere"}, {"cpu": "/nowhere"}]
 )
 def test_a_cgroup_that_is_not_there_has_no_figures(roots: dict[str, str]) -> None:
-    reader = Cgroups({"": "/nowhere", **roots}).reader("/pod")
+    reader = CgroupReaders({"": "/nowhere", **roots}).reader("/pod")
     usage, details = reader.usage(), reader.details()
     assert (usage.cpu, usage.memory, usage.swap, usage.cpu_pressure) == (None, None, None, None)
     assert (details.periods, details.threads, details.io) == (None, None, ())
@@ -151,7 +151,7 @@ def test_the_working_set_is_never_negative(v2: CgroupReader, tmp_path: Path) -> 
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(cgroup.time, "monotonic_ns", lambda: int(seconds * 1e9))
+    monkeypatch.setattr(cgroup_reader.time, "monotonic_ns", lambda: int(seconds * 1e9))
 
 
 def test_the_rate_is_since_a_reading_at_least_a_second_old(
@@ -174,8 +174,8 @@ def test_the_rate_is_since_a_reading_at_least_a_second_old(
 
 def test_files_stay_open_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, V2, below_controller=False)
-    monkeypatch.setattr(cgroup.resource, "getrlimit", lambda _: (12, 12))
-    cgroups = Cgroups({"": str(tmp_path)})
+    monkeypatch.setattr(cgroup_readers.resource, "getrlimit", lambda _: (12, 12))
+    cgroups = CgroupReaders({"": str(tmp_path)})
 
     def kept() -> list[str]:
         links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]

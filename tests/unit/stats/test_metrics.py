@@ -6,33 +6,32 @@ import dataclasses
 
 from criserver.stats import (
     METRICS,
+    CgroupUsage,
+    ContainerLimits,
     Cpu,
     Descriptors,
-    Details,
-    DeviceIo,
     DiskUsage,
     FileSystem,
-    Interface,
-    Limits,
+    InterfaceCounters,
+    Measurements,
     Memory,
     Pressure,
     Stall,
-    Subject,
     Swap,
-    Usage,
     samples,
 )
-from criserver.stats.cgroup import HugePages
+from criserver.stats.cgroup_values import CgroupDetails, HugePages
+from criserver.stats.kernel_text import DeviceIo
 
 STALL = Stall(0.0, 0.0, 0.0, 2_500_000_000)
 PRESSURE = Pressure(STALL, STALL)
-NOTHING = Subject(
-    usage=Usage(1_700_000_000_000_000_000, None, None, None, None, None, None),
-    details=Details(*[None] * 13, (None, None), (None, None), None, None, (), ()),
+NOTHING = Measurements(
+    usage=CgroupUsage(1_700_000_000_000_000_000, None, None, None, None, None, None),
+    details=CgroupDetails(*[None] * 13, (None, None), (None, None), None, None, (), ()),
     processes=0,
 )
-EVERYTHING = Subject(
-    usage=Usage(
+EVERYTHING = Measurements(
+    usage=CgroupUsage(
         timestamp=1_700_000_000_000_000_000,
         cpu=Cpu(3_900_000_000, 1),
         memory=Memory(10, 20, 9, 8, 7, 6),
@@ -41,22 +40,22 @@ EVERYTHING = Subject(
         memory_pressure=PRESSURE,
         io_pressure=PRESSURE,
     ),
-    details=Details(
+    details=CgroupDetails(
         *range(1, 14), (14, 15), (16, 17), 18, 19, (DeviceIo(0, 0, 1, 2, 3, 4),), (HugePages("2MB", 1, 2),)
     ),
     processes=3,
     descriptors=Descriptors(9, 2, 1024),
-    interfaces=(Interface("eth0", 1, 2, 3, 4, 5, 6, 7, 8),),
+    interfaces=(InterfaceCounters("eth0", 1, 2, 3, 4, 5, 6, 7, 8),),
     disk=DiskUsage(1, 4096, 2),
     file_system=FileSystem("/dev/vda", 100, 10, 5),
-    limits=Limits(cpu_quota=20_000, memory=64, swap=128),
+    limits=ContainerLimits(cpu_quota=20_000, memory=64, swap=128),
     started_at=1_600_000_000_000_000_000,
 )
 
 
-def values(subject: Subject) -> dict[str, dict[tuple[str, ...], int]]:
+def values(measured: Measurements) -> dict[str, dict[tuple[str, ...], int]]:
     found: dict[str, dict[tuple[str, ...], int]] = {}
-    for metric, value, labels in samples(subject):
+    for metric, value, labels in samples(measured):
         found.setdefault(metric.name, {})[labels] = value
     return found
 
@@ -104,6 +103,6 @@ def test_limits_that_were_not_given_are_the_kernels_defaults() -> None:
     found = values(EVERYTHING)
     assert found["container_spec_cpu_period"] == {(): 100_000}
     assert found["container_spec_cpu_shares"] == {(): 1024}
-    unlimited = values(dataclasses.replace(EVERYTHING, limits=Limits(cpu_quota=-1, swap=-1)))
+    unlimited = values(dataclasses.replace(EVERYTHING, limits=ContainerLimits(cpu_quota=-1, swap=-1)))
     assert "container_spec_cpu_quota" not in unlimited
     assert unlimited["container_spec_memory_swap_limit_bytes"] == {(): 0}

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.stats import DeviceIo, Interface, Pressure, Stall, parse
+from criserver.stats import InterfaceCounters, Pressure, Stall, kernel_text
+from criserver.stats.kernel_text import DeviceIo
 
 NET_DEV = (
     b"Inter-|   Receive                                                |  Transmit\n"
@@ -23,46 +24,48 @@ NET_DEV = (
 
 
 def test_numbers_and_limits() -> None:
-    assert parse.number(b"4452352\n") == 4452352
-    assert parse.number(b"max\n") is None
-    assert parse.number(b"") is None
-    assert parse.number(b"-1\n") is None
-    assert parse.limit(b"67108864\n") == 67108864
-    assert parse.limit(b"max\n") is None
-    assert parse.limit(b"9223372036854771712\n") is None
-    assert parse.number(b"9" * 5000) is None
-    assert parse.numbers(b"12\n7\n") == [12, 7]
+    assert kernel_text.number(b"4452352\n") == 4452352
+    assert kernel_text.number(b"max\n") is None
+    assert kernel_text.number(b"") is None
+    assert kernel_text.number(b"-1\n") is None
+    assert kernel_text.limit(b"67108864\n") == 67108864
+    assert kernel_text.limit(b"max\n") is None
+    assert kernel_text.limit(b"9223372036854771712\n") is None
+    assert kernel_text.number(b"9" * 5000) is None
+    assert kernel_text.numbers(b"12\n7\n") == [12, 7]
 
 
 def test_flat_keyed_files() -> None:
-    found = parse.pairs(b"usage_usec 36374\nuser_usec 0\nnr_bursts x\n")
-    assert parse.value(found, b"usage_usec", 1000) == 36374000
-    assert parse.value(found, b"user_usec") == 0
-    assert parse.value(found, b"nr_bursts") is None
-    assert parse.value(found, b"absent") is None
+    found = kernel_text.pairs(b"usage_usec 36374\nuser_usec 0\nnr_bursts x\n")
+    assert kernel_text.value(found, b"usage_usec", 1000) == 36374000
+    assert kernel_text.value(found, b"user_usec") == 0
+    assert kernel_text.value(found, b"nr_bursts") is None
+    assert kernel_text.value(found, b"absent") is None
 
 
 def test_pressure_in_nanoseconds() -> None:
     text = b"some avg10=1.50 avg60=0.25 avg300=12.00 total=538\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=497\n"
-    assert parse.pressure(text) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), Stall(0.0, 0.0, 0.0, 497_000))
-    assert parse.pressure(text.splitlines()[0]) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), None)
-    assert parse.pressure(b"") is None
+    assert kernel_text.pressure(text) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), Stall(0.0, 0.0, 0.0, 497_000))
+    assert kernel_text.pressure(text.splitlines()[0]) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), None)
+    assert kernel_text.pressure(b"") is None
 
 
 def test_io_of_version_2() -> None:
     text = b"254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n253:0 \n"
-    assert parse.io_stat(text) == (DeviceIo(254, 0, 4096, 8192, 1, 2), DeviceIo(253, 0))
+    assert kernel_text.io_stat(text) == (DeviceIo(254, 0, 4096, 8192, 1, 2), DeviceIo(253, 0))
 
 
 def test_io_of_version_1() -> None:
     sizes = b"8:0 Read 4096\n8:0 Write 8192\n8:0 Sync 0\n8:0 Total 12288\n8:16 Read 1\nTotal 12289\n"
     counts = b"8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n"
-    assert parse.blkio(sizes, counts) == (DeviceIo(8, 0, 4096, 8192, 1, 2), DeviceIo(8, 16, 1))
-    assert parse.blkio(b"Total 0\n", b"Total 0\n") == ()
+    assert kernel_text.blkio(sizes, counts) == (DeviceIo(8, 0, 4096, 8192, 1, 2), DeviceIo(8, 16, 1))
+    assert kernel_text.blkio(b"Total 0\n", b"Total 0\n") == ()
 
 
 def test_interfaces_without_loopback() -> None:
-    assert list(parse.interfaces(NET_DEV)) == [Interface("eth0", 3555289636, 98093, 1, 2, 5349462, 51880, 3, 4)]
+    assert list(kernel_text.interfaces(NET_DEV)) == [
+        InterfaceCounters("eth0", 3555289636, 98093, 1, 2, 5349462, 51880, 3, 4)
+    ]
 
 
 WORDS = (b"8:0", b"Read", b"some", b"full", b"avg10=1.0", b"avg60=1.0", b"avg300=1.0", b"total=1", b"eth0:", b"\n")
@@ -83,14 +86,14 @@ def _numbers_in(found: Any) -> list[int]:
 @pytest.mark.parametrize(
     "read",
     [
-        parse.number,
-        parse.limit,
-        parse.numbers,
-        parse.pressure,
-        parse.io_stat,
-        lambda text: parse.blkio(text, text[::-1]),
-        lambda text: list(parse.interfaces(text)),
-        lambda text: [parse.value(parse.pairs(text), key, 10_000_000) for key in parse.pairs(text)],
+        kernel_text.number,
+        kernel_text.limit,
+        kernel_text.numbers,
+        kernel_text.pressure,
+        kernel_text.io_stat,
+        lambda text: kernel_text.blkio(text, text[::-1]),
+        lambda text: list(kernel_text.interfaces(text)),
+        lambda text: [kernel_text.value(kernel_text.pairs(text), key, 10_000_000) for key in kernel_text.pairs(text)],
     ],
 )
 @given(text=ANY)

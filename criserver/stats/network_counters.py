@@ -1,8 +1,8 @@
-"""Counters of the interfaces in pods' network namespaces, read without entering them again.
+"""Counters of the network interfaces of pods.
 
-A file below /proc/net belongs to the network namespace of the thread that opened it, for as long as it is open. So
-a thread enters each pinned namespace once and opens net/dev there; from then on any thread reads it. The
-descriptor keeps the namespace alive: :meth:`Networks.forget` must come before a namespace is to go.
+An open file below /proc/net belongs to the network namespace of the thread that opened it. So a thread enters each
+pinned namespace once and opens net/dev there. After that, any thread can read it. The descriptor keeps the namespace
+alive: call :meth:`NetworkCounters.forget` before a namespace is removed.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from collections.abc import Collection, Iterable
 
 import structlog
 
-from criserver.stats import parse
-from criserver.stats.parse import Interface
+from criserver.stats import kernel_text
+from criserver.stats.kernel_text import InterfaceCounters
 from snapshotter.threads import start_thread
 
 log = structlog.get_logger(__name__)
 
 _CLONE_NEWNET = 0x40000000
-# Seconds for entering all namespaces that are new to a call; it takes a tenth of a millisecond each.
+# Seconds for a call to enter all its new namespaces. One takes a tenth of a millisecond.
 _DEADLINE = 1.0
-# An interface has a line of about 120 bytes; the kernel gives a page of them at a time.
+# An interface has a line of about 120 bytes. The kernel returns a page of lines at a time.
 _PIECE = 16 << 10
 _MAX_SIZE = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Networks:
-    """Descriptors of net/dev by the path of the file that pins its namespace."""
+class NetworkCounters:
+    """Keeps descriptors of net/dev, by the path at which the namespace is pinned."""
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
         self._opening: dict[str, asyncio.Future[None]] = {}
 
-    async def read(self, paths: Iterable[str]) -> dict[str, tuple[Interface, ...]]:
-        """The interfaces of each namespace but loopback; one that cannot be read is left out."""
-        wanted = list(paths)
-        if missing := [path for path in wanted if path not in self._fds and path not in self._opening]:
+    async def read(self, paths: Iterable[str]) -> dict[str, tuple[InterfaceCounters, ...]]:
+        """The interfaces of each namespace without loopback. A namespace that cannot be read is left out."""
+        requested = list(paths)
+        if missing := [path for path in requested if path not in self._fds and path not in self._opening]:
             self._open(missing)
-        if opening := {self._opening[path] for path in wanted if path in self._opening}:
+        if opening := {self._opening[path] for path in requested if path in self._opening}:
             await asyncio.wait(opening, timeout=_DEADLINE)
-        found = {}
-        for path in wanted:
+        counters = {}
+        for path in requested:
             if (fd := self._fds.get(path)) is not None:
                 try:
-                    found[path] = tuple(parse.interfaces(_read(fd)))
+                    counters[path] = tuple(kernel_text.interfaces(_read(fd)))
                 except OSError as e:
                     log.warning("network counters cannot be read", namespace=path, error=str(e))
-        return found
+        return counters
 
     def forget(self, path: str) -> None:
-        """Let go of a namespace, which is to go."""
+        """Close the descriptor of a namespace, so that it can be removed."""
         self._opening.pop(path, None)
         if (fd := self._fds.pop(path, None)) is not None:
             os.close(fd)
 
     def retain(self, paths: Collection[str]) -> None:
-        """Let go of all namespaces but these."""
+        """Close the descriptors of all namespaces but these."""
         for path in (self._fds.keys() | self._opening.keys()) - set(paths):
             self.forget(path)
 
     def close(self) -> None:
-        """Let go of all namespaces."""
+        """Close all descriptors."""
         self.retain(())
 
     def _open(self, paths: list[str]) -> None:
@@ -79,9 +79,9 @@ class Networks:
                     loop.call_soon_threadsafe(self._take, path, _enter_and_open(path))
                 loop.call_soon_threadsafe(done.set_result, None)
             except RuntimeError:
-                pass  # the loop has ended with the daemon, and nobody waits
+                pass  # the loop has ended with the daemon
 
-        # A thread of its own, never a pooled one: it does not leave the namespace that it has entered.
+        # A thread of its own, not a pooled one: it does not leave the namespace that it has entered.
         try:
             start_thread(work, "net-dev")
         except OSError as e:
@@ -90,11 +90,11 @@ class Networks:
                 del self._opening[path]  # the next call tries again
 
     def _take(self, path: str, fd: int | None) -> None:
-        """Keep what was opened, unless it was forgotten meanwhile."""
-        wanted = self._opening.pop(path, None) is not None
+        """Keep a descriptor, unless the namespace was forgotten meanwhile."""
+        keep = self._opening.pop(path, None) is not None
         if fd is None:
             return
-        if wanted:
+        if keep:
             self._fds[path] = fd
         else:
             os.close(fd)

@@ -1,6 +1,6 @@
-"""What the kernel tells of a container's processes: open descriptors, sockets, and the limit of the first one.
+"""The open descriptors and sockets of a container's processes, and the limit of its first process.
 
-For metrics only: it takes a system call for each descriptor, so it runs in a thread and within a time.
+For metrics alone. It needs a system call for each descriptor, so it runs in a thread and has a deadline.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from criserver.stats import parse
+from criserver.stats import kernel_text
 
-# A container with more descriptors than this has them counted, but its sockets not told apart.
+# Sockets are counted among so many descriptors at most. For a container with more, their number is not known.
 _MAX_LINKS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """Open file descriptors of a container's processes, and how many of them are sockets where that is known.
+    """The open file descriptors of a container's processes, and the number of sockets, None where it is not known.
 
-    ``limit`` is the first process's soft limit of them, None where there is none.
+    ``limit`` is the soft limit of the first process, None where it has none.
     """
 
     open: int
@@ -28,10 +28,10 @@ class Descriptors:
     limit: int | None
 
 
-def survey(containers: Iterable[Sequence[int]], seconds: float) -> list[Descriptors | None]:
-    """The descriptors of each container, given the PIDs of each. Blocks for about ``seconds`` at most.
+def count_descriptors(containers: Iterable[Sequence[int]], seconds: float) -> list[Descriptors | None]:
+    """Count the descriptors of containers by their PIDs. Blocks for about ``seconds`` at most.
 
-    None for a container without processes, and for those that the time did not suffice for.
+    None for a container without processes, and for containers after the deadline.
     """
     deadline = time.monotonic() + seconds
     return [_count(pids) if pids and time.monotonic() < deadline else None for pids in containers]
@@ -58,12 +58,12 @@ def _is_socket(link: str) -> bool:
 
 
 def _limit(pid: int) -> int | None:
-    """The soft limit in /proc/PID/limits, which unlike prlimit(2) asks no capability over other users' processes."""
+    """The soft limit in /proc/PID/limits. Unlike prlimit(2), it needs no capability for other users' processes."""
     try:
         with open(f"/proc/{pid}/limits", "rb") as f:
             for line in f:
                 if line.startswith(b"Max open files"):
-                    return parse.number(line.split()[3])
+                    return kernel_text.number(line.split()[3])
     except OSError:
         return None
     return None

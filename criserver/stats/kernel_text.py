@@ -1,7 +1,7 @@
-"""The texts of cgroup and proc files as numbers, for the readers beside it; no I/O.
+"""Parses the texts of cgroup and proc files; no I/O.
 
-Nothing here raises: what a file does not say, or says in a way that is not understood, is None or absent. Numbers
-stay below 2**64 whatever a file says, so that each fits a CRI field. Formats: the kernel's
+Nothing here raises: a value that is missing or malformed is None or absent. All numbers are below 2**64, so each fits a
+CRI field. Formats: the kernel's
 Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst, accounting/psi.rst, and proc(5) for net/dev.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 # v1 writes "no limit" as the largest multiple of a page in 63 bits; v2 writes "max".
 _UNLIMITED = 1 << 62
-# Digits that fit 64 bits whatever they are.
+# Every number with so many digits fits 64 bits.
 _MAX_DIGITS = 19
 
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """How much of the time tasks were stalled: percentages over 10, 60 and 300 s, and nanoseconds in all."""
+    """The time for which tasks were stalled: percentages over 10, 60 and 300 s, and nanoseconds in all."""
 
     avg10: float
     avg60: float
@@ -28,7 +28,7 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """Stalls of some task, and of all tasks at once."""
+    """Stalls of at least one task (``some``), and of all tasks at once (``full``)."""
 
     some: Stall | None
     full: Stall | None
@@ -36,7 +36,7 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class DeviceIo:
-    """What was read from and written to a block device since the cgroup was made."""
+    """Reads from and writes to a block device since the cgroup was made."""
 
     major: int
     minor: int
@@ -47,7 +47,7 @@ class DeviceIo:
 
 
 @dataclass(frozen=True, slots=True)
-class Interface:
+class InterfaceCounters:
     """A network interface's counters."""
 
     name: str
@@ -62,45 +62,45 @@ class Interface:
 
 
 def number(text: bytes) -> int | None:
-    """A number alone in its file, spaces aside; None for "max" and for any other text."""
+    """A number alone in its file, with or without spaces around it; None for "max" and for any other text."""
     digits = text.strip()
     return int(digits) if digits.isdigit() and len(digits) <= _MAX_DIGITS else None
 
 
 def limit(text: bytes) -> int | None:
     """A limit in bytes or tasks; None where there is none."""
-    found = number(text)
-    return found if found is not None and found < _UNLIMITED else None
+    parsed = number(text)
+    return parsed if parsed is not None and parsed < _UNLIMITED else None
 
 
 def pairs(text: bytes) -> dict[bytes, bytes]:
-    """A flat keyed file ("KEY VALUE" lines, such as memory.stat), values unread: few of them are wanted."""
-    words = text.split()
-    return dict(zip(words[::2], words[1::2], strict=False))
+    """A flat keyed file ("KEY VALUE" lines, such as memory.stat). Values are not parsed: few of them are needed."""
+    tokens = text.split()
+    return dict(zip(tokens[::2], tokens[1::2], strict=False))
 
 
-def value(of: Mapping[bytes, bytes], key: bytes, scale: int = 1) -> int | None:
-    """A number of :func:`pairs`, ``scale`` times."""
-    found = number(of.get(key, b""))
-    return None if found is None else min(found * scale, 2**64 - 1)
+def value(fields: Mapping[bytes, bytes], key: bytes, scale: int = 1) -> int | None:
+    """A number of :func:`pairs`, times ``scale``."""
+    parsed = number(fields.get(key, b""))
+    return None if parsed is None else min(parsed * scale, 2**64 - 1)
 
 
 def numbers(text: bytes) -> list[int]:
-    """A number on each line, such as cgroup.procs; other lines are left out."""
-    return [found for line in text.splitlines() if (found := number(line)) is not None]
+    """A number on each line, such as cgroup.procs. Other lines are left out."""
+    return [parsed for line in text.splitlines() if (parsed := number(line)) is not None]
 
 
 def pressure(text: bytes) -> Pressure | None:
     """A PSI file: "some avg10=0.00 avg60=0.00 avg300=0.00 total=0" in microseconds, and the same for "full"."""
-    found: dict[bytes, Stall] = {}
+    stalls: dict[bytes, Stall] = {}
     for line in text.splitlines():
         kind, *fields = line.split()[:5] or [b""]
         values = dict(field.partition(b"=")[::2] for field in fields)
         avg10, avg60, avg300 = (_percentage(values.get(key, b"")) for key in (b"avg10", b"avg60", b"avg300"))
         total = value(values, b"total", 1000)
         if avg10 is not None and avg60 is not None and avg300 is not None and total is not None:
-            found[kind] = Stall(avg10, avg60, avg300, total)
-    some, full = found.get(b"some"), found.get(b"full")
+            stalls[kind] = Stall(avg10, avg60, avg300, total)
+    some, full = stalls.get(b"some"), stalls.get(b"full")
     return Pressure(some, full) if some or full else None
 
 
@@ -114,11 +114,11 @@ def io_stat(text: bytes) -> tuple[DeviceIo, ...]:
     found = []
     for line in text.splitlines():
         device, *fields = line.split() or [b""]
-        if (numbers_of := _device(device)) is None:
+        if (major_minor := _device(device)) is None:
             continue
         values = dict(field.partition(b"=")[::2] for field in fields)
         counts = [value(values, key) or 0 for key in (b"rbytes", b"wbytes", b"rios", b"wios")]
-        found.append(DeviceIo(*numbers_of, *counts))
+        found.append(DeviceIo(*major_minor, *counts))
     return tuple(found)
 
 
@@ -149,11 +149,11 @@ def _device(text: bytes) -> tuple[int, int] | None:
     return None if major is None or minor is None else (major, minor)
 
 
-def interfaces(text: bytes) -> Iterator[Interface]:
+def interfaces(text: bytes) -> Iterator[InterfaceCounters]:
     """/proc/net/dev without the loopback interface."""
     for line in text.splitlines():
         name, colon, rest = line.rpartition(b":")
-        counts = [number(word) for word in rest.split()]
+        counts = [number(field) for field in rest.split()]
         known = [count for count in counts if count is not None]
         if colon and len(known) == len(counts) == 16 and name.strip() != b"lo":
-            yield Interface(name.strip().decode(errors="replace"), *known[:4], *known[8:12])
+            yield InterfaceCounters(name.strip().decode(errors="replace"), *known[:4], *known[8:12])
