@@ -157,8 +157,9 @@ def files(options: Options, tree: Path) -> None:
     compress(tree / "usr/share/man/man8/criserver.8.gz", (HERE / "criserver.8").read_text())
     compress(tree / DOC / "changelog.gz", (SOURCE / "CHANGELOG.md").read_text())
     compress(tree / DOC / "changelog.Debian.gz", changelog(options))
-    for path in (SOURCE / "README.md", *sorted((SOURCE / "docs").glob("*.md"))):
-        write(tree / DOC / path.name, path.read_text())
+    write(tree / DOC / "README.md", (SOURCE / "README.md").read_text())
+    for path in sorted((SOURCE / "docs").rglob("*.md")):
+        write(tree / DOC / path.relative_to(SOURCE / "docs"), path.read_text())
     for name in ("crictl.yaml", "cni/10-bridge.conflist"):
         write(tree / DOC / "examples" / Path(name).name, (SOURCE / "contrib" / name).read_text())
     write(tree / "usr/share/lintian/overrides/criserver", (HERE / "lintian-overrides").read_text())

@@ -1,4 +1,4 @@
-"""The pages of docs/ are whole and true: every CRI field, every key, and only tests that there are."""
+"""The pages of docs/ are whole and true: every CRI field, every key, and only tests and links that there are."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ MESSAGES = (
     "Capability",
     "Mount",
     "Device",
+)
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/**/*.md", "bench/**/*.md", "contrib/**/*.md") for path in ROOT.glob(pattern)
 )
 
 
@@ -102,3 +105,25 @@ def test_the_example_of_the_configuration_is_valid(tmp_path):
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
     (tmp_path / "config.toml").write_text(example)
     assert sorted(load(str(tmp_path / "config.toml")).runtimes) == ["crun", "runc"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_that_there_is(page: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    ours = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
+    assert [link for link in ours if not (page.parent / link).exists()] == []
+
+
+def test_every_decision_is_in_the_index_and_on_the_page_of_the_architecture():
+    titles = {}
+    for number, page in enumerate(sorted((ROOT / "docs/decisions").glob("[0-9]*.md")), start=1):
+        title, date, *headings = re.findall(r"^(?:#+ |Date: ).+$", page.read_text(), re.MULTILINE)
+        assert title.startswith(f"# {number}. ") and page.name.startswith(f"{number:04}-"), page.name
+        assert re.fullmatch(r"Date: \d{4}-\d\d-\d\d", date), page.name
+        assert headings == ["## Context", "## Decision", "## Consequences"], page.name
+        titles[page.name] = title.partition(". ")[2]
+    index = re.findall(r"^\d+\. \[(.+)\]\((.+)\)$", (ROOT / "docs/decisions/README.md").read_text(), re.MULTILINE)
+    assert [(name, title) for title, name in index] == list(titles.items())
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    listed = re.findall(r"^- \[(.+)\]\(decisions/(.+)\)$", architecture, re.MULTILINE)
+    assert sorted((name, title) for title, name in listed) == sorted(titles.items())
