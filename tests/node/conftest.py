@@ -6,6 +6,7 @@ import pytest
 
 from tests.node.installed import PACKAGES, InstalledNode, command
 from tests.support.fixtures import busybox_archive
+from tests.vm.releases import PRESENT_PACKAGE
 
 __all__ = ["busybox_archive"]
 
@@ -16,6 +17,6 @@ collect_ignore_glob = [] if PACKAGES else ["test_*"]
 def node(busybox_archive: str) -> InstalledNode:
     """The package's daemon, with the busybox image."""
     node = InstalledNode()
-    node.install("first.deb")
+    node.install(PRESENT_PACKAGE)
     command("criserver", "image", "import", busybox_archive)
     return node

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tests.support.node import SLOWNESS, Client, Node, processes
 from tests.support.streaming_client import Spdy
 
-PACKAGES = os.environ.get("CRISERVER_NODE_PACKAGES", "")  # a directory with first.deb and second.deb, a newer build
+PACKAGES = os.environ.get("CRISERVER_NODE_PACKAGES", "")  # the directory with the packages of tests/vm/releases.py
 SOCKET = "/run/criserver/criserver.sock"
 KUBEPODS = "kubepods.slice/kubepods-besteffort.slice"
 NETWORK = "/etc/cni/net.d/10-bridge.conflist"
@@ -49,7 +49,8 @@ class InstalledNode(Node):
 
     def install(self, name: str) -> None:
         """Install or upgrade the package; systemd starts the service, and again after an upgrade."""
-        command("dpkg", "--install", f"{PACKAGES}/{name}", seconds=120)
+        # A changed configuration is kept, as an unattended upgrade keeps it.
+        command("dpkg", "--install", "--force-confold", f"{PACKAGES}/{name}", seconds=120)
         if not os.path.exists(NETWORK):
             os.makedirs(os.path.dirname(NETWORK), exist_ok=True)
             shutil.copy("/usr/share/doc/criserver/examples/10-bridge.conflist", NETWORK)

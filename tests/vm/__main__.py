@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from tests.vm import image as images
+from tests.vm import releases
 from tests.vm.image import ImageError
 from tests.vm.machine import PROJECT, PYTHON, SECURITY, Machine, MachineError, machine
+from tests.vm.releases import BuildError
 from tests.vm.suites import CERTS, SUITES, Result, Suite, cases, table
 
 CRASHES = 3  # machines that may be lost in a run
@@ -56,7 +55,7 @@ def main() -> int:
             print(disk.disk)
             return 0
         return run_command(options)
-    except (ImageError, MachineError) as error:
+    except (ImageError, MachineError, BuildError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -86,8 +85,10 @@ def run_suites(wanted: Sequence[Suite], budget: float) -> int:
     os.makedirs(RESULTS)
     with _step("the image"):
         disk = images.image()
-    with _step("two builds of the package"):
-        packages = build_packages()
+    with _step("the packages"):
+        packages = releases.packages(images.PROJECT, images.PYTHON)
+    if releases.RELEASED_PACKAGE not in packages:
+        print(f"  no release is upgraded: {releases.NO_HISTORY}")
     tools = {program for suite in wanted for program in suite.programs}
     results: list[Result] = []
     left = list(wanted)
@@ -166,22 +167,6 @@ def run_suite(guest: Machine, suite: Suite, left: float) -> Result:
     if found.status == 0:
         _keep(f"{_file_name(suite.name)}.xml", found.stdout)
     return Result(suite.name, took, cases(found.stdout) if found.status == 0 else (), trouble)
-
-
-def build_packages() -> dict[str, bytes]:
-    """The Debian package for the guest's Python, twice: the second is an upgrade of the first."""
-    found = {}
-    for revision, name in (("1", "first.deb"), ("2", "second.deb")):
-        with tempfile.TemporaryDirectory(prefix="criserver-vm-") as directory:
-            command = [sys.executable, f"{images.PROJECT}/contrib/deb/build.py", "--python", images.PYTHON]
-            command += ["--revision", revision, "--compression", "none", "--output", directory]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ImageError(f"the package cannot be built:\n{done.stdout}{done.stderr}")
-            (path,) = glob.glob(f"{directory}/*.deb")
-            with open(path, "rb") as f:
-                found[name] = f.read()
-    return found
 
 
 def put_tools(guest: Machine, programs: set[str]) -> None:

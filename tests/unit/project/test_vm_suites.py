@@ -1,7 +1,14 @@
-"""What the virtual machine's results are told as."""
+"""What the virtual machine's results are told as, and which packages it gets."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.vm import releases
 from tests.vm.suites import Case, Result, cases, table
 
 REPORT = b"""<testsuites><testsuite>
@@ -41,3 +48,34 @@ def test_a_suite_without_an_end_or_without_a_test_is_not_good():
     cut = Result("pods", 300, [Case("a", "passed", 1)], trouble="ended at its deadline of 300 s")
     assert not cut.good
     assert table([cut]).endswith("\n1 passed, 1 failed, 0 skipped")
+
+
+def names_of_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a package be the files of the sources that it is built from, and its revision."""
+
+    def build(source: str, python: str, revision: str) -> bytes:
+        return " ".join([*sorted(set(os.listdir(source)) - {".git"}), python, revision]).encode()
+
+    monkeypatch.setattr(releases, "build", build)
+
+
+def test_the_package_of_the_last_release_is_built_from_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    names_of_builds(monkeypatch)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "then").touch()
+    for words in (["init", "-q"], ["add", "then"], ["commit", "-qm", "the release"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path / "now").touch()
+    monkeypatch.setitem(releases.RELEASES, releases.LAST, commit)
+    found = releases.packages(str(tmp_path), "3.13")
+    assert found == {releases.PRESENT_PACKAGE: b"now then 3.13 2", releases.RELEASED_PACKAGE: b"then 3.13 1"}
+
+
+def test_a_clone_without_the_release_upgrades_another_build_of_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    names_of_builds(monkeypatch)
+    (tmp_path / "now").touch()
+    wanted = {releases.PRESENT_PACKAGE: b"now 3.13 2", releases.EARLIER_PACKAGE: b"now 3.13 1"}
+    assert releases.packages(str(tmp_path), "3.13") == wanted
+    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
+    assert releases.packages(str(tmp_path), "3.13") == wanted
