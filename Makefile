@@ -10,7 +10,7 @@ RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
 TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test test-vm lint unit integration e2e format proto wheel deb run-packages test-packages clean
+.PHONY: demo test test-vm lint unit integration e2e format proto wheel deb release run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -52,6 +52,10 @@ DEB_REVISION ?= 1
 deb: $(VENV)/ready
 	$(BIN)/python contrib/deb/build.py --python $(DEB_PYTHON) --revision $(DEB_REVISION)
 
+# One of the steps of RELEASE.md.
+release: $(VENV)/ready
+	$(BIN)/python contrib/release.py "$(VERSION)"
+
 # A node under systemd, in a virtual machine: docs/virtual-machine.md. SUITES names some of them.
 test-vm: $(VENV)/ready
 	@contrib/need.sh $(VM_PACKAGES)
@@ -64,7 +68,7 @@ test-packages: run-packages
 	@contrib/need.sh $(TEST_PACKAGES)
 	@contrib/newer-criu.sh $(VENV)/criu
 
-$(VENV)/ready: requirements-dev.lock pyproject.toml setup.py proto/runtime/v1/api.proto proto/criserver/v1/admin.proto
+$(VENV)/ready: requirements-dev.lock pyproject.toml setup.py criserver/__init__.py proto/runtime/v1/api.proto proto/criserver/v1/admin.proto
 	@contrib/need.sh python3-venv
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock

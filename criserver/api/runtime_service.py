@@ -42,6 +42,9 @@ log = structlog.get_logger(__name__)
 # RPCs that a later version builds, with the feature that each belongs to.
 MISSING: dict[str, str] = {}
 
+# The version of the kubelet's runtime API, which the kubelet compares with its own. It is not criserver's.
+KUBELET_API_VERSION = "0.1.0"
+
 
 class RuntimeService(StatsRpcs):
     """The methods are named after the RPCs; what each promises is CRI's."""
@@ -58,7 +61,7 @@ class RuntimeService(StatsRpcs):
 
     async def version(self, request: cri.VersionRequest) -> cri.VersionResponse:
         return cri.VersionResponse(
-            version="0.1.0",
+            version=KUBELET_API_VERSION,
             runtime_name="criserver",
             runtime_version=__version__,
             runtime_api_version=self._api_version,
