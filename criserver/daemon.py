@@ -1,4 +1,4 @@
-"""The daemon as a whole: the rooms put together, served, and taken down in order."""
+"""The whole daemon: it puts the rooms together, serves, and stops in order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
 
-# What a call under way may still take when the daemon is told to stop.
+# Seconds that calls under way may still take when the daemon is told to stop.
 STOP_GRACE = 5.0
 CHECKPOINT_INTERVAL = 60.0
 
@@ -52,8 +52,8 @@ CHECKPOINT_INTERVAL = 60.0
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Containers go on without the daemon.
 
-    Raises FailedPreconditionError where another daemon has the directories, CriError where the host refuses
-    what is needed to start, and where something fails that the daemon cannot go on without.
+    Raises FailedPreconditionError if another daemon uses the directories, and CriError if the host refuses something
+    that the start needs or if a task fails that the daemon cannot work without.
     """
     began = time.monotonic()
     stop = asyncio.Event()
@@ -76,7 +76,7 @@ async def serve(config: Config) -> None:
         await node.images.collect()
         await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))
-        # What start-up made lives as long as the daemon; the collector need not look at it again.
+        # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
         log.info(
@@ -115,7 +115,7 @@ def assemble(
     *,
     pass_over: bool = False,
 ) -> Node:
-    """The rooms, put together; ``pass_over`` and what is raised are :class:`Registry`'s."""
+    """Put the rooms together. :class:`Registry` says what ``pass_over`` means, and what is raised."""
     registry = Registry(store, pass_over=pass_over)
     return Node(
         config=config,
@@ -147,11 +147,11 @@ def assemble(
 
 
 def _streaming(config: Config) -> StreamingServer:
-    """The streaming server, not yet listening. Raises FailedPreconditionError for a certificate that is none."""
+    """The streaming server, not yet listening. Raises FailedPreconditionError for an invalid certificate."""
     given = config.streaming
     tls = None
     if given.tls_cert:
-        # Imported here: most nodes do without its memory.
+        # Imported here: most nodes have no certificate, and save its memory.
         import ssl
 
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -165,25 +165,25 @@ def _streaming(config: Config) -> StreamingServer:
 
 
 def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
-    """What goes on by itself for as long as the daemon serves."""
+    """The tasks that run for as long as the daemon serves."""
     return [
         Task("the CRI server", lambda: ended(server), vital=True),
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
-        # No longer, or the watchdog would bite.
+        # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.registry)), max_pause=report_interval()),
     ]
 
 
 def _status(registry: Registry) -> str:
-    """What ``systemctl status`` shows."""
+    """The text that ``systemctl status`` shows."""
     pods = sum(s.state is SandboxState.READY for s in registry.sandboxes.values())
     running = sum(c.state is ContainerState.RUNNING for c in registry.containers.values())
     return f"{pods} pods ready, {running} containers running"
 
 
 def _writable_layers(registry: Registry) -> dict[str, bool]:
-    """The snapshots to be measured, and whether each may still change."""
+    """The snapshots to be measured, and whether each can still change."""
     unready = (ContainerState.CREATING, ContainerState.REMOVING)
     return {c.id: c.state is not ContainerState.EXITED for c in registry.containers.values() if c.state not in unready}
 
@@ -195,7 +195,7 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
         node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
     )
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
-    # Kubelets before 1.23 speak v1alpha2 alone: the same messages on the wire, with fewer fields in them.
+    # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):
         runtime = runtime_service.RuntimeService(node, version)
         for service, missing in ((runtime, runtime_service.MISSING), (images, image_service.MISSING)):
@@ -205,9 +205,9 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
 
 
 def hold(directory: str, advice: str = "stop it, or give this one another root and state") -> int:
-    """Hold a directory for this process, made for root alone; the kernel lets go of it however the process ends.
+    """Make a directory that only root can enter, and lock it. The kernel unlocks it however this process ends.
 
-    Raises FailedPreconditionError with ``advice`` where another process has it.
+    Raises FailedPreconditionError with ``advice`` if another process has locked it.
     """
     files.make_private(directory)
     path = os.path.join(directory, "criserver.lock")
@@ -220,26 +220,26 @@ def hold(directory: str, advice: str = "stop it, or give this one another root a
         raise FailedPreconditionError(f"another criserver (PID {holder}) uses {directory}; {advice}") from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    # Earlier releases let others pass.
+    # Releases before 0.2 let other users pass.
     files.close_to_others(directory)
     return fd
 
 
 def watch_children() -> None:
-    """Have the event loop watch its children by pidfd; before Python 3.12 it had a thread for each."""
+    """Let the event loop watch its children by pidfd. Before Python 3.12 its default is a thread for each child."""
     if sys.version_info < (3, 12):
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
 def run(config: Config) -> int:
-    """Run :func:`serve` in an event loop of its own; the process's exit code."""
+    """Run :func:`serve` in an event loop of its own. Returns the process's exit code."""
     if os.geteuid() != 0:
         print(
             "criserver: must be run as root: it mounts, makes namespaces and starts containers",
             file=sys.stderr,
         )
         return 1
-    # For whoever ends us by SIGABRT, as systemd's watchdog does: where every thread was goes to the log.
+    # systemd's watchdog ends the daemon by SIGABRT. The stack of every thread then goes to the log.
     faulthandler.enable()
     allocator.return_memory()
     watch_children()

@@ -1,7 +1,7 @@
-"""What can go wrong, in the terms a caller of CRI acts on.
+"""The errors that a caller of CRI can get.
 
-Every error that may reach a gRPC caller is one of these classes; api/ maps ``code`` to the gRPC status
-of the same name. The message says what was wrong, with which name, and what to do about it.
+Every error that can reach a gRPC caller is one of these classes. api/ maps ``code`` to the gRPC status of the same
+name. The message says what was wrong, with which name, and what to do about it.
 """
 
 from __future__ import annotations
@@ -10,61 +10,61 @@ from typing import ClassVar
 
 
 class CriError(Exception):
-    """Base of all errors that a caller is told of; raised as such for faults of our own (INTERNAL)."""
+    """Base of all errors that a caller gets. Raised itself for internal faults (INTERNAL)."""
 
     code: ClassVar[str] = "INTERNAL"
 
 
 class InvalidArgumentError(CriError):
-    """The request itself is wrong; the same call can never succeed."""
+    """The request itself is wrong. The same call can never succeed."""
 
     code = "INVALID_ARGUMENT"
 
 
 class NotFoundError(CriError):
-    """The sandbox, container, image or handler that was named does not exist."""
+    """The named sandbox, container, image or handler does not exist."""
 
     code = "NOT_FOUND"
 
 
 class AlreadyExistsError(CriError):
-    """The name is taken by another sandbox or container."""
+    """Another sandbox or container has the name."""
 
     code = "ALREADY_EXISTS"
 
 
 class FailedPreconditionError(CriError):
-    """The request is sound, but the thing it names, or the node, is not in a state that allows it."""
+    """The request is valid, but the state of the named thing or of the node does not allow it."""
 
     code = "FAILED_PRECONDITION"
 
 
 class PermissionDeniedError(CriError):
-    """A registry refused the credentials that it was given."""
+    """A registry refused the credentials."""
 
     code = "PERMISSION_DENIED"
 
 
 class UnauthenticatedError(CriError):
-    """A registry wants credentials and got none."""
+    """A registry requires credentials and got none."""
 
     code = "UNAUTHENTICATED"
 
 
 class ResourceExhaustedError(CriError):
-    """A bound was reached: disk space, a configured limit, too many of something."""
+    """A limit was reached: disk space, a configured limit, too many of something."""
 
     code = "RESOURCE_EXHAUSTED"
 
 
 class UnavailableError(CriError):
-    """Something outside did not answer (a registry, a plugin); the same call may succeed later."""
+    """Something outside the daemon did not answer (a registry, a plugin). The same call may succeed later."""
 
     code = "UNAVAILABLE"
 
 
 class DeadlineExceededError(CriError):
-    """The time that the caller or the configuration allows was used up."""
+    """The call took longer than the caller or the configuration allows."""
 
     code = "DEADLINE_EXCEEDED"
 
@@ -76,6 +76,6 @@ class DataLossError(CriError):
 
 
 class UnimplementedError(CriError):
-    """A feature that this version does not have; the message names it."""
+    """This version does not have the feature that the message names."""
 
     code = "UNIMPLEMENTED"

@@ -1,7 +1,8 @@
-"""The journal's own protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL): a log line as fields that can be searched for.
+"""The native protocol of systemd's journal (systemd.io/JOURNAL_NATIVE_PROTOCOL): log records with searchable fields.
 
-A datagram each; one that is too large for a datagram goes as a sealed file in memory. Nothing here waits: a record
-that the journal does not take at once is dropped, and the next one that it takes says how many were.
+Each record is one datagram. A record that is too large for a datagram is sent as a sealed file in memory. Nothing here
+waits: a record that the journal does not take at once is dropped. The next record that the journal takes has the number
+of dropped records.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 SOCKET = "/run/systemd/journal/socket"
 
-# Before our fields: names without a prefix belong to the journal's users at large (systemd.journal-fields(7)).
+# The prefix of our fields. Other programs use names without a prefix (systemd.journal-fields(7)).
 _PREFIX = "CRI_"
 _MAX_NAME = 64
-# A record is cut at this size; it is more than any log line is for.
+# Bytes of a field. A longer one is cut.
 _MAX_VALUE = 256 << 10
 # Numbers of syslog(3).
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -28,7 +29,7 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 
 def is_standard_error(stream: str | None) -> bool:
-    """Whether standard error leads to the journal: ``stream`` is $JOURNAL_STREAM (systemd.exec(5))."""
+    """Whether standard error is connected to the journal. ``stream`` is $JOURNAL_STREAM (systemd.exec(5))."""
     if not stream:
         return False
     try:
@@ -39,15 +40,15 @@ def is_standard_error(stream: str | None) -> bool:
 
 
 def field_name(name: str) -> str:
-    """The journal's name of a field of ours: capitals, digits and underscores, 64 at most."""
+    """The journal's name for a field: capitals, digits and underscores, at most 64 characters."""
     known = "".join(c if c.isascii() and c.isalnum() else "_" for c in name.upper())
     return (_PREFIX + known)[:_MAX_NAME]
 
 
 def record(event: Mapping[str, Any], dropped: int = 0) -> bytes:
-    """The record of an event: "event" and "level" as structlog has them, all else as fields.
+    """The record of an event of structlog. All values but "event" and "level" become fields.
 
-    The message has them too, as plain ``journalctl`` shows nothing else.
+    The message has the values too, because ``journalctl`` without options shows only the message.
     """
     told = {name: value for name, value in event.items() if name not in ("event", "level", "exception")}
     if dropped:
@@ -79,10 +80,10 @@ def _field(name: str, value: str) -> bytes:
 
 
 class Journal:
-    """A structlog logger whose lines are events still: see :func:`render`."""
+    """A structlog logger that takes events instead of lines: see :func:`render`."""
 
     def __init__(self, path: str = SOCKET) -> None:
-        """``path`` is the journal's socket, which need not be there yet."""
+        """``path`` is the journal's socket. It need not exist yet."""
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
@@ -110,7 +111,7 @@ class Journal:
             try:
                 os.write(fd, data)
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-                # Not socket.send_fds: it does without the address that it takes.
+                # Not socket.send_fds: it ignores the address that it is given.
                 passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
                 self._socket.sendmsg([], passed, 0, self._path)
             finally:
@@ -120,5 +121,5 @@ class Journal:
 def render(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> tuple[tuple[MutableMapping[str, Any]], dict[str, Any]]:
-    """The last of structlog's processors: the event goes to the logger as it is."""
+    """The last processor of structlog. It passes the event to the logger unchanged."""
     return (event,), {}

@@ -16,7 +16,7 @@ from criserver import journal
 
 
 def set_up(level: str, form: str) -> None:
-    """``level`` is "debug" to "error"; ``form`` is "json", "terminal", "journal", or "auto": by what stderr is."""
+    """``level`` is "debug" to "error". ``form`` is "json", "terminal", "journal", or "auto", which looks at stderr."""
     if form == "auto" and journal.is_standard_error(os.environ.get("JOURNAL_STREAM")):
         form = "journal"
     elif form == "auto":
@@ -25,7 +25,7 @@ def set_up(level: str, form: str) -> None:
     output: list[Any]
     records: journal.Journal | _Lines
     if form == "journal":
-        # It has its own time of each record.
+        # The journal adds the time of each record.
         output = [structlog.processors.format_exc_info, journal.render]
         records = journal.Journal()
     else:
@@ -44,14 +44,16 @@ def set_up(level: str, form: str) -> None:
 
 
 class _Lines:
-    """A structlog logger of lines on a descriptor. One that is not taken is dropped, and the next one that is says how
-    many were: neither a full disk nor a reader that is gone or stuck is a reason to fail, or to wait.
+    """A structlog logger that writes lines to a descriptor.
+
+    A line that cannot be written is dropped, and the next line has the number of dropped lines. So a full disk, or a
+    reader that has ended or hangs, neither fails nor delays the daemon.
     """
 
     def __init__(self, fd: int) -> None:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            # Anew, as others who have the pipe need not know what to do with one that does not wait.
-            with contextlib.suppress(OSError):  # a named one that nobody reads
+            # The pipe is opened again: O_NONBLOCK must not be set for other processes that write to it.
+            with contextlib.suppress(OSError):  # a named pipe without a reader
                 fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._fd = fd
         self._torn = False

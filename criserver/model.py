@@ -1,6 +1,6 @@
-"""What the kubelet asks for, as values. All rooms but the API work with these; only the parser reads gRPC messages.
+"""The kubelet's requests as values. All rooms but the API use these; only the parser reads gRPC messages.
 
-All are frozen and imported by any room; they import nothing.
+All values are frozen. Any room may import this module; it imports none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_GROUPS = 65_536
 
 
 class NamespaceMode(enum.Enum):
-    """Whose namespace a pod or container is in (CRI NamespaceMode)."""
+    """Whose namespace a pod or container uses (CRI NamespaceMode)."""
 
     POD = "pod"
     CONTAINER = "container"
@@ -26,7 +26,7 @@ class NamespaceMode(enum.Enum):
 
 
 class Propagation(enum.Enum):
-    """How mounts made later travel between host and container (CRI MountPropagation)."""
+    """Whether later mounts propagate between host and container (CRI MountPropagation)."""
 
     PRIVATE = "rprivate"
     HOST_TO_CONTAINER = "rslave"
@@ -49,7 +49,7 @@ class PortMapping:
 
 @dataclass(frozen=True, slots=True)
 class Dns:
-    """What goes into the pod's resolv.conf; all empty means the host's own file."""
+    """The contents of the pod's resolv.conf. If all are empty, the pod gets the host's file."""
 
     servers: tuple[str, ...] = ()
     searches: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Dns:
 
 @dataclass(frozen=True, slots=True)
 class IdMapping:
-    """``length`` IDs from ``container_id`` on are those of the host from ``host_id`` on (user_namespaces(7))."""
+    """``length`` IDs from ``container_id`` on are mapped to host IDs from ``host_id`` on (user_namespaces(7))."""
 
     container_id: int
     host_id: int
@@ -67,7 +67,7 @@ class IdMapping:
 
 @dataclass(frozen=True, slots=True)
 class UserNamespace:
-    """The IDs of a pod that has a user namespace of its own."""
+    """The ID mappings of a pod with its own user namespace."""
 
     uids: IdMapping
     gids: IdMapping
@@ -77,7 +77,7 @@ class UserNamespace:
 class Namespaces:
     """The namespace modes of a pod or container.
 
-    ``target`` is the container whose PIDs it sees with TARGET; ``user`` is None in the host's user namespace.
+    ``target`` is the container whose PID namespace TARGET means. ``user`` is None in the host's user namespace.
     """
 
     network: NamespaceMode = NamespaceMode.POD
@@ -104,7 +104,7 @@ class Resources:
 
 
 class SelinuxOptions(NamedTuple):
-    """The parts of a SELinux label that are asked for; "" for one that is not (CRI SELinuxOption)."""
+    """The requested parts of a SELinux label; "" for a part that is not requested (CRI SELinuxOption)."""
 
     user: str = ""
     role: str = ""
@@ -137,16 +137,16 @@ class PodConfig:
 
     @property
     def full_name(self) -> str:
-        """The name that no two sandboxes share."""
+        """The name of the sandbox, which is unique on the node."""
         return f"{self.name}_{self.namespace}_{self.uid}_{self.attempt}"
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A path of the host, or an image (whole, or a path in it), to be seen in the container.
+    """A path of the host, or an image or a path in it, that is mounted in the container.
 
-    ``uids`` and ``gids`` map the owners of what is there, () where they are seen as they are. ``guarded`` is one of
-    ours, in which neither set-user-ID programs nor device nodes are to work.
+    ``uids`` and ``gids`` map the owners of the files; () leaves them unmapped. In a ``guarded`` mount, which only the
+    daemon itself asks for, set-user-ID programs and device nodes do not work.
     """
 
     container_path: str
@@ -164,7 +164,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device of the host to be seen in the container; ``permissions`` is a subset of "rwm"."""
+    """A device of the host that the container gets. ``permissions`` is a subset of "rwm"."""
 
     container_path: str
     host_path: str
@@ -173,11 +173,11 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Who the container runs as, and what it may do (CRI LinuxContainerSecurityContext).
+    """The user that the container runs as, and its permissions (CRI LinuxContainerSecurityContext).
 
     ``seccomp`` is "" for no filter, "default" for the runtime's own, or the absolute path of a profile;
-    ``apparmor`` is "" where nothing is said, "runtime/default" for the runtime's own, "unconfined", or the name of
-    a profile that is loaded.
+    ``apparmor`` is "" if the request says nothing, "runtime/default" for the runtime's own, "unconfined", or the
+    name of a loaded profile.
     """
 
     privileged: bool = False
@@ -226,7 +226,7 @@ class ContainerConfig:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """The numbers that a process runs as; ``groups`` are the supplementary ones, sorted, with the primary."""
+    """The IDs that a process runs with. ``groups`` are the supplementary groups and the primary one, sorted."""
 
     uid: int
     gid: int

@@ -1,12 +1,13 @@
-"""Numbers in text that others wrote."""
+"""Numbers in text from outside."""
 
 from __future__ import annotations
 
 
 def decimal(text: str | bytes, most: int) -> int | None:
-    """The number that ``text`` is, in ASCII digits and nothing else; None where it is none, or more than ``most``.
+    """The number in ``text``, which must have ASCII digits alone; None if it has others, or for more than ``most``.
 
-    The digits are counted before they are converted: int() takes long for many, and raises ValueError above 4,300.
+    The digits are counted before they are converted: int() takes long for many digits, and raises ValueError above
+    4,300 of them.
     """
     digits = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     if not digits.isdigit():

@@ -1,7 +1,7 @@
-"""Taking a node's pods down for good, without a daemon: what `criserver reset` does, and the package's removal.
+"""Removing all pods of a node without a daemon, for `criserver reset` and for the removal of the package.
 
-It begins as the daemon does, with recovery, so that whatever state the last one left things in is understood. A kubelet
-can bring nothing back meanwhile, as nobody serves.
+A reset begins with recovery, as the daemon does, so it can start from any state that the last daemon left. A kubelet
+cannot make new pods meanwhile, because nobody serves.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from snapshotter import Snapshotter, mounts, removal
 log = structlog.get_logger(__name__)
 
 _ADVICE = "stop it first: `systemctl stop criserver`, or end that process"
-# Pods that are taken down at the same time: each runs network plugins.
+# Pods that are removed at the same time. Each runs network plugins.
 _AT_ONCE = 16
-# How often, and with which seconds between, what is left is looked for: a shim that could not write its exit code to a
-# full disk looks once a second whether it still has to.
+# How often a reset looks for things that are left, and the seconds between. A shim that could not write an exit code to
+# a full disk checks only once a second whether it still has to.
 _LOOKS = 20
 _PAUSE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a reset did: ``failures`` is what others have to clean up, ``left`` what is still on this node."""
+    """The outcome of a reset: ``failures`` must be cleaned up elsewhere, ``left`` is still on this node."""
 
     pods: int
     containers: int
@@ -51,12 +51,15 @@ class Outcome:
 
 
 def run(config: Config, *, grace: float, everything: bool, agreed: Callable[[int, int], bool]) -> Outcome | None:
-    """Stop and remove all pods, and then the state directory; with ``everything`` images and records too.
+    """Stop and remove all pods, then the state directory; with ``everything`` also images and records.
 
-    ``agreed`` is asked with the numbers of pods and containers before anything is done; where it says no, None is
-    returned. Containers get their stop signal and ``grace`` seconds. A network plugin that fails does not keep its pod.
-    What a record was of that cannot be read is cleared as what has none, and the record deleted.
-    Raises FailedPreconditionError while a daemon runs, CriError where there is no database to be read.
+    1. ``agreed`` is called first, with the numbers of pods and containers. If it returns False, nothing is done and
+       the result is None.
+    2. Each container gets its stop signal and ``grace`` seconds.
+    3. A network plugin that fails does not keep its pod from being removed.
+    4. A record that cannot be read is deleted. Its pod or container is cleared like one without a record.
+
+    Raises FailedPreconditionError while a daemon runs, and CriError if the database cannot be read.
     """
     watch_children()
     return asyncio.run(_reset(config, grace, everything, agreed))
@@ -79,7 +82,7 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
 
 
 async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], bool]) -> Outcome | None:
-    # Nobody streams anything, so a certificate that is gone is no hindrance.
+    # A reset serves no streams, so a missing certificate must not prevent it.
     config = dataclasses.replace(config, streaming=dataclasses.replace(config.streaming, tls_cert="", tls_key=""))
     store = Store(os.path.join(config.root, "criserver.db"))
     try:
@@ -95,13 +98,13 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             unrecorded = found - node.registry.sandboxes.keys()
             await recover(node)
             running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
-            # What does not end is met again below, with its pod.
+            # A container that does not end here is stopped again below, with its pod.
             await asyncio.gather(*(stop_container(node, c, grace) for c in running), return_exceptions=True)
             turn = asyncio.Semaphore(_AT_ONCE)
             told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
             await node.settle()
             unread_words = [
-                words if table == "containers" else f"{words}; its network was not told"
+                words if table == "containers" else f"{words}; its network plugins did not clean up"
                 for (table, _), words in node.registry.passed_over.items()
             ]
             node.registry.forget_passed_over()
@@ -129,7 +132,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
 
 
 async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tuple[bool, str] | None:
-    """Remove one pod; else whether it is still there, and why."""
+    """Remove one pod. Returns None, or whether the pod is still there and the reason."""
     name = f"pod {sandbox.config.namespace}/{sandbox.config.name} ({sandbox.id})"
     async with turn:
         try:
@@ -140,18 +143,18 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
         current = node.registry.sandboxes.get(sandbox.id)
         if current is None or not current.attachment:
             return True, f"{name}: {failure}"
-        # The plugin has had its chance. The namespace ends with the pod, and the interfaces in it; what the network
-        # keeps elsewhere, such as a lease, is for the cluster's operator.
+        # The plugin has failed, so go on without it. The namespace and its interfaces end with the pod. The cluster's
+        # operator must clean up what the network keeps elsewhere, such as a lease.
         node.registry.observe(dataclasses.replace(current, attachment=""))
         try:
             await remove_sandbox(node, sandbox.id)
         except (CriError, OSError) as e:
             return True, f"{name}: {e}"
-        return False, f"{name}: its network was not told: {failure}"
+        return False, f"{name}: its network plugins did not clean up: {failure}"
 
 
 def _left(config: Config) -> Iterator[str]:
-    """What is still of pods on this node, whatever the records say."""
+    """Mounts and shims of pods that are still on this node, whatever the records say."""
     for directory in dict.fromkeys((config.state, config.root)):
         for point in mounts.mounts_below(directory):
             if point not in (config.root, config.state):
@@ -166,7 +169,7 @@ def _left(config: Config) -> Iterator[str]:
 
 
 def _delete(directory: str, *others: str) -> list[str]:
-    """Delete a directory's contents, and itself where it is no mount point; what is left of it, in words."""
+    """Delete a directory, or only its contents if it is a mount point. Returns what is left, in words."""
     left = []
     for path in (*others, *(os.path.join(directory, name) for name in os.listdir(directory))):
         try:

@@ -1,29 +1,29 @@
-"""Foreign text as a message may carry it: printable, and of bounded length.
+"""Text from outside, made fit for a message: printable, and of limited length.
 
-Names, paths, what a registry, a plugin or a runtime says: whoever writes it chooses its length and its characters, and
-an error that quotes it goes to a terminal, a log and a gRPC status.
+Requests, registries, plugins and OCI runtimes choose the length and the characters of their texts. An error that quotes
+such a text goes to a terminal, a log and a gRPC status.
 """
 
 from __future__ import annotations
 
 _SHOWN = 200
-# Bytes of a status on the wire. gRPC sends it in a header, percent-encoded, and clients take 8 KiB of headers in all:
-# a longer one is RESOURCE_EXHAUSTED at the client, and nobody sees the words.
+# Bytes of a status on the wire. gRPC sends it in a header, percent-encoded. Clients accept 8 KiB of headers in all. A
+# longer status becomes RESOURCE_EXHAUSTED at the client, without its text.
 _MAX_STATUS = 4096
 _GAP = "…"
-# How much of a status that is too long is its end, where the reason often is.
+# The share of a cut status that is taken from the end of the text, where the reason often is.
 _END = 0.25
 
 
 def printable(text: str) -> str:
-    """The text with every character that is not to be printed escaped: controls, bidirectional marks, surrogates."""
+    """The text with every unprintable character escaped: controls, bidirectional marks, surrogates."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(text: object, limit: int = _SHOWN) -> str:
-    """The beginning of a text, at most ``limit`` characters of it, printable."""
+    """The first ``limit`` characters of a text, printable."""
     whole = str(text)
     return printable(whole) if len(whole) <= limit else printable(whole[:limit]) + _GAP
 
@@ -34,8 +34,8 @@ def quoted(text: str, limit: int = _SHOWN) -> str:
 
 
 def status(text: str) -> str:
-    """The words of a gRPC status: printable, and with a gap in the middle where they are too long for one."""
-    # Cut before it is escaped: of a text of megabytes only both ends are looked at.
+    """The text of a gRPC status: printable, and without its middle if it is too long."""
+    # Cut before escaping, so that only both ends of a text of megabytes are examined.
     if len(text) > 2 * _MAX_STATUS:
         text = text[:_MAX_STATUS] + _GAP + text[-_MAX_STATUS:]
     text = printable(text)
@@ -47,7 +47,7 @@ def status(text: str) -> str:
 
 
 def _fitting(text: str, room: int) -> str:
-    """The beginning of a text that takes no more than ``room`` bytes on the wire."""
+    """The beginning of a text that takes at most ``room`` bytes on the wire."""
     for number, character in enumerate(text):
         room -= _on_the_wire(character)
         if room < 0:
@@ -56,6 +56,6 @@ def _fitting(text: str, room: int) -> str:
 
 
 def _on_the_wire(text: str) -> int:
-    """Bytes, when what is not ASCII, and the percent sign, is percent-encoded (gRPC over HTTP/2, "Responses")."""
+    """Bytes of the text when all but printable ASCII is percent-encoded (gRPC over HTTP/2, "Responses")."""
     raw = text.encode()
     return len(raw) + 2 * sum(not 0x20 <= byte <= 0x7E or byte == 0x25 for byte in raw)

@@ -1,7 +1,7 @@
-"""What the daemon does by itself, beside its calls: tasks that go on until it stops, and whose failures are heard.
+"""The daemon's background tasks. They run until it stops, and their failures are logged.
 
-One that fails is started again after a pause, which grows for as long as it fails. Without a vital one there is no
-daemon: it ends, with the reason, and its service manager starts it anew.
+1. A task that fails is started again after a pause. The pause grows while the task keeps failing.
+2. If a vital task fails, the daemon ends with the reason, and its service manager starts it again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from criserver.errors import CriError
 
 log = structlog.get_logger(__name__)
 
-# Seconds, before a task that has failed is started again: at first, and where it does nothing but fail.
+# Seconds before a task that has failed is started again: the first time, and at most.
 _PAUSE = 1.0
 _MAX_PAUSE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work that goes on until it is cancelled; or, with ``every``, that is done anew so many seconds after its end.
+    """A background task.
 
-    Where other work returns, it has nothing more to do; vital work never does. ``max_pause`` is in seconds.
+    1. With ``every``, the work is repeated that many seconds after its end.
+    2. Without it, the work goes on until it is cancelled. If it returns, it has nothing more to do.
+    3. ``vital`` work must never return.
+
+    ``max_pause`` is in seconds.
     """
 
     name: str
@@ -38,9 +42,9 @@ class Task:
 
 
 async def keep(tasks: Sequence[Task], stop: asyncio.Event) -> None:
-    """Keep tasks going until ``stop`` is set; none of them runs any more then. The last is ended first.
+    """Run tasks until ``stop`` is set, then cancel them, the last one first, and wait for their end.
 
-    Raises CriError where a vital one has failed.
+    Raises CriError if a vital task has failed.
     """
     running = [asyncio.create_task(_run(task), name=task.name) for task in tasks]
     stopped = asyncio.create_task(stop.wait(), name="stop")
@@ -80,7 +84,7 @@ async def _run(task: Task) -> None:
 
 
 async def finish(work: Coroutine[Any, Any, None], seconds: float) -> None:
-    """Wait so long for work at the daemon's stop, and leave it to the next start then. A failure is logged."""
+    """Wait up to ``seconds`` for work at the daemon's stop. The next start finishes the rest. A failure is logged."""
     task = asyncio.create_task(work)
     done, _ = await asyncio.wait([task], timeout=seconds)
     if not done:
@@ -90,7 +94,7 @@ async def finish(work: Coroutine[Any, Any, None], seconds: float) -> None:
 
 
 def hear_the_rest() -> None:
-    """Have the log told what nobody awaits: of the running loop's callbacks and forgotten tasks, and of threads."""
+    """Log errors that no caller gets: those of the running loop's callbacks, of forgotten tasks and of threads."""
 
     def loop_failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         about = {name: repr(value) for name, value in context.items() if name not in ("message", "exception")}

@@ -1,8 +1,8 @@
 """``criserver check``: what this node lacks before pods can run on it, and what to do about each thing.
 
-Facts are looked at or tried, not concluded from version numbers, but for the faults that some versions are known for.
-What is tried is undone, and done in namespaces of its own where that is possible, so that a check may run at any time,
-also beside a daemon that serves.
+The checks read files or try things. They do not conclude from version numbers, except for known faults of some
+versions. Each try is undone, and runs in namespaces of its own if possible. So a check may run at any time, also while
+a daemon serves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from criserver.errors import CriError
 
 __all__ = ["Finding", "Host", "Level", "able", "run"]
 
-# In the order in which an operator mends things: what comes first may be why something further down fails.
+# In the order in which an operator mends things: an earlier finding may be the cause of a later one.
 _CHECKS: Sequence[tuple[str, Callable[[Host, Config], Iterable[Finding]]]] = (
     ("permissions", permissions.check),
     ("kernel", kernel.check),
@@ -31,9 +31,9 @@ _CHECKS: Sequence[tuple[str, Callable[[Host, Config], Iterable[Finding]]]] = (
 
 
 def run(config: Config, host: Host) -> list[Finding]:
-    """Everything that was found, named by the part it belongs to.
+    """All findings, each with the name of its check.
 
-    A trial container comes last, where nothing that it needs is missing: a network is not among that.
+    The last check runs a trial container, if nothing that it needs is missing. It does not need a network.
     """
     found: list[Finding] = []
     for name, check in _CHECKS:
@@ -44,7 +44,7 @@ def run(config: Config, host: Host) -> list[Finding]:
 
 
 def able(found: Iterable[Finding]) -> bool:
-    """Whether pods can run: warnings do not count."""
+    """Whether pods can run. Warnings do not prevent it."""
     return not any(finding.level is Level.MISSING for finding in found)
 
 
@@ -54,7 +54,7 @@ def _named(
     found: list[Finding] = []
     try:
         for finding in check(host, config):
-            found.append(dataclasses.replace(finding, check=name))  # noqa: PERF401 - what came before a failure counts
+            found.append(dataclasses.replace(finding, check=name))  # noqa: PERF401 - findings before a failure are kept
     except (CriError, OSError) as e:
-        found.append(dataclasses.replace(missing(f"cannot be looked at: {e}"), check=name))
+        found.append(dataclasses.replace(missing(f"this check failed: {e}"), check=name))
     return found

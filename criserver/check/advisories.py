@@ -1,6 +1,6 @@
-"""What programs of a node are known for: faults through which a pod gets at the node or at other pods, by version.
+"""Known faults of the node's programs, by version: a pod can use them to attack the node or other pods.
 
-Versions alone are what can be looked at here: nobody tries to escape from a container to see whether it works.
+Only the version is compared. No check tries to escape from a container.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# "runc version 1.4.0-rc.3", "crun version 1.20.0.0.0.6-b7a4", "CNI portmap plugin v1.8.0". The text is a
-# program's, of any length: names and numbers are bounded here, as the time that int() takes is not.
+# "runc version 1.4.0-rc.3", "crun version 1.20.0.0.0.6-b7a4", "CNI portmap plugin v1.8.0". A program may print a text
+# of any length. The pattern limits names and numbers, because int() takes long for many digits.
 _TOLD = re.compile(
     r"(?:CNI )?([a-z][a-z0-9-]{0,31}) (?:version|plugin) v?([0-9]{1,6}(?:\.[0-9]{1,6}){1,7})(?!\.?[0-9])(.{0,16})"
 )
-# What makes a version one before the release. A "+" adds to it instead, as distributions' "~ds1" and "-0ubuntu2" do.
+# The suffix of a version before its release. A suffix after "+" comes after the release, as do the suffixes of
+# distributions, such as "~ds1" and "-0ubuntu2".
 _STAGE = re.compile(r"[-~.]?(alpha|beta|dev|rc)[.-]?([0-9]{0,6})")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Version:
-    """A version in its order: eight numbers, and before a final one its stages, in the order of their names."""
+    """A version that can be compared: eight numbers. A release candidate or other stage comes before its release."""
 
     numbers: tuple[int, ...]
     final: bool
@@ -30,10 +31,10 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Advisory:
-    """A fault of ``program`` from the version ``since`` on: its CVE ids, and in ``words`` what it lets happen.
+    """A fault of ``program`` from the version ``since`` on: its CVE IDs, and in ``words`` what an attacker can do.
 
-    ``fixed`` are the first versions without it, one for each branch (MAJOR.MINOR) that got one, in order. Versions
-    after the last do not have it either; those of other branches before it do.
+    ``fixed`` has the first version without the fault for each branch (MAJOR.MINOR) that was mended, in order. Versions
+    after the last of them do not have the fault. Earlier versions of other branches do.
     """
 
     program: str
@@ -43,7 +44,7 @@ class Advisory:
     since: str = "0.0"
 
     def of(self, found: Version) -> bool:
-        """Whether a version of the program has it."""
+        """Whether a version of the program has the fault."""
         if found < version(self.since):
             return False
         fixed = [version(text) for text in self.fixed]
@@ -64,15 +65,16 @@ TABLE = (
     Advisory(
         "runc",
         ("CVE-2024-21626",),
-        "the working directory of a container or of an exec can be one of the node, whose files are then open to it",
+        "the working directory of a container or exec can be a directory of the node; the container can then use the "
+        "node's files",
         ("1.1.12",),
         since="1.0.0-rc93",
     ),
     Advisory(
         "runc",
         ("CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"),
-        "a container that shares a volume with another can have files of the node's /proc written, and so run what it "
-        "likes on the node",
+        "a container that shares a volume with another container can write files of the node's /proc, and so run any "
+        "program on the node",
         ("1.2.8", "1.3.3", "1.4.0-rc.3"),
     ),
     Advisory(
@@ -84,19 +86,19 @@ TABLE = (
     Advisory(
         "crun",
         ("CVE-2025-24965",),
-        "with the handler krun, an image can have a file written anywhere on the node",
+        "with the handler krun, an image can write a file anywhere on the node",
         ("1.20",),
     ),
     Advisory(
         "crun",
         ("CVE-2026-47766",),
-        "an image whose /dev is a symbolic link can have devices and links made in directories of the node",
+        "an image whose /dev is a symbolic link can make devices and links in directories of the node",
         ("1.28",),
     ),
     Advisory(
         "portmap",
         ("CVE-2025-67499",),
-        "with nftables, a pod's host port takes the packets to that port of everybody else, other pods too",
+        "with nftables, a pod with a host port gets all packets to that port, also packets to other pods and machines",
         ("1.9.0",),
         since="1.6.0",
     ),
@@ -109,19 +111,19 @@ _CHANGELOGS = {
 
 
 def of(told: str) -> Iterator[Advisory]:
-    """What the program is known for that says ``told`` of itself; nothing where that is no version."""
+    """The known faults of a program that prints ``told`` for --version; none if that is not a version."""
     if (found := parse(told)) is not None:
         yield from (one for one in TABLE if one.program == found[0] and one.of(found[1]))
 
 
 def parse(told: str) -> tuple[str, Version] | None:
-    """The name and the version of the program that says ``told`` of itself, None where it does not say them."""
+    """The name and version in the text ``told`` that a program prints for --version; None if they are not in it."""
     found = _TOLD.match(told)
     return (found[1], _version(found[2], found[3])) if found else None
 
 
 def version(text: str) -> Version:
-    """The version that ``text`` is, of this module's own tables."""
+    """The version that ``text`` from the tables of this module stands for."""
     numbers = re.match(r"[0-9.]+", text)
     assert numbers is not None
     return _version(numbers[0], text[numbers.end() :])

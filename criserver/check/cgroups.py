@@ -1,4 +1,4 @@
-"""The cgroup hierarchies, and whether the configured driver goes with them."""
+"""The cgroup hierarchies, and whether the configured driver fits them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def _version_2(host: Host, mount: Mount) -> Iterator[Finding]:
     if lacking := [name for name in _NEEDED if name not in there]:
         yield missing(
             f"cgroup version 2 without the controllers {', '.join(lacking)} at {mount.point}",
-            "boot without cgroup_disable= for these; in a container or a service, have them delegated (Delegate=yes)",
+            "remove cgroup_disable= for these from the kernel's command line; in a container or service, let systemd "
+            "delegate them (Delegate=yes)",
         )
         return
     if "ro" in mount.options:
@@ -79,13 +80,13 @@ def _driver(host: Host, config: Config, *, legacy: bool) -> Iterator[Finding]:
     systemd = host.exists("/run/systemd/system")
     if config.cgroup_driver == "systemd" and not systemd:
         yield missing(
-            'the cgroup driver is "systemd", and systemd does not run here',
+            'the cgroup driver is "systemd", but systemd does not run here',
             'set cgroup_driver = "cgroupfs" below [runtime], and the same for the kubelet',
         )
     elif config.cgroup_driver == "cgroupfs" and systemd and not legacy:
         yield warning(
-            'the cgroup driver is "cgroupfs" where systemd runs: two that manage one hierarchy, and kubeadm gives the '
-            "kubelet the driver systemd",
+            'the cgroup driver is "cgroupfs", but systemd runs here: both would manage the same hierarchy, and kubeadm '
+            "gives the kubelet the driver systemd",
             'set cgroup_driver = "systemd" below [runtime], and the same for the kubelet',
         )
     else:

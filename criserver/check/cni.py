@@ -1,4 +1,4 @@
-"""The pod network: its configuration, its plugins, and what of the kernel they use."""
+"""The pod network: its configuration, its plugins, and the parts of the kernel that they use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from criserver.config import Config
 from criserver.errors import FailedPreconditionError
 from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 
-# The kinds of network interfaces that the CNI project's plugins make, by plugin.
+# The kinds of network interfaces that each plugin of the CNI project makes.
 _LINKS = {
     "bridge": ("bridge", "veth"),
     "ptp": ("veth",),
@@ -26,14 +26,14 @@ _BRIDGE = "/proc/sys/net/bridge/bridge-nf-call-iptables"
 
 
 def check(host: Host, config: Config) -> Iterator[Finding]:
-    """The network in force, and whether packets get through the node."""
+    """The network that pods get, and whether the node forwards packets."""
     try:
         network = CniConfigDirectory(host.path(config.cni_conf_dir)).current()
     except FailedPreconditionError as e:
         yield missing(
             str(e),
-            "until then only pods on the host's network run; a cluster's network plugin installs its file itself, and "
-            "for a node alone there is an example, 10-bridge.conflist",
+            "until then only pods on the host's network run. A cluster's network add-on installs its file itself. For "
+            "a node without a cluster there is an example, 10-bridge.conflist",
         )
     else:
         yield from _network(host, config, network)
@@ -42,7 +42,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
 
 def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Finding]:
     types = [plugin["type"] for plugin in network.plugins]
-    # A plugin leaves addresses to another, which nobody looks for before the first pod.
+    # A plugin calls another one (ipam) for addresses. Without this check its absence would show at the first pod only.
     types += [plugin["ipam"]["type"] for plugin in network.plugins if plugin.get("ipam", {}).get("type")]
     absent = [
         name
@@ -53,8 +53,8 @@ def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Fin
         yield missing(
             f"network {network.name} ({network.source}) needs the plugin{'s' * (len(absent) > 1)} "
             f"{', '.join(absent)}, not in {' or '.join(config.cni_bin_dirs)}",
-            "install what the network comes from, or containernetworking-plugins, or name the directory in bin_dirs "
-            "below [cni]",
+            "install the network add-on that brings it, or containernetworking-plugins, or add its directory to "
+            "bin_dirs below [cni]",
         )
     elif host.privileged and (words := host.network(config)):
         yield missing(f"network {network.name} ({network.source}): {words}")
@@ -72,13 +72,13 @@ def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Fin
 
 
 def _portmap(host: Host, config: Config) -> Iterator[Finding]:
-    """What the plugin is known for: its one advisory is of the backend that it is asked with here."""
+    """Known faults of the plugin portmap. Its one advisory concerns the backend nftables."""
     paths = [host.path(os.path.join(directory, "portmap")) for directory in config.cni_bin_dirs]
     path = next((path for path in paths if os.access(path, os.X_OK)), None)
     if path is None or (told := host.plugin_version(path)) is None:
         return
     for advisory in advisories.of(told):
-        yield warning(f"{told} is known for {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)
+        yield warning(f"{told} may have {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)
 
 
 def _needs_iptables(plugin: Mapping[str, Any]) -> bool:
@@ -91,7 +91,7 @@ def _iptables(host: Host) -> Iterator[Finding]:
     program = host.which("iptables")
     if program is None:
         yield missing(
-            "there is no program iptables, which the network's plugins run for masquerading and host ports",
+            "the program iptables is not there; the network's plugins run it for masquerading and host ports",
             "apt-get install iptables",
         )
     elif host.privileged and (words := host.iptables(program)):
@@ -108,10 +108,10 @@ def _forwarding(host: Host) -> Iterator[Finding]:
         yield ok("the node forwards packets")
     else:
         yield warning(
-            "net.ipv4.ip_forward is not 1: pods reach nobody outside this node, and kubeadm's preflight fails",
+            "net.ipv4.ip_forward is not 1: pods reach no address outside this node, and kubeadm's preflight fails",
             "echo net.ipv4.ip_forward=1 > /etc/sysctl.d/99-kubernetes.conf; sysctl --system",
         )
-    # Version 2 of the proxy's rules, and networks without a bridge, do without; it is what most guides ask for.
+    # Only bridge networks need it, and not with every mode of kube-proxy. Most guides ask for it.
     if (value := host.read(_BRIDGE)) is None:
         yield warning(
             "the module br_netfilter is not loaded: Services do not work between pods of one node on a bridge network",
@@ -124,4 +124,4 @@ def _forwarding(host: Host) -> Iterator[Finding]:
             "echo net.bridge.bridge-nf-call-iptables=1 >> /etc/sysctl.d/99-kubernetes.conf; sysctl --system",
         )
     else:
-        yield ok("bridged packets meet the node's rules")
+        yield ok("bridged packets pass the node's iptables rules")

@@ -1,4 +1,4 @@
-"""Where images and pods are kept: file systems, their options, and the room in them."""
+"""The directories of images and pods: file systems, their options, and the space in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
 from criserver.config import Config
 
-# The kubelet's defaults: it collects images, and later evicts pods, below these shares.
+# The kubelet's defaults: below these shares of free space it removes images, and later evicts pods.
 _SPACE, _INODES = 0.15, 0.05
 
 
@@ -19,11 +19,11 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
     mount = host.mount_of(root)
     where = f"root = {config.root}" + (f", on {mount.kind} ({mount.point})" if mount else "")
     if mount is not None and "ro" in mount.options:
-        yield missing(f"{where}: it is read-only", "give root a directory that can be written to, on a local disk")
+        yield missing(f"{where}: it is read-only", "give root a writable directory on a local disk")
         return
     if host.privileged and (words := host.overlay(host.path(root))):
         yield missing(
-            f"{where}: containers' file systems cannot be there: {words}",
+            f"{where}: containers cannot have their file systems there: {words}",
             "load the module overlay (modprobe overlay), and give root a directory on a local ext4, xfs (ftype=1), "
             "btrfs or tmpfs",
         )
@@ -32,16 +32,16 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
     if host.privileged and (words := host.idmap(host.path(root))):
         yield warning(
             f"{where}: no pods with user namespaces: {words}",
-            "Linux 5.19 and ext4, xfs or btrfs (tmpfs from 6.3) have what these need",
+            "they need Linux 5.19 or newer with ext4, xfs or btrfs (tmpfs needs 6.3)",
         )
     yield from _room(host.path(root), config.root)
     state = host.mount_of(host.nearest(config.state))
     if state is not None and "ro" in state.options:
-        yield missing(f"state = {config.state}: it is read-only", "give state a directory that can be written to")
+        yield missing(f"state = {config.state}: it is read-only", "give state a writable directory")
     elif state is not None and state.kind not in ("tmpfs", "ramfs"):
         yield warning(
-            f"state = {config.state}, on {state.kind}: what is in it outlives the boot that it belongs to, and is "
-            "cleared at the next start only",
+            f"state = {config.state}, on {state.kind}: its contents survive a reboot, and are deleted only at the "
+            "daemon's next start",
             "give state a directory on a tmpfs, as /run is with systemd",
         )
     else:
@@ -55,11 +55,11 @@ def _room(path: str, name: str) -> Iterator[Finding]:
         yield warning(
             f"{name}: {free:.0%} of its file system is free ({room.f_bavail * room.f_frsize >> 20} MiB): the kubelet "
             f"removes images below {_SPACE:.0%}",
-            "free some, or give root a larger disk",
+            "free some space, or give root a larger disk",
         )
     inodes = room.f_favail / room.f_files if room.f_files else 1.0
     if inodes < _INODES:
         yield warning(
             f"{name}: {inodes:.0%} of its file system's inodes are free: the kubelet evicts pods below {_INODES:.0%}",
-            "delete what is in small files, or make the file system anew with more inodes",
+            "delete small files, or make the file system again with more inodes",
         )

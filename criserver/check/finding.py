@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The findings of a check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Level(enum.Enum):
-    """How grave a finding is: only with MISSING could a pod not run."""
+    """How serious a finding is. Pods cannot run only with MISSING."""
 
     OK = "ok"
     WARNING = "warning"
@@ -16,7 +16,7 @@ class Level(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was found, what it means, and what to do; ``check`` is the part that it belongs to."""
+    """One line of the report: ``words`` say what was found, ``advice`` what to do; ``check`` is the check's name."""
 
     level: Level
     words: str
@@ -30,7 +30,7 @@ def ok(words: str) -> Finding:
 
 
 def warning(words: str, advice: str = "") -> Finding:
-    """Pods run, but something that some want does not work."""
+    """Pods run, but a feature that some pods use does not work."""
     return Finding(Level.WARNING, words, advice)
 
 

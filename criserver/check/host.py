@@ -1,4 +1,4 @@
-"""The host as the checks see it: its files, its mounts, and what can only be told by trying."""
+"""The host as the checks see it: its files, its mounts, and the tries."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Files below ``root``, which is "/" on a node, and the tries: each returns None, or why it does not work.
+    """Files below ``root``, which is "/" on a node, and the tries. A try returns None, or the reason why it failed.
 
-    ``privileged`` says whether the tries may be made at all: they need root.
+    ``privileged`` says whether the tries may run: they need root.
     """
 
     root: str = "/"
@@ -46,7 +46,7 @@ class Host:
     synchronised: Callable[[], bool] = tries.clock_is_synchronised
 
     def path(self, path: str) -> str:
-        """Where a file of the host is."""
+        """The path of a file of the host."""
         return os.path.join(self.root, path.lstrip("/"))
 
     def exists(self, path: str) -> bool:
@@ -54,7 +54,7 @@ class Host:
         return os.path.exists(self.path(path))
 
     def read(self, path: str) -> str | None:
-        """A file's text without the space around it, None where there is none or it cannot be read."""
+        """A file's text without the space around it; None if the file does not exist or cannot be read."""
         try:
             with open(self.path(path)) as f:
                 return f.read().strip()
@@ -70,7 +70,7 @@ class Host:
             yield Mount(point, kind, frozenset((*fields[5].split(","), *options.split(","))))
 
     def mount_of(self, path: str) -> Mount | None:
-        """The mount that a path is in: the last one made at the longest point."""
+        """The mount that contains a path: the last one that was made at the longest mount point."""
         best: Mount | None = None
         for mount in self.mounts():
             inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")
@@ -79,7 +79,7 @@ class Host:
         return best
 
     def nearest(self, path: str) -> str:
-        """The path, or the nearest directory above it that is there already."""
+        """The path, or the nearest directory above it that exists."""
         while not self.exists(path) and path != "/":
             path = os.path.dirname(path)
         return path

@@ -1,4 +1,4 @@
-"""What the kernel has of what containers are made of."""
+"""The features of the kernel that containers need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
     release = host.read("/proc/sys/kernel/osrelease") or "unknown"
     if calls := host.calls():
         yield missing(
-            f"Linux {release} lacks {', '.join(calls)}", "run Linux 5.10 or newer, and no filter on this process"
+            f"Linux {release} lacks {', '.join(calls)}",
+            "run Linux 5.10 or newer, and remove the seccomp filter of this process if it has one",
         )
     else:
         yield ok(f"Linux {release} has the system calls")
@@ -37,18 +38,18 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
     if host.read("/sys/module/apparmor/parameters/enabled") == "Y":
         if host.which("apparmor_parser") is None:
             yield warning(
-                "AppArmor is in force, and there is no apparmor_parser: no profile can be loaded for containers",
+                "AppArmor is enabled, but apparmor_parser is not there: no profile can be loaded for containers",
                 "apt-get install apparmor",
             )
         else:
-            yield ok("AppArmor is in force")
+            yield ok("AppArmor is enabled")
     elif host.exists("/sys/fs/selinux/enforce"):
         if host.labelled():
             yield ok("SELinux has a policy, with types for containers")
         else:
             yield warning(
-                "SELinux's policy has no types for containers (container_t, container_file_t, spc_t): it does not tell "
-                "pods apart",
+                "SELinux's policy has no types for containers (container_t, container_file_t, spc_t): it does not "
+                "separate pods from each other",
                 "install the policy for containers (package container-selinux)",
             )
 

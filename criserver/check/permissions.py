@@ -1,4 +1,4 @@
-"""Whether the daemon would be allowed to do its work: root, and the capabilities that it has."""
+"""Whether the daemon may do its work: the user root, and its capabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from criserver.check.finding import Finding, missing, ok, warning
 from criserver.check.host import Host
 from criserver.config import Config
 
-# By number (capabilities(7)): what mounts, namespaces, networks and the files of images take.
+# Numbers of capabilities(7) that mounts, namespaces, networks and the files of images need.
 _NEEDED = {
     "CHOWN": 0,
     "DAC_OVERRIDE": 1,
@@ -31,8 +31,8 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
     """Root, and its capabilities."""
     if host.user() != 0:
         yield missing(
-            "this check does not run as root: nothing was tried, only looked at",
-            "run it again as root, as the daemon is",
+            "this check does not run as root: it only read files and tried nothing",
+            "run it again as root",
         )
         return
     yield ok("running as root")
@@ -40,13 +40,13 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
     lacking = [name for name, number in _NEEDED.items() if not effective >> number & 1]
     if lacking:
         yield missing(
-            f"root lacks the capabilities {', '.join(lacking)}: it is root of a container or of a restricted service",
+            f"root lacks the capabilities {', '.join(lacking)}: this is a container or a restricted service",
             "give the service or container that this runs in these capabilities, or run on the node itself",
         )
     if not effective >> _SYS_RESOURCE & 1:
         yield warning(
-            "no CAP_SYS_RESOURCE: containers' OOM scores cannot be below the daemon's own, and the kernel may end "
-            "a guaranteed pod before others",
+            "no CAP_SYS_RESOURCE: containers' OOM scores cannot be lower than the daemon's own, and the kernel may "
+            "kill a guaranteed pod before other pods",
             "give the service or container that this runs in CAP_SYS_RESOURCE",
         )
 

@@ -1,4 +1,4 @@
-"""The programs that run containers: the handlers' runtimes, and what holds a PID namespace."""
+"""The programs that run containers: the OCI runtimes of the handlers, and the program that holds PID namespaces."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
 
 
 def _handler(host: Host, runtime: RuntimeHandler, *, default: bool) -> Iterator[Finding]:
-    # Pods that ask for another handler by a RuntimeClass are some, not all.
+    # Only pods whose RuntimeClass names another handler need that handler.
     grave = missing if default else warning
     what = f"runtime handler {runtime.name}"
     path = host.which(runtime.path)
     if path is None:
         yield grave(
-            f"{what}: there is no program {runtime.path}",
+            f"{what}: the program {runtime.path} is not there",
             f"install it (apt-get install {os.path.basename(runtime.path)}), or change path below "
             f"[runtimes.{runtime.name}]",
         )
         return
     told = host.version(path)
     if told is None:
-        yield grave(f"{what}: {path} --version fails", "install it anew; is it built for this machine?")
+        yield grave(f"{what}: {path} --version fails", "install it again; it may be built for another kind of machine")
         return
     if (found := advisories.parse(told)) and found[0] == "runc" and found[1] < _OLDEST_RUNC:
         yield grave(f"{what}: {told} is too old", "install runc 1.1 or newer")
@@ -48,11 +48,11 @@ def _handler(host: Host, runtime: RuntimeHandler, *, default: bool) -> Iterator[
     features = host.features(runtime)
     if features is None:
         yield warning(
-            f"{what}: {path}, {told}; it does not tell its features, so pods get no user namespaces and no recursive "
-            "read-only mounts with it",
-            "install a newer version if pods are to have these",
+            f"{what}: {path}, {told}; it does not report its features, so pods cannot have user namespaces or "
+            "recursive read-only mounts with it",
+            "install a newer version if pods need these",
         )
     else:
         yield ok(f"{what}: {path}, {told}{'; it has ' if features else ''}{', '.join(features)}")
     for advisory in advisories.of(told):
-        yield warning(f"{what}: {told} is known for {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)
+        yield warning(f"{what}: {told} may have {', '.join(advisory.ids)}: {advisory.words}", advisory.advice)

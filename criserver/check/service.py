@@ -1,4 +1,4 @@
-"""What the daemon itself needs: its addresses, its certificate, and a clock that others agree with."""
+"""What the daemon needs for itself: its addresses, its certificate, and a correct clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
     for name, path in _OTHERS.items():
         if path != config.grpc_address and host.exists(path):
             yield warning(
-                f"{name} is here too, at {path}: kubeadm asks which runtime it is to take",
+                f"{name} is here too, at {path}: kubeadm asks which runtime to use",
                 f"give kubeadm criSocket: unix://{config.grpc_address}, or disable {name}",
             )
     if host.synchronised():
@@ -42,14 +42,15 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
 
 
 def _holder(host: Host, config: Config) -> int:
-    """The PID of the daemon that has the state directory, 0 for none."""
+    """The PID of the daemon that uses the state directory, 0 if none does."""
     path = os.path.join(config.state, "criserver.lock")
     held = host.read(path)
     if not held or not held.isdecimal():
         return 0
     inode = str(os.stat(host.path(path)).st_ino)
-    # A lock is the kernel's: what is written in the file may be of a daemon that is gone. To try for it would be in the
-    # way of one that starts just now, and inodes of the same number are on other file systems too (proc_locks(5)).
+    # The file may have the PID of a daemon that has ended, so the kernel's list of locks decides (proc_locks(5)). To
+    # take the lock as a test could make a daemon fail that starts at this moment. Other file systems have inodes of the
+    # same number, so the PID is compared too.
     locks = (line.split() for line in (host.read("/proc/locks") or "").splitlines())
     return int(held) if any(f[1] == "FLOCK" and f[4] == held and f[5].endswith(":" + inode) for f in locks) else 0
 
@@ -59,15 +60,15 @@ def _socket(host: Host, config: Config) -> Finding:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return ok(f"the socket's place is free: {config.grpc_address}")
+        return ok(f"nothing is at the socket's address {config.grpc_address}")
     if not stat.S_ISSOCK(found.st_mode):
-        return missing(f"{config.grpc_address} is no socket", "remove it, or give [grpc] another address")
+        return missing(f"{config.grpc_address} is not a socket", "remove it, or give [grpc] another address")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.settimeout(2)
             probe.connect(path)
         except OSError:
-            return ok(f"the socket at {config.grpc_address} is of a daemon that has ended")
+            return ok(f"the socket at {config.grpc_address} belongs to a daemon that has ended")
     return missing(
         f"another daemon answers at {config.grpc_address}", "stop it, or give [grpc] another address (and the kubelet)"
     )
@@ -85,7 +86,7 @@ def _streaming(config: Config) -> Iterator[Finding]:
             probe.bind(address)
     except OSError as e:
         yield missing(
-            f"{where}: {e.strerror}: the daemon does not start", "give [streaming] an address of this node that is free"
+            f"{where}: {e.strerror}: the daemon does not start", "give [streaming] a free address of this node"
         )
         return
     if given.tls_cert:
@@ -96,13 +97,13 @@ def _streaming(config: Config) -> Iterator[Finding]:
         except (OSError, ssl.SSLError) as e:
             yield missing(
                 f"streaming.tls_cert and tls_key cannot be used: {e}",
-                "name a certificate and the key that belongs to it",
+                "name a certificate and its key",
             )
             return
     elif not given.host.startswith("127.") and given.host not in ("::1", "localhost"):
         yield warning(
-            f"{where}: what passes through kubectl exec can be read on the network",
-            "give it 127.0.0.1, which is enough for the kubelet, or a certificate",
+            f"{where}: others on the network can read the data of kubectl exec",
+            "use 127.0.0.1, which is enough for the kubelet, or name a certificate",
         )
         return
     yield ok(where)

@@ -1,4 +1,4 @@
-"""The proof: a container is run and ended, by each runtime handler and the configured cgroup driver."""
+"""A trial: each runtime handler runs a container with the configured cgroup driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from criserver.config import Config
 
 
 def check(host: Host, config: Config) -> Iterator[Finding]:
-    """One container for each handler whose program is there."""
+    """One container for each handler whose program exists."""
     for runtime in config.runtimes.values():
         if host.which(runtime.path) is None:
             continue
@@ -20,6 +20,6 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
         else:
             grave = missing if runtime.name == config.default_runtime else warning
             yield grave(
-                f"{runtime.name} runs no container here: {words}",
-                "the runtime's own words say what it could not do; with the driver systemd, see journalctl -e too",
+                f"{runtime.name} cannot run a container here: {words}",
+                "the message is the OCI runtime's own; with the driver systemd, see journalctl -e too",
             )

@@ -1,6 +1,6 @@
-"""What can only be told by trying. Each try returns None where it works, and otherwise why not.
+"""The tries: each does something that containers need. It returns None if that works, and otherwise the reason.
 
-Mounts and interfaces are made in namespaces of a thread, which the kernel takes down with it.
+A try makes mounts and interfaces in namespaces of a thread. The kernel removes them when the thread ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TIME_ERROR = 5  # adjtimex(2)
 
 
 def missing_calls() -> list[str]:
-    """The system calls that the kernel, or a filter on this process, does not have of those that we make."""
+    """The system calls of the daemon that the kernel does not have, or that a filter on this process forbids."""
     found = []
     try:
         os.close(mounts.openat2(mounts.AT_FDCWD, "/", os.O_PATH, mounts.RESOLVE_IN_ROOT))
@@ -55,7 +55,7 @@ def missing_calls() -> list[str]:
 
 
 def overlay(directory: str) -> str | None:
-    """Whether containers' file systems can be in ``directory``: mounted, and what is of the image replaced."""
+    """Whether an overlay can be mounted in ``directory``, and files of an image be replaced in it."""
     return _in_scratch(directory, _overlay)
 
 
@@ -66,13 +66,13 @@ def _overlay() -> str | None:
         pass
     os.mkdir("lower/directory")
     try:
-        # As snapshots are mounted: "volatile" takes Linux 5.10.
+        # The options of snapshots. "volatile" needs Linux 5.10.
         options = "lowerdir=lower,upperdir=upper,workdir=work,index=off,volatile"
         mounts.mount("overlay", "merged", "overlay", 0, options)
     except OSError as e:
         if e.errno == errno.ENODEV:
             return "the kernel has no overlay file system"
-        return f"overlay is not mounted ({e.strerror}): the file system does not take it, or Linux is older than 5.10"
+        return f"overlay cannot be mounted ({e.strerror}): it needs Linux 5.10 and a file system that supports it"
     try:
         try:
             os.unlink("merged/file")
@@ -86,7 +86,7 @@ def _overlay() -> str | None:
 
 
 def idmap(directory: str) -> str | None:
-    """Whether the file system of ``directory`` can be seen with other owners, as pods with user namespaces need."""
+    """Whether the file system of ``directory`` supports id-mapped mounts, which pods with user namespaces need."""
     return _in_scratch(directory, _idmap)
 
 
@@ -102,7 +102,7 @@ def _idmap() -> str | None:
 
 
 def link(kind: str) -> str | None:
-    """Whether the kernel makes network interfaces of this kind (rtnetlink(7)); it loads their module."""
+    """Whether the kernel can make network interfaces of this kind (rtnetlink(7)). It loads the module if needed."""
 
     def work() -> str | None:
         mounts.unshare(_CLONE_NEWNET)
@@ -116,7 +116,7 @@ def link(kind: str) -> str | None:
             netlink.send(message)
             answer = netlink.recv(65536)
         number = -struct.unpack_from("=i", answer, 16)[0]
-        # Some kinds want to be told of a parent, and refuse otherwise: they are there.
+        # Some kinds need a parent interface and fail with another error. The kernel has them.
         return os.strerror(number) if number == errno.EOPNOTSUPP else None
 
     return _in_thread(work)
@@ -127,7 +127,7 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def iptables(program: str) -> str | None:
-    """Whether the program gets on with the kernel, in a network namespace without rules."""
+    """Whether the program works with this kernel, in a network namespace without rules."""
 
     def work() -> str | None:
         mounts.unshare(_CLONE_NEWNET)
@@ -140,13 +140,13 @@ def iptables(program: str) -> str | None:
 
 
 def version(program: str) -> str | None:
-    """The first line of what ``--version`` prints, None where it fails."""
+    """The first line that ``--version`` prints; None if it fails."""
     done = _told([program, "--version"])
     return _first(done.stdout) if done is not None else None
 
 
 def plugin_version(program: str) -> str | None:
-    """The first line of what a CNI plugin says that is run without a command, None where it fails."""
+    """The first line that a CNI plugin prints without a command; None if it fails."""
     done = _told([program], {name: value for name, value in os.environ.items() if not name.startswith("CNI_")})
     return _first(done.stderr or done.stdout) if done is not None else None
 
@@ -173,13 +173,13 @@ def _first(text: str) -> str:
 
 
 def network(config: Config) -> str | None:
-    """Whether the network's plugins speak its version, and say that they are ready, where they are asked that."""
+    """Whether the network's plugins support its CNI version, and report that they are ready if that can be asked."""
     room = Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout)
     return asyncio.run(room.ready())
 
 
 def features(runtime: RuntimeHandler) -> tuple[str, ...] | None:
-    """What a runtime has beyond the ordinary, None where it does not tell."""
+    """The optional features of an OCI runtime; None if it does not report them."""
     told = asyncio.run(runtime_features.ask(OciRuntime.of(runtime, "")))
     if told is None:
         return None
@@ -191,7 +191,7 @@ def features(runtime: RuntimeHandler) -> tuple[str, ...] | None:
 
 
 def container(config: Config, handler: str) -> str | None:
-    """Run and end a container of the infra program alone, with namespaces and a cgroup of its own."""
+    """Run a container with the infra program alone, in namespaces and a cgroup of its own, and remove it."""
     key = f"check{secrets.token_hex(8)}"
     above = config.state
     while not os.path.isdir(above):
@@ -213,7 +213,7 @@ def container(config: Config, handler: str) -> str | None:
         )
         trouble = _last(done.stderr or done.stdout) if done.returncode else None
     except subprocess.TimeoutExpired:
-        trouble = f"it was not done within {_SECONDS:g} s"
+        trouble = f"it took longer than {_SECONDS:g} s"
     except OSError as e:
         trouble = str(e)
     finally:
@@ -248,8 +248,8 @@ def _write_bundle(config: Config, directory: str, cgroups_path: str) -> None:
 
 
 def clock_is_synchronised() -> bool:
-    """Whether the kernel is told that something keeps its clock right (adjtimex(2))."""
-    # struct timex with all fields zero: nothing is set. It has 208 bytes where longs have 8.
+    """Whether a program synchronises the kernel's clock (adjtimex(2))."""
+    # struct timex with all fields zero sets nothing. It has 208 bytes on 64-bit machines.
     timex = ctypes.create_string_buffer(256)
     state: int = ctypes.CDLL(None).adjtimex(timex)
     return state not in (-1, _TIME_ERROR)
@@ -260,7 +260,7 @@ def _in_scratch(directory: str, work: Callable[[], str | None]) -> str | None:
     try:
         scratch = tempfile.mkdtemp(prefix=".check-", dir=directory)
     except OSError as e:
-        return f"nothing can be written there ({e.strerror})"
+        return f"it is not writable ({e.strerror})"
 
     def enter() -> str | None:
         mounts.unshare(mounts.CLONE_FS | mounts.CLONE_NEWNS)
@@ -276,7 +276,7 @@ def _in_scratch(directory: str, work: Callable[[], str | None]) -> str | None:
 
 
 def _deleted(directory: str) -> str | None:
-    """Delete what a try has made; why not, where that cannot be done."""
+    """Delete the directory of a try; the reason if that fails."""
     try:
         removal.remove_path(directory)
     except OSError as e:
@@ -285,7 +285,7 @@ def _deleted(directory: str) -> str | None:
 
 
 def _in_thread(work: Callable[[], str | None]) -> str | None:
-    """Do ``work`` in a thread whose namespaces end with it; what the system refuses is the answer."""
+    """Do ``work`` in a thread whose namespaces end with it. An error of the system is returned as the reason."""
     with ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(work).result()
@@ -294,6 +294,6 @@ def _in_thread(work: Callable[[], str | None]) -> str | None:
 
 
 def _last(text: str) -> str:
-    """The last line of what a program said."""
+    """The last line that a program printed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it fails without a word"
+    return lines[-1][:500] if lines else "it fails without a message"

@@ -11,7 +11,7 @@ from criserver import __version__
 from criserver.config import default_text, load
 from criserver.errors import CriError
 
-# What the service of a distribution's package is started with.
+# The configuration file of the package's service.
 NODES_CONFIG = "/etc/criserver/config.toml"
 
 
@@ -36,13 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", metavar="FILE", help="TOML file; without it the defaults are used")
     serve.set_defaults(run=_serve)
 
-    check = commands.add_parser("check", help="tell what this node lacks before pods can run; fails where they cannot")
+    check = commands.add_parser(
+        "check", help="report what this node lacks before pods can run; exits with 1 if they cannot"
+    )
     _add_config(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
     config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="ACTION")
-    default = config.add_parser("default", help="print every key with its default and what it means")
+    default = config.add_parser("default", help="print every key with its default and its meaning")
     default.set_defaults(run=_config_default)
 
     _add_image(commands.add_parser("image", help="images of a running daemon"))
@@ -59,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    """The configuration that the daemon of this node has, or is to have."""
+    """The option for the configuration of this node's daemon."""
     there = NODES_CONFIG if os.path.exists(NODES_CONFIG) else None
-    words = f"the daemon's configuration; {NODES_CONFIG} where it is there"
+    words = f"the daemon's configuration; by default {NODES_CONFIG}, if it exists"
     parser.add_argument("--config", metavar="FILE", default=there, help=words)
 
 
@@ -77,8 +79,8 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     found = add("list", "list_images", "list the images, or those that IMAGE names")
     found.add_argument("image", metavar="IMAGE", nargs="?", help="a name, with or without a tag, or an ID")
     shape = found.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="as JSON, with whole IDs and sizes in bytes")
-    shape.add_argument("-q", "--quiet", action="store_true", help="IDs alone")
+    shape.add_argument("--json", action="store_true", help="print JSON, with whole IDs and sizes in bytes")
+    shape.add_argument("-q", "--quiet", action="store_true", help="print IDs alone")
 
     pull = add("pull", "pull", "pull an image from its registry")
     pull.add_argument("image", metavar="IMAGE")
@@ -86,7 +88,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("-q", "--quiet", action="store_true", help="print its ID alone")
     who = pull.add_mutually_exclusive_group()
     who.add_argument("--authfile", metavar="FILE", help="a docker config file with credentials")
-    who.add_argument("--user", metavar="NAME", help="who pulls; the password is asked for")
+    who.add_argument("--user", metavar="NAME", help="the user who pulls; the command asks for the password")
     pull.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
 
     bring = add("import", "import_file", "add the images of an OCI layout or docker-archive tar")
@@ -99,27 +101,27 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
     remove = add("remove", "remove", "remove images with all their names")
     remove.add_argument("images", metavar="IMAGE", nargs="+")
-    remove.add_argument("--force", action="store_true", help="even where they are pinned")
+    remove.add_argument("--force", action="store_true", help="also if they are pinned")
 
     for name, pinned, words in (
-        ("pin", True, "keep images from garbage collection, the kubelet's too"),
-        ("unpin", False, "leave images to garbage collection again"),
+        ("pin", True, "keep images from garbage collection, also from the kubelet's"),
+        ("unpin", False, "let garbage collection remove images again"),
     ):
         action = add(name, "pin", words)
         action.add_argument("images", metavar="IMAGE", nargs="+")
         action.set_defaults(pinned=pinned)
 
-    add("verify", "verify", "read the whole store and report what is damaged")
-    prune = add("prune", "prune", "remove what no image, container or pull needs")
+    add("verify", "verify", "read all stored images and report damage")
+    prune = add("prune", "prune", "remove data that no image, container or pull needs")
     prune.add_argument("--all", action="store_true", help="also images that no container uses and nobody has pinned")
 
 
 def _serve(options: argparse.Namespace) -> int:
     config = load(options.config)
-    # For gRPC, when it is imported: after a fork that fails for want of processes its handlers leave it deaf. None of
-    # our children uses it.
+    # gRPC reads this when it is imported. After a fork that fails because the node has no process left, gRPC's fork
+    # handlers would leave its server unable to take calls. No child of the daemon uses gRPC, so it needs no handlers.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    # Imported here: the other commands are to answer at once.
+    # Imported here, so that the other commands start fast.
     from criserver import daemon, logs
 
     logs.set_up(config.log_level, config.log_format)

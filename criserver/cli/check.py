@@ -1,4 +1,4 @@
-"""``criserver check``: what this node lacks, printed for people or as JSON."""
+"""``criserver check``: prints what this node lacks, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _INDENT = " " * 23
 
 
 def check(config: Config, *, as_json: bool) -> int:
-    """Look at the node and print each finding; 1 where pods could not run."""
-    # What a room has to say to a log is in the findings.
+    """Check the node and print each finding. Returns 1 if pods cannot run."""
+    # The findings already have what the rooms would log.
     logs.set_up("critical", "auto")
     found = run(config, Host(privileged=os.geteuid() == 0))
     if as_json:

@@ -1,4 +1,4 @@
-"""Calls of a running daemon, with its errors in its own words."""
+"""Calls to a running daemon, with its own error messages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MAX_MESSAGE = 16 << 20
 
 @contextmanager
 def connected(address: str) -> Iterator[grpc.Channel]:
-    """A channel to the daemon at the unix socket ``address``; calls that are under way at its end are cancelled.
+    """A channel to the daemon at the unix socket ``address``. Calls that are still under way at the end are cancelled.
 
-    Raises CriError with the daemon's words where it refuses a call or does not answer.
+    Raises CriError with the daemon's message if it refuses a call, or if it does not answer.
     """
     options = [("grpc.max_receive_message_length", _MAX_MESSAGE)]
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
@@ -30,7 +30,7 @@ def connected(address: str) -> Iterator[grpc.Channel]:
 
 
 def method(channel: grpc.Channel, service: ServiceDescriptor, name: str) -> Any:
-    """What calls an RPC: with a message or an iterator of them, as its definition says, and so it returns."""
+    """A function that calls an RPC. It takes and returns a message, or an iterator for an RPC with a stream."""
     found = service.methods_by_name[name]
     kinds = {
         (False, False): channel.unary_unary,
@@ -49,11 +49,11 @@ def _serialize(message: Any) -> bytes:
 
 
 def words(address: str, error: grpc.RpcError) -> str:
-    """What went wrong, for the operator."""
+    """The error message for the operator."""
     assert isinstance(error, grpc.Call)
     details = str(error.details())
     if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
         return f"no daemon answers at {address}; start one with `criserver serve`"
     if error.code() is grpc.StatusCode.UNIMPLEMENTED and "Method not found" in details:
-        return f"the daemon at {address} is of an earlier version than this command; restart it"
+        return f"the daemon at {address} has an older version than this command; restart it"
     return details

@@ -1,4 +1,4 @@
-"""``criserver reset``: an operator takes a node's pods down, before it is given up or gets another runtime."""
+"""``criserver reset``: removes all pods of a node, before the node goes away or gets another runtime."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from criserver.errors import FailedPreconditionError
 
 
 def reset(config: Config, *, grace: float, everything: bool, yes: bool) -> int:
-    """Reset the node and say what was done; 1 where something is left of it, or where the answer is no.
+    """Reset the node and print what was done. Returns 1 if something is left, or if the operator does not agree.
 
-    Raises FailedPreconditionError where there is nobody to ask, where a daemon runs, and without root.
+    Raises FailedPreconditionError without a terminal to ask at, while a daemon runs, and without root.
     """
     if os.geteuid() != 0:
         raise FailedPreconditionError("reset must be run as root: it ends containers and unmounts")
@@ -31,8 +31,8 @@ def reset(config: Config, *, grace: float, everything: bool, yes: bool) -> int:
         print(f"left: {words}", file=sys.stderr)
     if outcome.left:
         print(
-            "criserver: the node is not clean. A process that does not end waits in the kernel, mostly for a disk or "
-            "network file system; when that is back, or after a reboot, run `criserver reset` again",
+            "criserver: the node is not clean. A process that does not end usually waits in the kernel for a disk or a "
+            "network file system. Run `criserver reset` again when that works, or after a reboot",
             file=sys.stderr,
         )
         return 1

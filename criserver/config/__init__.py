@@ -1,4 +1,4 @@
-"""The daemon's configuration: one TOML file, checked by a JSON schema before anything else happens."""
+"""The daemon's configuration: one TOML file, which a JSON schema checks first."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class RuntimeHandler:
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """Where the streaming server listens, with TLS where both files are named."""
+    """The address of the streaming server. It uses TLS if both files are named."""
 
     host: str
     port: int
@@ -36,7 +36,7 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """The most that an image and each of its layers may ask of the node."""
+    """Limits for an image and each of its layers."""
 
     max_layers: int
     max_entries: int
@@ -47,7 +47,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole configuration; default.toml says what each field means. Times are seconds."""
+    """The whole configuration. default.toml explains each field. Times are in seconds."""
 
     root: str
     state: str
@@ -76,9 +76,9 @@ def default_text() -> str:
 
 
 def load(path: str | None) -> Config:
-    """The configuration of ``path`` over the defaults; the defaults alone for None.
+    """The defaults, overridden by the file ``path``; the defaults alone for None.
 
-    Raises :class:`InvalidArgumentError` that names the file, the key, its value and what is allowed.
+    Raises :class:`InvalidArgumentError`, which names the file, the key, its value and the allowed values.
     """
     merged: dict[str, Any] = tomllib.loads(default_text())
     if path is not None:
@@ -118,9 +118,13 @@ def load(path: str | None) -> Config:
 def _streaming(path: str | None, table: Mapping[str, Any]) -> Streaming:
     host, _, port = table["address"].rpartition(":")
     if int(port) >= 1 << 16:
-        raise InvalidArgumentError(f"configuration {path}: streaming.address = {table['address']!r}: {port} is no port")
+        raise InvalidArgumentError(
+            f"configuration {path}: streaming.address = {table['address']!r}: {port} is not a port"
+        )
     if bool(table["tls_cert"]) != bool(table["tls_key"]):
-        raise InvalidArgumentError(f"configuration {path}: streaming.tls_cert and streaming.tls_key go together")
+        raise InvalidArgumentError(
+            f"configuration {path}: give both streaming.tls_cert and streaming.tls_key, or neither"
+        )
     return Streaming(host.strip("[]"), int(port), table["tls_cert"], table["tls_key"], float(table["idle_timeout"]))
 
 
@@ -135,7 +139,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _check(path: str, given: dict[str, Any]) -> None:
-    # Imported here: a daemon with the default configuration does without its memory.
+    # Imported here: a daemon without a configuration file saves its memory.
     import jsonschema
 
     schema = json.loads(files("criserver.config").joinpath("schema.json").read_text())
@@ -144,7 +148,7 @@ def _check(path: str, given: dict[str, Any]) -> None:
 
 
 def _explain(schema: dict[str, Any], error: Any) -> str:
-    """One sentence of key, value and what is allowed, for the commonest kinds of mistake."""
+    """A sentence with the key, its value and the allowed values, for the most common mistakes."""
     keys = [str(k) for k in error.absolute_path]
     where = ".".join(keys) or "the top level"
     match error.validator:
@@ -171,7 +175,7 @@ def _explain(schema: dict[str, Any], error: Any) -> str:
 def _merge(base: dict[str, Any], given: dict[str, Any]) -> None:
     for key, value in given.items():
         if key == "runtimes":
-            base[key] = value  # the file's handlers replace the default one, so that one can leave runc out
+            base[key] = value  # handlers of the file replace the default one, so a file can leave runc out
         elif isinstance(value, dict):
             _merge(base[key], value)
         else:

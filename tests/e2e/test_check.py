@@ -40,7 +40,7 @@ def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
     node.kill()
     code, report = check(node)
     assert code == 0, words(report, "missing")
-    assert f"the socket at {node.socket} is of a daemon that has ended" in words(report, "ok")
+    assert f"the socket at {node.socket} belongs to a daemon that has ended" in words(report, "ok")
 
 
 def test_versions_are_told_as_programs_tell_them(tmp_path):
@@ -80,7 +80,7 @@ def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: 
         (tmp_path / name).mkdir()
     # The kernel takes no overlay for the upper layer of another.
     with tmpfs(tmp_path / "lower", "ro"):
-        assert tries.overlay(str(tmp_path / "lower")) == "nothing can be written there (Read-only file system)"
+        assert tries.overlay(str(tmp_path / "lower")) == "it is not writable (Read-only file system)"
     with tmpfs(tmp_path / "upper", "rw"):
         assert tries.overlay(str(tmp_path / "upper")) is None
         os.mkdir(tmp_path / "upper/upper")
@@ -93,7 +93,7 @@ def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: 
         finally:
             subprocess.run(["umount", str(tmp_path / "merged")], check=True)
     assert found is not None
-    assert "overlay is not mounted" in found
+    assert "overlay cannot be mounted" in found
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def test_what_is_not_there(node: Fake, path: str, level: Level, words: str):
     ("path", "text", "level", "words"),
     [
         ("proc/sys/user/max_user_namespaces", "0\n", Level.WARNING, "max_user_namespaces is 0"),
-        ("proc/sys/net/ipv4/ip_forward", "0\n", Level.WARNING, "pods reach nobody outside"),
+        ("proc/sys/net/ipv4/ip_forward", "0\n", Level.WARNING, "pods reach no address outside"),
         ("proc/sys/net/bridge/bridge-nf-call-iptables", "0\n", Level.WARNING, "Services do not work"),
         ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io hugetlb\n", Level.MISSING, "controllers memory, pids"),
         ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n", Level.WARNING, "huge pages"),
@@ -180,7 +180,7 @@ def test_what_is_not_there(node: Fake, path: str, level: Level, words: str):
         ("proc/self/mountinfo", MOUNTS.replace("tmpfs", "ext4"), Level.WARNING, "state = /run/criserver, on ext4"),
         ("run/containerd/containerd.sock", "", Level.WARNING, "containerd is here too"),
         ("etc/cni/net.d/10-pods.conflist", "{", Level.MISSING, "is not valid JSON"),
-        ("run/criserver/criserver.sock", "", Level.MISSING, "is no socket"),
+        ("run/criserver/criserver.sock", "", Level.MISSING, "is not a socket"),
     ],
 )
 def test_what_is_not_as_it_should_be(node: Fake, path: str, text: str, level: Level, words: str):
@@ -202,8 +202,8 @@ def test_what_is_not_as_it_should_be(node: Fake, path: str, text: str, level: Le
         ({"network": lambda _: "bridge speaks 0.4.0 only"}, Level.MISSING, "bridge speaks 0.4.0 only"),
         ({"version": lambda _: None}, Level.MISSING, "/usr/bin/runc --version fails"),
         ({"version": lambda _: "runc version 1.0.3"}, Level.MISSING, "runc version 1.0.3 is too old"),
-        ({"features": lambda _: None}, Level.WARNING, "does not tell its features"),
-        ({"container": lambda *_: "no such device"}, Level.MISSING, "runc runs no container here: no such device"),
+        ({"features": lambda _: None}, Level.WARNING, "does not report its features"),
+        ({"container": lambda *_: "no such device"}, Level.MISSING, "runc cannot run a container here: no such device"),
         ({"synchronised": lambda: False}, Level.WARNING, "the clock is not synchronised"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake):
     node.configure(runtimes={"runc": RuntimeHandler("runc", "runc"), "crun": RuntimeHandler("crun", "/opt/crun")})
     node.change(which=lambda name: None if "crun" in name else f"/usr/bin/{name}")
     fault = node.fault()
-    assert (fault.level, fault.words) == (Level.WARNING, "runtime handler crun: there is no program /opt/crun")
+    assert (fault.level, fault.words) == (Level.WARNING, "runtime handler crun: the program /opt/crun is not there")
     node.configure(default_runtime="crun")
     assert node.fault().level is Level.MISSING
 
@@ -230,7 +230,7 @@ def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake):
     assert "a container was run by runc" in [f.words for f in found]
     first, *others = node.faults()
     assert {f.level for f in (first, *others)} == {Level.WARNING}
-    assert first.words.startswith("runtime handler runc: runc version 1.1.5+ds1 is known for CVE-2024-21626: ")
+    assert first.words.startswith("runtime handler runc: runc version 1.1.5+ds1 may have CVE-2024-21626: ")
     assert "install runc 1.1.12 or newer" in first.advice
     assert "apt changelog runc" in first.advice
     assert "CVE-2025-31133, CVE-2025-52565, CVE-2025-52881" in others[0].words
@@ -251,7 +251,7 @@ def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake):
     node.write("etc/cni/net.d/10-pods.conflist", json.dumps({**NETWORK, "plugins": plugins}))
     fault = node.fault()
     assert fault.level is Level.WARNING
-    assert "CNI portmap plugin v1.8.0 is known for CVE-2025-67499: " in fault.words
+    assert "CNI portmap plugin v1.8.0 may have CVE-2025-67499: " in fault.words
     assert "1.9.0 or newer" in fault.advice
     node.change(plugin_version=lambda _: None)
     assert node.faults() == []
@@ -355,7 +355,7 @@ def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake):
     node.config = streaming(node.config, host="192.0.2.1", port=0)
     assert node.fault().level is Level.MISSING
     node.config = streaming(node.config, host="0.0.0.0")
-    assert "can be read on the network" in node.fault().words
+    assert "can read the data" in node.fault().words
 
 
 def test_a_certificate_that_is_none(node: Fake, tmp_path: Path):
@@ -380,5 +380,5 @@ def test_what_cannot_be_looked_at_is_told_and_the_rest_goes_on(node: Fake):
 
     node.change(overlay=broken)
     found = run(node.config, node.host)
-    assert [f.words for f in found if f.level is Level.MISSING] == ["cannot be looked at: the disk is on fire"]
+    assert [f.words for f in found if f.level is Level.MISSING] == ["this check failed: the disk is on fire"]
     assert any(f.check == "service" for f in found)

@@ -18,7 +18,7 @@ from criserver.api.runtime_service import KUBELET_API_VERSION
 from tests import records
 from tests.vm.releases import LAST, RELEASES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEADINGS = ["### Added", "### Changed", "### Fixed", "### Removed", "### Security"]
 LONGEST = 400  # characters of an entry
 TODAY = datetime.date(2030, 1, 31)
