@@ -1,8 +1,7 @@
-"""Work that outlives the call that asked for it.
+"""Work that goes on after its call was given up, so that a retry of the call finds it.
 
-The kubelet gives up on a call after its own deadline and asks again. The first attempt goes on here, and a
-retry with the same request meets it: it waits for the same work, or is handed the outcome that nobody was
-there to take.
+The kubelet gives up on a call at its own deadline and sends the same request again. The first attempt goes on here. The
+retry waits for the same work, or gets its outcome if the work has ended meanwhile.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from criserver.errors import AlreadyExistsError
 
 log = structlog.get_logger(__name__)
 
-# When the caller of this call gives up, in seconds of the monotonic clock; None where it waits for ever.
+# When the caller of this call gives up, in seconds of the monotonic clock; None if it waits for ever.
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
-# An answer that is given so shortly before the caller gives up, in seconds, may find it gone: its clock started
-# before ours, and that it is gone is told here only after a while.
+# Seconds. An answer given this shortly before the caller's deadline may come too late: the caller's clock started
+# before ours, and gRPC reports its departure only after a while.
 _TOO_LATE = 1.0
 
 
@@ -35,17 +34,20 @@ class _Attempt:
 
 
 class Attempts:
-    """Attempts under way or not yet told, by the name that they reserve."""
+    """Attempts that are under way, or whose outcome no caller has received yet, by the name that they reserve."""
 
     def __init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}
 
     async def run(self, name: str, request: bytes, work: Callable[[], Awaitable[str]]) -> str:
-        """What ``work`` returns, started at most once for ``name`` until somebody is told.
+        """Run ``work`` for ``name``, or wait for the attempt of the same request. Return what the work returns.
 
-        Nobody is told where the caller was cancelled, or was about to give up when the outcome was there. Raises
-        AlreadyExistsError where another request holds the name, and what ``work`` raises. A caller that is
-        cancelled leaves the work running.
+        An attempt is kept until a caller has received its outcome. Two kinds of caller do not count as such:
+
+        1. A caller that was cancelled. The work goes on without it.
+        2. A caller whose deadline was about to pass when the work ended.
+
+        Raises AlreadyExistsError if another request holds the name, and what ``work`` raises.
         """
         attempt = self._attempts.get(name)
         if attempt is not None and attempt.request != request:
@@ -60,7 +62,7 @@ class Attempts:
             if attempt.task.cancelled():
                 self._end(name, attempt)
             else:
-                attempt.task.add_done_callback(lambda task: self._unheard(name, task))
+                attempt.task.add_done_callback(lambda task: self._ended_without_caller(name, task))
             raise
         except BaseException:
             self._end(name, attempt)
@@ -72,29 +74,29 @@ class Attempts:
         return outcome
 
     def _end(self, name: str, attempt: _Attempt) -> None:
-        """Forget an attempt that somebody was told of; the name may be another's by now."""
+        """Forget an attempt whose outcome a caller has received. Another attempt may hold the name by now."""
         if self._attempts.get(name) is attempt:
             del self._attempts[name]
 
     def drop(self, name: str) -> None:
-        """Forget an outcome nobody took: its sandbox or container is gone."""
+        """Forget an outcome that no caller has received: its sandbox or container is gone."""
         attempt = self._attempts.get(name)
         if attempt is not None and attempt.task.done():
             del self._attempts[name]
 
     async def finish(self) -> None:
-        """Wait for all work under way, at the daemon's orderly stop."""
+        """Wait for all work under way, when the daemon stops."""
         await asyncio.gather(*(a.task for a in self._attempts.values()), return_exceptions=True)
 
-    def _unheard(self, name: str, task: asyncio.Task[str]) -> None:
-        """A failure that nobody waits for frees the name; a success waits for the retry."""
+    def _ended_without_caller(self, name: str, task: asyncio.Task[str]) -> None:
+        """If no caller waits, a failed attempt frees its name. A successful one is kept for the retry."""
         attempt = self._attempts.get(name)
         if attempt is None or attempt.task is not task or attempt.waiting:
             return
         if task.cancelled() or task.exception() is not None:
             del self._attempts[name]
-            words = "cancelled" if task.cancelled() else str(task.exception())
-            log.warning("an attempt failed after its caller had gone", name=name, error=words)
+            message = "cancelled" if task.cancelled() else str(task.exception())
+            log.warning("an attempt failed after its caller had gone", name=name, error=message)
 
 
 def _about_to_give_up() -> bool:

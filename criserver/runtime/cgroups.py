@@ -1,8 +1,10 @@
-"""Where pods and containers are in the cgroup hierarchies, by both of runc's drivers, and what is read there.
+"""The cgroups of pods and containers: their paths with both of runc's cgroup drivers, their processes, their removal.
 
-A sandbox's cgroup parent tells the driver: one that ends in ".slice" is systemd's. With the cgroupfs driver a
-container's cgroup is its ID below the parent; with systemd's it is a scope in the parent slice, and systemd keeps
-slices in each other by the dashes in their names (systemd.slice(5)).
+A sandbox's cgroup parent shows which driver is used:
+
+1. cgroupfs: the parent is a path. The cgroup of a container is PARENT/ID.
+2. systemd: the parent ends in ".slice". The cgroup of a container is a scope in that slice, and systemd nests slices by
+   the dashes in their names (systemd.slice(5)).
 """
 
 from __future__ import annotations
@@ -26,32 +28,33 @@ from snapshotter import file_tree, removal
 
 log = structlog.get_logger(__name__)
 
-# Where pods are put that the kubelet gives no cgroup parent.
+# The parent of the cgroups of pods for which the kubelet gives no cgroup parent.
 OWN = "/criserver"
 _PREFIX = "criserver"
 
-# How often freezing is tried, how often it is looked each time whether it is done, and the seconds between.
+# How often freezing is tried, how many checks follow each try, and the seconds between two checks.
 _TRIES, _LOOKS, _LOOK = 50, 50, 0.002
-# Seconds between two looks whether killed processes have ended.
+# Seconds between two checks whether killed processes have ended.
 _END_LOOK = 0.01
-# Seconds that a cgroup may still be in use after its last process has been seen to end.
+# Seconds for which the kernel may report a cgroup as busy after its last process has ended.
 _EMPTYING = 1.0
-# Of a list of processes: the cgroup is gone, or is of threads, which its parent's list has (cgroup-v2, "Threads").
+# Errors of reading cgroup.procs that are no failure: the cgroup is gone, or it is threaded and the list of its parent
+# has the processes (cgroup-v2, "Threads").
 _NO_PROCESSES = frozenset({errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP})
 
 
 def is_slice(parent: str) -> bool:
-    """Whether a cgroup parent is systemd's."""
+    """Whether a cgroup parent is a slice of systemd."""
     return parent.endswith(".slice")
 
 
 def own_parent(driver: str, sandbox_id: str) -> str:
-    """The cgroup parent of a sandbox that the kubelet gives none; ``driver`` is "cgroupfs" or "systemd"."""
+    """The cgroup parent of a sandbox for which the kubelet gives none; ``driver`` is "cgroupfs" or "systemd"."""
     return f"{_PREFIX}-{sandbox_id}.slice" if driver == "systemd" else f"{OWN}/{sandbox_id}"
 
 
 def checked_parent(driver: str, parent: str) -> str:
-    """The cgroup parent that the kubelet gives, where the driver can use it. Raises InvalidArgumentError."""
+    """The kubelet's cgroup parent, in the driver's form. Raises InvalidArgumentError if the driver cannot use it."""
     if (driver == "systemd") != is_slice(parent):
         kind = "a systemd slice" if is_slice(parent) else "no systemd slice"
         raise InvalidArgumentError(
@@ -67,65 +70,68 @@ def spec_path(parent: str, key: str) -> str:
 
 
 def path(parent: str, key: str) -> str:
-    """The cgroup of the container ``key`` below the roots of the hierarchies."""
+    """The path of the cgroup of the container ``key`` below the root of each hierarchy."""
     return f"{pod_path(parent)}/{_PREFIX}-{key}.scope" if is_slice(parent) else f"{parent}/{key}"
 
 
 def pod_path(parent: str) -> str:
-    """The cgroup of a pod below the roots: for a-b.slice that is /a.slice/a-b.slice."""
+    """The path of a pod's cgroup below the root of each hierarchy; for a-b.slice it is /a.slice/a-b.slice."""
     if not is_slice(parent):
         return parent
-    words = parent.removesuffix(".slice").split("-")
-    return "".join(f"/{'-'.join(words[:n])}.slice" for n in range(1, len(words) + 1))
+    parts = parent.removesuffix(".slice").split("-")
+    return "".join(f"/{'-'.join(parts[:n])}.slice" for n in range(1, len(parts) + 1))
 
 
 @cache
 def roots() -> dict[str, str]:
-    """Where each cgroup hierarchy is mounted, by controller; "" is the unified one (cgroups(7))."""
-    found: dict[str, str] = {}
+    """The mount point of each cgroup hierarchy, by controller; "" stands for the unified hierarchy (cgroups(7))."""
+    points: dict[str, str] = {}
     with open("/proc/self/mountinfo") as f:
         for line in f:
             before, _, after = line.partition(" - ")
             kind, _, options = after.split()[:3]
             point = before.split()[4]
             if kind == "cgroup2":
-                found.setdefault("", point)
+                points.setdefault("", point)
             elif kind == "cgroup":
                 for option in options.split(","):
-                    found.setdefault(option, point)
-    return found
+                    points.setdefault(option, point)
+    return points
 
 
 def _processes_root() -> str:
-    """The hierarchy that tells which processes are in a cgroup, and that systemd has its slices in."""
+    """The root of the hierarchy that lists the processes of a cgroup, and in which systemd has its slices."""
     return roots().get("pids") or roots().get("", "")
 
 
 def oom_files(cgroup: str) -> list[str]:
     """The files that count OOM kills in a cgroup: v1's memory.oom_control, v2's memory.events."""
-    found = roots()
-    if "memory" in found:
-        return [f"{found['memory']}{cgroup}/memory.oom_control"]
-    return [f"{found['']}{cgroup}/memory.events"] if "" in found else []
+    points = roots()
+    if "memory" in points:
+        return [f"{points['memory']}{cgroup}/memory.oom_control"]
+    return [f"{points['']}{cgroup}/memory.events"] if "" in points else []
 
 
 def pod_events(parent: str) -> str:
-    """The file that counts the OOM kills of a whole pod, where systemd may take away those of a container; else ""."""
-    found = roots()
-    return f"{found['']}{pod_path(parent)}/memory.events" if is_slice(parent) and "memory" not in found else ""
+    """The file that counts the OOM kills of a whole pod on version 2 with systemd, which may remove a container's file.
+
+    "" otherwise: the container's own file is enough then.
+    """
+    points = roots()
+    return f"{points['']}{pod_path(parent)}/memory.events" if is_slice(parent) and "memory" not in points else ""
 
 
 def remove_own() -> None:
-    """Remove what our pods' cgroups are in, where nobody has any there: another daemon on the node may."""
+    """Remove the parent of our pods' cgroups if it is empty. Another daemon on the node may have pods in it."""
     for root in set(roots().values()):
         try:
             os.rmdir(root + OWN)
         except OSError:
-            continue  # it is not empty, or gone; the next pod to go tries again
+            continue  # it is not empty, or gone; the next removal of a pod tries again
 
 
 def own_slice() -> str:
-    """The slice that our pods' own slices are in, where systemd still has it and nobody has any there; else ""."""
+    """The name of the slice around our pods' slices if systemd still has it and it is empty; else ""."""
     name = f"{_PREFIX}.slice"
     try:
         with os.scandir(f"{_processes_root()}/{name}") as entries:
@@ -135,14 +141,14 @@ def own_slice() -> str:
 
 
 def exists(cgroup: str) -> bool:
-    """Whether a cgroup is there in any hierarchy."""
+    """Whether a cgroup exists in any hierarchy."""
     return any(os.path.isdir(root + cgroup) for root in set(roots().values()))
 
 
 async def remove_container(parent: str, key: str) -> None:
-    """Remove the cgroup of a container that has no process; systemd's scopes are its own to remove.
+    """Remove the cgroup of a container that has no process. A scope is removed by systemd, which is asked to stop it.
 
-    Raises CriError where it stays.
+    Raises CriError if the cgroup cannot be removed.
     """
     if not is_slice(parent):
         await asyncio.to_thread(remove, path(parent, key))
@@ -151,10 +157,10 @@ async def remove_container(parent: str, key: str) -> None:
 
 
 async def clear(parent: str, key: str, limit: float) -> bool:
-    """End what is in the cgroup of the container ``key``, and remove the cgroup; False where there was none.
+    """Kill the processes in the cgroup of the container ``key``, and remove the cgroup. Return False if there is none.
 
-    An OCI runtime that was ended before it had written its state leaves both. Raises DeadlineExceededError where
-    processes have not ended after ``limit`` seconds, CriError where the cgroup stays.
+    An OCI runtime that was killed before it had written its state leaves both behind. Raises DeadlineExceededError if
+    processes have not ended after ``limit`` seconds, CriError if the cgroup cannot be removed.
     """
     cgroup = path(parent, key)
     if not exists(cgroup):
@@ -174,7 +180,7 @@ def unkillable(key: str, pids: Sequence[int], seconds: float) -> DeadlineExceede
 
 
 async def remove_pod(parent: str) -> None:
-    """Remove the cgroup that we gave a pod; one that is gone is no error. Raises CriError where it stays."""
+    """Remove the cgroup that the daemon made for a pod; it may be gone already. Raises CriError if this fails."""
     if is_slice(parent):
         await service_manager.stop_unit(parent)
     else:
@@ -182,20 +188,20 @@ async def remove_pod(parent: str) -> None:
 
 
 def remove(cgroup: str) -> None:
-    """Remove a cgroup and those below it from every hierarchy; one that is gone is no error. Blocks.
+    """Remove a cgroup and its descendants from every hierarchy; they may be gone already. Blocks.
 
-    Raises CriError where one stays: nothing else would know of it any more.
+    Raises CriError if one cannot be removed: nothing else would show that it is left.
     """
     deadline = time.monotonic() + _EMPTYING
-    while failure := _removal_failure(cgroup):
+    while failure := _try_removal(cgroup):
         if time.monotonic() > deadline:
-            words = "there are processes in it" if failure.errno == errno.EBUSY else str(failure)
-            raise CriError(f"cgroup {cgroup} cannot be removed: {words}")
+            reason = "there are processes in it" if failure.errno == errno.EBUSY else str(failure)
+            raise CriError(f"cgroup {cgroup} cannot be removed: {reason}")
         time.sleep(_END_LOOK)
 
 
-def _removal_failure(cgroup: str) -> OSError | None:
-    """Remove a cgroup wherever it can be; the last of what hindered it elsewhere."""
+def _try_removal(cgroup: str) -> OSError | None:
+    """Try to remove a cgroup from each hierarchy. Return the last error, or None if it is gone from all of them."""
     failure = None
     for root in set(roots().values()):
         try:
@@ -215,18 +221,18 @@ def _removal_failure(cgroup: str) -> OSError | None:
 
 
 def processes(cgroup: str) -> list[int]:
-    """The PIDs in a cgroup and all below it, as its pids or unified hierarchy has them; none where it is gone.
+    """The PIDs in a cgroup and its descendants, from the pids or the unified hierarchy; none if the cgroup is gone.
 
-    Under systemd crun puts a container into a cgroup of its own in the scope, and containers may make more.
+    With the systemd driver crun puts a container into a child cgroup of its scope, and containers may make more.
     """
-    pids, failure = _look_for_processes(cgroup)
+    pids, failure = _find_processes(cgroup)
     if failure is not None:
-        log.warning("a container's cgroups are not all read", cgroup=cgroup, error=str(failure))
+        log.warning("not all cgroups of a container can be read", cgroup=cgroup, error=str(failure))
     return pids
 
 
-def _look_for_processes(cgroup: str) -> tuple[list[int], OSError | None]:
-    """As :func:`processes`, and what hindered the looking where these may not be all."""
+def _find_processes(cgroup: str) -> tuple[list[int], OSError | None]:
+    """The PIDs as :func:`processes` returns them, and the error if the list may be incomplete."""
     pids: list[int] = []
     try:
         top = os.open(f"{_processes_root()}{cgroup}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -252,30 +258,33 @@ def _look_for_processes(cgroup: str) -> tuple[list[int], OSError | None]:
 
 
 def end_processes(cgroup: str, limit: float) -> list[int]:
-    """Kill all that is in a cgroup and below it; what has not ended after ``limit`` seconds. Blocks.
+    """Kill the processes in a cgroup and its descendants. Return those still there after ``limit`` seconds. Blocks.
 
-    Raises CriError where it cannot be seen whether something is left.
+    Raises CriError if the cgroups cannot be read, so that processes may be left.
     """
     deadline = time.monotonic() + limit
     while True:
-        pids, failure = _look_for_processes(cgroup)
+        pids, failure = _find_processes(cgroup)
         if not pids and failure is None:
             return []
         if time.monotonic() > deadline:
             if failure is not None:
                 raise CriError(f"cannot see whether all processes in cgroup {cgroup} have ended: {failure}")
             return pids
-        thaw(cgroup)  # what is frozen takes no signal
+        thaw(cgroup)  # a frozen process takes no signal
         _kill(cgroup, pids)
         time.sleep(_END_LOOK)
 
 
 def _kill(cgroup: str, pids: list[int]) -> None:
-    """Kill those processes that are in the cgroup: opened first and looked up again, so that none is another."""
+    """Kill these processes if they are still in the cgroup.
+
+    Each PID is opened first and looked up in the cgroup afterwards: it may belong to another process by now.
+    """
     opened: dict[int, int] = {}
     try:
         for pid in pids:
-            with contextlib.suppress(OSError):  # it has ended; any other is met again at the next look
+            with contextlib.suppress(OSError):  # it has ended; if not, the caller's next round finds it again
                 opened[pid] = os.pidfd_open(pid)
         for pid in opened.keys() & set(processes(cgroup)):
             with contextlib.suppress(ProcessLookupError):
@@ -289,41 +298,42 @@ def _kill(cgroup: str, pids: list[int]) -> None:
 class _Freezer:
     """The files of a cgroup's freezer: version 1 (kernel, cgroup-v1/freezer-subsystem), version 2 (cgroup-v2, Core).
 
-    ``state`` has the words ``reached`` in it once every process is frozen; ``asked`` is 0 once it is to be thawed.
+    ``switch`` takes ``on`` to freeze and ``off`` to thaw. ``state`` contains ``frozen`` as soon as all processes are
+    frozen. ``self_state`` is 0 if the cgroup itself was told to thaw, whatever its parents are.
     """
 
     switch: str
     on: str
     off: str
     state: str
-    reached: str
-    asked: str
+    frozen: str
+    self_state: str
 
 
 def _freezer(cgroup: str) -> _Freezer:
-    found = roots()
-    if "freezer" in found:
-        files = f"{found['freezer']}{cgroup}/freezer"
+    points = roots()
+    if "freezer" in points:
+        files = f"{points['freezer']}{cgroup}/freezer"
         return _Freezer(f"{files}.state", "FROZEN", "THAWED", f"{files}.state", "FROZEN", f"{files}.self_freezing")
-    files = f"{found.get('', '')}{cgroup}/cgroup"
+    files = f"{points.get('', '')}{cgroup}/cgroup"
     return _Freezer(f"{files}.freeze", "1", "0", f"{files}.events", "frozen 1", f"{files}.freeze")
 
 
 def freeze(cgroup: str, wait: Callable[[float], None]) -> None:
-    """Freeze all processes of a cgroup: when it returns, none of them runs. Blocks.
+    """Freeze all processes of a cgroup: none of them runs on return. Blocks.
 
-    ``wait`` sleeps so many seconds, and raises what is to end the attempt. Raises FailedPreconditionError for a cgroup
-    that is gone, or that has a process that cannot be frozen. However it ends, the cgroup is to be thawed.
+    The caller must thaw the cgroup afterwards, also after an error. ``wait`` sleeps for a number of seconds; it raises an error to end the attempt. Raises FailedPreconditionError if
+    the cgroup is gone, or has a process that cannot be frozen.
     """
     freezer = _freezer(cgroup)
     try:
         for _ in range(_TRIES):
             _write(freezer.switch, freezer.on)
             for _ in range(_LOOKS):
-                if freezer.reached in _read(freezer.state):
+                if freezer.frozen in _read(freezer.state):
                     return
                 wait(_LOOK)
-            # Version 1 stays at FREEZING where a process was forking just then; from anew it gets there.
+            # Version 1 stays in the state FREEZING if a process was forking at that moment. A second try helps.
             _write(freezer.switch, freezer.off)
             wait(_LOOK)
     except OSError as e:
@@ -332,18 +342,18 @@ def freeze(cgroup: str, wait: Callable[[float], None]) -> None:
 
 
 def thaw(cgroup: str) -> None:
-    """Let all processes of a cgroup run; one that is not frozen, or gone, is no error. Raises CriError, OSError."""
+    """Let all processes of a cgroup run again. It may be gone, or not frozen. Raises CriError, OSError."""
     freezer = _freezer(cgroup)
     try:
         _write(freezer.switch, freezer.off)
-        thawed = _read(freezer.asked).strip() == "0"
+        thawed = _read(freezer.self_state).strip() == "0"
     except OSError as e:
-        # ENODEV: it was removed since its file was opened.
+        # ENODEV: the cgroup was removed after its file was opened.
         if e.errno in (errno.ENOENT, errno.ENODEV):
             return
         raise
     if not thawed:
-        raise CriError(f"cgroup {cgroup} is frozen again by somebody as soon as it is thawed")
+        raise CriError(f"cgroup {cgroup} cannot be thawed: another program freezes it again at once")
 
 
 def _read(path: str) -> str:
@@ -351,9 +361,9 @@ def _read(path: str) -> str:
         return f.read()
 
 
-def _write(path: str, word: str) -> None:
+def _write(path: str, value: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, word.encode())
+        os.write(fd, value.encode())
     finally:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""What a checkpoint's archive is made of, in the names and forms that checkpointctl reads.
+"""The parts of a checkpoint's archive, with the names and formats that checkpointctl reads.
 
-Blocking functions on files, for a thread; ``check`` is called now and then, and raises what is to end them early. What
-is in the trees is a container's own: no link in them is followed.
+The functions block: call them in a thread. They call ``check`` now and then; it raises an error to end the work early. The
+file trees belong to a container, so no link in them is followed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from criserver.runtime.records import Container
 from snapshotter import file_tree, files
 
 _PIECE = 1 << 20
-# Each entry has its path in it: a container could fill the disk with a few directories in each other.
+# Each entry of an archive contains its whole path: a container could fill the disk with deeply nested directories.
 _MAX_NAME = 16 << 10
-# The kernel's overflow ID (proc(5), /proc/sys/fs/overflowuid): an owner that a user namespace has no name for.
+# The kernel's overflow ID (proc(5), /proc/sys/fs/overflowuid): an owner that the user namespace does not map.
 _NOBODY = 65534
-# Extended attributes that an image's layer may have as well.
+# Extended attributes that files in an image's layer may have too.
 _KEPT_XATTRS = ("user.", "security.capability")
-# With these the kernel keeps renamed or changed files by reference to the layers below.
+# The kernel marks a file with these if its content or its original path is in a lower layer.
 _REFERENCES = {"trusted.overlay.redirect", "trusted.overlay.metacopy"}
 
 
 def config_dump(container: Container, image_name: str, runtime: str, now: int) -> dict[str, Any]:
-    """config.dump: which container it was; ``now`` in Unix nanoseconds."""
+    """The content of config.dump: the container's identity; ``now`` in Unix nanoseconds."""
     return {
         "id": container.id,
         "name": container.config.name,
@@ -47,7 +47,7 @@ def config_dump(container: Container, image_name: str, runtime: str, now: int) -
 
 
 def status_dump(container: Container) -> dict[str, Any]:
-    """status: what had become of the container; times in Unix nanoseconds."""
+    """The content of status.dump: the container's state; times in Unix nanoseconds."""
     return {
         "CreatedAt": container.created_at,
         "StartedAt": container.started_at,
@@ -60,10 +60,10 @@ def status_dump(container: Container) -> dict[str, Any]:
 
 
 def write_diff(upper: str, path: str, user: UserNamespace | None, check: Callable[[], None]) -> list[str]:
-    """Write the upper directory of an overlay to ``path`` as an image's layer (image specification, layer.md).
+    """Write the upper directory of an overlay to ``path``, in the format of an image's layer (image spec, layer.md).
 
-    The owners are those that a pod with the user namespace ``user`` sees. Returns what is deleted of the layers below,
-    as paths in the container. Raises OSError, FailedPreconditionError where the diff cannot be whole.
+    The owners are written as a pod with the user namespace ``user`` sees them. Returns the files of lower layers that
+    are deleted, as paths in the container. Raises OSError, and FailedPreconditionError if the diff would be incomplete.
     """
     deleted = []
     with _new_tar(path) as tar:
@@ -78,48 +78,49 @@ def write_diff(upper: str, path: str, user: UserNamespace | None, check: Callabl
             xattrs = {key: os.getxattr(source, key, follow_symlinks=False) for key in keys}
             if xattrs.keys() & _REFERENCES:
                 raise FailedPreconditionError(
-                    f"/{name} is kept by reference to the image's layers, which no checkpoint can hold; set the "
+                    f"/{name} refers to the image's layers, which a checkpoint cannot contain; set the "
                     "overlay module's redirect_dir and metacopy to off"
                 )
             _add(tar, source, name, check, xattrs, user)
-            # The value "x" says that the directory has whiteouts made of attributes, and not that it is opaque.
+            # Only "y" means opaque. "x" means that the directory has whiteouts that are extended attributes.
             if xattrs.get("trusted.overlay.opaque") == b"y":
                 tar.addfile(tarfile.TarInfo(os.path.join(name, ".wh..wh..opq")))
     return sorted(deleted)
 
 
 def write_archive(directory: str, log_path: str, path: str, check: Callable[[], None]) -> None:
-    """Write all that is in ``directory``, and the container's log where there is one, to the existing ``path``.
+    """Write all of ``directory``, and the container's log if it has one, to the existing file ``path``.
 
-    It is on disk afterwards. Raises OSError.
+    The archive is synced to the disk on return. Raises OSError.
     """
     with _new_tar(path) as tar:
         for name, source in _walk(directory):
             _add(tar, source, name, check)
         if log_path and os.path.isfile(log_path):
-            # It may grow meanwhile: as much as it holds when its size is taken is copied.
+            # The log may grow meanwhile. Only the bytes that it had when its size was read are copied.
             _add(tar, log_path, "container.log", check)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def _new_tar(path: str) -> tarfile.TarFile:
-    # pax, for names of any bytes and length, extended attributes, and times of nanoseconds.
+    # pax allows names of any bytes and length, extended attributes, and times in nanoseconds.
     return tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT, encoding="utf-8", copybufsize=_PIECE)
 
 
 def _walk(directory: str) -> Iterator[tuple[str, str]]:
-    """Everything in a directory, by its name below it and a path that is good until the next, however deep it is.
+    """All entries of a directory tree: the path below ``directory``, and a path to open the entry by.
 
-    Directories come before what is in them. Raises FailedPreconditionError for a name that is too long.
+    The second path works at any depth, until the next entry is taken. A directory comes before its entries. Raises
+    FailedPreconditionError for a path that is too long.
     """
     top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for place, entry in file_tree.walk(top):
             name = place.path_of(entry.name)
             if len(name) > _MAX_NAME:
-                words = f"has a path of more than {_MAX_NAME} characters, which no checkpoint can hold"
-                raise FailedPreconditionError(f"{file_tree.shortened(name)!r} {words}")
+                problem = f"has a path of more than {_MAX_NAME} characters, which a checkpoint cannot contain"
+                raise FailedPreconditionError(f"{file_tree.shortened(name)!r} {problem}")
             yield name, f"/proc/self/fd/{place.fd}/{entry.name}"
     finally:
         os.close(top)
@@ -137,13 +138,13 @@ def _add(
     with ExitStack() as stack:
         content = stack.enter_context(_open(source)) if stat.S_ISREG(os.lstat(source).st_mode) else None
         entry = tar.gettarinfo(source, name, content)
-        # There is no way to write a socket, and nothing in it.
+        # It is a socket: tar has no entry for it, and it has no content.
         if entry is None:
             return
-        # The host's names mean nothing in the container.
+        # The user and group names of the host mean nothing in the container.
         entry.uname = entry.gname = ""
         if user is not None:
-            entry.uid, entry.gid = _seen(entry.uid, user.uids), _seen(entry.gid, user.gids)
+            entry.uid, entry.gid = _container_id(entry.uid, user.uids), _container_id(entry.gid, user.gids)
         entry.pax_headers = {
             f"SCHILY.xattr.{key}": value.decode("utf-8", "surrogateescape")
             for key, value in (xattrs or {}).items()
@@ -153,11 +154,11 @@ def _add(
 
 
 def _open(path: str) -> IO[bytes]:
-    """A regular file. Raises OSError for anything else, which a container may have put in its place."""
+    """Open a regular file. Raises OSError for any other kind: the container may have replaced the file."""
     return open(files.open_regular(path, follow=False), "rb")
 
 
-def _seen(host_id: int, ids: IdMapping) -> int:
+def _container_id(host_id: int, ids: IdMapping) -> int:
     offset = host_id - ids.host_id
     return ids.container_id + offset if 0 <= offset < ids.length else _NOBODY
 
@@ -168,7 +169,7 @@ def _rfc3339(at: int) -> str:
 
 
 class _Checked:
-    """A file; each reading of it may be the last."""
+    """A file that calls ``check`` before each read, so that copying it can be ended early."""
 
     def __init__(self, file: IO[bytes], check: Callable[[], None]) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""One run of a program of the node, in bounded time."""
+"""Runs a program of the node, with a time limit."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from shims import tree
 
 
 class Done(NamedTuple):
-    """How a program ended, and what it printed."""
+    """The exit code of a program, and its output."""
 
     code: int
     stdout: bytes
     stderr: bytes
 
     @property
-    def words(self) -> str:
-        """Its error output, for a person."""
+    def message(self) -> str:
+        """Its standard error, as text for people."""
         return self.stderr.decode(errors="replace").strip()
 
 
 async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
-    """Run a program to its end; ``timeout`` in seconds.
+    """Run a program until it ends; ``timeout`` in seconds.
 
-    At the end of its time and with its caller it is killed, with all that it has started. Raises TimeoutError, OSError
-    where it cannot be started.
+    The program and all processes that it has started are killed at the timeout, and when the caller is cancelled.
+    Raises TimeoutError, and OSError if the program cannot be started.
     """
     process = await asyncio.create_subprocess_exec(
         *argv,
@@ -39,6 +39,6 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
             stdout, stderr = await process.communicate(stdin or None)
     finally:
         if process.returncode is None:
-            tree.end(process.pid)  # asyncio reaps it, also where the kernel does not let go of it now
+            tree.end(process.pid)  # asyncio reaps it, also if the kernel ends it only later
     assert process.returncode is not None
     return Done(process.returncode, stdout, stderr)

@@ -1,7 +1,7 @@
-"""What happens to sandboxes and containers, told to everyone who listens as it happens (CRI GetContainerEvents).
+"""The events of sandboxes and containers, sent to all listeners as they happen (CRI GetContainerEvents).
 
-Events are read off the registry: a record that goes from one state to the next is an event, wherever the change
-comes from, and none can be forgotten. Which step tells what is in :mod:`criserver.runtime.lifecycle`.
+The registry is the source of events: each change of a record's state there makes them, whatever code changed it, so none
+can be forgotten. :mod:`criserver.runtime.lifecycle` says which change makes which events.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from criserver.errors import ResourceExhaustedError
-from criserver.runtime.lifecycle import EventType, is_visible, told
+from criserver.runtime.lifecycle import EventType, events_of, is_visible
 from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.registry import Registry
 
-# A listener that is this far behind is cut off: it has to list anew in any case.
+# Events. A listener that is this far behind is disconnected: it has to list everything again in any case.
 MAX_BEHIND = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to ``id``, a container or a sandbox, and its whole pod, as callers saw it just then.
+    """An event of ``id``, a container or a sandbox, and its whole pod as callers saw it at that moment.
 
-    ``at`` is in Unix nanoseconds. A deleted sandbox is in ``sandbox`` as it was last.
+    ``at`` is in Unix nanoseconds. ``sandbox`` of a deleted sandbox is its last record.
     """
 
     id: str
@@ -43,13 +43,13 @@ class Events:
         registry.watch(self._changed)
 
     async def listen(self) -> AsyncIterator[Event]:
-        """All events from now on. Raises ResourceExhaustedError where the listener does not keep up."""
+        """All events from now on. Raises ResourceExhaustedError if the listener is too slow."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._listeners.add(queue)
         try:
             while (event := await queue.get()) is not None:
                 yield event
-            raise ResourceExhaustedError(f"the listener is {MAX_BEHIND} events behind; list anew and listen again")
+            raise ResourceExhaustedError(f"the listener is {MAX_BEHIND} events behind; list all pods and containers, then listen again")
         finally:
             self._listeners.discard(queue)
 
@@ -59,7 +59,7 @@ class Events:
         record = new or old
         assert record is not None
         sandbox = record if isinstance(record, Sandbox) else self._registry.sandbox(record.sandbox_id)
-        for kind in told(None if old is None else old.state, None if new is None else new.state):
+        for kind in events_of(None if old is None else old.state, None if new is None else new.state):
             containers = tuple(c for c in self._registry.containers_of(sandbox.id) if is_visible(c.state))
             event = Event(record.id, kind, time.time_ns(), sandbox, containers)
             for queue in list(self._listeners):

@@ -1,4 +1,4 @@
-"""What a runtime handler can do on this kernel: asked of the runtime and of the kernel, not guessed by version."""
+"""The features of a runtime handler on this node. The runtime and the kernel report them; no version is compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SYS_MOUNT_SETATTR = 442  # the same on every architecture
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a handler offers beyond the ordinary (CRI RuntimeHandlerFeatures)."""
+    """The optional features of a handler (CRI RuntimeHandlerFeatures)."""
 
     recursive_readonly_mounts: bool = False
     idmapped_mounts: bool = False
@@ -27,37 +27,37 @@ class Features:
 
 
 async def probe(runtime: OciRuntime, snapshotter: Snapshotter) -> Features:
-    """What a handler offers on this node; nothing where its runtime does not tell."""
-    found = await ask(runtime)
-    if found is None or not _kernel_has_mount_setattr():
+    """The features of a handler on this node; none of them if its runtime does not report its features."""
+    features = await ask(runtime)
+    if features is None or not _kernel_has_mount_setattr():
         return Features()
-    if found.user_namespaces and (trouble := await snapshotter.idmap_trouble()):
-        log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.handler, error=trouble)
-        return replace(found, user_namespaces=False)
-    return found
+    if features.user_namespaces and (error := await snapshotter.idmap_trouble()):
+        log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.handler, error=error)
+        return replace(features, user_namespaces=False)
+    return features
 
 
 async def ask(runtime: OciRuntime) -> Features | None:
-    """What a runtime says of itself, whatever the node is; None where it is missing or does not tell."""
+    """The features that a runtime reports, whatever the kernel has; None if it is missing or does not report any."""
     try:
-        told = await runtime.features()
+        report = await runtime.features()
     except FailedPreconditionError:
-        log.warning("a runtime handler's program is not there", handler=runtime.handler, path=runtime.path)
+        log.warning("a runtime handler's program does not exist", handler=runtime.handler, path=runtime.path)
         return None
-    if told is None:
-        log.warning("a runtime does not tell its features", handler=runtime.handler, path=runtime.path)
+    if report is None:
+        log.warning("a runtime does not report its features", handler=runtime.handler, path=runtime.path)
         return None
-    linux = told.get("linux", {})
+    linux = report.get("linux", {})
     idmap = linux.get("mountExtensions", {}).get("idmap", {}).get("enabled") is True
     return Features(
-        recursive_readonly_mounts="rro" in told.get("mountOptions", ()),
+        recursive_readonly_mounts="rro" in report.get("mountOptions", ()),
         idmapped_mounts=idmap,
         user_namespaces=idmap and "user" in linux.get("namespaces", ()),
     )
 
 
 def _kernel_has_mount_setattr() -> bool:
-    """Whether mount_setattr(2) is there, which all of these need (Linux 5.12)."""
+    """Whether the kernel has mount_setattr(2) (Linux 5.12), which all of these features need."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall(_SYS_MOUNT_SETATTR, -1, None, 0, None, 0)
     return ctypes.get_errno() != errno.ENOSYS

@@ -1,7 +1,7 @@
-"""What a container's file tree is made of: its root, the volumes of its image, and other images as volumes.
+"""The file tree of a container: its root file system, the volumes of its image, and other images as volumes.
 
-All that is written to lies below the root directory, on disk; what is mounted lies below the container's
-directory, and everything is found again by the container's ID alone.
+Data that containers write is on disk, below the root directory. Mounts are below the container's directory. The
+container's ID is enough to find all of it again.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
 
-# Seconds.
+# Seconds that looking up a host path may take.
 HOST_PATH_TIMEOUT = 20.0
-# Where the runtime mounts what the kernel shows. What an image has there would hide it, and hides nothing instead.
-_THE_KERNELS = ("dev", "proc", "sys")
-_MAX_LINKS = 40  # as the kernel follows (path_resolution(7))
-# Of its own: threads that a dead file system holds must not be those that unmounts and deletions need.
+# The runtime mounts the kernel's file systems here. An image's volume in one of them would hide it, so it is ignored.
+_KERNEL_DIRECTORIES = ("dev", "proc", "sys")
+_MAX_LINKS = 40  # as many as the kernel follows (path_resolution(7))
+# A dead file system may hold these threads for ever. Unmounts and deletions need threads too, so they have others.
 _host_paths = Threads(8, "host-paths")
 _copies = Threads(4, "volumes")
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
-    """Mount the container's root file system, the image with a writable layer over it; where it is mounted."""
+    """Mount the container's root file system: the image with a writable layer over it. Return the mount point."""
     rootfs = make_directory(node, container.id, node.registry.sandbox(container.sandbox_id).config)
     await _mount(node, container, container.id, image, rootfs)
     return rootfs
 
 
 def make_directory(node: Node, key: str, config: PodConfig) -> str:
-    """Make a container's directory with a place for its root file system, and return that.
+    """Make a container's directory with a mount point for its root file system, and return the mount point.
 
-    Nobody but root looks into it: it has environment variables, and the set-user-ID programs of images. The root
-    user of a user namespace has to get through to its file system, and no further (see passage.py).
+    Only root can open the directory: it has environment variables, and images' set-user-ID programs. The root user of a
+    user namespace may pass through it to its root file system, but not list it (see passage.py).
     """
     directory, rootfs = node.container_dir(key), node.rootfs(key)
     files.make_private(os.path.dirname(directory))
     os.mkdir(directory, 0o700)
     if config.namespaces.user is not None:
         acl.let_pass(directory, {config.namespaces.user.uids.host_id})
-    os.mkdir(rootfs, 0o711)  # the infra process is not root's, and has this for its root
+    os.mkdir(rootfs, 0o711)  # the infra process has this as its root directory, and does not run as root
     if config.namespaces.user is not None:
         os.chown(rootfs, config.namespaces.user.uids.host_id, config.namespaces.user.gids.host_id)
     return rootfs
 
 
 async def _mount(node: Node, container: Container, key: str, image: Image, point: str) -> None:
-    """Make a writable snapshot of an image and mount it, its owners mapped where the pod has a user namespace."""
+    """Make a writable snapshot of an image and mount it; if the pod has a user namespace, owners are mapped."""
     sandbox = node.registry.sandbox(container.sandbox_id)
     user = sandbox.config.namespaces.user
     pinned = None if user is None else user_pin(node, container.sandbox_id)
@@ -79,26 +79,29 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
 
 
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
-    """The container's mounts with real paths of the host, and those that its image asks for before them.
+    """The image's volumes, followed by the container's mounts, all with resolved paths.
 
-    Where they come to lie is said without the image's links. Raises NotFoundError for an image or path in it that is
-    not there, InvalidArgumentError for a host path that cannot be made.
+    1. Container paths are resolved through the image's links.
+    2. Host paths are resolved through the node's links.
+
+    Raises NotFoundError if an image, or a path in it, does not exist, InvalidArgumentError if a host path cannot be
+    made.
     """
-    wanted = container.config.mounts
-    paths = [*(m.container_path for m in wanted), *image.config.volumes]
-    places = await asyncio.to_thread(_places, rootfs, paths) if paths else {}
-    found = []
-    for number, mount in enumerate(wanted):
-        mount = dataclasses.replace(mount, container_path=places[mount.container_path])
+    requested = container.config.mounts
+    paths = [*(m.container_path for m in requested), *image.config.volumes]
+    resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths) if paths else {}
+    resolved = []
+    for number, mount in enumerate(requested):
+        mount = dataclasses.replace(mount, container_path=resolved_paths[mount.container_path])
         if mount.image:
             path = await _mount_image(node, container, number, mount)
-            found.append(dataclasses.replace(mount, host_path=path, guarded=True))
+            resolved.append(dataclasses.replace(mount, host_path=path, guarded=True))
         else:
-            found.append(await _resolved_in_time(mount))
-    covered = {mount.container_path for mount in found}
+            resolved.append(await _resolved_in_time(mount))
+    covered = {mount.container_path for mount in resolved}
     volumes = []
-    for number, volume in enumerate(sorted({places[volume] for volume in image.config.volumes} - covered)):
-        if volume == "/" or volume.split("/")[1] in _THE_KERNELS:
+    for number, volume in enumerate(sorted({resolved_paths[volume] for volume in image.config.volumes} - covered)):
+        if volume == "/" or volume.split("/")[1] in _KERNEL_DIRECTORIES:
             continue
         path = os.path.join(_volumes_dir(node, container.id), str(number))
         await _copy_up(rootfs, volume, path)
@@ -109,26 +112,26 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
                 readonly=False,
                 propagation=Propagation.PRIVATE,
                 selinux_relabel=True,
-                # A privileged container may have the root file systems of containers of its own there.
+                # A privileged container may run containers itself and have their root file systems in the volume.
                 guarded=not container.config.security.privileged,
             )
         )
-    return (*volumes, *found)
+    return (*volumes, *resolved)
 
 
-def _places(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
-    """Where paths of the container lead through the links of its image, as the OCI runtime finds it. Blocks.
+def _resolve_in_image(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
+    """The real path of each container path, through the image's links, as the OCI runtime resolves them. Blocks.
 
-    Raises FailedPreconditionError for links without end.
+    Raises FailedPreconditionError for links that lead in a circle.
     """
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return {path: _place(root, path) for path in paths}
+        return {path: _resolve_path(root, path) for path in paths}
     finally:
         os.close(root)
 
 
-def _place(root: int, path: str) -> str:
+def _resolve_path(root: int, path: str) -> str:
     todo, here, links = path.split("/")[::-1], list[str](), 0
     while todo:
         part = todo.pop()
@@ -138,27 +141,27 @@ def _place(root: int, path: str) -> str:
             try:
                 target = os.readlink("/".join([*here, part]), dir_fd=root)
             except OSError:
-                here.append(part)  # no link, or nothing yet
+                here.append(part)  # it is no link, or does not exist yet
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise FailedPreconditionError(f"mount {path}: the image has links there that lead in a circle")
+                raise FailedPreconditionError(f"mount {path}: the image has links in this path that lead in a circle")
             here = [] if target.startswith("/") else here
             todo += target.split("/")[::-1]
     return "/" + "/".join(here)
 
 
 async def unmount(node: Node, container_id: str) -> None:
-    """Unmount all file systems of a container that does not run; what is not mounted is no error."""
+    """Unmount all file systems of a container that does not run; they may be unmounted already."""
     for point in (*mounts.mounts_below(node.container_dir(container_id)), node.rootfs(container_id)):
         await node.snapshotter.unmount(point)
 
 
 async def discard(node: Node, container_id: str) -> None:
-    """Unmount and delete all that a container's files are; what is gone, or was never made, is no error.
+    """Unmount and delete all files of a container; they may be gone already, or may never have been made.
 
-    The bundle goes last, as what is mounted is found below it. Raises CriError for what cannot be unmounted or deleted;
-    the next attempt goes on from there.
+    The container's directory is deleted last, because the mounts are found below it. Raises CriError if something cannot
+    be unmounted or deleted; another call then continues from there.
     """
     try:
         await unmount(node, container_id)
@@ -172,7 +175,7 @@ async def discard(node: Node, container_id: str) -> None:
 
 
 async def delete(path: str) -> None:
-    """Delete a file or directory tree that containers may have written to. Raises CriError with what hinders it."""
+    """Delete a file or directory tree that containers may have written to. Raises CriError with the reason."""
     try:
         await asyncio.to_thread(removal.remove_path, path)
     except OSError as e:
@@ -180,12 +183,12 @@ async def delete(path: str) -> None:
 
 
 def owner(key: str) -> str:
-    """The container that a snapshot or volume directory belongs to, by its key."""
+    """The ID of the container to which a snapshot or a directory of volumes belongs, from its key."""
     return key.partition(".")[0]
 
 
 def volumes_root(node: Node) -> str:
-    """Where the volumes of images are, a directory a container."""
+    """The directory of images' volumes; each container has a directory in it."""
     return os.path.join(node.config.root, "volumes")
 
 
@@ -194,7 +197,7 @@ def _volumes_dir(node: Node, container_id: str) -> str:
 
 
 async def _resolved_in_time(mount: Mount) -> Mount:
-    """:func:`_resolved` where it holds up nobody else: a dead network file system answers never."""
+    """Call :func:`_resolved` in a thread, with a timeout: a dead network file system never answers."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(HOST_PATH_TIMEOUT):
@@ -206,27 +209,27 @@ async def _resolved_in_time(mount: Mount) -> Mount:
 
 
 def _resolved(mount: Mount) -> Mount:
-    """The mount with links of the host resolved; a directory that is not there is made, as hostPath expects."""
+    """The mount with the node's links resolved. A missing directory is made, as hostPath volumes expect."""
     real = os.path.realpath(mount.host_path)
     _check_propagation(mount, real)
     if not os.path.lexists(real):
         try:
             os.makedirs(real, mode=0o755)
         except OSError as e:
-            words = f"mount {mount.container_path}: host path {mount.host_path}: {e.strerror}"
-            raise InvalidArgumentError(words) from e
+            message = f"mount {mount.container_path}: host path {mount.host_path} cannot be made: {e.strerror}"
+            raise InvalidArgumentError(message) from e
     return dataclasses.replace(mount, host_path=real)
 
 
 def _check_propagation(mount: Mount, path: str) -> None:
-    """Raises FailedPreconditionError where mounts cannot travel as is asked: the host's own mount has to take part."""
+    """Raises FailedPreconditionError if the node's mount at ``path`` cannot propagate mounts as requested."""
     if mount.propagation is Propagation.PRIVATE:
         return
     while not os.path.lexists(path):
-        path = os.path.dirname(path)  # it will be made in there
+        path = os.path.dirname(path)  # the missing directory will be made in this one
     point, tags = mounts.mount_of(path)
-    wanted = ("shared:",) if mount.propagation is Propagation.BIDIRECTIONAL else ("shared:", "master:")
-    if not any(tag.startswith(wanted) for tag in tags):
+    suitable = ("shared:",) if mount.propagation is Propagation.BIDIRECTIONAL else ("shared:", "master:")
+    if not any(tag.startswith(suitable) for tag in tags):
         raise FailedPreconditionError(
             f"mount {mount.container_path}: propagation {mount.propagation.name} of {path} needs a shared mount, and "
             f"{point} is not one; run `mount --make-rshared {point}` on the node"
@@ -234,9 +237,10 @@ def _check_propagation(mount: Mount, path: str) -> None:
 
 
 async def _mount_image(node: Node, container: Container, number: int, mount: Mount) -> str:
-    """Mount another image for the container to see; the path of what it is to see.
+    """Mount another image for the container. Return the path, in the mounted image, that the container will see.
 
-    A writable snapshot of its own, that nobody writes to, keeps the image's layers for as long as it is used.
+    The mount has a writable snapshot of its own, though nothing writes to it: the snapshot keeps the image's layers from
+    being deleted while they are used.
     """
     image = node.images.get(mount.image)
     if image is None:
@@ -260,7 +264,7 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
 
 
 async def _copy_up(rootfs: str, volume: str, target: str) -> None:
-    """Make a volume with what the image has at its place: content, owners, modes and attributes."""
+    """Make a volume with what the image has at its path: content, owners, modes and extended attributes."""
     files.make_private(os.path.dirname(target))
     os.mkdir(target, 0o755)
     try:
@@ -281,12 +285,12 @@ async def _copy_up(rootfs: str, volume: str, target: str) -> None:
 
 
 async def _copy(source: int, target: str) -> None:
-    """Copy a directory, by a path descriptor, in a thread; where the caller is cancelled, that has ended."""
-    cut = threading.Event()
+    """Copy a directory, given by a path descriptor, in a thread. A cancelled caller waits until the thread has ended."""
+    cancelled = threading.Event()
 
     def check() -> None:
-        if cut.is_set():
-            raise InterruptedError("its container is not wanted any more")
+        if cancelled.is_set():
+            raise InterruptedError("the creation of its container was cancelled")
 
     def work() -> None:
         with ExitStack() as stack:
@@ -300,13 +304,13 @@ async def _copy(source: int, target: str) -> None:
     try:
         await outlive(copying)
     except asyncio.CancelledError:
-        cut.set()
+        cancelled.set()
         await asyncio.wait([copying])
         raise
 
 
 def _open_inside(root: str, path: str) -> int:
-    """A path descriptor of something in an image; links in the image never lead out of it. Raises OSError."""
+    """A path descriptor of a file or directory in an image; links cannot lead out of the image. Raises OSError."""
     directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return mounts.openat2(directory, path.lstrip("/") or ".", os.O_PATH, mounts.RESOLVE_IN_ROOT)

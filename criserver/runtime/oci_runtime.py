@@ -95,7 +95,7 @@ class OciRuntime:
             return
         # The container's shim may have been as quick with the same. Then there is nothing left to delete.
         if done.code and self.has(container_id):
-            log.warning("runtime delete failed", container=container_id, error=done.words)
+            log.warning("runtime delete failed", container=container_id, error=done.message)
 
     async def update(self, container_id: str, cgroup_parent: str, resources: Mapping[str, object]) -> None:
         """Set limits of a running container: ``resources`` is LinuxResources of the runtime specification.
@@ -110,7 +110,7 @@ class OciRuntime:
                 f"{self.path} did not update {container_id} within {_UPDATE_TIMEOUT:g} s"
             ) from None
         if done.code:
-            lines = done.words.splitlines() or ["it left no message"]
+            lines = done.message.splitlines() or ["it left no message"]
             raise FailedPreconditionError(f"container {container_id} cannot be given these limits: {lines[-1]}")
 
     async def features(self) -> dict[str, Any] | None:
