@@ -322,8 +322,9 @@ def _freezer(cgroup: str) -> _Freezer:
 def freeze(cgroup: str, wait: Callable[[float], None]) -> None:
     """Freeze all processes of a cgroup: none of them runs on return. Blocks.
 
-    The caller must thaw the cgroup afterwards, also after an error. ``wait`` sleeps for a number of seconds; it raises an error to end the attempt. Raises FailedPreconditionError if
-    the cgroup is gone, or has a process that cannot be frozen.
+    The caller must thaw the cgroup afterwards, also after an error. ``wait`` sleeps for a number of seconds; it raises
+    an error to end the attempt. Raises FailedPreconditionError if the cgroup is gone, or has a process that cannot be
+    frozen.
     """
     freezer = _freezer(cgroup)
     try:

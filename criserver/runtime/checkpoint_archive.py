@@ -1,7 +1,7 @@
 """The parts of a checkpoint's archive, with the names and formats that checkpointctl reads.
 
-The functions block: call them in a thread. They call ``check`` now and then; it raises an error to end the work early. The
-file trees belong to a container, so no link in them is followed.
+The functions block: call them in a thread. They call ``check`` now and then; it raises an error to end the work early.
+The file trees belong to a container, so no link in them is followed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def config_dump(container: Container, image_name: str, runtime: str, now: int) -
 
 
 def status_dump(container: Container) -> dict[str, Any]:
-    """The content of status.dump: the container's state; times in Unix nanoseconds."""
+    """The content of the file "status": the container's state; times in Unix nanoseconds."""
     return {
         "CreatedAt": container.created_at,
         "StartedAt": container.started_at,

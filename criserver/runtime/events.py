@@ -1,7 +1,7 @@
 """The events of sandboxes and containers, sent to all listeners as they happen (CRI GetContainerEvents).
 
-The registry is the source of events: each change of a record's state there makes them, whatever code changed it, so none
-can be forgotten. :mod:`criserver.runtime.lifecycle` says which change makes which events.
+The registry is the source of events: each change of a record's state there makes them, whatever code changed it, so
+none can be forgotten. :mod:`criserver.runtime.lifecycle` says which change makes which events.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Events:
         try:
             while (event := await queue.get()) is not None:
                 yield event
-            raise ResourceExhaustedError(f"the listener is {MAX_BEHIND} events behind; list all pods and containers, then listen again")
+            raise ResourceExhaustedError(
+                f"the listener is {MAX_BEHIND} events behind; list all pods and containers, then listen again"
+            )
         finally:
             self._listeners.discard(queue)
 

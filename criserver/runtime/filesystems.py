@@ -160,8 +160,8 @@ async def unmount(node: Node, container_id: str) -> None:
 async def discard(node: Node, container_id: str) -> None:
     """Unmount and delete all files of a container; they may be gone already, or may never have been made.
 
-    The container's directory is deleted last, because the mounts are found below it. Raises CriError if something cannot
-    be unmounted or deleted; another call then continues from there.
+    The container's directory is deleted last, because the mounts are found below it. Raises CriError if something
+    cannot be unmounted or deleted; another call then continues from there.
     """
     try:
         await unmount(node, container_id)
@@ -239,8 +239,8 @@ def _check_propagation(mount: Mount, path: str) -> None:
 async def _mount_image(node: Node, container: Container, number: int, mount: Mount) -> str:
     """Mount another image for the container. Return the path, in the mounted image, that the container will see.
 
-    The mount has a writable snapshot of its own, though nothing writes to it: the snapshot keeps the image's layers from
-    being deleted while they are used.
+    The mount has a writable snapshot of its own, though nothing writes to it: the snapshot keeps the image's layers
+    from being deleted while they are used.
     """
     image = node.images.get(mount.image)
     if image is None:
@@ -285,7 +285,7 @@ async def _copy_up(rootfs: str, volume: str, target: str) -> None:
 
 
 async def _copy(source: int, target: str) -> None:
-    """Copy a directory, given by a path descriptor, in a thread. A cancelled caller waits until the thread has ended."""
+    """Copy a directory, given by a path descriptor, in a thread. A cancelled caller waits for the end of the thread."""
     cancelled = threading.Event()
 
     def check() -> None:

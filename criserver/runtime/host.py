@@ -1,4 +1,4 @@
-"""Facts of this host that containers depend on: capabilities, the OOM score, device nodes."""
+"""Facts of this host that containers depend on: AppArmor, limits, capabilities, the OOM score, device nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from criserver.errors import InvalidArgumentError
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.huge_pages import huge_page_sizes
 
-# By number, from 0 (capabilities(7), linux/capability.h).
+# In the order of their numbers, from 0 (capabilities(7), linux/capability.h).
 _CAPABILITIES = (
     "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE "
     "NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT "
@@ -20,12 +20,12 @@ _CAPABILITIES = (
     "PERFMON BPF CHECKPOINT_RESTORE "
 ).split()
 
-# Nodes of /dev that a container gets its own of, or that are the host's business alone.
+# Entries of /dev that a privileged container does not get from the host: it has its own, or only the host uses them.
 _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc", ".lxd-mounts"})
 
 
 def apparmor_profiles() -> frozenset[str] | None:
-    """The names of the AppArmor profiles that are loaded, None where the kernel does not enforce any."""
+    """The names of the loaded AppArmor profiles; None if the kernel does not enforce AppArmor."""
     try:
         with open("/sys/module/apparmor/parameters/enabled") as f:
             if f.read().strip() != "Y":
@@ -38,15 +38,15 @@ def apparmor_profiles() -> frozenset[str] | None:
 
 @cache
 def open_files() -> tuple[int, int]:
-    """The soft and hard limit of descriptors that the daemon was started with, which is what containers are to have.
+    """The soft and hard limit of open files that the daemon was started with. Containers get the same limits.
 
-    A soft limit is low for the sake of programs that use select(2), or go through all numbers that there could be.
+    The soft limit is low because of programs that use select(2), or loop over all possible descriptors.
     """
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def raise_open_files() -> None:
-    """Take as many descriptors as we may."""
+    """Raise the daemon's own soft limit of open files to the hard limit."""
     _, hard = open_files()
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -55,8 +55,8 @@ def raise_open_files() -> None:
 def facts() -> HostFacts:
     """The host's facts, read once.
 
-    The kernel refuses an OOM score below the writer's own without CAP_SYS_RESOURCE (proc(5),
-    oom_score_adj), and runc then dies without a word, so the daemon's own score is the floor there.
+    Without CAP_SYS_RESOURCE the kernel refuses an OOM score below the writer's own (proc(5), oom_score_adj), and runc
+    then ends without a message. So the daemon's own score is the lowest that containers get in this case.
     """
     bounding = _status_mask("CapBnd")
     known = tuple(f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding >> bit & 1)
@@ -83,7 +83,7 @@ def _can_limit_hugepages() -> bool:
 
 
 def _has_swap_accounting() -> bool:
-    """Whether the kernel counts swap by cgroup: version 1 in every memory cgroup, 2 in each but the root."""
+    """Whether the kernel counts swap for each cgroup: version 1 shows it in all cgroups, version 2 not in the root."""
     if os.path.exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"):
         return True
     with open("/proc/self/cgroup") as f:
@@ -100,19 +100,19 @@ def _status_mask(field: str) -> int:
 
 
 def device_node(host_path: str, container_path: str) -> DeviceNode:
-    """The node at ``host_path`` as the container is to see it. Raises InvalidArgumentError where it is none."""
+    """The host's node at ``host_path``, for ``container_path``. Raises InvalidArgumentError if it is no device node."""
     try:
-        found = os.stat(host_path)
+        status = os.stat(host_path)
     except OSError as e:
         raise InvalidArgumentError(f"device {host_path}: {e.strerror}") from e
-    if not (stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise InvalidArgumentError(f"device {host_path} is not a device node")
-    return _node(found, container_path)
+    return _node(status, container_path)
 
 
 def all_devices() -> list[DeviceNode]:
     """Every device node of the host's /dev, for a privileged container."""
-    found = []
+    nodes = []
     pending = ["/dev"]
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -123,27 +123,27 @@ def all_devices() -> list[DeviceNode]:
                     pending.append(entry.path)
                     continue
                 try:
-                    node = entry.stat(follow_symlinks=False)
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
-                    continue  # a device may go at any moment
-                if stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode):
-                    found.append(_node(node, entry.path))
-    return found
+                    continue  # a device may be removed at any moment
+                if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                    nodes.append(_node(status, entry.path))
+    return nodes
 
 
-def _node(found: os.stat_result, path: str) -> DeviceNode:
+def _node(status: os.stat_result, path: str) -> DeviceNode:
     return DeviceNode(
         path=path,
-        kind="c" if stat.S_ISCHR(found.st_mode) else "b",
-        major=os.major(found.st_rdev),
-        minor=os.minor(found.st_rdev),
-        mode=found.st_mode,
-        uid=found.st_uid,
-        gid=found.st_gid,
+        kind="c" if stat.S_ISCHR(status.st_mode) else "b",
+        major=os.major(status.st_rdev),
+        minor=os.minor(status.st_rdev),
+        mode=status.st_mode,
+        uid=status.st_uid,
+        gid=status.st_gid,
     )
 
 
 def is_own_namespace(fd: int, kind: str) -> bool:
-    """Whether a descriptor is of the namespace that the daemon itself is in (namespaces(7), /proc/PID/ns)."""
-    found, own = os.fstat(fd), os.stat(f"/proc/self/ns/{kind}")
-    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+    """Whether a descriptor refers to the daemon's own namespace of this kind (namespaces(7), /proc/PID/ns)."""
+    other, own = os.fstat(fd), os.stat(f"/proc/self/ns/{kind}")
+    return (other.st_dev, other.st_ino) == (own.st_dev, own.st_ino)

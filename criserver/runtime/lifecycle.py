@@ -1,7 +1,7 @@
-"""The life of a pod sandbox and of a container: their states, and every step from one to another.
+"""The states of a pod sandbox and of a container, every step from one state to another, and the events of each step.
 
-The registry refuses a step that is not in this table, and the events that callers are told are read off it. No state
-is passed over: a container that has run and ended before anybody looked is RUNNING first, and EXITED then.
+The registry refuses a step that is not in this table. No state is skipped: a container that has ended before the daemon
+learned of its start becomes RUNNING first, and then EXITED.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class SandboxState(enum.Enum):
-    """Where a sandbox is in its life. CREATING and REMOVING are intentions: start-up rolls them back or on."""
+    """The state of a sandbox. When the daemon starts, it rolls CREATING back and finishes REMOVING."""
 
     CREATING = "creating"
     READY = "ready"
@@ -21,7 +21,7 @@ class SandboxState(enum.Enum):
 
 
 class ContainerState(enum.Enum):
-    """Where a container is in its life. CREATING, STARTING and REMOVING are intentions."""
+    """The state of a container. When the daemon starts, it rolls CREATING back and finishes STARTING and REMOVING."""
 
     CREATING = "creating"
     CREATED = "created"
@@ -45,53 +45,53 @@ State = SandboxState | ContainerState
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What takes a record from one state to the next, and what listeners are told of it, in this order.
+    """One step of a record from a state to another: its reason, and the events for listeners, in this order.
 
-    ``old`` is None where there is no record yet, ``new`` where there is none any more.
+    ``old`` is None if there is no record before the step, ``new`` is None if there is none after it.
     """
 
     old: State | None
-    what: str
+    reason: str
     new: State | None
-    told: tuple[EventType, ...] = ()
+    events: tuple[EventType, ...] = ()
 
 
 def _sandbox_steps() -> tuple[Step, ...]:
-    state, told = SandboxState, EventType
+    state, event = SandboxState, EventType
     return (
-        Step(None, "it is asked for", state.CREATING),
-        Step(state.CREATING, "all of it is there", state.READY, (told.CREATED, told.STARTED)),
-        Step(state.CREATING, "it cannot be made, and is undone", None),
-        # From here on callers see it, as they are to remove it.
-        Step(state.CREATING, "it cannot be made, nor undone", state.NOT_READY, (told.CREATED, told.STOPPED)),
-        Step(state.CREATING, "it is removed with what could not be undone", state.REMOVING, (told.CREATED,)),
-        Step(state.READY, "it is stopped, or has lost its namespaces", state.NOT_READY, (told.STOPPED,)),
-        Step(state.READY, "it is removed", state.REMOVING, (told.STOPPED,)),
+        Step(None, "RunPodSandbox begins", state.CREATING),
+        Step(state.CREATING, "it is complete", state.READY, (event.CREATED, event.STARTED)),
+        Step(state.CREATING, "making it failed, and it was cleaned up", None),
+        # Callers see the sandbox from here on, so that they can remove it.
+        Step(state.CREATING, "making it and cleaning up failed", state.NOT_READY, (event.CREATED, event.STOPPED)),
+        Step(state.CREATING, "it is removed after a failed clean-up", state.REMOVING, (event.CREATED,)),
+        Step(state.READY, "it is stopped, or its namespaces are gone", state.NOT_READY, (event.STOPPED,)),
+        Step(state.READY, "it is removed", state.REMOVING, (event.STOPPED,)),
         Step(state.NOT_READY, "it is removed", state.REMOVING),
-        Step(state.REMOVING, "nothing of it is left", None, (told.DELETED,)),
+        Step(state.REMOVING, "nothing of it is left", None, (event.DELETED,)),
     )
 
 
 def _container_steps() -> tuple[Step, ...]:
-    state, told = ContainerState, EventType
+    state, event = ContainerState, EventType
     return (
-        Step(None, "it is asked for", state.CREATING),
-        Step(state.CREATING, "all of it is there", state.CREATED, (told.CREATED,)),
-        Step(state.CREATING, "it cannot be made, and is undone", None),
-        # From here on callers see it, as they are to remove it.
-        Step(state.CREATING, "it cannot be made, nor undone", state.EXITED, (told.CREATED, told.STOPPED)),
-        Step(state.CREATING, "it is removed with what could not be undone", state.REMOVING, (told.CREATED,)),
-        Step(state.CREATED, "its start begins", state.STARTING),
-        Step(state.CREATED, "a reboot has taken its files", state.EXITED, (told.STOPPED,)),
+        Step(None, "CreateContainer begins", state.CREATING),
+        Step(state.CREATING, "it is complete", state.CREATED, (event.CREATED,)),
+        Step(state.CREATING, "making it failed, and it was cleaned up", None),
+        # Callers see the container from here on, so that they can remove it.
+        Step(state.CREATING, "making it and cleaning up failed", state.EXITED, (event.CREATED, event.STOPPED)),
+        Step(state.CREATING, "it is removed after a failed clean-up", state.REMOVING, (event.CREATED,)),
+        Step(state.CREATED, "StartContainer begins", state.STARTING),
+        Step(state.CREATED, "its mounts are gone after a reboot", state.EXITED, (event.STOPPED,)),
         Step(state.CREATED, "it is removed", state.REMOVING),
-        Step(state.STARTING, "its process runs", state.RUNNING, (told.STARTED,)),
-        # Told without a start, which there was not: an evented kubelet looks at the container then.
-        Step(state.STARTING, "its start has failed, or nobody knows how it went", state.EXITED, (told.STOPPED,)),
+        Step(state.STARTING, "its process runs", state.RUNNING, (event.STARTED,)),
+        # There was no start, so there is no STARTED. STOPPED makes an evented kubelet look at the container.
+        Step(state.STARTING, "its start has failed, or its outcome is unknown", state.EXITED, (event.STOPPED,)),
         Step(state.STARTING, "it is removed", state.REMOVING),
-        Step(state.RUNNING, "its process has ended", state.EXITED, (told.STOPPED,)),
-        Step(state.RUNNING, "it is removed", state.REMOVING, (told.STOPPED,)),
+        Step(state.RUNNING, "its process has ended", state.EXITED, (event.STOPPED,)),
+        Step(state.RUNNING, "it is removed", state.REMOVING, (event.STOPPED,)),
         Step(state.EXITED, "it is removed", state.REMOVING),
-        Step(state.REMOVING, "nothing of it is left", None, (told.DELETED,)),
+        Step(state.REMOVING, "nothing of it is left", None, (event.DELETED,)),
     )
 
 
@@ -104,16 +104,16 @@ _HIDDEN = (SandboxState.CREATING, ContainerState.CREATING)
 
 
 def is_allowed(old: State | None, new: State | None) -> bool:
-    """Whether a record may go from ``old`` to ``new``, or stay what it is; None is no record."""
+    """Whether a record may go from ``old`` to ``new``, or stay in its state; None stands for no record."""
     return (old, new) in _STEPS or (old is new and old is not None)
 
 
-def told(old: State | None, new: State | None) -> tuple[EventType, ...]:
-    """What listeners are told of the step, in this order; nothing where a record stays in its state."""
+def events_of(old: State | None, new: State | None) -> tuple[EventType, ...]:
+    """The events of a step, in this order; none if the record stays in its state."""
     step = _STEPS.get((old, new))
-    return () if step is None else step.told
+    return () if step is None else step.events
 
 
 def is_visible(state: State) -> bool:
-    """Whether callers see a record in this state. What is still being made may yet come to nothing."""
+    """Whether callers see a record in this state. They do not while it is being made, as that may still fail."""
     return state not in _HIDDEN

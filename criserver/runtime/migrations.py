@@ -1,9 +1,11 @@
-"""Stored records of earlier releases, brought forward.
+"""Converts stored records of earlier releases to the version of this release.
 
-Each entry is a function that takes the fields of a record of version N, counted from 1 by its place, and returns those
-of version N + 1. It takes the fields as JSON has them and knows nothing of today's classes. Whatever changes what is
-stored, a new state or one more field too, is one more entry; a released entry is never edited. Records of 0.1 have no
-version in them: they are version 1.
+SANDBOX and CONTAINER are lists of functions. Function N, counted from 1, takes the fields of a record of version N, as
+JSON has them, and returns those of version N + 1. Records of release 0.1 have no version in them: they are version 1.
+
+1. A function does not use the classes of today, as these will change.
+2. Each change of the stored form is one more function. A new state or a new field is such a change too.
+3. A function that was released is never edited.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ CONTAINER: tuple[Migration, ...] = ()
 
 
 class NewerError(Exception):
-    """The record is of a version that only a newer criserver knows."""
+    """The record has a version that only a newer criserver knows."""
 
 
 def newest(migrations: Sequence[Migration]) -> int:
-    """The version that today's records have."""
+    """The version of the records that this release writes."""
     return len(migrations) + 1
 
 
 def bring_forward(fields: Fields, migrations: Sequence[Migration]) -> Fields:
-    """The fields as today's records have them, without the version. Raises NewerError, ValueError for no version."""
+    """The fields in the form of this release, without the version. Raises NewerError; ValueError for a bad version."""
     fields = dict(fields)
     version = fields.pop("version", 1)
     if type(version) is not int or version < 1:

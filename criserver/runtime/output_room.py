@@ -1,27 +1,30 @@
-"""What the outputs of commands may occupy in the daemon's memory, all ExecSync calls under way together.
+"""A limit on the daemon's memory for the outputs of commands, over all ExecSync calls under way.
 
-A pod's author chooses what a probe prints, and how many probes there are. Each output has a small part that is its own,
-enough for whoever reads it (the kubelet takes 10 KiB of a probe's); beyond that all share one room. What finds none is
-dropped, as what goes beyond the limit of one answer is: the command and its exit code are not affected.
+A pod's author chooses what a probe prints, and how many probes there are.
+
+1. Each output may use OWN bytes. This is enough for the kubelet, which reads 10 KiB of a probe's output.
+2. Beyond that all outputs share ROOM bytes.
+3. One output may have MAX_OUTPUT bytes.
+
+Output beyond these limits is dropped. The command and its exit code are not affected.
 """
 
 from __future__ import annotations
 
-# Bytes: in common, of each output by itself, and of each at most: a gRPC answer of the kubelet's limit holds 16 MiB in
-# all.
+# Bytes. The kubelet accepts a gRPC answer of 16 MiB, which holds two outputs of MAX_OUTPUT.
 ROOM = 64 << 20
 OWN = 64 << 10
 MAX_OUTPUT = (8 << 20) - 1024
 
 
 class OutputRoom:
-    """The room that is left."""
+    """The bytes of the shared memory that are left."""
 
     def __init__(self, size: int = ROOM) -> None:
         self.left = size
 
     def take(self, wanted: int) -> int:
-        """Take up to ``wanted`` bytes of it; how many there were."""
+        """Reserve up to ``wanted`` bytes. Return how many were reserved."""
         taken = min(wanted, self.left)
         self.left -= taken
         return taken
@@ -31,7 +34,7 @@ class OutputRoom:
 
 
 class Collected:
-    """What a command has written to one of its outputs. ``cut`` is true where there was more than was kept."""
+    """One output of a command. ``cut`` is true if a part of it was dropped."""
 
     def __init__(self, room: OutputRoom) -> None:
         self._room = room
@@ -40,19 +43,19 @@ class Collected:
         self.cut = False
 
     async def room(self) -> None:
-        """What is too much is dropped."""
+        """The command never waits for room: output that is too much is dropped."""
 
     async def write(self, data: bytes) -> None:
-        most = OWN + self._taken - len(self.data)
-        wanted = min(len(data), MAX_OUTPUT - len(self.data))
-        if wanted > most:
-            more = self._room.take(wanted - most)
+        reserved = OWN + self._taken - len(self.data)
+        size = min(len(data), MAX_OUTPUT - len(self.data))
+        if size > reserved:
+            more = self._room.take(size - reserved)
             self._taken += more
-            wanted = most + more
-        self.data += memoryview(data)[:wanted]
-        self.cut = self.cut or wanted < len(data)
+            size = reserved + more
+        self.data += memoryview(data)[:size]
+        self.cut = self.cut or size < len(data)
 
     def release(self) -> None:
-        """Give the room back; what was collected is the caller's to let go of soon."""
+        """Give the shared bytes back. The caller must drop ``data`` soon, as it still occupies them."""
         self._room.give_back(self._taken)
         self._taken = 0

@@ -1,8 +1,8 @@
-"""From the kubelet's messages to this room's values: every field is taken over, none is dropped.
+"""Converts the kubelet's messages to the values of ``criserver.model``. It reads every field, and refuses nothing.
 
-Every message of the right type has a value, on any host: records are read by this too, and a pod that runs must not be
-lost because a later release, or another kernel, would refuse it. What is refused before anything is made says
-``refusals.py``; where such a thing is read all the same, it has the strictest meaning that there is.
+Any message gives a value, on any host. Stored records are read by this too, and a pod that runs must not be lost
+because a later release, or another kernel, would refuse its message. ``refusals.py`` refuses bad requests before
+anything is made. A bad value that is read from a record nevertheless gets the strictest meaning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from criserver.model import (
 from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
-# What the numbers of CRI's enumerations mean; a later CRI may have more of them.
+# The meaning of the numbers of CRI's enumerations. A later version of CRI may have more numbers.
 MODES = {
     cri.POD: NamespaceMode.POD,
     cri.CONTAINER: NamespaceMode.CONTAINER,
@@ -50,9 +50,9 @@ PROFILES = {
 }
 STRICT = {cri.Merge: False, cri.Strict: True}
 SIGNALS = {number: "" if number == cri.RUNTIME_DEFAULT else name for name, number in cri.Signal.items()}
-# The deprecated apparmor_profile and seccomp_profile_path, but for localhost/NAME and localhost/PATH.
-APPARMOR_WORDS = frozenset({"", "unconfined", "runtime/default"})
-SECCOMP_WORDS = {"": "", "unconfined": "", "runtime/default": "default", "docker/default": "default"}
+# Values of the deprecated fields apparmor_profile and seccomp_profile_path, besides localhost/NAME and localhost/PATH.
+DEPRECATED_APPARMOR = frozenset({"", "unconfined", "runtime/default"})
+DEPRECATED_SECCOMP = {"": "", "unconfined": "", "runtime/default": "default", "docker/default": "default"}
 
 
 def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
@@ -109,7 +109,7 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
 
 
 def resources(sent: cri.LinuxContainerResources) -> Resources:
-    """The limits that a LinuxContainerResources names."""
+    """The limits of a LinuxContainerResources."""
     return Resources(
         cpu_period=sent.cpu_period,
         cpu_quota=sent.cpu_quota,
@@ -125,7 +125,7 @@ def resources(sent: cri.LinuxContainerResources) -> Resources:
 
 
 def cdi_devices(sent: cri.ContainerConfig) -> tuple[str, ...]:
-    """The CDI devices by name, from the field and from the annotations that kubelets used before it."""
+    """The names of the CDI devices, from the field and from the annotations that older kubelets use instead."""
     names = (*(device.name for device in sent.CDI_devices), *cdi.from_annotations(sent.annotations))
     return tuple(dict.fromkeys(names))
 
@@ -135,7 +135,7 @@ def _normal(path: str) -> str:
 
 
 def log_path(path: str, pod: PodConfig) -> str:
-    """The log's absolute path, or "" where there is no log. It stays below the pod's directory."""
+    """The log's absolute path, below the pod's log directory; "" if there is no log, or if it would be elsewhere."""
     if not path or not pod.log_directory:
         return ""
     full = os.path.normpath(os.path.join(pod.log_directory, path))
@@ -159,12 +159,12 @@ def namespaces(options: cri.NamespaceOption) -> Namespaces:
 
 
 def _user_namespace(sent: cri.UserNamespace) -> UserNamespace | None:
-    """The pod's user namespace, None for the host's: nobody gets that one who has not asked for it."""
+    """The pod's user namespace; None for the host's, which only the mode NODE selects."""
     return None if sent.mode == cri.NODE else UserNamespace(_mapping(sent.uids), _mapping(sent.gids))
 
 
 def _mapping(sent: Sequence[cri.IDMapping]) -> IdMapping:
-    """The one mapping that there is to be (CRI UserNamespace); of no ID where there is none."""
+    """The first mapping: CRI allows one only (UserNamespace). Without any it is a mapping of no IDs."""
     return _id_mapping(sent[0]) if sent else IdMapping(0, 0, 0)
 
 
@@ -175,10 +175,10 @@ def _id_mapping(sent: cri.IDMapping) -> IdMapping:
 def container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> Namespaces:
     if not security.HasField("namespace_options"):
         return pod.namespaces
-    asked = namespaces(security.namespace_options)
+    own = namespaces(security.namespace_options)
     if not security.namespace_options.HasField("userns_options"):
-        asked = dataclasses.replace(asked, user=pod.namespaces.user)
-    return asked
+        own = dataclasses.replace(own, user=pod.namespaces.user)
+    return own
 
 
 def _port_mapping(sent: cri.PortMapping) -> PortMapping:
@@ -207,19 +207,19 @@ def _device(sent: cri.Device) -> Device:
 
 
 def _apparmor(security: cri.LinuxContainerSecurityContext) -> str:
-    """The profile as Security has it, from the new field or, where that is not set, the deprecated one."""
+    """The profile in the form of ``Security``, from the new field; from the deprecated field if that is not set."""
     if security.privileged:
         return "unconfined"
     if security.HasField("apparmor"):
         kind = PROFILES.get(security.apparmor.profile_type, "default")
         if kind == "unconfined":
             return kind
-        # Kubelets write the name alone, others as the deprecated field has it.
+        # Kubelets write NAME. Other clients write localhost/NAME, as in the deprecated field.
         name = security.apparmor.localhost_ref.removeprefix("localhost/")
-    elif (given := security.apparmor_profile) in APPARMOR_WORDS:
-        return given
+    elif (deprecated := security.apparmor_profile) in DEPRECATED_APPARMOR:
+        return deprecated
     else:
-        kind, _, name = given.partition("/")
+        kind, _, name = deprecated.partition("/")
     return name if kind == "localhost" and name else "runtime/default"
 
 
@@ -228,17 +228,17 @@ def _selinux(sent: cri.SELinuxOption) -> SelinuxOptions:
 
 
 def _seccomp(security: cri.LinuxContainerSecurityContext) -> str:
-    """The profile as Security has it, from the new field or, where that is not set, the deprecated one."""
+    """The profile in the form of ``Security``, from the new field; from the deprecated field if that is not set."""
     if security.privileged:
         return ""
     if security.HasField("seccomp"):
         kind, path = PROFILES.get(security.seccomp.profile_type, "default"), security.seccomp.localhost_ref
         if kind == "unconfined":
             return ""
-    elif (given := security.seccomp_profile_path) in SECCOMP_WORDS:
-        return SECCOMP_WORDS[given]
+    elif (deprecated := security.seccomp_profile_path) in DEPRECATED_SECCOMP:
+        return DEPRECATED_SECCOMP[deprecated]
     else:
-        kind, _, path = given.partition("/")
+        kind, _, path = deprecated.partition("/")
     return path if kind == "localhost" and path.startswith("/") else "default"
 
 

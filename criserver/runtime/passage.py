@@ -1,8 +1,8 @@
-"""The way of a user namespace's root to the file systems of its pod's containers.
+"""Access for the root user of a user namespace to the root file systems of its pod's containers.
 
-Nobody but root passes below the state directory. An OCI runtime, however, mounts a container's root as the root user of
-the container's user namespace, which is an ordinary user to the node. So the directories on the way have an entry for
-each such user, for as long as its pod runs.
+Only root may enter the state directory. But an OCI runtime mounts a container's root file system as the root user of
+the container's user namespace, which is an ordinary user on the node. So the access control lists of the directories on
+the path have an entry for each such user, for as long as its pod runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from snapshotter import acl, files
 
 
 def update(node: Node, *, leaving: str = "") -> None:
-    """Let the roots of all pods pass that are made or run just now, and no others; the pod ``leaving`` does no more.
+    """Set the entries: one for each pod with a user namespace that is being made or runs, except the pod ``leaving``.
 
-    Raises FailedPreconditionError where the state directory is on a file system without access control lists.
+    Raises FailedPreconditionError if the state directory is on a file system without access control lists.
     """
     wanted = {
         sandbox.config.namespaces.user.uids.host_id

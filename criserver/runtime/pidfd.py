@@ -1,7 +1,7 @@
-"""Processes of this node as the kernel shows them: which one a PID means, its signals, its end.
+"""Processes of this node: which process a PID means, signals to it, its end.
 
-A PID alone may mean another process by now. A process is therefore named by its PID and its start in clock ticks since
-boot, and opened before the start is compared (pidfd_open(2)).
+The kernel may give the PID of an ended process to another one. So a process is identified by its PID and its start
+time, in clock ticks since boot. It is opened first (pidfd_open(2)), and its start time is compared afterwards.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Callable
 
 from shims import tree
 
-# Of pidfd_open(2): nothing has the number, or only a thread has it.
+# Errors of pidfd_open(2) if no process has the PID, or only a thread has it.
 _NO_PROCESS = frozenset({errno.ESRCH, errno.EINVAL, errno.ENOENT})
+# Seconds between two checks whether killed processes have ended.
 _END_INTERVAL = 0.01
 
 
 def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. 0 where it is gone.
+    """The start time of a process, in clock ticks since boot: field 22 of /proc/PID/stat. 0 if it is gone.
 
-    Raises OSError where the kernel cannot say, as for want of a descriptor.
+    Raises OSError if the kernel cannot tell, for example if no file descriptor is free.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
@@ -33,9 +34,9 @@ def start_ticks(pid: int) -> int:
 
 
 def open_process(pid: int, started: int) -> int | None:
-    """A descriptor of the very process that started at these ticks, None where it is gone. The caller closes it.
+    """A descriptor of the process with this PID and start time; None if it is gone. The caller closes it.
 
-    Raises OSError where the kernel cannot say, as for want of a descriptor.
+    Raises OSError if the kernel cannot tell, for example if no file descriptor is free.
     """
     if not pid:
         return None
@@ -45,7 +46,7 @@ def open_process(pid: int, started: int) -> int | None:
         if e.errno in _NO_PROCESS:
             return None
         raise
-    # The start is looked up after opening: from here on the descriptor cannot come to mean another process.
+    # The start time is read after opening: an open descriptor never refers to another process.
     try:
         same = start_ticks(pid) == started
     except BaseException:
@@ -58,7 +59,7 @@ def open_process(pid: int, started: int) -> int | None:
 
 
 def send_signal(pid: int, started: int, number: int) -> None:
-    """Send a signal to the very process that started at these ticks; one that has ended is no error.
+    """Send a signal to the process with this PID and start time; it may have ended already.
 
     Raises OSError as :func:`open_process` does.
     """
@@ -74,7 +75,7 @@ def send_signal(pid: int, started: int, number: int) -> None:
 
 
 def watch(pid: int, started: int, on_end: Callable[[], None]) -> bool:
-    """Call ``on_end`` in the event loop when the very process that started at these ticks ends; False if it has ended.
+    """Call ``on_end`` in the event loop when the process with this PID and start time ends. False if it is gone now.
 
     Raises OSError as :func:`open_process` does.
     """
@@ -93,12 +94,12 @@ def watch(pid: int, started: int, on_end: Callable[[], None]) -> bool:
 
 
 def processes_in(directory: str) -> list[int]:
-    """The processes whose working directory this is: a container's shim, and the OCI runtime while it runs."""
+    """The processes with this working directory: a container's shim, and the OCI runtime while it runs."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and is_in(int(name), directory)]
 
 
 def is_in(pid: int, directory: str) -> bool:
-    """Whether this is a process's working directory; one that has ended has none."""
+    """Whether a process has this working directory; False if it has ended."""
     try:
         return os.readlink(f"/proc/{pid}/cwd") == directory
     except OSError:
@@ -106,9 +107,10 @@ def is_in(pid: int, directory: str) -> bool:
 
 
 def zombie_code(pid: int) -> int | None:
-    """The exit code of a process that has ended and was not reaped (128 + a signal's number); None for any other.
+    """The exit code of a process that has ended but was not reaped; None for any other process.
 
-    proc(5), /proc/PID/stat: fields 3 and 52.
+    A process that a signal has ended has the code 128 + the signal's number. The state and the exit status are fields
+    3 and 52 of /proc/PID/stat (proc(5)).
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
@@ -122,9 +124,9 @@ def zombie_code(pid: int) -> int | None:
 
 
 def end_all_in(directory: str, limit: float) -> list[int]:
-    """Kill the processes with this working directory and all that they have started. Blocks.
+    """Kill the processes with this working directory, and all processes that they have started. Blocks.
 
-    Returns those that have not ended after ``limit`` seconds.
+    Returns those with this working directory that have not ended after ``limit`` seconds.
     """
     deadline = time.monotonic() + limit
     while pids := processes_in(directory):

@@ -1,4 +1,4 @@
-"""Pipes between a command and whoever asked for it."""
+"""Pipes between a command and its caller."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 from contextlib import suppress
 from typing import Self
 
-# Seconds. A process that ran away into the background keeps a command's pipes open; what it may write yet is not waited
-# for longer than this.
+# Seconds to wait for the last output of a command that has ended. A process that it left in the background may keep the
+# pipes open.
 DRAIN_TIMEOUT = 2.0
 _SIZE = 1 << 20
 
 
 class Pipe:
-    """A pipe whose one end is given away: closing it here leaves the other, which then does not block, to us."""
+    """A pipe with one end for another process. When that end is closed here, the other becomes non-blocking."""
 
     def __enter__(self) -> Self:
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
-        with suppress(OSError):  # the user's pipe budget is used up: the default size works too
+        with suppress(OSError):  # the user's limit of pipe buffers is reached: the default size works too
             fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, _SIZE)
         return self
 
@@ -27,13 +27,13 @@ class Pipe:
         self.close_writer()
 
     def close_reader(self) -> None:
-        """The reading end has been given away, or is of no use any more."""
+        """Close the reading end: another process has it now, or nobody needs it any more."""
         self.reader = _closed(self.reader)
         if self.writer >= 0:
             os.set_blocking(self.writer, False)
 
     def close_writer(self) -> None:
-        """The writing end has been given away, or is of no use any more."""
+        """Close the writing end: another process has it now, or nobody needs it any more."""
         self.writer = _closed(self.writer)
         if self.reader >= 0:
             os.set_blocking(self.reader, False)

@@ -1,4 +1,4 @@
-"""The namespaces of a pod: where they are pinned, and what the pod gives its containers."""
+"""The namespaces of a pod: where they are pinned, and what containers need to join the pod."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from snapshotter import mounts, removal
 
 
 def network_pin(node: Node, sandbox_id: str) -> str:
-    """Where a pod's network namespace is pinned, unless it shares the node's."""
+    """The path at which a pod's network namespace is pinned, unless the pod uses the node's."""
     return os.path.join(node.namespaces_dir(sandbox_id), "net")
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:
-    """Where the PID namespace is pinned that the containers of a pod share."""
+    """The path at which the PID namespace is pinned that the containers of a pod share."""
     return os.path.join(node.namespaces_dir(sandbox_id), "pid")
 
 
 def user_pin(node: Node, sandbox_id: str) -> str:
-    """Where a pod's user namespace is pinned, if it has one."""
+    """The path at which a pod's user namespace is pinned, if it has one."""
     return os.path.join(node.namespaces_dir(sandbox_id), "user")
 
 
 def pin_pids(node: Node, sandbox_id: str, pid: int) -> None:
-    """Pin the PID namespace of a process. Its PID may be another process's when a container joins the namespace.
+    """Pin the PID namespace of a process. Without a pin, the PID may be another process's when a container joins.
 
-    Raises FileNotFoundError where the process has ended.
+    Raises FileNotFoundError if the process has ended.
     """
     pin = pid_pin(node, sandbox_id)
     with open(pin, "w"):
@@ -40,7 +40,7 @@ def pin_pids(node: Node, sandbox_id: str, pid: int) -> None:
 
 
 def unpin_pids(node: Node, sandbox_id: str) -> None:
-    """Let go of a shared PID namespace; it is no error where none is pinned. Raises CriError."""
+    """Unpin a shared PID namespace; there may be none. Raises CriError."""
     pin = pid_pin(node, sandbox_id)
     try:
         mounts.unmount(pin)
@@ -49,8 +49,8 @@ def unpin_pids(node: Node, sandbox_id: str) -> None:
         raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
 
 
-def pod_facts(node: Node, sandbox: Sandbox) -> PodFacts:
-    """What the sandbox gives its containers."""
+def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
+    """The hostname, files and namespaces that a sandbox's containers get from it."""
     config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     pins = node.namespaces_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE

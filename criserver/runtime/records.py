@@ -1,10 +1,10 @@
-"""What became of what was asked: the records of sandboxes and containers, and how they are kept.
+"""The records of sandboxes and containers: the request, the state and the outcome of each, and how they are stored.
 
-A record is frozen: a change of state is a new record that replaces the old one in the registry, so whoever
-holds a record holds one moment of it. Times are Unix nanoseconds, 0 where it has not happened.
+A record is frozen. A change of state makes a new record, which replaces the old one in the registry: code that holds a
+record holds the state of one moment. Times are Unix nanoseconds, 0 for an event that has not happened.
 
-What one release has stored all later ones can read, on any host: ``parse.py`` refuses nothing, and ``migrations.py``
-brings the rest forward.
+Later releases can read what this one stores, on any host: ``parse.py`` accepts every message of the kubelet, and
+``migrations.py`` converts the other fields.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from criserver.text import shown
 class Sandbox:
     """A sandbox's record. ``sent`` is the CRI PodSandboxConfig as the kubelet serialised it.
 
-    ``handler`` is what the kubelet asked for, "" for the default one; ``runtime`` the handler that it meant then.
+    ``handler`` is the runtime handler that the kubelet requested, "" for the default one. ``runtime`` is the name of
+    the handler that was used, as the default may change later.
     """
 
     id: str
@@ -54,8 +55,8 @@ class Sandbox:
 class Container:
     """A container's record. ``sent`` is the CRI ContainerConfig as the kubelet serialised it.
 
-    ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together name the first process: a PID alone
-    may be another process's by now.
+    ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together identify the first process: the PID alone may be
+    another process's by now.
     """
 
     id: str
@@ -78,7 +79,7 @@ class Container:
     message: str = ""
 
     def ended(self, code: int, reason: str, message: str = "", *, finished_at: int = 0) -> Container:
-        """The record of its end, now unless ``finished_at`` says when; ``reason`` is the word that CRI has for it."""
+        """The record after the container's end, which is now if ``finished_at`` is 0; ``reason`` is a term of CRI."""
         return dataclasses.replace(
             self,
             state=ContainerState.EXITED,
@@ -93,11 +94,11 @@ Record = Sandbox | Container
 
 
 class UnreadableError(CriError):
-    """What is stored is no record that this release can read; the message goes on after the record's name."""
+    """This release cannot read a stored record. The message is the end of a sentence that begins with its name."""
 
 
 def dump(record: Record) -> bytes:
-    """The record as it is stored: JSON with the kubelet's own message in it instead of our reading of it."""
+    """The record as it is stored: JSON with the kubelet's message instead of ``config``, which is parsed from it."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "config"}
     fields["version"] = newest(migrations.SANDBOX if isinstance(record, Sandbox) else migrations.CONTAINER)
     fields["sent"] = base64.b64encode(record.sent).decode()
@@ -108,7 +109,7 @@ def dump(record: Record) -> bytes:
 
 
 def load_sandbox(stored: bytes) -> Sandbox:
-    """The sandbox that :func:`dump` wrote, of this or an earlier release. Raises UnreadableError."""
+    """The sandbox that :func:`dump` of this or an earlier release wrote. Raises UnreadableError."""
     with _reading():
         fields = bring_forward(json.loads(stored), migrations.SANDBOX)
         fields["sent"] = base64.b64decode(fields["sent"], validate=True)
@@ -119,7 +120,7 @@ def load_sandbox(stored: bytes) -> Sandbox:
 
 
 def load_container(stored: bytes, sandboxes: Mapping[str, Sandbox]) -> Container:
-    """The container that :func:`dump` wrote, of this or an earlier release, in one of ``sandboxes``, by ID.
+    """The container that :func:`dump` of this or an earlier release wrote; ``sandboxes`` has its sandbox, by ID.
 
     Raises UnreadableError.
     """
@@ -137,12 +138,12 @@ def load_container(stored: bytes, sandboxes: Mapping[str, Sandbox]) -> Container
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Whatever is wrong with a record, in words that say how to go on."""
+    """Turn an error of reading a record into UnreadableError, with what the operator can do."""
     try:
         yield
     except NewerError as e:
-        raise UnreadableError(f"{e}: a newer one wrote it; start that one again") from e
+        raise UnreadableError(f"{e}: a newer criserver wrote it; start that one again") from e
     except (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError) as e:
         raise UnreadableError(
-            f"is damaged ({type(e).__name__}: {shown(e)}); put a copy of the database back that is whole"
+            f"is damaged ({type(e).__name__}: {shown(e)}); restore an undamaged copy of the database"
         ) from e

@@ -278,7 +278,7 @@ def _check_apparmor(
             return
         name = security.apparmor.localhost_ref.removeprefix("localhost/")
     else:
-        if deprecated in parse.APPARMOR_WORDS:
+        if deprecated in parse.DEPRECATED_APPARMOR:
             return
         kind, _, name = deprecated.partition("/")
         if kind != "localhost":
@@ -297,7 +297,7 @@ def _check_seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandbo
         path = security.seccomp.localhost_ref
     else:
         given = security.seccomp_profile_path
-        if given in parse.SECCOMP_WORDS:
+        if given in parse.DEPRECATED_SECCOMP:
             return
         kind, _, path = given.partition("/")
         if kind != "localhost":

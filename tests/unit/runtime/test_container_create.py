@@ -11,7 +11,7 @@ import pytest
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.images.manifests import ImageConfig
 from criserver.runtime import container_create, sandbox_run
-from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, told
+from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.registry import Registry
 from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
 
@@ -20,7 +20,7 @@ class FakeNode(SimpleNamespace):
     """What making takes of a node, with a ready pod "p", and the events that it would tell."""
 
     def __init__(self) -> None:
-        self.told: list[EventType] = []
+        self.events: list[EventType] = []
         super().__init__(
             store=(store := FakeStore()),
             registry=(registry := Registry(store)),
@@ -29,7 +29,7 @@ class FakeNode(SimpleNamespace):
             background=lambda work, what: None,
         )
         brought_to(registry, sandbox("p", SandboxState.READY))
-        registry.watch(lambda old, new: self.told.extend(told(old and old.state, new and new.state)))
+        registry.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(node: FakeNod
         await container_create._create(node, "p", asked.config, asked.sent)
     monkeypatch.setattr(node.store, "put", put)
     if undone:
-        assert (node.registry.containers, node.told) == ({}, [])
+        assert (node.registry.containers, node.events) == ({}, [])
         node.registry.add(asked)  # its name is free
     else:
         (found,) = node.registry.visible_containers()
         assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 128, "CreateError")
         assert found.message == "it cannot be made: the disk is full"
-        assert node.told == [EventType.CREATED, EventType.STOPPED]
+        assert node.events == [EventType.CREATED, EventType.STOPPED]
 
 
 @pytest.mark.parametrize("trouble", ["what it has", "its record"])
@@ -92,4 +92,4 @@ async def test_a_pod_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, 
         ("p", SandboxState.READY),
         ("q", SandboxState.NOT_READY),
     ]
-    assert node.told == [EventType.CREATED, EventType.STOPPED]
+    assert node.events == [EventType.CREATED, EventType.STOPPED]

@@ -18,7 +18,7 @@ import pytest
 from criserver.errors import CriError
 from criserver.runtime import cgroups, container_process, pidfd, process_records
 from criserver.runtime.container_process import ContainerProcess, Started
-from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, told
+from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.records import Container
 from criserver.runtime.registry import Registry
@@ -36,8 +36,8 @@ class FakeNode(SimpleNamespace):
         registry = Registry(FakeStore())
         brought_to(registry, pod := sandbox("p", SandboxState.READY))
         brought_to(registry, container("c", pod, state))
-        self.told: list[EventType] = []
-        registry.watch(lambda old, new: self.told.extend(told(old and old.state, new and new.state)))
+        self.events: list[EventType] = []
+        registry.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
         self.work: set[asyncio.Task[Any]] = set()
         super().__init__(
             registry=registry,
@@ -110,7 +110,7 @@ async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False)
 
 async def test_a_container_that_has_exited_before_its_starter_looks_has_been_running(node: FakeNode):
     assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, EXITED) == Started(7, 8, 9)
-    assert node.told == [EventType.STARTED, EventType.STOPPED]
+    assert node.events == [EventType.STARTED, EventType.STOPPED]
     found = node.container
     assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 3, "Error")
     assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (7, 8, 9, 10)
@@ -121,7 +121,7 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
     """The stop that has cut it finds it running, and ends it as such."""
     assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, cut=True) == Started(7, 8, 9)
     assert node.container.state is ContainerState.RUNNING
-    assert node.told == [EventType.STARTED]
+    assert node.events == [EventType.STARTED]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
 async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(node: FakeNode, record, pid):
     node.process._take_exit(record)
     node.process._take_exit(record)
-    assert node.told == [EventType.STARTED, EventType.STOPPED]
+    assert node.events == [EventType.STARTED, EventType.STOPPED]
     found = node.container
     assert (found.pid, found.start_ticks, found.started_at, found.finished_at) == (pid, 8, 9, 10)
     assert (found.state, found.exit_code) == (ContainerState.EXITED, 3)
@@ -151,7 +151,7 @@ async def test_those_who_wait_for_an_exit_are_woken_whatever_its_record_is(node:
 async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node: FakeNode):
     node.process.without_shim()
     assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
-    assert node.told == [EventType.STOPPED]
+    assert node.events == [EventType.STOPPED]
     await asyncio.gather(*node.work)
 
 

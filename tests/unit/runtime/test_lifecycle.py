@@ -25,9 +25,9 @@ from criserver.runtime.lifecycle import (
     SandboxState,
     State,
     Step,
+    events_of,
     is_allowed,
     is_visible,
-    told,
 )
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Record, Sandbox
@@ -158,9 +158,9 @@ def test_what_callers_see_has_a_state_of_cri(state: State):
 @pytest.mark.parametrize("step", [*SANDBOX_STEPS, *CONTAINER_STEPS], ids=lambda s: f"{word(s.old)} {word(s.new)}")
 def test_a_record_is_told_of_from_when_it_is_seen_until_it_is_not(step: Step):
     before, after = (state is not None and is_visible(state) for state in (step.old, step.new))
-    assert (EventType.CREATED in step.told) == (after and not before)
-    assert (EventType.DELETED in step.told) == (before and not after)
-    assert told(step.old, step.new) == step.told
+    assert (EventType.CREATED in step.events) == (after and not before)
+    assert (EventType.DELETED in step.events) == (before and not after)
+    assert events_of(step.old, step.new) == step.events
 
 
 @pytest.mark.parametrize("write", ["save", "observe"])
@@ -320,7 +320,7 @@ async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
         assert (records[key].state if key in records else None) is life[-1]
         events = [event for event in heard if event.id == key]
         kinds = [event.type for event in events]
-        assert kinds == [kind for step in itertools.pairwise(life) for kind in told(*step)]
+        assert kinds == [kind for step in itertools.pairwise(life) for kind in events_of(*step)]
         # Once each, and in the order of EventType.
         assert kinds == [kind for kind in EventType if kind in kinds]
         assert (EventType.CREATED in kinds) == any(state is not None and is_visible(state) for state in life)
@@ -341,11 +341,11 @@ def _listen(events: Events) -> tuple[list[Event], asyncio.Task[None]]:
 
 
 def drawing(steps: tuple[Step, ...]) -> str:
-    """The table of docs/architecture.md: each step with its states, and what listeners are told."""
-    lines = ["| from | to | when | told |", "| --- | --- | --- | --- |"]
+    """The table of docs/architecture.md: each step with its states, reason and events."""
+    lines = ["| from | to | reason | events |", "| --- | --- | --- | --- |"]
     for step in steps:
         old, new = ("none" if state is None else f"`{state.name}`" for state in (step.old, step.new))
-        lines.append(f"| {old} | {new} | {step.what} | {', '.join(kind.name for kind in step.told)} |")
+        lines.append(f"| {old} | {new} | {step.reason} | {', '.join(kind.name for kind in step.events)} |")
     return "\n".join(lines) + "\n"
 
 
