@@ -113,10 +113,10 @@ def assemble(
     snapshotter: Snapshotter,
     features: Mapping[str, Features],
     *,
-    pass_over: bool = False,
+    skip_unreadable: bool = False,
 ) -> Node:
-    """Put the rooms together. :class:`Registry` says what ``pass_over`` means, and what is raised."""
-    registry = Registry(store, pass_over=pass_over)
+    """Put the rooms together. :class:`Registry` says what ``skip_unreadable`` means, and what is raised."""
+    registry = Registry(store, skip_unreadable=skip_unreadable)
     return Node(
         config=config,
         registry=registry,

@@ -87,9 +87,9 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
     store = Store(os.path.join(config.root, "criserver.db"))
     try:
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
-        node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), pass_over=True)
+        node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), skip_unreadable=True)
         try:
-            unread = Counter(table for table, _ in node.registry.passed_over)
+            unread = Counter(table for table, _ in node.registry.unreadable)
             pods = len(node.registry.sandboxes) + unread["sandboxes"]
             containers = len(node.registry.containers) + unread["containers"]
             if not agreed(pods, containers):
@@ -105,9 +105,9 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
             await node.settle()
             unread_words = [
                 words if table == "containers" else f"{words}; its network plugins did not clean up"
-                for (table, _), words in node.registry.passed_over.items()
+                for (table, _), words in node.registry.unreadable.items()
             ]
-            node.registry.forget_passed_over()
+            node.registry.delete_unreadable()
             for pod in unrecorded:
                 try:
                     await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))

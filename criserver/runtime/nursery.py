@@ -37,7 +37,7 @@ class Nursery:
         async with self._starting:
             if self._link is not None and not self._link.closed:
                 return
-            apart = service_manager.apart("criserver-shims")
+            apart = service_manager.own_scope("criserver-shims")
             try:
                 self._link = await self._start(apart)
             except CriError as e:

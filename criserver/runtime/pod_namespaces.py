@@ -49,7 +49,7 @@ def unpin_pids(node: Node, sandbox_id: str) -> None:
         raise CriError(f"cannot remove the pinned namespace {pin}: {e}") from e
 
 
-def pod_facts(node: Node, sandbox: Sandbox) -> spec.PodFacts:
+def pod_facts(node: Node, sandbox: Sandbox) -> PodFacts:
     """The hostname, files and namespaces that a sandbox's containers get from it."""
     config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     pins = node.namespaces_dir(sandbox.id)

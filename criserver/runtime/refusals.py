@@ -1,6 +1,6 @@
-"""What can never be right, or not on this node: refused before anything is made, by InvalidArgumentError.
+"""Refuses requests that no node can carry out, or not this one: InvalidArgumentError before anything is made.
 
-Only requests are held to this. Records are not: what an earlier release took is read by ``parse.py`` alone.
+Only requests are checked. Stored records are not: ``parse.py`` must read whatever an earlier release accepted.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import parse
 from criserver.text import quoted
 
-# It becomes a part of a label, and a label one of mount options.
-_OF_A_LABEL = re.compile(r"[A-Za-z0-9_.:,-]*")
-# What ends a line, or a word, of the pod's files: resolv.conf(5), hosts(5).
-_NOT_A_WORD = re.compile(r"[\s\x00-\x1f\x7f]")
+# A part of a SELinux label. Mount options contain the label, so it must have no other characters.
+_LABEL_PART = re.compile(r"[A-Za-z0-9_.:,-]*")
+# The characters that end a word or a line in the pod's files: resolv.conf(5), hosts(5).
+_WORD_END = re.compile(r"[\s\x00-\x1f\x7f]")
 _SYSCTL = re.compile(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+")
 # Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
 _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
 
 
 def check_pod(sent: cri.PodSandboxConfig) -> None:
-    """Raises InvalidArgumentError for a pod that no node could run as it is asked for."""
+    """Raises InvalidArgumentError for a request for a pod that no node could run."""
     meta = sent.metadata
     for field in ("name", "namespace", "uid"):
         if not getattr(meta, field):
@@ -48,7 +48,7 @@ def check_pod(sent: cri.PodSandboxConfig) -> None:
         raise InvalidArgumentError(f"cgroup_parent = {quoted(sent.linux.cgroup_parent)} must not contain '..'")
     for name in sent.linux.sysctls:
         _check_sysctl(name, security.namespace_options)
-    # Of no use yet: a sandbox has no process, or one that can do nothing.
+    # These fields have no effect yet: a sandbox has no process, or one that does nothing.
     _check_known("supplemental_groups_policy", security.supplemental_groups_policy, parse.STRICT)
     _check_seccomp(security, "pod sandbox")
     _check_apparmor(security, "", "pod sandbox")
@@ -56,7 +56,7 @@ def check_pod(sent: cri.PodSandboxConfig) -> None:
 
 
 def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
-    """Raises InvalidArgumentError for a container that no node could run in ``pod`` as it is asked for."""
+    """Raises InvalidArgumentError for a request for a container that no node could run in ``pod``."""
     name = sent.metadata.name
     if not name:
         raise InvalidArgumentError("the container's metadata.name is empty; it must be given")
@@ -67,7 +67,7 @@ def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
     security = sent.linux.security_context
     if security.privileged and not pod.privileged:
         raise InvalidArgumentError(
-            f"{what} is privileged and its pod sandbox is not: CRI wants security_context.privileged of both"
+            f"{what} is privileged, but its pod sandbox is not; set security_context.privileged of both"
         )
     for env in sent.envs:
         _check_env(env, what)
@@ -88,21 +88,21 @@ def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
 def check_resources(sent: cri.LinuxContainerResources) -> None:
     """Raises InvalidArgumentError for limits that this node cannot set."""
     if sent.unified and not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
-        raise InvalidArgumentError("resources.unified is set, and this node has cgroup version 1")
+        raise InvalidArgumentError("resources.unified is set, but this node has cgroup version 1")
     if not -1000 <= sent.oom_score_adj <= 1000:
         raise InvalidArgumentError(f"resources.oom_score_adj = {sent.oom_score_adj} is not between -1000 and 1000")
 
 
 def _check_known(field: str, number: int, values: Collection[int]) -> None:
-    """A later CRI may have numbers that this one does not have."""
+    """Raises InvalidArgumentError for a number that only a later version of CRI may have."""
     if number not in values:
         raise InvalidArgumentError(f"{field} = {number} is not known to this version of CRI")
 
 
-def _check_words(field: str, given: Iterable[str]) -> None:
-    """Values that become words of a line in a file of the pod's."""
-    for word in given:
-        if not word or _NOT_A_WORD.search(word):
+def _check_words(field: str, words: Iterable[str]) -> None:
+    """Check values that become words of a line in one of the pod's files."""
+    for word in words:
+        if not word or _WORD_END.search(word):
             raise InvalidArgumentError(
                 f"{field}: {quoted(word)} must be a word, without white space or control characters"
             )
@@ -115,7 +115,7 @@ def _check_absolute(field: str, path: str) -> None:
 
 def _check_no_windows(sent: cri.PodSandboxConfig | cri.ContainerConfig, what: str) -> None:
     if sent.HasField("windows"):
-        raise InvalidArgumentError(f"{what}: the windows section is set, and this node runs Linux")
+        raise InvalidArgumentError(f"{what}: the windows section is set, but this node runs Linux")
 
 
 def _check_log_path(path: str, pod: PodConfig) -> None:
@@ -131,25 +131,25 @@ def _check_pod_namespaces(options: cri.NamespaceOption) -> None:
         if getattr(options, kind) == cri.CONTAINER:
             raise InvalidArgumentError(f"namespace_options.{kind} = CONTAINER: containers of a pod share it")
     if options.pid == cri.TARGET:
-        raise InvalidArgumentError("namespace_options.pid = TARGET: a pod sandbox has no target, a container has")
+        raise InvalidArgumentError("namespace_options.pid = TARGET: only a container can have it, not a pod sandbox")
     if parse.namespaces(options).user is not None and options.network == cri.NODE:
         raise InvalidArgumentError("a pod with a user namespace of its own cannot use the host's network")
 
 
 def _check_container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> None:
     _check_namespaces(security.namespace_options)
-    asked = parse.container_namespaces(security, pod)
-    if asked.user != pod.namespaces.user:
+    own = parse.container_namespaces(security, pod)
+    if own.user != pod.namespaces.user:
         raise InvalidArgumentError("namespace_options.userns_options differ from the pod sandbox's; both must agree")
-    if asked.pid is NamespaceMode.POD and pod.namespaces.pid is not NamespaceMode.POD:
+    if own.pid is NamespaceMode.POD and pod.namespaces.pid is not NamespaceMode.POD:
         raise InvalidArgumentError(
             "namespace_options.pid = POD, but the pod sandbox was made without a shared PID namespace "
             f"(its mode is {pod.namespaces.pid.name}); both must agree"
         )
     for kind in ("network", "ipc"):
-        if getattr(asked, kind) is not getattr(pod.namespaces, kind):
+        if getattr(own, kind) is not getattr(pod.namespaces, kind):
             raise InvalidArgumentError(
-                f"namespace_options.{kind} = {getattr(asked, kind).name} differs from the pod sandbox's "
+                f"namespace_options.{kind} = {getattr(own, kind).name} differs from the pod sandbox's "
                 f"{getattr(pod.namespaces, kind).name}; a container uses its pod's"
             )
 
@@ -157,9 +157,9 @@ def _check_container_namespaces(security: cri.LinuxContainerSecurityContext, pod
 def _check_namespaces(options: cri.NamespaceOption) -> None:
     for kind in ("network", "ipc"):
         if getattr(options, kind) == cri.TARGET:
-            raise InvalidArgumentError(f"namespace_options.{kind} = TARGET: only a PID namespace can be a target's")
+            raise InvalidArgumentError(f"namespace_options.{kind} = TARGET: only the PID namespace can be a target's")
     if (options.pid == cri.TARGET) != bool(options.target_id):
-        raise InvalidArgumentError("namespace_options: pid = TARGET and target_id go together")
+        raise InvalidArgumentError("namespace_options: pid = TARGET and target_id must be set together")
     for kind in ("network", "pid", "ipc"):
         _check_known(f"namespace_options.{kind}", getattr(options, kind), parse.MODES)
     if options.HasField("userns_options"):
@@ -171,7 +171,7 @@ def _check_user_namespace(sent: cri.UserNamespace) -> None:
     _check_known(f"{what}.mode", sent.mode, parse.MODES)
     if sent.mode == cri.NODE:
         if sent.uids or sent.gids:
-            raise InvalidArgumentError(f"{what}: mode = NODE has no mappings, and some are given")
+            raise InvalidArgumentError(f"{what}: mode = NODE allows no mappings; leave uids and gids empty")
         return
     if sent.mode != cri.POD:
         raise InvalidArgumentError(f"{what}: mode = {parse.MODES[sent.mode].name} is neither POD nor NODE")
@@ -192,7 +192,8 @@ def _check_only_mapping(what: str, sent: Sequence[cri.IDMapping]) -> None:
 def _check_id_mapping(what: str, sent: cri.IDMapping) -> None:
     if not sent.length or max(sent.host_id, sent.container_id) + sent.length > MAX_ID + 1:
         raise InvalidArgumentError(
-            f"{what}: {sent.length} IDs from {sent.container_id} and {sent.host_id} on do not exist"
+            f"{what}: host_id = {sent.host_id}, container_id = {sent.container_id}, length = {sent.length} is not a "
+            f"range of IDs from 0 to {MAX_ID}"
         )
 
 
@@ -207,7 +208,7 @@ def _check_sysctl(name: str, options: cri.NamespaceOption) -> None:
     else:
         raise InvalidArgumentError(f"sysctl {name} does not belong to a namespace of the pod; it would change the node")
     if owner == cri.NODE:
-        raise InvalidArgumentError(f"sysctl {name} would change the node: the pod uses the host's namespace for it")
+        raise InvalidArgumentError(f"sysctl {name} would change the node: the pod uses the node's namespace for it")
 
 
 def _check_port(sent: cri.PortMapping) -> None:
@@ -233,7 +234,7 @@ def _check_mount(sent: cri.Mount, container: str) -> None:
         )
     what = f"{container}: mount {sent.container_path}"
     if bool(sent.uidMappings) != bool(sent.gidMappings):
-        raise InvalidArgumentError(f"{what}: uidMappings and gidMappings go together")
+        raise InvalidArgumentError(f"{what}: uidMappings and gidMappings must be set together")
     if sent.recursive_read_only and not (sent.readonly and sent.propagation == cri.PROPAGATION_PRIVATE):
         raise InvalidArgumentError(f"{what}: recursive_read_only needs readonly, and PROPAGATION_PRIVATE")
     if sent.HasField("image"):
@@ -261,7 +262,7 @@ def _check_mount(sent: cri.Mount, container: str) -> None:
 def _check_device(sent: cri.Device, what: str) -> None:
     if set(sent.permissions) - set("rwm"):
         raise InvalidArgumentError(
-            f"{what}: device {sent.host_path}: permissions {quoted(sent.permissions)} are not of r, w, m"
+            f"{what}: device {sent.host_path}: permissions {quoted(sent.permissions)} must consist of r, w and m"
         )
     _check_absolute(f"{what}: device container_path", sent.container_path or sent.host_path)
     _check_absolute(f"{what}: device host_path", sent.host_path)
@@ -282,7 +283,9 @@ def _check_apparmor(
             return
         kind, _, name = deprecated.partition("/")
         if kind != "localhost":
-            raise InvalidArgumentError(f"{what}: apparmor_profile = {quoted(deprecated)} is of no known form")
+            raise InvalidArgumentError(
+                f"{what}: apparmor_profile = {quoted(deprecated)} must be runtime/default, unconfined or localhost/NAME"
+            )
     if not name:
         raise InvalidArgumentError(f"{what}: the AppArmor profile of type Localhost has no name")
 
@@ -296,20 +299,23 @@ def _check_seccomp(security: cri.LinuxContainerSecurityContext | cri.LinuxSandbo
             return
         path = security.seccomp.localhost_ref
     else:
-        given = security.seccomp_profile_path
-        if given in parse.DEPRECATED_SECCOMP:
+        deprecated = security.seccomp_profile_path
+        if deprecated in parse.DEPRECATED_SECCOMP:
             return
-        kind, _, path = given.partition("/")
+        kind, _, path = deprecated.partition("/")
         if kind != "localhost":
-            raise InvalidArgumentError(f"{what}: seccomp_profile_path = {quoted(given)} is of no known form")
+            raise InvalidArgumentError(
+                f"{what}: seccomp_profile_path = {quoted(deprecated)} must be runtime/default, unconfined or "
+                "localhost/PATH"
+            )
     if not path.startswith("/"):
         raise InvalidArgumentError(f"{what}: the seccomp profile {quoted(path)} must be an absolute path")
 
 
 def _check_selinux(sent: cri.SELinuxOption) -> None:
-    for given in (sent.user, sent.role, sent.type, sent.level):
-        if not _OF_A_LABEL.fullmatch(given):
-            raise InvalidArgumentError(f"selinux_options: {quoted(given)} is no part of a SELinux label")
+    for part in (sent.user, sent.role, sent.type, sent.level):
+        if not _LABEL_PART.fullmatch(part):
+            raise InvalidArgumentError(f"selinux_options: {quoted(part)} cannot be a part of a SELinux label")
 
 
 def _check_security(sent: cri.LinuxContainerSecurityContext, what: str) -> None:

@@ -1,7 +1,6 @@
-"""All sandboxes and containers of the node, in memory and in the database as one.
+"""The records of all sandboxes and containers of the node, in memory and in the database.
 
-The only place that writes their records. Nothing here waits: a change is in memory and in the database, or in
-neither, before the next step of the event loop.
+Only this module writes records. No method waits, so no other task of the event loop runs during a change.
 """
 
 from __future__ import annotations
@@ -37,41 +36,42 @@ _Kind = TypeVar("_Kind", Sandbox, Container)
 
 
 class Registry:
-    """Records by ID, and the names they hold."""
+    """The records by ID, and the names that they reserve."""
 
-    def __init__(self, store: Store, *, pass_over: bool = False) -> None:
+    def __init__(self, store: Store, *, skip_unreadable: bool = False) -> None:
         """Read all records of ``store``.
 
-        Raises UnreadableError for one that cannot be read; with ``pass_over`` it is named in ``passed_over`` instead.
+        Raises UnreadableError if a record cannot be read. With ``skip_unreadable`` the attribute ``unreadable`` has the
+        error of each such record instead, by table and key.
         """
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}
         self._containers: dict[str, Container] = {}
         self._names: dict[str, str] = {}
         self._watchers: list[Callable[[Record | None, Record | None], None]] = []
-        self.passed_over: dict[tuple[str, str], str] = {}
+        self.unreadable: dict[tuple[str, str], str] = {}
         for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
             for key, stored in store.items(table):
                 try:
                     load(stored)
                 except UnreadableError as e:
-                    self.passed_over[table, key] = f"database: the record {key} of {table} {e}"
-        if self.passed_over and not pass_over:
-            # What no record owns is cleared at start-up, and the containers of these may be running.
+                    self.unreadable[table, key] = f"database: the record {key} of {table} {e}"
+        if self.unreadable and not skip_unreadable:
+            # The daemon's start would clear the containers of these records, as it clears all that has no record.
             raise UnreadableError(
-                f"{next(iter(self.passed_over.values()))}, or take all pods of the node down with `criserver reset`. "
-                f"{len(self.passed_over)} of the records cannot be read; all containers go on meanwhile"
+                f"{next(iter(self.unreadable.values()))}, or take all pods of the node down with `criserver reset`. "
+                f"{len(self.unreadable)} of the records cannot be read; all containers keep running meanwhile"
             )
         self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))
 
-    def forget_passed_over(self) -> None:
-        """Delete the records that cannot be read: what they were of has been cleared."""
-        for table, key in self.passed_over:
+    def delete_unreadable(self) -> None:
+        """Delete the records that cannot be read, after their sandboxes and containers were cleared."""
+        for table, key in self.unreadable:
             self._store.delete(table, key)
-        self.passed_over.clear()
+        self.unreadable.clear()
 
     def watch(self, watcher: Callable[[Record | None, Record | None], None]) -> None:
-        """Call ``watcher`` with the old and the new record at each change; None is one that is not there."""
+        """Call ``watcher`` with the old and the new record at each change; None stands for no record."""
         self._watchers.append(watcher)
 
     def _load_sandbox(self, stored: bytes) -> None:
@@ -99,28 +99,28 @@ class Registry:
         return [s for s in self._sandboxes.values() if is_visible(s.state)]
 
     def visible_containers(self) -> list[Container]:
-        """The containers that callers see, in the order of their making."""
+        """The containers that callers see, in the order in which they were created."""
         return [c for c in self._containers.values() if is_visible(c.state)]
 
     def containers_of(self, sandbox_id: str) -> Iterator[Container]:
-        """The containers of one sandbox, in the order of their making."""
+        """The containers of one sandbox, in the order in which they were created."""
         return (c for c in list(self._containers.values()) if c.sandbox_id == sandbox_id)
 
-    def sandbox(self, given: str) -> Sandbox:
-        """The sandbox by its ID or a prefix that only it has. Raises NotFoundError, InvalidArgumentError."""
-        return _find("pod sandbox", self._sandboxes, given)
+    def sandbox(self, id_or_prefix: str) -> Sandbox:
+        """The sandbox with this ID, or the only one whose ID begins so. Raises NotFoundError, InvalidArgumentError."""
+        return _find("pod sandbox", self._sandboxes, id_or_prefix)
 
-    def container(self, given: str) -> Container:
-        """The container by its ID or a prefix that only it has. Raises NotFoundError, InvalidArgumentError."""
-        return _find("container", self._containers, given)
+    def container(self, id_or_prefix: str) -> Container:
+        """The container with this ID, or the only one whose ID begins so. Raises as :meth:`sandbox` does."""
+        return _find("container", self._containers, id_or_prefix)
 
-    def visible_sandbox(self, given: str) -> Sandbox:
-        """As :meth:`sandbox`, and NotFoundError for one that callers do not see yet."""
-        return _visible("pod sandbox", self.sandbox(given), given)
+    def visible_sandbox(self, id_or_prefix: str) -> Sandbox:
+        """As :meth:`sandbox`; also raises NotFoundError for a sandbox that callers do not see yet."""
+        return _visible("pod sandbox", self.sandbox(id_or_prefix), id_or_prefix)
 
-    def visible_container(self, given: str) -> Container:
-        """As :meth:`container`, and NotFoundError for one that callers do not see yet."""
-        return _visible("container", self.container(given), given)
+    def visible_container(self, id_or_prefix: str) -> Container:
+        """As :meth:`container`; also raises NotFoundError for a container that callers do not see yet."""
+        return _visible("container", self.container(id_or_prefix), id_or_prefix)
 
     def container_name(self, container: Container) -> str:
         """The name that no two containers share."""
@@ -128,7 +128,7 @@ class Registry:
         return f"{config.name}_{pod.full_name}_{config.attempt}"
 
     def add(self, record: Record) -> None:
-        """Take a new record in, and its name with it. Raises AlreadyExistsError where the name is taken."""
+        """Add a new record and reserve its name. Raises AlreadyExistsError if the name is taken."""
         if isinstance(record, Sandbox):
             name, what = record.config.full_name, "pod sandbox"
         else:
@@ -139,34 +139,36 @@ class Registry:
         self._names[name] = record.id
 
     def save(self, record: Record) -> None:
-        """Replace a record by its next state. Raises ResourceExhaustedError, and nothing has changed then.
+        """Replace the record of the same ID by this one, or add it. If an error is raised, nothing has changed.
 
-        So it is with CriError, for a step that is not in the table of :mod:`criserver.runtime.lifecycle`.
+        Raises ResourceExhaustedError if the disk is full, CriError for a step that is not in the table of
+        :mod:`criserver.runtime.lifecycle`.
         """
         self._check(record, record.state)
         self._store.put(_table(record), record.id, dump(record))
         self._replace(record)
 
     def observe(self, record: Record) -> None:
-        """Replace a record by a state that has come about by itself: it is so even where it cannot be written.
+        """Replace a record after a step that has happened already, such as the end of a process.
 
-        What is lost with the memory then is found again at the next start: in the shim's own record, or in the kernel.
-        A step that is not in the table is refused as by :meth:`save`: it has not come about, somebody is mistaken.
+        The step counts even if a full disk keeps the record from the database. A later daemon then learns the state
+        again, from the shim's own record or from the kernel. Raises CriError for a step that is not in the table: such
+        a step cannot have happened.
         """
         self._check(record, record.state)
         try:
             self._store.put(_table(record), record.id, dump(record))
         except ResourceExhaustedError as e:
-            log.warning("a state cannot be written down", id=record.id, state=record.state.value, error=str(e))
+            log.warning("a state cannot be stored", id=record.id, state=record.state.value, error=str(e))
         self._replace(record)
 
     def _check(self, record: Record, state: State | None) -> None:
-        there = (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)
-        old = None if there is None else there.state
+        current = (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)
+        old = None if current is None else current.state
         if not is_allowed(old, state):
             what = "pod sandbox" if isinstance(record, Sandbox) else "container"
             raise CriError(
-                f"{what} {record.id} cannot go from {_word(old)} to {_word(state)}; this is a fault of criserver: "
+                f"{what} {record.id} cannot go from {_word(old)} to {_word(state)}; this is a bug in criserver: "
                 "report it with the log"
             )
 
@@ -180,7 +182,7 @@ class Registry:
             watcher(old, record)
 
     def forget(self, record: Record) -> None:
-        """Let go of a record and its name: the last step of its removal. Raises as :meth:`save` does."""
+        """Delete a record and free its name: the last step of a removal. Raises as :meth:`save` does."""
         self._check(record, None)
         self._store.delete(_table(record), record.id)
         if isinstance(record, Sandbox):
@@ -201,23 +203,23 @@ def _word(state: State | None) -> str:
     return "nothing" if state is None else state.value
 
 
-def _visible(what: str, record: _Kind, given: str) -> _Kind:
+def _visible(what: str, record: _Kind, id_or_prefix: str) -> _Kind:
     if not is_visible(record.state):
-        raise NotFoundError(f"{what} {given} is still being made")
+        raise NotFoundError(f"{what} {id_or_prefix} is still being made")
     return record
 
 
-def _find(what: str, records: Mapping[str, _Kind], given: str) -> _Kind:
-    """By exact ID first, as the kubelet asks; a prefix is for people."""
-    if (record := records.get(given)) is not None:
+def _find(what: str, records: Mapping[str, _Kind], id_or_prefix: str) -> _Kind:
+    """The record with this ID, as the kubelet sends it, or the only one whose ID begins so, as people type it."""
+    if (record := records.get(id_or_prefix)) is not None:
         return record
-    if not given:
+    if not id_or_prefix:
         raise InvalidArgumentError(f"the {what}'s ID is empty; it must be given")
-    matches = [key for key in records if key.startswith(given)]
+    matches = [key for key in records if key.startswith(id_or_prefix)]
     if len(matches) > 1:
         raise InvalidArgumentError(
-            f"{what} ID {shown(given)} is the beginning of {len(matches)} IDs; give more characters"
+            f"{what} ID {shown(id_or_prefix)} is the beginning of {len(matches)} IDs; give more characters"
         )
     if not matches:
-        raise NotFoundError(f"{what} {shown(given)} does not exist")
+        raise NotFoundError(f"{what} {shown(id_or_prefix)} does not exist")
     return records[matches[0]]

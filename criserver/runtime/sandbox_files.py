@@ -1,7 +1,7 @@
-"""The files that all containers of a pod see: resolv.conf, hosts, hostname, and /dev/shm.
+"""The files that all containers of a pod share: resolv.conf, hosts, hostname, and /dev/shm.
 
-Containers can write to the files, so these are on disk: a container that fills /etc/hostname takes no memory from
-others. What can be written to /dev/shm has a bound of its own, and counts as the container's memory.
+Containers can write to the three files. These are on disk, so that a container that fills /etc/hostname takes no memory
+from others. /dev/shm has a size limit, and data in it counts as memory of the container that writes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FILES = ("resolv.conf", "hostname", "hosts")
 
 
 def resolv_conf(dns: Dns) -> str:
-    """The text of resolv.conf (resolv.conf(5)); the host's own where the pod says nothing."""
+    """The text of resolv.conf (resolv.conf(5)): the pod's DNS settings, or the node's file if the pod has none."""
     if not (dns.servers or dns.searches or dns.options):
         try:
             with open("/etc/resolv.conf") as f:
@@ -37,12 +37,12 @@ def resolv_conf(dns: Dns) -> str:
 
 
 def hostname(config: PodConfig) -> str:
-    """The pod's hostname; the node's where it names none."""
+    """The pod's hostname; the node's if the pod has none."""
     return config.hostname or os.uname().nodename
 
 
 def hosts(name: str, ips: tuple[str, ...]) -> str:
-    """The text of /etc/hosts (hosts(5)) for a pod of its own network."""
+    """The text of /etc/hosts (hosts(5)) for a pod with its own network."""
     lines = [
         "127.0.0.1\tlocalhost",
         "::1\tlocalhost ip6-localhost ip6-loopback",
@@ -56,9 +56,10 @@ def hosts(name: str, ips: tuple[str, ...]) -> str:
 
 
 def write(files: str, directory: str, config: PodConfig, label: str) -> None:
-    """Make the directory ``files`` without what needs the pod's addresses, and ``directory`` with /dev/shm. Blocks.
+    """Make the directory ``files`` with its files, and ``directory`` with /dev/shm. Blocks.
 
-    ``label`` is SELinux's, "" for none. Raises ResourceExhaustedError on a full disk.
+    The hosts file of a pod with its own network comes later, as it needs the pod's addresses. ``label`` is a SELinux
+    label, "" for none. Raises ResourceExhaustedError on a full disk.
     """
     make_private(files)
     _put(files, "resolv.conf", resolv_conf(config.dns), label)
@@ -78,7 +79,7 @@ def write(files: str, directory: str, config: PodConfig, label: str) -> None:
 
 
 def write_hosts(files: str, config: PodConfig, ips: tuple[str, ...], label: str) -> None:
-    """Write the hosts file, once the addresses are known; a pod on the node's network sees the node's. Blocks."""
+    """Write the hosts file, with the pod's addresses; a pod on the node's network gets the node's file. Blocks."""
     if config.namespaces.network is NamespaceMode.NODE:
         try:
             with open("/etc/hosts") as f:
@@ -91,7 +92,10 @@ def write_hosts(files: str, config: PodConfig, ips: tuple[str, ...], label: str)
 
 
 def adopt(files: str, directory: str, label: str) -> None:
-    """Take over the files of a pod of a release that kept them in ``directory``; its containers keep theirs. Blocks."""
+    """Copy the files of a pod from ``directory``, where earlier releases kept them, to ``files``. Blocks.
+
+    Containers that were made before still see the old files.
+    """
     if os.path.isdir(files):
         return
     make_private(files)
@@ -101,12 +105,12 @@ def adopt(files: str, directory: str, label: str) -> None:
 
 
 def shm(directory: str, config: PodConfig) -> str:
-    """The path that becomes /dev/shm of the pod's containers."""
+    """The path on the node that is mounted as /dev/shm in the pod's containers."""
     return "/dev/shm" if config.namespaces.ipc is NamespaceMode.NODE else os.path.join(directory, "shm")  # noqa: S108 - the host's own
 
 
 def remove(files: str, directory: str) -> None:
-    """Undo :func:`write`; what is gone already is no error. Blocks. Raises CriError with what hinders it."""
+    """Undo :func:`write`, also if a part is gone already. Blocks. Raises CriError with the reason of a failure."""
     try:
         mounts.unmount(os.path.join(directory, "shm"))
         for path in (directory, files):

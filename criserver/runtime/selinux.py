@@ -1,7 +1,7 @@
-"""SELinux: the labels of a container's processes and files, a level for each pod, and volumes that are relabelled.
+"""SELinux: the labels of a container's processes and files, the level of each pod, and the relabelling of volumes.
 
-Where a policy with types for containers is loaded, a pod's containers have a pair of categories that no other pod has
-(MCS), so that one pod cannot touch another's files whatever their users and modes are.
+If the loaded policy has types for containers, each pod has a pair of categories that no other pod has (MCS). So a pod
+cannot access another pod's files, whatever their owners and modes are.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _USER, _ROLE, _FILE_ROLE, _LEVEL = "system_u", "system_r", "object_r", "s0"
 _CATEGORIES = 1024
 _PROCESS_TYPE, _FILE_TYPE = "container_t", "container_file_t"
 _PRIVILEGED_TYPE = "spc_t"
-# Network plugins and storage drivers ask for them in manifests that are the same on nodes without SELinux.
+# Network plugins and storage drivers request these types in manifests that are used on nodes without SELinux too.
 _UNCONFINED = frozenset({_PRIVILEGED_TYPE, "unconfined_t"})
-# Of the node, not of a container: whoever relabels them takes them from the node's own services.
-_NODES = frozenset(
+# Directories of the node that must not be relabelled: services of the node could not use their files any more.
+_NODE_DIRECTORIES = frozenset(
     "/ /bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /srv /sys /tmp /usr /var /var/lib /var/log "
     "/var/run /var/tmp".split()
 )
 
 
 class Labels(NamedTuple):
-    """Of a container's processes, and of its files; "" for none of its own."""
+    """The labels of a container's processes and of its files; "" means that no label is set."""
 
     process: str = ""
     files: str = ""
@@ -46,23 +46,23 @@ def is_enabled() -> bool:
 
 @cache
 def labels_containers() -> bool:
-    """Whether a policy is loaded that has types for containers, their files, and privileged ones."""
+    """Whether a policy is loaded that has the types for containers, privileged containers, and containers' files."""
     level = f"{_LEVEL}:c0,c1"
     processes = (f"{_USER}:{_ROLE}:{kind}:{level}" for kind in (types()[0], _PRIVILEGED_TYPE))
     return is_enabled() and all(map(_is_known, (*processes, pod_files(level))))
 
 
-def pod_level(asked: SelinuxOptions, others: Iterable[str]) -> str:
-    """The level of a new pod: what it asks for, or one that is not among the ``others``'.
+def pod_level(options: SelinuxOptions, others: Iterable[str]) -> str:
+    """The level of a new pod: the requested one, or a random one that is not among ``others``, the other pods' levels.
 
-    "" where containers are not labelled by themselves: without SELinux, or with a policy that has no types for them.
+    "" without SELinux, or if its policy has no types for containers: containers are not labelled by default then.
     Raises InvalidArgumentError for a level that the policy does not know.
     """
     if not labels_containers():
         return ""
-    if asked.level:
-        _check_known(pod_files(asked.level), "pod sandbox")
-        return asked.level
+    if options.level:
+        _check_known(pod_files(options.level), "pod sandbox")
+        return options.level
     taken = set(others)
     while True:
         first, second = sorted(secrets.SystemRandom().sample(range(_CATEGORIES), 2))
@@ -72,59 +72,63 @@ def pod_level(asked: SelinuxOptions, others: Iterable[str]) -> str:
 
 
 def labels(security: Security, level: str) -> Labels:
-    """The labels of a container in a pod of this level; what it asks for counts first."""
-    asked = security.selinux
-    if not is_enabled() or not (level or any(asked)):
+    """The labels of a container in a pod of this level. The container's own SELinux options take precedence."""
+    options = security.selinux
+    if not is_enabled() or not (level or any(options)):
         return Labels()
-    kind = asked.type or (_PRIVILEGED_TYPE if security.privileged else types()[0])
-    own_level = asked.level or level or _LEVEL
-    user = asked.user or _USER
-    # A privileged process is bounded by nothing, and what it makes is its pod's.
-    process_level = (asked.level or _LEVEL) if security.privileged else own_level
+    kind = options.type or (_PRIVILEGED_TYPE if security.privileged else types()[0])
+    own_level = options.level or level or _LEVEL
+    user = options.user or _USER
+    # A privileged process has no categories, but its files have those of its pod.
+    process_level = (options.level or _LEVEL) if security.privileged else own_level
     return Labels(
-        f"{user}:{asked.role or _ROLE}:{kind}:{process_level}", f"{user}:{_FILE_ROLE}:{types()[1]}:{own_level}"
+        f"{user}:{options.role or _ROLE}:{kind}:{process_level}", f"{user}:{_FILE_ROLE}:{types()[1]}:{own_level}"
     )
 
 
 def pod_files(level: str) -> str:
-    """The label of what all containers of a pod see; "" for ""."""
+    """The label of the files that all containers of a pod of this level share; "" if there is no level."""
     return f"{_USER}:{_FILE_ROLE}:{types()[1]}:{level}" if level else ""
 
 
 def check(security: Security, level: str, what: str) -> None:
-    """Refuse labels that nobody would keep.
+    """Check that the node can enforce the labels that a container requests.
 
-    Raises FailedPreconditionError where there is no policy and a confinement is asked for, InvalidArgumentError for a
-    label that the policy does not know.
+    Raises FailedPreconditionError if labels that confine the container are requested and there is no policy,
+    InvalidArgumentError for a label that the policy does not know.
     """
-    asked = security.selinux
-    if not any(asked):
+    options = security.selinux
+    if not any(options):
         return
     if is_enabled():
         for label in labels(security, level):
             _check_known(label, what)
-    elif not security.privileged and asked.type not in _UNCONFINED:
-        given = ", ".join(f"{field} = {value}" for field, value in asked._asdict().items() if value)
+    elif not security.privileged and options.type not in _UNCONFINED:
+        requested = ", ".join(f"{field} = {value}" for field, value in options._asdict().items() if value)
         raise FailedPreconditionError(
-            f"{what}: selinux_options ask for {given}, and this node has no SELinux policy; run the pod on a node that "
-            "has one, or leave selinux_options out"
+            f"{what}: selinux_options request {requested}, but this node has no SELinux policy; run the pod on a node "
+            "that has one, or leave selinux_options out"
         )
 
 
 def set_label(file: str | int, label: str) -> None:
-    """Label a file by its path or descriptor, and not what a link leads to; "" changes nothing. Raises OSError."""
+    """Label a file, by its path or descriptor; no link is followed, and "" changes nothing. Raises OSError."""
     if label:
         os.setxattr(file, _ATTRIBUTE, label.encode() + b"\0", follow_symlinks=isinstance(file, int))
 
 
 def relabel(path: str, label: str) -> None:
-    """Give a volume and all that is in it the label; blocks. Links are labelled, and not followed.
+    """Label a volume and all files in it. Links are labelled themselves, and not followed. Blocks.
 
-    A file system that has no labels is left as it is: the policy says what its files are. So is one that is mounted in
-    the volume. Raises InvalidArgumentError
-    for a directory of the node itself, FailedPreconditionError where a file cannot be labelled.
+    Two kinds of file system are left as they are:
+
+    1. One without support for labels. The policy has a label for its files.
+    2. One that is mounted inside the volume.
+
+    Raises InvalidArgumentError for a directory of the node itself, FailedPreconditionError if a file cannot be
+    labelled.
     """
-    if path in _NODES:
+    if path in _NODE_DIRECTORIES:
         raise InvalidArgumentError(f"selinux_relabel: {path} is the node's own; it cannot be given a container's label")
     try:
         set_label(path, label)
@@ -134,32 +138,32 @@ def relabel(path: str, label: str) -> None:
     except OSError as e:
         if e.errno in (errno.EOPNOTSUPP, errno.ELOOP):
             return
-        raise _refusal(path, e) from e
+        raise _labelling_error(path, e) from e
     try:
-        # A label is no change of a directory's content, but one of its attributes.
+        # Labelling changes the ctime of a directory but not its mtime, so mtime shows whether its entries have changed.
         for place, entry in file_tree.walk(top, lambda status: status.st_mtime):
             try:
                 set_label(f"/proc/self/fd/{place.fd}/{entry.name}", label)
             except FileNotFoundError:
-                continue  # it has gone meanwhile
+                continue  # the file was deleted meanwhile
             except OSError as e:
                 raise OSError(e.errno, e.strerror, file_tree.shortened(place.path_of(entry.name))) from e
     except OSError as e:
         if e.errno == errno.EOPNOTSUPP:
             return
-        raise _refusal(path, e) from e
+        raise _labelling_error(path, e) from e
     finally:
         os.close(top)
 
 
-def _refusal(path: str, error: OSError) -> FailedPreconditionError:
+def _labelling_error(path: str, error: OSError) -> FailedPreconditionError:
     where = path if error.filename in (None, path) else os.path.join(path, os.fsdecode(error.filename))
     return FailedPreconditionError(f"selinux_relabel: {where!r}: {error.strerror}")
 
 
 @cache
 def types(root: str = "/etc/selinux") -> tuple[str, str]:
-    """The types that the loaded policy has for processes and files of containers (lxc_contexts(5))."""
+    """The types of the loaded policy for containers' processes and for their files (lxc_contexts(5))."""
     try:
         config = _values(f"{root}/config")
         contexts = _values(f"{root}/{config['SELINUXTYPE']}/contexts/lxc_contexts")
@@ -170,7 +174,7 @@ def types(root: str = "/etc/selinux") -> tuple[str, str]:
 
 
 def _values(path: str) -> dict[str, str]:
-    """NAME=VALUE lines."""
+    """The settings in a file with lines of the form NAME=VALUE."""
     with open(path) as f:
         lines = [line.partition("=") for line in f if "=" in line and not line.lstrip().startswith("#")]
     return {name.strip(): value.strip() for name, _, value in lines}
@@ -182,7 +186,7 @@ def _check_known(label: str, what: str) -> None:
 
 
 def _is_known(label: str) -> bool:
-    """Whether the policy has all parts of a label, and allows them together (/sys/fs/selinux/context)."""
+    """Whether the policy knows all parts of a label and allows their combination (/sys/fs/selinux/context)."""
     try:
         with open("/sys/fs/selinux/context", "r+b", buffering=0) as f:
             f.write(label.encode() + b"\0")

@@ -1,6 +1,7 @@
-"""Programs that work on a sandbox or container and outlive who started them: a killed daemon does not take them along.
+"""Finds and ends programs that work on a sandbox or container, and may still run after their daemon was killed.
 
-They are found by a variable of their environment that names what they work on, as is what they start in turn.
+They are found by a variable in their environment that has the ID of the sandbox or container. Their children inherit
+the variable, and so are found too.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-# Seconds. Plugins take milliseconds; one that takes longer than this at a daemon's start is stuck.
+# Seconds. A plugin takes milliseconds. One that still runs this long after the start of the daemon is stuck.
 _PATIENCE = 5.0
 _INTERVAL = 0.02
-# What the kernel may take to end a killed process.
+# Seconds that the kernel may need to end a killed process.
 _END = 10.0
 
 
 async def wait(variable: str, value: str) -> None:
-    """Wait until nothing with ``variable=value`` works any more; what does not end in time is killed.
+    """Wait until all programs with ``variable=value`` have ended. Those that do not end in time are killed.
 
-    Undoing before that would leave behind what they do afterwards.
+    Call this before the work of these programs is undone: otherwise they could do more of it afterwards.
     """
     deadline = time.monotonic() + _PATIENCE
-    while _working(variable, value) and time.monotonic() < deadline:
+    while _processes(variable, value) and time.monotonic() < deadline:
         await asyncio.sleep(_INTERVAL)
     await asyncio.to_thread(kill, variable, value)
 
 
 def kill(variable: str, value: str) -> None:
-    """Kill all that has ``variable=value``, and return when it has ended; blocks."""
+    """Kill all processes with ``variable=value`` and wait for their end. Blocks."""
     deadline = time.monotonic() + _END
     killed: set[int] = set()
-    while pids := _working(variable, value):
+    while pids := _processes(variable, value):
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -48,23 +49,23 @@ def kill(variable: str, value: str) -> None:
             return
         time.sleep(_INTERVAL)
     if killed:
-        log.warning("killed what was still at work", pids=sorted(killed), **{variable: value})
+        log.warning("killed programs that still worked on a pod or container", pids=sorted(killed), **{variable: value})
 
 
-def _working(variable: str, value: str) -> list[int]:
-    """The processes that were started with this variable; one that has ended has no environment.
+def _processes(variable: str, value: str) -> list[int]:
+    """The processes that were started with this variable. A process that has ended has no environment.
 
-    Raises OSError where they cannot be looked at: that is not to be taken for their end.
+    Raises OSError if an environment cannot be read: the caller must not take this for the end of the process.
     """
-    wanted = f"{variable}={value}".encode()
-    found = []
+    assignment = f"{variable}={value}".encode()
+    pids = []
     for name in os.listdir("/proc"):
         if name.isdecimal():
             try:
                 with open(f"/proc/{name}/environ", "rb") as f:
                     environment = f.read()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # it has ended, or is none of ours
-            if wanted in environment.split(b"\0"):
-                found.append(int(name))
-    return found
+                continue  # it has ended, or the daemon did not start it
+            if assignment in environment.split(b"\0"):
+                pids.append(int(name))
+    return pids

@@ -157,7 +157,7 @@ def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Ca
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
     eventually(lambda: pings() > 0)
-    assert faults(node, before) == ["the service manager cannot be told"]
+    assert faults(node, before) == ["the service manager cannot be notified"]
     container = node.run(node.run_pod("after"), "c", ["sleep", "1000"])
     eventually(lambda: measured(node, container))
 

@@ -256,7 +256,7 @@ async def test_the_watchdog_is_fed_also_where_a_socket_or_the_status_fails(
             async with kept(report):
                 await until(pinged)
     events = [line["event"] for line in logs]
-    assert events.count("the service manager cannot be told") == 1
+    assert events.count("the service manager cannot be notified") == 1
     assert [line["error"] for line in logs if line["event"] == FAILED] == ["'c1'"]
     assert len(events) == 2
 

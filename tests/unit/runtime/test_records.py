@@ -275,10 +275,10 @@ def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(store: Store, 
     store.put(table, "odd", value)
     with pytest.raises(UnreadableError, match=rf"the record odd of {table} is .*{words}.*criserver reset"):
         Registry(store)
-    lenient = Registry(store, pass_over=True)
+    lenient = Registry(store, skip_unreadable=True)
     assert list(lenient.sandboxes) == ["full"]
-    assert list(lenient.passed_over) == [(table, "odd")]
-    lenient.forget_passed_over()
+    assert list(lenient.unreadable) == [(table, "odd")]
+    lenient.delete_unreadable()
     assert Registry(store).sandboxes == {"full": SAMPLES["full"]}
 
 

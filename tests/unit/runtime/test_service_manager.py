@@ -109,4 +109,4 @@ async def test_a_daemon_that_systemd_has_not_started_reports_nothing(monkeypatch
 
 def test_nothing_is_put_apart_where_systemd_has_not_started_us(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("INVOCATION_ID", raising=False)
-    assert service_manager.apart("x") == []
+    assert service_manager.own_scope("x") == []
