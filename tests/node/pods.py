@@ -6,8 +6,8 @@ import os
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.support.node import processes
 from tests.node.installed import KUBEPODS, InstalledNode, age, command, eventually, find
+from tests.support.node import processes
 
 ECHO = "while read line; do echo got $line; done"
 TICKS = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.5; done"

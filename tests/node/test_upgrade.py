@@ -16,13 +16,13 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations
-from tests.support.streaming_client import Spdy
 from tests.e2e.test_pods import shared
 from tests.e2e.test_userns import BASE, userns
 from tests.node.installed import PACKAGES, InstalledNode, command, eventually, shown
 from tests.node.pods import Pods, leftovers
-from tests.vm.releases import EARLIER_PACKAGE, LAST, NO_HISTORY, PRESENT_PACKAGE, RELEASED_PACKAGE
+from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS
+from tests.vm.releases import EARLIER_PACKAGE, LAST, NO_HISTORY, PRESENT_PACKAGE, RELEASED_PACKAGE
 
 HANDLERS = """
 [runtimes.runc]

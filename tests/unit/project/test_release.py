@@ -15,7 +15,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 from criserver import __version__
 from criserver.api.runtime_service import KUBELET_API_VERSION
-from tests import records
+from tests.support import records
 from tests.vm.releases import LAST, RELEASES
 
 ROOT = Path(__file__).parents[3]
