@@ -24,10 +24,11 @@ from criserver.errors import CriError, DeadlineExceededError, FailedPrecondition
 from criserver.runtime import cgroups, pidfd
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
-from criserver.runtime.shim_link import REPLY_TIMEOUT, ShimLink, connect
+from criserver.runtime.shim_link import ShimLink, connect, connect_in_turn
+from criserver.runtime.start_under_way import StartUnderWay
 
 if TYPE_CHECKING:
-    from shims.messages import FailedEvent, ForkConfig, Request, RunningGreeting, ShimMessage, StartedEvent
+    from shims.messages import ForkConfig, Request, RunningGreeting, ShimMessage, StartedEvent
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +42,6 @@ START_TIMEOUT = 110.0
 _GONE_TIMEOUT = 15.0
 _GONE_PATIENCE = 2.0
 _GREETING_TIMEOUT = 2.0
-_CONNECT_INTERVAL = 0.02
 # A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
 KILL_TIMEOUT = 30.0
 # What a shim may take to tell of a process that has ended. After that the daemon looks whether the shim is stuck.
@@ -118,6 +118,7 @@ class ContainerProcess:
     ) -> None:
         self.id = owner_id
         self.directory = directory
+        self._socket = os.path.join(directory, "shim.sock")
         self.runtime = runtime
         self.cgroup = cgroups.path(cgroup_parent, owner_id)
         self.started: Started | None = None
@@ -129,7 +130,7 @@ class ContainerProcess:
         self._observer = observer
         self._background = background
         self._link: ShimLink | None = None
-        self._cut: asyncio.Future[None] | None = None
+        self._start: StartUnderWay | None = None
         self._gone = asyncio.Event()
         self._cleaning: asyncio.Task[None] | None = None
         self._abandoned = False
@@ -139,16 +140,16 @@ class ContainerProcess:
     @contextmanager
     def start_under_way(self) -> Iterator[None]:
         """A start, from before it waits for anything: :meth:`cut_start` ends it."""
-        self._cut = asyncio.get_running_loop().create_future()
+        self._start = StartUnderWay()
         try:
             yield
         finally:
-            self._cut = None
+            self._start = None
 
     def cut_start(self) -> None:
         """Have a start under way end at once. Nothing happens where none is, or where it has succeeded meanwhile."""
-        if self._cut is not None and not self._cut.done():
-            self._cut.set_result(None)
+        if self._start is not None:
+            self._start.cut()
 
     async def start(self, *, log_path: str = "", tty: bool = False, stdin: bool = False) -> Started:
         """Fork a shim that runs the bundle, and wait until the process runs.
@@ -157,30 +158,19 @@ class ContainerProcess:
         FailedPreconditionError with the runtime's own message where the process cannot be started, and where the start
         was cut; DeadlineExceededError where the runtime or the shim does not come back. Nothing is left of it then.
         """
-        cut = self._cut
-        assert cut is not None
+        start = self._start
+        assert start is not None
         program = self.runtime.program()
-        if cut.done():
+        if start.is_cut:
             raise FailedPreconditionError(STOPPED)
-        loop = asyncio.get_running_loop()
-        greeted: asyncio.Future[None] = loop.create_future()
-        begun: asyncio.Future[StartedEvent | FailedEvent] = loop.create_future()
 
         def on_event(message: ShimMessage) -> None:
-            if not greeted.done():
-                greeted.set_result(None)
-            if "event" in message and message["event"] in ("started", "failed") and not begun.done():
-                begun.set_result(message)
-                if message["event"] == "failed":
-                    return
             # The record is written before the next message is looked at, which may tell of the exit.
-            self._on_event(message)
+            if not start.take(message):
+                self._on_event(message)
 
         def on_close() -> None:
-            if not begun.done():
-                error = "the shim ended before the container had started"
-                begun.set_result({"event": "failed", "error": error, "late": False})
-            elif begun.result()["event"] == "started":
+            if not start.shim_ended():
                 self._on_close()
 
         config: ForkConfig = {
@@ -197,25 +187,20 @@ class ContainerProcess:
             "pod_events": cgroups.pod_events(self._cgroup_parent),
         }
         self._link = await self._nursery.fork(config, on_event, on_close)
-        either: list[asyncio.Future[Any]] = [begun, cut]
-        await asyncio.wait(either, timeout=START_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if not begun.done():
-            # The shim is found by its working directory, where it is once it has greeted.
-            await asyncio.wait([greeted], timeout=_GREETING_TIMEOUT)
-        if not begun.done():
+        if not await start.wait(START_TIMEOUT):
             await self.end_start()
-            if cut.done():
+            if start.is_cut:
                 raise FailedPreconditionError(STOPPED)
             raise DeadlineExceededError(
                 f"the shim of {self.id} did not tell within {START_TIMEOUT:g} s whether {self.runtime.path} has "
                 "started the container"
             )
-        message = begun.result()
-        if message["event"] == "failed":
-            # A runtime that was given up may have left what it had made by then, and a shim that died its runtime.
+        outcome = start.outcome.result()
+        if outcome["event"] == "failed":
+            # An OCI runtime that was ended early may have left something, and a shim that died its OCI runtime.
             await self.end_start()
-            raise (DeadlineExceededError if message["late"] else FailedPreconditionError)(message["error"])
-        return _started(message)
+            raise (DeadlineExceededError if outcome["late"] else FailedPreconditionError)(outcome["error"])
+        return _started(outcome)
 
     async def end_start(self) -> None:
         """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.
@@ -251,7 +236,7 @@ class ContainerProcess:
             greeted.set()
 
         try:
-            self._link = self._connect(on_event, self._on_close)
+            self._link = connect(self._socket, on_event, self._on_close)
         except (FileNotFoundError, NotADirectoryError, ConnectionError):
             return False
         except OSError as e:
@@ -271,7 +256,7 @@ class ContainerProcess:
         while not self._abandoned:
             await asyncio.sleep(_GREETING_TIMEOUT)
             try:
-                self._link = self._connect(self._on_event, self._on_close)
+                self._link = connect(self._socket, self._on_event, self._on_close)
             except (FileNotFoundError, NotADirectoryError, ConnectionError):
                 if not self._abandoned:
                     self.without_shim()
@@ -284,23 +269,7 @@ class ContainerProcess:
 
         Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
         """
-        try:
-            async with asyncio.timeout(REPLY_TIMEOUT):
-                while True:
-                    try:
-                        return self._connect(on_event, on_close)
-                    except BlockingIOError:
-                        # Its queue is full: many connect at once, or the shim is stopped.
-                        await asyncio.sleep(_CONNECT_INTERVAL)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"the shim of container {self.id} accepted no connection within {REPLY_TIMEOUT:g} s"
-            ) from None
-        except OSError as e:
-            raise CriError(f"the shim of container {self.id} cannot be reached: {e.strerror}") from e
-
-    def _connect(self, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
-        return connect(os.path.join(self.directory, "shim.sock"), on_event, on_close)
+        return await connect_in_turn(self._socket, on_event, on_close)
 
     async def request(self, message: Request) -> None:
         """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""

@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 # A shim answers in well under a millisecond; one that takes longer than this is stuck.
 REPLY_TIMEOUT = 10.0
+_CONNECT_INTERVAL = 0.02
 
 
 class ShimLink:
@@ -176,6 +177,25 @@ def connect(path: str, on_event: Callable[[ShimMessage], None], on_close: Callab
     finally:
         os.close(directory)
     return ShimLink(sock, on_event, on_close, peer_name(os.path.basename(os.path.dirname(path))))
+
+
+async def connect_in_turn(path: str, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
+    """As :func:`connect`; where many connect at once it waits until the shim's queue has room.
+
+    Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
+    """
+    peer = peer_name(os.path.basename(os.path.dirname(path)))
+    try:
+        async with asyncio.timeout(REPLY_TIMEOUT):
+            while True:
+                try:
+                    return connect(path, on_event, on_close)
+                except BlockingIOError:
+                    await asyncio.sleep(_CONNECT_INTERVAL)
+    except TimeoutError:
+        raise DeadlineExceededError(f"{peer} accepted no connection within {REPLY_TIMEOUT:g} s") from None
+    except OSError as e:
+        raise CriError(f"{peer} cannot be reached: {e.strerror}") from e
 
 
 def present_shape(message: dict[str, Any]) -> ShimMessage:
