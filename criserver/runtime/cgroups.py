@@ -299,7 +299,7 @@ class _Freezer:
     """The files of a cgroup's freezer: version 1 (kernel, cgroup-v1/freezer-subsystem), version 2 (cgroup-v2, Core).
 
     ``switch`` takes ``on`` to freeze and ``off`` to thaw. ``state`` contains ``frozen`` as soon as all processes are
-    frozen. ``self_state`` is 0 if the cgroup itself was told to thaw, whatever its parents are.
+    frozen. ``self_state`` is 0 unless this cgroup itself is to be frozen, whatever its parents are.
     """
 
     switch: str

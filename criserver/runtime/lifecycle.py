@@ -21,7 +21,7 @@ class SandboxState(enum.Enum):
 
 
 class ContainerState(enum.Enum):
-    """The state of a container. When the daemon starts, it rolls CREATING back and finishes STARTING and REMOVING."""
+    """The state of a container. A daemon that starts rolls CREATING back and brings STARTING and REMOVING to an end."""
 
     CREATING = "creating"
     CREATED = "created"
@@ -45,7 +45,7 @@ State = SandboxState | ContainerState
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a record from a state to another: its reason, and the events for listeners, in this order.
+    """One step of a record from one state to another: its reason, and the events for listeners, in this order.
 
     ``old`` is None if there is no record before the step, ``new`` is None if there is none after it.
     """
@@ -115,5 +115,5 @@ def events_of(old: State | None, new: State | None) -> tuple[EventType, ...]:
 
 
 def is_visible(state: State) -> bool:
-    """Whether callers see a record in this state. They do not while it is being made, as that may still fail."""
+    """Whether callers see a record in this state. They do not see one that is being made, as this may fail."""
     return state not in _HIDDEN

@@ -19,6 +19,7 @@ from snapshotter import acl, files
 def update(node: Node, *, leaving: str = "") -> None:
     """Set the entries: one for each pod with a user namespace that is being made or runs, except the pod ``leaving``.
 
+    All other entries are removed.
     Raises FailedPreconditionError if the state directory is on a file system without access control lists.
     """
     wanted = {

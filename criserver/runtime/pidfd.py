@@ -75,8 +75,9 @@ def send_signal(pid: int, started: int, number: int) -> None:
 
 
 def watch(pid: int, started: int, on_end: Callable[[], None]) -> bool:
-    """Call ``on_end`` in the event loop when the process with this PID and start time ends. False if it is gone now.
+    """Call ``on_end`` in the event loop when the process with this PID and start time ends.
 
+    Returns False, and does nothing, if the process is gone already.
     Raises OSError as :func:`open_process` does.
     """
     pidfd = open_process(pid, started)

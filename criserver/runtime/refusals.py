@@ -1,4 +1,4 @@
-"""Refuses requests that no node can carry out, or not this one: InvalidArgumentError before anything is made.
+"""Refuses requests that no node, or not this node, can carry out: InvalidArgumentError before anything is made.
 
 Only requests are checked. Stored records are not: ``parse.py`` must read whatever an earlier release accepted.
 """

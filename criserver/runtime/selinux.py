@@ -79,7 +79,7 @@ def labels(security: Security, level: str) -> Labels:
     kind = options.type or (_PRIVILEGED_TYPE if security.privileged else types()[0])
     own_level = options.level or level or _LEVEL
     user = options.user or _USER
-    # A privileged process has no categories, but its files have those of its pod.
+    # A privileged process has no categories unless it requests some. Its files have those of the pod.
     process_level = (options.level or _LEVEL) if security.privileged else own_level
     return Labels(
         f"{user}:{options.role or _ROLE}:{kind}:{process_level}", f"{user}:{_FILE_ROLE}:{types()[1]}:{own_level}"

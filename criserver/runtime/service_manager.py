@@ -87,9 +87,8 @@ def own_scope(name: str) -> list[str]:
 
     1. DefaultDependencies=no, as the scopes that runtimes make for containers have it: otherwise a shutdown of the node
        would stop the shims before their containers.
-    2. Delegate=yes: otherwise systemd would stop the whole scope after the kernel has killed one process in it for lack
-    of
-       memory.
+    2. Delegate=yes: otherwise systemd would stop the whole scope after the kernel has killed one process in it for
+       lack of memory.
     """
     program = shutil.which("systemd-run")
     if program is None or "INVOCATION_ID" not in os.environ or not os.path.isdir("/run/systemd/system"):

@@ -1,7 +1,7 @@
 """Finds and ends programs that work on a sandbox or container, and may still run after their daemon was killed.
 
-They are found by a variable in their environment that has the ID of the sandbox or container. Their children inherit
-the variable, and so are found too.
+They are found by a variable in their environment, whose value is for this sandbox or container alone. Their children
+inherit the variable, so they are found too.
 """
 
 from __future__ import annotations
