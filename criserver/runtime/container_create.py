@@ -96,7 +96,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
             user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
             node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
         except BaseException as e:
-            await _undo(node, container, e)
+            await undo(node, container, f"it cannot be made: {e}")
             raise
     log.info("container created", container=container.id, name=config.name, sandbox=sandbox.id)
     return container.id
@@ -248,14 +248,14 @@ def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: C
     return pin
 
 
-async def _undo(node: Node, container: Container, cause: BaseException) -> None:
-    """Undo the making of a container. Where that fails the container is shown as exited, and the kubelet removes it."""
+async def undo(node: Node, container: Container, reason: str) -> None:
+    """Undo the making of a container. If that fails, the container is shown as exited, and the kubelet removes it."""
     try:
         await filesystems.discard(node, container.id)
         node.registry.forget(container)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        node.registry.observe(container.ended(128, "CreateError", status(f"it cannot be made: {cause}")))
+        node.registry.observe(container.ended(128, "CreateError", status(reason)))
         return
     # Its image may have been removed while it was being made.
     node.background(node.images.collect(), "garbage collection after a container that was not made failed")

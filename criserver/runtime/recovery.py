@@ -16,7 +16,16 @@ import structlog
 
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
-from criserver.runtime import filesystems, passage, process_records, sandbox_files, selinux, strays
+from criserver.runtime import (
+    container_create,
+    filesystems,
+    passage,
+    process_records,
+    sandbox_files,
+    sandbox_run,
+    selinux,
+    strays,
+)
 from criserver.runtime.container_checkpoint import recover_checkpoints
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -24,7 +33,6 @@ from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
 from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.sandbox_remove import remove_sandbox
-from criserver.runtime.sandbox_stop import release
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +53,7 @@ async def _container(node: Node, container: Container) -> None:
         match container.state:
             case ContainerState.CREATING:
                 log.warning("rolling back a container whose making was cut off", container=container.id)
-                await filesystems.discard(node, container.id)
-                node.registry.forget(container)
+                await container_create.undo(node, container, "the daemon ended while it was being made")
             case ContainerState.REMOVING:
                 await remove_locked(node, container)
             case ContainerState.STARTING | ContainerState.RUNNING:
@@ -90,11 +97,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
         match sandbox.state:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
-                await strays.wait("CNI_CONTAINERID", sandbox.id)
-                # Its infra process may be starting at this moment.
-                await process_records.of_infra(node, sandbox).end_start()
-                await release(node, sandbox)
-                node.registry.forget(sandbox)
+                await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
             case SandboxState.REMOVING:
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
                 await remove_sandbox(node, sandbox.id)
@@ -111,6 +114,12 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 assert_never(never)
     except Exception:
         log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
+
+
+async def _end_making(node: Node, sandbox: Sandbox) -> None:
+    """Wait for the network plugins that an earlier daemon has called, and end a start of the infra process."""
+    await strays.wait("CNI_CONTAINERID", sandbox.id)
+    await process_records.of_infra(node, sandbox).end_start()
 
 
 async def _whole(node: Node, sandbox: Sandbox) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Awaitable
 
 import structlog
 
@@ -73,15 +74,20 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         try:
             sandbox = await _set_up(node, sandbox)
         except BaseException:
-            await _undo(node, node.registry.sandboxes[sandbox_id])
+            await undo(node, node.registry.sandboxes[sandbox_id])
             raise
     log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
     return sandbox_id
 
 
-async def _undo(node: Node, sandbox: Sandbox) -> None:
-    """Undo the making of a sandbox. Where that fails it is shown as not ready, and the kubelet stops and removes it."""
+async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = None) -> None:
+    """Undo the making of a sandbox, after what is to be awaited ``before``.
+
+    If that fails, the sandbox is shown as not ready, and the kubelet stops and removes it.
+    """
     try:
+        if before is not None:
+            await before
         await release(node, sandbox)
         node.registry.forget(sandbox)
     except Exception:

@@ -383,6 +383,43 @@ def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node):
         assert node.settled() == []
 
 
+def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_again(node: Node):
+    os.makedirs(f"{node.base}/bin", exist_ok=True)
+    with open(f"{node.base}/bin/refusing", "w") as f:
+        f.write(
+            "#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n"
+            f"ADD) [ -e {node.base}/refusing.done ] || {{ touch {node.base}/refusing.begun; sleep 60; }};;\n"
+            f"DEL) [ -e {node.base}/refusing.done ] || exit 1;;\nesac\n"
+            'echo \'{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24"}]}\'\n'
+        )
+        os.fchmod(f.fileno(), 0o755)
+    with open(f"{node.cni}/05-refusing.conflist", "w") as f:
+        f.write('{"cniVersion": "1.0.0", "name": "refusing", "plugins": [{"type": "refusing"}]}')
+
+    def run() -> None:
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            node.client.RunPodSandbox(config=node.pod("refusing"))
+
+    caller = threading.Thread(target=run)
+    try:
+        caller.start()
+        eventually(lambda: os.path.exists(f"{node.base}/refusing.begun"))
+        node.kill()
+        node.start()
+        (pod,) = node.client.ListPodSandbox().items
+        assert pod.state == cri.SANDBOX_NOTREADY
+        with open(f"{node.base}/refusing.done", "w"):
+            pass
+        node.client.StopPodSandbox(pod_sandbox_id=pod.id)
+        node.client.RemovePodSandbox(pod_sandbox_id=pod.id)
+        again = node.client.RunPodSandbox(config=node.pod("refusing")).pod_sandbox_id
+        node.client.RemovePodSandbox(pod_sandbox_id=again)
+        assert node.client.ListPodSandbox().items == []
+    finally:
+        caller.join()
+        os.unlink(f"{node.cni}/05-refusing.conflist")
+
+
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):
     lease = f"{node.base}/lease"
     os.makedirs(f"{node.base}/bin", exist_ok=True)

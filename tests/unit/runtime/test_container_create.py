@@ -72,12 +72,12 @@ async def test_a_container_that_cannot_be_undone_is_seen(node: FakeNode, monkeyp
     discard = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
     monkeypatch.setattr(container_create.filesystems, "discard", discard)
     node.store.full = True
-    await container_create._undo(node, found, CriError("why"))
+    await container_create.undo(node, found, "why")
     (seen,) = node.registry.visible_containers()
     assert (seen.state, seen.reason, seen.message) == (
         ContainerState.EXITED,
         "CreateError",
-        "it cannot be made: why",
+        "why",
     )
 
 
@@ -87,7 +87,7 @@ async def test_a_pod_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, 
     release = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
     monkeypatch.setattr(sandbox_run, "release", release)
     node.store.full = True
-    await sandbox_run._undo(node, found)
+    await sandbox_run.undo(node, found)
     assert [(s.id, s.state) for s in node.registry.visible_sandboxes()] == [
         ("p", SandboxState.READY),
         ("q", SandboxState.NOT_READY),

@@ -1,0 +1,65 @@
+"""What an earlier daemon left and this one cannot undo: callers see it, so that they can remove it later."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+
+from criserver.errors import CriError
+from criserver.runtime import recovery
+from criserver.runtime.lifecycle import ContainerState, SandboxState
+from criserver.runtime.registry import Registry
+from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+
+
+class FakeNode(SimpleNamespace):
+    """What recovery takes of a node, with a ready pod "p"; nothing is on its disk."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            config=Mock(state=str(directory), root=str(directory)),
+            registry=(registry := Registry(FakeStore())),
+            snapshotter=Mock(removable=list),
+            lock=lambda key: asyncio.Lock(),
+            background=lambda work, what: None,
+            runtime_roots=lambda: str(directory / "runtimes"),
+        )
+        brought_to(registry, sandbox("p", SandboxState.NOT_READY))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> FakeNode:
+    return FakeNode(tmp_path)
+
+
+async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch):
+    brought_to(node.registry, container("c", node.registry.sandboxes["p"]))
+    monkeypatch.setattr(recovery.filesystems, "discard", AsyncMock(side_effect=CriError("something is mounted there")))
+    monkeypatch.setattr(recovery.filesystems, "unmount", AsyncMock())
+    await recovery.recover(node)  # type: ignore[arg-type]
+    (seen,) = node.registry.visible_containers()
+    assert (seen.state, seen.reason) == (ContainerState.EXITED, "CreateError")
+    assert seen.message == "the daemon ended while it was being made"
+
+
+@pytest.mark.parametrize("trouble", ["plugins that do not end", "an infra process that does not", "its network"])
+async def test_a_pod_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str):
+    brought_to(node.registry, sandbox("q"))
+    steps = {
+        "plugins that do not end": AsyncMock(),
+        "an infra process that does not": AsyncMock(),
+        "its network": AsyncMock(),
+    }
+    steps[trouble].side_effect = CriError("busy")
+    waiting, ending, releasing = steps.values()
+    monkeypatch.setattr(recovery.strays, "wait", waiting)
+    monkeypatch.setattr(recovery.process_records, "of_infra", lambda node, sandbox: Mock(end_start=ending))
+    monkeypatch.setattr(recovery.sandbox_run, "release", releasing)
+    await recovery.recover(node)  # type: ignore[arg-type]
+    assert {s.id: s.state for s in node.registry.visible_sandboxes()}["q"] is SandboxState.NOT_READY
+    assert os.listdir(node.config.root) == []
