@@ -34,13 +34,14 @@ def wake(_number: int, _frame: FrameType | None) -> None:
 
 
 class Call:
-    """A program that runs. `late` says that it was ended because its time was up."""
+    """A program that runs. `late` says that it was killed because it ran for `limit` seconds."""
 
-    __slots__ = ("_argv", "_pid", "late")
+    __slots__ = ("_argv", "_pid", "late", "limit")
 
-    def __init__(self, pid: int, argv: list[str]) -> None:
+    def __init__(self, pid: int, argv: list[str], limit: float) -> None:
         self._pid = pid
         self._argv = argv
+        self.limit = limit
         self.late = False
 
     def end(self) -> None:
@@ -123,7 +124,7 @@ class Loop:
             setsigdef=_DEFAULT_SIGNALS,
         )
         self._calls += 1
-        call = Call(pid, argv)
+        call = Call(pid, argv, limit)
         timer = self.later(limit, call.expire)
 
         def finished(code: int) -> None:

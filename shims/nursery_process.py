@@ -13,7 +13,8 @@ import select
 
 from .lean import ENDING_SIGNALS, SIGCHLD, Socket, ignore_signal, on_signal
 from .loop import Loop, wake
-from .shim import Config, RequestError, Shim
+from .shim import Shim
+from .shim_config import RequestError, ShimConfig
 from .wire import VERSION, Channel, ProtocolError
 
 TYPE_CHECKING = False
@@ -84,7 +85,7 @@ class _NurseryProcess:
                 os.close(fd)
         return {"ok": True}
 
-    def _become_shim(self, config: Config, fd: int) -> None:
+    def _become_shim(self, config: ShimConfig, fd: int) -> None:
         """Live a shim's life in a fork of the nursery; does not return.
 
         Only SIGKILL ends it early: service managers send the others to everything that the daemon has
@@ -109,16 +110,16 @@ class _NurseryProcess:
             os._exit(code)
 
 
-def _fork_request(message: Message, fds: list[int]) -> Config:
+def _fork_request(message: Message, fds: list[int]) -> ShimConfig:
     if message.get("op") != "fork":
         raise RequestError(f"unknown operation {message.get('op')!r}: this nursery has version {VERSION}")
     settings = message.get("config")
     if not isinstance(settings, dict) or len(fds) != 1:
         raise RequestError("fork takes a configuration and one file descriptor")
-    return Config(settings)
+    return ShimConfig(settings)
 
 
-def _report_crash(config: Config) -> None:
+def _report_crash(config: ShimConfig) -> None:
     """Leave the traceback in the state directory."""
     import traceback
 

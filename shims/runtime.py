@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 
 from .lean import loads
+from .shim_config import RequestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .loop import Call
 
 _TAIL = 64 * 1024
 _MAX_ERROR = 4096
 
 
-class Runtime:
-    """An OCI runtime's command line for one container."""
+class LateError(RequestError):
+    """The runtime did not return in its time."""
 
-    __slots__ = ("_base", "_container")
+
+class Runtime:
+    """An OCI runtime's command lines for one container. `path` is the program, `log` the file for its errors."""
+
+    __slots__ = ("_base", "_container", "_path")
 
     def __init__(self, path: str, root: str, arguments: list[str], container: str) -> None:
+        self._path = path
         self._base = [path, "--root", root, *arguments, "--log-format", "json"]
         self._container = container
 
@@ -35,12 +45,31 @@ class Runtime:
         """Kill what is left in the container's cgroup and remove it; no error if it is gone already."""
         return [*self._base, "--log", log, "delete", "--force", self._container]
 
+    def started_pid(self, verb: str, call: Call | None, code: int, pid_file: str, log: str) -> int:
+        """The process that a run or an exec has started, once it has ended itself with `code`.
 
-def last_error(log: str, program: str, code: int) -> str:
-    """What a failed call says for itself: the last error in its log, else how it ended.
+        Raises RequestError (LateError where it was killed at its limit: its log does not say why it failed), and
+        OSError or ValueError where there is no good PID file.
+        """
+        if code and call is not None and call.late:
+            raise LateError(f"{self._path} {verb} did not come back within {call.limit:g} s")
+        if code:
+            raise RequestError(self.last_error(log, code))
+        return int(read_small(pid_file))
 
-    `code` is its exit code, or minus the signal that ended it.
-    """
+    def last_error(self, log: str, code: int) -> str:
+        """Why a call failed: the last error in its log, else how it ended.
+
+        `code` is its exit code, or minus the signal that ended it.
+        """
+        return _logged_error(log) or (
+            f"{self._path} was ended by signal {-code} and left no message"
+            if code < 0
+            else f"{self._path} exited with {code} and left no message"
+        )
+
+
+def _logged_error(log: str) -> str:
     try:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -56,9 +85,7 @@ def last_error(log: str, program: str, code: int) -> str:
             continue
         if isinstance(entry, dict) and entry.get("level") in ("error", "fatal", "panic"):
             return str(entry.get("msg", "")).strip()[:_MAX_ERROR]
-    if code < 0:
-        return f"{program} was ended by signal {-code} and left no message"
-    return f"{program} exited with {code} and left no message"
+    return ""
 
 
 def read_small(path: str) -> bytes:
@@ -74,14 +101,3 @@ def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since the machine's boot (proc(5), /proc/PID/stat field 22)."""
     stat = read_small(f"/proc/{pid}/stat")
     return int(stat[stat.rindex(b")") + 2 :].split()[19])
-
-
-def oom_kills(path: str) -> int:
-    """The kernel's count in a `memory.events` (cgroup v2) or `memory.oom_control` (v1) file; -1 if unread."""
-    try:
-        for line in read_small(path).splitlines():
-            if line.startswith(b"oom_kill "):
-                return int(line[9:])
-    except (OSError, ValueError):
-        pass
-    return -1

@@ -157,8 +157,8 @@ class Container:
 class Host:
     """A nursery and the containers started through it; `close` ends all of it."""
 
-    def __init__(self, rootfs: Path, release: Path | None = None, **limits: float) -> None:
-        """`limits` replace those of shims.shim, by their names there; `release` has the package shims of 0.1.0."""
+    def __init__(self, rootfs: Path, release: Path | None = None, limits: dict[str, float] | None = None) -> None:
+        """`limits` replace those of the package, by module and name; `release` has the package shims of 0.1.0."""
         self.rootfs = rootfs
         self.directory = Path(tempfile.mkdtemp(dir="/run", prefix="shims-"))
         self.runtime_root = self.directory / "runc"
@@ -168,8 +168,8 @@ class Host:
         self.nursery = Client(ours)
         argv = command(sys.executable, theirs.fileno())
         place = argv.index("-c") + 1
-        for name, seconds in limits.items():
-            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery_process"
+        for name, seconds in (limits or {}).items():
+            changed = f"import shims.shim, shims.execs; shims.{name} = {seconds}; from shims.nursery_process"
             argv[place] = argv[place].replace("from shims.nursery_process", changed)
         if release is not None:
             argv[place] = f"import sys; sys.path.insert(0, {str(release)!r}); from shims.nursery import main; "
@@ -352,7 +352,7 @@ def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: H
 @pytest.fixture
 def hasty(rootfs: Path) -> Iterator[Host]:
     """Shims that give a runtime up soon."""
-    host = Host(rootfs, _RUN_LIMIT=HASTY, _EXEC_LIMIT=HASTY)
+    host = Host(rootfs, limits={"shim._RUN_LIMIT": HASTY, "execs._EXEC_LIMIT": HASTY})
     try:
         host.nursery.greeting()
         yield host
@@ -692,7 +692,7 @@ def test_a_huge_output_is_whole(host: Host) -> None:
 @pytest.fixture
 def patient(rootfs: Path) -> Iterator[Host]:
     """Shims that wait for the last of an output for so long that a test would notice."""
-    host = Host(rootfs, _LAST_DRAIN=300.0)
+    host = Host(rootfs, limits={"shim._LAST_DRAIN": 300.0})
     try:
         host.nursery.greeting()
         yield host

@@ -1,0 +1,58 @@
+"""What a daemon sends to a shim, checked: the configuration, and values of requests."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .wire import Message
+
+
+class RequestError(Exception):
+    """A request, or the start itself, cannot be carried out. The daemon gets the text."""
+
+
+class ShimConfig:
+    """A checked `shims.messages.ForkConfig`. Raises RequestError for a key that is missing or wrong."""
+
+    __slots__ = (
+        "arguments",
+        "bundle",
+        "directory",
+        "id",
+        "log_path",
+        "oom_files",
+        "pod_events",
+        "runtime",
+        "runtime_root",
+        "stdin",
+        "tty",
+    )
+
+    def __init__(self, message: Message) -> None:
+        self.id = text(message, "id")
+        self.bundle = text(message, "bundle")
+        self.directory = text(message, "directory")
+        self.runtime = text(message, "runtime")
+        self.runtime_root = text(message, "runtime_root")
+        self.arguments = texts(message, "runtime_args")
+        self.oom_files = texts(message, "oom_files")
+        self.pod_events = text(message, "pod_events") if message.get("pod_events") else ""
+        self.log_path = text(message, "log_path") if message.get("log_path") else ""
+        self.tty = bool(message.get("tty"))
+        self.stdin = bool(message.get("stdin"))
+
+
+def text(message: Message, key: str) -> str:
+    """A string of a message. Raises RequestError."""
+    value = message.get(key)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise RequestError(f"{key!r} must be a non-empty string without NUL, not {value!r}")
+    return value
+
+
+def texts(message: Message, key: str) -> list[str]:
+    """A list of strings of a message; without the key it is empty. Raises RequestError."""
+    value = message.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RequestError(f"{key!r} must be a list of strings, not {value!r}")
+    return value
