@@ -1,6 +1,6 @@
-"""Shims: the small processes that hold what must outlive the daemon, one for each running container.
+"""Shims: one small process for each container, which goes on when the daemon ends.
 
-The daemon starts one nursery (see `launch.command`), which forks a shim for each container. A shim holds
-the container's standard streams, its log file and its exit status. This package imports the standard
-library only, and little of it: every module loaded here costs memory on each node.
+The daemon starts one nursery (`launch.command`), and the nursery forks a shim for each container. The shim has the
+container's standard streams, its log file and its exit code. This package imports little, and only of the standard
+library: each module costs memory in every shim.
 """

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .wire import Message
 
     Answer = tuple[Reply, Sequence[int]]
-    """A reply, and the descriptors that go with it, which stay open here."""
+    """A reply, and the descriptors that go with it. They stay open here."""
 
 _SOCKET = "shim.sock"
 
 
 class Connections:
-    """Whoever is connected: the daemon by one connection for the container, and by one more for each exec or attach."""
+    """All connections: the daemon has one for the container, and one more for each exec and each attached client."""
 
     __slots__ = ("_answer", "_channels", "_greetings", "_hung_up", "_loop")
 
@@ -34,8 +34,10 @@ class Connections:
         answer: Callable[[Channel, Message, list[int]], Answer],
         hung_up: Callable[[Channel], None],
     ) -> None:
-        """`greetings` go to each new connection. `answer` carries out a request and takes the descriptors it keeps out
-        of the list; the rest are closed. `hung_up` is called when a connection has ended."""
+        """`greetings` go to each new connection. `hung_up` is called when a connection has ended.
+
+        `answer` carries out a request. It takes the descriptors that it keeps out of the list; the rest are closed.
+        """
         self._loop = loop
         self._greetings = greetings
         self._answer = answer
@@ -96,7 +98,7 @@ class Connections:
             self._hang_up(channel)
             return
         for message, fds in requests:
-            if channel.fileno() < 0:  # the connection ended with an earlier answer: nobody owns what this asks for
+            if channel.fileno() < 0:  # an earlier answer could not be sent, so the connection is closed
                 for fd in fds:
                     os.close(fd)
                 continue

@@ -1,7 +1,7 @@
 """Container logs in the CRI's format: `RFC3339Nano-time stdout|stderr F|P content`, one record a line.
 
-Output is framed by the block, not by the line: one timestamp for each block read, and its newlines are
-replaced in one pass of C code. `Framer` does the framing, without I/O; `LogWriter` owns the file.
+Output is framed in blocks and not in lines, which is faster: each block that was read has one timestamp, and C code
+replaces all its newlines at once. `Framer` does the framing, without I/O. `LogWriter` owns the file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from errno import EAGAIN, EINVAL, ENOENT, ENOTDIR
 
 MAX_LINE = 16 * 1024
-"""Longest content of one record. Readers assume it: log shippers and the conformance suite stop at lines of
-32 or 64 KiB, the other runtimes cut at this length."""
+"""Longest content of one record, in bytes. The other CRI runtimes cut at this length. Readers rely on it: log shippers
+and the conformance suite read lines of at most 32 or 64 KiB."""
 
 _STEP_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -23,7 +23,7 @@ _ATTEMPTS = 10
 
 
 class Clock:
-    """Timestamps in UTC with nine digits of fraction; the part above a second is formatted once a second."""
+    """Timestamps in UTC with nine digits of fraction. All but the fraction is formatted once a second."""
 
     __slots__ = ("_prefix", "_second")
 
@@ -43,9 +43,12 @@ class Clock:
 class Framer:
     """Turns the blocks of one stream into records.
 
-    A tail without a newline is held back until its newline, the stream's end or MAX_LINE. Records of a line
-    longer than MAX_LINE are P, P, … F; a last line without a newline is P too, so that the records give back
-    the stream's bytes exactly: content, and a newline after each F.
+    1. A line up to MAX_LINE is one record with the tag F.
+    2. A longer line is several records: P, P, … F.
+    3. The last line of a stream, if it has no newline, is a record with the tag P.
+
+    So a reader gets the stream's exact bytes: the content of each record, and a newline after each F. An unfinished
+    line is held back until its newline comes, until it has MAX_LINE bytes, or until the stream ends.
     """
 
     __slots__ = ("_stream", "_tail")
@@ -60,7 +63,7 @@ class Framer:
         full = stamp + b" " + self._stream + b" F "
         records: list[bytes] = []
         lines = 0  # where the whole lines not yet framed begin
-        at = 0  # all before is known to have no line longer than MAX_LINE
+        at = 0  # no line before this place is longer than MAX_LINE
         while len(data) - at > MAX_LINE:
             newline = data.rfind(b"\n", at, at + MAX_LINE + 1)
             if newline >= 0:
@@ -76,7 +79,7 @@ class Framer:
         return b"".join(records)
 
     def end(self, stamp: bytes) -> bytes:
-        """The record of what is held back, if anything is: the stream has ended."""
+        """The stream has ended: the record of the unfinished line, if there is one."""
         tail, self._tail = self._tail, b""
         return b"".join((stamp, b" ", self._stream, b" P ", tail, b"\n")) if tail else b""
 
@@ -90,9 +93,11 @@ def _frame_lines(records: list[bytes], prefix: bytes, data: bytes, start: int, e
 def open_log(path: str) -> int:
     """Open the file at an absolute path to append to it, or create it. Raises OSError.
 
-    A pod that mounts the host's log directory writes there as it likes. So no link is followed on the whole way, and
-    the file is a regular one of a single name: neither a FIFO or a device, which an open alone may wake up or hang
-    on, nor another file of the host by a hard link.
+    A pod that mounts the host's log directory can put anything there. So no symbolic link is followed anywhere in the
+    path, and the file must be a regular file with one name:
+
+    1. Opening a FIFO may block, and opening a device may start something.
+    2. A hard link may be another file of the host.
     """
     name = os.path.basename(path)
     parent = _open_parent(path)
@@ -107,29 +112,29 @@ def open_log(path: str) -> int:
             except FileNotFoundError:
                 continue  # it was moved away just now
             try:
-                # By way of the descriptor: it is the very file that was looked at.
+                # By its descriptor: this is the file that was checked.
                 return os.open(f"/proc/self/fd/{found}", _WRITE_FLAGS)
             finally:
                 os.close(found)
-        raise OSError(EAGAIN, "the log file comes and goes", path)
+        raise OSError(EAGAIN, "the log file is replaced again and again", path)
     finally:
         os.close(parent)
 
 
 def make_room(path: str, below: str, mode: int) -> None:
-    """Make the directories for a log below an existing one, and look whether its file can be opened. Raises OSError."""
+    """Make a log's directories below an existing one, and check that its file can be opened. Raises OSError."""
     name = os.path.basename(path)
     parent = _open_parent(path, below, mode)
     try:
         os.close(_look(name, parent, path))
     except FileNotFoundError:
-        pass  # it will be made
+        pass  # open_log makes it
     finally:
         os.close(parent)
 
 
 def _look(name: str, parent: int, path: str) -> int:
-    """A path descriptor of an existing log file. Raises OSError, FileNotFoundError where nothing is there."""
+    """A path descriptor of an existing log file. Raises OSError; FileNotFoundError if there is no file."""
     fd = os.open(name, _LOOK_FLAGS, dir_fd=parent)
     try:
         _check(os.fstat(fd), path)
@@ -141,15 +146,15 @@ def _look(name: str, parent: int, path: str) -> int:
 
 def _check(found: os.stat_result, path: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(EINVAL, "not a regular file, which a log must be", path)
+        raise OSError(EINVAL, "a log must be a regular file", path)
     if found.st_nlink > 1:
-        raise OSError(EINVAL, "a file of more than one name, which a log must not be", path)
+        raise OSError(EINVAL, "a log must have no other name (hard link)", path)
 
 
 def _open_parent(path: str, below: str = "/", make: int = 0) -> int:
-    """A path descriptor of the directory that `path` is in. No link is followed below `below`, where the path begins.
+    """A path descriptor of the directory of `path`, which begins with `below`. No link is followed after `below`.
 
-    With `make`, a mode, directories that are not there are made. The caller closes the descriptor. Raises OSError.
+    `make` is a mode: with it, missing directories are made. The caller closes the descriptor. Raises OSError.
     """
     fd = os.open(below, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -173,20 +178,21 @@ def _enter(fd: int, name: str, path: str, make: int) -> int:
     try:
         return os.open(name, _STEP_FLAGS, dir_fd=fd)
     except NotADirectoryError:
-        raise OSError(ENOTDIR, f"{name!r} is a link or no directory, which a log's path must not have", path) from None
+        raise OSError(ENOTDIR, f"{name!r} in a log's path must be a directory, and no link", path) from None
     except FileNotFoundError:
-        raise FileNotFoundError(ENOENT, "there is no such directory", path) from None
+        raise FileNotFoundError(ENOENT, "the directory does not exist", path) from None
 
 
 class LogWriter:
-    """A container's log file. No failure to write holds up the container: what cannot be written is counted
-    in `dropped` (bytes of the file) and forgotten.
+    """A container's log file.
+
+    A write that fails does not stop the container: the bytes are lost, and `dropped` counts them.
     """
 
     __slots__ = ("_clock", "_fd", "_framers", "_path", "_torn", "dropped")
 
     def __init__(self, path: str) -> None:
-        """Open or create the file, mode 0640; an empty path means that nothing is kept. Raises OSError."""
+        """Open or create the file, mode 0640. With an empty path nothing is logged. Raises OSError."""
         self._path = path
         self._fd = open_log(path) if path else -1
         self._clock = Clock()
@@ -195,7 +201,7 @@ class LogWriter:
         self.dropped = 0
 
     def write(self, stream: str, block: bytes) -> None:
-        """Log a block that was read from `stream` ("stdout" or "stderr")."""
+        """Log a block that was read from `stream`, "stdout" or "stderr"."""
         if self._fd >= 0:
             self._write(self._framers[stream].feed(block, self._clock.stamp(time.time_ns())))
 
@@ -205,7 +211,7 @@ class LogWriter:
             self._write(self._framers[stream].end(self._clock.stamp(time.time_ns())))
 
     def reopen(self) -> None:
-        """Go on in a new file at the same path: the old one was renamed. Raises OSError and keeps the old."""
+        """Go on in a new file at the same path: the old file was renamed. On OSError the old file stays in use."""
         if self._fd < 0:
             return
         fd = open_log(self._path)
@@ -221,7 +227,7 @@ class LogWriter:
     def _write(self, records: bytes) -> None:
         if not records:
             return
-        if self._torn:  # the last write stopped inside a record; these begin on a line of their own
+        if self._torn:  # the last write stopped inside a record: begin a new line
             records = b"\n" + records
         rest = memoryview(records)
         try:

@@ -1,7 +1,7 @@
 """The event loop of a shim and of the nursery: descriptors, child processes and deadlines, in one thread.
 
-The shim's life is a straight script that waits in `Loop.until`; what happens meanwhile is handled by short
-callbacks, which never wait themselves, but for the moment that `Loop.adopt` may need.
+The code of a shim's life runs straight on and waits in `Loop.until`. Meanwhile callbacks handle what happens. They are
+short and do not wait; only `Loop.adopt` may wait for a moment.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (SIGKILL, SIGSTOP)]
-"""What a child gets back to default. Ignored signals pass through exec: without this a container's process
-would ignore SIGTERM (as shims do) and SIGPIPE (as Python does) from its start."""
+"""The signals that a child does not ignore. A process keeps ignoring a signal through execve(2): without this list, a
+container's process would ignore SIGTERM, as shims do, and SIGPIPE, as Python does."""
 
 # Seconds.
 _ADOPTION_LIMIT = 5.0
@@ -30,7 +30,7 @@ _ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath)}
 
 
 def wake(_number: int, _frame: FrameType | None) -> None:
-    """The handler that SIGCHLD must have before a Loop is made: it makes the wakeup descriptor be written."""
+    """The handler of SIGCHLD, to be set before a Loop is made. With a handler, Python writes to the wake-up pipe."""
 
 
 class Call:
@@ -45,28 +45,28 @@ class Call:
         self.late = False
 
     def end(self) -> None:
-        """Kill it with all that it has started; how it ended is told as ever."""
+        """Kill it with all that it has started. `ended` is called as it is at any other end."""
         if not self._pid:
             return
-        # crun forks twice, and what is between ends: the copy of it that becomes the container's process is our child
-        # then, and has its arguments until it does. A script may have run it by another name.
+        # crun forks twice, and the process in the middle ends. So the copy of crun that becomes the container's process
+        # is a child of the shim; it has crun's arguments until then. A script may have run crun by another name.
         own = self._argv[1:]
         copies = [pid for pid in tree.children(os.getpid()) if pid != self._pid and tree.argv(pid)[1:] == own]
         for pid in (self._pid, *copies):
             tree.end(pid)
 
     def expire(self) -> None:
-        """Its time is up."""
+        """Its time limit is reached."""
         self.late = True
         self.end()
 
     def reaped(self) -> None:
-        """Its number may be another process's from now on."""
+        """It has ended: its PID may be another process's from now on."""
         self._pid = 0
 
 
 class Loop:
-    """epoll, the children of this process and timers. Only one may be in use in a process."""
+    """epoll, child processes and timers. A process can use only one Loop."""
 
     __slots__ = ("_calls", "_children", "_epoll", "_pipe", "_timers", "_watched")
 
@@ -81,13 +81,13 @@ class Loop:
         self.watch(self._pipe[0], select.EPOLLIN, self._woken)
 
     def close(self) -> None:
-        """Close what the loop has opened: for a fork, which must not wait on its parent's epoll."""
+        """Close the loop's own descriptors. A forked child does so, since it must not wait on its parent's epoll."""
         self._epoll.close()
         for fd in self._pipe:
             os.close(fd)
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Call `callback(events)` whenever `fd` has any of them; EPOLLERR and EPOLLHUP always count."""
+        """Call `callback(events)` when `fd` has one of the events. EPOLLERR and EPOLLHUP are always included."""
         self._epoll.register(fd, events)
         self._watched[fd] = callback
 
@@ -95,7 +95,7 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def forget(self, fd: int) -> None:
-        """Stop watching `fd`; to be called before it is closed."""
+        """Stop watching `fd`. The caller closes it after this, not before."""
         del self._watched[fd]
         self._epoll.unregister(fd)
 
@@ -109,10 +109,11 @@ class Loop:
         self._timers.pop(handle, None)
 
     def spawn(self, argv: list[str], stdio: Sequence[int], limit: float, ended: Callable[[int], None]) -> Call:
-        """Run a program whose orphans may become ours; `ended` gets its exit code, or minus its signal.
+        """Run a program. Processes that it leaves behind may become children of this process.
 
-        `stdio` are the descriptors of its standard input, output and error. After `limit` seconds it is
-        killed with all that it has started. Raises OSError if it cannot be started.
+        `ended` gets its exit code, or minus the signal that ended it. `stdio` are the descriptors of its standard
+        input, output and error. After `limit` seconds it is killed with all that it has started. Raises OSError if
+        it cannot be started.
         """
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
         pid = os.posix_spawn(
@@ -139,10 +140,11 @@ class Loop:
         return call
 
     def adopt(self, pid: int, ended: Callable[[int], None]) -> None:
-        """Wait for a process that a spawned program left to us; `ended` as in `spawn`.
+        """Wait for the end of a process that a spawned program has left behind. `ended` is as in `spawn`.
 
-        To be called from the program's `ended`: until then an orphan is not reaped, so its status is not
-        lost and its number is not used again. Raises ChildProcessError if `pid` does not become our child.
+        The caller does this in the program's `ended`. Until that returns, no unknown child is reaped: the status of
+        `pid` is not lost, and its number is not used again. Raises ChildProcessError if `pid` does not become a child
+        of this process.
         """
         deadline = time.monotonic() + _ADOPTION_LIMIT
         while pid not in self._children:
@@ -150,13 +152,13 @@ class Loop:
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 self._children[pid] = ended
             except ChildProcessError:
-                # crun ends a moment before the fork of itself that is the process's parent.
+                # The process's parent is a fork of crun, which ends a moment after crun.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_ADOPTION_PAUSE)
 
     def until(self, done: Callable[[], bool], limit: float | None = None) -> bool:
-        """Handle events until `done()`, or for `limit` seconds; returns `done()`."""
+        """Handle events until `done()` is true, or for `limit` seconds. Returns `done()`."""
         deadline = None if limit is None else time.monotonic() + limit
         while not done():
             now = time.monotonic()
@@ -191,9 +193,11 @@ class Loop:
         self._reap()
 
     def _reap(self) -> None:
-        """Collect the children that have ended: known ones first, for a program's `ended` may adopt others.
+        """Reap the children that have ended.
 
-        Unknown ones (orphans of the container or of hooks) only while no program runs that may name them.
+        1. Known children come first, since a program's `ended` may adopt another child.
+        2. Unknown children (orphans of the container or of its hooks) are reaped only while no program runs, since a
+           program may name one of them for adoption when it ends.
         """
         found = True
         while found:

@@ -1,7 +1,7 @@
 """The nursery: one small process, started once, that forks a shim for each container.
 
-It imports all that a shim needs and freezes its heap first, so that a shim is a fork (under a millisecond)
-that shares nearly all of its memory. It ends when the daemon does; shims stay.
+It first imports all that a shim needs and freezes its heap. So a shim is a fork, made in less than a millisecond, which
+shares nearly all of its memory with the nursery. The nursery ends with the daemon; shims go on.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _NurseryProcess:
         self._loop = Loop()
 
     def run(self) -> None:
-        """Serve until the daemon has gone; shims that end meanwhile are reaped by the loop."""
+        """Serve until the daemon has ended. The loop reaps shims that end meanwhile."""
         self._loop.watch(self._channel.fileno(), select.EPOLLIN, self._serve)
         greeting: NurseryGreeting = {"hello": "nursery", "version": VERSION}
         self._channel.send(greeting)
@@ -86,10 +86,10 @@ class _NurseryProcess:
         return {"ok": True}
 
     def _become_shim(self, config: ShimConfig, fd: int) -> None:
-        """Live a shim's life in a fork of the nursery; does not return.
+        """Be a shim, in a fork of the nursery. Does not return.
 
-        Only SIGKILL ends it early: service managers send the others to everything that the daemon has
-        started.
+        Only SIGKILL ends a shim early. It ignores the other ending signals, since a service manager sends them to
+        all processes that the daemon has started.
         """
         code = 1
         try:
@@ -104,7 +104,7 @@ class _NurseryProcess:
             os.chdir(config.directory)
             Shim(config, Socket(fileno=fd)).run()
             code = 0
-        except BaseException:  # noqa: BLE001 - there is nowhere else to go from here
+        except BaseException:  # noqa: BLE001 - nobody could catch it after this
             _report_crash(config)
         finally:
             os._exit(code)

@@ -29,7 +29,7 @@ class OomWatch:
         self._others = max(0, _kills(pod)) if pod else 0
 
     def start(self) -> None:
-        """Follow the pod's count. The kernel wakes who polls the file when it changes (kernel, cgroup-v2.rst)."""
+        """Follow the pod's count. A poll of the file returns when the count changes (kernel, cgroup-v2.rst)."""
         if not self._pod:
             return
         try:
@@ -48,7 +48,7 @@ class OomWatch:
 
     def _count_others(self, fd: int) -> None:
         try:
-            os.pread(fd, 4096, 0)  # or it would wake us again
+            os.pread(fd, 4096, 0)  # without a read, the next poll would return at once
         except OSError:
             self._loop.forget(fd)
             os.close(fd)

@@ -1,4 +1,4 @@
-"""One output stream of the container: read by the block, logged, and copied to the clients attached to it."""
+"""One output stream of the container: it is read in blocks, logged, and copied to the attached clients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .logs import LogWriter
     from .loop import Loop
 
-_READ_SIZE = 64 * 1024  # a pipe's worth; larger reads from larger pipes are measured to be no faster
-_PATIENCE = 10.0
+_READ_SIZE = 64 * 1024  # the size of a pipe; measured: larger reads from larger pipes are no faster
+_PATIENCE = 10.0  # seconds
 
 
 class Output:
@@ -22,7 +22,7 @@ class Output:
     __slots__ = ("_clients", "_fd", "_log", "_loop", "_name", "_reading", "ended")
 
     def __init__(self, loop: Loop, fd: int, name: str, log: LogWriter) -> None:
-        """Take over `fd`; `name` is the log's: "stdout" or "stderr"."""
+        """Take over `fd`. `name` is "stdout" or "stderr", as in the log."""
         os.set_blocking(fd, False)
         self._loop = loop
         self._fd = fd
@@ -34,10 +34,10 @@ class Output:
         self._settle()
 
     def attach(self, fd: int) -> None:
-        """Take over `fd`, the writing end of a pipe or a socket, and copy to it what is read from now on.
+        """Take over `fd`, the writing end of a pipe or a socket, and copy all further output to it.
 
-        A client that takes no more pauses the stream, as a slow terminal does, and is dropped if it takes
-        nothing for ten seconds. Raises OSError, and leaves `fd` open, if it is neither.
+        A client whose pipe is full pauses the stream, as a slow terminal does. A client that reads nothing for ten
+        seconds is dropped. Raises OSError, and leaves `fd` open, if `fd` is neither a pipe nor a socket.
         """
         if self.ended:
             os.close(fd)
@@ -50,7 +50,7 @@ class Output:
             client.close()
 
     def end(self) -> None:
-        """Stop reading, log an unfinished line, and close the clients' streams, which sees them at an end."""
+        """Stop reading, log an unfinished line, and close the clients' descriptors: the clients see the end."""
         if self.ended:
             return
         self.ended = True
@@ -65,8 +65,10 @@ class Output:
         self._settle()
 
     def _settle(self) -> None:
-        """Read if the stream goes on and no client is behind. A pause is no watch at all: a hang-up, which
-        epoll reports unasked, would keep the loop spinning."""
+        """Watch the stream unless it has ended or a client is behind.
+
+        A paused stream is not in epoll at all: epoll would report a hang-up again and again, with no event asked for.
+        """
         reading = not self.ended and not any(client.rest for client in self._clients.values())
         if reading and not self._reading:
             self._loop.watch(self._fd, select.EPOLLIN, self._readable)
@@ -90,7 +92,7 @@ class Output:
 
 
 class _Client:
-    """Where a copy of the output goes; `rest` is what it has not taken yet."""
+    """A client that gets a copy of the output. `rest` is the part of the last block that it has not taken yet."""
 
     __slots__ = ("_loop", "_moved", "_timer", "closed", "fd", "rest")
 
@@ -106,7 +108,7 @@ class _Client:
         self.closed = False
 
     def send(self, block: bytes) -> None:
-        """Write a block; only while there is no `rest`."""
+        """Write a block. Not allowed while there is a `rest`."""
         self._write(block)
         if self.rest:
             self._loop.change(self.fd, select.EPOLLOUT)

@@ -1,4 +1,4 @@
-"""The command lines of the OCI runtime (runc, crun) that a shim runs, and what it reads back from them."""
+"""The command lines of the OCI runtime (runc, crun) that a shim runs, and the files that these calls write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Runtime:
         self._container = container
 
     def run(self, bundle: str, pid_file: str, log: str, console: str | None) -> list[str]:
-        """Create and start the container; its standard streams are the command's own, or a console's."""
+        """Create and start the container. It gets the command's standard streams, or a terminal.
+
+        `console` is the socket to which the runtime sends the terminal's master side.
+        """
         sockets = ["--console-socket", console] if console else []
         options = ["--detach", "--pid-file", pid_file, "--bundle", bundle, *sockets]
         return [*self._base, "--log", log, "run", *options, self._container]
@@ -42,7 +45,7 @@ class Runtime:
         return [*self._base, "--log", log, "exec", *options, self._container]
 
     def delete(self, log: str) -> list[str]:
-        """Kill what is left in the container's cgroup and remove it; no error if it is gone already."""
+        """Kill what is left in the container's cgroup and remove it. No error if it is removed already."""
         return [*self._base, "--log", log, "delete", "--force", self._container]
 
     def started_pid(self, verb: str, call: Call | None, code: int, pid_file: str, log: str) -> int:
@@ -74,7 +77,7 @@ def _logged_error(log: str) -> str:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
-            # Not lines: crun's records have several.
+            # Not by lines: a record of crun's has several.
             records = file.read(_TAIL).split(b"}\n")
     except OSError:
         records = []
@@ -89,7 +92,7 @@ def _logged_error(log: str) -> str:
 
 
 def read_small(path: str) -> bytes:
-    """The first 4 KiB of a file. Not by open(): its layers dirty some 100 KiB of a shim's memory."""
+    """The first 4 KiB of a file. Not by open(), which would cost some 100 KiB of memory in each shim."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 4096)

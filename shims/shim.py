@@ -100,7 +100,7 @@ class Shim:
             raise RequestError(f"container {config.id} exists in {config.runtime_root}: delete it there first")
         console = bind(_CONSOLE) if config.tty else None
         stdio = [0, 1, 2] if console else self._make_pipes()
-        # The console's socket by a name that is short enough, and means the same to the runtime.
+        # A name of the console's socket that is short enough for a socket address, and valid for the runtime too.
         name = f"/proc/{os.getpid()}/cwd/{_CONSOLE}" if console else None
         argv = self._runtime.run(config.bundle, self._path(_PID_FILE), self._path(_LOG), name)
         self._oom = OomWatch(self._loop, config.oom_files, config.pod_events)
@@ -129,7 +129,7 @@ class Shim:
         return [stdin, stdout_end, stderr_end]
 
     def _ran(self, code: int, console: Socket | None) -> None:
-        """The runtime has ended: take over the container's init, which cannot have been reaped yet."""
+        """The OCI runtime has ended: take over the container's init, which cannot have been reaped yet."""
         try:
             pid = self._runtime.started_pid("run", self._call, code, _PID_FILE, _LOG)
             self._start_ticks, self._started_at = start_ticks(pid), time.time_ns()
@@ -201,7 +201,7 @@ class Shim:
         return self._loop.until(lambda: all(output.ended for output in self._outputs.values()), limit)
 
     def _delete(self) -> str:
-        """Remove the container from the runtime; returns why that failed, or nothing."""
+        """Have the OCI runtime delete the container. Returns why that failed; empty if it did not."""
         attempts = 0
         codes: list[int] = []
         while not self._deleted and attempts < _DELETE_ATTEMPTS:
@@ -279,7 +279,7 @@ class Shim:
             raise RequestError(f"container {self._config.id} is not running")
 
     def _path(self, name: str) -> str:
-        """The absolute name of a file of the state directory, for programs that run elsewhere."""
+        """The absolute path of a file of the state directory, for the OCI runtime."""
         return f"{self._config.directory}/{name}"
 
 

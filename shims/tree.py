@@ -1,6 +1,7 @@
-"""Ending a process with all that it has started, so that a program that is given up leaves nothing half done behind.
+"""Killing a process together with all processes that it has started.
 
-For a shim and the OCI runtime that it runs, and for the daemon where a shim is stuck or one of its programs is late.
+A shim does so with an OCI runtime that takes too long. The daemon does so with a shim that is stuck, and with any
+program of its own that takes too long.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Seconds. A signal takes a moment to stop a process that is just starting another one.
+# Seconds. A process that is about to start another one is stopped by a signal only after a moment.
 _PAUSE = 0.002
 
 
 def end(pid: int, sure: Callable[[], bool] | None = None) -> None:
-    """Kill a process, its children, their children and so on; one that is gone is no error.
+    """Kill a process, its children, their children and so on. A process that has ended is no error.
 
-    All of them are stopped first: a process that dies gives its children away, and nobody could tell any more whose
-    they were. `sure` says whether `pid` is still the process that is meant; without it, that is a child of the caller.
+    All of them are stopped before any is killed: the children of a dead process get another parent, and then they
+    cannot be found. `sure` says whether `pid` is still the process that the caller means. Without `sure`, `pid` must
+    be a child of the caller.
     """
     held: dict[int, int] = {}
     try:
@@ -40,7 +42,7 @@ def end(pid: int, sure: Callable[[], bool] | None = None) -> None:
 
 
 def _hold_children(held: dict[int, int], parent: int) -> int:
-    """Stop the children of a process that are not held yet; how many there were."""
+    """Stop the children of a process that are not held yet. Returns how many there were."""
     return sum(
         _hold(held, child, lambda child=child: _parent(child) == parent)  # type: ignore[misc]
         for child in children(parent)
@@ -49,9 +51,9 @@ def _hold_children(held: dict[int, int], parent: int) -> int:
 
 
 def _hold(held: dict[int, int], pid: int, sure: Callable[[], bool]) -> bool:
-    """Stop a process and keep a descriptor of it; False where it is gone.
+    """Stop a process and keep a descriptor of it. Returns False if the process has ended.
 
-    It is opened first and checked afterwards: a descriptor cannot come to mean another process of the same number.
+    The descriptor is opened before the check: from then on the PID cannot pass to another process unseen.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -84,7 +86,7 @@ def children(pid: int) -> list[int]:
 
 
 def argv(pid: int) -> list[str]:
-    """The command line of a process; nothing where it is gone (proc(5), /proc/PID/cmdline)."""
+    """The command line of a process; empty if it has ended (proc(5), /proc/PID/cmdline)."""
     try:
         return [os.fsdecode(word) for word in _read(f"/proc/{pid}/cmdline").split(b"\0")[:-1]]
     except OSError:
@@ -92,7 +94,7 @@ def argv(pid: int) -> list[str]:
 
 
 def _parent(pid: int) -> int:
-    """The parent of a process, 0 where it is gone (proc(5), /proc/PID/stat field 4)."""
+    """The parent of a process; 0 if it has ended (proc(5), /proc/PID/stat field 4)."""
     try:
         stat = _read(f"/proc/{pid}/stat")
     except OSError:

@@ -1,8 +1,8 @@
 """The protocol between the daemon, the nursery and the shims: what all of them must agree on.
 
-A frame is a length (4 bytes, big-endian) and that many bytes of a JSON object in UTF-8. File descriptors
-travel as SCM_RIGHTS with the frame's first byte, and the object's key "fds" says how many. A reader ignores
-keys that it does not know. `Frames` does no I/O; `Channel` puts it on a unix stream socket.
+A frame is a length (4 bytes, big-endian) and that many bytes of a JSON object in UTF-8 (its keys: `shims.messages`).
+File descriptors go as SCM_RIGHTS with the first byte of the frame; the key "fds" of the object says how many. `Frames`
+does no I/O; `Channel` uses it on a unix stream socket.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    Message = dict[str, Any]  # as it was received: nobody has checked its keys (shims.messages)
+    Message = dict[str, Any]
+    """A message as it was received. Its keys are not checked yet."""
 
 VERSION = 1
 MAX_FRAME = 1 << 20
@@ -37,7 +38,7 @@ _READ_SIZE = 1 << 16
 
 
 class ProtocolError(Exception):
-    """The peer sent what is not a frame; nothing after it can be trusted, so close the connection."""
+    """The peer did not send a frame. Close the connection: where the next frame begins is unknown."""
 
 
 def encode(message: Mapping[str, object]) -> bytes:
@@ -120,8 +121,8 @@ class Channel:
     def send(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Send one frame; the descriptors stay open here.
 
-        Raises OSError, also if a non-blocking socket does not take the whole frame at once: the peer has
-        stopped reading, and the stream is of no further use.
+        Raises OSError; BlockingIOError if a non-blocking socket does not take the whole frame at once. Then the peer
+        does not read, half a frame is sent, and the connection is of no further use.
         """
         if fds:
             rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]

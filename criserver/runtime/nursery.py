@@ -25,7 +25,7 @@ START_TIMEOUT = 30.0
 
 
 class Nursery:
-    """The process that forks shims; started again where it has died."""
+    """The process that forks shims. It is started again if it has ended."""
 
     def __init__(self) -> None:
         self._link: ShimLink | None = None
@@ -33,7 +33,7 @@ class Nursery:
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the process where none runs, and wait until it can fork. Raises CriError where it cannot."""
+        """Start the process if none runs, and wait until it can fork. Raises CriError if it does not start."""
         async with self._starting:
             if self._link is not None and not self._link.closed:
                 return
@@ -43,7 +43,7 @@ class Nursery:
             except CriError as e:
                 if not apart:
                     raise
-                log.warning("systemd gives shims no scope of their own; they stay in the daemon's", error=str(e))
+                log.warning("systemd gave shims no scope of their own; they stay in the daemon's", error=str(e))
                 self._link = await self._start([])
 
     async def _start(self, before: list[str]) -> ShimLink:
@@ -72,15 +72,15 @@ class Nursery:
         if version != wire.VERSION:
             link.close()
             raise CriError(
-                f"the nursery of shims does not start (it says version {version}, wanted {wire.VERSION}); "
-                "its words are above on standard error: is the installation whole?"
+                f"the nursery of shims does not start (its version is {version}, the daemon needs {wire.VERSION}); see "
+                "its message above on standard error, and check that the installation is complete"
             )
         return link
 
     async def fork(
         self, config: ForkConfig, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]
     ) -> ShimLink:
-        """Fork a shim, and return the connection to it. Raises CriError where the nursery cannot."""
+        """Fork a shim, and return the connection to it. Raises CriError if that fails."""
         await self.start()
         assert self._link is not None
         ours, theirs = socket.socketpair()
@@ -93,7 +93,7 @@ class Nursery:
         return ShimLink(ours, on_event, on_close, peer_name(config["id"]))
 
     async def stop(self) -> None:
-        """End the process; the shims live on."""
+        """End the process. The shims go on."""
         if self._link is not None:
             self._link.close()
         if self._process is not None:

@@ -1,6 +1,6 @@
 """The daemon's end of a connection to a shim or to the nursery: awaitable requests, and events.
 
-:mod:`shims.wire` is the protocol.
+:mod:`shims.wire` has the protocol, :mod:`shims.messages` the messages.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# A shim answers in well under a millisecond; one that takes longer than this is stuck.
+# Seconds. A shim answers in less than a millisecond; one that takes longer than this is stuck.
 REPLY_TIMEOUT = 10.0
 _CONNECT_INTERVAL = 0.02
 
 
 class ShimLink:
-    """A connection to a shim or to the nursery: frames out with descriptors, replies and events in.
+    """A connection to a shim or to the nursery.
 
-    ``on_event`` gets every message that is not a reply; ``on_close`` is called once, when the other side is
-    gone.
+    ``on_event`` gets every message that is not a reply. ``on_close`` is called once, when the other side has closed.
     """
 
     def __init__(
@@ -66,13 +65,13 @@ class ShimLink:
         number = next(self._numbers)
         reply: asyncio.Future[tuple[wire.Message, list[int]]] = self._loop.create_future()
         self._replies[number] = reply
-        # Duplicates live until they are sent, however soon the caller closes its own.
+        # Duplicates: the caller may close its own before these are sent.
         frame = wire.encode({**message, "re": number, "fds": len(fds)})
         self._out.append((frame, [os.dup(fd) for fd in fds]))
         self._flush()
         try:
             await asyncio.wait([reply], timeout=timeout)
-            # It counts also where it and the end of its time have come at once, to a daemon that was busy until then.
+            # A busy daemon may see the reply and the end of the time at once. Then the reply counts.
             if not reply.done():
                 raise DeadlineExceededError(f"{self._peer} did not answer {message['op']!r} within {timeout:g} s")
             answer, received = reply.result()
@@ -87,13 +86,13 @@ class ShimLink:
         return received
 
     def close(self) -> None:
-        """End the connection; the other side goes on."""
+        """Close the connection. The other side goes on."""
         if not self.closed:
             self.abandon()
             self._on_close()
 
     def abandon(self) -> None:
-        """End the connection without a word to whoever watches it: the daemon is going, the shim is not."""
+        """Close the connection without a call of ``on_close``: the daemon ends, and the shim goes on."""
         if self.closed:
             return
         self.closed = True
@@ -128,11 +127,16 @@ class ShimLink:
         self._loop.remove_writer(self._sock)
 
     def _take(self, message: wire.Message) -> None:
-        """Hand on one event; trouble with it is logged, as the next one may be an exit."""
+        """Hand on one event. An exception is logged and goes no further: the next event may be an exit."""
         try:
             self._on_event(present_shape(message))
         except Exception as e:
-            log.exception("an event cannot be taken", peer=self._peer, told=message.get("event"), error=str(e))
+            log.exception(
+                "an event of a shim could not be handled",
+                peer=self._peer,
+                event_name=message.get("event"),
+                error=str(e),
+            )
 
     def _readable(self) -> None:
         try:
@@ -142,7 +146,7 @@ class ShimLink:
         except BlockingIOError:
             return
         except (OSError, wire.ProtocolError) as e:
-            log.warning("shim connection broken", error=str(e))
+            log.warning("a connection is broken", peer=self._peer, error=str(e))
             messages = None
         if messages is None:
             self.close()
@@ -160,15 +164,15 @@ class ShimLink:
 
 
 def connect(path: str, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
-    """A connection to the shim that listens at ``path``, in the directory of its container.
+    """Connect to the shim that listens at ``path``, in the directory of its container.
 
-    Raises OSError where none does: BlockingIOError where it is there and its queue is full.
+    Raises OSError if no shim listens; BlockingIOError if its queue of connections is full.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
     try:
-        # By way of the directory: a socket's address has room for 107 bytes, a state directory may be longer. And
-        # without waiting: a shim that is stopped accepts nobody, and its queue may be full.
+        # 1. By the directory's descriptor: a socket address has 107 bytes, and the path may be longer.
+        # 2. Non-blocking: a stopped shim accepts no connection, and then its queue may be full.
         sock.setblocking(False)
         sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
     except BaseException:
