@@ -21,11 +21,12 @@ from criserver.runtime.shim_link import ShimLink, connect
 from shims.messages import ExecRequest
 from tests.integration.shims.test_shims import WAIT, Container, Host, _members, _process, rootfs
 from tests.support.waiting import eventually
+from tests.vm.releases import RELEASES, has
 
 __all__ = ["rootfs"]
 
-RELEASE = "213e8f6"  # the commit of 0.1.0
-REPOSITORY = Path(__file__).parents[3]
+COMMIT = RELEASES["0.1.0"]
+PROJECT = str(Path(__file__).parents[3])
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("runc") or not shutil.which("busybox"),
@@ -36,13 +37,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package `shims` of 0.1.0."""
-    command = ["git", "-C", str(REPOSITORY), "archive", RELEASE, "shims"]
-    try:
-        archive = subprocess.run(command, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip(f"needs git and commit {RELEASE}, release 0.1.0, in the repository's history")
+    if not has(PROJECT, COMMIT):
+        pytest.skip(f"this clone has not commit {COMMIT[:7]} of 0.1.0; `git fetch --unshallow` brings it")
+    archive = subprocess.run(["git", "-C", PROJECT, "archive", COMMIT, "shims"], capture_output=True, check=True)
     directory = tmp_path_factory.mktemp("release")
-    subprocess.run(["tar", "-x", "-C", str(directory)], input=archive, check=True)
+    subprocess.run(["tar", "-x", "-C", str(directory)], input=archive.stdout, check=True)
     return directory
 
 
