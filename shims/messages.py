@@ -39,14 +39,15 @@ class NurseryGreeting(TypedDict):
 
 
 class ForkConfig(TypedDict):
-    """All that a shim has to know of its container. All paths are absolute."""
+    """All that a shim has to know of its container. All paths are absolute.
+
+    No version meets another here: a daemon starts its own nursery, and that forks its shims.
+    """
 
     id: str  # of the container, for the OCI runtime too
     bundle: str  # the directory of the OCI bundle
     directory: str  # the shim's state directory, which is its working directory
-    runtime: str  # the OCI runtime's program
-    runtime_root: str  # where the OCI runtime keeps its state
-    runtime_args: list[str]  # the OCI runtime's further global arguments
+    runtime_command: list[str]  # the OCI runtime's program, and its options before any verb
     log_path: str  # empty: no log is kept
     tty: bool  # the container has a terminal
     stdin: bool  # the container has a standard input (without a terminal; a terminal has one always)

@@ -20,13 +20,16 @@ class LateError(RequestError):
 
 
 class Runtime:
-    """An OCI runtime's command lines for one container. `path` is the program, `log` the file for its errors."""
+    """An OCI runtime's command lines for one container. `log` is the file for its errors.
+
+    `command` is the program with the options before any verb, as `criserver.runtime.oci_runtime` makes it.
+    """
 
     __slots__ = ("_base", "_container", "_path")
 
-    def __init__(self, path: str, root: str, arguments: list[str], container: str) -> None:
-        self._path = path
-        self._base = [path, "--root", root, *arguments, "--log-format", "json"]
+    def __init__(self, command: list[str], container: str) -> None:
+        self._path = command[0]
+        self._base = [*command, "--log-format", "json"]
         self._container = container
 
     def run(self, bundle: str, pid_file: str, log: str, console: str | None) -> list[str]:

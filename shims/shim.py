@@ -54,7 +54,7 @@ class Shim:
         """Takes over `first`, the connection of the daemon that asked for this shim."""
         self._config = config
         self._loop = Loop()
-        self._runtime = Runtime(config.runtime, config.runtime_root, config.arguments, config.id)
+        self._runtime = Runtime(config.runtime_command, config.id)
         self._connections = Connections(
             self._loop, self._greetings, self._answer, lambda channel: self._execs.kill(channel)
         )
@@ -96,8 +96,6 @@ class Shim:
     def _start(self) -> None:
         """Run the container. Raises RequestError or OSError, with nothing of the container left behind."""
         config = self._config
-        if os.path.lexists(f"{config.runtime_root}/{config.id}"):
-            raise RequestError(f"container {config.id} exists in {config.runtime_root}: delete it there first")
         console = bind(_CONSOLE) if config.tty else None
         stdio = [0, 1, 2] if console else self._make_pipes()
         # A name of the console's socket that is short enough for a socket address, and valid for the runtime too.

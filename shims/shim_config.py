@@ -15,15 +15,13 @@ class ShimConfig:
     """A checked `shims.messages.ForkConfig`. Raises RequestError for a key that is missing or wrong."""
 
     __slots__ = (
-        "arguments",
         "bundle",
         "directory",
         "id",
         "log_path",
         "oom_files",
         "pod_events",
-        "runtime",
-        "runtime_root",
+        "runtime_command",
         "stdin",
         "tty",
     )
@@ -32,9 +30,7 @@ class ShimConfig:
         self.id = text(message, "id")
         self.bundle = text(message, "bundle")
         self.directory = text(message, "directory")
-        self.runtime = text(message, "runtime")
-        self.runtime_root = text(message, "runtime_root")
-        self.arguments = texts(message, "runtime_args")
+        self.runtime_command = texts(message, "runtime_command")
         self.oom_files = texts(message, "oom_files")
         self.pod_events = text(message, "pod_events") if message.get("pod_events") else ""
         self.log_path = text(message, "log_path") if message.get("log_path") else ""

@@ -160,7 +160,9 @@ class ContainerProcess:
         """
         start = self._start
         assert start is not None
-        program = self.runtime.program()
+        command = self.runtime.command(self._cgroup_parent)
+        if self.runtime.has(self.id):
+            raise FailedPreconditionError(f"container {self.id} exists in {self.runtime.root}: delete it there first")
         if start.is_cut:
             raise FailedPreconditionError(STOPPED)
 
@@ -177,9 +179,7 @@ class ContainerProcess:
             "id": self.id,
             "bundle": self.directory,
             "directory": self.directory,
-            "runtime": program,
-            "runtime_root": self.runtime.root,
-            "runtime_args": self.runtime.command(self._cgroup_parent)[3:],
+            "runtime_command": command,
             "log_path": log_path,
             "tty": tty,
             "stdin": stdin,
@@ -315,8 +315,11 @@ class ContainerProcess:
             self.start_failed(message["error"])
         elif message["event"] == "exited":
             self._take_exit(message)
-        elif message["event"] == "gone":
+        elif message["event"] == "gone" and "error" not in message:
             self._cleaned_up()
+        elif message["event"] == "gone":
+            log.warning("runtime delete failed in a shim", owner=self.id, error=message["error"])
+            self._clean_up()
 
     def _runs(self, message: StartedEvent | RunningGreeting) -> None:
         """The start is ours, or an earlier daemon's that did not see the end of it."""

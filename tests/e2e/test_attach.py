@@ -135,7 +135,7 @@ def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: st
     assert time.monotonic() - began > 10
     status = client.finish()
     assert status["status"] == "Failure"
-    assert "was not taken in time" in status["message"]
+    assert "did not read its output in time" in status["message"]
     node.client.StopContainer(container_id=container, timeout=0)
 
 

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from criserver.errors import CriError
+from criserver.errors import CriError, FailedPreconditionError
 from criserver.runtime import cgroups, container_process, pidfd, process_records
 from criserver.runtime.container_process import ContainerProcess, Started
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
@@ -122,6 +122,23 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
     assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, cut=True) == Started(7, 8, 9)
     assert node.container.state is ContainerState.RUNNING
     assert node.events == [EventType.STARTED]
+
+
+async def test_a_container_that_the_runtime_has_already_is_not_touched(node: FakeNode):
+    os.mkdir(os.path.join(node.container_dir("c"), "c"))
+    with pytest.raises(FailedPreconditionError, match="container c exists in .*: delete it there first"):
+        await start(node)
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+async def test_a_container_that_its_shim_could_not_delete_is_deleted_by_the_daemon(node: FakeNode):
+    process = node.process
+    process._on_event(EXITED)  # type: ignore[arg-type]
+    process._on_event({"event": "gone", "error": "runc fails"})
+    assert not node.unmounted
+    await process.wait_cleaned_up()
+    await asyncio.gather(*node.work)
+    assert node.unmounted == [node.rootfs("c")]
 
 
 @pytest.mark.parametrize(
