@@ -126,7 +126,7 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
 
 async def test_a_container_that_the_runtime_has_already_is_not_touched(node: FakeNode):
     os.mkdir(os.path.join(node.container_dir("c"), "c"))
-    with pytest.raises(FailedPreconditionError, match="container c exists in .*: delete it there first"):
+    with pytest.raises(FailedPreconditionError, match=r"container c exists in .*: delete it"):
         await start(node)
 
 
