@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Callable, Collection
+
+import aiofiles.tempfile
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
@@ -35,12 +36,12 @@ class AdminService:
     async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
         make_private(self._spool)
         name, pin = "", False
-        # A file without a name: nothing of it is left, however the call or the daemon ends.
-        with tempfile.TemporaryFile(dir=self._spool) as spool:
+        # The file has no name, so nothing of it is left when the call or the daemon ends.
+        async with aiofiles.tempfile.TemporaryFile(dir=self._spool) as spool:
             async for piece in request:
                 name, pin = piece.name or name, piece.pin or pin
-                await asyncio.to_thread(spool.write, piece.data)
-            spool.flush()
+                await spool.write(piece.data)
+            await spool.flush()
             path = f"/proc/self/fd/{spool.fileno()}"
             images = await self._images.import_archive(path, name=name, pinned=pin)
         return admin.ImportImageResponse(images=[_image(image) for image in images])
