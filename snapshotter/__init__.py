@@ -1,7 +1,7 @@
 """Overlay snapshots by chain ID: layers unpacked in worker processes, mounts, and disk usage.
 
-Knows nothing of images or containers beyond the chain IDs and keys that it is given, and imports nothing of the
-daemon. Linux 5.10 or newer, and root.
+The snapshotter knows chain IDs and keys, and nothing else of images and containers. It imports nothing of the daemon.
+It needs Linux 5.10 or newer, and root.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Access control lists (acl(5)), as much of them as lets single users pass a directory.
+"""Access control lists (acl(5)) that let single users pass a directory.
 
-The kernel has them in an attribute: a version, and an entry each of a tag, permissions and an ID, in little-endian
-(linux/posix_acl_xattr.h).
+The kernel has a list in an extended attribute, in little-endian (linux/posix_acl_xattr.h): a version, then entries of a
+tag, permissions and an ID.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def users(path: str) -> set[int]:
 
 
 def let_pass(path: str, wanted: set[int]) -> None:
-    """Let these users pass the directory, beside its owner and group, and nobody else. Raises OSError.
+    """Let these users pass the directory, and nobody else but its owner.
 
-    EOPNOTSUPP is the error of a file system without access control lists.
+    Raises OSError, with EOPNOTSUPP on a file system without access control lists.
     """
     mode = stat.S_IMODE(os.stat(path).st_mode) & 0o700
     if not wanted:

@@ -1,4 +1,4 @@
-"""What suits a process of the C library's allocator (mallopt(3)); one that is not glibc's does as it will."""
+"""Settings of glibc's allocator (mallopt(3)). On another C library they do nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _LARGE = 1 << 20  # bytes
 
 
 def share_memory() -> None:
-    """Have all threads allocate in one place, so that what one has freed serves the others.
+    """Have one arena for all threads, so that memory that one thread has freed serves the others.
 
-    For processes in which the interpreter's lock lets one thread at a time allocate anyway. Called before there are
-    threads.
+    Separate arenas gain nothing here, as the interpreter's lock lets one thread at a time allocate. It is to be called
+    before there are threads.
     """
     _set(_M_ARENA_MAX, 1)
 
 
 def return_memory() -> None:
-    """Give what is large back to the kernel as soon as it is freed: for daemons that need megabytes now and then.
+    """Give large buffers back to the kernel as soon as they are freed: for daemons that need megabytes now and then.
 
-    By itself glibc takes a freed large buffer as a sign that there will be more of them, and keeps their memory.
+    By default glibc expects more buffers of the size of a freed one, and keeps the memory.
     """
     share_memory()
     _set(_M_MMAP_THRESHOLD, _LARGE)
@@ -31,9 +31,9 @@ def return_memory() -> None:
 
 
 def keep_memory() -> None:
-    """Give freed memory back to the kernel at the end only: for programs that take and free megabytes all the time.
+    """Keep freed memory until the process ends: for programs that take and free megabytes all the time.
 
-    By itself glibc maps and unmaps each of such buffers, and the kernel zeroes it anew.
+    By default glibc maps and unmaps each large buffer, and the kernel zeroes it each time.
     """
     share_memory()
     _set(_M_MMAP_THRESHOLD, _LARGEST)

@@ -1,7 +1,7 @@
 """A layer that is unpacked while its blob is still being written.
 
-The worker reads the file and waits at its present end. What it makes stays in staging until the blob is whole and known
-to be the right one; :meth:`Snapshotter.unpack` commits it then.
+The worker reads the file, and waits when it reaches the present end. The unpacked files stay in staging until the whole
+blob is there and its digest is right. Then :meth:`Snapshotter.unpack` commits them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from snapshotter.errors import LayerError, SnapshotError
 from snapshotter.threads import in_thread
 
-_STEP = 256 << 10  # bytes for which a worker is woken: for less it does not pay
+_STEP = 256 << 10  # the worker is woken when so many bytes have come: to wake it more often costs time
 
 Unpacked = tuple[str, dict[str, Any]]
-"""A directory in staging, and what the worker says of what is in it."""
+"""A directory in staging, and the worker's result: size, inodes and whether the layer is opaque."""
 
 
 class Arrival:
     """An unpack under way; made by :meth:`Snapshotter.arrival`.
 
-    Its maker tells it how the file grows, and hands it to Snapshotter.unpack or closes it. ``pipe`` leads to the
-    worker, ``discard`` deletes what was unpacked in vain.
+    Its owner calls :meth:`grown` when the file has grown. At the end the owner gives it to Snapshotter.unpack, or
+    closes it. ``pipe`` is the end of a pipe to the worker. ``discard`` deletes an unpacked layer that is not needed.
     """
 
     def __init__(self, task: asyncio.Task[Unpacked], pipe: int, discard: Callable[[str], object]) -> None:
@@ -36,22 +36,23 @@ class Arrival:
         task.add_done_callback(lambda _: self._hang_up())
 
     def grown(self, size: int) -> None:
-        """The file has ``size`` bytes at this moment."""
+        """Tell the worker that the file has ``size`` bytes now."""
         if size < self._told + _STEP or self._pipe < 0:
             return
         self._told = size
-        # Full: it has enough to wake it. Broken: it has failed, which result() tells.
+        # 1. A full pipe wakes the worker anyway.
+        # 2. A broken pipe means that the worker has failed; result() raises why.
         with suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, b"+")
 
     def give_up(self) -> None:
-        """What was written is void; :meth:`result` will be None."""
+        """The blob begins anew, so what was unpacked is void. :meth:`result` will be None."""
         self._task.cancel()
 
     async def result(self) -> Unpacked | None:
-        """What was unpacked of the file, which is whole now; None where that is to be tried anew.
+        """What was unpacked, once the whole file is there; None if the caller has to unpack it again.
 
-        Raises LayerError. What is returned is the caller's to commit or delete; there is no closing then.
+        Raises LayerError. The caller commits or deletes what is returned. :meth:`close` does nothing for it then.
         """
         self._hang_up()
         try:
@@ -66,10 +67,10 @@ class Arrival:
         except LayerError:
             raise
         except SnapshotError:
-            return None  # as it may have been the wait that was too long
+            return None  # the download may have been slower than the worker's time limits allow
 
     async def close(self) -> None:
-        """End it, and leave nothing of it."""
+        """End the unpack, and delete what it has made."""
         if self._task.cancel():
             await asyncio.wait([self._task])
         elif not self._task.cancelled() and self._task.exception() is None:

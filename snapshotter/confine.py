@@ -1,4 +1,4 @@
-"""What the snapshotter's programs give up before they look at a layer (capabilities(7), prctl(2))."""
+"""The privileges that the snapshotter's programs drop before they read a layer (capabilities(7), prctl(2))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def keep_capabilities(mask: int) -> None:
-    """Gain nothing any more, and keep no capabilities but those of ``mask``, a bit for each. Raises OSError."""
+    """Keep the capabilities in ``mask``, a bit for each, and gain no others by execve(2). Raises OSError."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; the low words of all, then the high ones
@@ -24,9 +24,10 @@ def keep_capabilities(mask: int) -> None:
 
 
 def die_with(daemon: int) -> None:
-    """End when the process ``daemon``, our parent, ends, however it does.
+    """Have the kernel kill this process when its parent, the process ``daemon``, ends.
 
-    Comes after a change of credentials, which would undo it. Raises OSError, and SystemExit where it has ended already.
+    It is to be called after the last change of credentials, which would undo it. Raises OSError, and SystemExit if the
+    daemon has ended already.
     """
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if os.getppid() != daemon:

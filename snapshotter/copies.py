@@ -1,4 +1,4 @@
-"""Copying a directory tree of an image, of any depth, with all that its files are."""
+"""Copying a directory tree of an image, of any depth, with the owners, modes, times and attributes of its files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from snapshotter.file_tree import Place, shortened
 _PIECE = 8 << 20
 _MAX_PATH = 4095
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-# What a file system says that has no such attribute.
+# The errors of a file system that does not have an attribute.
 _LACKING = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.ENODATA})
 
 
 def copy(source: int, target: int, check: Callable[[], None]) -> None:
-    """Give the empty directory ``target`` what the directory ``source`` has: content, owners, modes, times, attributes.
+    """Copy all that is in the directory ``source`` into the empty directory ``target``: files and their attributes.
 
-    Pipes, sockets and devices are made anew, links are copied as links, files with several names stay one file (save
-    those whose path is longer than the kernel takes), holes stay holes. Nobody else is in ``target``. Blocks; ``check``
-    is called now and then, and raises what is to end it early. Raises OSError with the path below ``source``.
+    1. Pipes, sockets and devices are made anew. Symbolic links are copied as links.
+    2. A file with several names stays one file, except for names whose path is longer than the kernel takes.
+    3. Holes in files stay holes.
+
+    No other process may change ``target``. This blocks. It calls ``check`` now and then, which raises an error to end
+    the copy early. Raises OSError with the path below ``source``.
     """
     copier = _Copier(target, check)
-    # In the target all is new.
+    # In the target all directories are new, so their times say nothing about changes by others.
     with closing(Place(source)) as reader, closing(Place(target, lambda _: 0.0)) as writer:
         waiting: list[list[str]] = []
         while True:
@@ -48,7 +51,7 @@ class _Copier:
         self._linked: dict[tuple[int, int], str] = {}  # where files with several names are
 
     def copy_entries(self, reader: Place, writer: Place) -> list[str]:
-        """Copy all that is in a directory, of directories nothing but the name; these are returned."""
+        """Copy all that is in a directory. Its directories are made, empty; their names are returned."""
         directories = []
         with os.scandir(reader.fd) as entries:
             for entry in entries:
@@ -81,7 +84,7 @@ class _Copier:
         os.utime(name, ns=times, dir_fd=writer.fd, follow_symlinks=False)
 
     def _is_linked(self, name: str, status: os.stat_result, writer: Place) -> bool:
-        """Make a further name of a file that is copied already; whether it is."""
+        """Whether the file is copied already under another name; then this name is made as a hard link."""
         inode = (status.st_dev, status.st_ino)
         first = self._linked.get(inode)
         if first is not None:
@@ -107,7 +110,7 @@ class _Copier:
                 except OSError as e:
                     if e.errno != errno.ENXIO:
                         raise
-                    break  # there is only a hole yet
+                    break  # a hole is at the end
                 at = self._copy_data(source, target, at, os.lseek(source, at, os.SEEK_HOLE))
             os.ftruncate(target, size)
             _copy_attributes(source, target)
@@ -118,16 +121,16 @@ class _Copier:
             self._check()
             sent = os.sendfile(target, source, at, min(_PIECE, end - at))
             if sent == 0:
-                return end  # it has become shorter
+                return end  # the file has become shorter
             at += sent
         return at
 
 
 def _copy_attributes(source: int, target: int) -> None:
-    """Of a file or directory, by descriptors."""
+    """Copy owner, mode, extended attributes and times of a file or directory, by descriptors."""
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    # After the owner, whose change takes set-user-ID bits and capabilities away.
+    # The mode comes after the owner: chown(2) clears set-user-ID bits and capabilities.
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     try:
         for name in os.listxattr(source):

@@ -1,4 +1,4 @@
-"""What can go wrong with layers and snapshots, for whoever calls the snapshotter."""
+"""The errors of the snapshotter."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TruncatedLayerError(LayerError):
 
 
 class LimitError(LayerError):
-    """The layer asks for more than the LayerLimits allow; the message names the field."""
+    """The layer is larger than a field of LayerLimits allows; the message names the field."""
 
 
 class DiffMismatchError(LayerError):
-    """The unpacked stream is not the one that the image's configuration names."""
+    """The unpacked stream has another digest than the image's configuration says."""
 
 
 def shown(name: bytes) -> str:

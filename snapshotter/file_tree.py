@@ -37,21 +37,21 @@ class TreeUsage(NamedTuple):
 
 
 class UnsettledError(OSError):
-    """A tree is changed by somebody faster than it can be read or deleted."""
+    """Another process changes a tree faster than it can be read or deleted."""
 
 
 class Place:
-    """A directory of a tree, which goes down and up in it.
+    """The directory of a tree that a walk is in. It goes down and up in the tree.
 
-    ``fd`` is open until then. Of the directories above it there are the names, and the numbers that they are known by.
-    Raises OSError with the path below the top.
+    ``fd`` is open until the next step. Of the directories above only the names, and the device and inode numbers, are
+    kept. Methods raise OSError with the path below the top.
     """
 
     def __init__(self, top: int, changed: Callable[[os.stat_result], float] = lambda status: status.st_ctime) -> None:
-        """Begin at the directory ``top``, which its caller keeps open.
+        """Begin at the directory ``top``, which the caller keeps open.
 
-        ``changed`` tells when somebody has changed a directory last, in Unix seconds. Whoever changes directories that
-        it has not been in yet has to tell its own changes from others'.
+        ``changed`` returns when another process has last changed a directory, in Unix seconds. A caller that itself
+        changes directories before the walk comes to them gives a function that leaves its own changes out.
         """
         self._top = top
         self._changed_at = changed
@@ -62,7 +62,7 @@ class Place:
         self._changed = self._moved = 0
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Close the descriptor."""
         os.close(self.fd)
 
     @property
@@ -82,11 +82,11 @@ class Place:
 
     @property
     def path(self) -> str:
-        """The way from the top; "" at the top itself."""
+        """The path below the top; "" at the top itself."""
         return "/".join(self._names)
 
     def path_of(self, name: str) -> str:
-        """The way from the top to something in the directory."""
+        """The path below the top of something in the directory."""
         return "/".join((*self._names, name))
 
     def enter(self, name: str) -> None:
@@ -99,16 +99,16 @@ class Place:
         self._move(fd)
         self._names.append(name)
         self._numbers.append(_number(status))
-        # A time to come is a clock that was set back.
+        # A time in the future does not count: the clock was set back.
         if self._began < self._changed_at(status) <= time.time():
             self._changed += 1
             if self._changed > _MAX_CHANGED:
                 raise UnsettledError(errno.EBUSY, "somebody makes directories all the time", shortened(self.path))
 
     def enter_next(self, names: list[str]) -> bool:
-        """Go down into the last of the directories ``names`` that is there still; False where none is.
+        """Go down into the last of the directories ``names`` that is still there; False if none is.
 
-        What is mounted on one is passed over. What was looked at is taken off the list.
+        A directory with a mount on it is skipped. The names that were tried are taken off the list.
         """
         while names:
             name = names.pop()
@@ -124,9 +124,10 @@ class Place:
         return False
 
     def leave(self) -> str:
-        """Go up, and return the name of the directory that was left; "" where that, or one above, has been moved.
+        """Go up, and return the name of the directory that was left.
 
-        Then it is at the deepest directory on the way that is still where it was.
+        "" means that this directory, or one above it, has been moved. The place is then the deepest directory on the
+        path that has not been moved.
         """
         left = self._names.pop()
         self._numbers.pop()
@@ -169,11 +170,11 @@ class Place:
 def walk(
     top: int, changed: Callable[[os.stat_result], float] = lambda status: status.st_ctime
 ) -> Iterator[tuple[Place, os.DirEntry[str]]]:
-    """Everything below the directory ``top``, each with the place that it is in; directories before what is in them.
+    """Everything below the directory ``top``, each entry with the place that it is in. Directories come first.
 
-    A place is good until the next step. What is mounted in there is told of as the directory that it is on, and not
-    gone into. ``changed`` is :class:`Place`'s. Raises OSError with the path below ``top`` where a directory cannot be
-    read, UnsettledError where others make new ones all the time.
+    A place is valid until the next step. A directory with a mount on it is yielded, and not entered. ``changed`` is the
+    parameter of :class:`Place`. Raises OSError with the path below ``top`` if a directory cannot be read, and
+    UnsettledError if other processes make new directories all the time.
     """
     with closing(Place(top, changed)) as place:
         waiting: list[list[str]] = []
@@ -226,7 +227,7 @@ def measure(path: str) -> TreeUsage:
 
 
 def shortened(path: str) -> str:
-    """A path as an error may carry it: one that is deeper than anybody reads has its middle left out."""
+    """A path for an error. The middle of a very long path is left out."""
     return path if len(path) <= 2 * _SHOWN else f"{path[:_SHOWN]}…{path[-_SHOWN:]}"
 
 

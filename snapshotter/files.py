@@ -1,6 +1,6 @@
-"""Reading files that others put there: their type is known before they are opened, their size before they are read.
+"""Reading files that others have made: the type is checked before the file is opened, the size before it is read.
 
-Opening is an act of its own: a FIFO waits for its other end, a tape winds back, a watchdog begins to count.
+To open a file can have effects: a FIFO waits for its other end, a tape winds back, a watchdog begins to count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def make_private(path: str) -> None:
-    """Make a directory, and those that are missing above it, for root alone; one that is there stays as it is."""
+    """Make a directory, and missing ones above it, for root alone. A directory that is there stays as it is."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with suppress(FileExistsError):
@@ -31,7 +31,7 @@ def make_private(path: str) -> None:
 
 
 def close_to_others(path: str) -> None:
-    """Take from a directory, and from the directories in it, what others than owner and group may."""
+    """Take all permissions of others than owner and group from a directory and from the directories in it."""
     with os.scandir(path) as entries:
         inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     for directory in (path, *inside):
@@ -41,18 +41,18 @@ def close_to_others(path: str) -> None:
 
 
 def kind(mode: int) -> str:
-    """What a file of this mode is, for a person: "a FIFO"."""
+    """The type of a file of this mode, in words: "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
 def open_regular(
     path: str, limit: int | None = None, *, dir_fd: int = mounts.AT_FDCWD, resolve: int = 0, follow: bool = True
 ) -> int:
-    """A descriptor to read the regular file ``path`` by, of ``limit`` bytes at most; the caller closes it.
+    """A descriptor of the regular file ``path``, of ``limit`` bytes at most, for reading. The caller closes it.
 
-    ``path`` is looked up from the directory ``dir_fd`` as ``resolve`` says (openat2(2)); without ``follow`` its last
-    part may be no link. Raises OSError, its ``strerror`` for a person to read, also for what is larger or is no regular
-    file.
+    ``path`` is looked up from the directory ``dir_fd`` as ``resolve`` says (openat2(2)). Without ``follow`` its last
+    part must not be a symbolic link. Raises OSError, also for a file that is larger or not regular; its ``strerror``
+    is in plain words.
     """
     found = mounts.openat2(dir_fd, path, os.O_PATH | (0 if follow else os.O_NOFOLLOW), resolve)
     try:
@@ -61,7 +61,7 @@ def open_regular(
             raise OSError(errno.EINVAL, f"it is {kind(status.st_mode)}, not a regular file", path)
         if limit is not None and status.st_size > limit:
             raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", path)
-        # By the descriptor: the name may mean another file by now. Without waiting for whoever has a lease on it.
+        # Opened by the descriptor, as the name may be another file's by now. O_NONBLOCK: do not wait for a lease.
         return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(found)

@@ -1,8 +1,10 @@
-"""Directories that a layer names only by what is in them.
+"""Implied directories: a layer has entries in them, and no entry for the directory itself.
 
-Such a directory is as it is in the layer below: the layer changes its content and nothing of itself. But a layer is
-unpacked without those below it, and overlayfs takes a directory from the topmost layer that has it. So the unpacker
-writes down which ones it has made up, and they are settled before the layer is first mounted, when all are there.
+The owner, mode and attributes of an implied directory are those in the layer below. But a layer is unpacked without the
+layers below it, and overlayfs takes these attributes from the topmost layer that has the directory. So:
+
+1. The unpacker makes the directory with default attributes, and writes its name into the file ``implied``.
+2. Before the layer is first mounted, when all layers are there, :func:`settle` copies the attributes from below.
 """
 
 from __future__ import annotations
@@ -20,21 +22,21 @@ _KEPT = ("user.", "system.posix_acl_")
 
 
 def write(area: int, names: Iterable[bytes]) -> None:
-    """Write down directories of the layer in ``area``, by paths below its root, b"" for the root itself."""
+    """Write the implied directories of the layer in ``area``: paths below its root, b"" for the root itself."""
     fd = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=area)
     with open(fd, "wb") as file:
         file.writelines(b"%s\0" % name for name in names)
 
 
 def are_in(path: str) -> bool:
-    """Whether the layer at ``path`` has any that are not settled."""
+    """Whether the layer at ``path`` has implied directories that are not settled."""
     return os.path.exists(os.path.join(path, FILE))
 
 
 def settle(path: str, below: Sequence[str]) -> None:
-    """Give those of the layer at ``path`` what they have in the layers ``below``, the nearest first.
+    """Give the implied directories of the layer at ``path`` the attributes from the layers ``below``, nearest first.
 
-    Those are settled, and nothing of all of them is mounted that was not before. Raises OSError.
+    The layers below are settled already. The layer at ``path`` has never been mounted. Raises OSError.
     """
     with open(os.path.join(path, FILE), "rb") as file:
         names = file.read().split(b"\0")[:-1]
@@ -61,9 +63,9 @@ def _open(stack: ExitStack, path: str) -> int:
 
 
 def _find(root: int, lower: Sequence[int], name: bytes) -> int | None:
-    """A descriptor of what a directory stands on; None where there is nothing, or something else hides it."""
+    """A descriptor of the directory ``name`` in the nearest layer below; None if there is none, or it is hidden."""
     parts = name.split(b"/") if name else []
-    # Of the layer itself, what is above counts: an opaque directory hides what is in it, and is itself still there.
+    # In the layer itself the parents count: an opaque parent hides all that the lower layers have in it.
     fd, _, hides = _walk(root, parts[:-1])
     os.close(fd)
     for top in lower:
@@ -77,7 +79,11 @@ def _find(root: int, lower: Sequence[int], name: bytes) -> int | None:
 
 
 def _walk(top: int, parts: Sequence[bytes]) -> tuple[int, bool, bool]:
-    """The directory at ``parts`` below ``top`` or the last one on the way; is it there, and are those below hidden."""
+    """Walk to the directory ``parts`` below ``top``.
+
+    Returns a descriptor of the last directory that is there, whether that is the whole path, and whether the lower
+    layers are hidden.
+    """
     fd = os.dup(top)
     hides = False
     for part in parts:
@@ -101,7 +107,7 @@ def _is_opaque(fd: int) -> bool:
 
 
 def _copy(source: int, target: int) -> None:
-    """Give a directory the owner, mode, attributes and time of another one, whose descriptor is closed."""
+    """Copy the owner, mode, attributes and time of the directory ``source`` to ``target``; closes ``source``."""
     try:
         status = os.fstat(source)
         os.fchown(target, status.st_uid, status.st_gid)

@@ -1,11 +1,11 @@
 """The program that compares a layer on disk with the blob that it came from, and ends.
 
-Its directory is the layer's and its standard input the blob. It prints one JSON object: ``differences`` by name, or
-``unread`` and why, where the blob itself cannot be read. It changes nothing, and gives way to everybody else.
+Its directory is the layer's, and its standard input is the blob. It prints one JSON object: ``differences`` by name, or
+``unread`` with the reason if the blob cannot be read. It changes nothing, and runs at the lowest priority.
 
-What is compared: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners,
-users' extended attributes and capabilities. Times and access lists are not, and neither are marks of overlayfs beyond
-whiteouts.
+1. Compared are: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners, users'
+   extended attributes, capabilities and whiteouts.
+2. Not compared are: times, access lists, and overlayfs's other marks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DAC_READ_SEARCH = 1 << 2
 
 
 class _Wanted(NamedTuple):
-    """What an entry has to be; ``order`` is its place in the archive."""
+    """What the file of an entry must be; ``order`` is the entry's position in the archive."""
 
     order: int
     kind: str
@@ -84,9 +84,9 @@ def main() -> None:
 
 
 class _Layer:
-    """All entries of a layer: what has to be at each path after the last one.
+    """All entries of a layer: what must be at each path after the last entry.
 
-    ``hidden`` has the paths of whiteouts, ``opaque`` those of opaque directories, each with its place in the archive.
+    ``hidden`` has the paths of whiteouts, ``opaque`` those of opaque directories, with their positions in the archive.
     """
 
     def __init__(self, reader: tar.TarReader) -> None:
@@ -109,7 +109,7 @@ class _Layer:
         digest = hashlib.sha256()
         for piece in reader.content():
             digest.update(piece)
-        # A hard link to what is there under another name is that; later it may be there no more.
+        # A hard link is compared with its target's entry as it is now: a later entry may replace the target.
         target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
         if target is not None:
             self.wanted[path] = target._replace(order=order)
@@ -129,12 +129,12 @@ class _Layer:
         )
 
     def alive(self) -> dict[bytes, _Wanted]:
-        """What has to be there, in the order of the archive."""
+        """What must be on disk, in the order of the archive."""
         found = [(path, entry) for path, entry in self.wanted.items() if not self.replaced(path, entry.order)]
         return dict(sorted(found, key=lambda item: item[1].order))
 
     def replaced(self, path: bytes, order: int) -> bool:
-        """Whether something that is no directory came after ``order`` in the place of one that ``path`` was in."""
+        """Whether a later entry than ``order`` has replaced a directory above ``path`` by something else."""
         parent = path.rpartition(b"/")[0]
         while parent:
             other = self.wanted.get(parent)
@@ -145,7 +145,7 @@ class _Layer:
 
 
 def _differences(root: int, layer: _Layer) -> Iterator[str]:
-    """In words, up to ``_MOST`` of them, and how many more there are."""
+    """Up to ``_MOST`` differences in words, and how many more there are."""
     count = 0
     for difference in _all_differences(root, layer):
         count += 1
@@ -158,7 +158,7 @@ def _differences(root: int, layer: _Layer) -> Iterator[str]:
 def _all_differences(root: int, layer: _Layer) -> Iterator[str]:
     alive = layer.alive()
     places = _Places(root)
-    # By directory and name, as several paths may lead to one place; then the last entry counts.
+    # By directory and name: several paths may lead to one place, and then the last entry counts.
     last = {places.of(path): path for path in alive if path}
     for path, order in [*layer.hidden.items(), *layer.opaque.items()]:
         if path and places.of(path) not in last and _status(root, path) is None and not layer.replaced(path, order):
@@ -173,14 +173,14 @@ def _all_differences(root: int, layer: _Layer) -> Iterator[str]:
 
 
 def _difference(root: int, path: bytes, wanted: _Wanted) -> str:
-    """How what is at ``path`` is not what it has to be; "" where it is."""
+    """How the file at ``path`` differs from what it must be; "" where it does not."""
     status = _status(root, path)
     if status is None:
-        # Devices are left out where they may not be made.
+        # The unpacker leaves devices out where it may not make them.
         return "" if wanted.kind in (tar.CHARACTER, tar.BLOCK_DEVICE) else "is missing"
     expected = _FORMATS.get(wanted.kind)
     if expected is None:
-        return ""  # a link, through links, of which there is nothing to compare with
+        return ""  # a hard link whose target's entry is not known, as its path leads through symbolic links
     if stat.S_IFMT(status.st_mode) != expected:
         return f"is no {wanted.kind}"
     if expected in (stat.S_IFCHR, stat.S_IFBLK) and status.st_rdev != wanted.device:
@@ -199,7 +199,7 @@ def _attributes(status: os.stat_result, wanted: _Wanted) -> str:
     if (status.st_uid, status.st_gid) != (wanted.uid, wanted.gid):
         return f"belongs to {status.st_uid}:{status.st_gid} in place of {wanted.uid}:{wanted.gid}"
     mode = stat.S_IMODE(status.st_mode)
-    # An access list says the mode's group bits, too.
+    # An access list changes the mode's group bits.
     if wanted.kind != tar.SYMLINK and ACCESS_LIST not in wanted.xattrs and mode != wanted.mode & 0o7777:
         return f"has the mode {mode:o} in place of {wanted.mode & 0o7777:o}"
     return ""
@@ -227,7 +227,7 @@ def _has_content(root: int, path: bytes, wanted: _Wanted) -> bool:
     digest = hashlib.sha256()
     fd = openat2(root, path, os.O_RDONLY | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
     try:
-        # What counts is on the disk.
+        # Read from the disk, not from the page cache.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         for at, length in wanted.extents if wanted.extents is not None else ((0, wanted.size),):
             end = at + length
@@ -260,21 +260,21 @@ def _status(root: int, path: bytes) -> os.stat_result | None:
 
 
 class _Places:
-    """Paths below ``root`` by the directory that they are really in, which links of the layer may lead to."""
+    """Where paths below ``root`` lead, through the layer's symbolic links: inode number of the directory, and name."""
 
     def __init__(self, root: int) -> None:
         self._root = root
         self._numbers: dict[bytes, int] = {b"": os.fstat(root).st_ino}
 
     def of(self, path: bytes) -> tuple[int, bytes]:
-        """The number of a path's directory, and its name in it; of one that is not there the number is none."""
+        """The inode number of a path's directory, and the name in it. A missing directory has a negative number."""
         parent, _, base = path.rpartition(b"/")
         return self._number(parent), base
 
     def others(self, known: set[tuple[int, bytes]]) -> Iterator[str]:
-        """What is there and not ``known``, save for directories that nothing but paths through them named."""
+        """Differences for all that is there and not ``known``, except for implied directories."""
         implied = set(self._numbers.values())
-        foreign: set[int] = set()  # directories of which one word is enough
+        foreign: set[int] = set()  # directories that are not of the layer: what is in them is not named too
         for place, entry in file_tree.walk(self._root):
             is_directory = entry.is_dir(follow_symlinks=False)
             is_known = (place.number, os.fsencode(entry.name)) in known or (is_directory and entry.inode() in implied)
@@ -307,7 +307,7 @@ def _path(name: bytes) -> bytes:
 
 
 def _confine(daemon: int) -> None:
-    """See nothing but the layer, keep only what reading all of it takes, and end when the daemon does."""
+    """Enter the layer by chroot, keep the one capability that reading takes, and end when the daemon does."""
     os.chroot(".")
     os.chdir("/")
     confine.keep_capabilities(_DAC_READ_SEARCH)

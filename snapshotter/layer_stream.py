@@ -1,6 +1,6 @@
-"""From a layer's blob to its tar stream: decompressed and bounded in one thread, digested in another.
+"""From a layer's blob to its tar stream: decompressed and bounded in one thread, hashed in another.
 
-Inflating and hashing run outside the interpreter's lock, beside the unpacker's system calls.
+Decompression and hashing release the interpreter's lock, so they run at the same time as the unpacker's system calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _NOTES = 4096
 _OUTPUT = 512 << 10
 _AHEAD = 4  # pieces
 _GZIP = 31  # window bits: a gzip header, and the largest window
-# Of a zstd frame; level 22 takes as much. It is allocated as the frame says, and levels up to 19 say 8 MiB.
+# The largest window of a zstd frame, which is level 22's. A decoder allocates the size that the frame's header says;
+# levels up to 19 say 8 MiB.
 _MAX_WINDOW = 128 << 20
 _MAGIC = 4
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -33,10 +34,10 @@ Decoder = Callable[[BinaryIO, Callable[[int], None]], Iterator[bytes]]
 
 
 def decoder(blob: BinaryIO, compression: str) -> Decoder:
-    """What makes a tar stream of a blob, which is at its start. Called before the worker is confined, as it imports
-    what that takes.
+    """The function that makes a tar stream of a blob, whose position is at its start.
 
-    Builders mislabel what they compress, so where the layer is said to be compressed at all its first bytes count.
+    It is to be called before the worker is confined, as it imports the decoder. Builders give wrong media types to
+    compressed layers, so the first bytes of a layer count if its type says any compression.
     """
     if compression == "none":
         return _plain
@@ -68,7 +69,7 @@ def _gunzip(file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
                 if not data:
                     break
                 member = isal_zlib.decompressobj(wbits=_GZIP)
-            # A bounded output: a block of zeros must not become a gigabyte in memory.
+            # The output is bounded: a block of zeros must not become a gigabyte in memory.
             if inflated := member.decompress(data, _OUTPUT):
                 yield inflated
             data = member.unused_data if member.eof else member.unconsumed_tail
@@ -80,13 +81,13 @@ def _gunzip(file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _make_unzstd() -> Decoder:
-    # 10 ms of a worker's start, so only for those that need it.
+    # The import takes 10 ms, so only workers that need it do it.
     import zstandard
 
     def unzstd(file: BinaryIO, count: Callable[[int], None]) -> Iterator[bytes]:
         """The frames of a zstd file one after the other (RFC 8878, section 3), without the skippable ones."""
         inflater = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-        counted: Any = _Counted(file, count)  # nothing of a file but its read() is used
+        counted: Any = _Counted(file, count)  # zstandard calls read() alone
         reader = inflater.stream_reader(counted, read_size=_INPUT, read_across_frames=True)
         try:
             while inflated := reader.read(_OUTPUT):
@@ -98,9 +99,9 @@ def _make_unzstd() -> Decoder:
 
 
 class Arriving:
-    """A blob that is still being written; a read at its present end waits.
+    """A blob that is still being written. A read at its present end waits.
 
-    ``told`` is a pipe whose writer puts something into it when the blob has grown, and closes it when it is whole.
+    ``told`` is a pipe: the daemon writes to it when the blob has grown, and closes it when the blob is whole.
     """
 
     def __init__(self, blob: BinaryIO, told: int) -> None:
@@ -115,12 +116,12 @@ class Arriving:
         return data
 
     def seek(self, offset: int) -> None:
-        """Go on at ``offset``, which has been there already."""
+        """Go on at ``offset``, which must be in the part that is there already."""
         self._blob.seek(offset)
 
 
 class _Counted:
-    """A file whose reader is told how much it has read."""
+    """A file that reports how much is read of it."""
 
     def __init__(self, file: BinaryIO, count: Callable[[int], None]) -> None:
         self._file = file
@@ -133,7 +134,7 @@ class _Counted:
 
 
 class LayerStream:
-    """The tar stream of a blob: :meth:`read` its pieces to the end, then ask for its :meth:`digest`."""
+    """The tar stream of a blob: call :meth:`read` until the end, then :meth:`digest`."""
 
     def __init__(self, blob: BinaryIO, decode: Decoder, limits: LayerLimits) -> None:
         self._limits = limits
@@ -142,7 +143,7 @@ class LayerStream:
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD)
         self._to_hash: queue.Queue[bytes] = queue.Queue(_AHEAD)
-        # Daemon threads: where the unpacker fails the process ends, whatever they wait for.
+        # Daemon threads: when the unpacker fails, the process must end while they wait.
         threading.Thread(target=self._inflate, name="inflate", daemon=True).start()
         self._hasher = threading.Thread(target=self._digest, name="digest", daemon=True)
         self._hasher.start()
@@ -155,7 +156,7 @@ class LayerStream:
         return piece
 
     def digest(self) -> str:
-        """The digest of all that was read, as ``sha256:<hex>``; asked for after the end."""
+        """The digest of the whole stream, as ``sha256:<hex>``; to be called after the end."""
         self._hasher.join()
         return f"sha256:{self._hash.hexdigest()}"
 

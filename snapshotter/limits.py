@@ -1,6 +1,6 @@
-"""What an image and each of its layers may ask of the node.
+"""How large an image and each of its layers may be.
 
-A NamedTuple, as all values are that the unpack worker imports: the dataclasses module takes a quarter of the start-up
+All values that the unpack worker imports are NamedTuples: importing dataclasses would take a quarter of the start-up
 time of a process that is started for each layer.
 """
 
@@ -12,13 +12,15 @@ _GIB = 1 << 30
 
 
 class LayerLimits(NamedTuple):
-    """Bounds on one layer; a layer that exceeds them is a LimitError, which says the field's name.
+    """Bounds on one layer. A layer that exceeds one is refused with a LimitError that names the field.
 
-    ``max_bytes`` bounds the tar stream and each file, holes included. ``max_ratio`` (stream to blob) holds from
-    ``ratio_floor`` bytes on: long runs of zeros compress a thousandfold in honest layers too, but not for gigabytes.
-    ``max_layers`` is of an image, and held to by who loads it. ``max_name`` is in bytes and holds for links' targets
-    too. ``max_seconds`` bounds the time of one unpack, and ``max_stall`` the seconds in which its worker neither reads
-    nor takes any CPU time; their end is a SnapshotError.
+    - ``max_bytes`` bounds the tar stream and each file, holes included.
+    - ``max_ratio`` (stream to blob) is checked from ``ratio_floor`` bytes on: honest layers have runs of zeros that
+      compress a thousandfold, but not gigabytes of them.
+    - ``max_layers`` is the number of layers of an image; the loader of the image checks it.
+    - ``max_name`` is in bytes, for the names of files and for links' targets.
+    - ``max_seconds`` bounds the time of one unpack. ``max_stall`` bounds the seconds in which its worker neither reads
+      nor takes CPU time. Both raise SnapshotError.
     """
 
     max_layers: int = 250

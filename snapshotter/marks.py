@@ -1,8 +1,8 @@
-"""Opaque marks for workers that may not set them.
+"""Opaque marks, which the daemon sets for the unpack workers.
 
-overlayfs keeps the mark in an extended attribute of the trusted namespace, which takes CAP_SYS_ADMIN, and with that a
-worker could mount its way out of its chroot. So the worker sends the daemon a descriptor of the directory and waits for
-the answer: one byte, an errno, or zero. No path crosses over.
+overlayfs reads the mark from an extended attribute of the trusted namespace. Setting that takes CAP_SYS_ADMIN, and with
+this capability a worker could leave its chroot by mounts. So the worker sends the daemon a descriptor of the directory,
+and waits for the answer: one byte, an errno or zero. No path is sent.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _FD = struct.Struct("i")
 
 
 def set_opaque(fd: int) -> None:
-    """Make the directory ``fd`` hide what is below it in lower layers. Raises OSError."""
+    """Make the directory ``fd`` hide what the lower layers have in it. Raises OSError."""
     os.setxattr(fd, OPAQUE_XATTR, b"y")
 
 
 class Asker:
-    """The worker's end, by its descriptor."""
+    """The worker's end of the socket, given by its descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._socket = _socket.socket(fileno=fd)
 
     def set_opaque(self, fd: int) -> None:
-        """Have the directory ``fd`` marked. Raises OSError as the daemon met it."""
+        """Have the daemon mark the directory ``fd``. Raises the OSError that the daemon has met."""
         self._socket.sendmsg([b"o"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _FD.pack(fd))])
         answer = self._socket.recv(1)
         if answer != b"\0":
@@ -41,9 +41,10 @@ class Asker:
 
 
 def answer(sock: socket.socket, device: int) -> bool:
-    """The daemon's end: mark the directory that ``sock`` has a descriptor of, which is on the file system ``device``.
+    """The daemon's end of the socket: mark the directory whose descriptor the worker has sent.
 
-    Returns False where nobody asks any more. Does not block: at most one mark is under way.
+    The directory must be on the file system ``device``. Returns False when the worker has closed its end. Does not
+    block, as a worker sends one descriptor at a time.
     """
     try:
         data, sent, _, _ = sock.recvmsg(1, _socket.CMSG_SPACE(_FD.size))

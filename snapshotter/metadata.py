@@ -1,4 +1,4 @@
-"""What the snapshotter keeps, layers and snapshots, and the file that their metadata is in."""
+"""Layers and snapshots, and the file in which each has its metadata."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 class Layer:
     """A committed layer.
 
-    ``size`` is in bytes, each entry rounded up to blocks of 4 KiB, and ``inodes`` counts the entries that are
-    not hard links; both are counted while unpacking, so an entry that a later one replaced is counted too.
-    ``opaque`` says that the layer hides every layer below it. ``path`` is the directory that holds ``fs/``.
+    ``size`` is in bytes, each entry rounded up to blocks of 4 KiB. ``inodes`` counts the entries that are not hard
+    links. Both are counted while unpacking, so an entry counts even if a later one has replaced it. ``opaque`` says
+    that the layer hides every layer below it. ``path`` is the directory that holds ``fs/``.
     """
 
     chain_id: str
@@ -60,7 +60,7 @@ def read_snapshot(path: str) -> Snapshot:
 
 
 def check(layer: Layer) -> str:
-    """What is wrong with the metadata of a layer on disk; "" where nothing is."""
+    """What is wrong with the metadata of a layer on disk; "" if nothing is."""
     try:
         if read_layer(layer.path) != layer:
             return f"the metadata in {layer.path} is another layer's"

@@ -1,7 +1,6 @@
-"""System calls that the standard library lacks, and the kernel's list of mounts.
+"""System calls for mounts that the standard library lacks, and the kernel's list of mounts.
 
-For the snapshotter and for everyone in the daemon who mounts. Each call raises OSError with the kernel's errno
-and the path that it was about.
+Each call raises OSError with the kernel's errno and the path.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ MOUNT_ATTR_IDMAP = 0x100000
 
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 
-# The same on every architecture: they came after the numbers were unified.
+# These numbers are the same on every architecture.
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_OPENAT2 = 437
@@ -71,7 +70,7 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-# A function of its own, whose arguments need no wrapping: it is called for each directory of a tree.
+# A separate function with declared argument types, so that calls need no wrapping: walks call it for each directory.
 _openat2 = _libc["syscall"]
 _openat2.restype = ctypes.c_long
 _openat2.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
@@ -111,7 +110,7 @@ def unmount(target: str) -> None:
                     raise
                 umount2(target, UMOUNT_NOFOLLOW | MNT_DETACH)
     except OSError as e:
-        # Neither a mount nor there at all: this is how the loop ends.
+        # The loop ends here, when there is no mount any more, or no such path.
         if e.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
             raise
 
@@ -133,7 +132,7 @@ def openat2(dir_fd: int, path: bytes | str, flags: int, resolve: int, mode: int 
 
 @cache
 def _how(flags: int, mode: int, resolve: int) -> _OpenHow:
-    """Made once: walks open directory after directory in one way."""
+    """Cached, as a walk opens all directories with the same arguments."""
     return _OpenHow(flags, mode, resolve)
 
 
@@ -182,10 +181,10 @@ def move_mount(tree: int, target: str) -> None:
 
 
 def bind_idmapped(source: str, target: str, userns: str, attributes: int = 0) -> None:
-    """Mount ``source`` on ``target`` too, private, with its files' owners mapped into a user namespace.
+    """Bind ``source`` to ``target``, as a private mount with its files' owners mapped into a user namespace.
 
-    An ID on disk is taken for one of that namespace, which the file ``userns`` is. The kernel refuses it with EINVAL
-    where the file system does not support it, and with ENOSYS before Linux 5.12. Mounts below ``source`` are left out.
+    An ID on disk counts as an ID in that namespace, whose file is ``userns``. Mounts below ``source`` are left out. The
+    kernel's error is EINVAL if the file system does not support such mounts, and ENOSYS before Linux 5.12.
     """
     namespace = os.open(userns, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -55,7 +55,7 @@ class OverlayMounter:
         self, snapshot: Snapshot, chain: Sequence[Layer], target: str, *, userns: str | None, label: str
     ) -> None:
         """Mount a snapshot on its layers, writable; see :meth:`Snapshotter.mount`."""
-        # Relative to the directory in which the layers are seen: layers/ or, with mapped owners, one in staging/.
+        # Relative to the thread's directory, which is layers/ or, with mapped owners, a directory in staging/.
         upper = f"../active/{snapshot.key}" if userns is None else f"../../active/{snapshot.key}"
         # 1. volatile: no sync of the whole file system at the unmount. That sync is for a crash of the node, and a
         #    snapshot is not used again after one.
@@ -76,11 +76,11 @@ class OverlayMounter:
         await self._mount(_mount_overlay, target, f"{_lowerdir(chain)}:../empty,index=off", mounts.MS_RDONLY)
 
     async def unmount(self, target: str) -> None:
-        """Unmount all that is mounted on ``target``, lazily where it is busy; nothing mounted is no error."""
+        """Unmount all that is mounted on ``target``; see :meth:`Snapshotter.unmount`."""
         await self.run(_unmount, os.path.abspath(target))
 
     async def idmap_trouble(self) -> str:
-        """Why snapshots cannot be mounted for a user namespace, "" where they can; see Snapshotter."""
+        """Why snapshots cannot be mounted for a user namespace; see :meth:`Snapshotter.idmap_trouble`."""
         if self._idmap_trouble is None:
             try:
                 async with _user_namespace() as userns:
@@ -205,7 +205,7 @@ def _map_root(snapshot: Snapshot, top: str) -> None:
 
 @asynccontextmanager
 async def _user_namespace() -> AsyncIterator[str]:
-    """A user namespace for a moment, in which user and group 0 are the node's 1; yields its file."""
+    """Yields the file of a user namespace, in which user and group 0 are the node's 1, while the block lasts."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-I", "-S", "-c", _USERNS_MAKER),

@@ -23,7 +23,7 @@ _MAX_REFILLED, _PAUSE = 100, 0.01
 
 
 def remove_path(path: str) -> None:
-    """Delete what is at ``path``, as :func:`remove` does; where its directory is not there, that is no error."""
+    """Delete what is at ``path``, as :func:`remove` does. It is no error if the directory of ``path`` is missing."""
     directory, name = os.path.split(os.path.abspath(path))
     try:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -36,19 +36,23 @@ def remove_path(path: str) -> None:
 
 
 def remove(dir_fd: int, name: str, *, files: bool = True) -> None:
-    """Delete ``name`` in the directory ``dir_fd``, whatever it is; one that is not there is no error.
+    """Delete the file or tree ``name`` in the directory ``dir_fd``. It is no error if it is missing.
 
-    Without ``files`` only directories are deleted, and their files go with them: cgroups. Files that are immutable or
-    append-only (chattr(1)) are made ordinary first. What is in a file system that is mounted there stays. All that can
-    be deleted is; then OSError is raised for the first thing that cannot, with its path and in words what hinders it,
-    UnsettledError where others make new things all the time.
+    1. Without ``files`` only directories are deleted: the files of a cgroup go with its directory.
+    2. Immutable and append-only files (chattr(1)) are made ordinary first.
+    3. A mount in the tree, and all that is in it, stays.
+    4. All that can be deleted is deleted. Then OSError is raised for the first failure, with the path and the reason.
+       UnsettledError is raised if other processes make new files all the time.
     """
     with closing(_Remover(dir_fd, files=files)) as remover:
         remover.remove(name)
 
 
 class _Level:
-    """A directory that is being deleted: what is still to be deleted in it, and whether something has to stay."""
+    """A directory that is being deleted.
+
+    ``waiting`` are the names that are still to be deleted in it. ``stuck`` says that something in it cannot be deleted.
+    """
 
     __slots__ = ("stuck", "waiting")
 
@@ -79,7 +83,7 @@ class _Remover:
                 continue
             done = levels.pop()
             left = place.leave()
-            # What was moved meanwhile is met again, or is of the tree no more.
+            # A directory that was moved meanwhile is met again in its new place, or has left the tree.
             del levels[place.depth + 1 :]
             if not left:
                 continue
@@ -94,7 +98,7 @@ class _Remover:
             ) from self._failure
 
     def _begin(self, name: str) -> None:
-        """Go into a directory and delete all in it but the directories that are not empty."""
+        """Go into a directory and delete all in it except for directories that are not empty."""
         try:
             self._place.enter(name)
         except UnsettledError as e:
@@ -111,7 +115,7 @@ class _Remover:
         self._levels.append(level)
         try:
             with os.scandir(self._place.fd) as entries:
-                # One that is skipped, as the directory changes under its reader, is met when this is to be deleted.
+                # scandir may skip an entry while the directory changes. rmdir fails then, and _end() tries again.
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         if not _removed_empty(self._place.fd, entry.name):
@@ -128,7 +132,7 @@ class _Remover:
         try:
             self._delete(os.rmdir, name)
         except NotADirectoryError:
-            self._levels[-1].waiting.append(name)  # it was replaced
+            self._levels[-1].waiting.append(name)  # a file has replaced it
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 self._fail(name, e)
@@ -144,7 +148,7 @@ class _Remover:
         try:
             self._delete(os.unlink, name)
         except IsADirectoryError:
-            self._levels[-1].waiting.append(name)  # it was replaced
+            self._levels[-1].waiting.append(name)  # a directory has replaced it
         except OSError as e:
             if e.errno == errno.EBUSY:
                 e = OSError(errno.EBUSY, "something is mounted on it; unmount it first")
@@ -162,7 +166,7 @@ class _Remover:
             pass
 
     def _fail(self, name: str, error: OSError) -> None:
-        """Remember why something stays, and with it all directories that it is in."""
+        """Remember why a file cannot be deleted. The directories above it stay too."""
         self._levels[-1].stuck = True
         self._failures += 1
         if self._failure is None:
@@ -185,15 +189,15 @@ def _removed_empty(dir_fd: int, name: str) -> bool:
 
 
 def _loosened(dir_fd: int, name: str) -> bool:
-    """Take the attributes from a directory and from what is ``name`` in it that hinder its deletion; had they any.
+    """Clear the immutable and append-only attributes of a directory and of ``name`` in it. Returns whether any was set.
 
-    Raises PermissionError where they have, and it may not.
+    Raises PermissionError if one is set and must not be cleared.
     """
     found = False
     for file in (".", name):
         path = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
-            # Only these have attributes, and to open a device or a pipe may do more than that.
+            # Only files and directories have attributes, and opening a device or a pipe may have effects.
             mode = os.fstat(path).st_mode
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -211,7 +215,7 @@ def _loosen(fd: int) -> bool:
     try:
         fcntl.ioctl(fd, _GET_FLAGS, flags)
     except OSError:
-        return False  # the file system has none
+        return False  # the file system has no such attributes
     if not flags[0] & _FASTENED:
         return False
     flags[0] &= ~_FASTENED

@@ -45,9 +45,9 @@ _DIFF_ID = re.compile(r"sha256:[0-9a-f]{64}")
 class Snapshotter:
     """Layers and snapshots below one directory, which no other process changes.
 
-    Creating one sweeps what an earlier process left half done. The log is told which committed layers and snapshots
-    were dropped because their metadata is missing or broken, and what cannot be swept. ``limits`` hold for every
-    layer; ``workers`` bounds how many are unpacked at the same time. Needs root; methods raise :class:`SnapshotError`.
+    Creating it deletes what an earlier process has left half done. Committed layers and snapshots whose metadata is
+    missing or broken are dropped. The log says which, and what cannot be deleted. ``limits`` hold for every layer,
+    ``workers`` bounds how many are unpacked at the same time. Needs root. Methods raise :class:`SnapshotError`.
     """
 
     def __init__(self, root: str, *, limits: LayerLimits | None = None, workers: int | None = None) -> None:
@@ -86,13 +86,13 @@ class Snapshotter:
         return MappingProxyType(self._snapshots)
 
     def removable(self) -> frozenset[str]:
-        """The keys of all that :meth:`remove` is still to be called for: also where it has failed."""
+        """The keys for which :meth:`remove` is still to be called, because it was not yet or because it has failed."""
         return frozenset((*self._snapshots, *self._undeleted))
 
     def arrival(self, blob: str, *, compression: Literal["gzip", "none", "zstd"], diff_id: str) -> Arrival | None:
-        """Begin to unpack the layer whose blob is still being written to the file ``blob``, which may be renamed.
+        """Begin to unpack a layer while its blob is still being written to the file ``blob``, which may be renamed.
 
-        None where as many as may be at the same time are waiting for more already, or the file cannot be read.
+        None if the largest number of such workers is running already, or if the file cannot be read.
         """
         return self._workers.arrival(blob, compression, diff_id)
 
@@ -106,15 +106,16 @@ class Snapshotter:
         parent: str | None,
         arrival: Arrival | None = None,
     ) -> Layer:
-        """Unpack the layer in the file ``blob`` and commit it as ``chain_id``; at once where it is committed.
+        """Unpack the layer in the file ``blob`` and commit it as ``chain_id``. Returns at once if it is committed.
 
-        Where ``compression`` is not "none", the blob's first bytes say which of them all it is. The parent may still be
-        missing: a layer's files do not depend on it. Callers with the same chain ID share one unpack, which ends
-        early when the last of them is cancelled; nothing is left of it then. ``arrival`` may have begun with the same
-        blob, and is used up.
+        1. If ``compression`` is not "none", the blob's first bytes say which compression it has.
+        2. The parent may still be missing, as a layer's files do not depend on it.
+        3. Callers with the same chain ID share one unpack. When the last of them is cancelled, it is cancelled too, and
+           nothing is left of it.
+        4. ``arrival`` is an unpack of the same blob that has begun before. It ends with this call.
 
-        Raises LayerError for content that is broken or hostile, with DiffMismatchError where its digest is not
-        ``diff_id`` and TruncatedLayerError where it ends early, and SnapshotError for the node's own trouble.
+        Raises LayerError for broken or hostile content: DiffMismatchError if its digest is not ``diff_id``,
+        TruncatedLayerError if it ends early. Raises SnapshotError if the node is at fault.
         """
         if compression not in COMPRESSIONS:
             raise SnapshotError(
@@ -134,7 +135,7 @@ class Snapshotter:
     async def prepare(self, key: str, chain_id: str) -> None:
         """Make the empty writable snapshot ``key`` on top of the layer ``chain_id``.
 
-        Raises SnapshotNotFoundError where that layer or one below it is missing.
+        Raises SnapshotNotFoundError if that layer or one below it is missing.
         """
         if not KEY.fullmatch(key):
             raise SnapshotError(f"snapshot key {key!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
@@ -158,8 +159,8 @@ class Snapshotter:
     async def mount(self, key: str, target: str, *, userns: str | None = None, label: str = "") -> None:
         """Mount the snapshot ``key`` on the directory ``target``, writable; its files have the SELinux ``label``.
 
-        With ``userns``, the file of a user namespace, the image's files belong to users of that namespace. It is
-        the same one at each mount of a snapshot. It must not have an :meth:`idmap_trouble`.
+        ``userns`` is the file of a user namespace. With it the image's files belong to users of that namespace. Each
+        mount of a snapshot must have the same one. It takes a node without :meth:`idmap_trouble`.
         """
         snapshot = self._snapshot(key)
         await self._mounter.mount(snapshot, self._chain(snapshot.chain_id), target, userns=userns, label=label)
@@ -167,20 +168,20 @@ class Snapshotter:
     async def mount_layer(self, chain_id: str, target: str) -> None:
         """Mount the files of ``chain_id`` and the layers below it on the directory ``target``, read-only.
 
-        Such a view does not keep its layers: whoever mounts it does not remove them while it is used.
+        Such a mount does not keep its layers from being removed: its caller has to.
         """
         await self._settle(chain_id)
         await self._mounter.mount_layers(self._chain(chain_id), target)
 
     async def unmount(self, target: str) -> None:
-        """Unmount all that is mounted on ``target``, lazily where it is busy; nothing mounted is no error."""
+        """Unmount all that is mounted on ``target``, lazily if it is busy. It is no error if nothing is."""
         await self._mounter.unmount(target)
 
     async def remove(self, key: str) -> None:
-        """Remove the writable snapshot ``key``, which is unmounted; one that is not there is no error.
+        """Remove the writable snapshot ``key``, which must be unmounted. It is no error if it is missing.
 
-        Raises SnapshotError where it is no snapshot any more and cannot be deleted: what hinders it is named, and the
-        next call tries again.
+        Raises SnapshotError with the reason if its files cannot be deleted. It is no snapshot any more then, and the
+        next call tries the deletion again.
         """
         if key in self._snapshots:
             self._undeleted[key] = self._staging.retire(self._snapshots[key].path, key)
@@ -191,10 +192,12 @@ class Snapshotter:
             self._undeleted.pop(key, None)
 
     async def remove_layer(self, chain_id: str) -> None:
-        """Remove a layer; one that is not there is no error.
+        """Remove a layer. It is no error if it is missing.
 
-        Raises SnapshotError while another layer or a snapshot stands on it, and where it is no layer any more and
-        cannot be deleted; the next start tries again.
+        Raises SnapshotError in two cases:
+
+        1. Another layer or a snapshot needs it: it stays.
+        2. Its files cannot be deleted: it is no layer any more, and the next start tries the deletion again.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -210,10 +213,10 @@ class Snapshotter:
         await in_thread(self._staging.delete, name)
 
     async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
-        """What is wrong with a committed layer on disk; "" where nothing is, or where it is not there any more.
+        """What is wrong with a committed layer on disk; "" if nothing is, or if the layer has been removed.
 
-        With the file ``blob`` that it came from, all its files are compared with that, by a process of its own (see
-        snapshotter.layer_check). Without, or where that cannot be read, only its record is looked at.
+        If ``blob`` is the file that the layer came from, a process compares all its files with that (see
+        snapshotter.layer_check). If there is none, or it cannot be read, only the layer's metadata is checked.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -234,9 +237,9 @@ class Snapshotter:
             raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
 
     async def idmap_trouble(self) -> str:
-        """Why snapshots cannot be mounted for a user namespace, "" where they can: tried once, where the layers are.
+        """Why snapshots cannot be mounted for a user namespace; "" if they can.
 
-        It takes Linux 5.19 and a file system with id-mapped mounts.
+        It takes Linux 5.19 and a file system with id-mapped mounts. It is tried once, on the file system of the layers.
         """
         return await self._mounter.idmap_trouble()
 
@@ -274,7 +277,7 @@ class Snapshotter:
                     try:
                         await self._mounter.run(implied.settle, layer.path, paths)
                     except OSError as e:
-                        self._chain(chain_id)  # it may have been removed meanwhile
+                        self._chain(chain_id)  # raises if it has been removed meanwhile
                         raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
                     self._unsettled.discard(layer.chain_id)
                 below = [layer] if layer.opaque else [layer, *below]
@@ -285,7 +288,7 @@ class Snapshotter:
             try:
                 layer = metadata.read_layer(path)
                 if not _NUMBER.fullmatch(name) or layer.chain_id in self._layers:
-                    raise ValueError("it is a duplicate or has no number")  # noqa: TRY301 - one end for all
+                    raise ValueError("it is a duplicate or has no number")  # noqa: TRY301 - handled below
             except (ValueError, TypeError) as e:
                 self._drop(path, e)
             except OSError as e:
@@ -310,7 +313,7 @@ class Snapshotter:
         try:
             self._staging.retire(path)
         except SnapshotError as e:
-            log.warning("what was dropped stays where it is", error=str(e))
+            log.warning("a dropped layer or snapshot cannot be moved into staging", error=str(e))
 
     async def _unpack(
         self, blob: str, compression: str, diff_id: str, chain_id: str, parent: str | None, arrival: Arrival | None

@@ -35,7 +35,7 @@ class Staging:
             try:
                 mounts.unmount(point)
             except OSError as e:
-                log.warning("a mount is left in staging", error=f"cannot unmount {point}: {e.strerror}")
+                log.warning("a mount in staging cannot be unmounted", error=f"cannot unmount {point}: {e.strerror}")
         left = {}
         for name in os.listdir(self.path):
             if not self.discard(name) and (key := _REMOVED.fullmatch(name)):
@@ -81,6 +81,6 @@ class Staging:
         try:
             self.delete(os.path.basename(area))
         except SnapshotError as e:
-            log.warning("something is left in staging", error=str(e))
+            log.warning("a deletion in staging failed", error=str(e))
             return False
         return True

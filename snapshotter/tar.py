@@ -1,8 +1,8 @@
-"""A tar reader for layers: one pass, no seeking, nothing believed.
+"""A tar reader for layers: one pass, no seeking, and no trust in the content.
 
-Reads what tools write: ustar, GNU (long names, base-256 numbers) and PAX (POSIX.1-2001 pax interchange format),
-including the SCHILY.xattr records, and GNU's four formats of sparse files (tar manual, "Storing Sparse Files"). Knows
-nothing of files; the unpacker does.
+It reads ustar, GNU (long names, base-256 numbers) and PAX (POSIX.1-2001 pax interchange format) with the SCHILY.xattr
+records, and GNU's four formats of sparse files (tar manual, "Storing Sparse Files"). It makes no files; the unpacker
+does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _ZEROS = bytes(BLOCK)
 _USTAR = b"ustar\x0000"
 _MAX_PAX = 1 << 20
-_MAX_EXTENSIONS = 16  # before one entry; three are honest: x, L, K
+_MAX_EXTENSIONS = 16  # headers before one entry; real archives have up to three: x, L, K
 _MAX_GLOBAL = 64  # records; git writes one
 _MAX_MAP = 1 << 20  # bytes of a sparse file's map
 _XATTR = b"SCHILY.xattr."
@@ -65,8 +65,8 @@ _KINDS = {
 class Entry(NamedTuple):
     """One member: ``link`` is a link's target, ``mode`` has the permission bits only, ``mtime`` is in ns.
 
-    ``size`` is the file's. Of a sparse file ``extents`` says where the content goes, as offsets and lengths in their
-    order; the rest is holes. ``device`` is a device's number.
+    ``size`` is the file's, ``device`` a device's number. ``extents`` of a sparse file are the offsets and lengths of
+    its content, in order; all else is holes.
     """
 
     kind: str
@@ -85,11 +85,11 @@ class Entry(NamedTuple):
 class TarReader:
     """The entries of a tar stream, in order.
 
-    ``read`` returns the stream's next bytes in pieces of its own choosing, and ``b""`` at the end. Iterating
-    yields each :class:`Entry`; until the next one is asked for, :meth:`content` yields its bytes. A stream may end
-    after any entry, as it may for other readers, so a caller that needs the whole of it checks its digest.
+    ``read`` returns the stream's next bytes, in pieces of any size, and ``b""`` at the end. Iterating yields each
+    :class:`Entry`. Until the next entry, :meth:`content` yields its bytes. A stream may end after any entry, as for
+    other readers, so a caller that needs the whole stream checks its digest.
 
-    Raises :class:`LayerError`, or :class:`TruncatedLayerError` where the stream ends within an entry.
+    Raises :class:`LayerError`, or :class:`TruncatedLayerError` if the stream ends within an entry.
     """
 
     def __init__(self, read: Callable[[], bytes], limits: LayerLimits) -> None:
@@ -134,7 +134,7 @@ class TarReader:
             raise TruncatedLayerError("the layer ends after an extended header, before its entry")
 
     def content(self) -> Iterator[memoryview]:
-        """Yield what is left of the current entry's content, in the pieces it comes in."""
+        """Yield the rest of the current entry's content, in pieces of any size."""
         while self._left:
             if self._at == len(self._piece):
                 self._refill()
@@ -192,7 +192,7 @@ class TarReader:
         return header
 
     def _read_extension(self, flag: bytes, size: int, records: dict[bytes, bytes]) -> None:
-        """A header that describes the next entry (x, L, K) or all that follow (g): add it to ``records``."""
+        """Add an extended header to ``records``; it is for the next entry (x, L, K) or for all that follow (g)."""
         limit = _MAX_PAX if flag in b"xg" else self._limits.max_name + 1
         if not 0 <= size <= limit:
             raise LayerError(f"an extended header of {size} bytes; {limit} are allowed")
@@ -226,7 +226,7 @@ class TarReader:
         if kind is None:
             raise LayerError(f"entry {shown(name)} is of the unknown type {flag!r}, which is not supported in layers")
         if kind is FILE and name.endswith(b"/"):
-            kind = DIRECTORY  # how tar wrote them before ustar
+            kind = DIRECTORY  # as tar wrote directories before ustar
         if len(name) > self._limits.max_name or len(link) > self._limits.max_name:
             raise LayerError(f"entry {shown(name)} has a name of more than {self._limits.max_name} bytes")
         if b"\0" in name or b"\0" in link:
@@ -249,7 +249,7 @@ class TarReader:
             raise LayerError(f"entry {shown(name)}: {e}") from None
 
     def _sparse(self, header: bytes, entry: Entry, records: dict[bytes, bytes]) -> Entry:
-        """The entry as a sparse file, once its map is read."""
+        """Read the map of a sparse file, and return the entry with it."""
         try:
             if entry.kind is not FILE:
                 raise LayerError("has the map of a sparse file and is none")  # noqa: TRY301 - named below
@@ -271,7 +271,7 @@ class TarReader:
             raise type(e)(f"entry {shown(entry.name)}: {e}") from None
 
     def _old_map(self, header: bytes) -> list[int]:
-        """The map of GNU's first format: in the header, and in blocks after it."""
+        """The map of GNU's first format, which is in the header and in blocks after it."""
         parts = [header[_OLD_MAP]]
         more = header[_OLD_MORE]
         while more:
@@ -289,7 +289,7 @@ class TarReader:
         return numbers
 
     def _inner_map(self) -> list[int]:
-        """The map of PAX's format 1.0, before the content: in lines, how many pairs there are, and those."""
+        """The map of PAX's format 1.0, which is before the content: a line with the number of pairs, then the pairs."""
         data = bytearray()
         lines, wanted = 0, 1
         while lines < wanted:

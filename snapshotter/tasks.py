@@ -1,4 +1,4 @@
-"""Work that goes on where nobody waits for it any more."""
+"""Waiting for a task that goes on when its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _T = TypeVar("_T")
 
 
 async def outlive(work: asyncio.Future[_T]) -> _T:
-    """Await work that a cancelled caller leaves running; where it fails after that, the log is told.
+    """Await work that goes on if the caller is cancelled. If it fails after that, the failure is logged.
 
-    asyncio.shield alone lets go of it then, and the failure is complained of as one that nobody took.
+    With asyncio.shield alone asyncio would log it as an exception that was never retrieved.
     """
     try:
         return await asyncio.shield(work)

@@ -31,14 +31,14 @@ _REASONS = {
     errno.ENOTDIR: "has a parent that is not a directory",
     errno.ENAMETOOLONG: "has a name that is too long for the file system",
 }
-# What no layer can bring about by its content: the node's trouble.
+# Errors that no content of a layer can cause: the node is at fault.
 _HOST_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
 )
 
 
 class Unpacked(NamedTuple):
-    """What was made; see snapshotter.metadata.Layer."""
+    """The counts of what was made; see snapshotter.metadata.Layer."""
 
     size: int
     inodes: int
@@ -48,11 +48,10 @@ class Unpacked(NamedTuple):
 def unpack(
     reader: tar.TarReader, root: int, area: int, set_opaque: Callable[[int], None] = marks.set_opaque
 ) -> Unpacked:
-    """Make the entries of ``reader`` in the directory ``root``; ``area`` takes what is to be deleted on the way.
+    """Make the entries of ``reader`` in the directory ``root``. See LayerRoot for ``area`` and ``set_opaque``.
 
-    Both are descriptors of directories on one mount, ``area`` outside of ``root``. ``set_opaque`` marks a directory
-    as overlayfs has it. Raises LayerError where the content is at fault and SnapshotError where the node is; what was
-    made by then stays.
+    ``root`` and ``area`` are descriptors of directories on one mount, ``area`` outside of ``root``. Raises LayerError
+    if the content is at fault, and SnapshotError if the node is. What was made before the error stays.
     """
     layer = LayerRoot(root, area, set_opaque)
     unpacker = _Unpacker(reader, layer)
@@ -68,7 +67,7 @@ def unpack(
 
 
 def _told_of(entry: tar.Entry, error: OSError | LayerError) -> SnapshotError:
-    """The error, with the entry's name before it."""
+    """The error with the entry's name in front."""
     what = f"{entry.kind} {shown(entry.name)}"
     if isinstance(error, LayerError):
         return type(error)(f"{what}: {error}")
@@ -95,7 +94,7 @@ class _Unpacker:
         }
 
     def make(self, entry: tar.Entry) -> None:
-        """Make one entry, replacing what an earlier one left under its name."""
+        """Make one entry. It replaces what an earlier entry has made under its name."""
         parent, _, base = entry.name.rpartition(b"/")
         if base in (b"", b".", b".."):
             parent, base = split(entry.name)
@@ -143,7 +142,7 @@ class _Unpacker:
         self._root.account(entry.size if entry.extents is None else sum(length for _, length in entry.extents))
 
     def _fill(self, file: int, size: int, extents: tuple[tuple[int, int], ...]) -> None:
-        """Write a sparse file: its content into its ``extents``, and holes between them."""
+        """Write a sparse file: the content goes into its ``extents``, with holes between them."""
         places = iter(extents)
         at = left = 0
         for piece in self._reader.content():
@@ -177,9 +176,10 @@ class _Unpacker:
         self._finish_special(fd, base, entry)
 
     def _device(self, fd: int, base: bytes, entry: tar.Entry) -> None:
-        """Make a device node, or leave it out where the node's user namespace may not: containerd does so, too.
+        """Make a device node. If the kernel refuses it to this user namespace, it is left out, as in containerd.
 
-        Nobody here opens it, and the device cgroup says who may in a container. 0:0 is overlayfs's whiteout.
+        The node is never opened here, and in a container the device cgroup says who may open it. The device 0:0 is
+        overlayfs's whiteout.
         """
         kind = stat.S_IFBLK if entry.kind is tar.BLOCK_DEVICE else stat.S_IFCHR
         try:
@@ -208,7 +208,7 @@ class _Unpacker:
                 os.close(source)
 
     def _is_mark(self, name: bytes, parent: bytes, base: bytes) -> bool:
-        """Whether the entry is a whiteout, which is then made, or something of AUFS's own, which is left out."""
+        """Whether the entry is a whiteout, which is made here, or one of AUFS's own files, which is left out."""
         if base == OPAQUE_MARK:
             fd = self._root.open_parent(parent)
             self._root.set_opaque(fd)
@@ -230,7 +230,7 @@ class _Unpacker:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=fd)
             self._root.account(0)
         except FileExistsError:
-            # A whiteout is about the layers below. A file of this layer hides them by itself.
+            # A whiteout hides the layers below. A file of this layer hides them too, so it stays.
             status = status_of(fd, hidden)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 self._root.make_opaque(fd, hidden)
@@ -245,9 +245,9 @@ class _Unpacker:
         self._times[b"."] = entry.mtime
 
     def _set_attributes(self, fd: int, entry: tar.Entry, *, fresh: bool) -> None:
-        """Owner, then mode, then extended attributes: each clears what may come after it.
+        """Set owner, then mode, then extended attributes, as each of these calls may clear what comes after it.
 
-        A ``fresh`` file has its permission bits from its creation, and its owner where that is root.
+        A ``fresh`` file has its permission bits from its creation, and its owner too if that is root.
         """
         if not fresh or entry.uid or entry.gid or not self._root.root_owned:
             os.chown(fd, entry.uid, entry.gid)
@@ -256,8 +256,10 @@ class _Unpacker:
         for name, value in entry.xattrs.items():
             if name.startswith(b"trusted.overlay."):
                 raise LayerError(f"has the attribute {shown(name)}, which is overlayfs's own")
-            # Others are the building host's own (security.selinux, security.ima). An access list is kept: without it,
-            # the mode's group bits would give the group what they only bound.
+            # 1. Other attributes are left out: they are for the host that built the image (security.selinux,
+            #    security.ima).
+            # 2. An access list is kept. With one, the mode's group bits are the mask, and without it they would give
+            #    the group more than the image does.
             if is_kept(name):
                 os.setxattr(fd, name, value)
             elif name == ACCESS_LIST:
@@ -282,5 +284,5 @@ class _Unpacker:
 
 
 def is_kept(name: bytes) -> bool:
-    """Whether an extended attribute is the layer's to set as it is; access lists are another matter."""
+    """Whether an extended attribute of a layer is set as it is. Access lists are handled apart."""
     return name.startswith(b"user.") or name == b"security.capability"

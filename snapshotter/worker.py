@@ -1,7 +1,7 @@
-"""The program that unpacks one layer and ends: ``main`` of a process of its own, started by the snapshotter.
+"""The unpack worker: the program that unpacks one layer and ends.
 
-Its directory is the layer's staging directory and its standard input the blob, which may still be growing. It prints
-one JSON object: what was unpacked, or the class and text of the error.
+Its directory is the layer's staging directory. Its standard input is the blob, which may still be growing. It prints
+one JSON object: the counts of what was unpacked, or the class and the text of the error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snapshotter.limits import LayerLimits
 from snapshotter.marks import Asker
 from snapshotter.tar import TarReader
 
-# Of address space: an honest layer takes a fifth of it, a zstd window of the largest size allowed a third.
+# Bytes of address space. Unpacking takes a fifth of it, with the largest zstd window a third.
 _MAX_MEMORY = 1 << 30
 _MAX_FILES = 64
 
@@ -40,7 +40,7 @@ def main() -> None:
         decode = decoder(blob, options["compression"])
         asker = Asker(options["marks"])
         _confine(limits.max_bytes)
-        # However it ends: its successor sweeps the staging directory.
+        # A worker must not outlive its daemon: the next daemon deletes all in the staging directory.
         confine.die_with(options["daemon"])
         area = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY, dir_fd=area)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _confine(max_bytes: int) -> None:
-    """See nothing but the staging directory, gain nothing, and keep the capabilities that unpacking takes."""
+    """Set resource limits, enter the staging directory by chroot, and keep the capabilities that unpacking takes."""
     for what, limit in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, _MAX_MEMORY),
@@ -82,9 +82,9 @@ def _confine(max_bytes: int) -> None:
 
 
 def _enter_mount() -> None:
-    """Be in a mount of the directory of this process's own, which leads nowhere else and where no device opens.
+    """Make a mount of this process's directory its directory: it leads nowhere else, and no device opens in it.
 
-    Before Linux 5.12 it is the directory itself.
+    Before Linux 5.12 the directory itself is used.
     """
     own = mounts.open_tree(mounts.AT_FDCWD, ".", mounts.OPEN_TREE_CLONE)
     try:
@@ -93,4 +93,4 @@ def _enter_mount() -> None:
         if e.errno != errno.ENOSYS:
             raise
         return
-    os.fchdir(own)  # which is never closed: the mount would go with it
+    os.fchdir(own)  # never closed: the mount would go with it

@@ -1,7 +1,7 @@
-"""Images: from a reference in a pod's description to unpacked layers, and their end.
+"""Images: from the reference in a pod's description to unpacked layers, and their removal.
 
-References, registries and archives, the content store, image records and garbage collection. Depends on store/,
-the snapshotter and the errors; knows nothing of pods and containers.
+This room has references, registries, archives, the content store, image records and garbage collection. It knows
+nothing of pods and containers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image archives: the tar files that ``skopeo copy``, ``podman save`` and ``docker save`` write.
 
-An archive holds an OCI layout (OCI image-spec, image layout) or Docker's manifest.json, or both; then the layout
-counts. Members are read by name where they are, and nothing is extracted.
+An archive holds an OCI layout (OCI image-spec, image layout) or Docker's manifest.json. If it holds both, the layout
+counts. Members are read at their offsets in the archive, and nothing is extracted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _REF_NAME = "org.opencontainers.image.ref.name"
 class ArchivedImage:
     """One image of an archive: its manifests, one for each platform, and its names, which may be none.
 
-    ``published`` says that the manifest is the archive's own, so that its digest names it elsewhere too.
+    ``published`` says that the manifest is in the archive, so its digest is the image's in registries too. It is False
+    for a manifest that was made here.
     """
 
     names: tuple[Reference, ...]
@@ -67,11 +68,11 @@ class Archive:
         self._tar = tar
         self._fd = fd
         self._members: dict[str, tarfile.TarInfo] = {}
-        self._digests: dict[str, str] = {}  # of blobs that are not at their place in a layout: where they are
+        self._digests: dict[str, str] = {}  # the members of blobs that are not where a layout has them
         self._manifests: dict[str, bytes] = {}
 
     async def images(self) -> list[ArchivedImage]:
-        """What the archive holds; to be called before the rest. Raises InvalidArgumentError."""
+        """The images in the archive. To be called before the other methods. Raises InvalidArgumentError."""
         return await in_thread(self._images)
 
     async def manifest(self, descriptor: Descriptor) -> bytes:
@@ -110,7 +111,7 @@ class Archive:
         named: dict[str, list[Descriptor]] = {}
         for entry in index.manifests:
             name = entry.annotations.get(_NAME) or entry.annotations.get(_REF_NAME, "")
-            # A name such as "latest" is a tag within the layout and says nothing of the repository.
+            # A name such as "latest" is a tag within the layout and names no repository.
             named.setdefault(name if any(c in name for c in "/:@") else "", []).append(entry)
         if not named:
             raise InvalidArgumentError(f"{self.name}: index.json lists no images")
@@ -151,7 +152,11 @@ class Archive:
         return ArchivedImage(names, index, published=False)
 
     def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
-        """A plain layer's digest is its diff ID, which is checked when it is read; a compressed one is hashed."""
+        """The descriptor of a layer, which docker's format does not have.
+
+        The digest of an uncompressed layer is its diff ID, which is checked when the layer is read. A compressed layer
+        is read and hashed for it.
+        """
         member = self._member(name)
         start = self._piece(member, 0)
         packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
@@ -185,9 +190,9 @@ class Archive:
         return bytes(data)
 
     def _piece(self, member: tarfile.TarInfo, position: int) -> bytes:
-        """What a member has from ``position`` on, in part; b"" at its end.
+        """The next bytes of a member from ``position`` on; b"" at its end.
 
-        By offset, not through the TarFile, whose one position concurrent readers would share.
+        They are read by offset, and not through the TarFile: concurrent readers would share its one position.
         """
         wanted = min(_CHUNK, member.size - position)
         with self._readable():
@@ -197,7 +202,7 @@ class Archive:
         return piece
 
     def _member(self, name: str) -> tarfile.TarInfo:
-        """The regular file at ``name``; older tools write a layer that occurs twice as a link in the archive."""
+        """The regular file at ``name``, also through a link: old tools write a layer that occurs twice as a link."""
         path = posixpath.normpath(name)
         for _ in range(_MAX_LINKS):
             member = self._members.get(path)
@@ -223,7 +228,7 @@ class Archive:
 
 @contextmanager
 def open_archive(path: str, name: str = "") -> Iterator[Archive]:
-    """The archive at ``path``, which errors call ``name``. Raises NotFoundError, InvalidArgumentError."""
+    """The archive at ``path``; ``name`` is its name in errors. Raises NotFoundError, InvalidArgumentError."""
     name = name or path
     try:
         file = _BoundedFile(path)
@@ -242,7 +247,7 @@ def open_archive(path: str, name: str = "") -> Iterator[Archive]:
 
 
 class _BoundedFile(io.FileIO):
-    """A file that refuses to read much at once: tarfile would take a header of any size into memory."""
+    """A file that refuses large reads: tarfile would read a header of any size into memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_HEADER:
@@ -251,7 +256,7 @@ class _BoundedFile(io.FileIO):
 
 
 def _oci_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:
-    """The manifest that an image without one gets; always the same for the same image."""
+    """The manifest for an image in docker's format. The same image always gets the same manifest."""
 
     def described(descriptor: Descriptor) -> dict[str, Any]:
         return {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size}

@@ -1,8 +1,9 @@
-"""Who we are to each server of a pull.
+"""Authentication at each server of a pull: which credentials a server gets, and as which header.
 
-Nothing is sent to a server that did not ask for it, nor to any but the one that it was given for. What the kubelet
-gives is for the registry that the image's name says, or for what the operator put in its place, and not for mirrors;
-what the node's docker config file has is for the servers that it names.
+1. A server gets credentials only after it has asked for them with a 401.
+2. Credentials from the kubelet are for the registry in the image's name, or for the server that the operator has put in
+   its place. Mirrors do not get them.
+3. Credentials in the node's docker config file are for the servers that the file names.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Keyring:
         self._found: dict[RegistryHost, Credentials | None] = {}
 
     def find(self, host: RegistryHost) -> Credentials | None:
-        """What ``host`` may see, if anything."""
+        """The credentials for ``host``, or None."""
         if host not in self._found:
             self._found[host] = self._find(host)
         return self._found[host]
@@ -64,7 +65,7 @@ class Keyring:
 
 @dataclass(slots=True)
 class _Identity:
-    """What one host is known to want."""
+    """The authentication that one host is known to want."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     header: str = ""
@@ -73,7 +74,7 @@ class _Identity:
 
 
 class Authorizer:
-    """The Authorization headers of one pull. ``scope`` is what is to be done, as authorisation servers call it."""
+    """The Authorization headers of one pull. ``scope`` is the access that authorisation servers are asked for."""
 
     def __init__(self, keyring: Keyring, fetch_token: FetchToken, scope: str) -> None:
         self._keyring = keyring
@@ -82,7 +83,7 @@ class Authorizer:
         self._identities: dict[RegistryHost, _Identity] = {}
 
     async def header(self, host: RegistryHost) -> str:
-        """What this host is known to want; "" where that is nothing. Raises as :meth:`answer`."""
+        """The header that this host is known to want; "" if it wants none. Raises as :meth:`answer`."""
         identity = self._identities.get(host)
         if identity is None:
             return ""
@@ -92,9 +93,9 @@ class Authorizer:
             return identity.header
 
     async def answer(self, host: RegistryHost, challenges: Sequence[str], sent: str) -> bool:
-        """Take up the WWW-Authenticate headers of the 401 that the header ``sent`` met with.
+        """Answer the WWW-Authenticate headers of a 401, which was the response to the header ``sent``.
 
-        True where the request is worth another try. Raises UnauthenticatedError, TryAgainError, UnavailableError.
+        Returns whether the request is to be sent again. Raises UnauthenticatedError, TryAgainError, UnavailableError.
         """
         identity = self._identities.setdefault(host, _Identity())
         async with identity.lock:

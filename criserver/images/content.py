@@ -1,9 +1,11 @@
 """The content store: blobs in files that are named by their digest and never change.
 
-``blobs/sha256/HEX`` holds what was verified; ``ingest/`` what is on its way in or out, and is emptied at start.
-Nothing is synced: a SIGKILL of the daemon leaves the page cache alone, and after a power cut a blob of a
-wrong size is told by the manifest that names it and one of wrong content by its digest, so that the image is
-dropped and pulled again. An fsync for each layer would cost every pull what the network saved.
+``blobs/sha256/HEX`` has the verified blobs. ``ingest/`` has blobs that are being written or deleted, and is emptied at
+the start. Nothing is synced, as an fsync for each layer would slow down every pull:
+
+1. A SIGKILL of the daemon does not affect the page cache.
+2. After a power cut a blob may have a wrong size, which the start finds by the manifest that names it, or a wrong
+   content, which is found by its digest. The image is dropped then, and pulled again.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from snapshotter.threads import in_thread
 _log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{64}")
-_INLINE = 64 << 10  # hashing and writing less than this takes less time than handing it to a thread
+_INLINE = 64 << 10  # to hash and write fewer bytes takes less time than a call in a thread
 _BLOCK = 4096
 
 
@@ -72,7 +74,7 @@ class ContentStore:
         return self._sizes.get(digest)
 
     def path(self, digest: str) -> str:
-        """The file of a blob, whether it is there or not; whoever opens it must not write to it."""
+        """The path of a blob's file, which may be missing. Nobody may write to the file."""
         return os.path.join(self._blobs, digest.removeprefix("sha256:"))
 
     def open(self, digest: str) -> BinaryIO:
@@ -85,7 +87,7 @@ class ContentStore:
     def read(self, digest: str, limit: int) -> bytes:
         """The whole of a small blob, checked against its digest.
 
-        Raises NotFoundError, ResourceExhaustedError where it is larger than ``limit`` bytes, DataLossError.
+        Raises NotFoundError, ResourceExhaustedError if it is larger than ``limit`` bytes, DataLossError.
         """
         with self.open(digest) as f:
             data = f.read(limit + 1)
@@ -105,9 +107,9 @@ class ContentStore:
 
     @contextmanager
     def ingest(self, digest: str = "", watcher: Watcher | None = None) -> Iterator[Ingest]:
-        """A new blob on its way in, ``digest`` where it is known and anybody may ask how much of it has arrived.
+        """A new blob that is written while the block lasts. It is deleted at the end if it is not committed.
 
-        ``watcher`` sees it come. What was not committed when the block ends is deleted.
+        With a ``digest``, :meth:`arrived` says how much of it has arrived. ``watcher`` is told how it grows.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
         ingest = Ingest(self, path, digest, watcher)
@@ -121,15 +123,15 @@ class ContentStore:
                 os.unlink(path)
 
     def arrived(self, digest: str) -> int:
-        """The bytes of a blob that are here, of one that is still arriving too."""
+        """How many bytes of a blob are here, also if it is still arriving."""
         arriving = (ingest.size for ingest in self._arriving if ingest.digest == digest)
         return self._sizes.get(digest) or max(arriving, default=0)
 
     async def delete(self, digest: str) -> int:
-        """Delete a blob and return the bytes that it occupied; one that is not there is no error.
+        """Delete a blob and return the bytes that it occupied. It is no error if it is missing.
 
-        It is gone for everybody when this first waits; giving back the space of a large file takes a thread. Raises
-        OSError where that fails, and the blob is there again.
+        The blob is out of the store at once; a thread then deletes the file, which takes long for a large one. If that
+        fails, the blob is in the store again, and OSError is raised.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
         size = self._sizes.pop(digest, None)
@@ -142,7 +144,7 @@ class ContentStore:
         except FileNotFoundError:
             return 0
         except OSError:
-            # Or nobody would try again before the next start. It may have been pulled anew meanwhile.
+            # Without this, nothing would try again before the next start. A pull may have brought the blob meanwhile.
             for place in (path, self.path(digest)):
                 if os.path.isfile(place):
                     self._committed(place, digest, size)
@@ -151,7 +153,7 @@ class ContentStore:
         return _occupied(size)
 
     def usage(self) -> tuple[int, int]:
-        """What the blobs occupy, those that are still arriving too: bytes in whole blocks, and inodes."""
+        """What all blobs occupy, with those that are still arriving: bytes in whole blocks, and inodes."""
         arriving = [_occupied(ingest.size) for ingest in self._arriving if not ingest.committed]
         return self._bytes + sum(arriving), len(self._sizes) + len(arriving)
 
@@ -163,13 +165,13 @@ class ContentStore:
 
 
 class Watcher(Protocol):
-    """Follows a blob on its way in."""
+    """Is told how a blob grows."""
 
     def grown(self, path: str, size: int) -> None:
-        """The file ``path`` has the blob's first ``size`` bytes, as they came: nothing is checked yet."""
+        """The file ``path`` has the first ``size`` bytes of the blob, which are not verified yet."""
 
     def reset(self) -> None:
-        """What it had was wrong, and is void."""
+        """The content so far was wrong: the blob begins anew."""
 
 
 class Ingest:
@@ -189,7 +191,10 @@ class Ingest:
         self.committed = False
 
     async def write(self, data: bytes) -> None:
-        """Append; returns, or raises, only when nobody writes any more. Raises ResourceExhaustedError."""
+        """Append. When this returns or raises, also by a cancellation, no thread writes any more.
+
+        Raises ResourceExhaustedError if the disk is full.
+        """
         if len(data) < _INLINE:
             self.add(data)
         else:
@@ -198,7 +203,7 @@ class Ingest:
             self._watcher.grown(self._path, self.size)
 
     def add(self, data: bytes) -> None:
-        """Append, in the calling thread. Raises ResourceExhaustedError where the disk is full."""
+        """Append in the calling thread. Raises ResourceExhaustedError if the disk is full."""
         self._hash.update(data)
         view = memoryview(data)
         try:
@@ -209,7 +214,7 @@ class Ingest:
         self.size += len(data)
 
     def reset(self) -> None:
-        """Forget what was written: the blob begins anew."""
+        """Delete the content so far: the blob begins anew."""
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._hash = hashlib.sha256()
@@ -218,7 +223,7 @@ class Ingest:
             self._watcher.reset()
 
     def commit(self, digest: str) -> None:
-        """Make the blob part of the store. Raises DataLossError where its content has another digest."""
+        """Make the blob part of the store. Raises DataLossError if its content has another digest."""
         found = f"sha256:{self._hash.hexdigest()}"
         if found != digest:
             raise DataLossError(f"blob {digest}: the content received has digest {found}")
@@ -238,11 +243,11 @@ class Ingest:
 
 
 def _sweep(path: str) -> None:
-    """Delete what should not be there; where that cannot be done it is no reason not to start."""
+    """Delete a file that should not be there. The daemon starts also if that fails."""
     try:
         removal.remove_path(path)
     except OSError as e:
-        _log.warning("something is left among the image content", path=path, error=str(e))
+        _log.warning("a deletion in the content store failed", path=path, error=str(e))
 
 
 def _occupied(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Credentials: what they can be, and the docker config file that a node may keep its own in."""
+"""Credentials for registries, and the docker config file that may hold the node's own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _MAX_FILE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who somebody is to a registry (CRI AuthConfig); any part may be empty.
+    """Credentials for a registry (CRI AuthConfig); any part may be empty.
 
-    An identity token is exchanged for bearer tokens by an authorisation server, a registry token is such a bearer
-    token. Both go before user and password. ``server_address`` limits all to that server.
+    1. An authorisation server exchanges an identity token for bearer tokens. A registry token is such a bearer token.
+       Both are used in preference to user and password.
+    2. With a ``server_address`` the credentials are for that server only.
     """
 
     username: str = ""
@@ -36,16 +37,16 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class DockerConfig:
-    """The credentials of a docker config file by server, or by server and beginning of a repository's path.
+    """The credentials of a docker config file, by server, or by server and the beginning of a repository's path.
 
-    ``helpers`` are the servers, and "" for all of them, whose credentials another program keeps.
+    ``helpers`` are the servers whose credentials a credential helper keeps; "" stands for all servers.
     """
 
     entries: Mapping[str, Credentials]
     helpers: frozenset[str]
 
     def find(self, server: str, path: str) -> Credentials | None:
-        """The entry for a repository that says most of its name, if any."""
+        """The entry with the longest part of a repository's name, or None."""
         name = f"{canonical_server(server)}/{path}"
         while name:
             if name in self.entries:
@@ -59,7 +60,10 @@ class DockerConfig:
 
 
 def load_docker_config(path: str, what: str = "registry.auth_file") -> DockerConfig:
-    """The file that ``docker login`` writes. Raises FailedPreconditionError that names ``what``, it and the entry."""
+    """Read the file that ``docker login`` writes.
+
+    Raises FailedPreconditionError with ``what``, the path and the entry.
+    """
     where = f"{what} {path}"
     try:
         with open(path, "rb") as f:
@@ -70,7 +74,7 @@ def load_docker_config(path: str, what: str = "registry.auth_file") -> DockerCon
         raise FailedPreconditionError(f"{where} is larger than {_MAX_FILE} bytes")
     try:
         document = json.loads(content)
-    except (ValueError, RecursionError):  # whose text may show a secret
+    except (ValueError, RecursionError):  # the text of the exception may have a secret in it
         document = None
     if not isinstance(document, dict):
         raise FailedPreconditionError(f"{where} is no JSON object")
@@ -78,7 +82,7 @@ def load_docker_config(path: str, what: str = "registry.auth_file") -> DockerCon
     found = {canonical_server(server): _entry(where, server, entry) for server, entry in auths.items()}
     everywhere = [""] if document.get("credsStore") else []
     return DockerConfig(
-        # An entry without anything in it stands for one that a helper has.
+        # An empty entry means that a helper has the credentials.
         {server: credentials for server, credentials in found.items() if credentials != Credentials()},
         frozenset([*everywhere, *map(canonical_server, helpers)]),
     )
@@ -93,7 +97,7 @@ def decode_basic(text: str) -> tuple[str, str]:
 
 
 def canonical_server(server: str) -> str:
-    """A server as ``docker login`` was given it, ``https://index.docker.io/v1/`` for one: host[:port][/path]."""
+    """The canonical form host[:port][/path] of a server in a docker config file, as https://index.docker.io/v1/."""
     name = server.partition("://")[2] or server
     name = name.rstrip("/").removesuffix("/v1").removesuffix("/v2")
     host, slash, path = name.partition("/")

@@ -1,4 +1,4 @@
-"""A blob on its way, over as many attempts and hosts as it takes: each goes on where the one before broke off."""
+"""The download of one blob. It may take several attempts and hosts; each attempt goes on where the last one stopped."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from criserver.images.manifests import Descriptor
 from criserver.images.retries import TryAgainError
 from criserver.numbers import decimal
 
-# What is progress: a server that sends a byte a second makes none.
+# Fewer bytes are no progress: a server that sends a byte a second must not keep a download going.
 MIN_PROGRESS = 16 << 10
 
 _RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)")
 
 
 class Download:
-    """Brings the blob ``descriptor`` into ``ingest``, which it commits. ``idle`` is the longest time without
-    progress for one attempt, in seconds.
+    """Brings the blob ``descriptor`` into ``ingest``, and commits it.
+
+    ``idle`` is the longest time without progress in one attempt, in seconds.
     """
 
     def __init__(self, exchange: Exchange, descriptor: Descriptor, ingest: Ingest, idle: float) -> None:
@@ -34,16 +35,16 @@ class Download:
         self._best = 0
 
     def progressed(self) -> bool:
-        """Whether there is progress since this was asked before."""
+        """Whether there was progress since the last call."""
         if self._ingest.size < self._best + MIN_PROGRESS:
             return False
         self._best = self._ingest.size
         return True
 
     async def attempt(self, host: RegistryHost) -> None:
-        """Fetch from ``host`` what is missing.
+        """Fetch the missing part from ``host``.
 
-        Raises as Exchange.get, DataLossError where the host has other content, ResourceExhaustedError.
+        Raises as Exchange.get, DataLossError if the host has other content, ResourceExhaustedError.
         """
         resumed = self._ingest.size > 0
         try:
@@ -52,7 +53,7 @@ class Download:
             self._ingest.reset()
             if not resumed:
                 raise
-            # What is wrong may be what came before, from another host.
+            # The part that an earlier attempt has brought, from another host, may be the wrong one.
             await self._fetch(host)
 
     async def _fetch(self, host: RegistryHost) -> None:
@@ -70,7 +71,7 @@ class Download:
         if response.status == 206:
             self._check_range(response, offset)
         else:
-            skip = offset  # the server knows no ranges
+            skip = offset  # the server does not support ranges
         loop = asyncio.get_running_loop()
         taken, mark = 0, MIN_PROGRESS
         async with asyncio.timeout(self._idle) as timer:

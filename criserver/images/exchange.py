@@ -1,4 +1,4 @@
-"""One request to one host: who we are, where it sends us, what it refuses (OCI distribution-spec)."""
+"""One request to one host: authentication, redirects, and refusals as errors (OCI distribution-spec)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from criserver.images.retries import TryAgainError, retry_after
 from criserver.images.transport import Transport
 
 _MAX_REDIRECTS = 5
-_MAX_ANSWERS = 2  # to 401s: one for what it wants at all, one for a token that is no longer good
+_MAX_ANSWERS = 2  # to 401s: the first says what the host wants, the second may be for a token that has expired
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -46,13 +46,13 @@ class Exchange:
         trusted: bool = False,
         method: str = "GET",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A response with status 200, or 206 where a range was asked for; ``idle`` and ``total`` as Transport.send.
+        """A response with status 200, or 206 if a range was asked for. See Transport.send for ``idle`` and ``total``.
 
-        ``trusted`` content has no digest to prove it: it must not come over plain HTTP where the host itself does
-        not. Redirects are followed here: what identifies us goes to the configured host only.
+        1. ``trusted`` content has no digest that proves it. So a redirect from HTTPS to plain HTTP is refused for it.
+        2. Redirects are followed here. Credentials go to the configured host only.
 
-        Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError for a range
-        that is not there, and TryAgainError for what may be over soon.
+        Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError for a missing
+        range, and TryAgainError for a failure that may be over soon.
         """
         asked = url = self._url(host, path)
         redirects = answers = 0
@@ -84,14 +84,14 @@ class Exchange:
 
 
 def _identity(host: RegistryHost, authorization: str) -> list[tuple[str, str]]:
-    """The operator's headers, and ours; a server that wants another Authorization than the operator's gets that."""
+    """The operator's headers. If the server has asked for an Authorization, that replaces the operator's."""
     if not authorization:
         return list(host.headers)
     return [*(h for h in host.headers if h[0].lower() != "authorization"), ("Authorization", authorization)]
 
 
 def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> URL:
-    # Encoded already: a signed URL must not change.
+    # The URL is taken as encoded already: a signed URL must not change.
     target = url.join(URL(response.headers.get("Location", ""), encoded=True))
     if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
         raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
@@ -104,14 +104,14 @@ def _refusal(response: aiohttp.ClientResponse, path: str) -> CriError:
         case 401:
             return UnauthenticatedError(f"{answer}; the image is private or does not exist: check the pull secret")
         case 403:
-            return PermissionDeniedError(f"{answer}; the credentials given do not allow to pull it")
+            return PermissionDeniedError(f"{answer}; the credentials do not allow to pull it")
         case 404:
             return NotFoundError(answer)
         case 416:
-            return DataLossError(f"{answer}: there is less of it than was received already")
+            return DataLossError(f"{answer}: the host's blob is shorter than what was received already")
         case 408 | 429 | 500 | 502 | 503 | 504:
             after = retry_after(response.headers)
-            asks = f"; it asks to be left alone for {after:.0f} s" if after else ""
+            asks = f"; the server asks to wait {after:.0f} s" if after else ""
             return TryAgainError(f"{answer}{asks}", after)
         case _:
             return UnavailableError(answer)

@@ -1,7 +1,7 @@
-"""Images out of the content store again: a tar file with an OCI layout (OCI image-spec, image layout).
+"""The export of images: a tar file with an OCI layout (OCI image-spec, image layout).
 
-Beside the layout's index.json there is docker's manifest.json over the same blobs, for tools that read that alone.
-The same images always give the same bytes.
+Beside the layout's index.json there is docker's manifest.json for the same blobs, for tools that read only that. The
+same images always give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REF_NAME = "org.opencontainers.image.ref.name"
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """An image to be exported under ``names``, which may be none."""
+    """An image that is exported under ``names``, of which there may be none."""
 
     names: tuple[str, ...]
     descriptor: Descriptor
@@ -32,14 +32,14 @@ class Export:
 
     @property
     def blobs(self) -> tuple[Descriptor, ...]:
-        """All that it consists of."""
+        """All blobs of the image."""
         return (self.descriptor, self.manifest.config, *self.manifest.layers)
 
 
 def archive_of(exports: Sequence[Export], content: ContentStore) -> Iterator[bytes]:
     """The pieces of the tar file, in order.
 
-    Raises DataLossError in the middle of it for a blob that is not what its digest says, NotFoundError.
+    Raises NotFoundError, and DataLossError in the middle of the file for a blob whose content has another digest.
     """
     yield from _member("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
     yield from _member("index.json", _json(_index(exports)))
@@ -57,7 +57,7 @@ def _index(exports: Sequence[Export]) -> dict[str, Any]:
     for export in exports:
         found = export.descriptor
         entry = {"mediaType": found.media_type, "digest": found.digest, "size": found.size}
-        # A tool that copies from a layout of several images names one by the whole of its annotation.
+        # Tools find an image in a layout of several by the whole annotation, so it has the whole name.
         entries += [{**entry, "annotations": {_NAME: name, _REF_NAME: name}} for name in export.names] or [entry]
     return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
 

@@ -1,4 +1,4 @@
-"""Garbage collection: which blobs and layers nobody needs, and their deletion."""
+"""Garbage collection: the deletion of blobs and layers that nothing needs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class GarbageCollector:
         return self._images.blobs().union(*(lease.blobs for lease in self._leases))
 
     def _garbage_layer(self, stuck: Collection[str] = ()) -> Layer | None:
-        """A layer that can go and is not ``stuck``: nobody needs it, and no layer stands on it."""
+        """A layer that can be deleted and is not ``stuck``: nothing needs it, and no layer is on top of it."""
         layers = self._snapshotter.layers()
         needed = self._images.layers().union(*(lease.layers for lease in self._leases))
         for snapshot in self._snapshotter.snapshots().values():

@@ -1,9 +1,9 @@
-"""Which servers hold the images of a registry: the certs.d directory that node operators already have.
+"""The servers that have the images of a registry, from containerd's certs.d directory.
 
-``CONFIG_PATH/HOST[:PORT]/hosts.toml`` with ``_default`` behind it, read with containerd's semantics (its
-docs/hosts.md). The files are read for every pull, so a change needs no restart. Where containerd logs a
-malformed file and goes on without it, it is an error here: a mirror that was meant to be used would silently
-not be.
+The file is ``CONFIG_PATH/HOST[:PORT]/hosts.toml``, or that of ``_default`` if there is none. It is read as containerd
+reads it (its docs/hosts.md), with one difference: containerd logs a malformed file and goes on without it. Here that is
+an error, as the operator's mirror would not be used, and nobody would notice. The files are read for every pull, so a
+change needs no restart.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 
 @dataclass(frozen=True, slots=True)
 class RegistryHost:
-    """One server to ask.
+    """One server that is asked for an image.
 
-    ``url`` is scheme and authority, ``path`` the root of the API there, usually ``/v2``. ``namespace`` is the
-    domain that a mirror is asked for by the query parameter ``ns``; it is empty for the registry itself.
-    ``origin`` says that the server is the registry, or the operator's replacement for it, and no mirror:
-    credentials for the domain go to it. ``dial_timeout`` is in seconds. ``fallback`` says that it is the host
-    before it without TLS, and only asked where that one speaks none.
+    - ``url`` is scheme and authority, ``path`` the root of the API there, usually ``/v2``.
+    - ``namespace`` is the domain that a mirror is asked for by the query parameter ``ns``; "" for the registry itself.
+    - ``origin`` says that the server is the registry, or the operator's replacement for it. Credentials for the domain
+      go to it, and not to mirrors.
+    - ``dial_timeout`` is in seconds.
+    - ``fallback`` says that it is the host before it without TLS. It is asked only if that host does not support TLS.
     """
 
     url: str
@@ -64,9 +65,8 @@ class RegistryHost:
 def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:
     """The servers to ask for images of ``domain``, in order; the registry itself is last.
 
-    ``config_path`` is a directory, or several with ":" between them, of which the first that knows the domain
-    counts; empty where there is none. Raises FailedPreconditionError that names the file and the key of what
-    cannot be read.
+    ``config_path`` is a directory, or several with ":" between them; the first that has the domain counts. "" means
+    none. Raises FailedPreconditionError with the file and the key that cannot be read.
     """
     directory = _directory(domain, config_path) if config_path else None
     if directory is None:
@@ -110,7 +110,7 @@ def _certificate_files(directory: str) -> RegistryHost:
 
 
 def _default(domain: str, settings: RegistryHost) -> RegistryHost:
-    """The registry itself where no ``server`` names it; ``settings`` has the TLS keys that apply to it."""
+    """The registry itself, for a file without the key ``server``; ``settings`` has the TLS keys for it."""
     server = replace(settings, path="/v2", capabilities=_CAPABILITIES, origin=True)
     if domain == DEFAULT_DOMAIN:
         return replace(server, url=f"https://{_DOCKER_HUB}")
@@ -134,7 +134,7 @@ def _is_loopback(domain: str) -> bool:
 
 
 def _expanded(host: RegistryHost, domain: str) -> tuple[RegistryHost, ...]:
-    """The host as it is asked: TLS settings at an http:// address mean https first, and http as its fallback."""
+    """The host, or two: an http:// address with TLS settings means https first, and http as the fallback."""
     if host.authority not in (domain, _DOCKER_HUB if domain == DEFAULT_DOMAIN else domain):
         host = replace(host, namespace=domain)
     else:

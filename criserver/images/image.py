@@ -1,4 +1,4 @@
-"""What is told of images: one that is here, what they occupy, what a prune has removed."""
+"""The values that callers get: an image, what images occupy, and what a prune has removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from criserver.images.manifests import ImageConfig
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image that is here as a whole.
+    """An image that is completely on this node.
 
     ``size`` is in bytes: the configuration and the layers as they are in the registry. ``manifest`` is the digest
     of its manifest for this platform, ``chain_id`` names its topmost layer. Names are canonical and sorted.
@@ -28,7 +28,7 @@ class Image:
 
     @property
     def user(self) -> ImageUser:
-        """Who its containers run as where nobody says otherwise. Raises InvalidArgumentError for what is no user."""
+        """The user of its containers if the pod names none. Raises InvalidArgumentError for an invalid user."""
         return image_user.parse(self.config.user)
 
 

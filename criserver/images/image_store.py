@@ -1,7 +1,7 @@
-"""The images that are recorded: by ID, by name, and what each of them needs.
+"""The records of images: by ID, by name, and the blobs and layers that each image needs.
 
-The store has the manifest for each image ID (the digest of the image's configuration), and the image ID for each name.
-All else is read from the content store, at the start. So what is served is what is on disk.
+The database has the manifest for each image ID (the digest of the image's configuration), and the image ID for each
+name. All else is read from the content store at the start, so callers see what is on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An image with its manifest, and with what it needs to be kept."""
+    """An image with its manifest, and with the blobs and layers that it needs."""
 
     image: Image
     manifest: Descriptor
@@ -47,7 +47,7 @@ class _Entry:
 
 
 class ImageStore:
-    """The records of images. Creating it drops those of images that are no longer here as a whole."""
+    """The records of images. Creating it drops the records of images of which a part is missing on disk."""
 
     def __init__(self, store: Store, content: ContentStore, snapshotter: Snapshotter) -> None:
         self._store = store
@@ -58,9 +58,10 @@ class ImageStore:
         self._load()
 
     def get(self, ref_or_id: str) -> Image | None:
-        """The image by its name, its ID, the ID's hexadecimal part or an unambiguous beginning of it; or None.
+        """The image with this name, ID, hexadecimal part of an ID or unambiguous beginning of it; or None.
 
-        A name goes before the beginning of an ID. Raises InvalidArgumentError where several IDs begin so.
+        A text that is a name and the beginning of an ID is the name. Raises InvalidArgumentError if several IDs have
+        the beginning.
         """
         if references.is_digest(ref_or_id):
             entry = self._entries.get(ref_or_id)
@@ -72,18 +73,18 @@ class ImageStore:
             return None
         found = [entry.image for key, entry in self._entries.items() if key.startswith(f"sha256:{start}")]
         if len(found) > 1:
-            raise InvalidArgumentError(f"image ID {ref_or_id} is the beginning of {len(found)} IDs; give more of it")
+            raise InvalidArgumentError(f"{len(found)} image IDs begin with {ref_or_id}; give more digits of the ID")
         return found[0] if found else None
 
     def wanted(self, ref_or_id: str) -> Image:
-        """As :meth:`get`, for an image that has to be here. Raises NotFoundError, InvalidArgumentError."""
+        """As :meth:`get`, and raises NotFoundError if there is no such image."""
         image = self.get(ref_or_id)
         if image is None:
             raise NotFoundError(f"image {ref_or_id} is not on this node")
         return image
 
     def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
-        """All images by ID; with ``filter`` those that it names, a name without tag and digest meaning all tags."""
+        """All images, sorted by ID; with ``filter`` those of that name, where a name without a tag means all tags."""
         if not filter:
             return [entry.image for _, entry in sorted(self._entries.items())]
         if ids := self._in_repository(filter):
@@ -92,7 +93,7 @@ class ImageStore:
         return [image] if image else []
 
     def pin(self, ref: str, *, pinned: bool) -> Image:
-        """Keep an image from garbage collection, the kubelet's too (CRI Image.pinned), or no more.
+        """Pin an image, or unpin it. The kubelet's garbage collection leaves pinned images alone (CRI Image.pinned).
 
         Raises NotFoundError, InvalidArgumentError.
         """
@@ -105,7 +106,7 @@ class ImageStore:
         return image
 
     def name_in(self, ref: str) -> str:
-        """The name of an image here that ``ref`` is, in its canonical form; "" where it is none."""
+        """The canonical form of ``ref`` if that is the name of an image here, else ""."""
         try:
             name = str(references.parse(ref))
         except InvalidArgumentError:
@@ -118,12 +119,12 @@ class ImageStore:
         return self._entries[image_id].image if image_id else None
 
     def export(self, image_id: str, names: tuple[str, ...]) -> Export:
-        """What an export of the image under these names consists of. Raises DataLossError, NotFoundError."""
+        """The image and its names as an export has them. Raises DataLossError, NotFoundError."""
         descriptor = self._entries[image_id].manifest
         return Export(names, descriptor, self._manifest(descriptor))
 
     def blobs(self, image_ids: Iterable[str] | None = None) -> set[str]:
-        """The digests of the blobs that the images need; of all images where none are given."""
+        """The digests of the blobs that the given images need, by default all images."""
         wanted = self._entries if image_ids is None else image_ids
         return set().union(*(self._entries[image_id].blobs for image_id in wanted))
 
@@ -132,7 +133,7 @@ class ImageStore:
         return set().union(*(entry.layers for entry in self._entries.values()))
 
     def owners(self, digest: str) -> tuple[Image, ...]:
-        """The images that have the blob with this digest, or the layer with this chain ID."""
+        """The images that need the blob with this digest, or the layer with this chain ID."""
         entries = (entry for _, entry in sorted(self._entries.items()))
         return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
 
@@ -144,13 +145,13 @@ class ImageStore:
                 manifest = self._manifest(entry.manifest)
                 body = self._content.read(manifest.config.digest, MAX_CONFIG)
             except CriError:
-                continue  # it is damaged, which is told of by its digest
+                continue  # the blob is damaged, which a verification reports by its digest
             chain = chain_ids(parse_config(body, entry.image.id).diff_ids)
             found.update(zip(chain, manifest.layers, strict=True))
         return found
 
     def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
-        """Make what was loaded an image and give it ``names``, which other images lose."""
+        """Record a loaded image under ``names``. Other images lose these names."""
         entry = self._read(manifest, pinned=pinned)
         old = self._entries.get(entry.image.id)
         if old is not None and old.image.pinned:
@@ -171,7 +172,7 @@ class ImageStore:
         return self._entries[entry.image.id].image
 
     def drop(self, image_ids: Iterable[str]) -> None:
-        """Forget images and their names."""
+        """Delete the records of images, and their names."""
         gone = set(image_ids)
         names = [name for name, image_id in self._names.items() if image_id in gone]
         with self._store.transaction():
@@ -185,7 +186,7 @@ class ImageStore:
             self._entries.pop(image_id, None)
 
     def _in_repository(self, text: str) -> set[str]:
-        """The IDs of all images in the repository that ``text`` names without tag and digest."""
+        """The IDs of all images in the repository ``text``; empty if that has a tag or a digest."""
         try:
             repository = references.parse(text).name
         except InvalidArgumentError:
@@ -196,7 +197,7 @@ class ImageStore:
         return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
 
     def _name(self, image_ids: Iterable[str]) -> None:
-        """Bring the names that images show up to date."""
+        """Update the names in the Image values of these images."""
         for image_id in image_ids:
             names = sorted(name for name, owner in self._names.items() if owner == image_id)
             entry = self._entries[image_id]
@@ -222,7 +223,7 @@ class ImageStore:
         self._name(list(self._entries))
 
     def _recorded(self, image_id: str, value: bytes) -> _Entry:
-        """The image of a record. Raises where anything of it is missing or damaged."""
+        """The image of a record. Raises an error if a part of it is missing or damaged."""
         record = json.loads(value)
         found = record["manifest"]
         manifest = Descriptor(found["mediaType"], found["digest"], found["size"])
@@ -232,7 +233,7 @@ class ImageStore:
         return entry
 
     def _read(self, descriptor: Descriptor, *, pinned: bool) -> _Entry:
-        """The image with this manifest, without names, from what is on disk. Raises where a part is missing."""
+        """The image with this manifest, without names, from disk. Raises an error if a part is missing."""
         manifest = self._manifest(descriptor)
         for blob in (manifest.config, *manifest.layers):
             if self._content.size(blob.digest) != blob.size:

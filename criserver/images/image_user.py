@@ -1,4 +1,4 @@
-"""The user that an image names, for what ImageStatus shows and for what its containers run as alike."""
+"""The user that an image names: ImageStatus shows it, and its containers run as it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 64
 
 @dataclass(frozen=True, slots=True)
 class ImageUser:
-    """A user and a group, each by its number or its name; "" where the image says nothing."""
+    """A user and a group, each as a number or a name; "" if the image has none."""
 
     user: int | str = ""
     group: int | str = ""
@@ -25,8 +25,8 @@ class ImageUser:
 def parse(text: str) -> ImageUser:
     """The user of an image's configuration: "user" or "user:group" (OCI image-spec, config, "User").
 
-    What is all digits is a number and never a name: whoever looks whether an image runs as root sees the same number.
-    Raises InvalidArgumentError for a number that is no ID, and for a name that no account could have.
+    All digits are a number and never a name, so a check for root and the runtime see the same number. Raises
+    InvalidArgumentError for a number that is no ID, and for a name that is too long for an account.
     """
     user, colon, group = text.partition(":")
     return ImageUser(_part(user, "user"), _part(group, "group") if colon else "")

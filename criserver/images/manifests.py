@@ -1,7 +1,7 @@
-"""Image manifests, indexes and configurations: from bytes that nobody vouches for to checked values.
+"""Image manifests, indexes and configurations: from untrusted bytes to checked values.
 
-Pure functions after the OCI image-spec and Docker's schema 2. What is known to exist and not supported (schema
-1, artifacts, foreign layers) is refused by name, with what to do about it.
+Pure functions after the OCI image-spec and Docker's schema 2. Known formats that are not supported (schema 1,
+artifacts, foreign layers) are refused by name, with advice.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _COMPRESSIONS: dict[str, Compression] = {
     OCI_LAYER: "none",
     OCI_LAYER_GZIP: "gzip",
     OCI_LAYER_ZSTD: "zstd",
-    DOCKER_LAYER: "gzip",  # or not: it is older than the types that say so, and the unpacker looks
+    DOCKER_LAYER: "gzip",  # or none: this type says nothing about it, and the unpacker looks at the first bytes
     DOCKER_LAYER_GZIP: "gzip",
     DOCKER_LAYER_ZSTD: "zstd",
 }
-# Beside the proper ones what old registries and builders gave to the configurations of images.
+# After the two proper types come those that old registries and builders gave to configurations of images.
 _CONFIGS = (OCI_CONFIG, DOCKER_CONFIG, "application/octet-stream", "application/json", "text/html", "")
 _FOREIGN = (
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
@@ -64,7 +64,7 @@ _ATTESTATION = "vnd.docker.reference.type"
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A blob by type, digest and size in bytes; ``platform`` only where an index says it."""
+    """A blob by type, digest and size in bytes; ``platform`` is only in the entries of an index."""
 
     media_type: str
     digest: str
@@ -90,7 +90,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """What an image says of the process to run; empty where it says nothing."""
+    """The process that an image describes; fields that the image leaves out are empty."""
 
     user: str = ""
     env: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class ImageConfig:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """An image configuration: what it runs on, its layers by uncompressed digest, and its process."""
+    """An image configuration: the platform, the digests of the uncompressed layers, and the process."""
 
     platform: Platform
     diff_ids: tuple[str, ...]
@@ -113,25 +113,24 @@ class Configuration:
 
 
 def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
-    """The index or manifest in ``body``, which came as ``media_type``; "" where nothing says its type.
+    """The index or manifest in ``body``, which was sent with the type ``media_type``, "" for none.
 
-    ``what`` names it in errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types
-    that are no image's.
+    ``what`` names it in errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types that are
+    not an image's.
     """
     document = _document(body, what)
     own_type = document.get("mediaType")
     types = [t for t in (own_type, media_type) if t in MANIFEST_TYPES + INDEX_TYPES]
     if document.get("schemaVersion") == 1 or own_type in _SCHEMA_1 or media_type in _SCHEMA_1:
         raise UnimplementedError(
-            f"{what} has Docker's schema 1, which the field has given up; build or push the image again with a "
-            "current tool"
+            f"{what} has Docker's schema 1, which is obsolete; build or push the image again with a current tool"
         )
     if own_type and own_type not in types:
         raise UnimplementedError(f"{what} has the type {shown(own_type)}, which is no container image")
     if len(set(types)) > 1:
         raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {shown(own_type)}")
     if "manifests" in document and ("layers" in document or "config" in document):
-        # What is chosen must not depend on who reads it (OCI distribution-spec, CVE-2021-41190).
+        # Two clients could take such a document for two different images (OCI distribution-spec, CVE-2021-41190).
         raise InvalidArgumentError(f"{what} is an index and a manifest at once")
     if types[0] in INDEX_TYPES if types else "manifests" in document:
         _validate(document, "index.json", what)
@@ -171,7 +170,7 @@ def parse_config(body: bytes, what: str) -> Configuration:
 
 
 def check_layers(manifest: Manifest, configuration: Configuration, what: str) -> None:
-    """Raise where manifest and configuration disagree, or where a layer is of a kind that is not supported."""
+    """Raise an error if manifest and configuration disagree, or if a layer has an unsupported type."""
     if len(manifest.layers) != len(configuration.diff_ids):
         raise InvalidArgumentError(
             f"{what} has {len(manifest.layers)} layers, and its configuration {len(configuration.diff_ids)}"
@@ -181,7 +180,7 @@ def check_layers(manifest: Manifest, configuration: Configuration, what: str) ->
 
 
 def compression(layer: Descriptor, what: str) -> Compression:
-    """How the layer is compressed, by its media type. Raises UnimplementedError."""
+    """The compression of a layer by its media type. Raises UnimplementedError."""
     found = _COMPRESSIONS.get(layer.media_type)
     if found is not None:
         return found
@@ -193,7 +192,7 @@ def compression(layer: Descriptor, what: str) -> Compression:
 
 
 def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
-    """What names each layer together with those below it (OCI image-spec, config, "Layer ChainID")."""
+    """The chain IDs: each names a layer together with those below it (OCI image-spec, config, "Layer ChainID")."""
     chain: list[str] = []
     for diff_id in diff_ids:
         text = f"{chain[-1]} {diff_id}" if chain else ""
@@ -202,10 +201,10 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose(index: Index, platform: Platform, what: str) -> Descriptor:
-    """The manifest to run on ``platform``: the newest variant that it can run, and the first of equals.
+    """The manifest for ``platform``: the newest variant that it can run, and the first of equals.
 
-    An entry that names no platform comes after those that do; whoever takes it looks at its configuration. Raises
-    NotFoundError that lists what there is.
+    An entry without a platform comes after those with one; its caller checks the configuration's platform. Raises
+    NotFoundError with the platforms that there are.
     """
     best: Descriptor | None = None
     best_rank = -1
@@ -227,7 +226,7 @@ def _document(body: bytes, what: str) -> dict[str, Any]:
     try:
         document = json.loads(body)
         if b"\\u" in body:
-            # An escaped lone surrogate is JSON, but no text that could be sent on.
+            # An escaped lone surrogate is valid JSON, but no valid text for gRPC.
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeError are ValueErrors
         raise InvalidArgumentError(f"{what} is not valid JSON: {shown(e)}") from e
@@ -262,8 +261,8 @@ _VALIDATORS = _load_validators()
 
 
 def _validate(document: Mapping[str, Any], schema: str, what: str) -> None:
-    # The first error ends it, and every schema has its bounds before what it says of each item: a document of
-    # millions of items costs nothing.
+    # Validation ends at the first error, and every schema bounds the number of items before it looks at them. So a
+    # document with millions of items takes no time.
     error = next(_VALIDATORS[schema].iter_errors(document), None)
     if error is not None:
         raise InvalidArgumentError(f"{what} is invalid: {error.json_path}: {shown(error.message)}")

@@ -45,9 +45,9 @@ _log = structlog.get_logger(__name__)
 
 
 class Images:
-    """The images of a node. One for a daemon, which calls :meth:`collect` once at its start.
+    """The images of a node. A daemon has one, and calls :meth:`collect` once at its start.
 
-    Creating it drops the records of images that are no longer here as a whole.
+    Creating it drops the records of images of which a part is missing on disk.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Images:
         self._verifying = False
 
     async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
-        """Bring the image that ``ref`` means at its registry at this moment, and give it that name.
+        """Pull the image that ``ref`` means at its registry now, and give it that name.
 
-        The registry is asked even for what is here, as it decides who may have it. Calls with the same reference
-        and credentials share one pull, which ends early when the last of them is cancelled.
+        1. The registry is asked also for an image that is here, as it decides who may have the image.
+        2. Calls with the same reference and credentials share one pull. When the last of them is cancelled, the pull is
+           cancelled too.
 
-        Raises InvalidArgumentError for what is malformed, NotFoundError, UnauthenticatedError,
-        PermissionDeniedError, which is the policy's too, UnavailableError, DataLossError for content that is not what
-        its digest says, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry
-        configuration.
+        Raises InvalidArgumentError for malformed references and content, NotFoundError, UnauthenticatedError,
+        PermissionDeniedError (also from the policy), UnavailableError, DataLossError for content with another digest,
+        UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
         """
         reference = references.parse(ref)
         lease = Lease()
@@ -89,19 +89,19 @@ class Images:
         )
 
     def watch(self, ref: str, credentials: Credentials | None = None) -> Callable[[], tuple[LayerProgress, ...]]:
-        """How far the pull under way with this reference and these credentials is, whenever that is called.
+        """A function that returns how far the pull with this reference and these credentials is.
 
-        Its layers, the lowest first; () before they are known, and where there is no such pull. It may be asked when
-        the pull has ended, too. Raises InvalidArgumentError.
+        It returns the pull's layers, the lowest first, and () before they are known or if there is no such pull. It may
+        be called after the end of the pull too. Raises InvalidArgumentError.
         """
         lease = self._pulls.notes.get((str(references.parse(ref)), credentials), Lease())
         return lambda: progress(lease, self._content, self._snapshotter)
 
     async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
-        """Bring the images of an archive, an OCI layout or a ``docker save``, under the names that it gives them.
+        """Add the images of an archive, an OCI layout or a ``docker save``, under the names in it.
 
-        ``pinned`` images are kept from the kubelet's garbage collection. One without a name has its ID only. All
-        are here, or none where an error is raised: NotFoundError, InvalidArgumentError, DataLossError,
+        The kubelet's garbage collection leaves ``pinned`` images alone. An image without a name has its ID only. Either
+        all images are added or, if an error is raised, none: NotFoundError, InvalidArgumentError, DataLossError,
         UnimplementedError, ResourceExhaustedError.
         """
         with open_archive(path, name) as archive:
@@ -119,10 +119,10 @@ class Images:
         return images
 
     async def export(self, refs: Sequence[str]) -> AsyncIterator[bytes]:
-        """The pieces of a tar file of images, by name or ID; see :mod:`criserver.images.export`.
+        """The pieces of a tar file with the images ``refs``, names or IDs; see :mod:`criserver.images.export`.
 
-        An image is exported under the names that it is given by, one that is given by its ID under all that it has.
-        None of them goes while it is read. Raises NotFoundError, InvalidArgumentError, DataLossError.
+        An image is exported under the names in ``refs``. An image that is given by its ID is exported under all its
+        names. Its blobs are not deleted meanwhile. Raises NotFoundError, InvalidArgumentError, DataLossError.
         """
         chosen: dict[str, list[str]] = {}
         for ref in refs:
@@ -153,14 +153,16 @@ class Images:
         return self._images.pin(ref, pinned=pinned)
 
     def snapshots_of(self, image: Image) -> int:
-        """How many writable snapshots stand on the image's topmost layer."""
+        """How many writable snapshots are on top of the image's topmost layer."""
         return sum(s.chain_id == image.chain_id for s in self._snapshotter.snapshots().values())
 
     async def remove(self, ref: str) -> None:
-        """Remove the image that ``ref`` means, by name or ID, with all its names (CRI RemoveImage).
+        """Remove the image ``ref``, a name or an ID, with all its names (CRI RemoveImage).
 
-        An unknown image is no error, and neither is a pinned one: whoever names it means it. Its content goes too,
-        except for what others need: layers that containers stand on stay until :meth:`collect` finds them free.
+        1. An unknown image is no error.
+        2. A pinned image is removed too, as the caller has named it.
+        3. Its blobs and layers are deleted, except for those that other images need. Layers under containers are
+           deleted by the :meth:`collect` after the containers are gone.
         """
         image = self._images.get(ref)
         if image is None:
@@ -170,9 +172,9 @@ class Images:
         await self.collect()
 
     async def prune(self, *, unused: bool = False, used: Collection[str] = ()) -> Pruned:
-        """Remove what nobody needs; with ``unused`` also images that no snapshot stands on and nobody has pinned.
+        """Delete garbage; with ``unused`` also images that have no snapshot and are not pinned.
 
-        ``used`` are the IDs of images to be kept although no snapshot stands on them yet.
+        ``used`` are the IDs of images that are kept although they may have no snapshot yet.
         """
         gone: list[Image] = []
         if unused:
@@ -188,12 +190,14 @@ class Images:
         return Pruned(tuple(gone), freed)
 
     async def verify(self) -> AsyncIterator[Verified]:
-        """Read all blobs and look at all layers, one at a time; what was found, again and again until the end.
+        """Verify all blobs and layers, one at a time. Yields the progress and the damage that was found.
 
-        Raises FailedPreconditionError while another one is under way: it would only be slower.
+        Raises FailedPreconditionError while another verification is under way: both would only be slower.
         """
         if self._verifying:
-            raise FailedPreconditionError("the images are being verified already; wait for it, or end that one")
+            raise FailedPreconditionError(
+                "another verification of the images is under way already; wait for its end, or cancel it"
+            )
         self._verifying = True
         try:
             verifier = Verifier(self._content, self._snapshotter, self._images.owners, self._images.sources)
@@ -206,13 +210,13 @@ class Images:
     async def collect(self) -> FsUsage:
         """Delete blobs and layers that no image, no load under way and no writable snapshot needs.
 
-        To be called at start, and when a snapshot is gone: the image that it stood on may have been removed before
-        it. Goes on to its end where the caller is cancelled. Returns what was freed.
+        To be called at the start, and after the removal of a snapshot, whose image may have been removed before. It
+        goes on to its end if the caller is cancelled. Returns what was freed.
         """
         return await self._garbage.collect()
 
     def fs_usage(self) -> FsUsage:
-        """What images occupy at this moment, from counters; layers that are still being unpacked are not in it."""
+        """What images occupy now, from counters, without the layers that are still being unpacked."""
         size, inodes = self._content.usage()
         for layer in self._snapshotter.layers().values():
             size += layer.size
@@ -242,12 +246,12 @@ class Images:
         return image
 
     async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:
-        """The image that has the name already, where that means the same at its registry at this moment."""
+        """The image that has this name here, if the name means the same image at the registry now."""
         if not self._images.name_in(str(reference)) or (target := await client.peek()) is None:
             return None
         await self._policy.check(reference, target)
         image = self._images.named(str(reference))
         if image is None or image != self._images.named(f"{reference.name}@{target.digest}"):
             return None
-        _log.info("image is as it was", reference=str(reference), image=image.id)
+        _log.info("image is up to date", reference=str(reference), image=image.id)
         return image

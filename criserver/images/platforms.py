@@ -1,6 +1,4 @@
-"""Which programs a node runs: operating system, architecture and variant, in the terms of Go (OCI image-spec, image
-index, "platform").
-"""
+"""Platforms: operating system, architecture and variant, in Go's terms (OCI image-spec, image index, "platform")."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ _ARCHITECTURES = {
     "s390x": ("s390x", ""),
 }
 _IMPLIED_VARIANTS = {"amd64": 1, "arm": 7, "arm64": 8}
-# What a 64-bit kernel runs as well, where nothing better is offered.
+# The 32-bit architecture that a 64-bit kernel runs too, if an image has nothing better.
 _OLDER = {"amd64": ("386", ""), "arm64": ("arm", "v8")}
-# The x86-64 psABI, section 3.1.1, table 3.1, in the words of /proc/cpuinfo: what each level adds.
+# What each level adds (x86-64 psABI, section 3.1.1, table 3.1), as the flags of /proc/cpuinfo.
 _AMD64_LEVELS = {
     "v2": {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
     "v3": {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"},
@@ -33,7 +31,7 @@ _MAX_VARIANT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What a program is built for."""
+    """The platform that a program is built for."""
 
     os: str
     architecture: str
@@ -45,7 +43,7 @@ class Platform:
 
 
 def host_platform() -> Platform:
-    """What this host runs."""
+    """The platform of this host."""
     machine = host.machine()
     architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
     if architecture == "amd64":
@@ -66,9 +64,7 @@ def amd64_variant(cpuinfo: str) -> str:
 
 
 def rank(image: Platform, platform: Platform) -> int:
-    """How well a program built for ``image`` does on ``platform``: -1 where it does not run, else the higher the
-    better, from 1.
-    """
+    """How well a program for ``image`` suits ``platform``: -1 if it does not run, else from 1, higher is better."""
     if (image.os, image.architecture) == (platform.os, platform.architecture):
         own = _rank_variant(image, platform)
         return own if own < 0 else own + _MAX_VARIANT
@@ -77,7 +73,7 @@ def rank(image: Platform, platform: Platform) -> int:
 
 
 def runs_on(image: Platform, platform: Platform) -> bool:
-    """Whether a program built for ``image`` runs on ``platform``."""
+    """Whether a program for ``image`` runs on ``platform``."""
     return rank(image, platform) >= 0
 
 

@@ -1,7 +1,7 @@
-"""Which images may be pulled at all: the place for a check of signatures.
+"""Which images may be pulled: the place for a check of signatures.
 
-The daemon comes with no policy but one that takes every image. Another is a class with :meth:`ImagePolicy.check`, given
-to Images where the daemon puts its rooms together. Images that the operator imports are not asked about.
+The only policy that there is accepts every image. Another one is a class with :meth:`ImagePolicy.check`; the daemon
+gives it to Images (criserver/daemon.py). Imported images are not checked.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from criserver.images.references import Reference
 
 
 class ImagePolicy(Protocol):
-    """Says of every pull whether it may go on."""
+    """Decides for each pull whether it may go on."""
 
     async def check(self, reference: Reference, target: Descriptor) -> None:
-        """Return where the manifest or index ``target``, which ``reference`` means at its registry, may be pulled.
+        """Return if ``target`` may be pulled: the manifest or index that ``reference`` means at its registry.
 
-        Called when the digest is known and nothing of the image has been downloaded but ``target`` itself. Raises
-        PermissionDeniedError, whose message begins with "SignatureValidationFailed: ", CRI's word, where a signature
-        is what is wrong.
+        It is called when the digest is known, and nothing of the image but ``target`` is downloaded. Raises
+        PermissionDeniedError. If a signature is wrong, the message must begin with CRI's word
+        "SignatureValidationFailed: ".
         """
 
 
 class AcceptAll:
-    """The policy that there is: signatures are not checked."""
+    """Accepts every image; signatures are not checked."""
 
     async def check(self, reference: Reference, target: Descriptor) -> None:
-        """Return."""
+        """Accept the image."""

@@ -1,4 +1,4 @@
-"""How far a pull is, told by what is on disk: whoever wants to know looks, and nothing is counted for it."""
+"""How far a pull is. It is read from what is on disk when a caller asks, and nothing is counted for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from snapshotter import Snapshotter
 
 
 class Stage(enum.Enum):
-    """What becomes of a layer, in this order."""
+    """The stages of a layer, in order."""
 
     WAITING = "waiting"
     DOWNLOADING = "downloading"
@@ -21,7 +21,7 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerProgress:
-    """One layer of a pull: the digest of its blob, and how much of its ``size`` in bytes is here."""
+    """One layer of a pull: the digest of its blob, and how many of its ``size`` bytes are here."""
 
     digest: str
     size: int

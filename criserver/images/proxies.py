@@ -1,8 +1,7 @@
 """Which proxy a request goes through: HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
 
-They are read as Go programs read them (golang.org/x/net/http/httpproxy), as the NO_PROXY of nodes is written for
-those, with networks in it. aiohttp's own reading of the environment knows no networks, and takes passwords from
-``~/.netrc`` besides.
+They are read as Go programs read them (golang.org/x/net/http/httpproxy), because operators write NO_PROXY for Go
+programs, with networks in it. aiohttp itself does not support networks there, and takes passwords from ``~/.netrc``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Proxies:
-    """The proxies that ``environment`` names. Either case of a name counts, the upper one first."""
+    """The proxies in ``environment``. A variable in upper case counts before one in lower case."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._proxies = {scheme: _variable(environment, f"{scheme}_proxy") for scheme in _PORTS}
@@ -26,7 +25,7 @@ class Proxies:
         self._direct = [entry.strip().lower() for entry in listed if entry.strip()]
 
     def proxy_for(self, scheme: str, host: str, port: int) -> str | None:
-        """The URL of the proxy for a request, or None where it goes straight to ``host``.
+        """The URL of the proxy for a request, or None if the request goes to ``host`` directly.
 
         Raises FailedPreconditionError for a proxy that is not http or https.
         """
@@ -39,7 +38,7 @@ class Proxies:
             valid = parts.scheme in _PORTS and parts.hostname and parts.port != 0
         except ValueError:
             valid = False
-        if not valid:  # without the value, which may hold a password
+        if not valid:  # the error is without the value, which may have a password in it
             raise FailedPreconditionError(f"the environment's {name} is not an http or https URL of a proxy")
         return url
 
@@ -61,7 +60,10 @@ def _variable(environment: Mapping[str, str], name: str) -> tuple[str, str]:
 
 
 def _matches(entry: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, port: int) -> bool:
-    """Whether an entry of NO_PROXY, ``*``, a network, or an address or a domain with or without a port, has a host."""
+    """Whether an entry of NO_PROXY covers a host.
+
+    The entry is ``*``, a network, or an address or a domain with or without a port.
+    """
     if entry == "*":
         return True
     try:
@@ -78,5 +80,5 @@ def _matches(entry: str, host: str, address: ipaddress.IPv4Address | ipaddress.I
     if address is not None:
         return entry.strip("[]") == host
     domain = entry.removeprefix("*")
-    # A leading dot leaves out the domain itself.
+    # With a leading dot the domain itself is not covered.
     return host.endswith(domain) if domain.startswith(".") else host == domain or host.endswith(f".{domain}")

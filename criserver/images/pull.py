@@ -1,6 +1,6 @@
-"""From a source of blobs, a registry or an archive, to verified content and unpacked layers.
+"""Loading an image from a registry or an archive: verified blobs, and layers that are unpacked from them.
 
-Nothing is recorded here: what a load has brought belongs to its lease until an image owns it.
+Nothing is recorded here. What a load has brought is protected by its lease until the image is recorded.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, Snap
 _DOWNLOADS = 3
 _MAX_NESTING = 3
 _LIMITED = "the configuration has this limit in [images]"
-# Seconds after which a blob is unpacked while it arrives. One that is here sooner would only be held up by that: the
-# processors are what limits it. One that takes longer loses nothing, as its worker catches up.
+# The seconds after which a blob is unpacked while it arrives.
+# 1. A faster download is limited by the processors, so an unpack at the same time would only slow it down.
+# 2. A slower download loses nothing by the delay, as its worker catches up.
 _SOON = 0.5
 
 
 class BlobSource(Protocol):
-    """Where blobs come from.
+    """Where blobs come from: a registry or an archive.
 
-    ``name`` says it in errors. Two sources with the same ``origin`` deliver the same blob for a digest, so one
-    waits for the other instead of fetching it again.
+    ``name`` is the source's name in errors. Two sources with the same ``origin`` have the same blobs. So if both need
+    one blob, one of them fetches it, and the other waits.
     """
 
     name: str
@@ -51,14 +52,14 @@ class BlobSource(Protocol):
         """The body of a manifest or index, checked against its digest."""
 
     async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
-        """Bring a blob into ``content``, checked against its size and digest; ``watcher`` sees it come."""
+        """Bring a blob into ``content``, checked against its size and digest; ``watcher`` is told how it grows."""
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What is in use although no image owns it yet; garbage collection leaves it alone.
+    """Blobs and layers that a load or an export needs. The garbage collection does not delete them.
 
-    ``plan`` has the layers of the image that is being loaded, once they are known: blob and chain ID.
+    ``plan`` has the layers of the image that is loaded, each as blob and chain ID, once they are known.
     """
 
     blobs: set[str] = field(default_factory=set)
@@ -67,7 +68,7 @@ class Lease:
 
 
 class Loader:
-    """Loads images into a content store and a snapshotter. One for a daemon: concurrent loads share work by it."""
+    """Loads images into a content store and a snapshotter. A daemon has one, so that concurrent loads share work."""
 
     def __init__(self, content: ContentStore, snapshotter: Snapshotter, platform: Platform) -> None:
         self._content = content
@@ -76,11 +77,12 @@ class Loader:
         self._locks: dict[tuple[str, str], _Lock] = {}
 
     async def load(self, source: BlobSource, target: Descriptor, lease: Lease) -> Descriptor:
-        """Bring the image that ``target``, a manifest or an index, means on this platform; return its manifest.
+        """Load the image for this platform from ``target``, a manifest or an index. Returns the image's manifest.
 
-        Blobs are fetched a few at a time, and layers are unpacked while their blobs arrive where that takes long, but
-        committed only when those are whole and have the right digests. What is here already is not fetched or unpacked
-        again. Everything is put under ``lease`` before it is looked for.
+        1. A few blobs are fetched at a time. Blobs and layers that are here already are not fetched or unpacked again.
+        2. A layer whose blob takes long is unpacked while the blob arrives. It is committed when the whole blob is
+           there and has the right digest.
+        3. Blobs and layers are put under ``lease`` before they are looked for.
         """
         descriptor, manifest = await self._manifest(source, target, lease)
         what = f"{source.name}: manifest {descriptor.digest}"
@@ -178,7 +180,7 @@ class Loader:
 
     @asynccontextmanager
     async def _alone(self, origin: str, digest: str) -> AsyncIterator[None]:
-        """One at a time for each blob and origin: whoever waited finds the blob, or tries for itself."""
+        """A lock for each blob and origin. A load that has waited finds the blob here, or fetches it itself."""
         lock = self._locks.setdefault((origin, digest), _Lock())
         lock.users += 1
         try:
@@ -191,9 +193,9 @@ class Loader:
 
 
 class _Early:
-    """Has a layer unpacked while its blob arrives, where that takes long; a Watcher.
+    """A Watcher that begins to unpack a layer while its blob arrives, if that takes long.
 
-    ``begin`` is called with the blob's file. ``arrival`` is what it made, once the blob is here.
+    ``begin`` is called with the blob's file. ``arrival`` is its result, None if it was not called.
     """
 
     def __init__(self, begin: Callable[[str], Arrival | None]) -> None:
@@ -213,7 +215,7 @@ class _Early:
             self.arrival.give_up()
 
     def stop(self) -> None:
-        """Begin no more."""
+        """Do not begin any more."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -233,7 +235,7 @@ class _Lock:
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; the first failure ends the others and is raised when they have ended."""
+    """Run all at the same time. The first failure cancels the others, and is raised when they have ended."""
     try:
         async with asyncio.TaskGroup() as group:
             for coroutine in work:

@@ -1,7 +1,7 @@
-"""Image references: the text that a pod names its image by, taken apart and made canonical.
+"""Image references: the text by which a pod names its image, parsed and made canonical.
 
-The grammar and the defaults are those that Docker set and every runtime keeps: ``busybox`` is
-``docker.io/library/busybox:latest``. Pure functions, for all of images/ and for whoever shows names.
+The grammar and the defaults are Docker's, as in every runtime: ``busybox`` is ``docker.io/library/busybox:latest``.
+Pure functions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A canonical reference; with a digest the tag says nothing about what is meant, but is kept as written."""
+    """A canonical reference. If it has a digest, the tag does not select anything, but is kept as written."""
 
     domain: str
     path: str
@@ -41,18 +41,18 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """The repository with its domain, without tag and digest."""
+        """The domain and the path of the repository, without tag and digest."""
         return f"{self.domain}/{self.path}"
 
     def __str__(self) -> str:
-        """``name@digest`` where there is a digest, else ``name:tag``: the form that images are recorded under."""
+        """``name@digest`` if there is a digest, else ``name:tag``. Images are recorded under this form."""
         return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.tag}"
 
 
 def parse(text: str) -> Reference:
     """The canonical form of ``text``; without tag and digest the tag is ``latest``.
 
-    Raises InvalidArgumentError that says which part is wrong. Digests other than sha256 are refused.
+    Raises InvalidArgumentError with the part that is wrong. Digests other than sha256 are refused.
     """
     if not text:
         raise InvalidArgumentError("the image reference is empty; an image must be named")
@@ -74,12 +74,12 @@ def parse(text: str) -> Reference:
 
 
 def is_digest(text: str) -> bool:
-    """Whether ``text`` is a sha256 digest, the form of image IDs too."""
+    """Whether ``text`` is a sha256 digest. Image IDs have this form too."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def _split_domain(text: str) -> tuple[str, str]:
-    """The first component is a domain where it has a '.', a ':' or an uppercase letter, or is ``localhost``."""
+    """The first component is a domain if it has a '.', a ':' or an uppercase letter, or is ``localhost``."""
     first, slash, rest = text.partition("/")
     is_domain = slash and (first == "localhost" or "." in first or ":" in first or first != first.lower())
     domain, path = (first, rest) if is_domain else (DEFAULT_DOMAIN, text)

@@ -1,8 +1,7 @@
-"""The registry client: manifests and blobs by HTTP, from whichever configured host has them (OCI
-distribution-spec, pull).
+"""The registry client: manifests and blobs by HTTP from the configured hosts (OCI distribution-spec, pull).
 
-One client, with its connections and credentials, serves one pull and ends with it. This module imports aiohttp (see
-transport), so images/ imports it at the first pull and not before.
+A client, with its connections and credentials, is for one pull. This module imports aiohttp (see transport), so images/
+imports it at the first pull.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
-# A connection that brings nothing is given up, and another is tried, some times before the patience ends.
+# How often a connection without progress is replaced by a new one before the patience ends.
 _CONNECTIONS = 3
 
 
 class RegistryClient:
     """Pulls for one reference. An async context manager; a :class:`~criserver.images.pull.BlobSource`.
 
-    Every method asks the hosts in order until one delivers, and asks those again that may do so a little later.
-    Where none does, the error is of the class that the last one, the registry itself, gave, and tells what each
-    said. ``downloads`` bounds the blobs that are fetched at the same time; ``patience`` is how long something may
-    be without progress, in seconds.
+    1. Every method asks the hosts in order until one has the content. Hosts with a temporary failure are asked again.
+    2. If none has it, the error has the class of the last host's error, which is the registry itself, and the errors of
+       all hosts in its text.
+    3. ``downloads`` bounds how many blobs are fetched at the same time. ``patience`` is the longest time without
+       progress, in seconds.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class RegistryClient:
         await self._transport.__aexit__(kind, error, traceback)
 
     async def peek(self) -> Descriptor | None:
-        """What the reference means at this moment, or None where no host tells: by HEAD, which registries that limit
-        pulls do not count.
+        """The manifest or index that the reference means now, by HEAD; None if no host says it.
+
+        Registries that limit pulls do not count HEAD requests.
         """
         wanted = self._reference.digest
 
@@ -105,7 +106,7 @@ class RegistryClient:
             return None
 
     async def resolve(self) -> Descriptor:
-        """The manifest or index that the reference means at this moment.
+        """The manifest or index that the reference means now.
 
         Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError.
         """
@@ -132,7 +133,7 @@ class RegistryClient:
     async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
         """Bring a blob of the repository into ``content``, checked against its size and digest.
 
-        Raises as :meth:`resolve`, and ResourceExhaustedError where the disk is full.
+        Raises as :meth:`resolve`, and ResourceExhaustedError if the disk is full.
         """
         retries = Retries(self._patience)
         with content.ingest(descriptor.digest, watcher) as ingest:
@@ -164,12 +165,12 @@ class RegistryClient:
         asked = hosts
         while True:
             for host in asked:
-                if host.fallback and not self._speaks_plainly(hosts[hosts.index(host) - 1]):
+                if host.fallback and not self._is_plain_http(hosts[hosts.index(host) - 1]):
                     continue
                 try:
                     return await self._ask(host, attempt, first=asked is hosts)
                 except ResourceExhaustedError:
-                    raise  # the node's own trouble: no other host helps
+                    raise  # the node is at fault, so no other host helps
                 except CriError as e:
                     failures[host] = e
             again = {h: e.after for h, e in failures.items() if isinstance(e, TryAgainError) and e.after <= MAX_WAIT}
@@ -181,8 +182,10 @@ class RegistryClient:
             asked = list(again)
 
     async def _ask(self, host: RegistryHost, attempt: Callable[[RegistryHost], Awaitable[_T]], *, first: bool) -> _T:
-        """One attempt at one host. One that there was no way to is not asked again at ``first``, as that may cost
-        its whole dial timeout; nor later, unless it was there before.
+        """One attempt at one host.
+
+        A host that could not be connected to is not asked again in the ``first`` round of a later request, as that may
+        take its whole dial timeout. It is asked again later only if a connection has succeeded before.
         """
         if first and host in self._unreachable:
             raise self._unreachable[host]
@@ -202,7 +205,7 @@ class RegistryClient:
         self._reached.add(host)
         self._unreachable.pop(host, None)
 
-    def _speaks_plainly(self, host: RegistryHost) -> bool:
+    def _is_plain_http(self, host: RegistryHost) -> bool:
         error = self._unreachable.get(host)
         return isinstance(error, NotConnectedError) and error.plain
 

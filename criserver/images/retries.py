@@ -1,7 +1,7 @@
-"""When a registry is asked once more, and how long after.
+"""When a registry is asked again, and after which time.
 
-What may be different the next time (a busy server, a broken connection) is tried again with growing waits, and a
-server's own Retry-After is kept to. What stays the same is not.
+A failure that may be over soon (a busy server, a broken connection) is tried again after growing waits, and after the
+server's own Retry-After. Other failures are not tried again.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from email.utils import parsedate_to_datetime
 
 from criserver.errors import UnavailableError
 
-MAX_WAIT = 30.0  # of seconds that a pull waits where a server asks for it
+MAX_WAIT = 30.0  # seconds: the longest Retry-After of a server that a pull waits for
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5
 
 
 class TryAgainError(UnavailableError):
-    """A failure that may be over soon; ``after`` is how many seconds the server asks to be left alone."""
+    """A failure that may be over soon; ``after`` is the server's Retry-After in seconds."""
 
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)
@@ -29,9 +29,7 @@ class TryAgainError(UnavailableError):
 
 
 class Retries:
-    """How often one thing has been tried in vain. It ends after some attempts, or ``patience`` seconds, without
-    progress.
-    """
+    """The retries of one request. They end after some attempts, or ``patience`` seconds, without progress."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
@@ -43,11 +41,11 @@ class Retries:
         self._deadline = time.monotonic() + self._patience
 
     def forgive(self, seconds: float) -> None:
-        """Leave out of account what was spent in a queue."""
+        """Do not count ``seconds`` that were spent waiting in a queue."""
         self._deadline += seconds
 
     async def wait(self, after: float) -> bool:
-        """Wait before another attempt, at least ``after`` seconds; False, at once, where there is to be none."""
+        """Wait at least ``after`` seconds before another attempt. Returns False at once if there is to be none."""
         self._failures += 1
         pause = max(after, _FIRST_WAIT * 2 ** (self._failures - 1) * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
         if self._failures >= _ATTEMPTS or time.monotonic() + pause > self._deadline:
@@ -57,7 +55,7 @@ class Retries:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """The Retry-After of a response in seconds (RFC 9110, section 10.2.3); 0 where there is none that can be read."""
+    """The Retry-After of a response in seconds (RFC 9110, section 10.2.3); 0 if it is missing or invalid."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdecimal() and len(text) < 10:
         return float(text)

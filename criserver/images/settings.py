@@ -1,4 +1,4 @@
-"""How registries are reached: what the configuration says of them."""
+"""The configuration of registries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
-    """The [registry] table; default.toml says what each field means. Times are seconds, "" stands for none."""
+    """The [registry] table; default.toml describes each field. Times are in seconds, "" means none."""
 
     config_path: str = ""
     auth_file: str = ""

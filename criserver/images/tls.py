@@ -1,7 +1,6 @@
-"""The TLS side of a host: whom to trust, and who we are.
+"""TLS for a host: the certificate authorities that are trusted, and the client certificate.
 
-A context takes 30 ms and 0.7 MiB, the system's authorities, so there is one for all hosts without settings of
-their own.
+A context with the system's authorities takes 30 ms and 0.7 MiB, so all hosts without settings of their own share one.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from criserver.images.hosts import RegistryHost
 
 
 def context_for(host: RegistryHost, *, identified: bool) -> ssl.SSLContext:
-    """The system's authorities and the host's own; with its client certificate where we are to be ``identified``.
+    """A context with the system's and the host's authorities; if ``identified``, with the host's client certificate.
 
-    Of several client certificates the first is used. Raises FailedPreconditionError that names a file.
+    The first of several client certificates is used. Raises FailedPreconditionError with the file's name.
     """
     client = host.client[:1] if identified else ()
     if not (host.ca or client or host.skip_verify):
@@ -32,7 +31,7 @@ def context_for(host: RegistryHost, *, identified: bool) -> ssl.SSLContext:
         for path in host.ca:
             context.load_verify_locations(path)
         for path, key in client:
-            context.load_cert_chain(path, key, password="")  # not asked for on a terminal
+            context.load_cert_chain(path, key, password="")  # without it OpenSSL would ask on the terminal
     except OSError as e:  # ssl.SSLError is one
         raise FailedPreconditionError(f"certificate file {path}: {e.strerror or e}") from e
     return context
@@ -45,8 +44,8 @@ def _default() -> ssl.SSLContext:
 
 def _with_the_systems_authorities() -> ssl.SSLContext:
     context = ssl.create_default_context()
-    # As Go has it, which registries' own authorities were made for: a root need not have every extension of RFC
-    # 5280, and an intermediate certificate in the store is trusted for itself.
+    # As Go does it, because registries' own authorities were tested with Go programs: a root need not have every
+    # extension of RFC 5280, and an intermediate certificate in the store is trusted by itself.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context

@@ -1,7 +1,7 @@
-"""What a registry's 401 asks for, and the tokens that its authorisation server gives.
+"""The challenges in a registry's 401, and the tokens that its authorisation server gives.
 
-RFC 9110, section 11.6.1, for the header; for tokens distribution's "Token Authentication Specification", and its
-OAuth2 variant for identity tokens.
+Sources: RFC 9110, section 11.6.1, for the header; distribution's "Token Authentication Specification", and its OAuth2
+variant for identity tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TOKEN = re.compile(r"[!-~]{1,65536}")
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """One way in that a 401 offers; the scheme and the parameters' names are lowercase."""
+    """One challenge of a 401; the scheme and the parameters' names are lowercase."""
 
     scheme: str
     parameters: Mapping[str, str]
@@ -44,7 +44,7 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """The token that a challenge asks for, and where it is to be had. ``scopes`` are sorted."""
+    """The token that a challenge asks for, and the URL of its server. ``scopes`` are sorted."""
 
     realm: URL
     service: str
@@ -53,14 +53,14 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A bearer token; to be used no more from ``expires`` on, a time of the monotonic clock."""
+    """A bearer token. It is not used after ``expires``, a time of the monotonic clock."""
 
     text: str = field(repr=False)
     expires: float
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """The challenges of WWW-Authenticate headers, of which each may have several. What cannot be read is left out."""
+    """The challenges of WWW-Authenticate headers; a header may have several. Invalid ones are left out."""
     found: list[Challenge] = []
     for header in headers:
         parameters: dict[str, str] | None = None
@@ -83,10 +83,9 @@ def _items(header: str) -> Iterable[re.Match[str]]:
 
 
 def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -> TokenRequest:
-    """What a host's bearer challenge asks for, with ``scopes`` beside its own.
+    """The token that a host's bearer challenge asks for, with ``scopes`` beside the challenge's.
 
-    Raises UnauthenticatedError for an authorisation server that nobody should be sent to: a host that speaks TLS
-    must not have us speak to another without.
+    Raises UnauthenticatedError for a realm that is no URL of a server, or that is plain HTTP if the host has TLS.
     """
     text = challenge.parameters.get("realm", "")
     try:
@@ -108,9 +107,9 @@ def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -
 async def fetch_token(
     transport: Transport, host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None
 ) -> Token:
-    """Ask for a token as ``credentials`` say who we are, without any as nobody.
+    """Ask for a token, with ``credentials`` or anonymously.
 
-    Raises UnauthenticatedError where it is refused, TryAgainError, UnavailableError.
+    Raises UnauthenticatedError if the server refuses it, TryAgainError, UnavailableError.
     """
     began = time.monotonic()
     what = f"token from {wanted.realm.origin()}"
@@ -129,7 +128,7 @@ async def fetch_token(
         query = [("service", wanted.service)] if wanted.service else []
         url = url.extend_query([*query, *(("scope", scope) for scope in wanted.scopes)])
         if credentials is not None and credentials.username:
-            # In place of the operator's own, as for requests of the registry.
+            # They replace the operator's own, as in requests to the registry.
             headers = [header for header in headers if header[0].lower() != "authorization"]
             headers.append(("Authorization", credentials.basic))
     async with transport.send(
@@ -140,7 +139,11 @@ async def fetch_token(
             case 200:
                 body = await read_bounded(response, _MAX_ANSWER, what)
             case 400 | 401 | 403:
-                known = "the credentials are refused" if credentials else "it gives none without credentials"
+                known = (
+                    "the server refuses the credentials"
+                    if credentials
+                    else "the server gives no token without credentials"
+                )
                 raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
             case 408 | 429 | 500 | 502 | 503 | 504:
                 raise TryAgainError(answer, retry_after(response.headers))
@@ -162,5 +165,5 @@ def _token(body: bytes, began: float, what: str) -> Token:
     lifetime = document.get("expires_in")
     if not isinstance(lifetime, int | float) or not 0 < lifetime < 1e9:
         lifetime = _LIFETIME
-    # A request that is under way when the token expires must not fail for it.
+    # The token is renewed a little earlier: it must not expire while a request is under way.
     return Token(text, began + lifetime - min(10.0, lifetime / 10))

@@ -1,7 +1,6 @@
-"""HTTP as registries and authorisation servers are spoken to: one request at a time, its failures as our errors.
+"""HTTP requests to registries and authorisation servers; failures become the classes of criserver/errors.py.
 
-The only module beside its callers that knows aiohttp, 9 MiB and 80 ms, so images/ imports it at the first pull and
-not before.
+Only this module and its callers import aiohttp, which takes 9 MiB and 80 ms. So images/ imports it at the first pull.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
 _READ_BUFFER = 1 << 20
-_MAX_HEADER = 64 << 10  # signed URLs that we are redirected to may be long
-# What OpenSSL says where the other side answers a TLS greeting in plain text; the second since version 3.2.
+_MAX_HEADER = 64 << 10  # the signed URLs of redirects may be long
+# OpenSSL's errors for a server that answers TLS with plain text; the second is since version 3.2.
 _PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
 
 
 class NotConnectedError(UnavailableError):
-    """There is no way to a host; ``plain`` says that it is there, and does not speak TLS."""
+    """A host cannot be connected to; ``plain`` says that it answers, but without TLS."""
 
     def __init__(self, message: str, *, plain: bool = False) -> None:
         super().__init__(message)
@@ -46,7 +45,7 @@ class Transport:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            auto_decompress=False,  # a digest is that of the bytes sent
+            auto_decompress=False,  # digests are of the bytes as they are sent
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
             read_bufsize=_READ_BUFFER,
@@ -74,12 +73,12 @@ class Transport:
         method: str = "GET",
         form: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response to a request, or to a POST of ``form``; redirects are responses as any.
+        """The response to a request, or to a POST of ``form``. Redirects are not followed.
 
-        ``host`` has the settings for TLS, also where ``url`` is of another server that it led to; its client
-        certificate is shown where we are to be ``identified``. ``idle`` and ``total`` are seconds, without a byte
-        and in all. What goes wrong until the response is closed is raised as NotConnectedError, TryAgainError or
-        UnavailableError.
+        1. ``host`` has the settings for TLS, also if ``url`` is another server's after a redirect. The host's client
+           certificate is used if ``identified``.
+        2. ``idle`` is the longest time without a byte, ``total`` that of the whole request, in seconds.
+        3. A failure before the response is closed is NotConnectedError, TryAgainError or UnavailableError.
         """
         timeout = aiohttp.ClientTimeout(
             total, connect=host.dial_timeout, sock_connect=host.dial_timeout, sock_read=idle
@@ -123,7 +122,7 @@ class Transport:
 
 
 async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
-    """The whole of a small body. Raises InvalidArgumentError where it is larger than ``limit`` bytes."""
+    """The whole of a small body. Raises InvalidArgumentError if it is larger than ``limit`` bytes."""
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk

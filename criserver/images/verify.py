@@ -1,6 +1,6 @@
-"""Whether what is on disk is still what it was: every blob by its digest, every layer by the blob that it came from.
+"""Verification: every blob is compared with its digest, and every layer with the blob that it came from.
 
-The work is one thread's or process's at a time, of the lowest priority, so that pods do not notice it.
+One thread or process at a time does the work, at the lowest priority, so that pods are not slowed down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NICEST = 19
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A blob (its digest) or layer (its chain ID) that is not as it was, and the images that it belongs to."""
+    """A damaged blob (its digest) or layer (its chain ID), and the images that need it."""
 
     kind: str
     digest: str
@@ -35,7 +35,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a verification has looked at so far, and the damage that it has found since it was asked before."""
+    """What a verification has checked so far, and the damage found since the last value."""
 
     bytes: int = 0
     total_bytes: int = 0
@@ -47,8 +47,8 @@ class Verified:
 class Verifier:
     """One verification.
 
-    ``owners`` gives the images that a blob or layer belongs to, ``sources`` the blobs that layers came from, by chain
-    ID. What goes meanwhile is no damage, and what comes is not looked at.
+    ``owners`` returns the images that need a blob or layer, ``sources`` the blobs that layers came from, by chain ID.
+    Content that is removed meanwhile is not reported, and new content is not checked.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Verifier:
         self._ended = threading.Event()
 
     async def run(self) -> AsyncGenerator[Verified, None]:
-        """Verify; what was found so far, a few times a second and at the end."""
+        """Verify. Yields the progress a few times a second and at the end."""
         digests = sorted(self._content.digests())
         layers = list(self._snapshotter.layers())
         total = sum(self._content.size(digest) or 0 for digest in digests)
@@ -80,7 +80,7 @@ class Verifier:
                     yield Verified(self._read, total, blobs, checked)
                 blobs += 1
                 reason = work.result()
-                # Not what went while it was read, and is perhaps here anew.
+                # It is read twice: a blob that was removed while it was read, and perhaps pulled again, is not damaged.
                 if reason and await in_thread(self._blob, digest) and self._content.size(digest) is not None:
                     damaged.add(digest)
                     yield Verified(self._read, total, blobs, checked, (self._damage("blob", digest, reason),))
@@ -104,13 +104,13 @@ class Verifier:
         return Damage(kind, digest, reason, self._owners(digest))
 
     def _blob(self, digest: str) -> str:
-        """What is wrong with a blob; "" where nothing is. In the thread."""
+        """What is wrong with a blob; "" if nothing is. It runs in the thread."""
         size = self._content.size(digest)
         found = hashlib.sha256()
         length = 0
         try:
             with open(self._content.path(digest), "rb", buffering=0) as file:
-                # What counts is on the disk, and memory is for others.
+                # Read from the disk, not from the page cache, and do not fill the cache.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 while piece := file.read(_PIECE):
                     found.update(piece)

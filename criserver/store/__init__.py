@@ -1,8 +1,8 @@
-"""The node's memory: one SQLite database with a table per kind of record.
+"""The records of the daemon: one SQLite database with a table for each kind of record.
 
-A record is opaque bytes under a key; what is in them belongs to the room that wrote them. Calls are
-synchronous and take well under a millisecond, so a state change in memory and its row are one step of the
-event loop with nothing in between.
+A record is bytes under a key; the room that writes them defines the content. Calls are synchronous and take well
+under a millisecond. So a change in memory and its row are one step of the event loop, and no other task runs in
+between.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The SQLite database: schema, migrations, transactions.
 
-Write-ahead log with ``synchronous=NORMAL``: a commit is a write to the page cache, so it survives a SIGKILL
-of the daemon, and costs no fsync. A power cut may take the last commits with it, but it takes every
-container too, and start-up clears what no record owns. The log is folded into the database by
-``checkpoint``, whose fsync runs in a thread, never within a commit.
+The database has a write-ahead log with ``synchronous=NORMAL``:
+
+1. A commit is a write to the page cache, without fsync. It survives a SIGKILL of the daemon.
+2. A power cut may lose the last commits. It ends every container too, and the start clears what no record owns.
+3. :meth:`Store.checkpoint` writes the log into the database. Its fsync runs in a thread, never within a commit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 
 from criserver.errors import CriError, ResourceExhaustedError
 
-# Seconds. Nobody else writes; what waits here holds up the whole event loop.
+# Seconds. No other process writes; a wait here holds up the whole event loop.
 _LOCK_TIMEOUT = 0.2
 _RESERVE = 1 << 20
 _PIECE = 32 << 10
@@ -38,12 +39,12 @@ _MIGRATIONS = (
 class Store:
     """Records by table and key.
 
-    Raises :class:`CriError` where the database cannot be opened or was written by a newer criserver.
+    Raises :class:`CriError` if the database cannot be opened or was written by a newer criserver.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # For root alone: records hold environment variables. The log beside it takes its mode over.
+        # For root alone, as records hold environment variables. SQLite gives the log the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT)
@@ -67,12 +68,12 @@ class Store:
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
 
     def _reserve(self) -> None:
-        """Have room for the next writes in the database and, from the next checkpoint on, in its log.
+        """Reserve space for the next writes in the database and, from the next checkpoint on, in its log.
 
-        Without it nothing could be removed any more from a disk that is full. Where it is full already, there is
-        what there is.
+        Without it nothing could be removed from a full disk, as a removal writes records. If the disk is full already,
+        nothing is reserved.
         """
-        # In pieces, and without a cache for them: the daemon would keep the memory that all of it takes at once.
+        # In pieces, and with a small cache: the daemon would keep the memory that one large write takes.
         self._db.execute("PRAGMA cache_size=-64")
         try:
             for number in range(_RESERVE // _PIECE):
@@ -93,11 +94,11 @@ class Store:
         return self._db.execute(f"SELECT key, value FROM {_name(table)} ORDER BY key").fetchall()  # noqa: S608 - a name of TABLES
 
     def put(self, table: str, key: str, value: bytes) -> None:
-        """Write a record, replacing what the key had. Raises ResourceExhaustedError where the disk takes no more."""
+        """Write a record in place of the key's last one. Raises ResourceExhaustedError if the disk is full."""
         self._write(f"INSERT OR REPLACE INTO {_name(table)} VALUES (?, ?)", key, value)  # noqa: S608 - a name of TABLES
 
     def delete(self, table: str, key: str) -> None:
-        """Remove a record; one that is not there is no error. Raises as :meth:`put` does."""
+        """Remove a record. It is no error if it is missing. Raises as :meth:`put` does."""
         self._write(f"DELETE FROM {_name(table)} WHERE key = ?", key)  # noqa: S608 - a name of TABLES
 
     def _write(self, statement: str, *values: str | bytes) -> None:
@@ -108,7 +109,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes within take effect together, or none where the block raises. Does not nest."""
+        """All writes in the block take effect together; if it raises, none does. Transactions do not nest."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -118,10 +119,7 @@ class Store:
         self._db.execute("COMMIT")
 
     async def checkpoint(self) -> None:
-        """Fold the write-ahead log into the database, by a connection of its own in a thread, in nobody's way.
-
-        Raises CriError.
-        """
+        """Write the write-ahead log into the database, in a thread, with a connection of its own. Raises CriError."""
 
         def run() -> None:
             db = sqlite3.connect(self._path)
@@ -136,7 +134,7 @@ class Store:
             raise CriError(f"database {self._path}: checkpoint: {e}") from e
 
     def close(self) -> None:
-        """Close the database; SQLite folds the log in as the last connection goes."""
+        """Close the database. SQLite writes the log into it when the last connection is closed."""
         self._db.close()
 
 

@@ -153,8 +153,8 @@ async def test_a_registry_token_is_sent_as_it_is(guarded, rooms, image):
         (None, "401"),
         (Credentials("you", "secret"), "401"),
         (Credentials("me", "secret", server_address="other.example"), "401"),
-        (Credentials("me", "wrong"), "the credentials are refused"),
-        (Credentials(identity_token="unknown"), "the credentials are refused"),
+        (Credentials("me", "wrong"), "the server refuses the credentials"),
+        (Credentials(identity_token="unknown"), "the server refuses the credentials"),
     ],
 )
 async def test_what_is_private_is_refused_to_others(guarded, rooms, image, given, words):

@@ -301,7 +301,7 @@ async def test_retry_after_is_kept_to(server, rooms, image, monkeypatch):
 async def test_a_registry_that_wants_to_be_left_alone_for_long_is(server, rooms):
     rooms.change(progress_timeout=10_000)
     server.answers["1"] = lambda _: web.Response(status=429, headers={"Retry-After": "3600"})
-    await refused(rooms, f"{server.address}/app:1", UnavailableError, "429", "left alone for 3600 s")
+    await refused(rooms, f"{server.address}/app:1", UnavailableError, "429", "asks to wait 3600 s")
     assert len(server.requests) == 1
 
 

@@ -702,7 +702,7 @@ async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
         patch.setattr(mounts, "mounts_below", lambda _: [])
         again = Snapshotter(f"{disk}/snapshots")
     assert again.removable() == {"box.1"}
-    assert [line["event"] for line in logs] == ["something is left in staging"]
+    assert [line["event"] for line in logs] == ["a deletion in staging failed"]
     assert "a file system is mounted there" in logs[0]["error"]
     assert os.listdir(point) == ["kept"]
     mounts.umount2(point)
