@@ -18,7 +18,7 @@ import structlog
 
 from criserver import __version__, upkeep
 from criserver.api import admin_service, image_service, runtime_service
-from criserver.api.server import ended, generic_handler, listen
+from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform

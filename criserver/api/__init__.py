@@ -1,1 +1,1 @@
-"""The gRPC services of CRI. Each method calls one function of the rooms below."""
+"""The gRPC services of CRI. Each method calls one function of a lower room."""

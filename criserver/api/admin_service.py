@@ -1,4 +1,4 @@
-"""What ``criserver image`` asks of the daemon and CRI has no call for."""
+"""The RPCs of ``criserver image`` that CRI does not have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from criserver.images import Credentials, Damage, Image, Images, LayerProgress, 
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from snapshotter.files import make_private
 
-# Seconds between two looks at a pull.
+# Seconds between two progress reports of a pull.
 _INTERVAL = 0.1
 _STAGES = {
     Stage.WAITING: admin.WAITING,
@@ -23,9 +23,9 @@ _STAGES = {
 
 
 class AdminService:
-    """The methods are named after the RPCs of admin.proto, which says what each promises.
+    """The methods have the names of the RPCs in admin.proto, which documents them.
 
-    ``used`` gives the IDs of the images that containers were made of.
+    ``used`` returns the IDs of the images of all containers.
     """
 
     def __init__(self, images: Images, spool_directory: str, used: Callable[[], Collection[str]]) -> None:
@@ -49,8 +49,8 @@ class AdminService:
     async def pull_image(self, request: admin.PullImageRequest) -> AsyncIterator[admin.PullImageResponse]:
         credentials = _credentials(request)
         pull = asyncio.create_task(self._images.pull(request.name, credentials))
-        await asyncio.sleep(0)  # for it to begin, or to refuse the name
-        told: tuple[LayerProgress, ...] = ()
+        await asyncio.sleep(0)  # so that the pull begins, or refuses the name
+        reported: tuple[LayerProgress, ...] = ()
         try:
             progress = self._images.watch(request.name, credentials) if not pull.done() else tuple
             ended = False
@@ -58,10 +58,10 @@ class AdminService:
                 ended = bool((await asyncio.wait([pull], timeout=_INTERVAL))[0])
                 if ended:
                     image = pull.result()
-                found = progress()
-                if found != told:
-                    told = found
-                    yield admin.PullImageResponse(layers=[_layer(layer) for layer in found])
+                layers = progress()
+                if layers != reported:
+                    reported = layers
+                    yield admin.PullImageResponse(layers=[_layer(layer) for layer in layers])
         finally:
             if not pull.done():
                 pull.cancel()
@@ -72,7 +72,7 @@ class AdminService:
 
     async def export_images(self, request: admin.ExportImagesRequest) -> AsyncIterator[admin.ExportImagesResponse]:
         if not request.images:
-            raise InvalidArgumentError("no image is named; say which are to be exported")
+            raise InvalidArgumentError("no image is named; name the images to export")
         async for piece in self._images.export(request.images):
             yield admin.ExportImagesResponse(data=piece)
 
@@ -80,7 +80,7 @@ class AdminService:
         image = self._images.wanted(request.image)
         if image.pinned and not request.force:
             raise FailedPreconditionError(
-                f"image {request.image} is pinned; unpin it before (`criserver image unpin`), or use --force"
+                f"image {request.image} is pinned; unpin it first (`criserver image unpin`), or use --force"
             )
         await self._images.remove(image.id)
         return admin.RemoveImageResponse(image=_image(image), snapshots=self._images.snapshots_of(image))
@@ -90,14 +90,14 @@ class AdminService:
 
     async def verify_images(self, request: admin.VerifyImagesRequest) -> AsyncIterator[admin.VerifyImagesResponse]:
         images = len(self._images.list())
-        async for found in self._images.verify():
+        async for progress in self._images.verify():
             yield admin.VerifyImagesResponse(
-                bytes=found.bytes,
-                total_bytes=found.total_bytes,
-                blobs=found.blobs,
-                layers=found.layers,
+                bytes=progress.bytes,
+                total_bytes=progress.total_bytes,
+                blobs=progress.blobs,
+                layers=progress.layers,
                 images=images,
-                damage=[self._damage(damage) for damage in found.damage],
+                damage=[self._damage(damage) for damage in progress.damage],
             )
 
     async def prune_images(self, request: admin.PruneImagesRequest) -> admin.PruneImagesResponse:
@@ -110,11 +110,11 @@ class AdminService:
 
     def _damage(self, damage: Damage) -> admin.Damage:
         if not damage.images:
-            advice = "no image has it; `criserver image prune` deletes what nothing needs"
+            advice = "no image uses it; `criserver image prune` deletes unused content"
         else:
-            advice = "remove the images that have it, and pull or import them again"
+            advice = "remove the images that use it, and pull or import them again"
             if damage.kind == "layer" and any(self._images.snapshots_of(image) for image in damage.images):
-                advice += ", when the containers that stand on it are gone"
+                advice += ", after the containers that use it are removed"
         return admin.Damage(
             what=f"{damage.kind} {damage.digest}: {damage.reason}",
             images=[_image(image) for image in damage.images],
@@ -133,10 +133,10 @@ def _layer(layer: LayerProgress) -> admin.LayerProgress:
 
 
 def _credentials(request: admin.PullImageRequest) -> Credentials | None:
-    found = Credentials(
+    credentials = Credentials(
         request.username,
         request.password,
         identity_token=request.identity_token,
         registry_token=request.registry_token,
     )
-    return None if found == Credentials() else found
+    return None if credentials == Credentials() else credentials

@@ -1,8 +1,8 @@
-"""What every request is held to before anything looks into it: texts that the kernel can take, of bounded length.
+"""The limits of every request: the length of its texts, and characters that the kernel accepts.
 
-One walk over a request's fields, by its descriptor: a field that CRI gains is held to the same without a word here.
-What a field means is another matter (``runtime/refusals.py``). Records are not looked at again: what was taken once, by
-an older daemon too, stays readable.
+:func:`check` walks over the fields of a request by its descriptor. So the limits hold for new fields of CRI too.
+``runtime/refusals.py`` checks the meaning of fields. Records are not checked again: a record that was accepted once,
+also by an older daemon, stays readable.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from google.protobuf.message import Message
 from criserver.errors import InvalidArgumentError
 from criserver.text import quoted
 
-# Bytes. No name of Kubernetes' is near it, and no path of the kernel's is longer (PATH_MAX, limits.h).
+# Bytes. Names of Kubernetes are much shorter, and no path of the kernel is longer (PATH_MAX, limits.h).
 _TEXT = 4096
-# The kernel takes a sysctl's value as far as a page goes and drops what comes behind it (kernel/sysctl.c).
+# The kernel cuts off the value of a sysctl after a page (kernel/sysctl.c).
 _SYSCTL = 4095
-# Of one argument or environment variable, and of all of them with a pointer and a zero byte each (execve(2); the
-# latter is what the largest limit of a stack gives them).
+# One argument or environment variable; and all of them, each with a pointer and a zero byte (execve(2)). The second
+# limit is the one for the largest possible stack.
 _ARGUMENT = 32 * os.sysconf("SC_PAGE_SIZE") - 1
 _ARGUMENTS = 6 << 20
 _POINTER = 8
-# Tokens are as long as who signs them makes them.
+# The length of a token depends on its issuer.
 _SECRET = 64 << 10
-# All of a map of annotations. Kubernetes takes a quarter of it; they come back in every list, which has a limit too.
+# A whole map of annotations. The limit of Kubernetes is a quarter of it. Every list has them, and has a limit too.
 _ANNOTATIONS = 1 << 20
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -38,33 +38,33 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """``limit`` is in bytes, 0 for none; ``words`` are on one line, without control characters."""
+    """``limit`` is in bytes, 0 for none. ``one_line``: no control characters. ``zero``: a zero byte is allowed."""
 
     limit: int = _TEXT
-    words: bool = False
+    one_line: bool = False
     zero: bool = False
 
 
 _DEFAULT = _Rule()
 _ANNOTATION = _Rule(limit=0, zero=True)
-_WORDS = _Rule(words=True)
+_ONE_LINE = _Rule(one_line=True)
 
-# By message and field, for what differs from the default. Names, and what becomes a part of a line, of a unit's name or
-# of a control file, are words.
+# The rules that differ from the default, by message and field. One line: names, and texts that become a part of a line,
+# of a unit's name or of a control file.
 _RULES = {
-    "PodSandboxMetadata.name": _WORDS,
-    "PodSandboxMetadata.namespace": _WORDS,
-    "PodSandboxMetadata.uid": _WORDS,
-    "ContainerMetadata.name": _WORDS,
-    "PodSandboxConfig.log_directory": _WORDS,
-    "ContainerConfig.log_path": _WORDS,
-    "LinuxPodSandboxConfig.cgroup_parent": _WORDS,
-    # A value ends at its first newline: what comes behind it would be dropped without a word.
-    "LinuxPodSandboxConfig.sysctls": _Rule(_SYSCTL, words=True),
-    "LinuxContainerResources.cpuset_cpus": _WORDS,
-    "LinuxContainerResources.cpuset_mems": _WORDS,
-    "HugepageLimit.page_size": _WORDS,
-    "RunPodSandboxRequest.runtime_handler": _WORDS,
+    "PodSandboxMetadata.name": _ONE_LINE,
+    "PodSandboxMetadata.namespace": _ONE_LINE,
+    "PodSandboxMetadata.uid": _ONE_LINE,
+    "ContainerMetadata.name": _ONE_LINE,
+    "PodSandboxConfig.log_directory": _ONE_LINE,
+    "ContainerConfig.log_path": _ONE_LINE,
+    "LinuxPodSandboxConfig.cgroup_parent": _ONE_LINE,
+    # A value ends at its first newline: the kernel would drop the rest silently.
+    "LinuxPodSandboxConfig.sysctls": _Rule(_SYSCTL, one_line=True),
+    "LinuxContainerResources.cpuset_cpus": _ONE_LINE,
+    "LinuxContainerResources.cpuset_mems": _ONE_LINE,
+    "HugepageLimit.page_size": _ONE_LINE,
+    "RunPodSandboxRequest.runtime_handler": _ONE_LINE,
     "ContainerConfig.command": _Rule(_ARGUMENT),
     "ContainerConfig.args": _Rule(_ARGUMENT),
     "ExecSyncRequest.cmd": _Rule(_ARGUMENT),
@@ -83,7 +83,7 @@ _RULES = {
 
 
 def check(request: Message) -> None:
-    """Raises InvalidArgumentError, which names the field and not what is in it: that may be a secret."""
+    """Raises InvalidArgumentError that names the field, but not its value: that may be a secret."""
     _message(request, "")
 
 
@@ -117,15 +117,17 @@ def _is_list(value: Any) -> bool:
     return not isinstance(value, Message)
 
 
-def _map(field: FieldDescriptor, found: Mapping[str, Any], name: str, rule: _Rule) -> None:
-    """A map of CRI's: its keys are names."""
+def _map(field: FieldDescriptor, entries: Mapping[str, Any], name: str, rule: _Rule) -> None:
+    """Check a map. Its keys are names."""
     if field.name == "annotations":
         rule = _ANNOTATION
-        total = sum(_size(key) + _size(value) for key, value in found.items())
+        total = sum(_size(key) + _size(value) for key, value in entries.items())
         if total > _ANNOTATIONS:
-            raise InvalidArgumentError(f"{name} has {total} bytes; all annotations together may have {_ANNOTATIONS}")
-    for key, value in found.items():
-        _text(key, f"{name}: the key {quoted(key)}", _WORDS)
+            raise InvalidArgumentError(
+                f"{name} has {total} bytes; all annotations together may have at most {_ANNOTATIONS}"
+            )
+    for key, value in entries.items():
+        _text(key, f"{name}: the key {quoted(key)}", _ONE_LINE)
         if isinstance(value, str):
             _text(value, f"{name}[{quoted(key)}]", rule)
 
@@ -134,7 +136,7 @@ def _is_wrong(text: str, rule: _Rule) -> bool:
     return (
         bool(rule.limit and 4 * len(text) > rule.limit and _size(text) > rule.limit)
         or (not rule.zero and "\0" in text)
-        or bool(rule.words and _CONTROL.search(text))
+        or bool(rule.one_line and _CONTROL.search(text))
     )
 
 
@@ -142,14 +144,14 @@ def _text(text: str, name: str, rule: _Rule) -> None:
     if not _is_wrong(text, rule):
         return
     if rule.limit and (size := _size(text)) > rule.limit:
-        raise InvalidArgumentError(f"{name} has {size} bytes; at most {rule.limit} are possible")
+        raise InvalidArgumentError(f"{name} has {size} bytes; at most {rule.limit} are allowed")
     if "\0" in text:
         raise InvalidArgumentError(f"{name} has a zero byte")
     raise InvalidArgumentError(f"{name} has a control character; it must be printable and on one line")
 
 
 def _arguments(message: Any, where: str) -> None:
-    """What execve(2) could never take, whatever the limits: told here, and not by a runtime after megabytes of JSON."""
+    """Refuse arguments that execve(2) never accepts: here, and not in a runtime after megabytes of JSON."""
     texts: Iterable[str]
     total = 0
     if message.DESCRIPTOR.name == "ContainerConfig":
@@ -158,14 +160,14 @@ def _arguments(message: Any, where: str) -> None:
         for number, env in enumerate(message.envs):
             if (size := _size(env.key) + 1 + len(env.value)) > _ARGUMENT:
                 raise InvalidArgumentError(
-                    f"{where}envs[{number}] has {size} bytes; the kernel takes {_ARGUMENT} of one variable"
+                    f"{where}envs[{number}] has {size} bytes; the kernel allows {_ARGUMENT} for one variable"
                 )
             total += 1 + len(env.value)
     else:
         texts, name = message.cmd, "cmd"
     total += sum(_size(text) + 1 + _POINTER for text in texts)
     if total > _ARGUMENTS:
-        raise InvalidArgumentError(f"{where}{name} need {total} bytes in a process; the kernel gives them {_ARGUMENTS}")
+        raise InvalidArgumentError(f"{where}{name} need {total} bytes in a process; the kernel allows {_ARGUMENTS}")
 
 
 def _size(text: str) -> int:

@@ -1,10 +1,10 @@
-"""Lists: entries that are made one by one, and joins of bytes already serialised.
+"""Lists: entries are made one by one, and serialised entries are joined.
 
-An entry that cannot be made is left out and told to the log: one bad record never fails the answer for all.
+An entry that cannot be made is logged and left out: one bad record never fails the answer for all.
 
-A repeated field is a concatenation on the wire (protobuf encoding, "Message structure"), so the answer to
-ListContainers is its entries' fragments one after the other. Records are frozen: a fragment is good for as
-long as the record is the same object.
+A repeated field is a concatenation on the wire (protobuf encoding, "Message structure"). So the answer to
+ListContainers is the join of its serialised entries, the fragments. Records are frozen: a fragment stays valid while
+the record is the same object.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ Record = TypeVar("Record", bound=_Identified)
 Entry = TypeVar("Entry")
 
 
-def made(records: Iterable[Record], make: Callable[[Record], Entry]) -> Iterator[Entry]:
-    """The entry that ``make`` gives for each record, without those that it raises for."""
+def make_each(records: Iterable[Record], make: Callable[[Record], Entry]) -> Iterator[Entry]:
+    """The entry of ``make`` for each record. A record for which it raises is logged and left out."""
     for record in records:
         try:
             entry = make(record)
         except Exception:
-            log.exception("left out of a list: its entry cannot be made", id=record.id)
+            log.exception("a record is left out of a list: its entry cannot be made", id=record.id)
         else:
             yield entry
 
 
 class Fragments(Generic[Record]):
-    """Serialised entries of one kind of list; ``make`` gives a list answer with one entry in it."""
+    """Serialised entries of one kind of list. ``make`` returns a list answer with one entry."""
 
     def __init__(self, make: Callable[[Record], bytes]) -> None:
         self._make = make
         self._kept: dict[str, tuple[Record, bytes]] = {}
 
     def join(self, records: Iterable[Record], total: int) -> bytes:
-        """The answer that lists ``records``; ``total`` is how many there are on the node."""
+        """The answer that lists ``records``. ``total`` is the number of all records on the node."""
         if len(self._kept) > 2 * total + 64:
-            self._kept.clear()  # mostly fragments of what has been removed
+            self._kept.clear()  # most are fragments of removed records
         kept, parts = self._kept, []
         for record in records:
             entry = kept.get(record.id)
             if entry is None or entry[0] is not record:
-                # Nothing where it cannot be made; that is kept, too, and told once.
-                entry = kept[record.id] = (record, next(made((record,), self._make), b""))
+                # b"" where it cannot be made. That is kept too, so it is logged once.
+                entry = kept[record.id] = (record, next(make_each((record,), self._make), b""))
             parts.append(entry[1])
         return b"".join(parts)

@@ -1,4 +1,4 @@
-"""CRI's RuntimeService: requests in, one call of the runtime room each, answers out."""
+"""CRI's RuntimeService: each request becomes one call of the runtime room, and its result an answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from google.protobuf import json_format
 
 from criserver import __version__
 from criserver.api import views
-from criserver.api.filters import batches, selected
-from criserver.api.lists import Fragments, made
+from criserver.api.filters import batches, has_labels
+from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.errors import InvalidArgumentError
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -39,7 +39,7 @@ from criserver.streaming import RequestedStreams
 
 log = structlog.get_logger(__name__)
 
-# RPCs that a later version builds, with the feature that each belongs to.
+# RPCs that are not implemented yet, each with the name of its feature.
 MISSING: dict[str, str] = {}
 
 # The version of the kubelet's runtime API, which the kubelet compares with its own. It is not criserver's.
@@ -47,7 +47,7 @@ KUBELET_API_VERSION = "0.1.0"
 
 
 class RuntimeService(StatsRpcs):
-    """The methods are named after the RPCs; what each promises is CRI's."""
+    """The methods have the names of the RPCs. CRI documents them."""
 
     def __init__(self, node: Node, api_version: str) -> None:
         super().__init__(node)
@@ -81,11 +81,11 @@ class RuntimeService(StatsRpcs):
                 cri.RuntimeHandler(
                     name=name,
                     features=cri.RuntimeHandlerFeatures(
-                        recursive_read_only_mounts=found.recursive_readonly_mounts,
-                        user_namespaces=found.user_namespaces,
+                        recursive_read_only_mounts=handler_features.recursive_readonly_mounts,
+                        user_namespaces=handler_features.user_namespaces,
                     ),
                 )
-                for name, found in handlers.items()
+                for name, handler_features in handlers.items()
             ],
             features=cri.RuntimeFeatures(supplemental_groups_policy=True),
         )
@@ -95,8 +95,8 @@ class RuntimeService(StatsRpcs):
         return cri.RuntimeConfigResponse(linux=cri.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
     async def update_runtime_config(self, request: cri.UpdateRuntimeConfigRequest) -> cri.UpdateRuntimeConfigResponse:
-        # The pod network is the CNI configuration's business; the kubelet tells every runtime all the same.
-        log.info("pod CIDR told by the kubelet", cidr=request.runtime_config.network_config.pod_cidr)
+        # The CNI configuration decides about the pod network. The kubelet sends the CIDR to every runtime.
+        log.info("pod CIDR from the kubelet, not used", cidr=request.runtime_config.network_config.pod_cidr)
         return cri.UpdateRuntimeConfigResponse()
 
     async def run_pod_sandbox(self, request: cri.RunPodSandboxRequest) -> cri.RunPodSandboxResponse:
@@ -108,11 +108,11 @@ class RuntimeService(StatsRpcs):
         )
 
     async def stop_pod_sandbox(self, request: cri.StopPodSandboxRequest) -> cri.StopPodSandboxResponse:
-        await stop_sandbox(self._node, _given(request.pod_sandbox_id, "pod_sandbox_id"))
+        await stop_sandbox(self._node, _required(request.pod_sandbox_id, "pod_sandbox_id"))
         return cri.StopPodSandboxResponse()
 
     async def remove_pod_sandbox(self, request: cri.RemovePodSandboxRequest) -> cri.RemovePodSandboxResponse:
-        await remove_sandbox(self._node, _given(request.pod_sandbox_id, "pod_sandbox_id"))
+        await remove_sandbox(self._node, _required(request.pod_sandbox_id, "pod_sandbox_id"))
         return cri.RemovePodSandboxResponse()
 
     async def pod_sandbox_status(self, request: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
@@ -120,7 +120,7 @@ class RuntimeService(StatsRpcs):
         sandbox = registry.visible_sandbox(request.pod_sandbox_id)
         response = cri.PodSandboxStatusResponse(
             status=views.sandbox_status(sandbox),
-            containers_statuses=made(
+            containers_statuses=make_each(
                 (c for c in registry.visible_containers() if c.sandbox_id == sandbox.id), views.container_status
             ),
             timestamp=time.time_ns(),
@@ -130,18 +130,18 @@ class RuntimeService(StatsRpcs):
         return response
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
-        found = self._filtered_sandboxes(request.filter)
-        return self._sandboxes.join(found, len(self._node.registry.sandboxes))
+        sandboxes = self._filtered_sandboxes(request.filter)
+        return self._sandboxes.join(sandboxes, len(self._node.registry.sandboxes))
 
-    def _filtered_sandboxes(self, wanted: cri.PodSandboxFilter) -> list[Sandbox]:
-        found = self._node.registry.visible_sandboxes()
-        if wanted.id:
-            found = [s for s in found if s.id.startswith(wanted.id)]
-        if wanted.HasField("state"):
-            found = [s for s in found if views.SANDBOX_STATES[s.state] == wanted.state.state]
-        if wanted.label_selector:
-            found = [s for s in found if selected(s.config.labels, wanted.label_selector)]
-        return found
+    def _filtered_sandboxes(self, selector: cri.PodSandboxFilter) -> list[Sandbox]:
+        sandboxes = self._node.registry.visible_sandboxes()
+        if selector.id:
+            sandboxes = [s for s in sandboxes if s.id.startswith(selector.id)]
+        if selector.HasField("state"):
+            sandboxes = [s for s in sandboxes if views.SANDBOX_STATES[s.state] == selector.state.state]
+        if selector.label_selector:
+            sandboxes = [s for s in sandboxes if has_labels(s.config.labels, selector.label_selector)]
+        return sandboxes
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
         sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
@@ -155,11 +155,11 @@ class RuntimeService(StatsRpcs):
         return cri.StartContainerResponse()
 
     async def stop_container(self, request: cri.StopContainerRequest) -> cri.StopContainerResponse:
-        await stop_container(self._node, _given(request.container_id, "container_id"), request.timeout)
+        await stop_container(self._node, _required(request.container_id, "container_id"), request.timeout)
         return cri.StopContainerResponse()
 
     async def remove_container(self, request: cri.RemoveContainerRequest) -> cri.RemoveContainerResponse:
-        await remove_container(self._node, _given(request.container_id, "container_id"))
+        await remove_container(self._node, _required(request.container_id, "container_id"))
         return cri.RemoveContainerResponse()
 
     async def container_status(self, request: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
@@ -185,20 +185,20 @@ class RuntimeService(StatsRpcs):
         return cri.UpdatePodSandboxResourcesResponse()
 
     async def list_containers(self, request: cri.ListContainersRequest) -> bytes:
-        found = self._filtered_containers(request.filter)
-        return self._containers.join(found, len(self._node.registry.containers))
+        containers = self._filtered_containers(request.filter)
+        return self._containers.join(containers, len(self._node.registry.containers))
 
-    def _filtered_containers(self, wanted: cri.ContainerFilter) -> list[Container]:
-        found = self._node.registry.visible_containers()
-        if wanted.id:
-            found = [c for c in found if c.id.startswith(wanted.id)]
-        if wanted.pod_sandbox_id:
-            found = [c for c in found if c.sandbox_id.startswith(wanted.pod_sandbox_id)]
-        if wanted.HasField("state"):
-            found = [c for c in found if views.CONTAINER_STATES[c.state] == wanted.state.state]
-        if wanted.label_selector:
-            found = [c for c in found if selected(c.config.labels, wanted.label_selector)]
-        return found
+    def _filtered_containers(self, selector: cri.ContainerFilter) -> list[Container]:
+        containers = self._node.registry.visible_containers()
+        if selector.id:
+            containers = [c for c in containers if c.id.startswith(selector.id)]
+        if selector.pod_sandbox_id:
+            containers = [c for c in containers if c.sandbox_id.startswith(selector.pod_sandbox_id)]
+        if selector.HasField("state"):
+            containers = [c for c in containers if views.CONTAINER_STATES[c.state] == selector.state.state]
+        if selector.label_selector:
+            containers = [c for c in containers if has_labels(c.config.labels, selector.label_selector)]
+        return containers
 
     async def get_container_events(self, request: cri.GetEventsRequest) -> AsyncIterator[cri.ContainerEventResponse]:
         async for event in self._node.events.listen():
@@ -208,13 +208,13 @@ class RuntimeService(StatsRpcs):
         self, request: cri.StreamPodSandboxesRequest
     ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
         for batch in batches(self._filtered_sandboxes(request.filter)):
-            yield cri.StreamPodSandboxesResponse(pod_sandboxes=made(batch, views.sandbox))
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=make_each(batch, views.sandbox))
 
     async def stream_containers(
         self, request: cri.StreamContainersRequest
     ) -> AsyncIterator[cri.StreamContainersResponse]:
         for batch in batches(self._filtered_containers(request.filter)):
-            yield cri.StreamContainersResponse(containers=made(batch, views.container))
+            yield cri.StreamContainersResponse(containers=make_each(batch, views.container))
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> bytes:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)
@@ -246,7 +246,7 @@ class RuntimeService(StatsRpcs):
             root=config.root,
             state=config.state,
             cgroupDriver=config.cgroup_driver,
-            # None: the kernel has no AppArmor.
+            # None where the kernel has no AppArmor.
             defaultAppArmorProfile=None if loaded is None else default,
             selinux=selinux.is_enabled(),
         )
@@ -278,11 +278,11 @@ class RuntimeService(StatsRpcs):
 
 
 def _document(message: cri.LinuxContainerResources) -> dict[str, object]:
-    found: dict[str, object] = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    return found
+    document: dict[str, object] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return document
 
 
-def _given(value: str, field: str) -> str:
+def _required(value: str, field: str) -> str:
     if not value:
-        raise InvalidArgumentError(f"{field} is empty; it must be given")
+        raise InvalidArgumentError(f"{field} is empty; it must be set")
     return value

@@ -1,7 +1,7 @@
 """Statistics and metrics of sandboxes and containers as CRI messages.
 
-Numbers come from stats/, names from the records. The event loop gets a turn between one thing and the next, so a
-full node's list does not hold up other calls.
+Values come from stats/, names from the records. Between two entries the event loop runs other tasks, so the list of a
+full node does not delay other calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
-from criserver.api.lists import made
+from criserver.api.lists import make_each
 from criserver.model import NamespaceMode
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
@@ -40,25 +40,25 @@ from criserver.stats import (
     samples,
 )
 
-# The pod network's interface, as the CNI plugins are told to name it.
+# The name of the pod network's interface, which the CNI plugins get.
 _DEFAULT_INTERFACE = "eth0"
-# Seconds for counting the descriptors of all containers' processes; those beyond have none in this answer.
+# Seconds to count the descriptors of all containers. Containers after that have no count in the answer.
 _COUNT_TIME = 2.0
 
 _KINDS = {True: cri.COUNTER, False: cri.GAUGE}
 
 
 class StatsViews:
-    """Answers for a node's statistics RPCs. ``directory`` is where the writable layers are, as ImageFsInfo names it."""
+    """Answers of a node's statistics RPCs. ``directory`` has the writable layers, and is the one of ImageFsInfo."""
 
     def __init__(self, node: Node, directory: str) -> None:
         self._node = node
         self._directory = directory
 
     def container(self, record: Container) -> cri.ContainerStats:
-        """Statistics of a container; what only runs with one is absent where it does not run."""
+        """Statistics of a container. One that does not run has the attributes and the writable layer alone."""
         config = record.config
-        found = cri.ContainerStats(
+        stats = cri.ContainerStats(
             attributes=cri.ContainerAttributes(
                 id=record.id,
                 metadata=cri.ContainerMetadata(name=config.name, attempt=config.attempt),
@@ -70,35 +70,35 @@ class StatsViews:
         sandbox = self._node.registry.sandboxes.get(record.sandbox_id)
         if record.state is ContainerState.RUNNING and sandbox is not None:
             usage = self._node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, record.id)).usage()
-            _fill(found, usage)
+            _fill(stats, usage)
             if usage.swap is not None:
-                found.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
-        return found
+                stats.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
+        return stats
 
     async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
         """Statistics of each container."""
         self._retain()
-        for found in made(records, self.container):
-            yield found
+        for stats in make_each(records, self.container):
+            yield stats
             await asyncio.sleep(0)
 
     async def sandbox(self, record: Sandbox) -> cri.PodSandboxStats:
-        """Statistics of a sandbox and its containers; a stopped one has the attributes and writable layers only."""
+        """Statistics of a sandbox and its containers. A stopped one has the attributes and writable layers alone."""
         networks = await self._networks([record])
         return self._sandbox(record, self._members().get(record.id, []), networks.get(self._network_namespace(record)))
 
     async def sandboxes(self, records: Iterable[Sandbox]) -> AsyncIterator[cri.PodSandboxStats]:
         """Statistics of each sandbox and its containers."""
         self._retain()
-        wanted = list(records)
-        networks = await self._networks(wanted)
+        sandboxes = list(records)
+        networks = await self._networks(sandboxes)
         members = self._members()
 
         def make(record: Sandbox) -> cri.PodSandboxStats:
             return self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
 
-        for found in made(wanted, make):
-            yield found
+        for stats in make_each(sandboxes, make):
+            yield stats
             await asyncio.sleep(0)
 
     async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
@@ -128,9 +128,9 @@ class StatsViews:
             return cri.ContainerMetrics(container_id=key, metrics=_metrics(measured, _container_labels(pod, container)))
 
         for pod, containers in pods:
-            for response in made((pod,), make_pod):
-                for found in made(containers, partial(make_container, pod)):
-                    response.container_metrics.append(found)
+            for response in make_each((pod,), make_pod):
+                for container_metrics in make_each(containers, partial(make_container, pod)):
+                    response.container_metrics.append(container_metrics)
                     await asyncio.sleep(0)
                 yield response
 
@@ -170,9 +170,9 @@ class StatsViews:
         )
 
     def _processes(self, pod: Sandbox, containers: Iterable[Container]) -> dict[str, list[int]]:
-        """The PIDs of each container, and of the infra process under the pod's own ID.
+        """The PIDs of each container by its ID, and of the infra process by the pod's ID.
 
-        Not those of the pod's cgroup: several pods may have been given the same one.
+        Not the PIDs of the pod's cgroup, because several pods may have the same one.
         """
         paths = {key: cgroups.path(pod.cgroup_parent, key) for key in (pod.id, *(c.id for c in containers))}
         return {key: self._node.stats.cgroups.reader(path).processes() for key, path in paths.items()}
@@ -195,7 +195,7 @@ class StatsViews:
         descriptors: Descriptors | None,
         file_system: FileSystem,
     ) -> Measurements:
-        stats, given = self._node.stats, container.config.resources
+        stats, resources = self._node.stats, container.config.resources
         reader = stats.cgroups.reader(cgroups.path(pod.cgroup_parent, container.id))
         return Measurements(
             usage=reader.usage(),
@@ -205,35 +205,35 @@ class StatsViews:
             disk=stats.disk.latest(container.id),
             file_system=file_system,
             limits=ContainerLimits(
-                cpu_period=given.cpu_period,
-                cpu_quota=given.cpu_quota,
-                cpu_shares=given.cpu_shares,
-                memory=given.memory_limit,
-                swap=given.memory_swap_limit,
+                cpu_period=resources.cpu_period,
+                cpu_quota=resources.cpu_quota,
+                cpu_shares=resources.cpu_shares,
+                memory=resources.memory_limit,
+                swap=resources.memory_swap_limit,
             ),
             started_at=container.started_at,
         )
 
     async def _networks(self, sandboxes: Iterable[Sandbox]) -> Mapping[str, tuple[InterfaceCounters, ...]]:
-        """The interfaces by namespace, of those sandboxes that are up and have one."""
+        """The interfaces by namespace, for the sandboxes that are ready and have a network namespace."""
         paths = [self._network_namespace(s) for s in sandboxes if s.state is SandboxState.READY]
         return await self._node.stats.networks.read(path for path in paths if path)
 
     def _network_namespace(self, sandbox: Sandbox) -> str:
-        """Where the sandbox's network namespace is pinned; "" where it is the node's."""
+        """The path at which the sandbox's network namespace is pinned; "" for the node's namespace."""
         if sandbox.config.namespaces.network is NamespaceMode.NODE:
             return ""
         return network_pin(self._node, sandbox.id)
 
     def _members(self) -> dict[str, list[Container]]:
-        """The containers that callers see, by sandbox."""
+        """The visible containers by sandbox."""
         members: dict[str, list[Container]] = {}
         for container in self._node.registry.visible_containers():
             members.setdefault(container.sandbox_id, []).append(container)
         return members
 
     def _retain(self) -> None:
-        """Close what is kept of containers and sandboxes that run no more."""
+        """Close the descriptors of containers and sandboxes that do not run any more."""
         registry, stats = self._node.registry, self._node.stats
         ready = [s for s in registry.sandboxes.values() if s.state is SandboxState.READY]
         running = (c for c in registry.containers.values() if c.state is ContainerState.RUNNING)
@@ -266,7 +266,7 @@ def _metric(metric: Metric, timestamp: int, value: int, labels: tuple[str, ...])
 
 
 def _pod_labels(pod: Sandbox) -> tuple[str, ...]:
-    """The values of LABELS for what is the pod's own."""
+    """The values of LABELS for metrics of the pod."""
     return pod.config.name, pod.config.namespace, "", cgroups.pod_path(pod.cgroup_parent), "", ""
 
 
@@ -276,23 +276,23 @@ def _container_labels(pod: Sandbox, container: Container) -> tuple[str, ...]:
 
 
 def _file_system(directory: str) -> FileSystem:
-    found, device = os.statvfs(directory), os.stat(directory).st_dev
+    file_system, device = os.statvfs(directory), os.stat(directory).st_dev
     return FileSystem(
         device=device_name(os.major(device), os.minor(device)),
-        size=found.f_blocks * found.f_frsize,
-        inodes=found.f_files,
-        inodes_free=found.f_ffree,
+        size=file_system.f_blocks * file_system.f_frsize,
+        inodes=file_system.f_files,
+        inodes_free=file_system.f_ffree,
     )
 
 
-def _fill(found: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: CgroupUsage) -> None:
-    """The fields that a container and a pod have in common."""
+def _fill(stats: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: CgroupUsage) -> None:
+    """Set the fields that containers and pods have in common."""
     if usage.cpu is not None:
-        found.cpu.CopyFrom(_cpu(usage, usage.cpu))
+        stats.cpu.CopyFrom(_cpu(usage, usage.cpu))
     if usage.memory is not None:
-        found.memory.CopyFrom(_memory(usage, usage.memory))
+        stats.memory.CopyFrom(_memory(usage, usage.memory))
     if usage.io_pressure is not None:
-        found.io.CopyFrom(cri.IoUsage(timestamp=usage.timestamp, psi=_psi(usage.io_pressure)))
+        stats.io.CopyFrom(cri.IoUsage(timestamp=usage.timestamp, psi=_psi(usage.io_pressure)))
 
 
 def _cpu(usage: CgroupUsage, cpu: Cpu) -> cri.CpuUsage:
@@ -324,7 +324,7 @@ def _swap(timestamp: int, swap: Swap) -> cri.SwapUsage:
 
 
 def _network(interfaces: tuple[InterfaceCounters, ...]) -> cri.NetworkUsage:
-    """``interfaces`` of the answer are all but the default one."""
+    """CRI's field ``interfaces`` has all interfaces except the default one."""
     default = [_interface(i) for i in interfaces if i.name == _DEFAULT_INTERFACE]
     return cri.NetworkUsage(
         timestamp=time.time_ns(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from criserver.api.lists import made
+from criserver.api.lists import make_each
 from criserver.images import Image
 from criserver.model import Namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -15,7 +15,7 @@ from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState
 from criserver.runtime.parse import MODES
 from criserver.runtime.records import Container, Sandbox
 
-# Intentions under way are seen as the state that they start from.
+# An intermediate state is shown as the state before it.
 CONTAINER_STATES = {
     ContainerState.CREATED: cri.CONTAINER_CREATED,
     ContainerState.STARTING: cri.CONTAINER_CREATED,
@@ -34,7 +34,7 @@ _EVENTS = {
     EventType.STOPPED: cri.CONTAINER_STOPPED_EVENT,
     EventType.DELETED: cri.CONTAINER_DELETED_EVENT,
 }
-# Field and kind on the wire (protobuf encoding): a length, and so many bytes.
+# The tag of a field on the wire (protobuf encoding): its number, and its wire type LEN (2).
 _STDOUT, _STDERR = (
     bytes([cri.ExecSyncResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("stdout", "stderr")
 )
@@ -120,20 +120,20 @@ def container_status(record: Container) -> cri.ContainerStatus:
     return status
 
 
-def event(happened: Event) -> cri.ContainerEventResponse:
-    """What happened, with the statuses of the whole pod."""
+def event(record: Event) -> cri.ContainerEventResponse:
+    """An event, with the statuses of the whole pod."""
     return cri.ContainerEventResponse(
-        container_id=happened.id,
-        container_event_type=_EVENTS[happened.type],
-        created_at=happened.at,
-        pod_sandbox_status=sandbox_status(happened.sandbox),
-        containers_statuses=made(happened.containers, container_status),
+        container_id=record.id,
+        container_event_type=_EVENTS[record.type],
+        created_at=record.at,
+        pod_sandbox_status=sandbox_status(record.sandbox),
+        containers_statuses=make_each(record.containers, container_status),
     )
 
 
 def image(record: Image) -> cri.Image:
     """The image as ListImages and ImageStatus show it."""
-    found = cri.Image(
+    shown = cri.Image(
         id=record.id,
         repo_tags=record.repo_tags,
         repo_digests=record.repo_digests,
@@ -143,27 +143,27 @@ def image(record: Image) -> cri.Image:
     )
     match record.user.user:
         case int(number):
-            found.uid.value = number
+            shown.uid.value = number
         case name:
-            found.username = name
-    return found
+            shown.username = name
+    return shown
 
 
 def exec_result(result: ExecResult) -> bytes:
-    """The answer to ExecSync, serialised in one piece: a message would hold copies of megabytes of output."""
+    """The serialised answer to ExecSync. It is made without a message, which would copy megabytes of output."""
     code = cri.ExecSyncResponse(exit_code=result.code).SerializeToString()
     outputs = ((_STDOUT, result.stdout), (_STDERR, result.stderr))
     return b"".join([part for tag, data in outputs if data for part in (tag, _varint(len(data)), data)] + [code])
 
 
 def _varint(number: int) -> bytes:
-    """A number as protobuf has it on the wire: seven bits a byte, the lowest first, with more to come in the eighth."""
-    found = bytearray()
+    """A number as a varint of protobuf: seven bits a byte, the lowest first. The eighth bit: more bytes follow."""
+    encoded = bytearray()
     while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
+        encoded.append(number & 0x7F | 0x80)
         number >>= 7
-    found.append(number)
-    return bytes(found)
+    encoded.append(number)
+    return bytes(encoded)
 
 
 def info(**facts: Any) -> dict[str, str]:
@@ -172,7 +172,7 @@ def info(**facts: Any) -> dict[str, str]:
 
 
 def _utf8(text: str) -> str:
-    """The text as a message can carry it: what a runtime says of a failure may have halves of characters in it."""
+    """The text without broken characters, which a runtime's error message may have: a message must be valid UTF-8."""
     return text.encode(errors="replace").decode()
 
 
@@ -182,11 +182,11 @@ def _pod_metadata(record: Sandbox) -> cri.PodSandboxMetadata:
 
 
 def _namespaces(modes: Namespaces) -> cri.NamespaceOption:
-    found = cri.NamespaceOption(network=_MODES[modes.network], pid=_MODES[modes.pid], ipc=_MODES[modes.ipc])
+    options = cri.NamespaceOption(network=_MODES[modes.network], pid=_MODES[modes.pid], ipc=_MODES[modes.ipc])
     if modes.user is not None:
-        found.userns_options.mode = cri.POD
+        options.userns_options.mode = cri.POD
         for mapping, field in ((modes.user.uids, "uids"), (modes.user.gids, "gids")):
-            getattr(found.userns_options, field).add(
+            getattr(options.userns_options, field).add(
                 container_id=mapping.container_id, host_id=mapping.host_id, length=mapping.length
             )
-    return found
+    return options

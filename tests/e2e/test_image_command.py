@@ -400,7 +400,7 @@ def test_what_is_pinned_stays(node: Node, registry: Registry, tmp_path):
     assert status(node, image.id).pinned
     with busybox_pinned(node):
         command(node, "prune", "--all")
-    assert "is pinned; unpin it before" in command(node, "remove", "localhost/pinned:1", code=1).stderr
+    assert "is pinned; unpin it first" in command(node, "remove", "localhost/pinned:1", code=1).stderr
     assert command(node, "unpin", "localhost/pinned:1").stdout.startswith(f"unpinned {image.id}")
     assert not status(node, image.id).pinned
     command(node, "pin", image.id)
@@ -470,7 +470,7 @@ def test_a_damaged_blob_is_reported_with_its_images(node: Node, registry: Regist
     assert what.startswith(f"blob {digest}: ")
     assert reason[kind] in what
     assert {tuple(owner.split()[:2]) for owner in owners} == {(i.id, n) for i, n in zip(images, names, strict=True)}
-    assert advice == "  remove the images that have it, and pull or import them again"
+    assert advice == "  remove the images that use it, and pull or import them again"
     assert summary.endswith("; 1 damaged")
     command(node, "remove", *names)
     for name in names:
@@ -489,7 +489,7 @@ def test_a_damaged_layer_is_reported_with_its_images(node: Node, registry: Regis
     what, owner, advice, summary = command(node, "verify", code=1).stdout.splitlines()
     assert re.fullmatch(r"layer sha256:[0-9a-f]{64}: 'own' has 5 bytes in place of 9", what)
     assert owner.split()[:2] == [image.id, name]
-    assert advice.endswith("pull or import them again, when the containers that stand on it are gone")
+    assert advice.endswith("pull or import them again, after the containers that use it are removed")
     assert summary.endswith("; 1 damaged")
     node.remove_pods()
     command(node, "remove", name)

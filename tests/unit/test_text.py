@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.api import server
+from criserver.api import grpc_server
 from criserver.errors import CriError, InvalidArgumentError
 from criserver.text import printable, quoted, shown, status
 
@@ -87,8 +87,8 @@ async def test_a_client_is_told_of_any_error_with_its_own_code(tmp_path, error: 
 
     descriptor = cri.DESCRIPTOR.services_by_name["RuntimeService"]
     missing = {method.name: "nothing" for method in descriptor.methods}
-    handler = server.generic_handler(descriptor, _Failing(error), missing)
-    serving = await server.listen(f"{tmp_path}/s", [handler])
+    handler = grpc_server.generic_handler(descriptor, _Failing(error), missing)
+    serving = await grpc_server.listen(f"{tmp_path}/s", [handler])
     try:
         async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
             call = channel.unary_unary(

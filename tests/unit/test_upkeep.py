@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from criserver import upkeep
-from criserver.api.server import ended, listen
+from criserver.api.grpc_server import ended, listen
 from criserver.errors import CriError
 from criserver.runtime import service_manager
 from criserver.stats import DiskMeter

@@ -29,7 +29,7 @@ def pod(**fields) -> cri.RunPodSandboxRequest:
         (container(log_path="a\0b"), "config.log_path has a zero byte"),
         (container(mounts=[cri.Mount(), cri.Mount(host_path="/a\0")]), r"config.mounts\[1\].host_path has a zero byte"),
         (container(args=["a", "b\0"]), r"config.args\[1\] has a zero byte"),
-        (container(args=["a" * (ARGUMENT + 1)]), f"at most {ARGUMENT} are possible"),
+        (container(args=["a" * (ARGUMENT + 1)]), f"at most {ARGUMENT} are allowed"),
         (container(envs=[cri.KeyValue(key="K", value=b"v" * ARGUMENT)]), r"config.envs\[0\] has \d+ bytes"),
         (container(envs=[cri.KeyValue(key="K", value=b"\0")]), r"config.envs\[0\].value has a zero byte"),
         (container(labels={"k\0": "v"}), "config.labels: the key"),

@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.api.lists import Fragments, made
+from criserver.api.lists import Fragments, make_each
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 
@@ -62,7 +62,7 @@ def test_a_record_whose_entry_cannot_be_made_is_left_out_and_told_once(capsys):
         assert [c.id for c in joined.containers] == ["a", "c"]
     assert tried == ["a", "b", "c"]
     assert "left out of a list" in capsys.readouterr().out
-    assert list(made(records, choosy)) == [make(records[0]), make(records[2])]
+    assert list(make_each(records, choosy)) == [make(records[0]), make(records[2])]
 
 
 def test_fragments_of_removed_records_are_let_go():

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2
 
+from criserver.api.grpc_server import method_name
 from criserver.api.image_service import MISSING as IMAGE_MISSING
 from criserver.api.image_service import ImageService
 from criserver.api.runtime_service import MISSING as RUNTIME_MISSING
 from criserver.api.runtime_service import RuntimeService
-from criserver.api.server import method_name
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 # The interface's descriptor set lies beside a developer's checkout; a user's clone has none.

@@ -1,4 +1,4 @@
-"""The gRPC server on a unix socket: every RPC of a service is registered, whether this version has it or not."""
+"""The gRPC server on a unix socket. All RPCs of a service are registered, also those that are not implemented."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
-# The kubelet's own limit for an answer.
+# The kubelet's limit for an answer.
 MAX_MESSAGE = 16 << 20
 
 Handler = Callable[[Any], Awaitable[Any]]
@@ -38,10 +38,10 @@ def method_name(rpc: str) -> str:
 def generic_handler(
     descriptor: ServiceDescriptor, service: object, missing: Mapping[str, str], name: str = ""
 ) -> grpc.GenericRpcHandler:
-    """All RPCs of a service: those that ``service`` has a method for, and UNIMPLEMENTED for the others.
+    """All RPCs of a service. An RPC without a method of ``service`` answers UNIMPLEMENTED.
 
-    ``missing`` names the feature that an absent RPC belongs to; ``name`` is what the service is called on the
-    wire where that is not its own. Raises KeyError where an RPC is neither.
+    ``missing`` has the feature of each RPC that is not implemented. ``name`` replaces the name of the service on the
+    wire. Raises KeyError for an RPC that has no method and is not in ``missing``.
     """
     handlers = {}
     for method in descriptor.methods:
@@ -55,65 +55,65 @@ def generic_handler(
 def _rpc(method: MethodDescriptor, implementation: Handler) -> Any:
     request = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_told_stream(method.name, implementation), request, _serialize)
+        return grpc.unary_stream_rpc_method_handler(_streaming_call(method.name, implementation), request, _serialize)
     if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(_told(method.name, implementation), request, _serialize)
-    return grpc.unary_unary_rpc_method_handler(_told(method.name, implementation), request, _serialize)
+        return grpc.stream_unary_rpc_method_handler(_unary_call(method.name, implementation), request, _serialize)
+    return grpc.unary_unary_rpc_method_handler(_unary_call(method.name, implementation), request, _serialize)
 
 
 def _serialize(response: Message | bytes) -> bytes:
-    """Lists come as bytes already: joins of messages that were serialised when they last changed."""
+    """Serialise an answer. Lists are bytes already, joined from serialised entries."""
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _told(rpc: str, implementation: Handler) -> _Call:
-    """The implementation with its errors told as gRPC statuses."""
+def _unary_call(rpc: str, implementation: Handler) -> _Call:
+    """The implementation; its errors become gRPC statuses."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
         try:
-            if isinstance(request, Message):  # and not a stream of them
+            if isinstance(request, Message):  # not for a stream of requests
                 bounds.check(request)
             return await implementation(request)
-        except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
+        except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
             await context.abort(*_status(rpc, e))
 
     return call
 
 
-def _told_stream(rpc: str, implementation: Any) -> Any:
+def _streaming_call(rpc: str, implementation: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             bounds.check(request)
             async for response in implementation(request):
                 yield response
-        except Exception as e:  # noqa: BLE001 - whatever it is, the caller is told and the daemon goes on
+        except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
             await context.abort(*_status(rpc, e))
 
     return call
 
 
 def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The code and the words of an error, which may quote anybody: they are bounded here, whoever raised it."""
+    """The code and the text of an error. The text may have foreign parts, so its length is limited here."""
     if isinstance(error, ExceptionGroup):
-        return _status(rpc, error.exceptions[0])  # of work done side by side, whose rest was cancelled
+        return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
     if isinstance(error, CriError):
-        words = status(str(error))
-        log.info("call refused", rpc=rpc, code=error.code, error=words)
-        return grpc.StatusCode[error.code], words
+        message = status(str(error))
+        log.info("call refused", rpc=rpc, code=error.code, error=message)
+        return grpc.StatusCode[error.code], message
     log.error("call failed", rpc=rpc, exc_info=error)
     return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {error}")
 
 
 def _absent(rpc: str, feature: str, *, streams: bool) -> Any:
-    words = f"{rpc} is not supported yet: this version has no {feature}"
+    message = f"{rpc} is not supported yet: this version has no {feature}"
 
     async def refuse(_: Any) -> Any:
-        raise UnimplementedError(words)
+        raise UnimplementedError(message)
 
     async def refuse_stream(_: Any) -> AsyncIterator[Any]:
-        raise UnimplementedError(words)
+        raise UnimplementedError(message)
         yield
 
     return refuse_stream if streams else refuse
@@ -142,6 +142,6 @@ async def listen(address: str, handlers: list[grpc.GenericRpcHandler]) -> grpc.a
 
 
 async def ended(server: grpc.aio.Server) -> None:
-    """Wait until a server accepts no more calls; raises what has ended it, where that was not its stop()."""
-    # Shielded: a server whose wait is cancelled cannot be stopped any more.
+    """Wait until a server accepts no more calls. Raises the error that ended it, unless it was stopped."""
+    # Shielded: a server cannot be stopped any more after its wait is cancelled.
     await asyncio.shield(server.wait_for_termination())
