@@ -32,8 +32,8 @@ from criserver.streaming.spdy.connection_events import (
     StreamOpened,
     WindowGrown,
 )
+from criserver.streaming.spdy.flow_control import FlowControl
 from criserver.streaming.spdy.frames import (
-    DEFAULT_WINDOW,
     FIN,
     HEAD,
     MAX_ID,
@@ -52,7 +52,6 @@ from criserver.streaming.spdy.frames import (
     control,
     data_head,
     parse_settings,
-    settings,
     two_words,
 )
 from criserver.streaming.spdy.headers import HeaderDecoder, HeaderEncoder, Pairs, split_pairs
@@ -97,17 +96,12 @@ class Connection:
     __slots__ = (
         "_accepted",
         "_answers",
-        "_balance",
-        "_bounded",
         "_client",
-        "_credit",
         "_decoder",
         "_encoder",
         "_failed",
+        "_flow",
         "_going",
-        "_granting",
-        "_held",
-        "_initial",
         "_last_opened",
         "_limits",
         "_next_id",
@@ -144,15 +138,9 @@ class Connection:
         self._text = 0
         self._reader = FrameReader(self._limits.control)
         self._wanted = False  # whether the payload of the DATA frame that is being read goes to the caller
-        # Flow control: first the peer's windows, which limit this side, then the windows of this side.
-        self._bounded = False
-        self._initial = DEFAULT_WINDOW
-        self._balance = DEFAULT_WINDOW
-        self._granting = False
-        self._held = 0
-        self._credit = 0
+        self._flow = FlowControl(self._limits.window, self._limits.streams, self._out)
         if announce:
-            self._begin_grants()
+            self._flow.begin_grants(())
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -162,7 +150,7 @@ class Connection:
     @property
     def held(self) -> int:
         """Bytes handed out in Data events and not yet ``consumed``."""
-        return self._held
+        return self._flow.held
 
     def state(self, stream: int) -> tuple[Half, Half]:
         """What this side and the peer may still send on a stream."""
@@ -174,7 +162,7 @@ class Connection:
         known = self._streams.get(stream)
         if known is None or known.ours is not _OPEN:
             return 0
-        return max(0, self._room(known))
+        return max(0, self._flow.room(known))
 
     def open(self, headers: Iterable[tuple[str, str]] = (), *, end: bool = False) -> int:
         """Open a stream and return its ID; ``end``: this side sends nothing more on it."""
@@ -207,10 +195,10 @@ class Connection:
         if type(data) is not bytes:
             data = bytes(data)  # it may change before take()
         size = len(data)
-        if size > self._room(known):
-            raise LocalError(f"{size} bytes exceed the window of stream {stream} ({max(0, self._room(known))} bytes)")
-        known.balance -= size
-        self._balance -= size
+        room = self._flow.room(known)
+        if size > room:
+            raise LocalError(f"{size} bytes exceed the window of stream {stream} ({max(0, room)} bytes)")
+        self._flow.sent(known, size)
         most = min(self._limits.frame, MAX_SIZE)
         if size <= most:
             if size or end:
@@ -250,15 +238,9 @@ class Connection:
 
     def consumed(self, stream: int, count: int) -> None:
         """The caller has passed on or dropped ``count`` bytes of the stream's Data. The stream may have ended."""
-        if not 0 <= count <= self._held:
-            raise LocalError(f"{count} bytes cannot have been consumed: {self._held} are held")
-        self._held -= count
-        known = self._streams.get(stream)
-        if known is not None and known.theirs is not _DONE:
-            known.credit += count
-            if self._granting and known.credit * 2 >= self._limits.window:
-                self._grant(known)
-        self._restore(count)
+        if not 0 <= count <= self._flow.held:
+            raise LocalError(f"{count} bytes cannot have been consumed: {self._flow.held} are held")
+        self._flow.consumed(self._streams.get(stream), count)
 
     def take(self) -> bytes:
         """The bytes to send now, b"" for none."""
@@ -299,10 +281,10 @@ class Connection:
         size = len(data)
         if known is None or not self._wanted:  # or the caller has reset it in the middle of a frame
             # The caller will not consume these bytes, but they have used up the connection's window (section 2.6.8).
-            self._restore(size)
+            self._flow.restore(size)
             return
         if size or ended:
-            self._held += size
+            self._flow.held += size
             events.append(Data(stream, data, ended))
         if ended:
             known.theirs = _DONE
@@ -394,10 +376,8 @@ class Connection:
             return
         if initial > MAX_WINDOW:
             raise ConnectionFault(GoAwayStatus.FLOW_CONTROL_ERROR, f"an initial window of {initial} bytes")
-        self._begin_flow_control()
-        grown = initial > self._initial
-        self._initial = initial
-        if grown:
+        self._flow.begin(self._streams.values())
+        if self._flow.set_initial(initial):
             events.append(WindowGrown(0))
 
     def _ping(self, body: bytes, _flags: int, events: list[Event]) -> None:
@@ -420,25 +400,19 @@ class Connection:
 
     def _window_update(self, body: bytes, _flags: int, events: list[Event]) -> None:
         stream, delta = (word & MAX_ID for word in HEAD.unpack(body))
-        self._begin_flow_control()
+        self._flow.begin(self._streams.values())
         if not stream:
-            if not delta:
-                raise ConnectionFault(GoAwayStatus.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes")
-            if self._balance + delta > MAX_WINDOW:
-                raise ConnectionFault(GoAwayStatus.FLOW_CONTROL_ERROR, f"a window of more than {MAX_WINDOW} bytes")
-            self._balance += delta
+            self._flow.grow_connection(delta)
             events.append(WindowGrown(0))
             return
         known = self._streams.get(stream)
         if known is None or known.ours is _DONE:
             return
-        if not delta:
-            self._stream_fault(stream, Status.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0 bytes", events)
-        elif self._initial + known.balance + delta > MAX_WINDOW:
-            reason = f"a window of more than {MAX_WINDOW} bytes"
-            self._stream_fault(stream, Status.FLOW_CONTROL_ERROR, reason, events)
+        try:
+            self._flow.grow_stream(known, delta)
+        except StreamFault as fault:
+            self._stream_fault(stream, fault.status, fault.reason, events)
         else:
-            known.balance += delta
             events.append(WindowGrown(stream))
 
     def _stream_fault(self, stream: int, status: int, reason: str, events: list[Event]) -> None:
@@ -505,42 +479,6 @@ class Connection:
         self._out.append(control(kind, body, FIN if end else 0))
         known.ours = _DONE if end else after
         self._forget_closed(known)
-
-    def _room(self, known: StreamState) -> int:
-        return min(self._initial + known.balance, self._balance) if self._bounded else MAX_WINDOW
-
-    def _begin_flow_control(self) -> None:
-        """The peer uses flow control: keep to its windows, and announce the windows of this side."""
-        self._bounded = True
-        self._begin_grants()
-
-    def _begin_grants(self) -> None:
-        """Announce the windows of this side, and grant bytes from now on."""
-        if self._granting:
-            return
-        self._granting = True
-        window = self._limits.window
-        self._out.append(
-            settings({Setting.MAX_CONCURRENT_STREAMS: self._limits.streams, Setting.INITIAL_WINDOW_SIZE: window})
-        )
-        # The peer may have kept to its windows all the time. Then it has sent at most one default window.
-        self._credit = min(self._credit, DEFAULT_WINDOW) + max(0, window - DEFAULT_WINDOW)
-        self._restore(0)
-        for known in self._streams.values():
-            known.credit = min(known.credit, DEFAULT_WINDOW)
-            if known.credit:
-                self._grant(known)
-
-    def _grant(self, known: StreamState) -> None:
-        self._out.append(two_words(Type.WINDOW_UPDATE, known.id, known.credit))
-        known.credit = 0
-
-    def _restore(self, count: int) -> None:
-        """Grant bytes of the connection's window again, half a window at a time."""
-        self._credit += count
-        if self._granting and self._credit * 2 >= max(self._limits.window, DEFAULT_WINDOW):
-            self._out.append(two_words(Type.WINDOW_UPDATE, 0, self._credit))
-            self._credit = 0
 
 
 _HANDLERS: Mapping[int, Callable[[Connection, bytes, int, list[Event]], None]] = {
