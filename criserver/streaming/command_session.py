@@ -10,8 +10,9 @@ import structlog
 
 from criserver.errors import CriError
 from criserver.streaming import remotecommand
-from criserver.streaming.carriers import ChannelCarrier, ClientStream, SpdyCarrier
+from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import STREAMS_TIMEOUT, UpgradedConnection
+from criserver.streaming.client_stream import ClientStream
 from criserver.streaming.handshake import Upgrade
 from criserver.streaming.remotecommand import ProtocolFeatures, RequestedStreams, StreamType, TerminalSize
 from criserver.streaming.spdy.headers import Pairs

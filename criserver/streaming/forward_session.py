@@ -11,8 +11,9 @@ import structlog
 
 from criserver.errors import CriError
 from criserver.streaming import copying, portforward, websocket
-from criserver.streaming.carriers import ChannelCarrier, ClientStream, SpdyCarrier
+from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import STREAMS_TIMEOUT, UpgradedConnection
+from criserver.streaming.client_stream import ClientStream
 from criserver.streaming.handshake import Upgrade
 from criserver.streaming.spdy.headers import Pairs
 from criserver.text import status
