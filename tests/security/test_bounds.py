@@ -429,7 +429,7 @@ def test_a_probe_beside_commands_that_print_without_end(node: Node):
 
 
 @contextlib.contextmanager
-def strangers(url: str, count: int, data: bytes = b"") -> Iterator[list[socket.socket]]:
+def pending_connections(url: str, count: int, data: bytes = b"") -> Iterator[list[socket.socket]]:
     """Connections of one peer that never say what they want."""
     parts = urlsplit(url)
     with contextlib.ExitStack() as stack:
@@ -460,7 +460,7 @@ def promptly(node: Node, container: str) -> None:
 def test_idle_connections_keep_nobody_out(node: Node, data: bytes):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     url = exec_url(node, container)
-    with strangers(url, 1500, data):
+    with pending_connections(url, 1500, data):
         promptly(node, container)
         promptly(node, container)
         assert node.sh(container, "echo hi") == "hi\n", "and CRI's own socket serves"
@@ -470,7 +470,7 @@ def test_idle_connections_keep_nobody_out(node: Node, data: bytes):
 def test_slow_writers_keep_nobody_out(node: Node):
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     done = threading.Event()
-    with strangers(exec_url(node, container), 1000, b"GET /command HTTP/1.1\r\nX: ") as others:
+    with pending_connections(exec_url(node, container), 1000, b"GET /command HTTP/1.1\r\nX: ") as others:
 
         def drip() -> None:
             while not done.wait(0.5):
