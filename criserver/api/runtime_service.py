@@ -12,7 +12,7 @@ from google.protobuf import json_format
 
 from criserver import __version__
 from criserver.api import views
-from criserver.api.filters import batches, has_labels
+from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.errors import InvalidArgumentError
@@ -134,13 +134,9 @@ class RuntimeService(StatsRpcs):
         return self._sandboxes.join(sandboxes, len(self._node.registry.sandboxes))
 
     def _filtered_sandboxes(self, selector: cri.PodSandboxFilter) -> list[Sandbox]:
-        sandboxes = self._node.registry.visible_sandboxes()
-        if selector.id:
-            sandboxes = [s for s in sandboxes if s.id.startswith(selector.id)]
+        sandboxes = select_sandboxes(self._node.registry.visible_sandboxes(), selector)
         if selector.HasField("state"):
             sandboxes = [s for s in sandboxes if views.SANDBOX_STATES[s.state] == selector.state.state]
-        if selector.label_selector:
-            sandboxes = [s for s in sandboxes if has_labels(s.config.labels, selector.label_selector)]
         return sandboxes
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
@@ -189,15 +185,9 @@ class RuntimeService(StatsRpcs):
         return self._containers.join(containers, len(self._node.registry.containers))
 
     def _filtered_containers(self, selector: cri.ContainerFilter) -> list[Container]:
-        containers = self._node.registry.visible_containers()
-        if selector.id:
-            containers = [c for c in containers if c.id.startswith(selector.id)]
-        if selector.pod_sandbox_id:
-            containers = [c for c in containers if c.sandbox_id.startswith(selector.pod_sandbox_id)]
+        containers = select_containers(self._node.registry.visible_containers(), selector)
         if selector.HasField("state"):
             containers = [c for c in containers if views.CONTAINER_STATES[c.state] == selector.state.state]
-        if selector.label_selector:
-            containers = [c for c in containers if has_labels(c.config.labels, selector.label_selector)]
         return containers
 
     async def get_container_events(self, request: cri.GetEventsRequest) -> AsyncIterator[cri.ContainerEventResponse]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator
 
 from criserver.api import stats_views
-from criserver.api.filters import batches, has_labels
+from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.stats_views import StatsViews
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.lifecycle import SandboxState
@@ -68,15 +68,8 @@ class StatsRpcs:
             yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=[metrics])
 
     def _measured_containers(self, selector: cri.ContainerStatsFilter) -> list[Container]:
-        containers = self._node.registry.visible_containers()
-        if selector.id:
-            containers = [c for c in containers if c.id.startswith(selector.id)]
-        if selector.pod_sandbox_id:
-            containers = [c for c in containers if c.sandbox_id.startswith(selector.pod_sandbox_id)]
-        return [c for c in containers if has_labels(c.config.labels, selector.label_selector)]
+        return select_containers(self._node.registry.visible_containers(), selector)
 
     def _measured_sandboxes(self, selector: cri.PodSandboxStatsFilter) -> list[Sandbox]:
-        sandboxes = [s for s in self._node.registry.sandboxes.values() if s.state is SandboxState.READY]
-        if selector.id:
-            sandboxes = [s for s in sandboxes if s.id.startswith(selector.id)]
-        return [s for s in sandboxes if has_labels(s.config.labels, selector.label_selector)]
+        ready = (s for s in self._node.registry.sandboxes.values() if s.state is SandboxState.READY)
+        return select_sandboxes(ready, selector)

@@ -111,15 +111,15 @@ def _percentage(text: bytes) -> float | None:
 
 def io_stat(text: bytes) -> tuple[DeviceIo, ...]:
     """v2's io.stat: "8:0 rbytes=0 wbytes=0 rios=0 wios=0 dbytes=0 dios=0", a line for each device."""
-    found = []
+    devices = []
     for line in text.splitlines():
         device, *fields = line.split() or [b""]
         if (major_minor := _device(device)) is None:
             continue
         values = dict(field.partition(b"=")[::2] for field in fields)
         counts = [value(values, key) or 0 for key in (b"rbytes", b"wbytes", b"rios", b"wios")]
-        found.append(DeviceIo(*major_minor, *counts))
-    return tuple(found)
+        devices.append(DeviceIo(*major_minor, *counts))
+    return tuple(devices)
 
 
 def blkio(service_bytes: bytes, serviced: bytes) -> tuple[DeviceIo, ...]:
@@ -136,12 +136,12 @@ def blkio(service_bytes: bytes, serviced: bytes) -> tuple[DeviceIo, ...]:
 
 
 def _blkio(text: bytes) -> dict[tuple[tuple[int, int], bytes], int]:
-    found = {}
+    amounts = {}
     for line in text.splitlines():
         match line.split():
             case [device, operation, count] if (at := _device(device)) and (amount := number(count)) is not None:
-                found[at, operation] = amount
-    return found
+                amounts[at, operation] = amount
+    return amounts
 
 
 def _device(text: bytes) -> tuple[int, int] | None:
