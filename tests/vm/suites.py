@@ -61,7 +61,7 @@ SUITES = (
         "an upgrade",
         ["tests/node/test_upgrade.py"],
         {"CRISERVER_TEST_RUNC": NEWER_RUNC, "CRISERVER_TEST_CRUN": CRUN},
-        seconds=420,
+        seconds=600,
     ),
     Suite("systemd, AppArmor", _files("systemd", "apparmor"), _daemon("systemd", RUNC), seconds=420),
     Suite("runc, systemd driver", _files("resources", "stats", "pods", "security"), _daemon("systemd", RUNC), 500),
