@@ -1,7 +1,7 @@
 """Records of every kind and state, and the database that a release keeps them in, as SQL.
 
-``python -m tests.support.records 0.2.0`` writes tests/data/records/0.2.0.sql, once, with the code that is released
-under that number. It is never written again: what a release has stored is what later ones must read.
+``python -m tests.support.records 0.2.0`` writes tests/data/records/0.2.0.sql, once, with the code of that release. The
+file is never written again: later releases must read what this one stores.
 """
 
 from __future__ import annotations
