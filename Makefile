@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all of their own set-up on a Debian 12 machine, as root.
+# `make demo` and `make test` do all their set-up themselves, as root on a Debian 12 machine.
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
@@ -45,7 +45,7 @@ wheel: $(VENV)/ready
 	rm -rf build
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
-# The Python that the package is for, and which build of this version it is: a higher one is an upgrade.
+# The Python that the package is for, and the build of this version. A higher revision is an upgrade.
 DEB_PYTHON ?= 3.11
 DEB_REVISION ?= 1
 
@@ -56,7 +56,7 @@ deb: $(VENV)/ready
 release: $(VENV)/ready
 	$(BIN)/python contrib/release.py "$(VERSION)"
 
-# A node under systemd, in a virtual machine: docs/virtual-machine.md. SUITES names some of them.
+# A node with systemd in a virtual machine: docs/virtual-machine.md. SUITES can name some suites.
 test-vm: $(VENV)/ready
 	@contrib/need.sh $(VM_PACKAGES)
 	$(BIN)/python -m tests.vm test $(SUITES)

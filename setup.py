@@ -1,4 +1,4 @@
-"""Builds the package; the CRI messages are generated from proto/ on the way."""
+"""Builds the package, and generates the CRI messages from proto/ first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generate() -> None:
     out = [f"--python_out={target}", f"--pyi_out={target}"]
     if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"-I{include}", *out, *sources]):
         raise SystemExit("protoc failed")
-    # Packages, not namespaces: what reads imports without running them sees no namespace's modules.
+    # These make packages instead of namespace packages. Tools that read imports do not find modules of the latter.
     for directory in (target, *(p for p in target.rglob("*") if p.is_dir() and p.name != "__pycache__")):
         (directory / "__init__.py").touch()
 
@@ -31,7 +31,7 @@ class BuildWithMessages(build_py):
     """build_py that generates the messages first."""
 
     def run(self) -> None:
-        """Generate, then build. From a clean tree setuptools has looked for packages before these were there."""
+        """Generate, then build. In a clean tree setuptools has listed the packages before these existed."""
         generate()
         found = (ROOT / "criserver/pb").rglob("__init__.py")
         made = {str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for path in found}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The whole way of a pod on this machine, without a registry: image, pod, network, log, exec, and nothing left.
+"""The life of a pod on this machine, without a registry: image, pod, network, log, exec, removal.
 
-Everything lives in a scratch directory on a tmpfs that is gone at the end; run it as root.
+Run it as root. All files are in a scratch directory on a tmpfs, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCRIPT = "echo hello from $(hostname); ip -4 -o addr show eth0 | awk '{print $4}
 
 
 def main() -> None:
-    """Run the demonstration; an error ends it, and the clean-up happens all the same."""
+    """Run the demonstration. The clean-up happens also after an error."""
     base = tempfile.mkdtemp(prefix="criserver-demo-", dir="/run")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "criserver-demo", base], check=True)
     daemon = None
@@ -44,7 +44,7 @@ def main() -> None:
             daemon.wait(30)
         subprocess.run(["ip", "link", "delete", BRIDGE], check=False, stderr=subprocess.DEVNULL)
         left = leftovers(base)
-        if left:  # of a pod that was not removed, as something failed before
+        if left:  # of a pod that was not removed because of an earlier failure
             command = [sys.executable, "-m", "criserver", "reset", "--yes", "--grace", "0"]
             subprocess.run([*command, "--config", f"{base}/config.toml"], check=False)
         subprocess.run(["umount", base], check=True)
@@ -107,7 +107,7 @@ def run_pod(base: str, channel: grpc.Channel) -> None:
 
 
 def call(channel: grpc.Channel, rpc: str, request: Any, response: Any, ready: bool = False) -> Any:
-    """One call of CRI's RuntimeService; ``ready`` waits for the daemon to serve."""
+    """One call of CRI's RuntimeService. With ``ready`` it waits until the daemon serves."""
     method = channel.unary_unary(
         f"/runtime.v1.RuntimeService/{rpc}",
         request_serializer=type(request).SerializeToString,
@@ -165,7 +165,7 @@ def build_image(path: str) -> None:
 
 
 def leftovers(base: str) -> list[str]:
-    """Mounts below ``base``, cgroups, links and processes that should be gone."""
+    """Mounts below ``base``, cgroups, links and processes that are still there."""
     with open("/proc/self/mountinfo") as f:
         found = ["mount " + line.split()[4] for line in f if f" {base}/" in line]
     found += [
@@ -178,7 +178,7 @@ def leftovers(base: str) -> list[str]:
 
 
 def say(what: str, details: str) -> None:
-    """One step, as a person reads it."""
+    """Print one step."""
     print(f"\n== {what}")
     for line in details.splitlines():
         print(f"   {line}", flush=True)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs those of the named Debian packages that are missing; silent where none is.
+# Installs the missing ones of the named Debian packages. Prints nothing if none is missing.
 set -eu
 
 missing=

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts a criu for the tests into a directory where the installed one cannot work with this kernel: Debian's next suite
-# has one that can. It is unpacked and not installed; without a mirror nothing is done, and tests of dumps are skipped.
+# Unpacks a newer criu for the tests into a directory, if the installed one does not work with this kernel. It comes from
+# Debian's next suite. Without a mirror nothing is done, and tests of dumps are skipped.
 set -eu
 directory=$1
 next=trixie
@@ -28,7 +28,7 @@ END
 export APT_CONFIG="$scratch/apt.conf"
 echo "unpacking the criu of $next for the tests"
 if ! { apt-get update -qq && apt-get install -qq -y --no-install-recommends --download-only criu >/dev/null; }; then
-	echo "there is none to be had" >&2
+	echo "no newer criu can be downloaded; tests of dumps are skipped" >&2
 	exit 0
 fi
 rm -rf "$directory"

@@ -1,8 +1,9 @@
 """Builds the Debian package: ``make deb``.
 
-The package brings its libraries with it, as the wheels of requirements.lock, checked by their hashes and unpacked below
-/usr/lib/criserver, so that a node without a network can install it. It is made for one version of Python, whatever the
-one is that runs this. Two runs with the same sources, lock and options give the same bytes.
+The package contains its libraries, so a node without a network can install it. They are the wheels of
+requirements.lock, checked by their hashes and unpacked below /usr/lib/criserver. The package is made for one version of
+Python, which need not be the one that runs this program. Two runs with the same sources, lock and options give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ DOC = "usr/share/doc/criserver"
 
 # Debian's names of architectures, and those of wheels.
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-# The C library that the wheels may need at most; control's Depends says the same.
+# The newest C library that a wheel may need (2.28). The field Depends in control has the same version.
 GLIBC = 28
 
-# What a wheel is built from; anything else in a working tree stays out of it.
+# The sources of the wheel. It contains nothing else of a working tree.
 WHEEL_SOURCES = ("criserver", "shims", "snapshotter", "proto", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
-# Of the libraries, what a node never uses: commands, tests, sources of compiled modules, and what tells how pip put
-# them there. zstandard's second backend is for other interpreters.
+# Files of the libraries that a node never uses: commands, tests, sources of compiled modules, and pip's records of the
+# installation. zstandard's second backend is for other interpreters.
 UNUSED = (
     "bin",
     "*/tests",
@@ -58,7 +59,7 @@ UNUSED = (
     "*.dist-info/direct_url.json",
 )
 
-# Where the files of contrib/systemd and contrib/apparmor go, by how their names end.
+# The places of the files in contrib/systemd and contrib/apparmor, by the end of their names.
 PLACES: Mapping[str, Mapping[str, str]] = {
     "systemd": {
         ".service": "usr/lib/systemd/system/{name}",
@@ -74,7 +75,7 @@ PLACES: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is built: for Python ``python`` ("3.11"), with Debian revision ``revision``, into ``output``."""
+    """The options of a build: for Python ``python`` ("3.11"), with Debian revision ``revision``, into ``output``."""
 
     python: str
     revision: str
@@ -85,7 +86,7 @@ class Options:
 
     @property
     def version(self) -> str:
-        """The package's version: a package for a newer Python is newer than one for an older."""
+        """The package's version. A package for a newer Python has a newer version."""
         return f"{upstream_version()}-{self.revision}+py{self.python}"
 
 
@@ -144,7 +145,7 @@ def own_wheel(options: Options, scratch: Path, target: Path) -> None:
 
 
 def files(options: Options, tree: Path) -> None:
-    """Put everything beside the libraries into the tree."""
+    """Put everything but the libraries into the tree."""
     python = f"python{options.python}"
     write(tree / "usr/bin/criserver", filled(HERE / "criserver.in", python=python), executable=True)
     write(tree / "etc/criserver/config.toml", configuration())
@@ -166,7 +167,7 @@ def files(options: Options, tree: Path) -> None:
 
 
 def configuration() -> str:
-    """The configuration file: every key as a comment, and systemd's cgroup driver, as systemd is what starts us."""
+    """The configuration file: every key is a comment but the cgroup driver, as systemd starts the daemon."""
     kept = {"cgroup_driver": 'cgroup_driver = "systemd"'}
     lines = []
     handlers = False
@@ -202,7 +203,7 @@ def control(options: Options, tree: Path) -> None:
 
 
 def settle(options: Options, tree: Path) -> None:
-    """Give every file of the tree the modes and the time that do not depend on who builds it."""
+    """Set the mode and time of every file of the tree, so that they do not depend on the builder."""
     for path in (tree, *tree.rglob("*")):
         executable = path.is_dir() or (path.parent.name in ("bin", "DEBIAN") and path.stat().st_mode & stat.S_IXUSR)
         path.chmod(0o755 if executable else 0o644)
@@ -210,7 +211,7 @@ def settle(options: Options, tree: Path) -> None:
 
 
 def changelog(options: Options) -> str:
-    """Debian's own changelog: the packaging has no history apart from the project's."""
+    """Debian's changelog. It has one entry, because the packaging has no history of its own."""
     return (
         f"criserver ({options.version}) unstable; urgency=medium\n\n"
         f"  * Packaged from the project's own sources; changelog.gz says what is new.\n\n"
@@ -238,7 +239,7 @@ def copyright_text(private: Path) -> str:
 
 
 def _license(meta: email.message.Message) -> str:
-    """A library's licence as its metadata has it: an expression, a short word, or a classifier."""
+    """A library's licence in its metadata: an expression, a short text, or a classifier."""
     words = meta["License-Expression"] or meta["License"] or ""
     if not words or "\n" in words or len(words) > 60:
         classifiers = meta.get_all("Classifier") or []
@@ -247,7 +248,7 @@ def _license(meta: email.message.Message) -> str:
 
 
 def maintainer() -> str:
-    """Who builds the package, as Debian's tools are told it; the project's name where nobody says."""
+    """The package's builder, from the variables of Debian's tools; the project's name without them."""
     return f"{os.environ.get('DEBFULLNAME', 'criserver')} <{os.environ.get('DEBEMAIL', 'criserver@localhost')}>"
 
 
@@ -269,13 +270,13 @@ def write(path: Path, text: str, *, executable: bool = False) -> None:
 
 
 def compress(path: Path, text: str) -> None:
-    """Write a file of the tree that policy wants compressed; no time is in it."""
+    """Write a file of the tree that Debian's policy wants compressed, without a time in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def pip(options: Options, *words: str) -> None:
-    """Run pip; what it says is shown where it fails."""
+    """Run pip. Its output is shown if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *words]
     done = subprocess.run(command, check=False, env=environment(options), capture_output=True, text=True)
     if done.returncode:
@@ -288,7 +289,7 @@ def environment(options: Options) -> dict[str, str]:
 
 
 def default_epoch() -> int:
-    """The time that all files have: SOURCE_DATE_EPOCH, or that of the last commit, or now."""
+    """The time of all files: SOURCE_DATE_EPOCH, else the time of the last commit, else now."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(given)
     command = ["git", "-C", str(SOURCE), "log", "-1", "--format=%ct"]
@@ -297,7 +298,7 @@ def default_epoch() -> int:
 
 
 def native_architecture() -> str:
-    """The architecture of this machine, as Debian calls it."""
+    """Debian's name of this machine's architecture."""
     return subprocess.run(["dpkg", "--print-architecture"], check=True, capture_output=True, text=True).stdout.strip()
 
 
