@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,14 +13,17 @@ from tests.node.installed import InstalledNode, eventually, shown
 from tests.node.pods import Pods
 
 
-@pytest.fixture(autouse=True)
-def no_pods_of_an_earlier_test(node: InstalledNode) -> None:
+@pytest.fixture(scope="module")
+def pods(node: InstalledNode) -> Iterator[Pods]:
+    """The same pods for all tests here: an emulated processor takes its time to make them."""
     node.remove_pods()
     shutil.rmtree(node.logs, ignore_errors=True)  # logs stay when containers go, and these have the same names again
-
-
-def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode):
     pods = Pods(node)
+    yield pods
+    pods.remove()
+
+
+def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: Pods):
     script = "while [ ! -e /go ]; do sleep 0.1; done; exit 42"
     ends = node.run(pods.own, "ends", ["sh", "-c", script])
     root = f"/proc/{node.pid(ends)}/root"
@@ -35,15 +39,12 @@ def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode):
     pods.are_untouched()
     node.systemctl("restart")
     pods.are_untouched()
-    pods.remove()
 
 
-def test_systemd_brings_a_killed_daemon_back(node: InstalledNode):
-    pods = Pods(node)
+def test_systemd_brings_a_killed_daemon_back(node: InstalledNode, pods: Pods):
     killed = int(shown("MainPID"))
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: shown("MainPID") not in ("0", str(killed)) and shown("ActiveState") == "active")
     node.client.channel.close()
     node.connect()
     pods.are_untouched()
-    pods.remove()
