@@ -1,7 +1,7 @@
-"""``criserver image``: what an operator asks of a running daemon about its images.
+"""``criserver image``: the commands by which an operator manages the images of a running daemon.
 
-Each function is one command; it gets its options and returns the process's exit code. All raise CriError: with the
-daemon's words where it refuses or does not answer, and InvalidArgumentError for what cannot be read or written here.
+Each function is one command. It gets the options and returns the exit code of the process. All raise CriError: with the
+daemon's error if that refuses or does not answer, and InvalidArgumentError for a file that cannot be read or written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
 
 
 def list_images(options: argparse.Namespace) -> int:
-    """A table of the images, a line for each name; or their IDs; or JSON."""
+    """Print a table of the images, a line for each name; or their IDs; or JSON."""
     with connected(_address(options)) as channel:
         wanted = cri.ImageFilter(image=cri.ImageSpec(image=options.image or ""))
         images = list(method(channel, _IMAGES, "ListImages")(cri.ListImagesRequest(filter=wanted)).images)
@@ -48,7 +48,7 @@ def list_images(options: argparse.Namespace) -> int:
 
 
 def pull(options: argparse.Namespace) -> int:
-    """Pull an image and show how far it is; print its ID and names."""
+    """Pull an image and show the progress; print its ID and names."""
     request = admin.PullImageRequest(name=options.image, pin=options.pin, **_credentials(options))
     with connected(_address(options)) as channel:
         shown = None if options.quiet else display(sys.stderr)
@@ -61,7 +61,7 @@ def pull(options: argparse.Namespace) -> int:
 
 
 def import_file(options: argparse.Namespace) -> int:
-    """Send an archive to the daemon and print what it holds."""
+    """Send an archive to the daemon, and print the images in it."""
     if options.file == "-":
         return _import(options, sys.stdin.buffer, "on standard input")
     try:
@@ -72,9 +72,9 @@ def import_file(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write images to an archive, which gets its name when it is whole."""
+    """Write images to an archive. The file gets its name when it is complete."""
     if options.file == "-" and sys.stdout.isatty():
-        raise InvalidArgumentError("an archive is nothing for a terminal; give a file, or redirect standard output")
+        raise InvalidArgumentError("an archive is not written to a terminal; give a file, or redirect standard output")
     with connected(_address(options)) as channel, _output(options.file) as file:
         for piece in method(channel, _ADMIN, "ExportImages")(admin.ExportImagesRequest(images=options.images)):
             file.write(piece.data)
@@ -89,13 +89,13 @@ def remove(options: argparse.Namespace) -> int:
         removed = method(channel, _ADMIN, "RemoveImage")(request)
         _print_image(removed.image, "removed ")
         if removed.snapshots:
-            print(f"  containers stand on its layers, which stay until those are gone ({removed.snapshots})")
+            print(f"  its layers stay until the containers on them are removed ({removed.snapshots})")
 
     return _each(options, one)
 
 
 def pin(options: argparse.Namespace) -> int:
-    """Keep images from garbage collection, or no more."""
+    """Pin or unpin images."""
 
     def one(channel: grpc.Channel, name: str) -> None:
         request = admin.PinImageRequest(image=name, pinned=options.pinned)
@@ -106,7 +106,7 @@ def pin(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Have the daemon read all that it has; report what is damaged, which is exit code 1."""
+    """Have the daemon verify all blobs and layers, and print the damage. With damage the exit code is 1."""
     damaged = 0
     told = sys.stderr.isatty()
     with connected(_address(options)) as channel:
@@ -131,7 +131,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Remove what nothing needs."""
+    """Delete blobs and layers that nothing needs."""
     with connected(_address(options)) as channel:
         pruned = method(channel, _ADMIN, "PruneImages")(admin.PruneImagesRequest(all=options.all))
     for image in pruned.images:
@@ -145,7 +145,7 @@ def _address(options: argparse.Namespace) -> str:
 
 
 def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None]) -> int:
-    """Do it for each image that is named; those that it fails for do not stop the others."""
+    """Call ``one`` for each image in the options. A failure for one image does not stop the others."""
     code = 0
     address = _address(options)
     with connected(address) as channel:
@@ -159,9 +159,9 @@ def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None])
 
 
 def _credentials(options: argparse.Namespace) -> dict[str, str]:
-    """The fields of a pull request that say who pulls. Passwords are asked for, or read, never arguments."""
+    """The credentials of a pull request. A password is asked for or read, and is never an argument."""
     if options.authfile:
-        # Imported here: it takes more time than all the rest of the command.
+        # Imported here, as the import takes more time than the rest of the command.
         from criserver.images import parse
         from criserver.images.credentials import load_docker_config
 
@@ -205,7 +205,7 @@ def _import(options: argparse.Namespace, archive: BinaryIO, name: str) -> int:
 
 @contextlib.contextmanager
 def _output(path: str) -> Iterator[BinaryIO]:
-    """The file ``path`` to be written; a regular one appears, or is replaced, at the end and not on failure."""
+    """The file ``path``, open for writing. A regular file is made or replaced at the end, and not after a failure."""
     try:
         if path == "-":
             yield sys.stdout.buffer

@@ -1,4 +1,4 @@
-"""How far a pull is, for who waits for it: bars that are redrawn on a terminal, a line for each step elsewhere."""
+"""The progress of a pull for the operator: bars that are redrawn on a terminal, else a line for each step."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _WORDS = {
     admin.DONE: "done",
 }
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-# What stands beside a bar: the digest, the sizes, and what is between them.
+# The columns beside a bar: the digest, the sizes, and the spaces between.
 _BESIDE = 40
 _MAX_BAR = 50
 
 
 class Display(Protocol):
-    """Shows layers, again and again."""
+    """Shows the progress of layers each time that it changes."""
 
     def show(self, layers: Sequence[admin.LayerProgress]) -> None:
         """The layers as they are now, the lowest first."""
 
 
 def display(stream: TextIO) -> Display:
-    """What suits ``stream``."""
+    """Bars if ``stream`` is a terminal that can move its cursor, else lines."""
     return Bars(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines(stream)
 
 
 def size_words(size: int) -> str:
-    """A size in bytes with three digits and a decimal unit, as registries and disks have them."""
+    """A size in bytes with three digits and a decimal unit."""
     value = float(size)
     for unit in _UNITS[:-1]:
         if value < 999.5:
@@ -44,7 +44,7 @@ def size_words(size: int) -> str:
 
 
 class Lines:
-    """A line whenever a layer comes to its next stage."""
+    """Prints a line when a layer comes to its next stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -60,7 +60,7 @@ class Lines:
 
 
 class Bars:
-    """A line for each layer, drawn over the ones before."""
+    """Prints a line for each layer, and draws it again over the last one."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -72,11 +72,11 @@ class Bars:
             columns, rows = os.get_terminal_size(self._stream.fileno())
         except OSError:
             columns, rows = 80, 24
-        # The cursor cannot go back to what has left the screen, nor know how many rows a wrapped line has.
+        # Lines are cut and bounded: the cursor cannot go back above the screen, and a wrapped line takes several rows.
         lines = [line[: max(columns - 1, 1)] for line in self._lines(layers, columns, max(rows - 1, 1))]
         text = f"\x1b[{self._drawn}A" if self._drawn else ""
         text += "".join(f"\x1b[2K{line}\n" for line in lines)
-        # Of what was drawn before, lines may be left below.
+        # The last drawing may have had more lines; the escape sequence deletes what is below.
         self._stream.write(f"{text}\x1b[J")
         self._stream.flush()
         self._drawn = len(lines)
@@ -84,7 +84,7 @@ class Bars:
     def _lines(self, layers: Sequence[admin.LayerProgress], columns: int, rows: int) -> list[str]:
         if len(layers) <= rows:
             return [_line(layer, columns) for layer in layers]
-        # Those that are being worked on before the others; what finds no room is counted.
+        # Layers that are being downloaded or unpacked come first. Those that do not fit on the screen are counted.
         first = sorted(layers, key=lambda layer: layer.stage not in (admin.DOWNLOADING, admin.UNPACKING))[: rows - 1]
         chosen = {id(layer) for layer in first}
         rest = [layer for layer in layers if id(layer) not in chosen]
@@ -106,5 +106,5 @@ def _line(layer: admin.LayerProgress, columns: int) -> str:
 
 
 def short(digest: str) -> str:
-    """A digest's beginning, which is enough to name it."""
+    """The beginning of a digest, without "sha256:"."""
     return digest[:_DIGEST].removeprefix("sha256:")

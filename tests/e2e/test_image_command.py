@@ -386,7 +386,7 @@ def test_removal_tells_of_containers(node: Node, registry: Registry):
     pod = node.run_pod("user")
     container = node.run(pod, "c", ["sleep", "1000"], image=name)
     done = command(node, "remove", name)
-    assert "containers stand on its layers, which stay until those are gone (1)" in done.stdout
+    assert "its layers stay until the containers on them are removed (1)" in done.stdout
     assert node.sh(container, "test -e /unique && echo there") == "there\n"
 
 
