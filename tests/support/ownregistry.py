@@ -29,12 +29,12 @@ def image() -> BuiltImage:
 
 @pytest.fixture
 async def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rooms]:
-    """Rooms that wait a moment only between attempts, and not long for progress, and know no proxies."""
+    """Rooms that wait a moment only between attempts, and know no proxies."""
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(retries, "_FIRST_WAIT", 0.001)
-    found = Rooms(str(tmp_path), settings=RegistrySettings(progress_timeout=0.9))
+    found = Rooms(str(tmp_path), settings=RegistrySettings(progress_timeout=60))
     yield found
     found.close()
 

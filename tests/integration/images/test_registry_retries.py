@@ -201,6 +201,7 @@ async def test_a_registry_that_restarts_is_waited_for(rooms, image, monkeypatch)
 
 
 async def test_a_server_that_stalls_is_given_up(server, rooms, image):
+    rooms.change(progress_timeout=0.9)
     for name in ("1", first_layer(image)[0]):
         ended = asyncio.Event()
 
@@ -221,6 +222,7 @@ async def test_a_server_that_stalls_is_given_up(server, rooms, image):
 
 
 async def test_a_server_that_never_answers_is_given_up(server, rooms, image):
+    rooms.change(progress_timeout=0.9)
     ended = asyncio.Event()
 
     async def silent(request: web.Request) -> web.StreamResponse:
@@ -233,6 +235,7 @@ async def test_a_server_that_never_answers_is_given_up(server, rooms, image):
 
 
 async def test_a_server_that_trickles_makes_no_progress(server, rooms, image):
+    rooms.change(progress_timeout=0.9)
     digest, body = first_layer(image)
 
     async def trickle(request: web.Request) -> web.StreamResponse:
@@ -250,6 +253,7 @@ async def test_a_server_that_trickles_makes_no_progress(server, rooms, image):
 
 
 async def test_a_slow_server_may_take_its_time(server, rooms, image):
+    rooms.change(progress_timeout=0.9)
     digest, body = first_layer(image)
 
     async def slow(request: web.Request) -> web.StreamResponse:
@@ -263,7 +267,7 @@ async def test_a_slow_server_may_take_its_time(server, rooms, image):
     server.answers[digest] = slow
     began = time.monotonic()
     await rooms.images.pull(f"{server.address}/app:1")
-    assert time.monotonic() - began > 1.5  # progress_timeout is 0.9
+    assert time.monotonic() - began > 1.5
     assert len(server.asked(digest)) == 1
 
 
