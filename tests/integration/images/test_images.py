@@ -229,7 +229,7 @@ async def test_an_ambiguous_id(rooms, registry):
         await rooms.images.import_archive(path)
     starts = [image.id[7] for image in built]
     twice = next(start for start in starts if starts.count(start) > 1)
-    with pytest.raises(InvalidArgumentError, match="2 image IDs begin with"):
+    with pytest.raises(InvalidArgumentError, match="image IDs begin with"):
         rooms.images.get(twice)
 
 
