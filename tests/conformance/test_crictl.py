@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def crictl(node: Node, registry: Registry) -> Crictl:
     return Crictl(node)
 
 
-def test_an_operators_round(crictl: Crictl, tmp_path):
+def test_an_operators_round(crictl: Crictl, tmp_path: Path) -> None:
     (tmp_path / "pod.json").write_text(
         json.dumps({"metadata": {"name": "op", "namespace": "default", "uid": "1"}, "log_directory": str(tmp_path)})
     )

@@ -28,7 +28,7 @@ def command(node: Node, verb: str, transport: str, *arguments: str) -> list[str]
     return ["crictl", *options, verb, "--transport", transport, *arguments]
 
 
-def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
+def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str) -> None:
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     with Terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
         person.until(b"# ")
@@ -42,7 +42,7 @@ def test_exec_at_a_terminal_with_a_resize(node: Node, transport: str):
         assert person.wait() == 0
 
 
-def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: str):
+def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: str) -> None:
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     with Terminal(command(node, "exec", transport, "-it", container, "sh")) as person:
         person.until(b"# ")
@@ -57,7 +57,7 @@ def test_exec_at_a_terminal_with_ctrl_c_and_an_exit_code(node: Node, transport: 
         assert b"exit code 7" in person.seen
 
 
-def test_a_closed_window_ends_the_exec(node: Node, transport: str):
+def test_a_closed_window_ends_the_exec(node: Node, transport: str) -> None:
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     with Terminal(command(node, "exec", transport, "-it", container, "sh", "-c", "trap '' HUP; sleep 5432")) as person:
         eventually(lambda: "sleep 5432" in arguments(node, container))
@@ -71,7 +71,7 @@ def arguments(node: Node, container: str) -> str:
     return node.sh(container, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
 
 
-def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
+def test_exec_with_input_and_an_exit_code(node: Node, transport: str) -> None:
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     words = command(node, "exec", transport, "-i", container, "sh", "-c", "cat; echo err >&2; exit 4")
     done = subprocess.run(words, input=b"x" * 300_000, capture_output=True, timeout=30, check=False)
@@ -81,7 +81,7 @@ def test_exec_with_input_and_an_exit_code(node: Node, transport: str):
     assert done.returncode != 0
 
 
-def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: str):
+def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: str) -> None:
     container = node.run(node.run_pod(), "c", ["sh"], stdin=True, tty=True)
     with Terminal(command(node, "attach", transport, "-it", container)) as person:
         person.type("echo $((6*7)); tty; mine=kept\n")
@@ -100,7 +100,7 @@ def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: 
     assert node.wait(container).exit_code == 0
 
 
-def test_port_forward(node: Node, transport: str):
+def test_port_forward(node: Node, transport: str) -> None:
     pod = node.run_pod()
     services = Services(f"{node.state}/ns/{pod}/net")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -12,11 +12,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.node import SLOWNESS, Node
+from tests.support.node import Node
+from tests.support.waiting import SLOWNESS
 
 RUNTIME = os.environ.get("CRITEST_RUNTIME", "runc")
 CERTS = os.environ.get("CRITEST_CERTS", "")
@@ -48,7 +50,7 @@ def node(nothing_left: None) -> Iterator[Node]:
 
 @pytest.mark.timeout(1000 * SLOWNESS)
 @pytest.mark.parametrize("more", [[], WEBSOCKET], ids=["all", "streaming over WebSocket"])
-def test_no_spec_fails(node: Node, tmp_path, capsys, more: list[str]):
+def test_no_spec_fails(node: Node, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     for name in os.listdir(CERTS):
         if os.path.isdir(os.path.join(CERTS, name)):
             link = os.path.join(node.certs, name)

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def arguments(cluster: Cluster, pod: str) -> str:
     return cluster.node.sh(container(cluster, pod), "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
 
 
-def test_exec_at_a_terminal_with_resizes_and_an_exit_code(cluster: Cluster):
+def test_exec_at_a_terminal_with_resizes_and_an_exit_code(cluster: Cluster) -> None:
     with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
         person.until(b"# ")
         person.type("stty size\n")
@@ -260,7 +261,7 @@ def size(person: Any) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cluster):
+def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cluster) -> None:
     with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh")) as person:
         person.until(b"# ")
         person.type("sleep 4321\n")
@@ -274,7 +275,7 @@ def test_ctrl_c_at_a_terminal_ends_what_runs_there_and_not_the_shell(cluster: Cl
         assert person.wait() == 0
 
 
-def test_a_closed_window_ends_the_exec(cluster: Cluster):
+def test_a_closed_window_ends_the_exec(cluster: Cluster) -> None:
     with Terminal(cluster.kubectl("exec", "-it", "work", "--", "sh", "-c", "trap '' HUP; sleep 5432")) as person:
         eventually(lambda: "sleep 5432" in arguments(cluster, "work"))
         person.hang_up()
@@ -282,7 +283,7 @@ def test_a_closed_window_ends_the_exec(cluster: Cluster):
     eventually(lambda: "sleep 5432" not in arguments(cluster, "work"), 20)
 
 
-def test_ctrl_c_without_a_terminal_ends_the_exec(cluster: Cluster):
+def test_ctrl_c_without_a_terminal_ends_the_exec(cluster: Cluster) -> None:
     process = subprocess.Popen(cluster.kubectl("exec", "work", "--", "sleep", "6543"))
     eventually(lambda: "sleep 6543" in arguments(cluster, "work"))
     process.send_signal(signal.SIGINT)
@@ -290,7 +291,7 @@ def test_ctrl_c_without_a_terminal_ends_the_exec(cluster: Cluster):
     eventually(lambda: "sleep 6543" not in arguments(cluster, "work"), 20)
 
 
-def test_exec_with_input_two_outputs_and_an_exit_code(cluster: Cluster):
+def test_exec_with_input_two_outputs_and_an_exit_code(cluster: Cluster) -> None:
     words = cluster.kubectl("exec", "-i", "work", "--", "sh", "-c", "cat; echo err >&2; exit 4")
     done = subprocess.run(words, input=b"x" * 300_000, capture_output=True, timeout=60, check=False)
     assert done.stdout == b"x" * 300_000
@@ -298,7 +299,7 @@ def test_exec_with_input_two_outputs_and_an_exit_code(cluster: Cluster):
     assert done.returncode == 4
 
 
-def test_attach_at_a_terminal_and_again_after_going_away(cluster: Cluster, transport: str):
+def test_attach_at_a_terminal_and_again_after_going_away(cluster: Cluster, transport: str) -> None:
     pod = f"shell-{transport}"
     cluster.run(pod, ["sh"], stdin=True, tty=True)
     with Terminal(cluster.kubectl("attach", "-it", pod)) as person:
@@ -317,14 +318,14 @@ def test_attach_at_a_terminal_and_again_after_going_away(cluster: Cluster, trans
     eventually(lambda: cluster.get("pod", pod, "{.status.phase}") == "Succeeded", 30)
 
 
-def test_logs_are_followed_to_the_containers_end(cluster: Cluster, transport: str):
+def test_logs_are_followed_to_the_containers_end(cluster: Cluster, transport: str) -> None:
     pod = f"talks-{transport}"
     cluster.run(pod, ["sh", "-c", "for i in $(seq 30); do echo line $i; sleep 0.1; done; printf tail"])
     done = subprocess.run(cluster.kubectl("logs", "-f", pod), capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "".join(f"line {i}\n" for i in range(1, 31)) + "tail"
 
 
-def test_a_big_file_is_copied_both_ways(cluster: Cluster, transport: str, tmp_path):
+def test_a_big_file_is_copied_both_ways(cluster: Cluster, transport: str, tmp_path: Path) -> None:
     there, back, name = tmp_path / "there", tmp_path / "back", f"/tmp-{transport}"
     there.write_bytes(os.urandom(20 << 20))
     for words in ((str(there), f"work:{name}"), (f"work:{name}", str(back))):
@@ -336,7 +337,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster):
+def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster) -> None:
     (sandbox,) = (p.id for p in cluster.node.client.ListPodSandbox().items if p.metadata.name == "work")
     services = Services(f"{cluster.node.state}/ns/{sandbox}/net")
     process = subprocess.Popen(
@@ -354,7 +355,7 @@ def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster):
         services.close()
 
 
-def test_an_exec_that_says_nothing_stays(cluster: Cluster):
+def test_an_exec_that_says_nothing_stays(cluster: Cluster) -> None:
     """The proxies on the way do not end what is quiet for some seconds."""
     begun = time.monotonic()
     words = cluster.kubectl("exec", "work", "--", "sh", "-c", "sleep 8; echo done")
@@ -362,7 +363,7 @@ def test_an_exec_that_says_nothing_stays(cluster: Cluster):
     assert time.monotonic() - begun < 12
 
 
-def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster):
+def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster) -> None:
     def found() -> dict[str, Any]:
         pods = json.loads(cluster.ask_kubelet("/stats/summary"))["pods"]
         return next((pod for pod in pods if pod["podRef"]["name"] == "work"), {})
@@ -379,5 +380,5 @@ def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster):
 
 
 @pytest.mark.parametrize("transport", ["websocket"], indirect=True)  # it has nothing to do with this
-def test_a_static_pod_is_started_probed_restarted_logged_and_removed(cluster: Cluster):
+def test_a_static_pod_is_started_probed_restarted_logged_and_removed(cluster: Cluster) -> None:
     static_pod.live(cluster.node, cluster.manifests, "n1", cluster.ask_kubelet)

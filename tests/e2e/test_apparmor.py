@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -36,11 +37,11 @@ def own() -> Iterator[str]:
     parser("--remove", text)
 
 
-def profile(kind: int, name: str = "") -> cri.SecurityProfile:
+def profile(kind: cri.SecurityProfile.ProfileType, name: str = "") -> cri.SecurityProfile:
     return cri.SecurityProfile(profile_type=kind, localhost_ref=name)
 
 
-def secured(*capabilities: str, **fields) -> cri.LinuxContainerConfig:
+def secured(*capabilities: str, **fields: Any) -> cri.LinuxContainerConfig:
     wanted = cri.Capability(add_capabilities=capabilities)
     return cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(capabilities=wanted, **fields))
 
@@ -50,7 +51,9 @@ def label(node: Node, container: str) -> str:
 
 
 @pytest.mark.parametrize("asked", [None, cri.SecurityProfile.RuntimeDefault], ids=["unset", "RuntimeDefault"])
-def test_the_default_profile_keeps_the_nodes_kernel_from_containers(node: Node, pod: str, asked: int | None):
+def test_the_default_profile_keeps_the_nodes_kernel_from_containers(
+    node: Node, pod: str, asked: cri.SecurityProfile.ProfileType | None
+) -> None:
     """With a capability, and without what is masked or read-only: nothing but the profile is in the way."""
     fields = {} if asked is None else {"apparmor": profile(asked)}
     linux = secured("SYS_ADMIN", "SYSLOG", **fields)
@@ -73,18 +76,18 @@ def test_the_default_profile_keeps_the_nodes_kernel_from_containers(node: Node, 
     node.sh(container, "echo 5 > /proc/self/oom_score_adj; echo x > /tmp-file; kill -CONT 1; ps; cat /proc/1/status")
 
 
-def test_what_is_started_in_the_container_later_is_confined_too(node: Node, pod: str):
+def test_what_is_started_in_the_container_later_is_confined_too(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"])
     assert node.sh(container, "cat /proc/self/attr/current") == "criserver-default (enforce)\n"
 
 
-def test_a_confined_container_is_stopped_by_its_signal(node: Node, pod: str):
+def test_a_confined_container_is_stopped_by_its_signal(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"])
     node.client.StopContainer(container_id=container, timeout=30)
     assert node.status(container).exit_code == 7
 
 
-def test_unconfined_and_privileged_containers_may_mount(node: Node):
+def test_unconfined_and_privileged_containers_may_mount(node: Node) -> None:
     privileged = cri.LinuxSandboxSecurityContext(
         privileged=True, namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)
     )
@@ -97,7 +100,7 @@ def test_unconfined_and_privileged_containers_may_mount(node: Node):
         node.sh(container, "mkdir -p /mnt; mount -t tmpfs none /mnt")
 
 
-def test_a_profile_of_the_node(node: Node, pod: str, own: str):
+def test_a_profile_of_the_node(node: Node, pod: str, own: str) -> None:
     container = node.run(
         pod, "c", ["sleep", "1000"], linux=secured(apparmor=profile(cri.SecurityProfile.Localhost, own))
     )
@@ -105,20 +108,20 @@ def test_a_profile_of_the_node(node: Node, pod: str, own: str):
     assert "ermission denied" in node.sh(container, "(echo x > /file) 2>&1 || true")
 
 
-def test_a_profile_that_is_not_loaded(node: Node, pod: str):
+def test_a_profile_that_is_not_loaded(node: Node, pod: str) -> None:
     for name in (OWN, f"localhost/{OWN}"):
         linux = secured(apparmor=profile(cri.SecurityProfile.Localhost, name))
         with refused(grpc.StatusCode.FAILED_PRECONDITION, f"'{OWN}'", "not loaded"):
             node.create(pod, "c", ["true"], linux=linux)
 
 
-def test_the_default_profile_comes_back_when_somebody_has_unloaded_it(node: Node, pod: str):
+def test_the_default_profile_comes_back_when_somebody_has_unloaded_it(node: Node, pod: str) -> None:
     parser("--remove", "profile criserver-default {}\n")
     assert "criserver-default" not in (host.apparmor_profiles() or ())
     assert label(node, node.run(pod, "c", ["sleep", "1000"])) == "criserver-default (enforce)"
 
 
-def test_the_infra_process_is_confined(node: Node):
+def test_the_infra_process_is_confined(node: Node) -> None:
     options = cri.NamespaceOption(pid=cri.POD)
     linux = cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
     pod = node.run_pod("pids", linux=linux)

@@ -27,7 +27,7 @@ def attach(node: Node, container: str, **wanted: bool) -> str:
     return node.client.Attach(container_id=container, **wanted).url
 
 
-def test_several_clients_see_the_output_from_now_on(node: Node, pod: str):
+def test_several_clients_see_the_output_from_now_on(node: Node, pod: str) -> None:
     script = "i=0; while true; do i=$((i+1)); echo tick $i; echo tock $i >&2; sleep 0.1; done"
     container = node.run(pod, "c", ["sh", "-c", script])
     eventually(lambda: "tick 2" in node.log(container))
@@ -51,7 +51,7 @@ def test_several_clients_see_the_output_from_now_on(node: Node, pod: str):
     assert socket.finish() == SUCCESS
 
 
-def test_input_reaches_the_process_and_outlives_a_client(node: Node, pod: str):
+def test_input_reaches_the_process_and_outlives_a_client(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ECHO, stdin=True)
     first = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     first.send("stdin", b"one\n")
@@ -65,7 +65,7 @@ def test_input_reaches_the_process_and_outlives_a_client(node: Node, pod: str):
     assert "over" not in node.log(container)
 
 
-def test_input_that_ends_with_the_first_client(node: Node, pod: str):
+def test_input_that_ends_with_the_first_client(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ECHO, stdin=True, stdin_once=True)
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     client.send("stdin", b"one\n", end=True)
@@ -73,7 +73,7 @@ def test_input_that_ends_with_the_first_client(node: Node, pod: str):
     client.close()
 
 
-def test_input_that_ends_when_the_first_client_goes(node: Node, pod: str):
+def test_input_that_ends_when_the_first_client_goes(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ECHO, stdin=True, stdin_once=True)
     client = WebSocket(attach(node, container, stdin=True, stdout=True))
     client.send(0, b"one\n")
@@ -82,7 +82,7 @@ def test_input_that_ends_when_the_first_client_goes(node: Node, pod: str):
     eventually(lambda: "over" in node.log(container))
 
 
-def test_a_terminal(node: Node, pod: str):
+def test_a_terminal(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sh"], stdin=True, tty=True)
     client = Spdy(attach(node, container, stdin=True, stdout=True, tty=True))
     client.open_command("error", "stdin", "stdout", "resize")
@@ -98,7 +98,7 @@ def test_a_terminal(node: Node, pod: str):
     assert node.wait(container).exit_code == 5
 
 
-def test_the_last_words_of_a_container_are_not_lost(node: Node, pod: str):
+def test_the_last_words_of_a_container_are_not_lost(node: Node, pod: str) -> None:
     container = node.run(
         pod, "c", ["sh", "-c", "read x; yes 0123456789 | head -c 5000000; echo; echo last"], stdin=True
     )
@@ -109,7 +109,7 @@ def test_the_last_words_of_a_container_are_not_lost(node: Node, pod: str):
     assert client.got["stdout"].endswith(b"last\n")
 
 
-def test_attach_after_the_daemon_was_killed(node: Node, pod: str):
+def test_attach_after_the_daemon_was_killed(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ECHO, stdin=True)
     lost = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     lost.send("stdin", b"before\n")
@@ -124,7 +124,7 @@ def test_attach_after_the_daemon_was_killed(node: Node, pod: str):
     assert node.log(container).splitlines() == ["got before", "got after"]
 
 
-def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: str):
+def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: str) -> None:
     """For ten seconds the process waits for it, as for a slow terminal."""
     container = node.run(pod, "c", ["sh", "-c", "read x; yes $x | head -c 50000000; sleep 1000"], stdin=True)
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
@@ -139,7 +139,7 @@ def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: st
     node.client.StopContainer(container_id=container, timeout=0)
 
 
-def test_a_client_of_input_alone(node: Node, pod: str):
+def test_a_client_of_input_alone(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ECHO, stdin=True)
     client = WebSocket(attach(node, container, stdin=True))
     client.send(0, b"quiet\n")
@@ -148,7 +148,7 @@ def test_a_client_of_input_alone(node: Node, pod: str):
     assert client.finish() == SUCCESS
 
 
-def test_input_for_a_container_that_has_none(node: Node, pod: str):
+def test_input_for_a_container_that_has_none(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sh", "-c", "until [ -e /go ]; do sleep 0.05; done; echo end"])
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     client.send("stdin", b"x" * 1_000_000)
@@ -157,7 +157,7 @@ def test_input_for_a_container_that_has_none(node: Node, pod: str):
     assert client.got["stdout"] == b"end\n"
 
 
-def test_what_is_refused(node: Node, pod: str):
+def test_what_is_refused(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"])
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "tty = True", "has no terminal"):
         attach(node, container, stdout=True, tty=True)

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
@@ -65,7 +65,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def pull(node: Node, server: Server):
+def pull(node: Node, server: Server) -> Iterator[Callable[[], object]]:
     """Pull the served image; afterwards nothing of it is on the node."""
     before = stored(node)
     yield lambda: node.client.PullImage(image=cri.ImageSpec(image=f"127.0.0.1:{server.server_port}/bad:latest"))
@@ -78,32 +78,32 @@ def stored(node: Node) -> set[str]:
     return {f"{d}/{name}" for d in directories for name in os.listdir(f"{node.root}/{d}")}
 
 
-def test_the_server_is_sound_where_it_does_not_lie(node: Node, server: Server):
+def test_the_server_is_sound_where_it_does_not_lie(node: Node, server: Server) -> None:
     name = f"127.0.0.1:{server.server_port}/good:latest"
     assert node.client.PullImage(image=cri.ImageSpec(image=name)).image_ref == IMAGE.id
     node.client.RemoveImage(image=cri.ImageSpec(image=name))
 
 
-def test_a_wrong_digest(pull, server: Server):
+def test_a_wrong_digest(pull: Callable[[], object], server: Server) -> None:
     server.bodies[LAYER] = b"x" * len(IMAGE.blobs[LAYER])
     with refused(grpc.StatusCode.DATA_LOSS, LAYER, f"127.0.0.1:{server.server_port}"):
         pull()
 
 
-def test_a_truncated_layer(pull, server: Server):
+def test_a_truncated_layer(pull: Callable[[], object], server: Server) -> None:
     server.bodies[LAYER] = IMAGE.blobs[LAYER][:50]
     server.lengths[LAYER] = len(IMAGE.blobs[LAYER])
     with refused(grpc.StatusCode.UNAVAILABLE, LAYER):
         pull()
 
 
-def test_a_manifest_that_is_not_valid(pull, server: Server):
+def test_a_manifest_that_is_not_valid(pull: Callable[[], object], server: Server) -> None:
     server.bodies["latest"] = b'{"schemaVersion": 2, "layers": "none"}'
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "manifest", "bad:latest"):
         pull()
 
 
-def test_a_configuration_that_is_not_valid(pull, server: Server):
+def test_a_configuration_that_is_not_valid(pull: Callable[[], object], server: Server) -> None:
     server.image = with_configuration(b'{"os": "linux", "architecture": "amd64", "rootfs": 1}')
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "configuration", "rootfs"):
         pull()
@@ -119,7 +119,9 @@ def test_a_configuration_that_is_not_valid(pull, server: Server):
     ],
     ids=["dotdot", "link to itself", "hard link out", "device out of range"],
 )
-def test_a_layer_that_wants_to_write_outside_its_root(pull, server: Server, trick, word):
+def test_a_layer_that_wants_to_write_outside_its_root(
+    pull: Callable[[], object], server: Server, trick: list[tuple[tarfile.TarInfo, bytes]], word: str
+) -> None:
     server.image = build_image([layers.archive(*trick)])
     with refused(grpc.StatusCode.INVALID_ARGUMENT, word):
         pull()

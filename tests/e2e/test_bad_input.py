@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,21 +18,15 @@ from tests.support.node import Node
 UNKNOWN = "0123456789abcdef" * 4
 
 
-def refused(code: grpc.StatusCode, *words: str):
+@contextmanager
+def refused(code: grpc.StatusCode, *words: str) -> Iterator[None]:
     """The call within must be refused with this code and all of these words."""
-
-    class Context:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, kind, error, trace):
-            assert isinstance(error, grpc.RpcError), "the call was not refused"
-            assert error.code() is code, error.details()
-            for word in words:
-                assert word in error.details(), error.details()
-            return True
-
-    return Context()
+    with pytest.raises(grpc.RpcError) as caught:
+        yield
+    said = caught.value.details() or ""
+    assert caught.value.code() is code, said
+    for word in words:
+        assert word in said, said
 
 
 @pytest.mark.parametrize(
@@ -40,27 +38,27 @@ def refused(code: grpc.StatusCode, *words: str):
         ("ReopenContainerLog", "container_id"),
     ],
 )
-def test_an_unknown_pod_or_container(node: Node, rpc: str, field: str):
+def test_an_unknown_pod_or_container(node: Node, rpc: str, field: str) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, UNKNOWN, "does not exist"):
         getattr(node.client, rpc)(**{field: UNKNOWN})
 
 
-def test_an_unknown_container_in_an_exec(node: Node):
+def test_an_unknown_container_in_an_exec(node: Node) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, UNKNOWN):
         node.client.ExecSync(container_id=UNKNOWN, cmd=["true"])
 
 
-def test_an_unknown_pod_for_a_container(node: Node):
+def test_an_unknown_pod_for_a_container(node: Node) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, UNKNOWN):
         node.create(UNKNOWN, "c", ["true"])
 
 
-def test_an_empty_id(node: Node):
+def test_an_empty_id(node: Node) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "empty"):
         node.client.StopPodSandbox(pod_sandbox_id="")
 
 
-def test_a_duplicate_pod_name(node: Node):
+def test_a_duplicate_pod_name(node: Node) -> None:
     pod = node.run_pod("dup")
     with refused(grpc.StatusCode.ALREADY_EXISTS, "dup_e2e_uid-dup_0", pod):
         node.run_pod("dup")
@@ -68,7 +66,7 @@ def test_a_duplicate_pod_name(node: Node):
     node.run_pod("dup", attempt=1)
 
 
-def test_a_duplicate_container_name(node: Node):
+def test_a_duplicate_container_name(node: Node) -> None:
     pod = node.run_pod()
     container = node.create(pod, "dup", ["true"])
     with refused(grpc.StatusCode.ALREADY_EXISTS, "dup_", container):
@@ -76,14 +74,14 @@ def test_a_duplicate_container_name(node: Node):
     assert [c.id for c in node.client.ListContainers().containers] == [container]
 
 
-def test_an_image_that_is_not_there(node: Node):
+def test_an_image_that_is_not_there(node: Node) -> None:
     pod = node.run_pod()
     with refused(grpc.StatusCode.NOT_FOUND, "localhost/absent:1", "pull it first"):
         node.create(pod, "c", ["true"], image="localhost/absent:1")
     assert node.client.ListContainers().containers == []
 
 
-def test_a_command_that_does_not_exist(node: Node):
+def test_a_command_that_does_not_exist(node: Node) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", ["/no/such/command"])
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "/no/such/command", "no such file"):
@@ -93,7 +91,7 @@ def test_a_command_that_does_not_exist(node: Node):
     assert "/no/such/command" in status.message
 
 
-def test_a_command_that_does_not_exist_in_an_exec(node: Node):
+def test_a_command_that_does_not_exist_in_an_exec(node: Node) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", ["sleep", "1000"])
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "nowhere"):
@@ -101,9 +99,9 @@ def test_a_command_that_does_not_exist_in_an_exec(node: Node):
 
 
 @pytest.mark.parametrize("field", ["run_as_username", "image"])
-def test_a_user_that_does_not_exist(node: Node, field: str, tmp_path):
+def test_a_user_that_does_not_exist(node: Node, field: str, tmp_path: Path) -> None:
     pod = node.run_pod()
-    fields = {}
+    fields: dict[str, Any] = {}
     if field == "image":
         from tests.support.fixtures import import_image
         from tests.support.imagebuilder import busybox_image, write_archive
@@ -120,7 +118,7 @@ def test_a_user_that_does_not_exist(node: Node, field: str, tmp_path):
     assert os.listdir(f"{node.state}/containers") == []
 
 
-def test_a_missing_cni_configuration(node: Node):
+def test_a_missing_cni_configuration(node: Node) -> None:
     os.rename(f"{node.cni}/10-e2e.conflist", f"{node.base}/aside")
     try:
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "CNI", node.cni):
@@ -130,7 +128,7 @@ def test_a_missing_cni_configuration(node: Node):
     assert node.settled() == []
 
 
-def test_a_missing_cni_plugin(node: Node):
+def test_a_missing_cni_plugin(node: Node) -> None:
     with open(f"{node.cni}/05-first.conflist", "w") as f:
         f.write('{"cniVersion": "1.0.0", "name": "first", "plugins": [{"type": "no-such-plugin"}]}')
     try:
@@ -148,7 +146,9 @@ SHARED_PIDS = cri.LinuxPodSandboxConfig(
 
 # With a shared PID namespace an infra process is started beside the plugins: they may fail before it runs, or after.
 @pytest.mark.parametrize(("linux", "delay"), [(None, 0), (SHARED_PIDS, 0), (SHARED_PIDS, 0.3)])
-def test_a_plugin_that_fails_half_way_leaves_nothing(node: Node, linux: cri.LinuxPodSandboxConfig | None, delay: float):
+def test_a_plugin_that_fails_half_way_leaves_nothing(
+    node: Node, linux: cri.LinuxPodSandboxConfig | None, delay: float
+) -> None:
     os.makedirs(f"{node.base}/bin", exist_ok=True)
     with open(f"{node.base}/bin/broken", "w") as f:
         f.write(
@@ -182,7 +182,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing(node: Node, linux: cri.Linu
         ({"port_mappings": [cri.PortMapping(container_port=70000)]}, ["70000"]),
     ],
 )
-def test_a_pod_that_can_never_run(node: Node, change, words):
+def test_a_pod_that_can_never_run(node: Node, change: dict[str, Any], words: list[str]) -> None:
     config = node.pod("bad")
     config.MergeFrom(cri.PodSandboxConfig(**change)) if "metadata" not in change else config.metadata.CopyFrom(
         change["metadata"]
@@ -193,19 +193,19 @@ def test_a_pod_that_can_never_run(node: Node, change, words):
 
 
 @pytest.mark.parametrize("name", ["kernel.hostname", "vm.swappiness", "net"])
-def test_a_sysctl_of_the_node(node: Node, name: str):
+def test_a_sysctl_of_the_node(node: Node, name: str) -> None:
     config = node.pod("bad")
     config.linux.sysctls[name] = "1"
     with refused(grpc.StatusCode.INVALID_ARGUMENT, name):
         node.client.RunPodSandbox(config=config)
 
 
-def test_an_unknown_runtime_handler(node: Node):
+def test_an_unknown_runtime_handler(node: Node) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "'kata'", "runc"):
         node.client.RunPodSandbox(config=node.pod("handler"), runtime_handler="kata")
 
 
-def test_no_command_at_all(node: Node, tmp_path):
+def test_no_command_at_all(node: Node, tmp_path: Path) -> None:
     from tests.support.fixtures import import_image
     from tests.support.imagebuilder import busybox_image, write_archive
 
@@ -216,7 +216,7 @@ def test_no_command_at_all(node: Node, tmp_path):
         node.create(pod, "c", image="localhost/mute:1")
 
 
-def test_an_unknown_capability(node: Node):
+def test_an_unknown_capability(node: Node) -> None:
     pod = node.run_pod()
     security = cri.LinuxContainerSecurityContext(capabilities=cri.Capability(add_capabilities=["FLY"]))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "'FLY'"):
@@ -224,7 +224,7 @@ def test_an_unknown_capability(node: Node):
     assert node.client.ListContainers().containers == []
 
 
-def test_a_log_path_that_leads_out_of_the_pods_directory(node: Node):
+def test_a_log_path_that_leads_out_of_the_pods_directory(node: Node) -> None:
     pod = node.run_pod()
     config = cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name="c"),
@@ -236,7 +236,7 @@ def test_a_log_path_that_leads_out_of_the_pods_directory(node: Node):
         node.client.CreateContainer(pod_sandbox_id=pod, config=config)
 
 
-def test_calls_on_a_container_in_the_wrong_state(node: Node):
+def test_calls_on_a_container_in_the_wrong_state(node: Node) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", ["sleep", "1000"])
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "created, not running"):
@@ -249,7 +249,7 @@ def test_calls_on_a_container_in_the_wrong_state(node: Node):
         node.create(pod, "late", ["true"])
 
 
-def test_a_seccomp_profile_that_is_not_there(node: Node):
+def test_a_seccomp_profile_that_is_not_there(node: Node) -> None:
     pod = node.run_pod()
     profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="/no/profile.json")
     security = cri.LinuxContainerSecurityContext(seccomp=profile)
@@ -258,7 +258,7 @@ def test_a_seccomp_profile_that_is_not_there(node: Node):
     assert node.client.ListContainers().containers == []
 
 
-def test_a_cdi_device_that_is_not_there(node: Node):
+def test_a_cdi_device_that_is_not_there(node: Node) -> None:
     pod = node.run_pod()
     with refused(grpc.StatusCode.NOT_FOUND, "vendor.com/class=none", f"{node.base}/cdi"):
         node.create(pod, "c", ["true"], CDI_devices=[cri.CDIDevice(name="vendor.com/class=none")])
@@ -267,7 +267,7 @@ def test_a_cdi_device_that_is_not_there(node: Node):
 
 @pytest.mark.skipif(host.apparmor_profiles() is not None, reason="this node has AppArmor")
 @pytest.mark.parametrize("field", ["apparmor", "apparmor_profile"])
-def test_an_apparmor_profile_on_a_node_without_apparmor(node: Node, field: str):
+def test_an_apparmor_profile_on_a_node_without_apparmor(node: Node, field: str) -> None:
     pod = node.run_pod()
     profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="own")
     security = {"apparmor": profile} if field == "apparmor" else {"apparmor_profile": "localhost/own"}

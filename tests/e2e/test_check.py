@@ -48,7 +48,7 @@ def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
     assert f"the socket at {node.socket} belongs to a daemon that has ended" in words(report, "ok")
 
 
-def test_versions_are_told_as_programs_tell_them(tmp_path):
+def test_versions_are_told_as_programs_tell_them(tmp_path: Path) -> None:
     known = advisories.parse(tries.version("runc") or "")
     assert known is not None
     assert known[0] == "runc"
@@ -58,7 +58,7 @@ def test_versions_are_told_as_programs_tell_them(tmp_path):
     assert tries.plugin_version("/bin/false") is None
 
 
-def test_a_node_without_a_network_is_told_so(node: Node):
+def test_a_node_without_a_network_is_told_so(node: Node) -> None:
     os.rename(f"{node.cni}/10-e2e.conflist", f"{node.base}/kept")
     try:
         code, report = check(node)
@@ -69,7 +69,7 @@ def test_a_node_without_a_network_is_told_so(node: Node):
     assert lacking.startswith(f"no CNI configuration in {node.cni}")
 
 
-def test_for_people_it_prints_lines_with_what_to_do(node: Node):
+def test_for_people_it_prints_lines_with_what_to_do(node: Node) -> None:
     with open(f"{node.base}/other.toml", "w") as f, open(node.config) as g:
         f.write(re.sub('infra = ".*"', 'infra = "/nowhere/catatonit"', g.read()))
     command = [sys.executable, "-m", "criserver", "check", "--config", f"{node.base}/other.toml"]
@@ -80,7 +80,7 @@ def test_for_people_it_prints_lines_with_what_to_do(node: Node):
     assert done.stdout.endswith("missing\n")
 
 
-def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: None, tmp_path):
+def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: None, tmp_path: Path) -> None:
     for name in ("lower", "upper", "work", "merged"):
         (tmp_path / name).mkdir()
     # The kernel takes no overlay for the upper layer of another.
@@ -118,7 +118,7 @@ def test_links_are_made_where_nobody_sees_them():
     assert links() == before
 
 
-def test_a_container_that_the_runtime_refuses_is_told_in_its_words(node: Node, tmp_path):
+def test_a_container_that_the_runtime_refuses_is_told_in_its_words(node: Node, tmp_path: Path) -> None:
     refusing = tmp_path / "refusing"
     refusing.write_text("#!/bin/sh\necho 'no containers on Tuesdays' >&2\nexit 1\n")
     refusing.chmod(0o755)

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import time
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,18 +22,18 @@ def pod(node: Node) -> str:
     return node.run_pod("pod")
 
 
-def trapping(node: Node, pod: str, name: str, traps: str, **fields) -> str:
+def trapping(node: Node, pod: str, name: str, traps: str, **fields: Any) -> str:
     """A container that has its traps set and goes on until a signal ends it."""
     container = node.run(pod, name, ["sh", "-c", f"{traps}; echo ready; while :; do sleep 0.05; done"], **fields)
     eventually(lambda: node.log(container) == "ready\n")
     return container
 
 
-def linux(**security) -> cri.LinuxContainerConfig:
+def linux(**security: Any) -> cri.LinuxContainerConfig:
     return cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))
 
 
-def test_the_life_of_a_container(node: Node, pod: str):
+def test_the_life_of_a_container(node: Node, pod: str) -> None:
     before = time.time_ns()
     container = node.create(pod, "life", ["sh", "-c", "echo out; echo err >&2; exit 3"], labels={"a": "b"})
     created = node.status(container)
@@ -53,12 +55,12 @@ def test_the_life_of_a_container(node: Node, pod: str):
     assert os.path.exists(ended.log_path), "a log is the kubelet's to remove"
 
 
-def test_success_is_completed(node: Node, pod: str):
+def test_success_is_completed(node: Node, pod: str) -> None:
     ended = node.wait(node.run(pod, "ok", ["true"]))
     assert (ended.exit_code, ended.reason) == (0, "Completed")
 
 
-def test_an_exited_containers_root_is_not_mounted_any_more(node: Node, pod: str):
+def test_an_exited_containers_root_is_not_mounted_any_more(node: Node, pod: str) -> None:
     container = node.run(pod, "unmounted", ["true"])
     node.wait(container)
     eventually(lambda: not os.path.ismount(f"{node.state}/containers/{container}/rootfs"))
@@ -87,7 +89,7 @@ def test_an_exited_containers_root_is_not_mounted_any_more(node: Node, pod: str)
         ({"command": ["sh", "-c", "touch /x || echo refused"], "linux": linux(readonly_rootfs=True)}, None),
     ],
 )
-def test_what_the_process_is_started_with(node: Node, pod: str, fields, printed):
+def test_what_the_process_is_started_with(node: Node, pod: str, fields: dict[str, Any], printed: str | None) -> None:
     if "envs" in fields:
         fields = {**fields, "envs": [cri.KeyValue(key=k, value=v.encode()) for k, v in fields["envs"]]}
     container = node.run(pod, "started", **fields)
@@ -101,7 +103,7 @@ def test_what_the_process_is_started_with(node: Node, pod: str, fields, printed)
         assert "/bin" in log
 
 
-def test_the_images_own_command_environment_directory_and_user(node: Node, pod: str, tmp_path):
+def test_the_images_own_command_environment_directory_and_user(node: Node, pod: str, tmp_path: Path) -> None:
     from tests.support.fixtures import import_image
     from tests.support.imagebuilder import busybox_image, write_archive
 
@@ -127,7 +129,7 @@ def test_the_images_own_command_environment_directory_and_user(node: Node, pod: 
     assert node.log(commanded) == "mine\n"
 
 
-def test_mounts(node: Node, pod: str, tmp_path):
+def test_mounts(node: Node, pod: str, tmp_path: Path) -> None:
     (tmp_path / "given").write_text("from the host\n")
     (tmp_path / "link").symlink_to(tmp_path / "given")
     mounts = [
@@ -145,7 +147,7 @@ def test_mounts(node: Node, pod: str, tmp_path):
     assert len(node.status(container).mounts) == 4
 
 
-def test_stop_sends_the_signal_waits_the_grace_and_kills(node: Node, pod: str):
+def test_stop_sends_the_signal_waits_the_grace_and_kills(node: Node, pod: str) -> None:
     polite = trapping(node, pod, "polite", "trap 'exit 7' TERM")
     node.client.StopContainer(container_id=polite, timeout=20)
     assert node.status(polite).exit_code == 7
@@ -158,7 +160,7 @@ def test_stop_sends_the_signal_waits_the_grace_and_kills(node: Node, pod: str):
     node.client.StopContainer(container_id=deaf, timeout=1)
 
 
-def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str):
+def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str) -> None:
     deaf = trapping(node, pod, "deaf", "trap '' TERM")
     with pytest.raises(grpc.RpcError):
         node.client.StopContainer(deadline=0.3, container_id=deaf, timeout=60)
@@ -168,7 +170,7 @@ def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str):
 
 
 @pytest.mark.parametrize("asked", ["image", "kubelet"])
-def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path, asked):
+def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path: Path, asked: str) -> None:
     from tests.support.fixtures import import_image
     from tests.support.imagebuilder import busybox_image, write_archive
 
@@ -181,14 +183,14 @@ def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp
     assert node.status(container).exit_code == (12 if asked == "kubelet" else 11)
 
 
-def test_listing_by_every_filter(node: Node, pod: str):
+def test_listing_by_every_filter(node: Node, pod: str) -> None:
     other = node.run_pod("other")
     one = node.run(pod, "one", ["sleep", "1000"], labels={"app": "x"})
     two = node.create(pod, "two", ["true"], labels={"app": "y"})
     three = node.run(other, "three", ["true"], labels={"app": "x"})
     node.wait(three)
 
-    def ids(**wanted) -> set[str]:
+    def ids(**wanted: Any) -> set[str]:
         return {c.id for c in node.client.ListContainers(filter=cri.ContainerFilter(**wanted)).containers}
 
     assert ids() == {one, two, three}
@@ -201,14 +203,14 @@ def test_listing_by_every_filter(node: Node, pod: str):
     assert ids(id="f" * 64) == set()
 
 
-def test_verbose_status_has_the_spec(node: Node, pod: str):
+def test_verbose_status_has_the_spec(node: Node, pod: str) -> None:
     container = node.run(pod, "verbose", ["sleep", "1000"])
     info = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])
     assert info["runtimeSpec"]["process"]["args"] == ["sleep", "1000"]
     assert os.path.exists(f"/proc/{info['pid']}")
 
 
-def test_exec(node: Node, pod: str):
+def test_exec(node: Node, pod: str) -> None:
     container = node.run(pod, "exec", ["sleep", "1000"], envs=[cri.KeyValue(key="HELLO", value=b"there")])
     result = node.client.ExecSync(
         container_id=container, cmd=["sh", "-c", "echo $HELLO; echo oops >&2; exit 5"], timeout=10
@@ -218,7 +220,7 @@ def test_exec(node: Node, pod: str):
     assert killed.exit_code == 137
 
 
-def test_an_execs_large_output_is_whole(node: Node, pod: str):
+def test_an_execs_large_output_is_whole(node: Node, pod: str) -> None:
     container = node.run(pod, "large", ["sleep", "1000"])
     result = node.client.ExecSync(
         container_id=container, cmd=["sh", "-c", "yes 0123456789abcde | head -c 7000000"], timeout=30
@@ -227,23 +229,23 @@ def test_an_execs_large_output_is_whole(node: Node, pod: str):
     assert result.stdout == (b"0123456789abcde\n" * 437500)
 
 
-def test_an_exec_past_its_timeout_dies_with_its_process_group(node: Node, pod: str):
+def test_an_exec_past_its_timeout_dies_with_its_process_group(node: Node, pod: str) -> None:
     container = node.run(pod, "timeout", ["sleep", "1000"])
     with within(20), pytest.raises(grpc.RpcError) as e:
         node.client.ExecSync(container_id=container, cmd=["sh", "-c", "sleep 4711 & sleep 4712"], timeout=1)
     assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "timed out after 1 s" in e.value.details()
+    assert "timed out after 1 s" in str(e.value.details())
     eventually(lambda: "471" not in node.sh(container, "ps -o args | grep '[s]leep 47' || true"))
 
 
-def test_an_exec_whose_caller_goes_away_dies(node: Node, pod: str):
+def test_an_exec_whose_caller_goes_away_dies(node: Node, pod: str) -> None:
     container = node.run(pod, "gone", ["sleep", "1000"])
     with pytest.raises(grpc.RpcError):
         node.client.ExecSync(deadline=0.5, container_id=container, cmd=["sleep", "4713"], timeout=0)
     eventually(lambda: "4713" not in node.sh(container, "ps -o args | grep '[s]leep 4713' || true"))
 
 
-def test_a_rotated_log_goes_on_in_a_new_file(node: Node, pod: str):
+def test_a_rotated_log_goes_on_in_a_new_file(node: Node, pod: str) -> None:
     container = node.run(pod, "rotated", ["sh", "-c", "while :; do echo tick; sleep 0.05; done"])
     path = node.status(container).log_path
     eventually(lambda: os.path.getsize(path) > 0)
@@ -258,26 +260,28 @@ def test_a_rotated_log_goes_on_in_a_new_file(node: Node, pod: str):
             assert all(pattern.match(line) for line in f)
 
 
-def test_a_long_log_is_whole(node: Node, pod: str):
+def test_a_long_log_is_whole(node: Node, pod: str) -> None:
     container = node.run(pod, "long", ["sh", "-c", "seq 1 300000"])
     assert node.wait(container).exit_code == 0
     assert node.log(container) == "".join(f"{n}\n" for n in range(1, 300001))
 
 
-def test_a_terminal(node: Node, pod: str):
+def test_a_terminal(node: Node, pod: str) -> None:
     container = node.run(pod, "tty", ["sh", "-c", "tty; echo out; echo err >&2"], tty=True)
     assert node.wait(container).exit_code == 0
     assert node.log(container).replace("\r", "") == "/dev/pts/0\nout\nerr\n"
 
 
-def test_an_oom_kill_is_told(node: Node, pod: str):
+def test_an_oom_kill_is_told(node: Node, pod: str) -> None:
     config = cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=16 << 20))
     container = node.run(pod, "oom", ["sh", "-c", "head -c 200m /dev/zero | tail"], linux=config)
     ended = node.wait(container)
     assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
 
 
-def test_a_first_process_that_is_killed_for_want_of_memory_is_told_and_its_neighbour_is_not(node: Node, pod: str):
+def test_a_first_process_that_is_killed_for_want_of_memory_is_told_and_its_neighbour_is_not(
+    node: Node, pod: str
+) -> None:
     """Under systemd the cgroup with the count may be gone as soon as its only process is."""
     config = cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=16 << 20))
     neighbour = node.run(pod, "neighbour", ["sleep", "1000"])
@@ -290,6 +294,6 @@ def test_a_first_process_that_is_killed_for_want_of_memory_is_told_and_its_neigh
     assert (ended.exit_code, ended.reason) == (137, "Error")
 
 
-def test_fifty_short_containers_keep_their_exit_codes(node: Node, pod: str):
+def test_fifty_short_containers_keep_their_exit_codes(node: Node, pod: str) -> None:
     containers = [node.run(pod, f"short-{n}", ["sh", "-c", f"exit {n}"]) for n in range(50)]
     assert [node.wait(c).exit_code for c in containers] == list(range(50))

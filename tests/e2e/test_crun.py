@@ -58,7 +58,7 @@ def kept(node: Node, handler: str) -> set[str]:
         return set()
 
 
-def test_a_pods_handler_runs_its_containers(node: Node):
+def test_a_pods_handler_runs_its_containers(node: Node) -> None:
     pods = {"crun": run_pod(node, "one"), "runc": node.run_pod("two")}
     for handler, pod in pods.items():
         container = node.run(pod, "c", ["sh", "-c", "echo from $0; exit 7", handler])
@@ -72,14 +72,14 @@ def test_a_pods_handler_runs_its_containers(node: Node):
         )
 
 
-def test_infra_processes_start_each_time(node: Node):
+def test_infra_processes_start_each_time(node: Node) -> None:
     """crun's fork that is their parent may outlive it for a moment."""
     for number in range(30):
         pod = run_pod(node, f"pod{number}", SHARED)
         node.client.RemovePodSandbox(pod_sandbox_id=pod)
 
 
-def test_an_infra_process_in_a_user_namespace(node: Node):
+def test_an_infra_process_in_a_user_namespace(node: Node) -> None:
     features = {h.name: h.features.user_namespaces for h in node.client.Status().runtime_handlers}
     if not features["crun"]:
         pytest.skip("this crun, or this kernel, has no id-mapped mounts")
@@ -91,7 +91,7 @@ def test_an_infra_process_in_a_user_namespace(node: Node):
     assert node.sh(container, "cat /proc/self/uid_map").split() == ["0", "1000000", "65536"]
 
 
-def test_a_terminal(node: Node):
+def test_a_terminal(node: Node) -> None:
     container = node.run(run_pod(node, "tty"), "c", ["sleep", "1000"])
     url = node.client.Exec(container_id=container, cmd=["sh", "-c", "tty; read l; exit $l"], stdin=True, stdout=True)
     client = Spdy(url.url).open_command("error", "stdin", "stdout")
@@ -107,7 +107,7 @@ def test_a_terminal(node: Node):
     assert client.finish()["details"]["causes"][0]["message"] == "5"
 
 
-def test_commands_and_programs_that_are_not_there_are_named(node: Node):
+def test_commands_and_programs_that_are_not_there_are_named(node: Node) -> None:
     pod = run_pod(node, "bad")
     container = node.run(pod, "c", ["sleep", "1000"])
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "no-such-command"):
@@ -116,7 +116,7 @@ def test_commands_and_programs_that_are_not_there_are_named(node: Node):
         node.run(pod, "absent", ["no-such-program"])
 
 
-def test_limits_are_changed(node: Node):
+def test_limits_are_changed(node: Node) -> None:
     container = node.run(run_pod(node, "limits"), "c", ["sleep", "1000"])
     limits = cri.LinuxContainerResources(cpu_shares=512, memory_limit_in_bytes=64 << 20)
     node.client.UpdateContainerResources(container_id=container, linux=limits)
@@ -127,7 +127,7 @@ def test_limits_are_changed(node: Node):
         )
 
 
-def test_a_new_daemon_takes_over_and_its_cache_is_no_container(node: Node):
+def test_a_new_daemon_takes_over_and_its_cache_is_no_container(node: Node) -> None:
     pod = run_pod(node, "lasting", SHARED)
     container = node.run(pod, "c", ["sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.1; done"])
     node.kill()

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from tests.support.node import DRIVER, Node, filled, processes
 from tests.support.waiting import SLOWNESS, eventually, within
 
 
-def test_the_socket_is_roots_alone(node: Node):
+def test_the_socket_is_roots_alone(node: Node) -> None:
     assert stat.S_IMODE(os.stat(node.socket).st_mode) == 0o600
 
 
-def test_a_second_daemon_on_the_same_directories_is_refused(node: Node):
+def test_a_second_daemon_on_the_same_directories_is_refused(node: Node) -> None:
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
     second = subprocess.run(command, capture_output=True, text=True, timeout=30 * SLOWNESS)
     assert second.returncode == 1
@@ -41,7 +42,11 @@ def test_a_second_daemon_on_the_same_directories_is_refused(node: Node):
     node.client.Version()
 
 
-def test_a_record_that_would_be_refused_today_is_read_and_its_container_goes_on(node: Node):
+def has_logged(node: Node, container: str, text: str) -> bool:
+    return len(node.log(container)) >= len(text)
+
+
+def test_a_record_that_would_be_refused_today_is_read_and_its_container_goes_on(node: Node) -> None:
     """As from another kernel or release: unified limits on cgroup v1, both kinds of user, a number of a later CRI."""
     container = node.run(node.run_pod("older"), "c", ["sleep", "1000"])
     pid = node.pid(container)
@@ -51,7 +56,8 @@ def test_a_record_that_would_be_refused_today_is_read_and_its_container_goes_on(
         sent.linux.resources.unified["memory.high"] = "max"
         sent.linux.security_context.run_as_user.value = 0
         sent.linux.security_context.run_as_username = "root"
-        sent.stop_signal = 999
+        later: Any = 999
+        sent.stop_signal = later
         del fields["version"]
         return {**fields, "sent": base64.b64encode(sent.SerializeToString()).decode()}
 
@@ -66,7 +72,7 @@ def test_a_record_that_would_be_refused_today_is_read_and_its_container_goes_on(
     assert node.wait(container).exit_code == 137
 
 
-def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_container_running(node: Node):
+def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_container_running(node: Node) -> None:
     container = node.run(node.run_pod("newer"), "c", ["sleep", "1000"])
     pid = node.pid(container)
     node.kill()
@@ -82,7 +88,7 @@ def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_cont
     assert node.pid(container) == pid
 
 
-def test_status_and_version(node: Node):
+def test_status_and_version(node: Node) -> None:
     version = node.client.Version()
     assert (version.runtime_name, version.runtime_api_version) == ("criserver", "v1")
     status = node.client.Status(verbose=True)
@@ -95,7 +101,7 @@ def test_status_and_version(node: Node):
     assert info["defaultAppArmorProfile"] == (None if host.apparmor_profiles() is None else "criserver-default")
 
 
-def test_containers_have_the_limit_of_descriptors_that_the_daemon_was_started_with(node: Node):
+def test_containers_have_the_limit_of_descriptors_that_the_daemon_was_started_with(node: Node) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     node.kill()
     resource.setrlimit(resource.RLIMIT_NOFILE, (700, hard))
@@ -143,7 +149,7 @@ def faults(node: Node, since: int) -> list[str]:
     return [line["event"] for line in lines if line["level"] in ("warning", "error")]
 
 
-def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Callable[[], int]):
+def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Callable[[], int]) -> None:
     assert node.process is not None
     pid, before = node.process.pid, len(node.daemon_log().splitlines())
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -163,7 +169,7 @@ def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Ca
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/fs/cgroup/pids"), reason="the pids controller of cgroup version 1")
-def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, pings: Callable[[], int]):
+def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, pings: Callable[[], int]) -> None:
     assert node.process is not None
     container = node.run(node.run_pod("before"), "c", ["sleep", "1000"])
     groups = (line.split(":", 2) for line in Path(f"/proc/{node.process.pid}/cgroup").read_text().splitlines())
@@ -198,7 +204,7 @@ def measured(node: Node, container: str) -> bool:
     return bool(stats.writable_layer.inodes_used.value)
 
 
-def test_an_orderly_stop_leaves_the_containers_running(node: Node):
+def test_an_orderly_stop_leaves_the_containers_running(node: Node) -> None:
     pod = node.run_pod("calm")
     container = node.run(pod, "c", ["sh", "-c", "while :; do echo tick; sleep 0.02; done"])
     assert node.stop() == 0
@@ -211,7 +217,7 @@ def test_an_orderly_stop_leaves_the_containers_running(node: Node):
     assert node.sh(container, "echo still here") == "still here\n"
 
 
-def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node: Node):
+def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node: Node) -> None:
     script = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo $i; sleep 0.01; done; "
     pods = [node.run_pod(f"pod-{n}") for n in range(10)]
     containers = [
@@ -235,14 +241,14 @@ def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node
             assert node.sh(container, "echo alive") == "alive\n"
     whole = "".join(f"{n}\n" for n in range(1, 201))
     for container in containers:
-        eventually(lambda container=container: len(node.log(container)) >= len(whole))
+        eventually(partial(has_logged, node, container, whole))
         assert node.log(container) == whole
     for container in containers:
         node.client.StopContainer(container_id=container, timeout=0)
         assert node.status(container).exit_code == (42 if container == containers[3] else 137)
 
 
-def test_the_shared_pid_namespace_survives_a_killed_daemon(node: Node):
+def test_the_shared_pid_namespace_survives_a_killed_daemon(node: Node) -> None:
     options = cri.NamespaceOption(pid=cri.POD)
     linux = cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
     pod = node.run_pod("pids", linux=linux)
@@ -254,7 +260,7 @@ def test_the_shared_pid_namespace_survives_a_killed_daemon(node: Node):
     assert node.sh(one, "readlink /proc/self/ns/pid") == node.sh(two, "readlink /proc/self/ns/pid")
 
 
-def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: Node):
+def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: Node) -> None:
     pod = node.run_pod("shimless")
     container = node.run(pod, "c", ["sleep", "1000"])
     shim = next(
@@ -270,7 +276,7 @@ def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: 
     assert (ended.state, ended.exit_code, ended.reason) == (cri.CONTAINER_EXITED, 255, "Unknown")
 
 
-def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
+def test_frozen_shims_do_not_delay_lists_and_stops(node: Node) -> None:
     pod = node.run_pod("frozen")
     containers = [node.run(pod, f"c{n}", ["sleep", "1000"]) for n in range(5)]
     directories = {f"{node.state}/containers/{c}" for c in containers}
@@ -292,7 +298,7 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node):
             os.kill(shim, signal.SIGCONT)
 
 
-def test_an_orderly_stop_invents_no_exit_code(node: Node):
+def test_an_orderly_stop_invents_no_exit_code(node: Node) -> None:
     pod = node.run_pod("exact")
     # The grandchild keeps the log's pipe open, so that the shim is still draining it when the daemon goes.
     container = node.run(pod, "c", ["sh", "-c", "(trap '' HUP; sleep 3) & sleep 1; exit 7"])
@@ -306,7 +312,7 @@ def test_an_orderly_stop_invents_no_exit_code(node: Node):
     assert "its shim is gone" not in node.daemon_log()
 
 
-def test_nobody_but_root_sees_what_containers_are_given(node: Node):
+def test_nobody_but_root_sees_what_containers_are_given(node: Node) -> None:
     pod = node.run_pod("secret")
     container = node.run(pod, "c", ["sleep", "1000"], envs=[cri.KeyValue(key="PASSWORD", value=b"hunter2")])
     directory = f"{node.state}/containers/{container}"
@@ -326,7 +332,7 @@ def test_nobody_but_root_sees_what_containers_are_given(node: Node):
         os.chmod(node.base, 0o700)
 
 
-def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node):
+def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node) -> None:
     pod = node.run_pod("stuck")
     container = node.run(pod, "c", ["sleep", "1000"])
     (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(container))
@@ -339,7 +345,7 @@ def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node)
     assert not os.path.exists(f"/proc/{shim}")
 
 
-def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: Node):
+def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: Node) -> None:
     options = cri.NamespaceOption(pid=cri.POD)
     linux = cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
     pod = node.run_pod("pids", linux=linux)
@@ -354,7 +360,7 @@ def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: No
     assert e.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node):
+def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node) -> None:
     pod = node.run_pod("full")
     container = node.run(pod, "c", ["sleep", "1000"])
     with filled(node.root):
@@ -364,7 +370,7 @@ def test_a_full_disk_loses_no_exit_and_can_be_freed(node: Node):
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
 
 
-def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node):
+def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node) -> None:
     """Here the daemon's log is full too."""
     pod = node.run_pod("full")
     stopped, ended = node.run(pod, "stopped", ["sleep", "1000"]), node.run(pod, "ended", ["sleep", "1000"])
@@ -453,7 +459,7 @@ def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undo
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_daemon_killed_at_any_moment_leaves_nothing_without_an_owner(node: Node, seed: int):
+def test_a_daemon_killed_at_any_moment_leaves_nothing_without_an_owner(node: Node, seed: int) -> None:
     moment = random.Random(seed).uniform(0.0, 0.35)
 
     def work() -> None:

@@ -136,7 +136,7 @@ def second_build(package: str, directory: str) -> str:
     return path
 
 
-def test_all_that_it_needs_is_in_it(root: str, package: str):
+def test_all_that_it_needs_is_in_it(root: str, package: str) -> None:
     install(root, package)
     assert inside(root, "criserver", "--version").startswith("criserver ")
     imported = inside(root, f"/usr/bin/python{PYTHON}", "-IS", "-c", IMPORT_ALL).splitlines()
@@ -158,7 +158,7 @@ def test_all_that_it_needs_is_in_it(root: str, package: str):
 
 def test_pods_outlive_an_upgrade_and_end_with_the_removal(
     root: str, package: str, busybox_archive: str, tmp_path_factory: pytest.TempPathFactory
-):
+) -> None:
     install(root, package)
     configuration = f"{root}/etc/criserver/config.toml"
     inside(root, "sed", "-i", 's/^cgroup_driver = .*/cgroup_driver = "cgroupfs"/', "/etc/criserver/config.toml")

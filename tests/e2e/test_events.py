@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -39,14 +40,14 @@ class Listener:
 
 
 @pytest.fixture
-def listener(node: Node):
+def listener(node: Node) -> Iterator[Listener]:
     listener = Listener(node)
     threading.Event().wait(0.3)  # until the daemon has the call
     yield listener
     listener.close()
 
 
-def test_a_pods_life_in_events(node: Node, listener: Listener):
+def test_a_pods_life_in_events(node: Node, listener: Listener) -> None:
     pod = node.run_pod("told", labels={"a": "b"})
     for kind in (CREATED, STARTED):
         event = listener.next()
@@ -81,7 +82,7 @@ def test_a_pods_life_in_events(node: Node, listener: Listener):
 
 
 @pytest.mark.parametrize("wide", [1, 6])
-def test_a_container_that_ends_at_once_is_told_as_started_first(node: Node, listener: Listener, wide: int):
+def test_a_container_that_ends_at_once_is_told_as_started_first(node: Node, listener: Listener, wide: int) -> None:
     """Its shim may tell of both in one breath. All four events come, in their order and once."""
     pod = node.run_pod("brief")
     with ThreadPoolExecutor(wide) as pool:
@@ -103,7 +104,7 @@ def test_a_container_that_ends_at_once_is_told_as_started_first(node: Node, list
     assert [c for c, found in seen.items() if found != states] == []
 
 
-def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, listener: Listener):
+def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, listener: Listener) -> None:
     pod = node.run_pod("futile")
     container = node.create(pod, "c", ["/no/such/program"])
     with pytest.raises(grpc.RpcError):
@@ -117,7 +118,7 @@ def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, lis
     assert told == [CREATED, STOPPED, DELETED]
 
 
-def test_every_listener_is_told(node: Node, listener: Listener):
+def test_every_listener_is_told(node: Node, listener: Listener) -> None:
     other = Listener(node)
     try:
         threading.Event().wait(0.3)
@@ -128,7 +129,7 @@ def test_every_listener_is_told(node: Node, listener: Listener):
         other.close()
 
 
-def test_streamed_lists_are_the_lists(node: Node):
+def test_streamed_lists_are_the_lists(node: Node) -> None:
     pod = node.run_pod("streamed")
     for n in range(3):
         node.create(pod, f"c{n}", ["true"])

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -35,7 +36,7 @@ def outputs(node: Node, container: str, *command: str) -> str:
     return url(node, container, *command, stdout=True, stderr=True)
 
 
-def exit_code(status: dict) -> str:
+def exit_code(status: dict[str, Any]) -> str:
     assert status["reason"] == "NonZeroExitCode"
     (cause,) = status["details"]["causes"]
     assert cause["reason"] == "ExitCode"
@@ -46,32 +47,32 @@ def processes(node: Node, container: str, word: str) -> list[str]:
     return [line for line in node.sh(container, "ps -o args").splitlines() if word in line]
 
 
-def test_output_errors_and_success_over_spdy(node: Node, container: str):
+def test_output_errors_and_success_over_spdy(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "sh", "-c", "echo out; echo err >&2"))
     client.open_command("error", "stdout", "stderr")
     assert client.finish() == SUCCESS
-    assert (client.got["stdout"], client.got["stderr"]) == (b"out\n", b"err\n")
+    assert (bytes(client.got["stdout"]), bytes(client.got["stderr"])) == (b"out\n", b"err\n")
     assert client.ended == {"error", "stdout", "stderr"}
     assert client.gone
 
 
 @pytest.mark.parametrize("protocol", ["v5.channel.k8s.io", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"])
-def test_output_errors_and_success_over_websocket(node: Node, container: str, protocol: str):
+def test_output_errors_and_success_over_websocket(node: Node, container: str, protocol: str) -> None:
     client = WebSocket(outputs(node, container, "sh", "-c", "echo out; echo err >&2"), protocol)
     assert client.finish() == SUCCESS
-    assert (client.got[1], client.got[2]) == (b"out\n", b"err\n")
+    assert (bytes(client.got[1]), bytes(client.got[2])) == (b"out\n", b"err\n")
     assert client.closed is not None
     assert client.closed.code == 1000
 
 
-def test_the_exit_code_is_told(node: Node, container: str):
+def test_the_exit_code_is_told(node: Node, container: str) -> None:
     spdy = Spdy(outputs(node, container, "sh", "-c", "exit 7")).open_command("error", "stdout", "stderr")
     assert exit_code(spdy.finish()) == "7"
     assert exit_code(WebSocket(outputs(node, container, "sh", "-c", "kill -9 $$")).finish()) == "137"
 
 
 @pytest.mark.parametrize("protocol", ["v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"])
-def test_old_clients_are_told_in_words(node: Node, container: str, protocol: str):
+def test_old_clients_are_told_in_words(node: Node, container: str, protocol: str) -> None:
     client = Spdy(outputs(node, container, "sh", "-c", "exit 7"), protocol).open_command("error", "stdout", "stderr")
     while client.read():
         pass
@@ -82,7 +83,7 @@ def test_old_clients_are_told_in_words(node: Node, container: str, protocol: str
     assert client.got["error"] == b""
 
 
-def test_a_command_that_is_not_there(node: Node, container: str):
+def test_a_command_that_is_not_there(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "nosuch")).open_command("error", "stdout", "stderr")
     status = client.finish()
     assert status["status"] == "Failure"
@@ -90,7 +91,7 @@ def test_a_command_that_is_not_there(node: Node, container: str):
     assert "not found" in status["message"]
 
 
-def test_standard_input_until_its_end(node: Node, container: str):
+def test_standard_input_until_its_end(node: Node, container: str) -> None:
     address = url(node, container, "sh", "-c", "cat; echo over", stdin=True, stdout=True)
     client = Spdy(address).open_command("error", "stdin", "stdout")
     client.send("stdin", b"one\n")
@@ -100,7 +101,7 @@ def test_standard_input_until_its_end(node: Node, container: str):
     assert client.got["stdout"] == b"one\ntwo\nover\n"
 
 
-def test_standard_input_until_its_end_over_websocket(node: Node, container: str):
+def test_standard_input_until_its_end_over_websocket(node: Node, container: str) -> None:
     client = WebSocket(url(node, container, "sh", "-c", "cat; echo over", stdin=True, stdout=True))
     client.send(0, b"one\n")
     client.until(1, b"one\n")
@@ -109,7 +110,7 @@ def test_standard_input_until_its_end_over_websocket(node: Node, container: str)
     assert client.got[1] == b"one\nover\n"
 
 
-def test_a_command_that_ends_before_its_input_does(node: Node, container: str):
+def test_a_command_that_ends_before_its_input_does(node: Node, container: str) -> None:
     client = Spdy(url(node, container, "sh", "-c", "read x; echo $x", stdin=True, stdout=True))
     client.open_command("error", "stdin", "stdout")
     client.send("stdin", b"first\n" + b"x" * 3_000_000)
@@ -117,7 +118,7 @@ def test_a_command_that_ends_before_its_input_does(node: Node, container: str):
     assert client.got["stdout"] == b"first\n"
 
 
-def test_a_terminal_with_its_size(node: Node, container: str):
+def test_a_terminal_with_its_size(node: Node, container: str) -> None:
     address = url(node, container, "sh", stdin=True, stdout=True, tty=True)
     client = Spdy(address).open_command("error", "stdin", "stdout", "resize")
     client.send("resize", b'{"Width":123,"Height":45}\n')
@@ -128,7 +129,7 @@ def test_a_terminal_with_its_size(node: Node, container: str):
     assert b"45 123\r\n" in client.got["stdout"]
 
 
-def test_what_a_short_command_says_on_a_terminal_is_not_lost_by_a_busy_daemon(node: Node, container: str):
+def test_what_a_short_command_says_on_a_terminal_is_not_lost_by_a_busy_daemon(node: Node, container: str) -> None:
     """It hears of the terminal and of the command's end at once, where it had no time for either."""
     assert node.process is not None
     for delay in (0.005, 0.01, 0.015, 0.02):
@@ -142,7 +143,7 @@ def test_what_a_short_command_says_on_a_terminal_is_not_lost_by_a_busy_daemon(no
         assert client.got["stdout"] == b"short\r\n", delay
 
 
-def test_a_client_that_goes_while_its_terminal_is_made(node: Node, container: str):
+def test_a_client_that_goes_while_its_terminal_is_made(node: Node, container: str) -> None:
     before = node.streams()
     for delay in (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04):
         client = Spdy(url(node, container, "sleep", "4321", stdout=True, tty=True))
@@ -160,7 +161,7 @@ def test_a_client_that_goes_while_its_terminal_is_made(node: Node, container: st
     assert "was destroyed but it is pending" not in node.daemon_log()
 
 
-def test_a_terminal_that_is_resized_while_a_program_runs(node: Node, container: str):
+def test_a_terminal_that_is_resized_while_a_program_runs(node: Node, container: str) -> None:
     script = "trap 'stty size' WINCH; echo ready; while true; do sleep 0.05; done"
     client = WebSocket(url(node, container, "sh", "-c", script, stdin=True, stdout=True, tty=True))
     client.until(1, b"ready")
@@ -172,7 +173,7 @@ def test_a_terminal_that_is_resized_while_a_program_runs(node: Node, container: 
     eventually(lambda: not processes(node, container, "trap"))
 
 
-def test_a_resize_flood_hurts_nobody(node: Node, container: str):
+def test_a_resize_flood_hurts_nobody(node: Node, container: str) -> None:
     client = Spdy(url(node, container, "sh", stdin=True, stdout=True, tty=True))
     client.open_command("error", "stdin", "stdout", "resize")
     for width in range(1, 20000):
@@ -183,7 +184,7 @@ def test_a_resize_flood_hurts_nobody(node: Node, container: str):
     assert b"9 19999" in client.got["stdout"]
 
 
-def test_a_client_that_goes_ends_its_command(node: Node, container: str):
+def test_a_client_that_goes_ends_its_command(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "sh", "-c", "echo here; sleep 4321")).open_command(
         "error", "stdout", "stderr"
     )
@@ -193,7 +194,7 @@ def test_a_client_that_goes_ends_its_command(node: Node, container: str):
     assert "never retrieved" not in node.daemon_log()
 
 
-def test_a_client_that_goes_while_its_input_is_stuck_ends_its_command(node: Node, container: str):
+def test_a_client_that_goes_while_its_input_is_stuck_ends_its_command(node: Node, container: str) -> None:
     client = WebSocket(url(node, container, "sleep", "4321", stdin=True, stdout=True))
     client.sock.settimeout(2)
     with pytest.raises(TimeoutError):
@@ -205,7 +206,7 @@ def test_a_client_that_goes_while_its_input_is_stuck_ends_its_command(node: Node
     eventually(lambda: not processes(node, container, "4321"))
 
 
-def test_a_process_left_in_the_background_does_not_hold_up_the_end(node: Node, container: str):
+def test_a_process_left_in_the_background_does_not_hold_up_the_end(node: Node, container: str) -> None:
     command = ("sh", "-c", "sleep 999 & echo done")
     with within(20):
         client = Spdy(outputs(node, container, *command)).open_command("error", "stdout", "stderr")
@@ -213,7 +214,7 @@ def test_a_process_left_in_the_background_does_not_hold_up_the_end(node: Node, c
     assert client.got["stdout"] == b"done\n"
 
 
-def test_a_slow_client_gets_all_of_the_output(node: Node, container: str):
+def test_a_slow_client_gets_all_of_the_output(node: Node, container: str) -> None:
     """It ends long before its output is taken; nothing of it is lost, and little of it is in memory."""
     script = "dd if=/dev/zero bs=1000000 count=40 2>/dev/null | tr '\\0' x"
     assert Spdy(outputs(node, container, "true")).open_command("error", "stdout", "stderr").finish() == SUCCESS
@@ -226,7 +227,7 @@ def test_a_slow_client_gets_all_of_the_output(node: Node, container: str):
     assert hashlib.sha256(client.got["stdout"]).digest() == hashlib.sha256(b"x" * 40_000_000).digest()
 
 
-def test_a_client_that_never_reads_costs_little_and_hinders_nobody(node: Node, container: str):
+def test_a_client_that_never_reads_costs_little_and_hinders_nobody(node: Node, container: str) -> None:
     assert Spdy(outputs(node, container, "true")).open_command("error", "stdout", "stderr").finish() == SUCCESS
     assert node.process is not None
     before = rss(node.process.pid)
@@ -246,7 +247,7 @@ def rss(pid: int) -> int:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_input_and_output_at_once(node: Node, container: str):
+def test_input_and_output_at_once(node: Node, container: str) -> None:
     """50 MB through cat, in chunks that fit nothing."""
     client = Spdy(url(node, container, "cat", stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     piece, count = os.urandom(777_777), 64
@@ -271,7 +272,7 @@ def test_input_and_output_at_once(node: Node, container: str):
     assert client.got["error"] == b'{"status":"Success"}'
 
 
-def test_an_address_works_once(node: Node, container: str):
+def test_an_address_works_once(node: Node, container: str) -> None:
     address = outputs(node, container, "true")
     assert Spdy(address).open_command("error", "stdout", "stderr").finish() == SUCCESS
     with pytest.raises(Refused) as e:
@@ -282,7 +283,7 @@ def test_an_address_works_once(node: Node, container: str):
     assert e.value.status == 404
 
 
-def test_protocols_that_nobody_speaks(node: Node, container: str):
+def test_protocols_that_nobody_speaks(node: Node, container: str) -> None:
     with pytest.raises(Refused) as e:
         Spdy(outputs(node, container, "true"), "v9.channel.k8s.io")
     assert e.value.status == 403
@@ -296,12 +297,12 @@ def test_protocols_that_nobody_speaks(node: Node, container: str):
         ({}, ["none of stdin, stdout and stderr"]),
     ],
 )
-def test_streams_that_do_not_go_together(node: Node, container: str, wanted: dict[str, bool], words: list[str]):
+def test_streams_that_do_not_go_together(node: Node, container: str, wanted: dict[str, bool], words: list[str]) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, *words):
         url(node, container, "true", **wanted)
 
 
-def test_exec_in_what_is_not_there_or_does_not_run(node: Node):
+def test_exec_in_what_is_not_there_or_does_not_run(node: Node) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, "does not exist"):
         url(node, "f" * 64, "true", stdout=True)
     created = node.create(node.run_pod(), "c", ["true"])
@@ -311,7 +312,7 @@ def test_exec_in_what_is_not_there_or_does_not_run(node: Node):
         node.client.Exec(container_id=created, stdout=True)
 
 
-def test_a_container_that_ends_while_a_client_is_on_its_way(node: Node, container: str):
+def test_a_container_that_ends_while_a_client_is_on_its_way(node: Node, container: str) -> None:
     address = outputs(node, container, "true")
     node.client.StopContainer(container_id=container, timeout=0)
     status = Spdy(address).open_command("error", "stdout", "stderr").finish()
@@ -319,7 +320,7 @@ def test_a_container_that_ends_while_a_client_is_on_its_way(node: Node, containe
     assert "exited, not running" in status["message"]
 
 
-def test_a_container_that_ends_under_a_command(node: Node, container: str):
+def test_a_container_that_ends_under_a_command(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "sh", "-c", "echo here; sleep 999")).open_command(
         "error", "stdout", "stderr"
     )
@@ -328,7 +329,7 @@ def test_a_container_that_ends_under_a_command(node: Node, container: str):
     assert client.finish()["status"] == "Failure"
 
 
-def test_unknown_and_surplus_streams_are_reset(node: Node, container: str):
+def test_unknown_and_surplus_streams_are_reset(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "echo", "hi"))
     client.open("strange", streamtype="strange")
     client.open("stdin", streamtype="stdin")
@@ -339,7 +340,7 @@ def test_unknown_and_surplus_streams_are_reset(node: Node, container: str):
     assert set(client.reset) == {"strange", "stdin", "nameless"}
 
 
-def test_garbage_after_the_upgrade_ends_only_its_connection(node: Node, container: str):
+def test_garbage_after_the_upgrade_ends_only_its_connection(node: Node, container: str) -> None:
     client = Spdy(outputs(node, container, "sleep", "4321"))
     client.sock.sendall(b"\xff" * 4096)
     while client.sock.recv(65536):
@@ -347,7 +348,7 @@ def test_garbage_after_the_upgrade_ends_only_its_connection(node: Node, containe
     assert node.sh(container, "echo fine") == "fine\n"
 
 
-def test_the_old_api_version_streams_too(node: Node, container: str):
+def test_the_old_api_version_streams_too(node: Node, container: str) -> None:
     call = node.client.channel.unary_unary(
         "/runtime.v1alpha2.RuntimeService/Exec",
         request_serializer=cri.ExecRequest.SerializeToString,

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -36,15 +37,15 @@ def pod(node: Node) -> str:
     return node.run_pod("pod")
 
 
-def secured(**security) -> dict[str, cri.LinuxContainerConfig]:
+def secured(**security: Any) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
 
 
-def limited(**limits) -> dict[str, cri.LinuxContainerConfig]:
+def limited(**limits: Any) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**limits))}
 
 
-def sandbox(**security) -> cri.LinuxPodSandboxConfig:
+def sandbox(**security: Any) -> cri.LinuxPodSandboxConfig:
     """A pod's linux section whose containers have a PID namespace each, where nothing else is said."""
     options = security.pop("namespace_options", cri.NamespaceOption(pid=cri.CONTAINER))
     return cri.LinuxPodSandboxConfig(
@@ -52,7 +53,7 @@ def sandbox(**security) -> cri.LinuxPodSandboxConfig:
     )
 
 
-def test_metadata_labels_and_annotations_come_back_unchanged(node: Node):
+def test_metadata_labels_and_annotations_come_back_unchanged(node: Node) -> None:
     tags = {"app.kubernetes.io/name": "x", "odd": ODD, "empty": ""}
     notes = {"note": ODD * 20, "io.kubernetes.pod.name": "not the pod's"}
     pod = node.run_pod("tagged", attempt=3, labels=tags, annotations=notes)
@@ -70,7 +71,7 @@ def test_metadata_labels_and_annotations_come_back_unchanged(node: Node):
         assert seen.metadata == cri.ContainerMetadata(name="c", attempt=5)
 
 
-def test_the_log_is_where_log_directory_and_log_path_say(node: Node):
+def test_the_log_is_where_log_directory_and_log_path_say(node: Node) -> None:
     pod = node.run_pod("logged")
     assert stat.S_IMODE(os.stat(f"{node.logs}/logged").st_mode) == 0o755
     config = cri.ContainerConfig(
@@ -85,7 +86,7 @@ def test_the_log_is_where_log_directory_and_log_path_say(node: Node):
     assert node.log(deep) == "here\n"
 
 
-def test_without_a_log_path_nothing_is_kept_and_nothing_blocks(node: Node, pod: str):
+def test_without_a_log_path_nothing_is_kept_and_nothing_blocks(node: Node, pod: str) -> None:
     config = cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name="silent"),
         image=cri.ImageSpec(image="localhost/busybox:latest"),
@@ -99,7 +100,7 @@ def test_without_a_log_path_nothing_is_kept_and_nothing_blocks(node: Node, pod: 
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_standard_input_is_open_only_where_it_is_asked_for(node: Node, pod: str, once: bool):
+def test_standard_input_is_open_only_where_it_is_asked_for(node: Node, pod: str, once: bool) -> None:
     script = ["sh", "-c", "cat; echo end of input"]
     closed = node.run(pod, "closed", script)
     assert node.wait(closed).exit_code == 0
@@ -111,7 +112,7 @@ def test_standard_input_is_open_only_where_it_is_asked_for(node: Node, pod: str,
     assert node.log(waiting) == ""
 
 
-def test_a_terminal_is_the_containers_controlling_one(node: Node, pod: str):
+def test_a_terminal_is_the_containers_controlling_one(node: Node, pod: str) -> None:
     container = node.run(pod, "tty", ["sh", "-c", "test -t 0 && test -t 1 && test -t 2; echo $? $TERM; cat"], tty=True)
     eventually(lambda: node.log(container) == "0 xterm\n")
     for number in (0, 1, 2):
@@ -119,7 +120,7 @@ def test_a_terminal_is_the_containers_controlling_one(node: Node, pod: str):
     assert node.sh(container, "cut -d' ' -f7 /proc/1/stat").strip() != "0", "no controlling terminal"
 
 
-def test_environment_variables_are_bytes_as_given_and_win_over_the_images(node: Node, pod: str, tmp_path: Path):
+def test_environment_variables_are_bytes_as_given_and_win_over_the_images(node: Node, pod: str, tmp_path: Path) -> None:
     image = busybox_image(config={"Env": ["PATH=/bin", "FROM=image", "KEPT=yes"]})
     write_archive(image, str(tmp_path / "i.tar"), "localhost/env:1")
     import_image(node, str(tmp_path / "i.tar"))
@@ -134,7 +135,7 @@ def test_environment_variables_are_bytes_as_given_and_win_over_the_images(node: 
     assert (seen["KEPT"], seen["HOSTNAME"]) == ("yes", "pod")
 
 
-def test_groups_of_the_image_are_merged_or_not(node: Node, pod: str, tmp_path: Path):
+def test_groups_of_the_image_are_merged_or_not(node: Node, pod: str, tmp_path: Path) -> None:
     accounts = {
         "etc/passwd": b"root:x:0:0::/:/bin/sh\nweb:x:33:44::/:/bin/sh\n",
         "etc/group": b"audio:x:29:web\nvideo:x:30:web,other\nweb:x:44:\n",
@@ -151,7 +152,7 @@ def test_groups_of_the_image_are_merged_or_not(node: Node, pod: str, tmp_path: P
         assert list(node.status(container).user.linux.supplemental_groups) == groups
 
 
-def test_a_group_of_the_users_and_the_files_it_makes(node: Node, pod: str):
+def test_a_group_of_the_users_and_the_files_it_makes(node: Node, pod: str) -> None:
     user, group = cri.Int64Value(value=1234), cri.Int64Value(value=5678)
     container = node.run(pod, "c", ["sleep", "1000"], **secured(run_as_user=user, run_as_group=group))
     assert node.sh(container, "touch /tmp/mine; stat -c %u:%g /tmp/mine") == "1234:5678\n"
@@ -161,14 +162,16 @@ def test_a_group_of_the_users_and_the_files_it_makes(node: Node, pod: str):
 
 @WITHOUT_SELINUX
 @pytest.mark.parametrize("options", [{"type": "container_t"}, {"level": "s0:c1,c2"}, {"user": "u", "role": "r"}])
-def test_selinux_options_that_confine_are_refused_without_selinux(node: Node, pod: str, options: dict[str, str]):
+def test_selinux_options_that_confine_are_refused_without_selinux(
+    node: Node, pod: str, options: dict[str, str]
+) -> None:
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "selinux_options", "no SELinux policy"):
         node.create(pod, "c", ["true"], **secured(selinux_options=cri.SELinuxOption(**options)))
     assert node.client.ListContainers().containers == []
 
 
 @WITHOUT_SELINUX
-def test_what_confines_nothing_and_relabelling_are_taken_without_selinux(node: Node, pod: str, tmp_path: Path):
+def test_what_confines_nothing_and_relabelling_are_taken_without_selinux(node: Node, pod: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("seen\n")
     before = os.listxattr(tmp_path / "file")
     options = cri.SELinuxOption(type="spc_t", level="s0")
@@ -193,7 +196,7 @@ def shared_mount(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-R", str(point)], check=True)
 
 
-def test_mounts_made_later_travel_as_the_propagation_says(node: Node, shared_mount: Path):
+def test_mounts_made_later_travel_as_the_propagation_says(node: Node, shared_mount: Path) -> None:
     pod = node.run_pod("pod", linux=sandbox(privileged=True))
     kinds = {
         "/private": cri.PROPAGATION_PRIVATE,
@@ -219,7 +222,9 @@ def test_mounts_made_later_travel_as_the_propagation_says(node: Node, shared_mou
 
 
 @pytest.mark.parametrize("kind", [cri.PROPAGATION_HOST_TO_CONTAINER, cri.PROPAGATION_BIDIRECTIONAL])
-def test_propagation_where_the_hosts_mount_is_private(node: Node, pod: str, shared_mount: Path, kind: int):
+def test_propagation_where_the_hosts_mount_is_private(
+    node: Node, pod: str, shared_mount: Path, kind: cri.MountPropagation
+) -> None:
     subprocess.run(["mount", "--make-private", str(shared_mount)], check=True)
     mount = cri.Mount(container_path="/m", host_path=str(shared_mount / "new"), propagation=kind)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "/m", "propagation", f"--make-rshared {shared_mount}"):
@@ -227,7 +232,7 @@ def test_propagation_where_the_hosts_mount_is_private(node: Node, pod: str, shar
     assert not (shared_mount / "new").exists()
 
 
-def test_a_device_keeps_to_its_permissions(node: Node, pod: str):
+def test_a_device_keeps_to_its_permissions(node: Node, pod: str) -> None:
     devices = [
         cri.Device(container_path="/dev/reader", host_path="/dev/fuse", permissions="r"),
         cri.Device(host_path="/dev/net/tun"),
@@ -242,7 +247,7 @@ def test_a_device_keeps_to_its_permissions(node: Node, pod: str):
 
 
 @ON_CGROUP_V1
-def test_memory_nodes_and_swap(node: Node, pod: str):
+def test_memory_nodes_and_swap(node: Node, pod: str) -> None:
     limits = {"cpuset_mems": "0", "memory_limit_in_bytes": 32 << 20, "memory_swap_limit_in_bytes": 48 << 20}
     container = node.run(pod, "c", ["sleep", "1000"], **limited(**limits))
     assert limit_of(pod, container, "cpuset", "cpuset.mems") == "0"
@@ -253,7 +258,7 @@ def test_memory_nodes_and_swap(node: Node, pod: str):
 
 
 @pytest.mark.skipif("hugetlb" not in cgroups.roots(), reason="this node has no hugetlb cgroup of version 1")
-def test_huge_pages(node: Node, pod: str):
+def test_huge_pages(node: Node, pod: str) -> None:
     limit = cri.HugepageLimit(page_size="2MB", limit=4 << 20)
     container = node.run(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
     assert limit_of(pod, container, "hugetlb", "hugetlb.2MB.limit_in_bytes") == str(4 << 20)
@@ -262,7 +267,7 @@ def test_huge_pages(node: Node, pod: str):
 @pytest.mark.skipif(
     "hugetlb" in cgroups.roots() or "memory" not in cgroups.roots(), reason="this node can limit huge pages"
 )
-def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str):
+def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str) -> None:
     limit = cri.HugepageLimit(page_size="2MB", limit=4 << 20)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "2MB", "hugetlb"):
         node.create(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
@@ -273,12 +278,12 @@ def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str):
 
 
 @pytest.mark.skipif("memory" in cgroups.roots(), reason="writes files of cgroup version 2")
-def test_files_of_cgroup_version_2_by_name(node: Node, pod: str):
+def test_files_of_cgroup_version_2_by_name(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], **limited(unified={"memory.high": str(48 << 20)}))
     assert limit_of(pod, container, "", "memory.high") == str(48 << 20)
 
 
-def test_a_container_alone_among_those_that_share_their_processes(node: Node):
+def test_a_container_alone_among_those_that_share_their_processes(node: Node) -> None:
     pod = node.run_pod("mixed", linux=sandbox(namespace_options=cri.NamespaceOption(pid=cri.POD)))
     node.run(pod, "shared", ["sleep", "1001"])
     own = cri.NamespaceOption(pid=cri.CONTAINER)
@@ -287,13 +292,14 @@ def test_a_container_alone_among_those_that_share_their_processes(node: Node):
     assert node.sh(alone, "cat /proc/1/cmdline") == "sleep\x001002\0"
 
 
-def test_id_mappings_that_do_not_fit(node: Node, pod: str, tmp_path: Path):
+def test_id_mappings_that_do_not_fit(node: Node, pod: str, tmp_path: Path) -> None:
     one = [cri.IDMapping(host_id=100000, container_id=0, length=10)]
     user = cri.UserNamespace(mode=cri.POD, uids=one, gids=one)
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "userns_options", "differ"):
         options = cri.NamespaceOption(pid=cri.CONTAINER, userns_options=user)
         node.create(pod, "c", ["true"], **secured(namespace_options=options))
-    for half in ({"uidMappings": one}, {"gidMappings": one}):
+    halves: tuple[dict[str, Any], ...] = ({"uidMappings": one}, {"gidMappings": one})
+    for half in halves:
         with refused(grpc.StatusCode.INVALID_ARGUMENT, "uidMappings and gidMappings"):
             node.create(pod, "c", ["true"], mounts=[cri.Mount(container_path="/m", host_path=str(tmp_path), **half)])
     if not any(handler.features.user_namespaces for handler in node.client.Status().runtime_handlers):
@@ -303,7 +309,7 @@ def test_id_mappings_that_do_not_fit(node: Node, pod: str, tmp_path: Path):
     assert node.client.ListContainers().containers == []
 
 
-def test_what_is_asked_of_the_sandboxs_own_process_does_not_reach_the_containers(node: Node):
+def test_what_is_asked_of_the_sandboxs_own_process_does_not_reach_the_containers(node: Node) -> None:
     asked = {
         "run_as_user": cri.Int64Value(value=1000),
         "run_as_group": cri.Int64Value(value=1000),
@@ -328,13 +334,15 @@ def test_what_is_asked_of_the_sandboxs_own_process_does_not_reach_the_containers
         ({"apparmor": cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost)}, "AppArmor"),
     ],
 )
-def test_a_sandboxs_profile_that_can_never_be(node: Node, security, word: str):
+def test_a_sandboxs_profile_that_can_never_be(
+    node: Node, security: dict[str, cri.SecurityProfile | str], word: str
+) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "pod sandbox", word):
         node.run_pod("bad", linux=sandbox(**security))
     assert node.client.ListPodSandbox().items == []
 
 
-def test_a_pods_resources_and_overhead_are_shown_as_they_were_given(node: Node):
+def test_a_pods_resources_and_overhead_are_shown_as_they_were_given(node: Node) -> None:
     linux = sandbox()
     linux.resources.cpu_shares = 77
     linux.overhead.memory_limit_in_bytes = 1 << 20
@@ -355,7 +363,7 @@ def test_a_pods_resources_and_overhead_are_shown_as_they_were_given(node: Node):
         ),
     ],
 )
-def test_a_port_by_its_protocol_and_address(node: Node, mapping: cri.PortMapping, words: list[str]):
+def test_a_port_by_its_protocol_and_address(node: Node, mapping: cri.PortMapping, words: list[str]) -> None:
     pod = node.run_pod("ports", port_mappings=[mapping])
     address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
     rules = subprocess.run(["iptables-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout
@@ -364,7 +372,7 @@ def test_a_port_by_its_protocol_and_address(node: Node, mapping: cri.PortMapping
         assert word in rule
 
 
-def test_a_port_without_a_host_port_is_the_pods_alone(node: Node):
+def test_a_port_without_a_host_port_is_the_pods_alone(node: Node) -> None:
     pod = node.run_pod("ports", port_mappings=[cri.PortMapping(container_port=80)])
     address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
     rules = subprocess.run(["iptables-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout

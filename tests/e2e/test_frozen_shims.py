@@ -100,7 +100,7 @@ def at_once(*calls: Callable[[], None]) -> None:
             done.result()
 
 
-def test_no_other_call_is_delayed(node: Node, pods: list[str], ten: list[str]):
+def test_no_other_call_is_delayed(node: Node, pods: list[str], ten: list[str]) -> None:
     client = node.client
     for pod in pods:
         with within(AT_ONCE):
@@ -137,7 +137,9 @@ def test_no_other_call_is_delayed(node: Node, pods: list[str], ten: list[str]):
             client.ContainerStats(container_id=container)
 
 
-def test_limits_are_changed_and_urls_are_handed_out_without_the_shim(node: Node, pods: list[str], ten: list[str]):
+def test_limits_are_changed_and_urls_are_handed_out_without_the_shim(
+    node: Node, pods: list[str], ten: list[str]
+) -> None:
     limits = cri.LinuxContainerResources(cpu_shares=512)
     with within(AT_ONCE):
         node.client.UpdateContainerResources(container_id=ten[0], linux=limits)
@@ -148,7 +150,7 @@ def test_limits_are_changed_and_urls_are_handed_out_without_the_shim(node: Node,
         node.client.PortForward(pod_sandbox_id=pods[0])
 
 
-def test_calls_for_the_shim_itself_are_errors(node: Node, ten: list[str], freezer: Freezer):
+def test_calls_for_the_shim_itself_are_errors(node: Node, ten: list[str], freezer: Freezer) -> None:
     frozen, late = ten[0], grpc.StatusCode.DEADLINE_EXCEEDED
     words: list[str] = []
 
@@ -182,20 +184,20 @@ def test_calls_for_the_shim_itself_are_errors(node: Node, ten: list[str], freeze
     assert node.sh(frozen, "sleep 0.5; ls /late 2>/dev/null || echo none") == "none\n"
 
 
-def test_a_command_has_its_own_deadline_too(node: Node, ten: list[str]):
+def test_a_command_has_its_own_deadline_too(node: Node, ten: list[str]) -> None:
     call = lambda: node.client.ExecSync(container_id=ten[0], cmd=["true"], timeout=1)  # noqa: E731
     with within(AT_ONCE):
         assert ten[0] in failed(call, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def test_a_container_is_removed(node: Node, ten: list[str], freezer: Freezer):
+def test_a_container_is_removed(node: Node, ten: list[str], freezer: Freezer) -> None:
     with within(DEADLINE):
         node.client.RemoveContainer(container_id=ten[0])
     assert ten[0] not in {c.id for c in node.client.ListContainers().containers}
     assert not os.path.exists(f"/proc/{freezer.stopped[ten[0]]}")
 
 
-def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str], freezer: Freezer):
+def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str], freezer: Freezer) -> None:
     def stop_and_remove() -> None:
         with within(DEADLINE):
             node.client.StopPodSandbox(pod_sandbox_id=pods[0])
@@ -214,7 +216,7 @@ def test_pods_are_stopped_and_removed(node: Node, pods: list[str], ten: list[str
 
 
 @pytest.mark.parametrize("call", ["StopContainer", "RemovePodSandbox"])
-def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freezer, call: str):
+def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freezer, call: str) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
     pid = node.pid(container)
@@ -238,7 +240,7 @@ def test_a_shim_that_stops_before_it_tells_of_the_end(node: Node, freezer: Freez
     assert freezer.gone()
 
 
-def test_a_shim_that_stops_while_it_cleans_up_holds_up_no_removal(node: Node, freezer: Freezer):
+def test_a_shim_that_stops_while_it_cleans_up_holds_up_no_removal(node: Node, freezer: Freezer) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
     freezer.stopped = freezer.shims(container)
@@ -254,7 +256,7 @@ def test_a_shim_that_stops_while_it_cleans_up_holds_up_no_removal(node: Node, fr
     assert freezer.gone()
 
 
-def test_a_new_daemon_serves_beside_them(node: Node, pods: list[str], ten: list[str], freezer: Freezer):
+def test_a_new_daemon_serves_beside_them(node: Node, pods: list[str], ten: list[str], freezer: Freezer) -> None:
     node.kill()
     with within(10):
         node.start()
@@ -277,7 +279,7 @@ def test_a_new_daemon_serves_beside_them(node: Node, pods: list[str], ten: list[
     eventually(lambda: node.sh(ten[2], "echo hello") == "hello\n")
 
 
-def test_a_daemon_stops_in_order_beside_them(node: Node, ten: list[str]):
+def test_a_daemon_stops_in_order_beside_them(node: Node, ten: list[str]) -> None:
     with within(10):
         assert node.stop() == 0
     node.start()

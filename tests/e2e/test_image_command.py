@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -33,10 +35,10 @@ __all__ = ["registry"]
 MB = 1_000_000
 
 
-def command(node: Node, action: str, *arguments: str, code: int = 0, **more: object) -> subprocess.CompletedProcess:
+def command(node: Node, action: str, *arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
     """What ``criserver image ACTION`` prints, and says on standard error; it ends with ``code``."""
     words = [sys.executable, "-m", "criserver", "image", action, "--config", node.config, *arguments]
-    options = {"capture_output": True, "text": True, "timeout": 60, **more}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, **more}
     done = subprocess.run(words, check=False, **options)
     assert done.returncode == code, (done.stdout, done.stderr)
     assert b"Traceback" not in done.stderr if isinstance(done.stderr, bytes) else "Traceback" not in done.stderr
@@ -118,14 +120,14 @@ def gated(image: BuiltImage) -> Iterator[Gated]:
         thread.join()
 
 
-def test_the_list_is_a_table_of_names(node: Node, registry: Registry):
+def test_the_list_is_a_table_of_names(node: Node, registry: Registry) -> None:
     image = made(2 * MB)
     names = [registry.push(image, f"listed:{n}") for n in (1, 2)]
     for name in names:
         command(node, "pull", name, "--pin")
-    title, *rows = command(node, "list").stdout.splitlines()
+    title, *lines = command(node, "list").stdout.splitlines()
     assert title.split() == ["IMAGE", "ID", "SIZE"]
-    rows = [row.split() for row in rows]
+    rows = [line.split() for line in lines]
     size = re.compile(r"2(\.0\d)?")
     for name in names:
         (row,) = [row for row in rows if row[0] == name]
@@ -136,7 +138,7 @@ def test_the_list_is_a_table_of_names(node: Node, registry: Registry):
     assert not any("pinned" in row for row in rows if "busybox" in row[0])
 
 
-def test_the_list_as_json_and_as_ids(node: Node, registry: Registry):
+def test_the_list_as_json_and_as_ids(node: Node, registry: Registry) -> None:
     image = made(1000)
     name = registry.push(image, "json:1")
     command(node, "pull", name)
@@ -155,7 +157,7 @@ def test_the_list_as_json_and_as_ids(node: Node, registry: Registry):
     assert json.loads(command(node, "list", "absent:1", "--json").stdout) == []
 
 
-def test_a_pull_says_what_becomes_of_each_layer(node: Node):
+def test_a_pull_says_what_becomes_of_each_layer(node: Node) -> None:
     image = made(300_000, 400_000)
     with gated(image) as server:
         server.gate.set()
@@ -173,7 +175,7 @@ def test_a_pull_says_what_becomes_of_each_layer(node: Node):
         assert seen[-1] == "done"
 
 
-def test_a_pull_on_a_terminal_has_a_bar_for_each_layer(node: Node):
+def test_a_pull_on_a_terminal_has_a_bar_for_each_layer(node: Node) -> None:
     image = made(3 * MB, 5 * MB)
     short = [layer["digest"][7:19] for layer in image.manifest["layers"]]
     with (
@@ -197,7 +199,7 @@ def test_a_pull_on_a_terminal_has_a_bar_for_each_layer(node: Node):
     assert end[2].startswith(image.id)
 
 
-def test_an_image_of_more_layers_than_the_terminal_has_rows(node: Node):
+def test_an_image_of_more_layers_than_the_terminal_has_rows(node: Node) -> None:
     image = made(*[20_000] * 12)
     with (
         gated(image) as server,
@@ -212,7 +214,7 @@ def test_an_image_of_more_layers_than_the_terminal_has_rows(node: Node):
     assert "and 8 more, of which 8 are done" in terminal.shows(lambda _: True)
 
 
-def test_a_pull_ends_with_its_command(node: Node):
+def test_a_pull_ends_with_its_command(node: Node) -> None:
     before = used_bytes(node)
     with (
         gated(made(3 * MB)) as server,
@@ -226,7 +228,7 @@ def test_a_pull_ends_with_its_command(node: Node):
     assert "Traceback" not in terminal.printed
 
 
-def test_who_waits_for_the_same_pull_sees_it_and_goes_on_without_the_other(node: Node):
+def test_who_waits_for_the_same_pull_sees_it_and_goes_on_without_the_other(node: Node) -> None:
     image = made(3 * MB)
     with gated(image) as server:
         arguments = ("image", "pull", "--config", node.config, f"{server.address}/app:1")
@@ -241,7 +243,7 @@ def test_who_waits_for_the_same_pull_sees_it_and_goes_on_without_the_other(node:
         assert len(server.asked(image.manifest["layers"][0]["digest"])) == 1
 
 
-def test_a_pull_with_credentials_that_are_no_arguments(node: Node, registry: Registry, tmp_path):
+def test_a_pull_with_credentials_that_are_no_arguments(node: Node, registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "htpasswd").write_text(HTPASSWD)
     image = made(1000)
     registry.push(image, "mine:1")
@@ -271,14 +273,14 @@ def test_a_pull_with_credentials_that_are_no_arguments(node: Node, registry: Reg
     assert '"secret"' not in node.daemon_log()
 
 
-def test_a_pull_that_fails(node: Node, registry: Registry):
+def test_a_pull_that_fails(node: Node, registry: Registry) -> None:
     done = command(node, "pull", f"{registry.address}/absent:1", code=1)
     assert done.stderr.startswith(f"criserver: image {registry.address}/absent:1: ")
     assert done.stdout == ""
     assert "is not a repository name" in command(node, "pull", "a//b", code=1).stderr
 
 
-def test_an_export_loads_with_skopeo_and_comes_back(node: Node, registry: Registry, tmp_path):
+def test_an_export_loads_with_skopeo_and_comes_back(node: Node, registry: Registry, tmp_path: Path) -> None:
     image = made(200_000, 1000)
     name = registry.push(image, "exported:1")
     command(node, "pull", name)
@@ -297,7 +299,7 @@ def test_an_export_loads_with_skopeo_and_comes_back(node: Node, registry: Regist
     assert command(node, "import", path).stdout.split() == [image.id, name, f"{name.rpartition(':')[0]}@{image.digest}"]
 
 
-def test_images_of_one_archive_share_their_blobs(node: Node, registry: Registry, tmp_path):
+def test_images_of_one_archive_share_their_blobs(node: Node, registry: Registry, tmp_path: Path) -> None:
     base = {"base": os.urandom(MB)}
     images = [build_image([base, {"own": os.urandom(9)}]) for _ in range(2)]
     names = [registry.push(image, f"several{n}:1") for n, image in enumerate(images)]
@@ -317,7 +319,7 @@ def test_images_of_one_archive_share_their_blobs(node: Node, registry: Registry,
     assert {tuple(line.split()[:2]) for line in lines} == {(i.id, n) for i, n in zip(images, names, strict=True)}
 
 
-def test_a_large_export_is_not_held_in_memory_and_keeps_what_it_reads(node: Node, tmp_path):
+def test_a_large_export_is_not_held_in_memory_and_keeps_what_it_reads(node: Node, tmp_path: Path) -> None:
     image = made(60 * MB)
     write_archive(image, str(tmp_path / "large.tar"), "localhost/large:1")
     command(node, "import", str(tmp_path / "large.tar"))
@@ -342,7 +344,7 @@ def peak(node: Node) -> int:
         return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) * 1024  # type: ignore[index]
 
 
-def test_an_export_that_fails_leaves_no_file(node: Node, registry: Registry, tmp_path):
+def test_an_export_that_fails_leaves_no_file(node: Node, registry: Registry, tmp_path: Path) -> None:
     image = made(3 * MB)
     name = registry.push(image, "failing:1")
     command(node, "pull", name)
@@ -368,7 +370,7 @@ def damage(node: Node, digest: str) -> None:
         f.write(bytes([byte[0] ^ 1]))
 
 
-def test_removal_says_what_was_removed(node: Node, registry: Registry):
+def test_removal_says_what_was_removed(node: Node, registry: Registry) -> None:
     images = [made(1000), made(2000)]
     names = [registry.push(image, f"removed{n}:1") for n, image in enumerate(images)]
     for name in names:
@@ -380,7 +382,7 @@ def test_removal_says_what_was_removed(node: Node, registry: Registry):
     assert done.stderr == "criserver: image absent:1 is not on this node\n"
 
 
-def test_removal_tells_of_containers(node: Node, registry: Registry):
+def test_removal_tells_of_containers(node: Node, registry: Registry) -> None:
     name = registry.push(busybox_image(layers=[{"unique": os.urandom(9)}]), "used:2")
     command(node, "pull", name)
     pod = node.run_pod("user")
@@ -390,7 +392,7 @@ def test_removal_tells_of_containers(node: Node, registry: Registry):
     assert node.sh(container, "test -e /unique && echo there") == "there\n"
 
 
-def test_what_is_pinned_stays(node: Node, registry: Registry, tmp_path):
+def test_what_is_pinned_stays(node: Node, registry: Registry, tmp_path: Path) -> None:
     image = made(1000)
     write_archive(image, str(tmp_path / "a.tar"), "localhost/pinned:1")
     command(node, "import", str(tmp_path / "a.tar"), "--pin")
@@ -414,7 +416,7 @@ def status(node: Node, name: str) -> cri.Image:
     return node.client.ImageStatus(image=cri.ImageSpec(image=name)).image
 
 
-def test_a_prune_frees_what_no_container_uses(node: Node, registry: Registry):
+def test_a_prune_frees_what_no_container_uses(node: Node, registry: Registry) -> None:
     before = used_bytes(node)
     kept, gone = busybox_image(layers=[{"own": os.urandom(9)}]), made(3 * MB)
     names = [registry.push(image, f"pruned{n}:1") for n, image in enumerate((kept, gone))]
@@ -442,14 +444,14 @@ def busybox_pinned(node: Node) -> Iterator[None]:
     command(node, "unpin", "localhost/busybox:latest")
 
 
-def test_a_store_that_is_as_it_was(node: Node):
+def test_a_store_that_is_as_it_was(node: Node) -> None:
     done = command(node, "verify")
     assert re.fullmatch(r"1 image: 3 blobs of [\d.]+ [kM]B, 1 layer; no damage\n", done.stdout), done.stdout
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize("kind", ["changed", "cut", "missing"])
-def test_a_damaged_blob_is_reported_with_its_images(node: Node, registry: Registry, kind: str):
+def test_a_damaged_blob_is_reported_with_its_images(node: Node, registry: Registry, kind: str) -> None:
     base = {"base": os.urandom(MB)}
     images = [build_image([base, {"own": os.urandom(9)}]) for _ in range(2)]
     names = [registry.push(image, f"damaged{n}:1") for n, image in enumerate(images)]
@@ -478,7 +480,7 @@ def test_a_damaged_blob_is_reported_with_its_images(node: Node, registry: Regist
     command(node, "verify")
 
 
-def test_a_damaged_layer_is_reported_with_its_images(node: Node, registry: Registry):
+def test_a_damaged_layer_is_reported_with_its_images(node: Node, registry: Registry) -> None:
     image = busybox_image(layers=[{"own": os.urandom(9)}])
     name = registry.push(image, "layers:1")
     command(node, "pull", name)
@@ -497,7 +499,7 @@ def test_a_damaged_layer_is_reported_with_its_images(node: Node, registry: Regis
     command(node, "verify")
 
 
-def test_commands_without_a_daemon(tmp_path):
+def test_commands_without_a_daemon(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(f'[grpc]\naddress = "{tmp_path}/none.sock"\n')
     for words in (["list"], ["pull", "a"], ["export", "a", f"{tmp_path}/x"], ["remove", "a"], ["verify"], ["prune"]):
         arguments = [sys.executable, "-m", "criserver", "image", *words, "--config", str(tmp_path / "c.toml")]

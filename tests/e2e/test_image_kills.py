@@ -13,6 +13,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -50,7 +52,7 @@ def files(prefix: str, count: int, size: int) -> dict[str, bytes]:
     return {f"{prefix}/{n % 7}/{n}": os.urandom(size) for n in range(count)}
 
 
-def ask(node: Node, name: str, request: object = None) -> list[object]:
+def ask(node: Node, name: str, request: object = None) -> list[Any]:
     """An RPC of the AdminService; all its answers."""
     empty = {"PruneImages": admin.PruneImagesRequest(), "VerifyImages": admin.VerifyImagesRequest()}
     answer = method(node.client.channel, ADMIN, name)(request or empty[name], timeout=60)
@@ -71,7 +73,7 @@ def send(node: Node, path: str) -> None:
 def on_disk(node: Node) -> tuple[set[str], set[str]]:
     """The digests of the blobs and the chain IDs of the layers that there are files of."""
     blobs = {f"sha256:{name}" for name in os.listdir(f"{node.root}/content/blobs/sha256")}
-    layers = set()
+    layers: set[str] = set()
     for number in os.listdir(f"{node.root}/snapshots/layers"):
         with open(f"{node.root}/snapshots/layers/{number}/meta.json") as f:
             layers.add(json.load(f)["chain_id"])
@@ -80,7 +82,7 @@ def on_disk(node: Node) -> tuple[set[str], set[str]]:
 
 def needed(images: list[BuiltImage]) -> tuple[set[str], set[str]]:
     """What of these images has to be on disk."""
-    layers = set()
+    layers: set[str] = set()
     for image in images:
         layers.update(chain_ids(json.loads(image.blobs[image.id])["rootfs"]["diff_ids"]))
     return {digest for image in images for digest in image.blobs}, layers
@@ -96,7 +98,7 @@ def unfinished(node: Node) -> list[str]:
 
 
 @pytest.mark.timeout((300 + 30 * KILLS) * SLOWNESS)
-def test_a_kill_at_any_moment_of_what_images_go_through(own_node: Node, registry: Registry, tmp_path):
+def test_a_kill_at_any_moment_of_what_images_go_through(own_node: Node, registry: Registry, tmp_path: Path) -> None:
     node = own_node
     base = files("base", 300, 500)
     images = [build_image([base, files(f"middle{n}", 150, 2000), {"top": os.urandom(300_000)}]) for n in range(3)]

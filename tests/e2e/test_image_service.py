@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import import_image
-from tests.support.imagebuilder import Dir, Link, build_image, busybox_image, write_docker_archive
+from tests.support.imagebuilder import Dir, Layer, Link, build_image, busybox_image, write_docker_archive
 from tests.support.node import Node
 from tests.support.registry import HTPASSWD, Registry, registry, running
 from tests.support.waiting import SLOWNESS, eventually
@@ -30,7 +31,7 @@ def spec(name: str) -> cri.ImageSpec:
     return cri.ImageSpec(image=name)
 
 
-def test_the_way_of_an_image(node: Node, registry: Registry):
+def test_the_way_of_an_image(node: Node, registry: Registry) -> None:
     image = busybox_image(config={"User": "1000", "Labels": {"way": "whole"}})
     name = registry.push(image, "way:1")
     before = node.client.ImageFsInfo().image_filesystems[0]
@@ -54,7 +55,7 @@ def test_the_way_of_an_image(node: Node, registry: Registry):
     assert node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before.used_bytes.value
 
 
-def test_an_image_survives_the_daemon(node: Node, registry: Registry):
+def test_an_image_survives_the_daemon(node: Node, registry: Registry) -> None:
     name = registry.push(busybox_image(config={"Labels": {"survives": "yes"}}), "survivor:1")
     image_id = node.client.PullImage(image=spec(name)).image_ref
     node.kill()
@@ -65,9 +66,9 @@ def test_an_image_survives_the_daemon(node: Node, registry: Registry):
     node.client.RemoveImage(image=spec(name))
 
 
-def test_an_image_may_be_removed_under_a_running_container(node: Node, registry: Registry):
-    unique = {"layers": [{"unique-file": b"only here"}]}
-    name = registry.push(busybox_image(**unique), "used:1")
+def test_an_image_may_be_removed_under_a_running_container(node: Node, registry: Registry) -> None:
+    unique = [{"unique-file": b"only here"}]
+    name = registry.push(busybox_image(layers=unique), "used:1")
     before = node.client.ImageFsInfo().image_filesystems[0].used_bytes.value
     node.client.PullImage(image=spec(name))
     pod = node.run_pod("user")
@@ -81,7 +82,7 @@ def test_an_image_may_be_removed_under_a_running_container(node: Node, registry:
     assert node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before
 
 
-def test_images_can_be_removed_from_a_full_disk(node: Node, registry: Registry):
+def test_images_can_be_removed_from_a_full_disk(node: Node, registry: Registry) -> None:
     name = registry.push(build_image([{"large": os.urandom(3_000_000)}]), "full:1")
     before = used_bytes(node)
     node.client.PullImage(image=spec(name))
@@ -102,7 +103,7 @@ def test_images_can_be_removed_from_a_full_disk(node: Node, registry: Registry):
     assert node.settled() == []
 
 
-def test_the_layers_of_an_image_volume_go_with_its_container(node: Node, registry: Registry):
+def test_the_layers_of_an_image_volume_go_with_its_container(node: Node, registry: Registry) -> None:
     before = used_bytes(node)
     name = registry.push(build_image([{"data": os.urandom(100_000)}]), "volume:1")
     node.client.PullImage(image=spec(name))
@@ -115,7 +116,7 @@ def test_the_layers_of_an_image_volume_go_with_its_container(node: Node, registr
     eventually(lambda: used_bytes(node) == before)
 
 
-def test_what_images_and_containers_occupy_is_told_apart(node: Node, registry: Registry):
+def test_what_images_and_containers_occupy_is_told_apart(node: Node, registry: Registry) -> None:
     def container_inodes() -> int:
         return node.client.ImageFsInfo().container_filesystems[0].inodes_used.value
 
@@ -133,8 +134,11 @@ def test_what_images_and_containers_occupy_is_told_apart(node: Node, registry: R
     assert container_inodes() == 0
 
 
-def test_what_an_image_occupies_is_told_at_once(node: Node, registry: Registry):
-    layers = [{"d": Dir(), "d/a": os.urandom(5000), "d/b": b"1", "e": Link("d/a")}, {"large": os.urandom(1_000_000)}]
+def test_what_an_image_occupies_is_told_at_once(node: Node, registry: Registry) -> None:
+    layers: list[Layer] = [
+        {"d": Dir(), "d/a": os.urandom(5000), "d/b": b"1", "e": Link("d/a")},
+        {"large": os.urandom(1_000_000)},
+    ]
     image = build_image(layers)
     blobs = sum(-(-len(blob) // 4096) * 4096 for blob in image.blobs.values())
     # A directory and whole blocks of files; links fit into their inodes.
@@ -150,7 +154,7 @@ def test_what_an_image_occupies_is_told_at_once(node: Node, registry: Registry):
         assert used_bytes(node) == before.used_bytes.value
 
 
-def test_an_image_is_removed_with_all_its_names_by_any_of_them_at_once(node: Node, registry: Registry):
+def test_an_image_is_removed_with_all_its_names_by_any_of_them_at_once(node: Node, registry: Registry) -> None:
     image = build_image([{"a": os.urandom(1000)}])
     names = [registry.push(image, f"many{n}:{n}") for n in range(3)]
     before = used_bytes(node)
@@ -164,7 +168,7 @@ def test_an_image_is_removed_with_all_its_names_by_any_of_them_at_once(node: Nod
         eventually(lambda: used_bytes(node) == before)
 
 
-def test_pulls_removals_and_prunes_of_one_image_at_once(node: Node, registry: Registry):
+def test_pulls_removals_and_prunes_of_one_image_at_once(node: Node, registry: Registry) -> None:
     image = build_image([{f"{n}": os.urandom(500) for n in range(50)}, {"b": os.urandom(200_000)}])
     names = [registry.push(image, f"contended{n}:1") for n in range(2)]
     before, over = used_bytes(node), time.monotonic() + 4
@@ -209,7 +213,7 @@ def used_bytes(node: Node) -> int:
     return node.client.ImageFsInfo().image_filesystems[0].used_bytes.value
 
 
-def test_refusals(node: Node, registry: Registry):
+def test_refusals(node: Node, registry: Registry) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "Not A Name"):
         node.client.PullImage(image=spec("Not A Name"))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "empty"):
@@ -224,7 +228,7 @@ def test_refusals(node: Node, registry: Registry):
     assert node.settled() == []
 
 
-def test_a_pull_with_the_secret_of_a_pod(node: Node, registry: Registry, tmp_path):
+def test_a_pull_with_the_secret_of_a_pod(node: Node, registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "htpasswd").write_text(HTPASSWD)
     image = busybox_image(config={"Labels": {"private": "yes"}})
     registry.push(image, "private/app:1")
@@ -244,7 +248,7 @@ def test_a_pull_with_the_secret_of_a_pod(node: Node, registry: Registry, tmp_pat
     assert "secret" not in node.daemon_log().replace("pull secret", "")
 
 
-def test_import_by_the_operators_command(node: Node, tmp_path):
+def test_import_by_the_operators_command(node: Node, tmp_path: Path) -> None:
     path = str(tmp_path / "saved.tar")
     write_docker_archive(busybox_image(config={"Labels": {"saved": "1"}}), path, ["localhost/saved:1"])
     import_image(node, path)
@@ -253,7 +257,7 @@ def test_import_by_the_operators_command(node: Node, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"no archive at all", "no tar file"), (None, "No such file")])
-def test_an_import_that_is_refused(node: Node, tmp_path, content, words):
+def test_an_import_that_is_refused(node: Node, tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "import.tar"
     if content is not None:
         path.write_bytes(content)
@@ -267,7 +271,7 @@ def test_an_import_that_is_refused(node: Node, tmp_path, content, words):
     assert node.settled() == []
 
 
-def test_an_import_without_a_daemon(tmp_path):
+def test_an_import_without_a_daemon(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(f'[grpc]\naddress = "{tmp_path}/none.sock"\n')
     (tmp_path / "x.tar").write_bytes(b"x")
     command = [sys.executable, "-m", "criserver", "image", "import", "--config", str(tmp_path / "c.toml")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import import_image
-from tests.support.imagebuilder import File, busybox_image, write_archive
+from tests.support.imagebuilder import File, Layer, busybox_image, write_archive
 from tests.support.node import Node
 
 
@@ -21,9 +22,9 @@ def pod(node: Node) -> str:
 
 
 @pytest.fixture
-def volume(node: Node, tmp_path) -> str:
+def volume(node: Node, tmp_path: Path) -> str:
     """An image with a file and a directory, by name."""
-    layer = {"data/inner": b"from the image", "data/tool": File(b"#!/bin/sh\necho ran", 0o755)}
+    layer: Layer = {"data/inner": b"from the image", "data/tool": File(b"#!/bin/sh\necho ran", 0o755)}
     write_archive(busybox_image(layers=[layer]), str(tmp_path / "v.tar"), "localhost/volume:1")
     import_image(node, str(tmp_path / "v.tar"))
     return "localhost/volume:1"
@@ -33,7 +34,7 @@ def image_mount(name: str, sub_path: str = "", readonly: bool = True) -> cri.Mou
     return cri.Mount(container_path="/vol", readonly=readonly, image=cri.ImageSpec(image=name), image_sub_path=sub_path)
 
 
-def test_an_image_as_a_volume(node: Node, pod: str, volume: str):
+def test_an_image_as_a_volume(node: Node, pod: str, volume: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], mounts=[image_mount(volume)])
     assert node.sh(container, "cat /vol/data/inner; /vol/data/tool") == "from the imageran\n"
     assert "Read-only" in node.sh(container, "touch /vol/x 2>&1 || true")
@@ -44,7 +45,7 @@ def test_an_image_as_a_volume(node: Node, pod: str, volume: str):
     assert node.sh(container, "cat /vol/data/inner") == "from the image"
 
 
-def test_a_path_of_an_image_as_a_volume(node: Node, pod: str, volume: str):
+def test_a_path_of_an_image_as_a_volume(node: Node, pod: str, volume: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], mounts=[image_mount(volume, "data")])
     assert node.sh(container, "ls /vol") == "inner\ntool\n"
     node.client.StopContainer(container_id=container, timeout=0)
@@ -77,14 +78,16 @@ def test_a_path_of_an_image_as_a_volume(node: Node, pod: str, volume: str):
         ),
     ],
 )
-def test_a_mount_that_is_refused(node: Node, pod: str, volume: str, mount: cri.Mount, code, word: str):
+def test_a_mount_that_is_refused(
+    node: Node, pod: str, volume: str, mount: cri.Mount, code: grpc.StatusCode, word: str
+) -> None:
     with refused(code, word):
         node.create(pod, "c", ["true"], mounts=[mount])
     assert node.client.ListContainers().containers == []
     assert os.listdir(f"{node.state}/containers") == []
 
 
-def test_a_recursive_read_only_mount(node: Node, pod: str, tmp_path):
+def test_a_recursive_read_only_mount(node: Node, pod: str, tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "rro", str(inner)], check=True)
@@ -103,8 +106,10 @@ def test_a_recursive_read_only_mount(node: Node, pod: str, tmp_path):
         subprocess.run(["umount", str(inner)], check=True)
 
 
-def test_the_volumes_of_an_image_are_copied_up_and_writable_under_a_read_only_root(node: Node, pod: str, tmp_path):
-    layer = {"var/data/file": b"seed", "var/data/sub/deep": File(b"deep", 0o640)}
+def test_the_volumes_of_an_image_are_copied_up_and_writable_under_a_read_only_root(
+    node: Node, pod: str, tmp_path: Path
+) -> None:
+    layer: Layer = {"var/data/file": b"seed", "var/data/sub/deep": File(b"deep", 0o640)}
     image = busybox_image(layers=[layer], config={"Volumes": {"/var/data": {}, "/made/up": {}, "/given": {}}})
     write_archive(image, str(tmp_path / "i.tar"), "localhost/volumes:1")
     import_image(node, str(tmp_path / "i.tar"))
@@ -127,7 +132,7 @@ def test_the_volumes_of_an_image_are_copied_up_and_writable_under_a_read_only_ro
     assert os.listdir(f"{node.root}/volumes") == []
 
 
-def test_a_container_that_sees_the_processes_of_another(node: Node, pod: str):
+def test_a_container_that_sees_the_processes_of_another(node: Node, pod: str) -> None:
     target = node.run(pod, "target", ["sleep", "1234"])
     options = cri.NamespaceOption(pid=cri.TARGET, target_id=target)
     linux = cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(namespace_options=options))

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,13 +19,13 @@ from tests.support.node import DRIVER, SUBNET, Node
 from tests.support.waiting import SLOWNESS, eventually
 
 
-def shared(**modes: int) -> cri.LinuxPodSandboxConfig:
+def shared(**modes: Any) -> cri.LinuxPodSandboxConfig:
     """A pod's linux section with namespace modes."""
     options = cri.NamespaceOption(**{"pid": cri.CONTAINER, **modes})
     return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
 
 
-def test_a_pod_has_an_address_namespaces_and_no_process(node: Node):
+def test_a_pod_has_an_address_namespaces_and_no_process(node: Node) -> None:
     pod = node.run_pod("plain", labels={"app": "web"}, annotations={"note": "x"})
     status = node.client.PodSandboxStatus(pod_sandbox_id=pod).status
     assert status.state == cri.SANDBOX_READY
@@ -46,7 +47,7 @@ def test_a_pod_has_an_address_namespaces_and_no_process(node: Node):
     subprocess.run(ping, check=True, capture_output=True)
 
 
-def test_verbose_status_shows_where_the_pod_lives(node: Node):
+def test_verbose_status_shows_where_the_pod_lives(node: Node) -> None:
     pod = node.run_pod("verbose")
     info = json.loads(node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True).info["info"])
     assert info["sandboxID"] == pod
@@ -54,12 +55,12 @@ def test_verbose_status_shows_where_the_pod_lives(node: Node):
     assert info["network"]["result"]["ips"]
 
 
-def test_listing_by_every_filter(node: Node):
+def test_listing_by_every_filter(node: Node) -> None:
     one = node.run_pod("one", labels={"tier": "a", "app": "x"})
     two = node.run_pod("two", labels={"tier": "b", "app": "x"})
     node.client.StopPodSandbox(pod_sandbox_id=two)
 
-    def ids(**wanted) -> set[str]:
+    def ids(**wanted: Any) -> set[str]:
         return {p.id for p in node.client.ListPodSandbox(filter=cri.PodSandboxFilter(**wanted)).items}
 
     assert ids() == {one, two}
@@ -74,7 +75,7 @@ def test_listing_by_every_filter(node: Node):
     assert ids(id=one, label_selector={"tier": "b"}) == set()
 
 
-def test_stop_and_remove_are_idempotent_and_leave_nothing(node: Node):
+def test_stop_and_remove_are_idempotent_and_leave_nothing(node: Node) -> None:
     pod = node.run_pod("twice")
     for _ in range(2):
         node.client.StopPodSandbox(pod_sandbox_id=pod)
@@ -89,7 +90,7 @@ def test_stop_and_remove_are_idempotent_and_leave_nothing(node: Node):
     assert node.settled() == []
 
 
-def test_removing_a_running_pod_takes_its_containers_along(node: Node):
+def test_removing_a_running_pod_takes_its_containers_along(node: Node) -> None:
     pod = node.run_pod("whole")
     node.run(pod, "a", ["sleep", "1000"])
     node.create(pod, "b", ["true"])
@@ -98,7 +99,7 @@ def test_removing_a_running_pod_takes_its_containers_along(node: Node):
     assert node.settled() == []
 
 
-def test_containers_see_the_pods_files(node: Node):
+def test_containers_see_the_pods_files(node: Node) -> None:
     dns = cri.DNSConfig(servers=["10.0.0.10"], searches=["ns.svc", "svc"], options=["ndots:5"])
     pod = node.run_pod("files", dns_config=dns, hostname="the-host")
     address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
@@ -111,7 +112,7 @@ def test_containers_see_the_pods_files(node: Node):
     assert node.sh(container, "df -m /dev/shm | awk 'NR==2 {print $2}'") == "64\n"
 
 
-def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: Node):
+def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: Node) -> None:
     pod = node.run_pod("together")
     one = node.run(pod, "one", ["sleep", "1000"])
     two = node.run(pod, "two", ["sleep", "1000"])
@@ -122,7 +123,7 @@ def test_containers_of_a_pod_share_network_ipc_and_uts_but_not_processes(node: N
     assert node.sh(two, "cat /dev/shm/x") == "shared\n"
 
 
-def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive: str):
+def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive: str) -> None:
     node = Node(infra="/bin/busybox")
     try:
         node.start()
@@ -130,7 +131,7 @@ def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive:
             pod = node.run_pod("short", linux=shared(pid=cri.POD), deadline=30 * SLOWNESS)
         except grpc.RpcError as e:
             assert e.code() is grpc.StatusCode.FAILED_PRECONDITION
-            assert "infra process ended at once: is /bin/busybox a catatonit?" in e.details()
+            assert "infra process ended at once: is /bin/busybox a catatonit?" in str(e.details())
         else:  # it was ready before its end was told
             eventually(lambda: node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY)
             node.remove_pods()
@@ -140,7 +141,7 @@ def test_an_infra_process_that_ends_at_once(nothing_left: None, busybox_archive:
         node.close()
 
 
-def test_a_pod_that_shares_its_pid_namespace(node: Node):
+def test_a_pod_that_shares_its_pid_namespace(node: Node) -> None:
     pod = node.run_pod("pids", linux=shared(pid=cri.POD))
     one = node.run(pod, "one", ["sleep", "1001"])
     two = node.run(pod, "two", ["sleep", "1002"])
@@ -153,7 +154,7 @@ def test_a_pod_that_shares_its_pid_namespace(node: Node):
     assert node.status(two).state == cri.CONTAINER_RUNNING
 
 
-def test_a_pod_on_the_hosts_namespaces(node: Node):
+def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
     pod = node.run_pod("host", hostname="", linux=shared(network=cri.NODE, pid=cri.NODE, ipc=cri.NODE))
     container = node.run(pod, "c", ["sleep", "1003"])
     for kind in ("net", "ipc", "uts", "pid"):
@@ -164,7 +165,7 @@ def test_a_pod_on_the_hosts_namespaces(node: Node):
     assert node.sh(container, "hostname").strip() == os.uname().nodename
 
 
-def test_sysctls_are_the_pods_own(node: Node):
+def test_sysctls_are_the_pods_own(node: Node) -> None:
     linux = shared()
     linux.sysctls.update({"net.ipv4.ip_unprivileged_port_start": "77", "kernel.shm_rmid_forced": "1"})
     before = Path("/proc/sys/kernel/shm_rmid_forced").read_text()
@@ -175,7 +176,7 @@ def test_sysctls_are_the_pods_own(node: Node):
     assert Path("/proc/sys/kernel/shm_rmid_forced").read_text() == before
 
 
-def test_a_host_port_leads_to_the_pod(node: Node):
+def test_a_host_port_leads_to_the_pod(node: Node) -> None:
     pod = node.run_pod("ports", port_mappings=[cri.PortMapping(protocol=cri.TCP, container_port=80, host_port=38080)])
     rules = subprocess.run(["iptables-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout
     address = node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
@@ -186,7 +187,7 @@ def test_a_host_port_leads_to_the_pod(node: Node):
 
 
 @pytest.mark.skipif(DRIVER != "cgroupfs", reason="the cgroup driver is systemd's")
-def test_the_cgroup_parent_holds_the_container(node: Node):
+def test_the_cgroup_parent_holds_the_container(node: Node) -> None:
     linux = shared()
     linux.cgroup_parent = "/crie2e/pod-x"
     pod = node.run_pod("cgroup", linux=linux)
@@ -202,7 +203,7 @@ def test_the_cgroup_parent_holds_the_container(node: Node):
 
 
 @pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
-def test_a_slice_holds_the_containers_scope(node: Node):
+def test_a_slice_holds_the_containers_scope(node: Node) -> None:
     linux = shared(pid=cri.POD)
     # As a kubelet names it; systemd nests slices by the dashes.
     name = "crie2e-burstable-pod0a_1.slice"
@@ -222,7 +223,7 @@ def test_a_slice_holds_the_containers_scope(node: Node):
 
 
 @pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
-def test_a_slice_of_the_pods_own_ends_with_it(node: Node):
+def test_a_slice_of_the_pods_own_ends_with_it(node: Node) -> None:
     pod = node.run_pod("own")
     node.run(pod, "c", ["sleep", "1000"])
     assert unit(f"criserver-{pod}.slice")["ActiveState"] == "active"
@@ -246,7 +247,7 @@ def unit(name: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in shown.splitlines())
 
 
-def test_many_pods_at_once_get_different_addresses(node: Node):
+def test_many_pods_at_once_get_different_addresses(node: Node) -> None:
     pods: list[str] = []
     threads = [threading.Thread(target=lambda n=n: pods.append(node.run_pod(f"many-{n}"))) for n in range(10)]
     for thread in threads:
@@ -257,7 +258,7 @@ def test_many_pods_at_once_get_different_addresses(node: Node):
     assert len(addresses) == len(pods) == 10
 
 
-def test_a_call_that_the_caller_gave_up_is_met_by_its_retry(node: Node):
+def test_a_call_that_the_caller_gave_up_is_met_by_its_retry(node: Node) -> None:
     with pytest.raises(grpc.RpcError) as e:
         node.client.RunPodSandbox(deadline=0.01, config=node.pod("impatient"))
     assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -265,7 +266,7 @@ def test_a_call_that_the_caller_gave_up_is_met_by_its_retry(node: Node):
     assert [p.id for p in node.client.ListPodSandbox().items] == [pod]
 
 
-def test_a_caller_that_gives_up_as_the_answer_comes_is_met_by_its_retry(node: Node):
+def test_a_caller_that_gives_up_as_the_answer_comes_is_met_by_its_retry(node: Node) -> None:
     times = []
     for n in range(3):
         began = time.monotonic()
@@ -285,7 +286,7 @@ def test_a_caller_that_gives_up_as_the_answer_comes_is_met_by_its_retry(node: No
     assert len(node.client.ListPodSandbox().items) == 33
 
 
-def test_the_network_becomes_ready_without_a_restart(node: Node):
+def test_the_network_becomes_ready_without_a_restart(node: Node) -> None:
     def ready() -> cri.RuntimeCondition:
         return next(c for c in node.client.Status().status.conditions if c.type == "NetworkReady")
 

@@ -158,7 +158,7 @@ def until_ended(client: Spdy, name: str) -> bytes:
 
 
 @either
-def test_a_service_that_speaks_first(node: Node, pod: str, client_of):
+def test_a_service_that_speaks_first(node: Node, pod: str, client_of: Callable[[Node, str], Spdy]) -> None:
     client = client_of(node, pod)
     for number in range(3):
         open_port(client, f"r{number}", 7002)
@@ -168,7 +168,7 @@ def test_a_service_that_speaks_first(node: Node, pod: str, client_of):
 
 
 @either
-def test_both_directions_at_once(node: Node, pod: str, client_of):
+def test_both_directions_at_once(node: Node, pod: str, client_of: Callable[[Node, str], Spdy]) -> None:
     client = client_of(node, pod)
     open_port(client, "echo", 7001)
     for word in (b"one", b"two" * 10000, b"three"):
@@ -179,7 +179,7 @@ def test_both_directions_at_once(node: Node, pod: str, client_of):
 
 
 @either
-def test_the_half_close_reaches_the_service(node: Node, pod: str, client_of):
+def test_the_half_close_reaches_the_service(node: Node, pod: str, client_of: Callable[[Node, str], Spdy]) -> None:
     client = client_of(node, pod)
     open_port(client, "count", 7003)
     client.send("count", b"x" * 1_234_567)
@@ -187,14 +187,16 @@ def test_the_half_close_reaches_the_service(node: Node, pod: str, client_of):
     assert until_ended(client, "count") == b"1234567"
 
 
-def test_a_service_on_ipv6_alone(node: Node, pod: str):
+def test_a_service_on_ipv6_alone(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     open_port(client, "six", 7006)
     assert until_ended(client, "six") == b"hello over IPv6"
 
 
 @either
-def test_a_closed_port_is_told_on_the_error_stream_and_others_go_on(node: Node, pod: str, client_of):
+def test_a_closed_port_is_told_on_the_error_stream_and_others_go_on(
+    node: Node, pod: str, client_of: Callable[[Node, str], Spdy]
+) -> None:
     client = client_of(node, pod)
     open_port(client, "open", 7001)
     open_port(client, "closed", 7999)
@@ -204,7 +206,7 @@ def test_a_closed_port_is_told_on_the_error_stream_and_others_go_on(node: Node, 
     client.until("open", b"still here")
 
 
-def test_many_connections_at_once(node: Node, pod: str):
+def test_many_connections_at_once(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     names = [f"r{number}" for number in range(20)]
     for name in names:
@@ -215,7 +217,7 @@ def test_many_connections_at_once(node: Node, pod: str):
     assert not client.reset.keys() & {f"{name}.error" for name in names if client.got[f"{name}.error"]}
 
 
-def test_finished_connections_cost_nothing(node: Node, pod: str):
+def test_finished_connections_cost_nothing(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     assert node.process is not None
     for number in range(600):
@@ -229,7 +231,7 @@ def test_finished_connections_cost_nothing(node: Node, pod: str):
     assert node.streams() < 60
 
 
-def test_a_client_that_goes_closes_its_connections(node: Node, pod: str):
+def test_a_client_that_goes_closes_its_connections(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     open_port(client, "silent", 7004)
     open_port(client, "echo", 7001)
@@ -240,7 +242,7 @@ def test_a_client_that_goes_closes_its_connections(node: Node, pod: str):
     eventually(lambda: node.streams() == count - 3)
 
 
-def test_streams_with_headers_that_are_missing_or_wrong(node: Node, pod: str):
+def test_streams_with_headers_that_are_missing_or_wrong(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     client.open("portless", streamtype="data", requestid="1")
     client.open("typeless", port="7001", requestid="2")
@@ -255,7 +257,7 @@ def test_streams_with_headers_that_are_missing_or_wrong(node: Node, pod: str):
     assert "first" not in client.reset
 
 
-def test_ports_by_channel_over_a_plain_websocket(node: Node, pod: str):
+def test_ports_by_channel_over_a_plain_websocket(node: Node, pod: str) -> None:
     client = WebSocket(forward(node, pod, 7001, 7002, 7999), "v4.channel.k8s.io")
     client.until(2, b"hello from the pod")
     client.send(0, b"echoed")
@@ -267,7 +269,7 @@ def test_ports_by_channel_over_a_plain_websocket(node: Node, pod: str):
     client.close()
 
 
-def test_a_pod_on_the_nodes_network(node: Node):
+def test_a_pod_on_the_nodes_network(node: Node) -> None:
     pod = node.run_pod("host", linux=shared(network=cri.NODE))
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = spdy(node, pod)
@@ -278,7 +280,7 @@ def test_a_pod_on_the_nodes_network(node: Node):
             client.until("node", b"from the node")
 
 
-def test_a_port_that_comes_later(node: Node, pod: str):
+def test_a_port_that_comes_later(node: Node, pod: str) -> None:
     """An address is of the pod, not of what listens there just now."""
     client = spdy(node, pod)
     open_port(client, "early", 7100)
@@ -289,7 +291,7 @@ def test_a_port_that_comes_later(node: Node, pod: str):
     client.until("late", b"late\n")
 
 
-def test_upload_and_download_at_once(node: Node, pod: str):
+def test_upload_and_download_at_once(node: Node, pod: str) -> None:
     client = spdy(node, pod)
     open_port(client, "echo", 7001)
     piece = os.urandom(1_000_000)
@@ -310,7 +312,7 @@ def test_upload_and_download_at_once(node: Node, pod: str):
     assert received == piece * 30
 
 
-def test_what_is_refused(node: Node, pod: str):
+def test_what_is_refused(node: Node, pod: str) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, "does not exist"):
         forward(node, "f" * 64)
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "port = 70000"):

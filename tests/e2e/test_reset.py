@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,7 @@ def traces(node: Node) -> list[str]:
     return found + [f"lease {name}" for name in os.listdir(f"{node.base}/ipam/{NETWORK}") if name[0].isdigit()]
 
 
-def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: Node):
+def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: Node) -> None:
     node = own_node
     for name in ("one", "two"):
         pod = node.run_pod(name, linux=shared_pids())
@@ -73,7 +74,7 @@ def test_pods_of_a_killed_daemon_are_removed_with_all_that_they_are(own_node: No
     assert os.listdir(node.root) == []  # it is a file system of its own here
 
 
-def test_a_full_state_directory(own_node: Node):
+def test_a_full_state_directory(own_node: Node) -> None:
     node = own_node
     node.run(node.run_pod("full"), "c", ["sleep", "1000"])
     node.kill()
@@ -83,7 +84,7 @@ def test_a_full_state_directory(own_node: Node):
     assert traces(node) == []
 
 
-def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node):
+def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node) -> None:
     node = own_node
     pod = node.run_pod("graceful")
     script = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done"
@@ -97,7 +98,7 @@ def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node):
     assert traces(node) == []
 
 
-def test_a_running_daemon_is_named_and_nothing_is_done(own_node: Node):
+def test_a_running_daemon_is_named_and_nothing_is_done(own_node: Node) -> None:
     node = own_node
     container = node.run(node.run_pod("safe"), "c", ["sleep", "1000"])
     done = reset(node, "--yes")
@@ -107,7 +108,7 @@ def test_a_running_daemon_is_named_and_nothing_is_done(own_node: Node):
     assert node.status(container).state == cri.CONTAINER_RUNNING
 
 
-def test_without_a_terminal_it_wants_to_be_told_yes(own_node: Node):
+def test_without_a_terminal_it_wants_to_be_told_yes(own_node: Node) -> None:
     node = own_node
     container = node.run(node.run_pod("asked"), "c", ["sleep", "1000"])
     node.kill()
@@ -118,7 +119,7 @@ def test_without_a_terminal_it_wants_to_be_told_yes(own_node: Node):
     assert node.status(container).state == cri.CONTAINER_RUNNING
 
 
-def test_a_network_plugin_that_fails_keeps_no_pod(own_node: Node):
+def test_a_network_plugin_that_fails_keeps_no_pod(own_node: Node) -> None:
     node = own_node
     node.run(node.run_pod("stuck"), "c", ["sleep", "1000"])
     os.mkdir(f"{node.base}/bin")
@@ -136,7 +137,7 @@ def test_a_network_plugin_that_fails_keeps_no_pod(own_node: Node):
     assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
 
 
-def test_a_pod_that_cannot_be_ended_is_named_and_what_it_needs_is_kept(own_node: Node):
+def test_a_pod_that_cannot_be_ended_is_named_and_what_it_needs_is_kept(own_node: Node) -> None:
     node = own_node
     pod = node.run_pod("busy")
     node.run(pod, "c", ["sleep", "1000"])
@@ -158,7 +159,7 @@ def test_a_pod_that_cannot_be_ended_is_named_and_what_it_needs_is_kept(own_node:
     assert traces(node) == []
 
 
-def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path):
+def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text(f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n')
     command = [sys.executable, "-m", "criserver", "reset", "--yes", "--config", str(config)]
@@ -167,7 +168,7 @@ def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path):
     assert os.listdir(tmp_path) == ["config.toml"]
 
 
-def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node):
+def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node) -> None:
     node = own_node
     container = node.run(node.run_pod("forgotten"), "c", ["sleep", "1000"])
     pid = node.pid(container)
@@ -182,7 +183,7 @@ def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node):
     assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
 
 
-def test_records_that_cannot_be_read_do_not_keep_their_pods(own_node: Node):
+def test_records_that_cannot_be_read_do_not_keep_their_pods(own_node: Node) -> None:
     node = own_node
     pods = [node.run_pod("newer"), node.run_pod("plain")]
     containers = [node.run(pod, "c", ["sleep", "1000"]) for pod in pods]

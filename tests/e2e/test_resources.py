@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from typing import Any
 
 import grpc
 import pytest
@@ -21,7 +22,7 @@ def pod(node: Node) -> str:
     return node.run_pod("pod")
 
 
-def limited(**limits) -> dict[str, cri.LinuxContainerConfig]:
+def limited(**limits: Any) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**limits))}
 
 
@@ -49,8 +50,8 @@ def seen(pod: str, container: str) -> dict[str, str]:
 SHARES = {512: {"512"}, 256: {"256"}} if ON_V1 else {512: {"20", "59"}, 256: {"10", "35"}}
 
 
-def test_limits_are_set_at_the_start(node: Node, pod: str):
-    limits = {
+def test_limits_are_set_at_the_start(node: Node, pod: str) -> None:
+    limits: dict[str, Any] = {
         "cpu_period": 50000,
         "cpu_quota": 20000,
         "cpu_shares": 512,
@@ -67,7 +68,7 @@ def test_limits_are_set_at_the_start(node: Node, pod: str):
     assert node.status(container).resources.linux == cri.LinuxContainerResources(**limits)
 
 
-def test_a_running_container_is_given_new_limits(node: Node, pod: str):
+def test_a_running_container_is_given_new_limits(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], **limited(cpu_shares=512, memory_limit_in_bytes=64 << 20))
     node.client.UpdateContainerResources(
         container_id=container,
@@ -84,7 +85,7 @@ def test_a_running_container_is_given_new_limits(node: Node, pod: str):
     assert node.status(container).resources.linux == shown
 
 
-def test_a_created_container_starts_with_its_new_limits(node: Node, pod: str):
+def test_a_created_container_starts_with_its_new_limits(node: Node, pod: str) -> None:
     container = node.create(pod, "c", ["sleep", "1000"], **limited(cpu_shares=512))
     node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=256))
     node.client.StartContainer(container_id=container)
@@ -92,7 +93,7 @@ def test_a_created_container_starts_with_its_new_limits(node: Node, pod: str):
 
 
 @pytest.mark.skipif(ON_V1, reason="writes files of cgroup version 2")
-def test_files_of_version_2_are_changed_by_name(node: Node, pod: str):
+def test_files_of_version_2_are_changed_by_name(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], **limited(unified={"memory.high": str(48 << 20)}))
     assert limit_of(pod, container, "", "memory.high") == str(48 << 20)
     changed = cri.LinuxContainerResources(unified={"memory.high": str(40 << 20), "pids.max": "77"})
@@ -102,7 +103,7 @@ def test_files_of_version_2_are_changed_by_name(node: Node, pod: str):
 
 
 @pytest.mark.skipif(ON_V1, reason="is told of version 2")
-def test_swap_is_what_is_left_of_the_sum_of_version_1(node: Node, pod: str):
+def test_swap_is_what_is_left_of_the_sum_of_version_1(node: Node, pod: str) -> None:
     limits = {"memory_limit_in_bytes": 64 << 20, "memory_swap_limit_in_bytes": 80 << 20}
     container = node.run(pod, "c", ["sleep", "1000"], **limited(**limits))
     assert limit_of(pod, container, "", "memory.swap.max") == str(16 << 20)
@@ -111,20 +112,20 @@ def test_swap_is_what_is_left_of_the_sum_of_version_1(node: Node, pod: str):
 
 
 @pytest.mark.skipif(DRIVER != "systemd", reason="the cgroup driver is not systemd's")
-def test_systemd_knows_the_limits_and_takes_none_back(node: Node, pod: str):
+def test_systemd_knows_the_limits_and_takes_none_back(node: Node, pod: str) -> None:
     """It sets all that it knows of a unit again when it reads its configuration."""
     container = node.run(pod, "c", ["sleep", "1000"], **limited(cpu_quota=20000, memory_limit_in_bytes=64 << 20))
     changed = cri.LinuxContainerResources(cpu_shares=256, memory_limit_in_bytes=96 << 20, unified={"pids.max": "77"})
     node.client.UpdateContainerResources(container_id=container, linux=changed)
-    before = [seen(pod, container), limit_of(pod, container, "", "pids.max")]
+    before = (seen(pod, container), limit_of(pod, container, "", "pids.max"))
     assert before[0]["memory"] == str(96 << 20)
     subprocess.run(["systemctl", "daemon-reload"], check=True)
-    assert [seen(pod, container), limit_of(pod, container, "", "pids.max")] == before
+    assert (seen(pod, container), limit_of(pod, container, "", "pids.max")) == before
     command = ["systemctl", "show", "--value", "--property=MemoryMax", f"criserver-{container}.scope"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(96 << 20)
 
 
-def test_refusals(node: Node, pod: str):
+def test_refusals(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], **limited(memory_limit_in_bytes=64 << 20))
     before = node.status(container).resources
     with refused(grpc.StatusCode.FAILED_PRECONDITION, container, "limits"):
@@ -144,7 +145,7 @@ def test_refusals(node: Node, pod: str):
         node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=2))
 
 
-def test_a_pods_resources_are_kept_and_shown(node: Node, pod: str):
+def test_a_pods_resources_are_kept_and_shown(node: Node, pod: str) -> None:
     node.client.UpdatePodSandboxResources(
         pod_sandbox_id=pod,
         resources=cri.LinuxContainerResources(cpu_shares=99),

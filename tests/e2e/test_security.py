@@ -19,7 +19,7 @@ def pod(node: Node) -> str:
     return node.run_pod("pod")
 
 
-def profile(kind: int, path: str = "") -> cri.SecurityProfile:
+def profile(kind: cri.SecurityProfile.ProfileType, path: str = "") -> cri.SecurityProfile:
     return cri.SecurityProfile(profile_type=kind, localhost_ref=path)
 
 
@@ -28,7 +28,7 @@ def status_of(node: Node, container: str, field: str) -> str:
     return node.sh(container, f"grep {field}: /proc/1/status").split(":")[1].strip()
 
 
-def test_capabilities_added_and_dropped(node: Node, pod: str):
+def test_capabilities_added_and_dropped(node: Node, pod: str) -> None:
     capability = cri.Capability(add_capabilities=["NET_ADMIN"], drop_capabilities=["CHOWN"])
     container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=capability))
     effective = int(status_of(node, container, "CapEff"), 16)
@@ -38,13 +38,13 @@ def test_capabilities_added_and_dropped(node: Node, pod: str):
     assert "not permitted" in node.sh(container, "touch /f; chown 1:1 /f 2>&1 || true")
 
 
-def test_all_capabilities_dropped(node: Node, pod: str):
+def test_all_capabilities_dropped(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=cri.Capability(drop_capabilities=["ALL"])))
     for field in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb"):
         assert int(status_of(node, container, field), 16) == 0
 
 
-def test_ambient_capabilities_reach_a_user(node: Node, pod: str):
+def test_ambient_capabilities_reach_a_user(node: Node, pod: str) -> None:
     capability = cri.Capability(add_ambient_capabilities=["NET_BIND_SERVICE"])
     user = cri.Int64Value(value=1000)
     container = node.run(pod, "c", ["sleep", "1000"], **secured(capabilities=capability, run_as_user=user))
@@ -52,7 +52,7 @@ def test_ambient_capabilities_reach_a_user(node: Node, pod: str):
     assert int(status_of(node, container, "CapEff"), 16) >> 10 & 1
 
 
-def test_privileged(node: Node):
+def test_privileged(node: Node) -> None:
     options = cri.NamespaceOption(pid=cri.CONTAINER)
     security = cri.LinuxSandboxSecurityContext(namespace_options=options, privileged=True)
     pod = node.run_pod("privileged", linux=cri.LinuxPodSandboxConfig(security_context=security))
@@ -67,12 +67,12 @@ def test_privileged(node: Node):
     assert node.sh(plain, "grep ' /sys ' /proc/mounts").split()[3].startswith("ro")
 
 
-def test_a_privileged_container_in_a_pod_that_is_not(node: Node, pod: str):
+def test_a_privileged_container_in_a_pod_that_is_not(node: Node, pod: str) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "container c is privileged", "pod sandbox is not"):
         node.create(pod, "c", ["true"], **secured(privileged=True))
 
 
-def test_masked_and_read_only_paths(node: Node, pod: str):
+def test_masked_and_read_only_paths(node: Node, pod: str) -> None:
     container = node.run(
         pod, "c", ["sleep", "1000"], **secured(masked_paths=["/proc/meminfo"], readonly_paths=["/proc/sys"])
     )
@@ -80,14 +80,14 @@ def test_masked_and_read_only_paths(node: Node, pod: str):
     assert "Read-only" in node.sh(container, "(echo 1 > /proc/sys/net/ipv4/ip_forward) 2>&1 || true")
 
 
-def test_no_new_privileges(node: Node, pod: str):
+def test_no_new_privileges(node: Node, pod: str) -> None:
     assert [
         status_of(node, node.run(pod, f"c{flag}", ["sleep", "1000"], **secured(no_new_privs=flag)), "NoNewPrivs")
         for flag in (False, True)
     ] == ["0", "1"]
 
 
-def test_groups_by_both_policies_and_the_user_in_the_status(node: Node, pod: str):
+def test_groups_by_both_policies_and_the_user_in_the_status(node: Node, pod: str) -> None:
     for policy, expected in ((cri.Merge, "0 1234"), (cri.Strict, "0 1234")):
         container = node.run(
             pod,
@@ -100,7 +100,7 @@ def test_groups_by_both_policies_and_the_user_in_the_status(node: Node, pod: str
         assert (user.uid, user.gid, list(user.supplemental_groups)) == (0, 0, [0, 1234])
 
 
-def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_path: Path):
+def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_path: Path) -> None:
     (tmp_path / "no-mkdir.json").write_text(
         json.dumps(
             {
@@ -118,8 +118,8 @@ def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_pa
     assert "not permitted" in node.sh(default, "unshare -U true 2>&1 || true")
     assert node.sh(default, "mkdir /x && ls -d /x") == "/x\n"
     lifted = {"seccomp": profile(kinds.RuntimeDefault), "apparmor": profile(kinds.Unconfined), "capabilities": admin}
-    lifted = node.run(pod, "l", ["sleep", "1000"], **secured(**lifted))
-    assert node.sh(lifted, "unshare -m true && echo allowed") == "allowed\n"
+    unbound = node.run(pod, "l", ["sleep", "1000"], **secured(**lifted))
+    assert node.sh(unbound, "unshare -m true && echo allowed") == "allowed\n"
     own = profile(kinds.Localhost, str(tmp_path / "no-mkdir.json"))
     local = node.run(pod, "n", ["sleep", "1000"], **secured(seccomp=own))
     assert "Permission denied" in node.sh(local, "mkdir /x 2>&1 || true")
@@ -127,7 +127,7 @@ def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_pa
     assert status_of(node, old, "Seccomp") == "2"
 
 
-def test_a_device_of_the_kubelets_and_one_of_a_vendors(node: Node, pod: str, tmp_path: Path):
+def test_a_device_of_the_kubelets_and_one_of_a_vendors(node: Node, pod: str, tmp_path: Path) -> None:
     document = {
         "cdiVersion": "0.8.0",
         "kind": "example.com/thing",

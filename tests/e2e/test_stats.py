@@ -31,7 +31,7 @@ def ids(listed: Any) -> set[str]:
     return {entry.attributes.id for entry in listed.stats}
 
 
-def limits(**resources: int) -> cri.LinuxContainerConfig:
+def limits(**resources: Any) -> cri.LinuxContainerConfig:
     return cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**resources))
 
 

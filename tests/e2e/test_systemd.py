@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def journal(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def eventually(found, seconds: float = 60):
+def eventually(found: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (answer := found()):
         assert time.monotonic() < deadline, journal("-o", "cat")
@@ -110,13 +111,13 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_started_means_that_it_serves_and_its_status_tells_of_pods(service: Service):
+def test_started_means_that_it_serves_and_its_status_tells_of_pods(service: Service) -> None:
     service.run(service.run_pod(), "c", ["sleep", "1000"])
     assert shown("StatusText")
     eventually(lambda: shown("StatusText") == "1 pods ready, 1 containers running")
 
 
-def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service):
+def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service) -> None:
     pod = service.run_pod()
     stays = service.run(pod, "stays", ["sleep", "1000"])
     ends = service.run(pod, "ends", ["sh", "-c", "sleep 4; exit 42"])
@@ -133,7 +134,7 @@ def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service
     assert "left-over process" not in journal("-o", "cat")
 
 
-def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service):
+def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service) -> None:
     pod = service.run_pod()
     container = service.run(pod, "c", ["sh", "-c", "sleep 3; exit 7"])
     systemctl("stop", UNIT)
@@ -146,7 +147,7 @@ def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service):
     assert service.status(container).exit_code == 7
 
 
-def test_shims_are_not_in_the_services_cgroup(service: Service):
+def test_shims_are_not_in_the_services_cgroup(service: Service) -> None:
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
     shim = parent_of(service.pid(container))
     cgroup = Path(f"/proc/{shim}/cgroup").read_text().strip()
@@ -155,7 +156,7 @@ def test_shims_are_not_in_the_services_cgroup(service: Service):
     assert Path(f"/sys/fs/cgroup{CGROUP}/cgroup.procs").read_text().split() == [str(main_pid())]
 
 
-def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service):
+def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service) -> None:
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
     pid, before = service.pid(container), main_pid()
     os.kill(before, signal.SIGSTOP)
@@ -168,7 +169,7 @@ def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service):
     assert service.status(container).state == cri.CONTAINER_RUNNING
 
 
-def test_what_is_inherited(service: Service):
+def test_what_is_inherited(service: Service) -> None:
     container = service.run(
         service.run_pod(),
         "c",
@@ -188,7 +189,7 @@ def test_what_is_inherited(service: Service):
             assert line.split()[1] == "0"
 
 
-def test_the_journal_has_fields(service: Service):
+def test_the_journal_has_fields(service: Service) -> None:
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
 
     def entries() -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +19,9 @@ RUNC = os.environ.get("CRISERVER_TEST_RUNC", "")
 BASE = 1_000_000
 
 
-def userns(mode: int = cri.POD, uids: list[tuple[int, int, int]] | None = None) -> cri.LinuxPodSandboxConfig:
+def userns(
+    mode: cri.NamespaceMode = cri.POD, uids: list[tuple[int, int, int]] | None = None
+) -> cri.LinuxPodSandboxConfig:
     mappings = [
         cri.IDMapping(container_id=c, host_id=h, length=n)
         for c, h, n in (uids if uids is not None else [(0, BASE, 65536)])
@@ -41,13 +44,13 @@ def userns(mode: int = cri.POD, uids: list[tuple[int, int, int]] | None = None) 
         (userns(mode=cri.NODE), ["NODE"]),
     ],
 )
-def test_mappings_that_are_refused(node: Node, linux, words):
+def test_mappings_that_are_refused(node: Node, linux: cri.LinuxPodSandboxConfig, words: list[str]) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, *words):
         node.run_pod("bad", linux=linux)
     assert node.client.ListPodSandbox().items == []
 
 
-def test_a_handler_that_cannot_says_so(node: Node):
+def test_a_handler_that_cannot_says_so(node: Node) -> None:
     features = {h.name: h.features.user_namespaces for h in node.client.Status().runtime_handlers}
     if features["runc"]:
         pytest.skip("this runc has id-mapped mounts")
@@ -71,14 +74,14 @@ def newer(busybox_archive: str) -> Iterator[Node]:
         node.close()
 
 
-def run(node: Node, name: str, linux: cri.LinuxPodSandboxConfig, **fields) -> tuple[str, str]:
+def run(node: Node, name: str, linux: cri.LinuxPodSandboxConfig, **fields: Any) -> tuple[str, str]:
     config = node.pod(name, linux=linux)
     pod = node.client.RunPodSandbox(config=config, runtime_handler="newer").pod_sandbox_id
     node.pods.add(pod)
     return pod, node.run(pod, "c", ["sleep", "1000"], **fields)
 
 
-def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path):
+def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("of the host's root")
     mapped = [cri.IDMapping(container_id=0, host_id=BASE, length=65536)]
     mounts = [
@@ -104,7 +107,7 @@ def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path):
     assert newer.settled() == []
 
 
-def test_a_shared_pid_namespace_within(newer: Node):
+def test_a_shared_pid_namespace_within(newer: Node) -> None:
     linux = userns()
     linux.security_context.namespace_options.pid = cri.POD
     pod, one = run(newer, "pids", linux)
@@ -118,6 +121,6 @@ def test_a_shared_pid_namespace_within(newer: Node):
     assert newer.settled() == []
 
 
-def test_features_by_handler(newer: Node):
+def test_features_by_handler(newer: Node) -> None:
     features = {h.name: h.features.user_namespaces for h in newer.client.Status().runtime_handlers}
     assert features == {"": False, "runc": False, "newer": True}

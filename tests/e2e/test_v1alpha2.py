@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,9 @@ def field(number: int, value: int | str | bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-def fields(data: bytes) -> dict[int, list[int | bytes]]:
+def fields(data: bytes) -> dict[int, list[Any]]:
     """A message taken apart."""
-    found: dict[int, list[int | bytes]] = {}
+    found: dict[int, list[Any]] = {}
     at = 0
 
     def number() -> int:
@@ -50,16 +51,19 @@ def fields(data: bytes) -> dict[int, list[int | bytes]]:
     return found
 
 
+Call = Callable[..., dict[int, list[Any]]]
+
+
 @pytest.fixture
-def call(node: Node) -> Callable[[str, bytes], dict[int, list[int | bytes]]]:
-    def call(method: str, request: bytes = b"") -> dict[int, list[int | bytes]]:
-        rpc = node.client.channel.unary_unary(f"/runtime.v1alpha2.{method}")
+def call(node: Node) -> Call:
+    def call(method: str, request: bytes = b"") -> dict[int, list[Any]]:
+        rpc: Any = node.client.channel.unary_unary(f"/runtime.v1alpha2.{method}")
         return fields(rpc(request, timeout=60))
 
     return call
 
 
-def test_a_pods_life_as_a_kubelet_of_1_20_asks_for_it(node: Node, call):
+def test_a_pods_life_as_a_kubelet_of_1_20_asks_for_it(node: Node, call: Call) -> None:
     version = call("RuntimeService/Version", field(1, "0.1.0"))
     assert version[2] == [b"criserver"]
     assert version[4] == [b"v1alpha2"]
@@ -95,7 +99,7 @@ def test_a_pods_life_as_a_kubelet_of_1_20_asks_for_it(node: Node, call):
     assert call("RuntimeService/ListPodSandbox") == {}
 
 
-def test_images(node: Node, call):
+def test_images(node: Node, call: Call) -> None:
     image = fields(call("ImageService/ImageStatus", field(1, field(1, "localhost/busybox:latest")))[1][0])
     assert image[2] == [b"localhost/busybox:latest"]
     assert len(call("ImageService/ListImages")[1]) >= 1

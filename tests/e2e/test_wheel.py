@@ -53,7 +53,7 @@ def installed(nothing_left: None, python: str, busybox_archive: str) -> Iterator
         node.close()
 
 
-def test_the_command_is_there_and_comes_from_the_wheel(python: str):
+def test_the_command_is_there_and_comes_from_the_wheel(python: str) -> None:
     command = os.path.join(os.path.dirname(python), "criserver")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.startswith("criserver ")
@@ -62,7 +62,7 @@ def test_the_command_is_there_and_comes_from_the_wheel(python: str):
     assert all(path.startswith(os.path.dirname(os.path.dirname(python))) for path in done.stdout.split())
 
 
-def test_a_pod_runs_with_all_that_the_daemon_starts_from_it(installed: Node):
+def test_a_pod_runs_with_all_that_the_daemon_starts_from_it(installed: Node) -> None:
     node = installed
     pod = node.run_pod("wheel")
     container = node.run(pod, "c", ["sh", "-c", "echo from the wheel; exec sleep 1000"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import io
+from collections.abc import Callable
+from typing import Any
 
 from criserver.errors import FailedPreconditionError
 from criserver.model import MAX_ID
@@ -61,7 +63,7 @@ def check(data: bytes) -> None:
             assert isinstance(user, str) or got.uid == user
 
 
-def _entries(read: ctypes._CFuncPtr, data: bytes) -> list[_Passwd | _Group]:
+def _entries(read: Callable[..., Any], data: bytes) -> list[_Passwd | _Group]:
     """What the C library finds, without the copies that it overwrites."""
     if not data:
         return []

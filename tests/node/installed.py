@@ -8,8 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from tests.support.node import SLOWNESS, Client, Node, processes
+from tests.support.node import Client, Node, processes
 from tests.support.streaming_client import Spdy
+from tests.support.waiting import SLOWNESS
 
 PACKAGES = os.environ.get("CRISERVER_NODE_PACKAGES", "")  # the directory with the packages of tests/vm/releases.py
 SOCKET = "/run/criserver/criserver.sock"
@@ -45,7 +46,7 @@ class InstalledNode(Node):
         self.config = "/etc/criserver/config.toml"
         self.socket = SOCKET
         self.process = None
-        self.pods = set()
+        type(self).pods = set()
 
     def install(self, name: str) -> None:
         """Install or upgrade the package; systemd starts the service, and again after an upgrade."""

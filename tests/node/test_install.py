@@ -17,7 +17,7 @@ def mode(path: str) -> str:
     return f"{stat.S_IMODE(os.stat(path).st_mode):o}"
 
 
-def test_the_service_runs_and_is_enabled(node: InstalledNode):
+def test_the_service_runs_and_is_enabled(node: InstalledNode) -> None:
     assert shown("ActiveState") == "active"
     assert shown("UnitFileState") == "enabled"
     assert shown("Type") == "notify"
@@ -25,18 +25,18 @@ def test_the_service_runs_and_is_enabled(node: InstalledNode):
     assert node.client.Version().runtime_version == version
 
 
-def test_sockets_and_directories_are_roots_own(node: InstalledNode):
+def test_sockets_and_directories_are_roots_own(node: InstalledNode) -> None:
     assert mode("/run/criserver/criserver.sock") == "600"
     for directory in ("/run/criserver", "/var/lib/criserver"):
         assert mode(directory) == "700", directory
         assert os.stat(directory).st_uid == 0
 
 
-def test_check_finds_nothing_that_hinders_pods(node: InstalledNode):
+def test_check_finds_nothing_that_hinders_pods(node: InstalledNode) -> None:
     print(command("criserver", "check"))
 
 
-def test_a_pod_has_an_address_a_log_and_takes_commands(node: InstalledNode):
+def test_a_pod_has_an_address_a_log_and_takes_commands(node: InstalledNode) -> None:
     pod = node.run_pod("first")
     container = node.run(pod, "c", ["sh", "-c", "echo hello; echo oh >&2; exec sleep 1000"])
     assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip
@@ -53,7 +53,7 @@ def test_a_pod_has_an_address_a_log_and_takes_commands(node: InstalledNode):
         node.status(container)
 
 
-def test_what_a_kubelet_asks_for_is_what_systemd_knows(node: InstalledNode):
+def test_what_a_kubelet_asks_for_is_what_systemd_knows(node: InstalledNode) -> None:
     """The kubelet makes the pod's slice; ours is a scope in it, whose limits systemd and the kernel agree on."""
     parent = f"/{KUBEPODS}/kubepods-besteffort-podabc.slice"
     linux = cri.LinuxPodSandboxConfig(cgroup_parent=parent)
@@ -80,7 +80,7 @@ def test_what_a_kubelet_asks_for_is_what_systemd_knows(node: InstalledNode):
     assert command("systemctl", "list-units", "--all", "--plain", "--no-legend", scope) == ""
 
 
-def test_the_journal_tells_which_container(node: InstalledNode):
+def test_the_journal_tells_which_container(node: InstalledNode) -> None:
     pod = node.run_pod("told")
     container = node.run(pod, "c", ["sleep", "1000"])
     command("journalctl", "--sync")

@@ -68,7 +68,7 @@ def kubelet(node: InstalledNode) -> Iterator[Kubelet]:
         kubelet.process.wait(60)
 
 
-def test_a_static_pod_is_started_probed_restarted_logged_and_removed(node: InstalledNode, kubelet: Kubelet):
+def test_a_static_pod_is_started_probed_restarted_logged_and_removed(node: InstalledNode, kubelet: Kubelet) -> None:
     def is_in_its_slice(container: str) -> None:
         with open(f"/proc/{node.pid(container)}/cgroup") as f:
             cgroup = f.read().strip().removeprefix("0::")

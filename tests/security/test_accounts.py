@@ -74,7 +74,7 @@ def shown(node: Node, image: str) -> cri.Image:
     return found
 
 
-def test_a_number_is_never_a_name(node: Node, load: Load, pod: str):
+def test_a_number_is_never_a_name(node: Node, load: Load, pod: str) -> None:
     """CVE-2016-3697, CVE-2026-46680: an account of root's that is called "1000" is not the user 1000."""
     image = load({"etc/passwd": ROOTS, "etc/group": GROUPS}, User="1000:2000")
     found = shown(node, image)
@@ -94,7 +94,7 @@ def test_a_number_is_never_a_name(node: Node, load: Load, pod: str):
 
 
 @pytest.mark.parametrize("user", ["4294967295", "4294967296", "9" * 4301, "0:4294967296", "u" * 300])
-def test_a_user_that_no_image_can_have_is_refused_at_the_pull(node: Node, load: Load, user: str):
+def test_a_user_that_no_image_can_have_is_refused_at_the_pull(node: Node, load: Load, user: str) -> None:
     """CVE-2024-40635: a number beyond the kernel's does not wrap round to root; ListImages goes on."""
     before = len(node.client.ListImages().images)
     with pytest.raises(Exception, match="non-zero exit status") as caught:
@@ -104,7 +104,7 @@ def test_a_user_that_no_image_can_have_is_refused_at_the_pull(node: Node, load: 
     assert len(node.client.ListImages().images) == before
 
 
-def test_a_stop_signal_of_any_length(node: Node, load: Load, pod: str):
+def test_a_stop_signal_of_any_length(node: Node, load: Load, pod: str) -> None:
     image = load(StopSignal="1" * 5000)
     script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"
     container = node.run(pod, "c", ["sh", "-c", script], image=image)
@@ -127,7 +127,7 @@ def test_a_stop_signal_of_any_length(node: Node, load: Load, pod: str):
 )
 def test_what_is_no_file_is_not_opened(
     node: Node, load: Load, pod: str, path: str, kind: bytes, numbers: tuple[int, int], words: str
-):
+) -> None:
     image = load(special(path, kind, *numbers))
     before = len(node.descriptors())
     for number in range(5):
@@ -143,13 +143,13 @@ def test_what_is_no_file_is_not_opened(
 
 
 @pytest.mark.parametrize(("kind", "words"), [(tarfile.FIFOTYPE, "a FIFO"), (tarfile.CHRTYPE, "a character device")])
-def test_a_volume_that_is_no_directory_is_not_opened(node: Node, load: Load, pod: str, kind: bytes, words: str):
+def test_a_volume_that_is_no_directory_is_not_opened(node: Node, load: Load, pod: str, kind: bytes, words: str) -> None:
     image = load(special("data", kind, 1, 11), Volumes={"/data": {}})
     with refused(FAILED, "volume /data", words, "not a directory"):
         node.create(pod, "c", SLEEP, image=image)
 
 
-def test_account_files_that_are_large(node: Node, load: Load, pod: str):
+def test_account_files_that_are_large(node: Node, load: Load, pod: str) -> None:
     """Time and memory of an image's making: neither does the daemon stand still, nor does it keep what it has read."""
     lines = b"".join(b"g%d:x:%d:web\n" % (number, number) for number in range(1, 180_000))
     image = load({"etc/passwd": ROOTS + b"a:x:5:5\n" * 500_000, "etc/group": lines}, User="web")
@@ -157,7 +157,7 @@ def test_account_files_that_are_large(node: Node, load: Load, pod: str):
     assert node.process is not None
 
     def memory() -> int:
-        status = Path(f"/proc/{node.process.pid}/status").read_text()  # type: ignore[union-attr]
+        status = Path(f"/proc/{node.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0])
 
     before = memory()
@@ -170,7 +170,7 @@ def test_account_files_that_are_large(node: Node, load: Load, pod: str):
     assert ids(node, container)[0] == 7
 
 
-def test_the_kernels_number_of_groups(node: Node, pod: str):
+def test_the_kernels_number_of_groups(node: Node, pod: str) -> None:
     groups = list(range(1, 65_536))
     container = node.run(pod, "c", SLEEP, **secured(supplemental_groups=groups))
     assert ids(node, container)[2] == [0, *groups]
@@ -180,7 +180,7 @@ def test_the_kernels_number_of_groups(node: Node, pod: str):
         node.create(pod, "d", SLEEP, **secured(supplemental_groups=[*groups, 65_536]))
 
 
-def test_groups_that_would_keep_the_oci_runtime_busy(node: Node, load: Load, pod: str):
+def test_groups_that_would_keep_the_oci_runtime_busy(node: Node, load: Load, pod: str) -> None:
     lines = b"".join(b"g%d:x:%d:web\n" % (number, number) for number in range(1, 40_000))
     image = load({"etc/passwd": ROOTS, "etc/group": lines}, User="web")
     with refused(FAILED, "39999 lines", "39999 groups"):

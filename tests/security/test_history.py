@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -51,7 +52,7 @@ def canary(node: Node) -> Iterator[str]:
 
 def tree(directory: str) -> list[tuple[object, ...]]:
     """Every file below a directory, with all that tells a change."""
-    found = []
+    found: list[tuple[object, ...]] = []
     for path, directories, names in os.walk(directory):
         for name in (".", *directories, *names):
             status = os.lstat(f"{path}/{name}")
@@ -66,7 +67,7 @@ def image(node: Node, tmp_path: Path, layer: Layer, **config: object) -> str:
     return "localhost/hostile:1"
 
 
-def spec_of(node: Node, container: str) -> dict:
+def spec_of(node: Node, container: str) -> dict[str, Any]:
     return json.loads(Path(node.state, "containers", container, "config.json").read_text())
 
 
@@ -86,7 +87,7 @@ def outcome(node: Node, pod: str, name: str, command: list[str], **fields: objec
 
 
 @pytest.mark.parametrize("user", [0, 1000])
-def test_no_capability_is_inheritable(node: Node, pod: str, user: int):
+def test_no_capability_is_inheritable(node: Node, pod: str, user: int) -> None:
     """CVE-2022-24769, CVE-2022-27649, CVE-2022-27650, CVE-2022-27651, CVE-2022-27652, CVE-2022-29162."""
     security = secured(
         capabilities=cri.Capability(add_capabilities=["NET_ADMIN"]), run_as_user=cri.Int64Value(value=user)
@@ -98,7 +99,7 @@ def test_no_capability_is_inheritable(node: Node, pod: str, user: int):
 
 
 @pytest.mark.parametrize("privileged", [False, True])
-def test_a_user_has_no_capability_that_nobody_asked_for(node: Node, privileged: bool):
+def test_a_user_has_no_capability_that_nobody_asked_for(node: Node, privileged: bool) -> None:
     """CVE-2016-8867, CVE-2018-1000400, CVE-2018-10856, CVE-2021-20188: a user had what root would have had."""
     pod = node.run_pod("pod", linux=sandbox(privileged=privileged))
     container = node.run(pod, "c", SLEEP, **secured(run_as_user=cri.Int64Value(value=1000), privileged=privileged))
@@ -108,7 +109,7 @@ def test_a_user_has_no_capability_that_nobody_asked_for(node: Node, privileged: 
 
 
 @pytest.mark.parametrize("policy", [cri.Merge, cri.Strict])
-def test_the_primary_group_is_among_the_supplementary_ones(node: Node, pod: str, policy: int):
+def test_the_primary_group_is_among_the_supplementary_ones(node: Node, pod: str, policy: int) -> None:
     """CVE-2022-2989, CVE-2022-2990, CVE-2022-2995, CVE-2022-36109, CVE-2023-25173.
 
     Who may not be in a group by a file's negative permissions could leave it by setgroups(2).
@@ -129,7 +130,7 @@ def test_the_primary_group_is_among_the_supplementary_ones(node: Node, pod: str,
     assert list(node.status(container).user.linux.supplemental_groups) == [2000, 3000]
 
 
-def test_a_home_of_two_lines_makes_no_account(node: Node, pod: str):
+def test_a_home_of_two_lines_makes_no_account(node: Node, pod: str) -> None:
     """CVE-2022-4318: HOME was written into the container's /etc/passwd, for a user that the image does not have."""
     home = cri.KeyValue(key="HOME", value=b"/\nroot2::0:0::/:/bin/sh\n")
     container = node.run(pod, "c", SLEEP, envs=[home], **secured(run_as_user=cri.Int64Value(value=4242)))
@@ -139,14 +140,14 @@ def test_a_home_of_two_lines_makes_no_account(node: Node, pod: str):
     assert "4242" not in passwd
 
 
-def test_a_seccomp_profile_without_a_name_is_refused(node: Node, pod: str):
+def test_a_seccomp_profile_without_a_name_is_refused(node: Node, pod: str) -> None:
     """CVE-2023-2431: a profile of type Localhost with an empty name ran unconfined."""
     profile = cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="")
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "seccomp profile", "absolute path"):
         node.create(pod, "c", SLEEP, **secured(seccomp=profile))
 
 
-def test_each_container_has_its_own_environment(node: Node, pod: str):
+def test_each_container_has_its_own_environment(node: Node, pod: str) -> None:
     """CVE-2020-14370, CVE-2021-21334: containers that were made at once, or after one another, shared variables."""
 
     def run(number: int) -> str:
@@ -162,11 +163,11 @@ def test_each_container_has_its_own_environment(node: Node, pod: str):
 # What an image says
 
 
-def test_a_volume_of_an_image_stays_in_the_image(node: Node, pod: str, canary: str, tmp_path: Path):
+def test_a_volume_of_an_image_stays_in_the_image(node: Node, pod: str, canary: str, tmp_path: Path) -> None:
     """CVE-2022-23648: the paths of an image's volumes led to the node's files, which were copied into them."""
     up = "/.." * 12
-    volumes = {f"{up}{canary}": {}, "/way": {}, "/deep/way": {}, f"/tmp{up}{canary}/": {}}
-    layer = {"way": Link(canary), "deep": Dir(), "deep/way": Link(f"..{up}{canary}")}
+    volumes: dict[str, object] = {f"{up}{canary}": {}, "/way": {}, "/deep/way": {}, f"/tmp{up}{canary}/": {}}
+    layer: Layer = {"way": Link(canary), "deep": Dir(), "deep/way": Link(f"..{up}{canary}")}
     name = image(node, tmp_path, layer, Volumes=volumes)
     script = f"cat {canary}/* /way/* /deep/way/*; find / -xdev -name secret; echo done"
     printed = outcome(node, pod, "c", ["sh", "-c", script], image=name)
@@ -180,7 +181,7 @@ def test_a_volume_of_an_image_stays_in_the_image(node: Node, pod: str, canary: s
 @pytest.mark.parametrize("how", ["absolute", "relative"])
 def test_a_link_in_an_image_leads_nobody_out_of_it(
     node: Node, pod: str, canary: str, tmp_path: Path, place: str, how: str
-):
+) -> None:
     """CVE-2019-18837, CVE-2019-19921, CVE-2023-27561, CVE-2023-28642, CVE-2024-5154, CVE-2026-41579, CVE-2026-47766,
     CVE-2026-55686.
 
@@ -202,7 +203,7 @@ def test_a_link_in_an_image_leads_nobody_out_of_it(
     assert SECRET not in printed
 
 
-def test_labels_of_an_image_and_annotations_of_a_pod_say_nothing_to_the_runtime(node: Node, tmp_path: Path):
+def test_labels_of_an_image_and_annotations_of_a_pod_say_nothing_to_the_runtime(node: Node, tmp_path: Path) -> None:
     """CVE-2023-6476, CVE-2024-3154, CVE-2026-53488: they were taken for instructions."""
     words = {
         "org.systemd.property.CPUWeight": "'1'",
@@ -221,7 +222,7 @@ def test_labels_of_an_image_and_annotations_of_a_pod_say_nothing_to_the_runtime(
     assert not os.path.exists(f"{node.base}/written")
 
 
-def test_no_container_is_made_of_a_checkpoint(node: Node, pod: str, tmp_path: Path):
+def test_no_container_is_made_of_a_checkpoint(node: Node, pod: str, tmp_path: Path) -> None:
     """CVE-2024-8676, CVE-2026-50195, CVE-2026-53489, CVE-2026-53492: what an archive says became the container."""
     archive = tmp_path / "checkpoint.tar"
     archive.write_bytes(bytes(10240))
@@ -233,7 +234,7 @@ def test_no_container_is_made_of_a_checkpoint(node: Node, pod: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("separator", ["+", " +", "\n", " \n", "\0"])
-def test_a_sysctl_is_one_sysctl(node: Node, separator: str):
+def test_a_sysctl_is_one_sysctl(node: Node, separator: str) -> None:
     """CVE-2022-0811: more of them behind a "+" in a value were set on the node.
 
     The kernel may take a value's first word for all of it.
@@ -256,7 +257,7 @@ def test_a_sysctl_is_one_sysctl(node: Node, separator: str):
         (cri.NamespaceOption(ipc=cri.NODE, pid=cri.CONTAINER), "kernel.shm_rmid_forced"),
     ],
 )
-def test_a_sysctl_of_a_namespace_that_is_the_nodes(node: Node, options: cri.NamespaceOption, name: str):
+def test_a_sysctl_of_a_namespace_that_is_the_nodes(node: Node, options: cri.NamespaceOption, name: str) -> None:
     """CVE-2022-0532, GHSA-w2j5-3rcx-vx7x: a pod on the node's namespaces set the node's own."""
     path = Path("/proc/sys", name.replace(".", "/"))
     before = path.read_text()
@@ -271,7 +272,7 @@ def test_a_sysctl_of_a_namespace_that_is_the_nodes(node: Node, options: cri.Name
 
 
 @pytest.mark.parametrize("kind", ["../plugin", "./plugin", "bin/../../plugin"])
-def test_a_plugin_comes_from_the_directories_of_plugins(node: Node, kind: str):
+def test_a_plugin_comes_from_the_directories_of_plugins(node: Node, kind: str) -> None:
     """CVE-2021-20206: a plugin's type was a path, and could name any program of the node."""
     plugin = Path(node.base, "plugin")
     plugin.write_text(f"#!/bin/sh\ntouch {node.base}/ran\nexit 1\n")
@@ -290,7 +291,7 @@ def test_a_plugin_comes_from_the_directories_of_plugins(node: Node, kind: str):
 # Sockets and descriptors
 
 
-def test_no_socket_can_be_reached_from_the_nodes_network(node: Node):
+def test_no_socket_can_be_reached_from_the_nodes_network(node: Node) -> None:
     """CVE-2020-15257: a shim's abstract socket, which belongs to the network, took orders from containers in it."""
     options = cri.NamespaceOption(network=cri.NODE, pid=cri.CONTAINER)
     pod = node.run_pod("pod", linux=sandbox(namespace_options=options))
@@ -318,7 +319,7 @@ def sockets_of(pid: int) -> Iterator[str]:
                 yield target[8:-1]
 
 
-def test_a_container_inherits_no_descriptor(node: Node, pod: str):
+def test_a_container_inherits_no_descriptor(node: Node, pod: str) -> None:
     """CVE-2016-9962, CVE-2024-21626: one of the node's was open in the container's process, or in an exec's."""
     list_them = "for fd in /proc/self/fd/*; do echo ${fd##*/}; done"
     container = node.run(pod, "c", ["sh", "-c", f"{list_them}; sleep 1000"])
@@ -331,7 +332,7 @@ def test_a_container_inherits_no_descriptor(node: Node, pod: str):
     eventually(lambda: sorted(os.listdir(f"/proc/{node.pid(terminal)}/fd")) == ["0", "1", "2"])
 
 
-def test_the_oci_runtime_is_given_no_descriptor(nothing_left: None, busybox_archive: str, tmp_path: Path):
+def test_the_oci_runtime_is_given_no_descriptor(nothing_left: None, busybox_archive: str, tmp_path: Path) -> None:
     """CVE-2024-21626: what is open in the runtime can be a container's working directory, before it is closed."""
     runtime = tmp_path / "runtime"
     found = tmp_path / "found"
@@ -356,7 +357,7 @@ def test_the_oci_runtime_is_given_no_descriptor(nothing_left: None, busybox_arch
     assert [line for line in given if line.split()[0] not in ("0", "1", "2")] == []
 
 
-def test_no_descriptor_is_a_working_directory(node: Node, pod: str, canary: str):
+def test_no_descriptor_is_a_working_directory(node: Node, pod: str, canary: str) -> None:
     """CVE-2024-21626: a working directory below /proc/self/fd was one of the node's, left open by the runtime."""
     up = "/".join([".."] * 16)
     for number in range(3, 21):
@@ -369,23 +370,23 @@ def test_no_descriptor_is_a_working_directory(node: Node, pod: str, canary: str)
 # Paths that are hidden
 
 
-def test_an_image_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path):
+def test_an_image_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path) -> None:
     """CVE-2025-31133: a path was hidden below /dev/null of the container, which was a link of an attacker's."""
-    layer = {"dev": Dir(), "dev/null": Link("/shown"), "shown": b"shown after all"}
+    layer: Layer = {"dev": Dir(), "dev/null": Link("/shown"), "shown": b"shown after all"}
     name = image(node, tmp_path, layer)
     container = node.run(pod, "c", SLEEP, image=name, **secured(masked_paths=["/etc/group", "/proc/timer_list"]))
     assert node.sh(container, "cat /etc/group /proc/timer_list; test -c /dev/null && echo device") == "device\n"
 
 
-def test_a_volume_of_an_image_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path):
+def test_a_volume_of_an_image_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path) -> None:
     """CVE-2025-31133, by a volume in the place of /dev."""
-    layer = {"dev": Dir(), "dev/null": Link("/shown"), "shown": b"shown after all"}
+    layer: Layer = {"dev": Dir(), "dev/null": Link("/shown"), "shown": b"shown after all"}
     name = image(node, tmp_path, layer, Volumes={"/dev": {}})
     printed = outcome(node, pod, "c", ["cat", "/etc/group"], image=name, **secured(masked_paths=["/etc/group"]))
     assert printed == ""
 
 
-def test_a_mount_of_a_pod_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path):
+def test_a_mount_of_a_pod_does_not_say_what_hides_a_path(node: Node, pod: str, tmp_path: Path) -> None:
     """CVE-2025-31133, by a directory of the pod's in the place of /dev."""
     dev = tmp_path / "dev"
     dev.mkdir()
@@ -396,9 +397,11 @@ def test_a_mount_of_a_pod_does_not_say_what_hides_a_path(node: Node, pod: str, t
 
 
 @pytest.mark.parametrize("volume", ["/proc", "/proc/self", "/proc/self/attr", "/proc/sys", "/proc/kcore"])
-def test_a_volume_of_an_image_is_not_in_the_place_of_the_kernels(node: Node, pod: str, tmp_path: Path, volume: str):
+def test_a_volume_of_an_image_is_not_in_the_place_of_the_kernels(
+    node: Node, pod: str, tmp_path: Path, volume: str
+) -> None:
     """CVE-2019-16884: with a volume at /proc, the process wrote its AppArmor profile and label to the image's files."""
-    layer = {f"{volume[1:]}/false": b"the image's", "proc/self/attr/exec": b""}
+    layer: Layer = {f"{volume[1:]}/false": b"the image's", "proc/self/attr/exec": b""}
     name = image(node, tmp_path, layer, Volumes={volume: {}})
     printed = outcome(node, pod, "c", ["sh", "-c", f"ls {volume}; cat /proc/sys/kernel/ostype"], image=name)
     assert "false" not in printed.split()
@@ -408,7 +411,7 @@ def test_a_volume_of_an_image_is_not_in_the_place_of_the_kernels(node: Node, pod
 # What a client leaves behind
 
 
-def test_clients_that_come_and_go_leave_nothing(node: Node, pod: str):
+def test_clients_that_come_and_go_leave_nothing(node: Node, pod: str) -> None:
     """CVE-2022-23471, CVE-2025-64329: each left something that waits for ever in the daemon."""
     container = node.run(pod, "c", ["sh", "-c", "while true; do echo tick; sleep 0.01; done"])
     terminal = node.run(pod, "t", SLEEP, tty=True, stdin=True)

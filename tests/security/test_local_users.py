@@ -7,6 +7,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -33,7 +34,7 @@ def pod(node: Node) -> str:
     return node.run_pod("pod")
 
 
-def load(node: Node, directory: Path, name: str = IMAGE, volumes: tuple[str, ...] = ("/data",), **layer) -> None:
+def load(node: Node, directory: Path, name: str = IMAGE, volumes: tuple[str, ...] = ("/data",), **layer: Any) -> None:
     """Import an image with these volumes; the keywords are files, "_" for "/"."""
     files = {path.replace("_", "/"): member for path, member in layer.items()}
     files |= {"data": Dir(0o1777), "data/su": File(b"#!/bin/sh\n", 0o4755)}
@@ -44,7 +45,7 @@ def load(node: Node, directory: Path, name: str = IMAGE, volumes: tuple[str, ...
 
 def as_nobody(script: str) -> subprocess.CompletedProcess[str]:
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, **nobody)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, **nobody)  # type: ignore[call-overload]
 
 
 def options(node: Node, container: str, place: str) -> set[str]:
@@ -53,7 +54,7 @@ def options(node: Node, container: str, place: str) -> set[str]:
     return set(next(line for line in reversed(lines) if line[4] == place)[5].split(","))
 
 
-def test_nobody_but_root_passes_below_root_and_state(node: Node, pod: str, tmp_path: Path):
+def test_nobody_but_root_passes_below_root_and_state(node: Node, pod: str, tmp_path: Path) -> None:
     """CVE-2020-8557, CVE-2021-21284, CVE-2021-41091, CVE-2021-41103, CVE-2024-25621."""
     load(node, tmp_path)
     shared = node.run_pod("shared", linux=cri.LinuxPodSandboxConfig())
@@ -73,7 +74,7 @@ def test_nobody_but_root_passes_below_root_and_state(node: Node, pod: str, tmp_p
     assert [oct(stat.S_IMODE(os.stat(path).st_mode)) for path in own] == ["0o700"] * 3
 
 
-def test_directories_of_an_earlier_release_are_closed(node: Node, pod: str):
+def test_directories_of_an_earlier_release_are_closed(node: Node, pod: str) -> None:
     node.stop()
     for path in (node.root, node.state, f"{node.state}/containers", f"{node.state}/sandboxes"):
         os.chmod(path, 0o755)
@@ -83,7 +84,9 @@ def test_directories_of_an_earlier_release_are_closed(node: Node, pod: str):
     assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_READY
 
 
-def test_what_is_mounted_from_there_has_no_devices_and_gives_nobody_more_rights(node: Node, pod: str, tmp_path: Path):
+def test_what_is_mounted_from_there_has_no_devices_and_gives_nobody_more_rights(
+    node: Node, pod: str, tmp_path: Path
+) -> None:
     load(node, tmp_path)
     volume = cri.Mount(container_path="/image", image=cri.ImageSpec(image=IMAGE), readonly=True)
     container = node.run(pod, "c", SLEEP, image=IMAGE, mounts=[volume])
@@ -94,7 +97,7 @@ def test_what_is_mounted_from_there_has_no_devices_and_gives_nobody_more_rights(
     assert node.sh(container, "echo x > /data/file; cp /bin/busybox /data/; /data/busybox echo runs") == "runs\n"
 
 
-def test_a_container_fills_no_memory_of_the_nodes(node: Node, pod: str):
+def test_a_container_fills_no_memory_of_the_nodes(node: Node, pod: str) -> None:
     """What a container can write to is on disk, or has a bound."""
     container = node.run(pod, "c", SLEEP)
     before = os.statvfs(node.state)
@@ -107,7 +110,7 @@ def test_a_container_fills_no_memory_of_the_nodes(node: Node, pod: str):
     assert os.listdir(f"{node.root}/sandboxes") == []
 
 
-def test_files_of_an_earlier_release_are_taken_over(node: Node, tmp_path: Path):
+def test_files_of_an_earlier_release_are_taken_over(node: Node, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new" / "files"
     old.mkdir()
     for name in ("hosts", "hostname", "resolv.conf"):
@@ -148,7 +151,7 @@ def privileged_pod(node: Node) -> str:
 
 
 @pytest.mark.parametrize("kind", cri.MountPropagation.values())
-def test_the_nodes_dev_stays_as_it_is(node: Node, dev: str, kind: int):
+def test_the_nodes_dev_stays_as_it_is(node: Node, dev: str, kind: cri.MountPropagation) -> None:
     pod = privileged_pod(node)
     before = sorted(os.listdir(dev))
     mount = cri.Mount(container_path="/dev", host_path=dev, propagation=kind)
@@ -163,7 +166,7 @@ def test_the_nodes_dev_stays_as_it_is(node: Node, dev: str, kind: int):
 
 
 @pytest.mark.parametrize("place", ["/etc", "/sys"])
-def test_no_mount_of_ours_travels_to_the_node(node: Node, dev: str, place: str):
+def test_no_mount_of_ours_travels_to_the_node(node: Node, dev: str, place: str) -> None:
     pod = privileged_pod(node)
     mount = cri.Mount(container_path=place, host_path=dev, propagation=cri.PROPAGATION_BIDIRECTIONAL)
     container = node.run(pod, "c", SLEEP, mounts=[mount], **secured(privileged=True))
@@ -184,8 +187,14 @@ def test_no_mount_of_ours_travels_to_the_node(node: Node, dev: str, place: str):
     ],
 )
 def test_what_would_be_covered_on_the_node_is_refused(
-    node: Node, pod: str, dev: str, tmp_path: Path, place: str, fields, words: str
-):
+    node: Node,
+    pod: str,
+    dev: str,
+    tmp_path: Path,
+    place: str,
+    fields: dict[str, bool | cri.LinuxContainerConfig],
+    words: str,
+) -> None:
     load(node, tmp_path, way=Link("dev"))
     mount = cri.Mount(container_path=place, host_path=dev, propagation=cri.PROPAGATION_BIDIRECTIONAL)
     with refused(INVALID, words):
@@ -193,7 +202,7 @@ def test_what_would_be_covered_on_the_node_is_refused(
     assert mounts.mounts_below(dev) == []
 
 
-def test_the_kernels_places_are_no_volumes(node: Node, pod: str, tmp_path: Path):
+def test_the_kernels_places_are_no_volumes(node: Node, pod: str, tmp_path: Path) -> None:
     volumes = ("/dev", "/proc/sys", "/sys/fs/cgroup", "/way", "/way/deeper", "/data")
     load(node, tmp_path, "localhost/kernels:1", volumes=volumes, way=Link("/dev"), dev=Dir(), dev_null=Link("/shown"))
     container = node.run(pod, "c", SLEEP, image="localhost/kernels:1", **secured(masked_paths=["/etc/group"]))
@@ -202,7 +211,9 @@ def test_the_kernels_places_are_no_volumes(node: Node, pod: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", ["/dev", "/way", "/dev/null"])
-def test_a_mount_of_a_pod_brings_the_null_device_or_hides_nothing(node: Node, pod: str, tmp_path: Path, place: str):
+def test_a_mount_of_a_pod_brings_the_null_device_or_hides_nothing(
+    node: Node, pod: str, tmp_path: Path, place: str
+) -> None:
     """CVE-2025-31133."""
     load(node, tmp_path, way=Link("dev"))
     (tmp_path / "dev").mkdir()
@@ -217,7 +228,7 @@ def test_a_mount_of_a_pod_brings_the_null_device_or_hides_nothing(node: Node, po
     assert node.sh(container, "cat /etc/group") == ""
 
 
-def test_the_root_of_a_user_namespace_gets_through_and_nobody_else(newer: Node, tmp_path: Path):
+def test_the_root_of_a_user_namespace_gets_through_and_nobody_else(newer: Node, tmp_path: Path) -> None:
     load(newer, tmp_path)
     pod, container = run(newer, "userns", userns(), image=IMAGE)
     assert newer.sh(container, "id -u; touch /data/x; stat -c %u /data/x; cat /etc/hostname") == "0\n0\nuserns\n"

@@ -158,7 +158,7 @@ CALLS: dict[str, Callable[[Node, str, str], None]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_start_that_hangs_ends_with_a_stop(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, call: str):
+def test_a_start_that_hangs_ends_with_a_stop(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, call: str) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     start = pool.submit(node.client.StartContainer, container_id=container, deadline=130)
@@ -175,7 +175,7 @@ def test_a_start_that_hangs_ends_with_a_stop(node: Node, pool: ThreadPoolExecuto
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["in the runtime's session", "in a session of its own"])
-def test_a_start_whose_hook_hangs(node: Node, pool: ThreadPoolExecutor, *, session: bool):
+def test_a_start_whose_hook_hangs(node: Node, pool: ThreadPoolExecutor, *, session: bool) -> None:
     pod = node.run_pod()
     argv = ["/usr/bin/setsid", "sleep", MARK] if session else ["/bin/sleep", MARK]
     container = node.create(pod, "c", SLEEP, CDI_devices=hook(node, *argv))
@@ -187,7 +187,9 @@ def test_a_start_whose_hook_hangs(node: Node, pool: ThreadPoolExecutor, *, sessi
 
 
 @pytest.mark.parametrize("afterwards", [False, True], ids=["before", "after"])
-def test_a_start_whose_runtime_hangs(node: Node, pool: ThreadPoolExecutor, wrapper: Hanging, *, afterwards: bool):
+def test_a_start_whose_runtime_hangs(
+    node: Node, pool: ThreadPoolExecutor, wrapper: Hanging, *, afterwards: bool
+) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP)
     wrapper.hang("run", afterwards=afterwards)
@@ -198,7 +200,7 @@ def test_a_start_whose_runtime_hangs(node: Node, pool: ThreadPoolExecutor, wrapp
     ended(node, pod, container, start)
 
 
-def test_a_start_that_was_frozen(node: Node, pool: ThreadPoolExecutor, tmp_path: Path):
+def test_a_start_that_was_frozen(node: Node, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     start = pool.submit(node.client.StartContainer, container_id=container, deadline=130)
@@ -209,7 +211,7 @@ def test_a_start_that_was_frozen(node: Node, pool: ThreadPoolExecutor, tmp_path:
     ended(node, pod, container, start)
 
 
-def test_a_start_whose_shim_is_stopped(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, freezer: Freezer):
+def test_a_start_whose_shim_is_stopped(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, freezer: Freezer) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     start = pool.submit(node.client.StartContainer, container_id=container, deadline=130)
@@ -220,7 +222,7 @@ def test_a_start_whose_shim_is_stopped(node: Node, pool: ThreadPoolExecutor, tmp
     ended(node, pod, container, start)
 
 
-def test_a_start_whose_shim_was_killed(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, freezer: Freezer):
+def test_a_start_whose_shim_was_killed(node: Node, pool: ThreadPoolExecutor, tmp_path: Path, freezer: Freezer) -> None:
     """The OCI runtime that it was running has nobody any more who would give it up."""
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
@@ -233,7 +235,7 @@ def test_a_start_whose_shim_was_killed(node: Node, pool: ThreadPoolExecutor, tmp
     assert half_made(node, pod, container) == []
 
 
-def test_a_stop_at_any_moment_of_a_start_that_does_not_hang(node: Node, pool: ThreadPoolExecutor):
+def test_a_stop_at_any_moment_of_a_start_that_does_not_hang(node: Node, pool: ThreadPoolExecutor) -> None:
     """Before it, in it, after it: either it was ended, or its process ran and was killed; never anything else."""
     pod = node.run_pod()
     for moment in range(16):
@@ -255,7 +257,7 @@ def test_a_stop_at_any_moment_of_a_start_that_does_not_hang(node: Node, pool: Th
         assert half_made(node, pod, container) == []
 
 
-def test_the_pod_goes_on_beside_a_start_that_hangs(node: Node, pool: ThreadPoolExecutor, tmp_path: Path):
+def test_the_pod_goes_on_beside_a_start_that_hangs(node: Node, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     start = pool.submit(node.client.StartContainer, container_id=container, deadline=130)
@@ -269,7 +271,7 @@ def test_the_pod_goes_on_beside_a_start_that_hangs(node: Node, pool: ThreadPoolE
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_new_daemon_ends_the_start_of_an_earlier_one(node: Node, tmp_path: Path, call: str):
+def test_a_new_daemon_ends_the_start_of_an_earlier_one(node: Node, tmp_path: Path, call: str) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     with ThreadPoolExecutor(1) as pool:
@@ -291,7 +293,9 @@ def test_a_new_daemon_ends_the_start_of_an_earlier_one(node: Node, tmp_path: Pat
             node.client.RemoveContainer(container_id=container)
 
 
-def test_a_new_daemon_finds_the_runtime_of_a_start_without_its_shim(node: Node, tmp_path: Path, freezer: Freezer):
+def test_a_new_daemon_finds_the_runtime_of_a_start_without_its_shim(
+    node: Node, tmp_path: Path, freezer: Freezer
+) -> None:
     pod = node.run_pod()
     container = node.create(pod, "c", SLEEP, mounts=fifo_mount(tmp_path))
     with ThreadPoolExecutor(1) as pool:
@@ -308,7 +312,7 @@ def test_a_new_daemon_finds_the_runtime_of_a_start_without_its_shim(node: Node, 
     assert half_made(node, pod, container) == []
 
 
-def test_a_pod_whose_infra_process_hangs_is_rolled_back_by_a_new_daemon(node: Node, wrapper: Hanging):
+def test_a_pod_whose_infra_process_hangs_is_rolled_back_by_a_new_daemon(node: Node, wrapper: Hanging) -> None:
     wrapper.hang("run")
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(node.client.RunPodSandbox, config=node.pod(linux=SHARED), deadline=130)
@@ -327,7 +331,7 @@ def test_a_pod_whose_infra_process_hangs_is_rolled_back_by_a_new_daemon(node: No
 
 def test_a_pod_whose_infra_process_hangs_can_be_stopped_by_who_knows_its_name(
     node: Node, pool: ThreadPoolExecutor, wrapper: Hanging
-):
+) -> None:
     wrapper.hang("run")
     run = pool.submit(node.client.RunPodSandbox, config=node.pod(linux=SHARED), deadline=130)
     eventually(lambda: len(asleep()) == 2)
@@ -367,7 +371,7 @@ def timed_out(node: Node, container: str, **fields: Any) -> None:
         node.client.ExecSync(container_id=container, cmd=["true"], timeout=1, **fields)
 
 
-def test_a_command_whose_time_is_up_leaves_nothing(node: Node, trap: tuple[str, str]):
+def test_a_command_whose_time_is_up_leaves_nothing(node: Node, trap: tuple[str, str]) -> None:
     pod, container = trap
     before = inside(pod, container)
     with within(SOON):
@@ -377,7 +381,7 @@ def test_a_command_whose_time_is_up_leaves_nothing(node: Node, trap: tuple[str, 
     assert node.status(container).state == cri.CONTAINER_RUNNING
 
 
-def test_a_command_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[str, str]):
+def test_a_command_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[str, str]) -> None:
     pod, container = trap
     before = inside(pod, container)
     with pytest.raises(grpc.RpcError):
@@ -387,7 +391,7 @@ def test_a_command_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_a_stream_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[str, str], *, tty: bool):
+def test_a_stream_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[str, str], *, tty: bool) -> None:
     pod, container = trap
     before = inside(pod, container)
     stream = Spdy(node.client.Exec(container_id=container, cmd=["true"], stdout=True, tty=tty).url)
@@ -399,7 +403,7 @@ def test_a_stream_whose_client_has_gone_leaves_nothing(node: Node, trap: tuple[s
 
 
 @pytest.mark.parametrize("afterwards", [False, True], ids=["before", "after"])
-def test_a_command_whose_runtime_hangs(node: Node, wrapper: Hanging, *, afterwards: bool):
+def test_a_command_whose_runtime_hangs(node: Node, wrapper: Hanging, *, afterwards: bool) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
     before = inside(pod, container)
@@ -412,7 +416,9 @@ def test_a_command_whose_runtime_hangs(node: Node, wrapper: Hanging, *, afterwar
     assert node.sh(container, "echo hello") == "hello\n"
 
 
-def test_a_container_that_ends_takes_its_hanging_commands_along(node: Node, wrapper: Hanging, pool: ThreadPoolExecutor):
+def test_a_container_that_ends_takes_its_hanging_commands_along(
+    node: Node, wrapper: Hanging, pool: ThreadPoolExecutor
+) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
     wrapper.hang("exec")
@@ -425,7 +431,7 @@ def test_a_container_that_ends_takes_its_hanging_commands_along(node: Node, wrap
     eventually(lambda: asleep() == [])
 
 
-def test_a_command_in_a_frozen_container(node: Node):
+def test_a_command_in_a_frozen_container(node: Node) -> None:
     """The container is frozen while the command is being made: nothing of it goes on once it is thawed."""
     pod = node.run_pod()
     container = node.run(pod, "c", SLEEP)
@@ -441,7 +447,7 @@ def test_a_command_in_a_frozen_container(node: Node):
     assert node.sh(container, "ls /late 2>/dev/null || echo none") == "none\n"
 
 
-def test_a_half_made_process_that_was_frozen(node: Node, trap: tuple[str, str], pool: ThreadPoolExecutor):
+def test_a_half_made_process_that_was_frozen(node: Node, trap: tuple[str, str], pool: ThreadPoolExecutor) -> None:
     pod, container = trap
     before = inside(pod, container)
     call = pool.submit(timed_out, node, container)
@@ -483,7 +489,7 @@ def process_of_number(pid: int) -> Iterator[None]:
         process.wait()
 
 
-def test_a_target_whose_number_another_process_has_taken(node: Node):
+def test_a_target_whose_number_another_process_has_taken(node: Node) -> None:
     """The debugger would be among the node's own processes."""
     pod = node.run_pod()
     target = node.run(pod, "target", SLEEP)
@@ -498,7 +504,7 @@ def test_a_target_whose_number_another_process_has_taken(node: Node):
     assert "has ended" in status.message
 
 
-def test_the_namespace_of_a_target_is_kept_by_a_pin_and_not_by_a_number(node: Node):
+def test_the_namespace_of_a_target_is_kept_by_a_pin_and_not_by_a_number(node: Node) -> None:
     pod = node.run_pod()
     target = node.run(pod, "target", SLEEP)
     own = os.stat(f"/proc/{node.pid(target)}/ns/pid").st_ino
@@ -521,7 +527,7 @@ def test_the_namespace_of_a_target_is_kept_by_a_pin_and_not_by_a_number(node: No
     assert not os.path.exists(directory)
 
 
-def test_a_container_that_was_never_started_lets_go_of_its_targets_namespace(node: Node):
+def test_a_container_that_was_never_started_lets_go_of_its_targets_namespace(node: Node) -> None:
     pod = node.run_pod()
     target = node.run(pod, "target", SLEEP)
     debugger = node.create(pod, "debugger", SLEEP, linux=beside(target))
@@ -531,7 +537,7 @@ def test_a_container_that_was_never_started_lets_go_of_its_targets_namespace(nod
         assert debugger not in f.read()
 
 
-def test_a_target_leads_into_the_nodes_namespace_only_where_its_pod_is_in_there(node: Node):
+def test_a_target_leads_into_the_nodes_namespace_only_where_its_pod_is_in_there(node: Node) -> None:
     host_pids = cri.NamespaceOption(pid=cri.NODE)
     linux = cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(namespace_options=host_pids))
     pod = node.run_pod()
@@ -546,7 +552,7 @@ def test_a_target_leads_into_the_nodes_namespace_only_where_its_pod_is_in_there(
     assert os.stat(f"/proc/{node.pid(debugger)}/ns/pid").st_ino == os.stat("/proc/self/ns/pid").st_ino
 
 
-def test_a_target_in_the_pods_shared_namespace(node: Node):
+def test_a_target_in_the_pods_shared_namespace(node: Node) -> None:
     pod = node.run_pod(linux=SHARED)
     target = node.run(pod, "target", SLEEP)
     debugger = node.run(pod, "debugger", SLEEP, linux=beside(target))

@@ -90,7 +90,7 @@ def reset(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("where", ["/data", "/layer"])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_a_container_with_a_deep_tree_is_removed(prepared: Node, where: str, depth: int):
+def test_a_container_with_a_deep_tree_is_removed(prepared: Node, where: str, depth: int) -> None:
     node = prepared
     pod = node.run_pod("deep")
     container = nested(node, pod, where, depth)
@@ -102,7 +102,7 @@ def test_a_container_with_a_deep_tree_is_removed(prepared: Node, where: str, dep
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_a_pod_with_a_deep_tree_is_removed(prepared: Node, depth: int):
+def test_a_pod_with_a_deep_tree_is_removed(prepared: Node, depth: int) -> None:
     node = prepared
     pod = node.run_pod("deep")
     nested(node, pod, "/data", depth)
@@ -113,7 +113,7 @@ def test_a_pod_with_a_deep_tree_is_removed(prepared: Node, depth: int):
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_what_a_killed_daemon_left_of_a_deep_tree_is_swept(prepared: Node, depth: int):
+def test_what_a_killed_daemon_left_of_a_deep_tree_is_swept(prepared: Node, depth: int) -> None:
     """Recovery: the record is lost, as an intention that was not written down is; the daemon starts, and sweeps."""
     node = prepared
     pod = node.run_pod("deep")
@@ -131,7 +131,7 @@ def test_what_a_killed_daemon_left_of_a_deep_tree_is_swept(prepared: Node, depth
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_reset_removes_a_deep_tree(own_node: Node, depth: int):
+def test_reset_removes_a_deep_tree(own_node: Node, depth: int) -> None:
     node = own_node
     pod = node.run_pod("deep")
     nested(node, pod, "/data", depth)
@@ -152,7 +152,7 @@ def test_reset_removes_a_deep_tree(own_node: Node, depth: int):
     assert not os.path.exists(node.state)
 
 
-def test_reset_names_what_cannot_be_deleted(own_node: Node):
+def test_reset_names_what_cannot_be_deleted(own_node: Node) -> None:
     node = own_node
     node.kill()
     os.makedirs(f"{node.root}/volumes/strange")
@@ -168,7 +168,7 @@ def test_reset_names_what_cannot_be_deleted(own_node: Node):
     assert reset(node, "--images").returncode == 0
 
 
-def test_attributes_that_forbid_deletion_keep_nothing(prepared: Node):
+def test_attributes_that_forbid_deletion_keep_nothing(prepared: Node) -> None:
     """CAP_LINUX_IMMUTABLE is an ordinary capability to ask for."""
     node = prepared
     pod = node.run_pod("fast")
@@ -192,7 +192,7 @@ def test_attributes_that_forbid_deletion_keep_nothing(prepared: Node):
     assert os.listdir(f"{node.root}/snapshots/staging") == []
 
 
-def test_removal_that_fails_is_an_error_and_can_be_tried_again(prepared: Node):
+def test_removal_that_fails_is_an_error_and_can_be_tried_again(prepared: Node) -> None:
     """The record stays: what is still there belongs to it. Nothing of what is mounted in the way is deleted."""
     node = prepared
     container = node.run(node.run_pod("kept"), "kept", ["true"], image=VOLUME)
@@ -226,7 +226,7 @@ def test_removal_that_fails_is_an_error_and_can_be_tried_again(prepared: Node):
     assert os.listdir(elsewhere) == ["kept"]
 
 
-def test_one_bad_left_over_keeps_nobody_from_starting(own_node: Node):
+def test_one_bad_left_over_keeps_nobody_from_starting(own_node: Node) -> None:
     """Files where directories belong, directories where files do, names of nobody: and the rest is swept."""
     node = own_node
     good = node.run_pod("good")
@@ -278,7 +278,7 @@ def test_one_bad_left_over_keeps_nobody_from_starting(own_node: Node):
 
 
 @pytest.mark.parametrize("whose", ["pod", "container"])
-def test_a_deep_cgroup_tree_is_removed(prepared: Node, whose: str):
+def test_a_deep_cgroup_tree_is_removed(prepared: Node, whose: str) -> None:
     """A privileged container sees all cgroups, and may nest more of them than a path can name."""
     node = prepared
     pod = node.run_pod("groups", linux=privileged_pod())
@@ -307,7 +307,7 @@ def privileged_pod() -> cri.LinuxPodSandboxConfig:
     return cri.LinuxPodSandboxConfig(security_context=context)
 
 
-def test_the_volume_of_an_image_that_is_deeper_than_a_path(own_node: Node, tmp_path: Path):
+def test_the_volume_of_an_image_that_is_deeper_than_a_path(own_node: Node, tmp_path: Path) -> None:
     """Layers go deeper than a path by links; copying the volume takes it as it is."""
     node = own_node
     entries = []
@@ -328,7 +328,7 @@ def test_the_volume_of_an_image_that_is_deeper_than_a_path(own_node: Node, tmp_p
     assert volumes(node) == []
 
 
-def test_cgroups_that_no_path_can_name_are_removed(prepared: Node):
+def test_cgroups_that_no_path_can_name_are_removed(prepared: Node) -> None:
     """The OCI runtime gives up on them: a program in a container has no such bound as a shell's cd."""
     node = prepared
     pod = node.run_pod("long")

@@ -67,10 +67,10 @@ class AuthServer:
             assert form["grant_type"] == "refresh_token"
             assert form["client_id"]
             user = self.identities.get(str(form["refresh_token"]))
-            service, scopes = form["service"], str(form["scope"]).split()
+            service, scopes = str(form["service"]), str(form["scope"]).split()
         else:
             user = self._user(request.headers.get("Authorization"))
-            service, scopes = request.query.get("service"), request.query.getall("scope", [])
+            service, scopes = request.query.get("service", ""), request.query.getall("scope", [])
         if user is None:
             return web.json_response({"details": "incorrect username or password"}, status=401)
         assert service == SERVICE
@@ -95,7 +95,13 @@ class AuthServer:
         with open(self.certificate.cert) as f:
             chain = ["".join(line for line in f.read().splitlines() if not line.startswith("-"))]
         now = int(time.time())
-        claims = {"iss": ISSUER, "sub": user, "aud": SERVICE, "jti": secrets.token_hex(8), "access": access}
+        claims: dict[str, Any] = {
+            "iss": ISSUER,
+            "sub": user,
+            "aud": SERVICE,
+            "jti": secrets.token_hex(8),
+            "access": access,
+        }
         claims |= {"iat": now, "nbf": now - 1, "exp": now + self.lifetime}
         signed = ".".join(_encoded(json.dumps(part).encode()) for part in ({"alg": "RS256", "x5c": chain}, claims))
         command = ["openssl", "dgst", "-sha256", "-sign", self.certificate.key]

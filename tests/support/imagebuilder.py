@@ -138,7 +138,7 @@ def build_index(images: Iterable[BuiltImage], *, docker: bool = False) -> BuiltI
     return BuiltImage(blobs, add_blob(blobs, kind, json.dumps(document).encode()))
 
 
-def busybox_image(*, config: Mapping[str, Any] | None = None, layers: Iterable[Layer] = ()) -> BuiltImage:
+def busybox_image(*, config: Mapping[str, Any] | None = None, layers: Iterable[Layer | bytes] = ()) -> BuiltImage:
     """The host's static busybox with its applets, root and nobody; ``layers`` go on top of it."""
     with open(_BUSYBOX, "rb") as f:
         base: dict[str, bytes | File | Dir | Link] = {"bin/busybox": File(f.read(), 0o755)}
@@ -175,10 +175,11 @@ def write_archive(image: BuiltImage, path: str, name: str = "") -> None:
 
 def write_docker_archive(image: BuiltImage, path: str, names: Sequence[str] = (), *, packed: str = "none") -> None:
     """The image as ``docker save`` wrote it: manifest.json, and layers compressed as ``packed`` says."""
-    entry = {"Config": f"{image.id.removeprefix('sha256:')}.json", "RepoTags": list(names), "Layers": []}
-    members = {entry["Config"]: image.blobs[image.id]}
+    layers: list[str] = []
+    entry = {"Config": f"{image.id.removeprefix('sha256:')}.json", "RepoTags": list(names), "Layers": layers}
+    members = {f"{image.id.removeprefix('sha256:')}.json": image.blobs[image.id]}
     for number, layer in enumerate(image.layers):
-        entry["Layers"].append(f"{number}/layer.tar")
+        layers.append(f"{number}/layer.tar")
         members[f"{number}/layer.tar"] = _COMPRESSIONS[packed][0](layer)
     write_tar(path, {**members, "manifest.json": json.dumps([entry]).encode()})
 

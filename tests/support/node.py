@@ -49,7 +49,7 @@ class Client:
         for service in cri.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 make = self.channel.unary_stream if method.server_streaming else self.channel.unary_unary
-                call = make(
+                call: Any = make(
                     f"/{service.full_name}/{method.name}",
                     request_serializer=lambda m: m.SerializeToString(),
                     response_deserializer=GetMessageClass(method.output_type).FromString,

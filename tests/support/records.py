@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from criserver.model import User
 from criserver.network import Attachment
@@ -165,7 +166,7 @@ def full_container() -> cri.ContainerConfig:
     )
 
 
-def _pod(name: str, state: SandboxState, sent: cri.PodSandboxConfig | None = None, **fields: object) -> Sandbox:
+def _pod(name: str, state: SandboxState, sent: cri.PodSandboxConfig | None = None, **fields: Any) -> Sandbox:
     sent = sent or cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=name, namespace="n", uid="u"))
     made = Sandbox(
         id=name,
@@ -182,7 +183,7 @@ def _pod(name: str, state: SandboxState, sent: cri.PodSandboxConfig | None = Non
 
 
 def _container(
-    name: str, pod: Sandbox, state: ContainerState, sent: cri.ContainerConfig | None = None, **fields: object
+    name: str, pod: Sandbox, state: ContainerState, sent: cri.ContainerConfig | None = None, **fields: Any
 ) -> Container:
     sent = sent or cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name=name), image=cri.ImageSpec(image="i"), command=["true"]

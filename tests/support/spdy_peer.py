@@ -82,7 +82,7 @@ def frames(output: bytes) -> list[tuple[int, int, bytes]]:
 
 def resets(output: bytes) -> list[tuple[int, int]]:
     """The RST_STREAM frames in an output, as (stream, status)."""
-    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == RST_STREAM]  # type: ignore[misc]
+    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == RST_STREAM]
 
 
 def chunks(stream: bytes, cuts: Iterable[int]) -> list[bytes]:

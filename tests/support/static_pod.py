@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.node import SLOWNESS, Node
-from tests.support.waiting import eventually
+from tests.support.node import Node
+from tests.support.waiting import SLOWNESS, eventually
 
 NAME = "static"
 POD = {

@@ -128,9 +128,9 @@ class Spdy:
         names = {number: name for name, number in self.ids.items()}
         for event in self.spdy.receive(data):
             match event:
-                case spdy.Data(stream=number, data=data, ended=ended):
-                    self.got[names[number]] += data
-                    self.spdy.consumed(number, len(data))
+                case spdy.Data(stream=number, data=piece, ended=ended):
+                    self.got[names[number]] += piece
+                    self.spdy.consumed(number, len(piece))
                     if ended:
                         self.ended.add(names[number])
                 case spdy.Reset(stream=number, status=status):

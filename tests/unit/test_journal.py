@@ -60,7 +60,7 @@ def journald(tmp_path: Path) -> Iterator[Journald]:
     found.close()
 
 
-def test_a_record_has_a_message_for_people_and_fields_for_searches(journald: Journald):
+def test_a_record_has_a_message_for_people_and_fields_for_searches(journald: Journald) -> None:
     journal.Journal(journald.path).write(
         {"event": "container exited", "level": "warning", "container": "abc", "code": 0, "ips": ("10.0.0.1", "fd::1")}
     )
@@ -74,14 +74,14 @@ def test_a_record_has_a_message_for_people_and_fields_for_searches(journald: Jou
     }
 
 
-def test_a_traceback_is_part_of_the_message(journald: Journald):
+def test_a_traceback_is_part_of_the_message(journald: Journald) -> None:
     journal.Journal(journald.path).write({"event": "lost", "level": "error", "exception": "Traceback\nValueError"})
     found = journald.receive()
     assert (found["MESSAGE"], found["PRIORITY"]) == ("lost\nTraceback\nValueError", "3")
     assert set(found) == {"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER"}
 
 
-def test_a_value_cannot_make_up_a_field(journald: Journald):
+def test_a_value_cannot_make_up_a_field(journald: Journald) -> None:
     journal.Journal(journald.path).write({"event": "pulled", "level": "info", "image": "x\n_UID=0\nPRIORITY=0"})
     found = journald.receive()
     assert found["CRI_IMAGE"] == "x\n_UID=0\nPRIORITY=0"
@@ -98,23 +98,23 @@ def test_a_value_cannot_make_up_a_field(journald: Journald):
         ("x" * 100, "CRI_" + "X" * 60),
     ],
 )
-def test_names_are_made_the_journals(name: str, known: str):
+def test_names_are_made_the_journals(name: str, known: str) -> None:
     assert journal.field_name(name) == known
 
 
-def test_what_is_too_large_for_a_datagram_goes_as_a_file(journald: Journald):
+def test_what_is_too_large_for_a_datagram_goes_as_a_file(journald: Journald) -> None:
     text = "x" * 250_000 + "\n"
     journal.Journal(journald.path).write({"event": "large", "level": "info", "error": text, "more": text})
     found = journald.receive()
     assert found["CRI_ERROR"] == found["CRI_MORE"] == text
 
 
-def test_nothing_is_larger_than_the_limit(journald: Journald):
+def test_nothing_is_larger_than_the_limit(journald: Journald) -> None:
     journal.Journal(journald.path).write({"event": "huge", "level": "info", "error": "x" * 5_000_000})
     assert {len(value) for value in journald.receive().values()} >= {256 << 10}
 
 
-def test_a_journal_that_does_not_read_is_not_waited_for(journald: Journald):
+def test_a_journal_that_does_not_read_is_not_waited_for(journald: Journald) -> None:
     sender = journal.Journal(journald.path)
     start = time.monotonic()
     for number in range(2000):
@@ -133,7 +133,7 @@ def test_a_journal_that_does_not_read_is_not_waited_for(journald: Journald):
     assert journald._socket.recv(1 << 16).startswith(b"MESSAGE=again dropped=%d\n" % (2000 - len(received)))
 
 
-def test_without_a_journal_nothing_happens(tmp_path: Path):
+def test_without_a_journal_nothing_happens(tmp_path: Path) -> None:
     sender = journal.Journal(str(tmp_path / "none"))
     sender.write({"event": "lost", "level": "info"})
     later = Journald(tmp_path / "none")
@@ -160,7 +160,7 @@ except ValueError:
 
 
 @pytest.mark.parametrize(("form", "stream"), [("journal", "none"), ("auto", "matching")])
-def test_the_log_goes_to_the_journal(journald: Journald, form: str, stream: str):
+def test_the_log_goes_to_the_journal(journald: Journald, form: str, stream: str) -> None:
     command = [sys.executable, "-c", SCRIPT, journald.path, form, stream]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = journald.receive()
@@ -169,7 +169,7 @@ def test_the_log_goes_to_the_journal(journald: Journald, form: str, stream: str)
     assert (found["CRI_CONTAINER"], found["PRIORITY"]) == ("abc", "3")
 
 
-def test_standard_error_that_leads_elsewhere_gets_json(journald: Journald):
+def test_standard_error_that_leads_elsewhere_gets_json(journald: Journald) -> None:
     command = [sys.executable, "-c", SCRIPT, journald.path, "auto", "none"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"JOURNAL_STREAM": "1:2"})
     assert json.loads(done.stderr)["event"] == "loud"

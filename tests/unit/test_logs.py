@@ -30,7 +30,7 @@ def lines(level: str, form: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["json", "auto"])
-def test_json_has_one_object_a_line_where_nobody_watches(form):
+def test_json_has_one_object_a_line_where_nobody_watches(form: str) -> None:
     (line,) = lines("info", form)
     found = json.loads(line)
     assert (found["event"], found["level"], found["container"]) == ("loud", "error", "abc")
@@ -38,7 +38,7 @@ def test_json_has_one_object_a_line_where_nobody_watches(form):
     assert found["timestamp"].endswith("Z")
 
 
-def test_a_terminal_gets_text():
+def test_a_terminal_gets_text() -> None:
     text = "\n".join(lines("debug", "terminal"))
     assert "quiet" in text
     assert "the reason" in text
@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0
 
 
-def test_a_reader_that_is_stuck_is_not_waited_for_and_told_what_it_missed():
+def test_a_reader_that_is_stuck_is_not_waited_for_and_told_what_it_missed() -> None:
     reader, writer = os.pipe()
     process = start_many(writer)
     assert process.stdout is not None
@@ -87,7 +87,7 @@ def test_a_reader_that_is_stuck_is_not_waited_for_and_told_what_it_missed():
     os.close(reader)
 
 
-def test_a_reader_that_is_gone_is_no_reason_to_fail():
+def test_a_reader_that_is_gone_is_no_reason_to_fail() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = start_many(writer)
@@ -95,7 +95,7 @@ def test_a_reader_that_is_gone_is_no_reason_to_fail():
     finish(process)
 
 
-def test_a_full_disk_is_no_reason_to_fail(tmp_path: Path):
+def test_a_full_disk_is_no_reason_to_fail(tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         finish(start_many(full.fileno()))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "full", tmp_path], check=True)

@@ -22,5 +22,5 @@ from criserver.numbers import decimal
         (b"\xb2", None),
     ],
 )
-def test_ascii_digits_and_nothing_else(text, expected):
+def test_ascii_digits_and_nothing_else(text: bytes | str, expected: int | None) -> None:
     assert decimal(text, 255) == expected

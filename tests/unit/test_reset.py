@@ -10,7 +10,7 @@ import pytest
 from criserver import reset
 
 
-def test_what_cannot_be_deleted_is_told_of_and_the_rest_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_deleted_is_told_of_and_the_rest_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, socket = tmp_path / "state", tmp_path / "sock"
     for name in ("a", "b", "c"):
         (state / name).mkdir(parents=True)

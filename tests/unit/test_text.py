@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 import grpc.aio
 import pytest
@@ -16,7 +18,7 @@ ANY = st.text(alphabet=st.characters(exclude_categories=()))
 
 
 @given(ANY)
-def test_any_text_becomes_printable_and_can_be_sent(text: str):
+def test_any_text_becomes_printable_and_can_be_sent(text: str) -> None:
     for found in (printable(text), shown(text), quoted(text), status(text)):
         assert found.isprintable()
         found.encode()
@@ -31,18 +33,18 @@ def test_any_text_becomes_printable_and_can_be_sent(text: str):
         ("\ud800", "\\ud800"),
     ],
 )
-def test_what_is_not_to_be_printed_is_escaped(text: str, expected: str):
+def test_what_is_not_to_be_printed_is_escaped(text: str, expected: str) -> None:
     assert printable(text) == expected
 
 
-def test_what_is_quoted_is_short():
+def test_what_is_quoted_is_short() -> None:
     assert quoted("n" * 200) == repr("n" * 200)
     assert quoted("n" * 100_000) == repr("n" * 200) + "…"
     assert shown("n" * 100_000) == "n" * 200 + "…"
 
 
 @given(ANY.map(lambda text: text * 300), st.text(max_size=5000), st.text(max_size=5000))
-def test_a_status_fits_into_a_header(middle: str, before: str, after: str):
+def test_a_status_fits_into_a_header(middle: str, before: str, after: str) -> None:
     assert server_bytes(status(before + middle + after)) <= 4096
 
 
@@ -51,7 +53,7 @@ def server_bytes(text: str) -> int:
     return sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in text.encode())
 
 
-def test_a_status_that_is_too_long_keeps_its_beginning_and_its_end():
+def test_a_status_that_is_too_long_keeps_its_beginning_and_its_end() -> None:
     words = status("what was wrong: " + "ж" * 100_000 + ": what to do")
     assert words.startswith("what was wrong: ж")
     assert words.endswith("ж: what to do")
@@ -81,7 +83,7 @@ class _Failing:
     ],
     ids=["ascii", "percent", "wide", "control", "surrogates", "group"],
 )
-async def test_a_client_is_told_of_any_error_with_its_own_code(tmp_path, error: Exception):
+async def test_a_client_is_told_of_any_error_with_its_own_code(tmp_path: Path, error: Exception) -> None:
     """gRPC's own client, with its own limit of headers: a status beyond that is RESOURCE_EXHAUSTED or UNKNOWN."""
     from criserver.pb.runtime.v1 import api_pb2 as cri
 

@@ -8,7 +8,7 @@ import gc
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def kept(*tasks: Task):
+async def kept(*tasks: Task) -> AsyncIterator[asyncio.Task[None]]:
     stop = asyncio.Event()
     keeping = asyncio.create_task(upkeep.keep(tasks, stop))
     try:
@@ -65,7 +65,7 @@ class Failing:
         await asyncio.Event().wait()
 
 
-async def test_a_task_that_fails_is_started_again_and_the_log_has_why():
+async def test_a_task_that_fails_is_started_again_and_the_log_has_why() -> None:
     work = Failing(1)
     with capture_logs() as logs:
         async with kept(Task("cleaning", work.run)):
@@ -75,7 +75,7 @@ async def test_a_task_that_fails_is_started_again_and_the_log_has_why():
     assert (line["log_level"], line["exc_info"]) == ("error", True)
 
 
-async def test_the_pause_grows_to_its_bound():
+async def test_the_pause_grows_to_its_bound() -> None:
     work = Failing(6)
     with capture_logs() as logs:
         async with kept(Task("cleaning", work.run, max_pause=0.05)):
@@ -84,7 +84,7 @@ async def test_the_pause_grows_to_its_bound():
     assert all(b - a >= line["pause"] for a, b, line in zip(work.at, work.at[1:], logs, strict=False))
 
 
-async def test_the_pause_is_short_again_after_a_time_that_went_well():
+async def test_the_pause_is_short_again_after_a_time_that_went_well() -> None:
     times = 0
 
     async def work() -> None:
@@ -100,7 +100,7 @@ async def test_the_pause_is_short_again_after_a_time_that_went_well():
     assert [line["pause"] for line in logs] == [0.01, 0.02, 0.04, 0.01, 0.02]
 
 
-async def test_what_is_done_each_time_goes_on_after_a_failure():
+async def test_what_is_done_each_time_goes_on_after_a_failure() -> None:
     done: list[str] = []
 
     async def work() -> None:
@@ -114,7 +114,7 @@ async def test_what_is_done_each_time_goes_on_after_a_failure():
     assert [line["error"] for line in logs] == ["full"]
 
 
-async def test_work_that_returns_has_nothing_more_to_do():
+async def test_work_that_returns_has_nothing_more_to_do() -> None:
     done: list[str] = []
 
     async def work() -> None:
@@ -127,7 +127,7 @@ async def test_work_that_returns_has_nothing_more_to_do():
     assert (len(done), logs) == (1, [])
 
 
-async def test_without_a_vital_task_there_is_no_daemon_and_the_others_have_ended():
+async def test_without_a_vital_task_there_is_no_daemon_and_the_others_have_ended() -> None:
     ended: list[str] = []
 
     async def other() -> None:
@@ -151,7 +151,7 @@ async def test_without_a_vital_task_there_is_no_daemon_and_the_others_have_ended
         await asyncio.wait_for(upkeep.keep([Task("the server", returns, vital=True)], asyncio.Event()), 5)
 
 
-async def test_at_the_stop_the_last_is_ended_first_and_each_is_waited_for():
+async def test_at_the_stop_the_last_is_ended_first_and_each_is_waited_for() -> None:
     order: list[str] = []
 
     def work(name: str) -> Callable[[], object]:
@@ -171,7 +171,7 @@ async def test_at_the_stop_the_last_is_ended_first_and_each_is_waited_for():
 
 async def test_the_checkpoint_goes_on_after_there_was_no_room_for_its_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """asyncio.to_thread as it fails on a node that is out of processes."""
     store = Store(str(tmp_path / "db"))
     to_thread, calls = asyncio.to_thread, 0
@@ -195,7 +195,7 @@ async def test_the_checkpoint_goes_on_after_there_was_no_room_for_its_thread(
     store.close()
 
 
-async def test_the_meter_goes_on_after_its_list_could_not_be_had():
+async def test_the_meter_goes_on_after_its_list_could_not_be_had() -> None:
     calls = 0
 
     def wanted() -> dict[str, bool]:
@@ -217,7 +217,7 @@ async def test_the_meter_goes_on_after_its_list_could_not_be_had():
 
 async def test_the_watchdog_is_fed_also_where_a_socket_or_the_status_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.setblocking(False)
@@ -250,7 +250,7 @@ async def test_the_watchdog_is_fed_also_where_a_socket_or_the_status_fails(
                 raise OSError(24, "Too many open files")
             return made(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(service_manager.socket, "socket", fail_a_few_times)
+        monkeypatch.setattr(socket, "socket", fail_a_few_times)
         with capture_logs() as logs:
             report = Task("the report", lambda: service_manager.report(status), max_pause=0.02)
             async with kept(report):
@@ -261,7 +261,7 @@ async def test_the_watchdog_is_fed_also_where_a_socket_or_the_status_fails(
     assert len(events) == 2
 
 
-async def test_what_nobody_awaits_is_told_to_the_log(monkeypatch: pytest.MonkeyPatch):
+async def test_what_nobody_awaits_is_told_to_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail() -> None:
         raise ValueError("unseen")
 
@@ -287,7 +287,7 @@ async def test_what_nobody_awaits_is_told_to_the_log(monkeypatch: pytest.MonkeyP
     assert "division by zero" in found.values()
 
 
-async def test_work_at_the_stop_that_fails_or_takes_too_long_is_told_of():
+async def test_work_at_the_stop_that_fails_or_takes_too_long_is_told_of() -> None:
     async def fail() -> None:
         raise OSError("no")
 
@@ -303,7 +303,7 @@ async def test_work_at_the_stop_that_fails_or_takes_too_long_is_told_of():
 
 async def test_a_server_that_takes_no_more_calls_ends_the_daemon_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """gRPC's task that takes calls ends at the first that it cannot begin; nobody would hear of that."""
     loop = asyncio.get_running_loop()
     server = await listen(str(tmp_path / "socket"), [])
@@ -319,14 +319,15 @@ async def test_a_server_that_takes_no_more_calls_ends_the_daemon_with_the_reason
     monkeypatch.setattr(loop, "create_task", refuse)
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
         with pytest.raises(grpc.RpcError):
-            await channel.unary_unary("/x/Y")(b"", timeout=5)
+            call: Any = channel.unary_unary("/x/Y")
+            await call(b"", timeout=5)
     monkeypatch.undo()
     with pytest.raises(CriError, match="without the CRI server, which has failed: no room for a call"):
         await asyncio.wait_for(keeping, 5)
     await server.stop(0)
 
 
-async def test_a_server_that_is_kept_can_be_stopped(tmp_path: Path):
+async def test_a_server_that_is_kept_can_be_stopped(tmp_path: Path) -> None:
     server = await listen(str(tmp_path / "socket"), [])
     async with kept(Task("the CRI server", lambda: ended(server), vital=True)):
         await asyncio.sleep(0.01)

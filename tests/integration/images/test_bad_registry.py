@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from criserver.errors import (
+    CriError,
     DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
@@ -44,25 +46,25 @@ def with_config(image: BuiltImage, body: bytes) -> BuiltImage:
     )
 
 
-async def test_the_server_itself_is_sound(server, rooms, image):
+async def test_the_server_itself_is_sound(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
 
 
 @pytest.mark.parametrize("number", [0, 2])
-async def test_a_layer_of_another_digest(server, rooms, image, number):
+async def test_a_layer_of_another_digest(server: Server, rooms: Rooms, image: BuiltImage, number: int) -> None:
     layer = image.manifest["layers"][number]
     body = os.urandom(layer["size"])
     server.lie(layer["digest"], body)
     await refused(rooms, f"{server.address}/app:1", DataLossError, f"blob {layer['digest']}", digest(body))
 
 
-async def test_a_configuration_of_another_digest(server, rooms, image):
+async def test_a_configuration_of_another_digest(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     body = image.blobs[image.id].replace(b"linux", b"linuX")
     server.lie(image.id, body)
     await refused(rooms, f"{server.address}/app:1", DataLossError, f"blob {image.id}", digest(body))
 
 
-async def test_a_manifest_of_another_digest(server, rooms, image):
+async def test_a_manifest_of_another_digest(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.lie(image.digest, image.blobs[image.digest] + b" ")
     await refused(rooms, f"{server.address}/app@{image.digest}", DataLossError, "manifest", "has digest")
     body = image.blobs[image.digest]
@@ -71,27 +73,27 @@ async def test_a_manifest_of_another_digest(server, rooms, image):
     await refused(rooms, f"{server.address}/app:1", DataLossError, image.digest, stated)
 
 
-async def test_a_layer_that_is_longer_than_the_manifest_says(server, rooms, image):
+async def test_a_layer_that_is_longer_than_the_manifest_says(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     layer = image.manifest["layers"][1]
     server.lie(layer["digest"], image.blobs[layer["digest"]] + bytes(10_000_000))
     await refused(rooms, f"{server.address}/app:1", DataLossError, f"is longer than its {layer['size']} bytes")
 
 
-async def test_a_manifest_that_lies_about_a_size(server, rooms, image):
+async def test_a_manifest_that_lies_about_a_size(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     layers = [dict(layer) for layer in image.manifest["layers"]]
     layers[1]["size"] += 1
     server.image = changed(image, layers=layers)
     await refused(rooms, f"{server.address}/app:1", UnavailableError, f"of {layers[1]['size']} bytes")
 
 
-async def test_a_layer_of_another_diff_id(server, rooms, image):
+async def test_a_layer_of_another_diff_id(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     config = json.loads(image.blobs[image.id])
     config["rootfs"]["diff_ids"][1] = "sha256:" + "0" * 64
     server.image = with_config(image, json.dumps(config).encode())
     await refused(rooms, f"{server.address}/app:1", DataLossError, image.manifest["layers"][1]["digest"], "0" * 64)
 
 
-async def test_a_layer_that_is_no_archive(server, rooms, image):
+async def test_a_layer_that_is_no_archive(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     blobs = dict(image.blobs)
     layers = [*image.manifest["layers"][:2], add_blob(blobs, image.manifest["layers"][0]["mediaType"], b"no gzip")]
     server.image = changed(BuiltImage(blobs, image.descriptor), layers=layers)
@@ -101,38 +103,38 @@ async def test_a_layer_that_is_no_archive(server, rooms, image):
 @pytest.mark.parametrize(
     "body", [b"", b"<html>", b"[]", b'{"schemaVersion": 2}', b'{"schemaVersion": 2, "layers": []}']
 )
-async def test_an_invalid_manifest(server, rooms, body):
+async def test_an_invalid_manifest(server: Server, rooms: Rooms, body: bytes) -> None:
     server.lie("1", body)
     await refused(rooms, f"{server.address}/app:1", InvalidArgumentError, f"manifest {digest(body)} is ")
 
 
-async def test_a_manifest_of_schema_1(server, rooms):
+async def test_a_manifest_of_schema_1(server: Server, rooms: Rooms) -> None:
     server.lie("1", b'{"schemaVersion": 1, "fsLayers": []}')
     await refused(rooms, f"{server.address}/app:1", UnimplementedError, "schema 1", "build or push")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"os": "linux", "architecture": "amd64", "rootfs": 1}'])
-async def test_an_invalid_configuration(server, rooms, image, body):
+async def test_an_invalid_configuration(server: Server, rooms: Rooms, image: BuiltImage, body: bytes) -> None:
     server.image = with_config(image, body)
     await refused(rooms, f"{server.address}/app:1", InvalidArgumentError, f"configuration {digest(body)} is ")
 
 
-async def test_another_number_of_layers(server, rooms, image):
+async def test_another_number_of_layers(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.image = changed(image, layers=image.manifest["layers"][:2])
     await refused(rooms, f"{server.address}/app:1", InvalidArgumentError, "has 2 layers, and its configuration 3")
 
 
-async def test_an_oversized_configuration(server, rooms, image):
+async def test_an_oversized_configuration(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.image = changed(image, config={**image.manifest["config"], "size": 9 << 20})
     await refused(rooms, f"{server.address}/app:1", InvalidArgumentError, "has 9437184 bytes; 8388608")
 
 
-async def test_an_oversized_manifest(server, rooms):
+async def test_an_oversized_manifest(server: Server, rooms: Rooms) -> None:
     server.lie("1", b" " * (4 << 20) + b"{}")
     await refused(rooms, f"{server.address}/app:1", InvalidArgumentError, "manifest 1 is larger than 4194304 bytes")
 
 
-async def test_indexes_without_end(server, rooms, image):
+async def test_indexes_without_end(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     index = build_index([image])
     for _ in range(4):
         index = build_index([index])
@@ -141,7 +143,7 @@ async def test_indexes_without_end(server, rooms, image):
 
 
 @pytest.mark.parametrize("which", ["layer", "config"])
-async def test_a_missing_blob(server, rooms, image, which):
+async def test_a_missing_blob(server: Server, rooms: Rooms, image: BuiltImage, which: str) -> None:
     gone = image.id if which == "config" else image.manifest["layers"][1]["digest"]
     server.answers[gone] = lambda _: web.Response(status=404)
     await refused(rooms, f"{server.address}/app:1", NotFoundError, gone, server.address, "404")
@@ -152,37 +154,37 @@ async def test_a_missing_blob(server, rooms, image, which):
     [(404, NotFoundError), (403, PermissionDeniedError), (401, UnauthenticatedError), (500, UnavailableError),
      (503, UnavailableError), (429, UnavailableError), (204, UnavailableError)],
 )  # fmt: skip
-async def test_refusals_of_the_manifest(server, rooms, status, error):
+async def test_refusals_of_the_manifest(server: Server, rooms: Rooms, status: int, error: type[CriError]) -> None:
     server.answers["1"] = lambda _: web.Response(status=status)
     await refused(rooms, f"{server.address}/app:1", error, f"http://{server.address}", f"manifests/1: {status}")
 
 
-async def test_nobody_there(rooms):
+async def test_nobody_there(rooms: Rooms) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
         await refused(rooms, f"{address}/app:1", UnavailableError, f"https://{address}: cannot connect")
 
 
-async def test_an_unknown_host(rooms):
+async def test_an_unknown_host(rooms: Rooms) -> None:
     await refused(
         rooms, "no-such-host.invalid/app:1", UnavailableError, "https://no-such-host.invalid", "cannot connect"
     )
 
 
-async def test_an_invalid_reference_asks_nobody(server, rooms):
+async def test_an_invalid_reference_asks_nobody(server: Server, rooms: Rooms) -> None:
     with pytest.raises(InvalidArgumentError):
         await rooms.images.pull(f"{server.address}/App")
     assert server.requests == []
 
 
-async def test_a_malformed_hosts_toml(rooms):
+async def test_a_malformed_hosts_toml(rooms: Rooms) -> None:
     rooms.configure("r.example", "server = 1")
     with pytest.raises(FailedPreconditionError, match=r"r\.example/hosts\.toml: key server"):
         await rooms.images.pull("r.example/app:1")
 
 
-async def test_a_mirror_that_fails_is_passed_over(server, rooms, image):
+async def test_a_mirror_that_fails_is_passed_over(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     layer = image.manifest["layers"][0]["digest"]
     async with Server(image).running() as mirror:
         mirror.lie(layer, b"else")
@@ -197,7 +199,9 @@ async def test_a_mirror_that_fails_is_passed_over(server, rooms, image):
         assert {request.query["ns"] for request in mirror.requests} == {"r.example"}
 
 
-async def test_a_mirror_without_resolve_is_not_asked_what_a_tag_means(server, rooms, image):
+async def test_a_mirror_without_resolve_is_not_asked_what_a_tag_means(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     async with Server(image).running() as mirror:
         text = f'server = "http://{server.address}"\n[host."http://{mirror.address}"]\ncapabilities = ["pull"]'
         rooms.configure("r.example", text)
@@ -206,21 +210,23 @@ async def test_a_mirror_without_resolve_is_not_asked_what_a_tag_means(server, ro
         assert len(mirror.requests) == len(image.blobs) - 1
 
 
-async def test_every_host_is_told_where_all_fail(server, rooms):
+async def test_every_host_is_told_where_all_fail(server: Server, rooms: Rooms) -> None:
     server.answers["1"] = lambda _: web.Response(status=404)
     rooms.configure("r.example", f'server = "http://{server.address}"\n[host."http://127.0.0.1:1"]')
     await refused(rooms, "r.example/app:1", NotFoundError, "http://127.0.0.1:1: cannot connect", "404")
 
 
 @pytest.mark.parametrize("location", ["/v2/app/manifests/1", "", "file:///etc/passwd", "http://[::", None])
-async def test_redirects_that_lead_nowhere(server, rooms, location):
+async def test_redirects_that_lead_nowhere(server: Server, rooms: Rooms, location: str | None) -> None:
     headers = {} if location is None else {"Location": location}
     server.answers["1"] = lambda _: web.Response(status=302, headers=headers)
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "manifests/1")
     assert len(server.requests) <= 10
 
 
-async def test_a_policy_refuses_an_image_before_it_is_downloaded(server, image, tmp_path):
+async def test_a_policy_refuses_an_image_before_it_is_downloaded(
+    server: Server, image: BuiltImage, tmp_path: Path
+) -> None:
     asked = []
 
     class Unsigned:
@@ -237,7 +243,9 @@ async def test_a_policy_refuses_an_image_before_it_is_downloaded(server, image, 
     rooms.close()
 
 
-async def test_a_registry_that_knows_no_head_is_asked_for_the_manifest(server, rooms, image):
+async def test_a_registry_that_knows_no_head_is_asked_for_the_manifest(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     name = f"{server.address}/app:1"
     await rooms.images.pull(name)
     for headers in (None, {}, {"Docker-Content-Digest": "nonsense"}, {"Docker-Content-Digest": digest(b"another")}):
@@ -253,7 +261,9 @@ async def test_a_registry_that_knows_no_head_is_asked_for_the_manifest(server, r
         assert [request.method for request in server.requests] == ["HEAD", "GET"]
 
 
-async def test_a_tag_that_is_gone_is_not_found_though_the_image_is_here(server, rooms, image):
+async def test_a_tag_that_is_gone_is_not_found_though_the_image_is_here(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     name = f"{server.address}/app:1"
     await rooms.images.pull(name)
     server.answers["1"] = lambda _: web.Response(status=404)

@@ -12,16 +12,20 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Platform
 from tests.support.imagebuilder import (
     BuiltImage,
     Dir,
     File,
+    Layer,
     Link,
     add_blob,
     build_image,
@@ -34,25 +38,25 @@ from tests.support.imagebuilder import (
     write_layout,
     write_tar,
 )
-from tests.support.registry import registry
+from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
 
 __all__ = ["registry"]
 
 
 @pytest.fixture
-async def rooms(tmp_path):
+async def rooms(tmp_path: Path) -> AsyncIterator[Rooms]:
     found = Rooms(str(tmp_path))
     yield found
     found.close()
 
 
-def two_layers(text: bytes = b"one", **more: object) -> BuiltImage:
-    base = {"etc": Dir(), "etc/os": b"base", "etc/big": os.urandom(300_000)}
+def two_layers(text: bytes = b"one", **more: Any) -> BuiltImage:
+    base: Layer = {"etc": Dir(), "etc/os": b"base", "etc/big": os.urandom(300_000)}
     return build_image([base, {"etc/text": File(text, 0o600)}], {"Cmd": ["sh"], "User": "1000:5"}, **more)
 
 
-async def test_pull_by_tag(rooms, registry):
+async def test_pull_by_tag(rooms: Rooms, registry: Registry) -> None:
     built = two_layers()
     name = registry.push(built, "tag:1")
     image = await rooms.images.pull(name)
@@ -69,7 +73,7 @@ async def test_pull_by_tag(rooms, registry):
     assert rooms.images.list() == [image]
 
 
-async def test_pull_by_digest_and_by_both(rooms, registry):
+async def test_pull_by_digest_and_by_both(rooms: Rooms, registry: Registry) -> None:
     built = two_layers()
     registry.push(built, "digest:1")
     name = f"{registry.address}/digest@{built.digest}"
@@ -79,7 +83,7 @@ async def test_pull_by_digest_and_by_both(rooms, registry):
     assert rooms.images.get(name) == image
 
 
-async def test_pull_of_docker_schema_2(rooms, registry):
+async def test_pull_of_docker_schema_2(rooms: Rooms, registry: Registry) -> None:
     built = two_layers(docker=True)
     image = await rooms.images.pull(registry.push(built, "docker:2"))
     assert (image.id, image.manifest) == (built.id, built.digest)
@@ -87,7 +91,9 @@ async def test_pull_of_docker_schema_2(rooms, registry):
 
 
 @pytest.mark.parametrize(("compression", "docker"), [("zstd", False), ("none", False), ("none", True)])
-async def test_pull_of_layers_that_are_no_gzip(rooms, registry, compression, docker):
+async def test_pull_of_layers_that_are_no_gzip(
+    rooms: Rooms, registry: Registry, compression: str, docker: bool
+) -> None:
     built = two_layers(docker=docker, compression=compression)
     image = await rooms.images.pull(registry.push(built, f"{compression}:{docker}".lower()))
     assert image.id == built.id
@@ -95,7 +101,7 @@ async def test_pull_of_layers_that_are_no_gzip(rooms, registry, compression, doc
     assert rooms.read(image, "etc/os") == b"base"
 
 
-async def test_pull_from_an_index_takes_the_best_variant_that_runs_here(registry, tmp_path):
+async def test_pull_from_an_index_takes_the_best_variant_that_runs_here(registry: Registry, tmp_path: Path) -> None:
     variants = [Platform("linux", "arm", variant) for variant in ("v6", "v7", "v8")]
     built = {p.variant: two_layers(p.variant.encode(), platform=p) for p in variants}
     name = registry.push(build_index(built.values()), "variants:1")
@@ -112,7 +118,7 @@ async def test_pull_from_an_index_takes_the_best_variant_that_runs_here(registry
 
 
 @pytest.mark.parametrize("docker", [False, True])
-async def test_pull_from_an_index_takes_this_platform(rooms, registry, docker):
+async def test_pull_from_an_index_takes_this_platform(rooms: Rooms, registry: Registry, docker: bool) -> None:
     own = two_layers(docker=docker)
     other = two_layers(b"other", docker=docker, platform=Platform("linux", "s390x"))
     index = build_index([other, own], docker=docker)
@@ -122,7 +128,7 @@ async def test_pull_from_an_index_takes_this_platform(rooms, registry, docker):
     assert rooms.content.digests() == set(own.blobs)
 
 
-async def test_an_image_for_another_platform_is_refused(rooms, registry):
+async def test_an_image_for_another_platform_is_refused(rooms: Rooms, registry: Registry) -> None:
     other = two_layers(platform=Platform("linux", "s390x"))
     for built in (other, build_index([other])):
         with pytest.raises(NotFoundError, match="linux/s390x"):
@@ -131,7 +137,7 @@ async def test_an_image_for_another_platform_is_refused(rooms, registry):
 
 
 @pytest.mark.parametrize("by", ["tag", "digest"])
-async def test_an_image_that_is_as_it_was_costs_a_head_request(rooms, registry, by):
+async def test_an_image_that_is_as_it_was_costs_a_head_request(rooms: Rooms, registry: Registry, by: str) -> None:
     built = two_layers(os.urandom(9), platform=rooms.platform)
     index = build_index([built])
     name = registry.push(index, f"same:{by}")
@@ -143,7 +149,7 @@ async def test_an_image_that_is_as_it_was_costs_a_head_request(rooms, registry, 
     assert line.startswith("HEAD /v2/same/manifests/")
 
 
-async def test_layers_that_are_here_are_not_fetched_again(rooms, registry):
+async def test_layers_that_are_here_are_not_fetched_again(rooms: Rooms, registry: Registry) -> None:
     base = {"base": os.urandom(5000)}
     first, second = build_image([base, {"a": b"1"}]), build_image([base, {"a": b"2"}])
     await rooms.images.pull(registry.push(first, "shared:1"))
@@ -156,7 +162,7 @@ async def test_layers_that_are_here_are_not_fetched_again(rooms, registry):
     assert len(rooms.snapshotter.layers()) == 3
 
 
-async def test_concurrent_pulls_fetch_once(rooms, registry):
+async def test_concurrent_pulls_fetch_once(rooms: Rooms, registry: Registry) -> None:
     built = two_layers(os.urandom(1000))
     names = [registry.push(built, f"together:{tag}") for tag in ("1", "2")]
     before = registry.blob_requests()
@@ -167,7 +173,7 @@ async def test_concurrent_pulls_fetch_once(rooms, registry):
     assert rooms.images.list()[0].repo_tags == tuple(names)
 
 
-async def test_a_cancelled_pull_leaves_nothing_and_one_that_is_shared_goes_on(rooms, registry):
+async def test_a_cancelled_pull_leaves_nothing_and_one_that_is_shared_goes_on(rooms: Rooms, registry: Registry) -> None:
     name = registry.push(two_layers(os.urandom(3_000_000)), "cancelled:1")
     one, two = (asyncio.create_task(rooms.images.pull(name)) for _ in range(2))
     await asyncio.sleep(0.01)
@@ -185,7 +191,7 @@ async def test_a_cancelled_pull_leaves_nothing_and_one_that_is_shared_goes_on(ro
         assert rooms.leftovers() == []
 
 
-async def test_a_moved_tag_leaves_the_old_image_without_it(rooms, registry):
+async def test_a_moved_tag_leaves_the_old_image_without_it(rooms: Rooms, registry: Registry) -> None:
     old, new = two_layers(b"old"), two_layers(b"new")
     name = registry.push(old, "moved:1")
     await rooms.images.pull(name)
@@ -197,7 +203,7 @@ async def test_a_moved_tag_leaves_the_old_image_without_it(rooms, registry):
     assert {image.id for image in rooms.images.list()} == {old.id, new.id}
 
 
-async def test_the_same_image_with_another_manifest(rooms, registry):
+async def test_the_same_image_with_another_manifest(rooms: Rooms, registry: Registry) -> None:
     built = two_layers()
     as_docker = replace_manifest_type(built)
     await rooms.images.pull(registry.push(built, "twice:1"))
@@ -208,7 +214,7 @@ async def test_the_same_image_with_another_manifest(rooms, registry):
     assert rooms.content.digests() == set(as_docker.blobs)
 
 
-async def test_getting(rooms, registry):
+async def test_getting(rooms: Rooms, registry: Registry) -> None:
     name = registry.push(two_layers(), "got:1")
     image = await rooms.images.pull(name)
     for ref in (name, image.repo_digests[0], image.id, image.id[7:], image.id[7:19], image.id[:19]):
@@ -221,7 +227,7 @@ async def test_getting(rooms, registry):
     assert rooms.images.list("Bad Name") == []
 
 
-async def test_an_ambiguous_id(rooms, registry):
+async def test_an_ambiguous_id(rooms: Rooms, registry: Registry) -> None:
     built = [build_image([{"n": b"%d" % n}]) for n in range(20)]
     for number, image in enumerate(built):
         path = f"{rooms.root}/{number}.tar"
@@ -234,7 +240,7 @@ async def test_an_ambiguous_id(rooms, registry):
 
 
 @pytest.mark.parametrize("by", ["tag", "digest", "id"])
-async def test_remove_takes_every_name_and_all_content(rooms, registry, by):
+async def test_remove_takes_every_name_and_all_content(rooms: Rooms, registry: Registry, by: str) -> None:
     built = two_layers()
     names = [registry.push(built, f"removed:{tag}") for tag in "12"]
     for name in names:
@@ -250,7 +256,7 @@ async def test_remove_takes_every_name_and_all_content(rooms, registry, by):
     assert (rooms.images.fs_usage().bytes, rooms.images.fs_usage().inodes) == (0, 0)
 
 
-async def test_remove_leaves_what_others_need(rooms, registry):
+async def test_remove_leaves_what_others_need(rooms: Rooms, registry: Registry) -> None:
     base = {"base": os.urandom(5000)}
     kept, gone = build_image([base, {"a": b"1"}]), build_image([base, {"a": b"2"}])
     image = await rooms.images.pull(registry.push(kept, "others:1"))
@@ -261,7 +267,7 @@ async def test_remove_leaves_what_others_need(rooms, registry):
     assert rooms.read(image, "base") == base["base"]
 
 
-async def test_layers_under_a_container_stay_until_it_is_gone(rooms, registry):
+async def test_layers_under_a_container_stay_until_it_is_gone(rooms: Rooms, registry: Registry) -> None:
     image = await rooms.images.pull(registry.push(two_layers(), "used:1"))
     await rooms.snapshotter.prepare("container", image.chain_id)
     await rooms.images.remove(image.id)
@@ -272,7 +278,7 @@ async def test_layers_under_a_container_stay_until_it_is_gone(rooms, registry):
     assert rooms.leftovers() == []
 
 
-async def test_images_are_there_after_a_restart(rooms, registry):
+async def test_images_are_there_after_a_restart(rooms: Rooms, registry: Registry) -> None:
     name = registry.push(two_layers(), "restart:1")
     image = await rooms.images.pull(name)
     usage = rooms.images.fs_usage()
@@ -285,7 +291,7 @@ async def test_images_are_there_after_a_restart(rooms, registry):
 
 
 @pytest.mark.parametrize("damage", ["layer", "layer blob", "short blob", "config", "manifest", "record", "garbage"])
-async def test_a_restart_repairs_what_a_crash_left(rooms, registry, damage):
+async def test_a_restart_repairs_what_a_crash_left(rooms: Rooms, registry: Registry, damage: str) -> None:
     built = two_layers()
     name = registry.push(built, "crash:1")
     image = await rooms.images.pull(name)
@@ -314,7 +320,7 @@ async def test_a_restart_repairs_what_a_crash_left(rooms, registry, damage):
     again.close()
 
 
-async def test_a_blob_that_cannot_be_deleted_keeps_no_other(rooms, registry):
+async def test_a_blob_that_cannot_be_deleted_keeps_no_other(rooms: Rooms, registry: Registry) -> None:
     built = two_layers()
     image = await rooms.images.pull(registry.push(built, "stuck:1"))
     path = rooms.content.path(built.manifest["layers"][0]["digest"])
@@ -343,7 +349,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_kill_at_any_moment_of_pulls_and_removals(tmp_path, registry):
+async def test_a_kill_at_any_moment_of_pulls_and_removals(tmp_path: Path, registry: Registry) -> None:
     base = {"base": os.urandom(200_000)}
     images = [build_image([base, {"n": os.urandom(9)}]) for _ in range(2)]
     built = {registry.push(image, f"killed:{number}"): image for number, image in enumerate(images)}
@@ -372,7 +378,7 @@ async def test_a_kill_at_any_moment_of_pulls_and_removals(tmp_path, registry):
         rooms.close()
 
 
-async def test_import_of_an_oci_archive(rooms, tmp_path):
+async def test_import_of_an_oci_archive(rooms: Rooms, tmp_path: Path) -> None:
     built = busybox_image()
     write_archive(built, str(tmp_path / "a.tar"), "localhost/busybox:latest")
     (image,) = await rooms.images.import_archive(str(tmp_path / "a.tar"), pinned=True)
@@ -386,7 +392,7 @@ async def test_import_of_an_oci_archive(rooms, tmp_path):
     again.close()
 
 
-async def test_import_takes_this_platform_from_an_index(rooms, tmp_path):
+async def test_import_takes_this_platform_from_an_index(rooms: Rooms, tmp_path: Path) -> None:
     own, other = two_layers(), two_layers(platform=Platform("linux", "s390x"))
     write_archive(build_index([other, own]), str(tmp_path / "a.tar"))
     (image,) = await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -394,7 +400,7 @@ async def test_import_takes_this_platform_from_an_index(rooms, tmp_path):
 
 
 @pytest.mark.parametrize("packed", ["none", "gzip", "zstd"])
-async def test_import_of_a_docker_archive(rooms, tmp_path, packed):
+async def test_import_of_a_docker_archive(rooms: Rooms, tmp_path: Path, packed: str) -> None:
     built = two_layers()
     write_docker_archive(built, str(tmp_path / "a.tar"), ["app:1", "example.com/app:2"], packed=packed)
     (image,) = await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -406,7 +412,7 @@ async def test_import_of_a_docker_archive(rooms, tmp_path, packed):
     assert rooms.leftovers() == []
 
 
-async def test_import_reads_layers_side_by_side(rooms, tmp_path):
+async def test_import_reads_layers_side_by_side(rooms: Rooms, tmp_path: Path) -> None:
     built = build_image([{f"{number}": os.urandom(3_000_000)} for number in range(4)])
     write_archive(built, str(tmp_path / "a.tar"))
     (image,) = await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -415,7 +421,7 @@ async def test_import_reads_layers_side_by_side(rooms, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
-async def test_import_of_what_skopeo_wrote(rooms, tmp_path, kind):
+async def test_import_of_what_skopeo_wrote(rooms: Rooms, tmp_path: Path, kind: str) -> None:
     built = two_layers()
     write_layout(built, str(tmp_path / "layout"))
     target = f"{kind}:{tmp_path}/a.tar:example.com/app:1"
@@ -427,12 +433,12 @@ async def test_import_of_what_skopeo_wrote(rooms, tmp_path, kind):
     assert rooms.read(image, "etc/os") == b"base"
 
 
-async def test_import_of_a_layer_that_is_a_link_in_the_archive(rooms, tmp_path):
+async def test_import_of_a_layer_that_is_a_link_in_the_archive(rooms: Rooms, tmp_path: Path) -> None:
     layer = tar_of({"a": b"1"})
     built = build_image([{"a": b"1"}, {"b": b"2"}, {"a": b"1"}])
     assert digest(layer) == digest(built.layers[0])
     write_docker_archive(built, str(tmp_path / "plain.tar"))
-    members = read_tar(str(tmp_path / "plain.tar"))
+    members: dict[str, Any] = read_tar(str(tmp_path / "plain.tar"))
     members["2/layer.tar"] = Link("../0/layer.tar")
     write_tar(str(tmp_path / "a.tar"), members)
     (image,) = await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -453,7 +459,9 @@ async def test_import_of_a_layer_that_is_a_link_in_the_archive(rooms, tmp_path):
         ({"manifest.json": b'[{"Config": "../../etc/passwd", "Layers": []}]'}, NotFoundError, "no file ../"),
     ],
 )
-async def test_archives_that_are_refused(rooms, tmp_path, members, error, message):
+async def test_archives_that_are_refused(
+    rooms: Rooms, tmp_path: Path, members: dict[str, bytes], error: type[CriError], message: str
+) -> None:
     write_tar(str(tmp_path / "a.tar"), members)
     with pytest.raises(error) as caught:
         await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -463,7 +471,7 @@ async def test_archives_that_are_refused(rooms, tmp_path, members, error, messag
 
 
 @pytest.mark.parametrize("damage", ["cut", "gzip", "missing", "blob", "size", "layer"])
-async def test_damaged_archives(rooms, tmp_path, damage):
+async def test_damaged_archives(rooms: Rooms, tmp_path: Path, damage: str) -> None:
     built = two_layers()
     layer = built.manifest["layers"][0]["digest"]
     path = str(tmp_path / "a.tar")
@@ -500,11 +508,11 @@ async def test_damaged_archives(rooms, tmp_path, damage):
     assert rooms.leftovers() == []
 
 
-async def test_one_verification_at_a_time_and_it_ends_with_who_asked(rooms, tmp_path):
+async def test_one_verification_at_a_time_and_it_ends_with_who_asked(rooms: Rooms, tmp_path: Path) -> None:
     built = build_image([{"a": os.urandom(20_000_000)}])
     write_archive(built, str(tmp_path / "a.tar"))
     await rooms.images.import_archive(str(tmp_path / "a.tar"))
-    first = rooms.images.verify()
+    first: Any = rooms.images.verify()
     async with contextlib.aclosing(first):
         await anext(first)
         with pytest.raises(FailedPreconditionError, match="already; wait for it"):
@@ -514,7 +522,7 @@ async def test_one_verification_at_a_time_and_it_ends_with_who_asked(rooms, tmp_
     assert last.bytes == last.total_bytes == sum(map(len, built.blobs.values()))
 
 
-async def test_what_goes_during_a_verification_is_no_damage(rooms, tmp_path):
+async def test_what_goes_during_a_verification_is_no_damage(rooms: Rooms, tmp_path: Path) -> None:
     for number in range(3):
         write_archive(build_image([{"a": os.urandom(5_000_000)}]), str(tmp_path / "a.tar"), f"localhost/{number}:1")
         await rooms.images.import_archive(str(tmp_path / "a.tar"))
@@ -528,7 +536,7 @@ async def test_what_goes_during_a_verification_is_no_damage(rooms, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["record", "files", "below"])
-async def test_a_damaged_layer_is_found(rooms, registry, kind):
+async def test_a_damaged_layer_is_found(rooms: Rooms, registry: Registry, kind: str) -> None:
     image = await rooms.images.pull(registry.push(two_layers(), f"layers:{kind}"))
     layer = rooms.snapshotter.layers()[image.chain_id]
     match kind:
@@ -537,7 +545,7 @@ async def test_a_damaged_layer_is_found(rooms, registry, kind):
         case "files":
             shutil.rmtree(f"{layer.path}/fs")
         case "below":
-            del rooms.snapshotter._layers[layer.parent]
+            del rooms.snapshotter._layers[layer.parent or ""]
     (damage,) = [damage async for found in rooms.images.verify() for damage in found.damage]
     assert (damage.kind, damage.digest, damage.images) == ("layer", image.chain_id, (image,))
     reason = {"record": "is unusable", "files": "cannot be read: No such file", "below": f"{layer.parent}, is missing"}

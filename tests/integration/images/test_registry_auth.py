@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnauthenticatedError, UnavailableError
+from criserver.errors import (
+    CriError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from criserver.images import Credentials
 from tests.support.authserver import AuthServer
 from tests.support.certificates import Authority
@@ -51,7 +57,9 @@ def basic(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield found
 
 
-async def test_docker_registry_with_tls_and_basic_authentication(basic, registry, rooms, image):
+async def test_docker_registry_with_tls_and_basic_authentication(
+    basic: Registry, registry: Registry, rooms: Rooms, image: BuiltImage
+) -> None:
     registry.push(image, "private:1")
     name = f"{basic.address}/private:1"
     rooms.configure(basic.address, f'server = "https://{basic.address}"\nca = "{os.path.dirname(basic.log)}/ca.pem"')
@@ -63,7 +71,9 @@ async def test_docker_registry_with_tls_and_basic_authentication(basic, registry
 @pytest.mark.parametrize(
     "entry", [{"auth": base64.b64encode(b"me:secret").decode()}, {"username": "me", "password": "secret"}]
 )
-async def test_the_nodes_own_credentials(basic, registry, rooms, image, entry):
+async def test_the_nodes_own_credentials(
+    basic: Registry, registry: Registry, rooms: Rooms, image: BuiltImage, entry: dict[str, str]
+) -> None:
     registry.push(image, "private:2")
     name = f"{basic.address}/private:2"
     rooms.configure(basic.address, f'server = "https://{basic.address}"\nca = "{os.path.dirname(basic.log)}/ca.pem"')
@@ -111,7 +121,7 @@ def pull_of(repository: str) -> list[dict[str, Any]]:
     return [{"type": "repository", "name": repository, "actions": ["pull"]}]
 
 
-async def test_what_is_public_needs_no_credentials(guarded, rooms, image):
+async def test_what_is_public_needs_no_credentials(guarded: Guarded, rooms: Rooms, image: BuiltImage) -> None:
     name = guarded.push(image, "public:1")
     assert (await rooms.images.pull(name)).id == image.id
     assert guarded.authority.granted == [pull_of("public")]  # one token for manifest, configuration and layers
@@ -128,7 +138,9 @@ async def test_what_is_public_needs_no_credentials(guarded, rooms, image):
         Credentials("me", "secret", server_address="HERE"),
     ],
 )
-async def test_what_is_private_takes_a_token_for_the_repository(guarded, rooms, image, given):
+async def test_what_is_private_takes_a_token_for_the_repository(
+    guarded: Guarded, rooms: Rooms, image: BuiltImage, given: Credentials
+) -> None:
     name = guarded.push(image, "team/private:1")
     given = Credentials(
         given.username, given.password, given.server_address.replace("HERE", guarded.registry.address),
@@ -138,7 +150,7 @@ async def test_what_is_private_takes_a_token_for_the_repository(guarded, rooms, 
     assert guarded.authority.granted == [pull_of("team/private")]
 
 
-async def test_a_registry_token_is_sent_as_it_is(guarded, rooms, image):
+async def test_a_registry_token_is_sent_as_it_is(guarded: Guarded, rooms: Rooms, image: BuiltImage) -> None:
     name = guarded.push(image, "team/private:2")
     token = guarded.authority._sign("me", pull_of("team/private"))
     assert (await rooms.images.pull(name, Credentials(registry_token=token))).id == image.id
@@ -157,20 +169,24 @@ async def test_a_registry_token_is_sent_as_it_is(guarded, rooms, image):
         (Credentials(identity_token="unknown"), "the server refuses the credentials"),
     ],
 )
-async def test_what_is_private_is_refused_to_others(guarded, rooms, image, given, words):
+async def test_what_is_private_is_refused_to_others(
+    guarded: Guarded, rooms: Rooms, image: BuiltImage, given: Credentials | None, words: str
+) -> None:
     name = guarded.push(image, "team/private:3")
     await refused(rooms, name, UnauthenticatedError, words, "check the pull secret", credentials=given)
     assert len(guarded.authority.requests) <= 2
 
 
-async def test_the_file_may_hold_an_identity_token(guarded, rooms, image):
+async def test_the_file_may_hold_an_identity_token(guarded: Guarded, rooms: Rooms, image: BuiltImage) -> None:
     name = guarded.push(image, "team/private:4")
     entry = {"auth": base64.b64encode(b"0000:").decode(), "identitytoken": "identity of me"}
     write_docker_config(rooms, **{f"{guarded.registry.address}/team": entry})
     assert (await rooms.images.pull(name)).id == image.id
 
 
-async def test_an_authorisation_server_with_tls_of_the_registrys_own_authority(registry, rooms, image, tmp_path):
+async def test_an_authorisation_server_with_tls_of_the_registrys_own_authority(
+    registry: Registry, rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
     own = Authority(str(tmp_path))
     certificate = own.issue("server", key="rsa")
     authority = AuthServer(certificate, {"": frozenset({"public"})})
@@ -226,7 +242,7 @@ async def gate(image: BuiltImage, rooms: Rooms) -> AsyncIterator[Gate]:
         yield found
 
 
-async def test_a_token_that_is_revoked_half_way_is_replaced(gate, rooms, image):
+async def test_a_token_that_is_revoked_half_way_is_replaced(gate: Gate, rooms: Rooms, image: BuiltImage) -> None:
     layer = image.manifest["layers"][0]["digest"]
     asked = asyncio.Event()
 
@@ -242,7 +258,7 @@ async def test_a_token_that_is_revoked_half_way_is_replaced(gate, rooms, image):
     assert gate.tokens == ["token-0", "revoked", "token-2"]
 
 
-async def test_a_registry_that_takes_no_token_at_all(gate, rooms):
+async def test_a_registry_that_takes_no_token_at_all(gate: Gate, rooms: Rooms) -> None:
     async def issue(request: web.Request) -> web.Response:
         gate.tokens.append("another")
         return web.json_response({"token": "useless"})
@@ -252,7 +268,7 @@ async def test_a_registry_that_takes_no_token_at_all(gate, rooms):
     assert len(gate.server.requests) == 3
 
 
-async def test_a_busy_authorisation_server_is_asked_again(gate, rooms, image):
+async def test_a_busy_authorisation_server_is_asked_again(gate: Gate, rooms: Rooms, image: BuiltImage) -> None:
     issue, statuses = gate.issue, iter([503, 429, 200])
 
     async def busy(request: web.Request) -> web.Response:
@@ -279,7 +295,9 @@ async def test_a_busy_authorisation_server_is_asked_again(gate, rooms, image):
         (lambda: web.Response(status=500), UnavailableError, "500"),
     ],
 )
-async def test_answers_that_are_no_token(gate, rooms, answer, error, words):
+async def test_answers_that_are_no_token(
+    gate: Gate, rooms: Rooms, answer: Callable[[], web.Response], error: type[CriError], words: str
+) -> None:
     async def issue(request: web.Request) -> web.Response:
         return answer()
 
@@ -287,7 +305,9 @@ async def test_answers_that_are_no_token(gate, rooms, answer, error, words):
     await refused(rooms, f"{gate.server.address}/app:1", error, f"token from {gate.realm[:-6]}", words)
 
 
-async def test_an_authorisation_server_that_redirects_is_not_followed(gate, rooms, image):
+async def test_an_authorisation_server_that_redirects_is_not_followed(
+    gate: Gate, rooms: Rooms, image: BuiltImage
+) -> None:
     async with Server(image).running() as elsewhere:
 
         async def issue(request: web.Request) -> web.Response:
@@ -298,14 +318,14 @@ async def test_an_authorisation_server_that_redirects_is_not_followed(gate, room
         assert elsewhere.requests == []
 
 
-async def test_nobody_at_the_authorisation_server(gate, rooms):
+async def test_nobody_at_the_authorisation_server(gate: Gate, rooms: Rooms) -> None:
     gate.realm = "http://127.0.0.1:1/token"
     await refused(
         rooms, f"{gate.server.address}/app:1", UnavailableError, "token from http://127.0.0.1:1: cannot connect"
     )
 
 
-async def test_credentials_do_not_go_from_tls_to_plain_http(rooms, image, tmp_path):
+async def test_credentials_do_not_go_from_tls_to_plain_http(rooms: Rooms, image: BuiltImage, tmp_path: Path) -> None:
     certificate = Authority(str(tmp_path)).issue("server")
     found = Gate(Server(image))
     issued: list[web.Request] = []
@@ -321,7 +341,7 @@ async def test_credentials_do_not_go_from_tls_to_plain_http(rooms, image, tmp_pa
     assert issued == []
 
 
-async def test_basic_authentication(server, rooms, image):
+async def test_basic_authentication(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.password = "secret"
     name = f"{server.address}/app:1"
     await refused(rooms, name, UnauthenticatedError, "401", "check the pull secret")
@@ -333,7 +353,7 @@ async def test_basic_authentication(server, rooms, image):
     assert "secret" not in repr(here)
 
 
-async def test_a_pull_without_credentials_does_not_join_one_with(server, rooms):
+async def test_a_pull_without_credentials_does_not_join_one_with(server: Server, rooms: Rooms) -> None:
     server.password = "secret"
     name = f"{server.address}/app:1"
     good, bad = await asyncio.gather(
@@ -343,7 +363,7 @@ async def test_a_pull_without_credentials_does_not_join_one_with(server, rooms):
     assert isinstance(bad, UnauthenticatedError)
 
 
-async def test_credentials_go_to_no_mirror(server, rooms, image):
+async def test_credentials_go_to_no_mirror(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     async with Server(image, password="secret").running() as mirror:
         rooms.configure("r.example", f'server = "http://{server.address}"\n[host."http://{mirror.address}"]')
         await rooms.images.pull("r.example/app:1", Credentials("me", "secret"))
@@ -351,7 +371,7 @@ async def test_credentials_go_to_no_mirror(server, rooms, image):
         assert all("Authorization" not in request.headers for request in mirror.requests)
 
 
-async def test_redirects_carry_nothing_that_identifies_us(server, rooms, image):
+async def test_redirects_carry_nothing_that_identifies_us(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.password = "secret"
     layer = image.manifest["layers"][0]["digest"]
     async with Server(image).running() as storage:
@@ -367,7 +387,9 @@ async def test_redirects_carry_nothing_that_identifies_us(server, rooms, image):
         assert {r.headers["X-Node"] for r in server.requests} == {"us"}
 
 
-async def test_a_mirror_is_asked_with_the_credentials_that_the_file_has_for_it(server, rooms, image):
+async def test_a_mirror_is_asked_with_the_credentials_that_the_file_has_for_it(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     async with Server(image, password="secret").running() as mirror:
         rooms.configure("r.example", f'server = "http://{server.address}"\n[host."http://{mirror.address}"]')
         entry = {"auth": base64.b64encode(b"me:secret").decode()}
@@ -376,7 +398,7 @@ async def test_a_mirror_is_asked_with_the_credentials_that_the_file_has_for_it(s
         assert server.requests == []
 
 
-async def test_a_token_is_not_carried_along_a_redirect(gate, rooms, image):
+async def test_a_token_is_not_carried_along_a_redirect(gate: Gate, rooms: Rooms, image: BuiltImage) -> None:
     layer = image.manifest["layers"][0]["digest"]
     async with Server(image).running() as storage:
         target = f"http://{storage.address}/{layer}"
@@ -386,7 +408,7 @@ async def test_a_token_is_not_carried_along_a_redirect(gate, rooms, image):
         assert "Authorization" not in request.headers
 
 
-async def test_an_authorization_of_the_operators_own(server, rooms, image):
+async def test_an_authorization_of_the_operators_own(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     server.password = "secret"
     header = f"Basic {base64.b64encode(b'me:secret').decode()}"
     rooms.configure(server.address, f'server = "http://{server.address}"\n[header]\nauthorization = "{header}"')

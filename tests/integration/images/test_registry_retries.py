@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from itertools import count
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -16,7 +17,7 @@ from criserver.errors import NotFoundError, UnavailableError
 from criserver.images import RegistrySettings
 from tests.support.imagebuilder import BuiltImage, build_image
 from tests.support.ownregistry import Answer, Server, image, offset, refused, rooms, server
-from tests.support.registry import registry
+from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
 from tests.support.waiting import within
 
@@ -35,7 +36,7 @@ def part(request: web.Request, body: bytes) -> web.StreamResponse:
     return response
 
 
-def breaking(body: bytes, after: int, times: int = 10**9) -> Answer:
+def breaking(body: bytes, after: int, times: int = 10**9) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """A response that breaks off ``after`` so many bytes more, so many times."""
     broken = count()
 
@@ -74,7 +75,7 @@ def statuses(*answers: int, **headers: str) -> Callable[[Server], Answer]:
     return make
 
 
-async def test_a_layer_that_breaks_off_goes_on_where_it_was(server, rooms, image):
+async def test_a_layer_that_breaks_off_goes_on_where_it_was(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     digest, body = first_layer(image)
     server.answers[digest] = breaking(body, 20_000)  # more often than a download without progress is tried
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
@@ -84,7 +85,7 @@ async def test_a_layer_that_breaks_off_goes_on_where_it_was(server, rooms, image
     assert starts[-1] >= 180_000
 
 
-async def test_a_server_without_ranges_sends_it_all_again(server, rooms, image):
+async def test_a_server_without_ranges_sends_it_all_again(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     digest, body = first_layer(image)
     broken = breaking(body, 60_000, times=2)
 
@@ -99,7 +100,9 @@ async def test_a_server_without_ranges_sends_it_all_again(server, rooms, image):
 
 
 @pytest.mark.parametrize("lie", ["bytes 0-9/10", "bytes 70000-80000/*", "nonsense", None])
-async def test_a_server_that_sends_another_range_is_asked_for_the_whole(server, rooms, image, lie):
+async def test_a_server_that_sends_another_range_is_asked_for_the_whole(
+    server: Server, rooms: Rooms, image: BuiltImage, lie: str | None
+) -> None:
     digest, body = first_layer(image)
     broken = breaking(body, 60_000, times=1)
 
@@ -113,7 +116,9 @@ async def test_a_server_that_sends_another_range_is_asked_for_the_whole(server, 
     assert ["Range" in request.headers for request in server.asked(digest)] == [False, True, False]
 
 
-async def test_a_server_that_refuses_ranges_is_asked_for_the_whole(server, rooms, image):
+async def test_a_server_that_refuses_ranges_is_asked_for_the_whole(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     digest, body = first_layer(image)
     broken = breaking(body, 60_000, times=1)
 
@@ -125,7 +130,7 @@ async def test_a_server_that_refuses_ranges_is_asked_for_the_whole(server, rooms
 
 
 @pytest.mark.parametrize("told", [True, False])
-async def test_a_layer_that_always_ends_early(server, rooms, image, told):
+async def test_a_layer_that_always_ends_early(server: Server, rooms: Rooms, image: BuiltImage, told: bool) -> None:
     digest, body = first_layer(image)
 
     async def broken(request: web.Request) -> web.StreamResponse:
@@ -144,7 +149,9 @@ async def test_a_layer_that_always_ends_early(server, rooms, image, told):
     assert 2 < len(server.asked(digest)) < 10
 
 
-async def test_a_mirror_that_dies_half_way_is_gone_on_from_at_the_registry(rooms, registry, image):
+async def test_a_mirror_that_dies_half_way_is_gone_on_from_at_the_registry(
+    rooms: Rooms, registry: Registry, image: BuiltImage
+) -> None:
     digest, body = first_layer(image)
     registry.push(image, "app:1")
     async with Server(image).running() as mirror:
@@ -169,7 +176,9 @@ async def test_a_mirror_that_dies_half_way_is_gone_on_from_at_the_registry(rooms
     assert '" 206 ' in line
 
 
-async def test_half_a_layer_from_a_mirror_that_lies_does_no_harm(server, rooms, image):
+async def test_half_a_layer_from_a_mirror_that_lies_does_no_harm(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     digest, body = first_layer(image)
     async with Server(image).running() as mirror:
         mirror.answers[digest] = breaking(os.urandom(len(body)), 100_000)
@@ -179,7 +188,9 @@ async def test_half_a_layer_from_a_mirror_that_lies_does_no_harm(server, rooms, 
     assert ["Range" in request.headers for request in server.asked(digest)] == [True, False]
 
 
-async def test_a_registry_that_restarts_is_waited_for(rooms, image, monkeypatch):
+async def test_a_registry_that_restarts_is_waited_for(
+    rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("criserver.images.retries._FIRST_WAIT", 0.1)
     digest, body = first_layer(image)
     gone = asyncio.Event()
@@ -273,28 +284,32 @@ async def test_a_slow_server_may_take_its_time(server, rooms, image):
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 @pytest.mark.parametrize("what", ["manifest", "layer"])
-async def test_a_busy_registry_is_asked_again(server, rooms, image, status, what):
+async def test_a_busy_registry_is_asked_again(
+    server: Server, rooms: Rooms, image: BuiltImage, status: int, what: str
+) -> None:
     name = "1" if what == "manifest" else first_layer(image)[0]
     server.answers[name] = statuses(status, status, status)(server)
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
     assert len(server.asked(name)) == 4
 
 
-async def test_a_registry_that_stays_busy_is_left_alone(server, rooms):
+async def test_a_registry_that_stays_busy_is_left_alone(server: Server, rooms: Rooms) -> None:
     server.answers["1"] = lambda _: web.Response(status=503)
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "manifests/1: 503")
     assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("status", [400, 404, 403, 410, 501])
-async def test_a_refusal_is_final(server, rooms, status):
+async def test_a_refusal_is_final(server: Server, rooms: Rooms, status: int) -> None:
     server.answers["1"] = lambda _: web.Response(status=status)
     with pytest.raises(Exception, match=str(status)):
         await rooms.images.pull(f"{server.address}/app:1")
     assert len(server.requests) == 1
 
 
-async def test_retry_after_is_kept_to(server, rooms, image, monkeypatch):
+async def test_retry_after_is_kept_to(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rooms.change(progress_timeout=30)
     server.answers["1"] = statuses(429, Retry_After="1")(server)
     began = time.monotonic()
@@ -302,14 +317,14 @@ async def test_retry_after_is_kept_to(server, rooms, image, monkeypatch):
     assert time.monotonic() - began > 1
 
 
-async def test_a_registry_that_wants_to_be_left_alone_for_long_is(server, rooms):
+async def test_a_registry_that_wants_to_be_left_alone_for_long_is(server: Server, rooms: Rooms) -> None:
     rooms.change(progress_timeout=10_000)
     server.answers["1"] = lambda _: web.Response(status=429, headers={"Retry-After": "3600"})
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "429", "asks to wait 3600 s")
     assert len(server.requests) == 1
 
 
-async def test_nobody_waits_for_a_busy_mirror(server, rooms, image):
+async def test_nobody_waits_for_a_busy_mirror(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     async with Server(image).running() as mirror:
         for name in ("1", *image.blobs):
             mirror.answers[name] = lambda _: web.Response(status=503, headers={"Retry-After": "20"})
@@ -318,7 +333,9 @@ async def test_nobody_waits_for_a_busy_mirror(server, rooms, image):
         assert len(mirror.requests) == len(image.blobs)
 
 
-async def test_a_busy_mirror_is_asked_again_where_there_is_no_way_to_the_registry(rooms, image):
+async def test_a_busy_mirror_is_asked_again_where_there_is_no_way_to_the_registry(
+    rooms: Rooms, image: BuiltImage
+) -> None:
     async with Server(image).running() as mirror:
         mirror.answers["1"] = statuses(503)(mirror)
         rooms.configure("r.example", f'server = "http://127.0.0.1:1"\n[host."http://{mirror.address}"]')
@@ -328,7 +345,7 @@ async def test_a_busy_mirror_is_asked_again_where_there_is_no_way_to_the_registr
             await rooms.images.pull("r.example/app:2")
 
 
-async def test_what_the_registry_itself_says_counts_though_a_mirror_is_busy(server, rooms):
+async def test_what_the_registry_itself_says_counts_though_a_mirror_is_busy(server: Server, rooms: Rooms) -> None:
     server.answers["1"] = lambda _: web.Response(status=404)
     async with Server(server.image).running() as mirror:
         mirror.answers["1"] = lambda _: web.Response(status=503)
@@ -337,7 +354,9 @@ async def test_what_the_registry_itself_says_counts_though_a_mirror_is_busy(serv
         assert len(mirror.requests) == len(server.requests) == 1
 
 
-async def test_a_cancelled_pull_does_not_wait_on(server, rooms, image, monkeypatch):
+async def test_a_cancelled_pull_does_not_wait_on(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("criserver.images.retries._FIRST_WAIT", 20)
     rooms.change(progress_timeout=100)
     server.answers[first_layer(image)[0]] = lambda _: web.Response(status=503)
@@ -351,7 +370,7 @@ async def test_a_cancelled_pull_does_not_wait_on(server, rooms, image, monkeypat
     assert rooms.leftovers() == []
 
 
-async def test_downloads_are_bounded_over_all_pulls(tmp_path):
+async def test_downloads_are_bounded_over_all_pulls(tmp_path: Path) -> None:
     images = [build_image([{f"{n}": os.urandom(1000)} for n in range(4)]) for _ in range(3)]
     rooms = Rooms(str(tmp_path), settings=RegistrySettings(max_downloads=2))
     now, most = 0, 0
@@ -379,7 +398,7 @@ async def test_downloads_are_bounded_over_all_pulls(tmp_path):
     rooms.close()
 
 
-async def test_a_registry_that_stalls_does_not_hold_up_another(server, rooms, image):
+async def test_a_registry_that_stalls_does_not_hold_up_another(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     ended = asyncio.Event()
 
     async def silent(request: web.Request) -> web.StreamResponse:
@@ -401,7 +420,7 @@ async def test_a_registry_that_stalls_does_not_hold_up_another(server, rooms, im
 
 
 @pytest.mark.parametrize("location", ["/v2/app/manifests/1", "/v2/app/manifests/1?again"])
-async def test_redirects_in_a_circle_end(server, rooms, location):
+async def test_redirects_in_a_circle_end(server: Server, rooms: Rooms, location: str) -> None:
     server.answers["1"] = lambda _: web.Response(status=307, headers={"Location": location})
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "manifests/1: 307")
     assert len(server.requests) == 6

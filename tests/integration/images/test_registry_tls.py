@@ -17,8 +17,10 @@ from aiohttp import web
 from criserver.errors import FailedPreconditionError, UnavailableError
 from criserver.images import Credentials
 from tests.support.certificates import Authority, Certificate
+from tests.support.imagebuilder import BuiltImage
 from tests.support.ownregistry import Server, image, refused, rooms, server
 from tests.support.registry import Registry, registry, running
+from tests.support.rooms import Rooms
 
 __all__ = ["image", "registry", "rooms", "server"]
 
@@ -56,34 +58,36 @@ def secure(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture
-def name(registry: Registry, image) -> str:
+def name(registry: Registry, image: BuiltImage) -> str:
     """The image in the registry, by a name that says nothing of where that is."""
     registry.push(image, "tls:1")
     return "r.example/tls:1"
 
 
-async def test_an_own_authority_and_a_client_certificate(secure, rooms, image, name):
+async def test_an_own_authority_and_a_client_certificate(
+    secure: Secure, rooms: Rooms, image: BuiltImage, name: str
+) -> None:
     rooms.configure("r.example", secure.server + secure.ca + secure.pair)
     assert (await rooms.images.pull(name)).id == image.id
 
 
-async def test_skip_verify(secure, rooms, image, name):
+async def test_skip_verify(secure: Secure, rooms: Rooms, image: BuiltImage, name: str) -> None:
     rooms.configure("r.example", secure.server + secure.pair + "skip_verify = true")
     assert (await rooms.images.pull(name)).id == image.id
 
 
 @pytest.mark.parametrize("trust", ["", "skip_verify = false\n"])
-async def test_an_unknown_authority(secure, rooms, name, trust):
+async def test_an_unknown_authority(secure: Secure, rooms: Rooms, name: str, trust: str) -> None:
     rooms.configure("r.example", secure.server + secure.pair + trust)
     await refused(rooms, name, UnavailableError, "cannot connect", "certificate verify failed")
 
 
-async def test_without_the_client_certificate(secure, rooms, name):
+async def test_without_the_client_certificate(secure: Secure, rooms: Rooms, name: str) -> None:
     rooms.configure("r.example", secure.server + secure.ca)
     await refused(rooms, name, UnavailableError, secure.registry.address)
 
 
-async def test_another_name(secure, rooms, name):
+async def test_another_name(secure: Secure, rooms: Rooms, name: str) -> None:
     text = secure.server.replace("127.0.0.1", "127.0.0.2")
     async with relay("127.0.0.2", secure.registry.address):
         rooms.configure("r.example", text + secure.ca + secure.pair)
@@ -91,28 +95,32 @@ async def test_another_name(secure, rooms, name):
 
 
 @pytest.mark.parametrize("key", ["ca", "client"])
-async def test_a_certificate_file_that_is_missing_or_broken_is_named(secure, rooms, name, key):
+async def test_a_certificate_file_that_is_missing_or_broken_is_named(
+    secure: Secure, rooms: Rooms, name: str, key: str
+) -> None:
     Path(rooms.root, "broken.pem").write_text("no certificate")
     for path in (f"{rooms.root}/missing.pem", f"{rooms.root}/broken.pem"):
         rooms.configure("r.example", f'{secure.server}{key} = "{path}"\n')
         await refused(rooms, name, FailedPreconditionError, f"certificate file {path}")
 
 
-async def test_a_client_certificate_with_its_key_in_one_file_and_an_intermediate_authority(secure, rooms, image, name):
+async def test_a_client_certificate_with_its_key_in_one_file_and_an_intermediate_authority(
+    secure: Secure, rooms: Rooms, image: BuiltImage, name: str
+) -> None:
     with open(f"{rooms.root}/both.pem", "w") as f:
         f.writelines(Path(path).read_text() for path in (secure.client.cert, secure.client.key))
     rooms.configure("r.example", f'{secure.server}{secure.ca}client = "{rooms.root}/both.pem"\n')
     assert (await rooms.images.pull(name)).id == image.id
 
 
-async def test_a_servers_own_certificate_may_be_its_authority(rooms, image, tmp_path):
+async def test_a_servers_own_certificate_may_be_its_authority(rooms: Rooms, image: BuiltImage, tmp_path: Path) -> None:
     certificate = Authority(str(tmp_path)).issue("server")
     async with Server(image).running(certificate.server_context()) as own:
         rooms.configure(own.address, f'server = "https://{own.address}"\nca = "{certificate.cert}"')
         assert (await rooms.images.pull(f"{own.address}/app:1")).id == image.id
 
 
-async def test_certificates_without_a_hosts_toml(secure, rooms, image, name):
+async def test_certificates_without_a_hosts_toml(secure: Secure, rooms: Rooms, image: BuiltImage, name: str) -> None:
     address = secure.registry.address
     directory = os.path.join(rooms.certs, address)
     os.makedirs(directory)
@@ -123,7 +131,7 @@ async def test_certificates_without_a_hosts_toml(secure, rooms, image, name):
     assert (await rooms.images.pull(f"{address}/tls:1")).id == image.id
 
 
-async def test_the_second_of_two_directories(secure, rooms, image, name):
+async def test_the_second_of_two_directories(secure: Secure, rooms: Rooms, image: BuiltImage, name: str) -> None:
     os.makedirs(f"{rooms.root}/docker/r.example")
     with open(f"{rooms.root}/docker/r.example/hosts.toml", "w") as f:
         f.write(secure.server + secure.ca + secure.pair)
@@ -131,18 +139,24 @@ async def test_the_second_of_two_directories(secure, rooms, image, name):
     assert (await rooms.images.pull(name)).id == image.id
 
 
-async def test_a_registry_of_the_loopback_interface_needs_no_authority(rooms, image, tmp_path):
+async def test_a_registry_of_the_loopback_interface_needs_no_authority(
+    rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
     certificate = Authority(str(tmp_path)).issue("server")
     async with Server(image).running(certificate.server_context()) as own:
         assert (await rooms.images.pull(f"{own.address}/app:1")).id == image.id
 
 
-async def test_tls_settings_at_an_http_address_go_back_to_http_where_there_is_no_tls(server, rooms, image):
+async def test_tls_settings_at_an_http_address_go_back_to_http_where_there_is_no_tls(
+    server: Server, rooms: Rooms, image: BuiltImage
+) -> None:
     rooms.configure("r.example", f'server = "http://{server.address}"\nskip_verify = true')
     assert (await rooms.images.pull("r.example/app:1")).id == image.id
 
 
-async def test_no_credentials_go_out_in_plain_text_because_a_certificate_is_bad(rooms, image, tmp_path):
+async def test_no_credentials_go_out_in_plain_text_because_a_certificate_is_bad(
+    rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
     certificate = Authority(str(tmp_path)).issue("server")
     other = Authority(str(tmp_path), "other")
     firsts: list[bytes] = []
@@ -162,8 +176,8 @@ async def test_no_credentials_go_out_in_plain_text_because_a_certificate_is_bad(
 
 
 async def test_what_a_registry_leads_to_is_trusted_as_it_is_and_does_not_see_the_client_certificate(
-    secure, rooms, image, tmp_path
-):
+    secure: Secure, rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
     storage_tls = secure.authority.issue("storage").server_context()
     storage_tls.load_verify_locations(secure.authority.own.cert)
     storage_tls.verify_mode = ssl.CERT_OPTIONAL
@@ -189,7 +203,9 @@ async def test_what_a_registry_leads_to_is_trusted_as_it_is_and_does_not_see_the
     assert not seen["storage"]
 
 
-async def test_a_tag_is_not_resolved_over_plain_http_by_a_redirect(server, rooms, image, tmp_path):
+async def test_a_tag_is_not_resolved_over_plain_http_by_a_redirect(
+    server: Server, rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
     certificate = Authority(str(tmp_path)).issue("server")
     async with Server(image).running(certificate.server_context()) as own:
         target = f"http://{server.address}/v2/app/manifests/1"
@@ -255,7 +271,9 @@ async def relay(host: str, target: str) -> AsyncIterator[None]:
         yield
 
 
-async def test_a_registry_behind_a_proxy(secure, rooms, image, name, monkeypatch):
+async def test_a_registry_behind_a_proxy(
+    secure: Secure, rooms: Rooms, image: BuiltImage, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = f'server = "https://registry.example"\n{secure.pair}skip_verify = true'
     rooms.configure("r.example", text)
     async with Proxy(secure.registry.address).running() as proxy:
@@ -266,7 +284,9 @@ async def test_a_registry_behind_a_proxy(secure, rooms, image, name, monkeypatch
         assert not any(header.startswith("Authorization") for header in proxy.headers)
 
 
-async def test_a_registry_without_tls_behind_a_proxy(server, rooms, image, monkeypatch):
+async def test_a_registry_without_tls_behind_a_proxy(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rooms.configure("r.example", 'server = "http://registry.example"')
     async with Proxy(server.address).running() as proxy:
         monkeypatch.setenv("http_proxy", proxy.address)
@@ -274,7 +294,7 @@ async def test_a_registry_without_tls_behind_a_proxy(server, rooms, image, monke
         assert proxy.lines[0] == "GET http://registry.example/v2/app/manifests/1?ns=r.example HTTP/1.1"
 
 
-async def test_no_proxy(server, rooms, image, monkeypatch):
+async def test_no_proxy(server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.example")
     rooms.configure("r.example", 'server = "http://registry.invalid"')
@@ -284,7 +304,7 @@ async def test_no_proxy(server, rooms, image, monkeypatch):
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id  # a loopback address
 
 
-async def test_a_proxy_that_refuses(rooms, monkeypatch):
+async def test_a_proxy_that_refuses(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms.configure("r.example", 'server = "https://registry.example"')
     answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
     async with Proxy("", answer).running() as proxy:
@@ -292,7 +312,9 @@ async def test_a_proxy_that_refuses(rooms, monkeypatch):
         await refused(rooms, "r.example/app:1", UnavailableError, "cannot connect: the proxy answers 407")
 
 
-async def test_a_netrc_is_not_read(server, rooms, image, monkeypatch, tmp_path):
+async def test_a_netrc_is_not_read(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))

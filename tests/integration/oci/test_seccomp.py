@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -195,7 +196,7 @@ print("done")
     assert found.stdout == "thread\ndone\n"
 
 
-def test_a_profile_file(bundles: Bundles, tmp_path) -> None:
+def test_a_profile_file(bundles: Bundles, tmp_path: Path) -> None:
     path = tmp_path / "no-mkdir.json"
     rule = {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSPC}
     without = {"names": ["rmdir", "unlinkat"], "action": "SCMP_ACT_ERRNO", "excludes": {"caps": ["CAP_CHOWN"]}}

@@ -74,7 +74,7 @@ async def unpacked(snapshotter: Snapshotter, blob: Blob) -> Layer:
     return await snapshotter.unpack(blob.path, compression="gzip", diff_id=blob.diff_id, chain_id="chain", parent=None)
 
 
-async def test_a_layer_is_as_it_was_unpacked(snapshotter: Snapshotter, disk: str):
+async def test_a_layer_is_as_it_was_unpacked(snapshotter: Snapshotter, disk: str) -> None:
     blob = odd(disk)
     await unpacked(snapshotter, blob)
     assert await snapshotter.check_layer("chain", blob.path) == ""
@@ -110,7 +110,7 @@ def set_mark(fs: str) -> None:
 )
 async def test_what_has_changed_is_named(
     snapshotter: Snapshotter, disk: str, change: Callable[[str], object], words: str
-):
+) -> None:
     blob = odd(disk)
     layer = await unpacked(snapshotter, blob)
     change(f"{layer.path}/fs")
@@ -139,7 +139,7 @@ def replace(path: str) -> None:
     os.symlink("/elsewhere", path)
 
 
-async def test_a_blob_that_is_another_ones_says_nothing_of_the_layer(snapshotter: Snapshotter, disk: str):
+async def test_a_blob_that_is_another_ones_says_nothing_of_the_layer(snapshotter: Snapshotter, disk: str) -> None:
     await unpacked(snapshotter, odd(disk))
     other = write_blob(f"{disk}/other", item("a"))
     assert await snapshotter.check_layer("chain", other.path) == ""
@@ -149,7 +149,7 @@ async def test_a_blob_that_is_another_ones_says_nothing_of_the_layer(snapshotter
     assert await snapshotter.check_layer("chain", f"{disk}/absent") == ""
 
 
-async def test_a_default_access_list_changes_nothing_in_its_directory(snapshotter: Snapshotter, disk: str):
+async def test_a_default_access_list_changes_nothing_in_its_directory(snapshotter: Snapshotter, disk: str) -> None:
     entries = ((1, 7), (4, 5), (0x20, 0))  # acl(5): the owner everything, the group no writing, others nothing
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, bits, 0xFFFFFFFF) for tag, bits in entries)
     lists = {"SCHILY.xattr.system.posix_acl_default": acl.decode("utf-8", "surrogateescape")}

@@ -173,7 +173,7 @@ async def test_devices_are_made_as_they_are(snapshotter: Snapshotter, disk: str)
 async def test_a_device_0_0_is_a_whiteout(snapshotter: Snapshotter, disk: str) -> None:
     """What overlayfs takes for one: it hides what is below, can be replaced by a directory and not be linked to."""
     lower = await unpack(snapshotter, write_blob(f"{disk}/lower", item("gone"), item("d/old")))
-    null = {"type": tarfile.CHRTYPE, "devmajor": 0, "devminor": 0}
+    null: dict[str, Any] = {"type": tarfile.CHRTYPE, "devmajor": 0, "devminor": 0}
     upper = write_blob(f"{disk}/upper", item("gone", **null), item("d", **null), item("d/new"))
     layer = await unpack(snapshotter, upper, lower.chain_id)
     await snapshotter.mount_layer(layer.chain_id, f"{disk}/target")
@@ -694,7 +694,7 @@ async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
     for _ in range(2):
         with pytest.raises(SnapshotError, match=r"staging/removed-.*a file system is mounted there.*a/point"):
             await snapshotter.remove("box.1")
-        assert (dict(snapshotter.snapshots()), snapshotter.removable()) == ({}, {"box.1"})
+        assert (dict(snapshotter.snapshots()), snapshotter.removable()) == ({}, frozenset({"box.1"}))
     (point,) = mounts.mounts_below(disk)
     os.mkdir(f"{point}/kept")
     with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:

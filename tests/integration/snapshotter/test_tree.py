@@ -45,7 +45,7 @@ def set_attribute(letter: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("bound", ["tmpfs", "of the same file system", "an empty one", "file"])
-def test_what_is_mounted_in_a_tree_stays_and_is_named(disk: Path, bound: str):
+def test_what_is_mounted_in_a_tree_stays_and_is_named(disk: Path, bound: str) -> None:
     (disk / "other/sub").mkdir(parents=True)
     (disk / "other/sub/kept").touch()
     point = disk / "t/a/b/point"
@@ -77,7 +77,7 @@ def test_what_is_mounted_in_a_tree_stays_and_is_named(disk: Path, bound: str):
 
 
 @pytest.mark.parametrize("letter", ["i", "a"])
-def test_attributes_that_forbid_deletion_are_taken_away(disk: Path, letter: str):
+def test_attributes_that_forbid_deletion_are_taken_away(disk: Path, letter: str) -> None:
     (disk / "t/d/full").mkdir(parents=True)
     (disk / "t/d/empty").mkdir()
     (disk / "t/d/link").symlink_to("/etc/passwd")
@@ -88,7 +88,7 @@ def test_attributes_that_forbid_deletion_are_taken_away(disk: Path, letter: str)
     assert not (disk / "t").exists()
 
 
-def test_attributes_that_stay_are_named_with_what_to_do(disk: Path, monkeypatch: pytest.MonkeyPatch):
+def test_attributes_that_stay_are_named_with_what_to_do(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (disk / "t/d").mkdir(parents=True)
     (disk / "t/d/f").touch()
     (disk / "t/other").touch()
@@ -102,7 +102,7 @@ def test_attributes_that_stay_are_named_with_what_to_do(disk: Path, monkeypatch:
     assert not (disk / "t").exists()
 
 
-def test_devices_are_deleted_and_not_opened(disk: Path):
+def test_devices_are_deleted_and_not_opened(disk: Path) -> None:
     os.mknod(disk / "t/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     os.mknod(disk / "t/none", stat.S_IFBLK | 0o666, os.makedev(240, 77))
     os.mkfifo(disk / "t/pipe")
@@ -111,7 +111,7 @@ def test_devices_are_deleted_and_not_opened(disk: Path):
     assert not (disk / "t").exists()
 
 
-def test_directories_without_permissions(disk: Path):
+def test_directories_without_permissions(disk: Path) -> None:
     (disk / "t/a/b").mkdir(parents=True)
     (disk / "t/a/b/f").touch()
     for name in ("t/a/b", "t/a", "t"):
@@ -122,7 +122,7 @@ def test_directories_without_permissions(disk: Path):
     assert not (disk / "t").exists()
 
 
-def test_a_process_that_makes_files_is_outlasted(disk: Path):
+def test_a_process_that_makes_files_is_outlasted(disk: Path) -> None:
     """As one that is just being killed does."""
     script = "mkdir -p a/b; while :; do echo > a/b/$RANDOM; echo > a/$RANDOM; mkdir -p a/b/c; done 2>/dev/null"
     maker = subprocess.Popen(["bash", "-c", f"cd {disk}/t; ({script}) & sleep 0.3; kill $!"])
@@ -141,7 +141,7 @@ def test_a_process_that_makes_files_is_outlasted(disk: Path):
     assert not (disk / "t").exists()
 
 
-def test_a_copy_has_devices_owners_and_capabilities(disk: Path):
+def test_a_copy_has_devices_owners_and_capabilities(disk: Path) -> None:
     (disk / "t/s/d").mkdir(parents=True)
     (disk / "t/c").mkdir()
     os.mknod(disk / "t/s/null", stat.S_IFCHR | 0o620, os.makedev(1, 3))
@@ -154,7 +154,7 @@ def test_a_copy_has_devices_owners_and_capabilities(disk: Path):
     os.chown(disk / "t/s/link", 7, 8, follow_symlinks=False)
     os.chown(disk / "t/s/d", 9, 10)
     fds = [os.open(disk / name, os.O_RDONLY) for name in ("t/s", "t/c")]
-    copies.copy(*fds, lambda: None)
+    copies.copy(fds[0], fds[1], lambda: None)
     for fd in fds:
         os.close(fd)
     for name in ("null", "program", "link", "d"):
@@ -169,7 +169,7 @@ def test_a_copy_has_devices_owners_and_capabilities(disk: Path):
 
 
 @pytest.mark.skipif(selinux.is_enabled(), reason="the policy may not have this label")
-def test_a_deep_volume_is_labelled_and_what_is_mounted_in_it_is_not(disk: Path):
+def test_a_deep_volume_is_labelled_and_what_is_mounted_in_it_is_not(disk: Path) -> None:
     point = disk / "t/mounted"
     point.mkdir()
     mounts.mount("tmpfs", str(point), "tmpfs")

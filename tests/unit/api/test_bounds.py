@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from criserver.api import bounds
 from criserver.errors import InvalidArgumentError
@@ -14,11 +16,11 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 ARGUMENT = 32 * os.sysconf("SC_PAGE_SIZE") - 1
 
 
-def container(**fields) -> cri.CreateContainerRequest:
+def container(**fields: Any) -> cri.CreateContainerRequest:
     return cri.CreateContainerRequest(config=cri.ContainerConfig(**fields))
 
 
-def pod(**fields) -> cri.RunPodSandboxRequest:
+def pod(**fields: Any) -> cri.RunPodSandboxRequest:
     return cri.RunPodSandboxRequest(config=cri.PodSandboxConfig(**fields))
 
 
@@ -45,7 +47,7 @@ def pod(**fields) -> cri.RunPodSandboxRequest:
         (admin.PullImageRequest(name="i", password="p\0"), "password has a zero byte"),
     ],
 )
-def test_a_request_that_is_refused(request_, words: str):
+def test_a_request_that_is_refused(request_: Message, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         bounds.check(request_)
 
@@ -61,11 +63,11 @@ def test_a_request_that_is_refused(request_, words: str):
         cri.VersionRequest(),
     ],
 )
-def test_what_kubernetes_and_the_kernel_allow(request_):
+def test_what_kubernetes_and_the_kernel_allow(request_: Message) -> None:
     bounds.check(request_)
 
 
-def test_every_rule_is_of_a_field_that_there_is():
+def test_every_rule_is_of_a_field_that_there_is() -> None:
     """A name that CRI changes would silently be held to the default."""
     messages = {**cri.DESCRIPTOR.message_types_by_name, **admin.DESCRIPTOR.message_types_by_name}
     for name in bounds._RULES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,13 +24,13 @@ def make(record: Record) -> bytes:
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=50), max_size=20))
-def test_the_join_is_the_list(names):
+def test_the_join_is_the_list(names: dict[str, str]) -> None:
     records = [Record(key, name) for key, name in names.items()]
     joined = cri.ListContainersResponse.FromString(Fragments(make).join(records, len(records)))
     assert [(c.id, c.metadata.name) for c in joined.containers] == list(names.items())
 
 
-def test_an_entry_is_made_again_only_when_its_record_changes():
+def test_an_entry_is_made_again_only_when_its_record_changes() -> None:
     made: list[str] = []
 
     def counting(record: Record) -> bytes:
@@ -46,7 +47,7 @@ def test_an_entry_is_made_again_only_when_its_record_changes():
     assert made == ["a", "b", "b"]
 
 
-def test_a_record_whose_entry_cannot_be_made_is_left_out_and_told_once(capsys):
+def test_a_record_whose_entry_cannot_be_made_is_left_out_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     tried: list[str] = []
 
     def choosy(record: Record) -> bytes:
@@ -65,7 +66,7 @@ def test_a_record_whose_entry_cannot_be_made_is_left_out_and_told_once(capsys):
     assert list(make_each(records, choosy)) == [make(records[0]), make(records[2])]
 
 
-def test_fragments_of_removed_records_are_let_go():
+def test_fragments_of_removed_records_are_let_go() -> None:
     fragments = Fragments(make)
     for number in range(1000):
         fragments.join([Record(str(number), "x")], 1)

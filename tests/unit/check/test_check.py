@@ -104,7 +104,7 @@ def node(tmp_path: Path) -> Fake:
     return Fake(tmp_path)
 
 
-def test_a_sound_node_has_no_faults_and_ran_a_container(node: Fake):
+def test_a_sound_node_has_no_faults_and_ran_a_container(node: Fake) -> None:
     found = run(node.config, node.host)
     assert node.faults() == []
     assert able(found)
@@ -121,7 +121,7 @@ def test_a_sound_node_has_no_faults_and_ran_a_container(node: Fake):
     }
 
 
-def test_without_root_nothing_is_tried(node: Fake):
+def test_without_root_nothing_is_tried(node: Fake) -> None:
     def never(*_: object) -> str | None:
         raise AssertionError("it was tried")
 
@@ -132,7 +132,7 @@ def test_without_root_nothing_is_tried(node: Fake):
     assert "as root" in fault.advice
 
 
-def test_capabilities_that_root_lacks_are_named(node: Fake):
+def test_capabilities_that_root_lacks_are_named(node: Fake) -> None:
     node.write("proc/self/status", f"CapEff:\t{0x1FFFFFFFFFF & ~(1 << 21) & ~(1 << 27):016x}\n")
     assert "SYS_ADMIN, MKNOD" in node.fault().words
     node.write("proc/self/status", f"CapEff:\t{0x1FFFFFFFFFF & ~(1 << 24):016x}\n")
@@ -153,7 +153,7 @@ def test_capabilities_that_root_lacks_are_named(node: Fake):
         ("etc/cni/net.d/10-pods.conflist", Level.MISSING, "no CNI configuration in "),
     ],
 )
-def test_what_is_not_there(node: Fake, path: str, level: Level, words: str):
+def test_what_is_not_there(node: Fake, path: str, level: Level, words: str) -> None:
     node.remove(path)
     fault = node.fault()
     assert fault.level is level
@@ -183,7 +183,7 @@ def test_what_is_not_there(node: Fake, path: str, level: Level, words: str):
         ("run/criserver/criserver.sock", "", Level.MISSING, "is not a socket"),
     ],
 )
-def test_what_is_not_as_it_should_be(node: Fake, path: str, text: str, level: Level, words: str):
+def test_what_is_not_as_it_should_be(node: Fake, path: str, text: str, level: Level, words: str) -> None:
     node.write(path, text)
     fault = node.fault()
     assert fault.level is level
@@ -207,7 +207,7 @@ def test_what_is_not_as_it_should_be(node: Fake, path: str, text: str, level: Le
         ({"synchronised": lambda: False}, Level.WARNING, "the clock is not synchronised"),
     ],
 )
-def test_what_does_not_work_when_it_is_tried(node: Fake, tries: dict[str, Any], level: Level, words: str):
+def test_what_does_not_work_when_it_is_tried(node: Fake, tries: dict[str, Any], level: Level, words: str) -> None:
     node.change(**tries)
     fault = node.fault()
     assert fault.level is level
@@ -223,7 +223,7 @@ def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake):
     assert node.fault().level is Level.MISSING
 
 
-def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake):
+def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake) -> None:
     node.change(version=lambda _: "runc version 1.1.5+ds1")
     found = run(node.config, node.host)
     assert able(found)
@@ -239,12 +239,12 @@ def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake):
     assert node.faults() == []
 
 
-def test_what_runs_no_pods_is_told_once(node: Fake):
+def test_what_runs_no_pods_is_told_once(node: Fake) -> None:
     node.change(version=lambda _: "runc version 1.0.3")
     assert "too old" in node.fault().words
 
 
-def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake):
+def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake) -> None:
     node.change(plugin_version=lambda path: "CNI portmap plugin v1.8.0" * path.endswith("/usr/lib/cni/portmap"))
     assert node.faults() == [], "it is of the nftables backend alone"
     plugins = [NETWORK["plugins"][0], {"type": "portmap", "backend": "nftables"}]
@@ -257,14 +257,14 @@ def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake):
     assert node.faults() == []
 
 
-def test_the_trial_needs_no_network_but_all_else(node: Fake):
+def test_the_trial_needs_no_network_but_all_else(node: Fake) -> None:
     node.remove("etc/cni/net.d/10-pods.conflist")
     assert run(node.config, node.host)[-1].check == "trial"
     node.remove("usr/bin/catatonit")
     assert "trial" not in {finding.check for finding in run(node.config, node.host)}
 
 
-def test_iptables_counts_only_for_plugins_that_run_it(node: Fake):
+def test_iptables_counts_only_for_plugins_that_run_it(node: Fake) -> None:
     node.change(which=lambda name: None if name == "iptables" else f"/usr/bin/{name}")
     assert "apt-get install iptables" in node.fault().advice
     node.write("usr/lib/cni/ptp", "", 0o755)
@@ -273,14 +273,14 @@ def test_iptables_counts_only_for_plugins_that_run_it(node: Fake):
     assert node.faults() == []
 
 
-def test_apparmor_takes_a_program_to_load_profiles(node: Fake):
+def test_apparmor_takes_a_program_to_load_profiles(node: Fake) -> None:
     node.write("sys/module/apparmor/parameters/enabled", "Y\n")
     assert node.faults() == []
     node.change(which=lambda name: None if name == "apparmor_parser" else f"/usr/bin/{name}")
     assert "no profile can be loaded" in node.fault().words
 
 
-def test_selinux_takes_a_policy_with_types_for_containers(node: Fake):
+def test_selinux_takes_a_policy_with_types_for_containers(node: Fake) -> None:
     node.write("sys/fs/selinux/enforce", "1")
     node.change(labelled=lambda: True)
     assert node.faults() == []
@@ -294,7 +294,7 @@ def legacy(*controllers: str) -> str:
     return LEGACY + "".join(lines)
 
 
-def test_version_1_of_cgroups_needs_devices_and_freezer_too(node: Fake):
+def test_version_1_of_cgroups_needs_devices_and_freezer_too(node: Fake) -> None:
     whole = ("cpu", "cpuset", "memory", "pids", "devices", "freezer", "blkio", "hugetlb")
     node.write("proc/self/mountinfo", legacy(*whole))
     assert node.fault().words.startswith("cgroup version 1: ")
@@ -303,7 +303,7 @@ def test_version_1_of_cgroups_needs_devices_and_freezer_too(node: Fake):
     assert "controllers memory, devices" in node.fault().words
 
 
-def test_the_driver_goes_with_what_manages_the_hierarchy(node: Fake):
+def test_the_driver_goes_with_what_manages_the_hierarchy(node: Fake) -> None:
     node.configure(cgroup_driver="cgroupfs")
     assert node.fault().level is Level.WARNING
     node.remove("run/systemd/system/.keep")
@@ -323,13 +323,13 @@ def listener(node: Fake) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_another_daemon_at_the_socket(node: Fake, listener: socket.socket):
+def test_another_daemon_at_the_socket(node: Fake, listener: socket.socket) -> None:
     assert "another daemon answers at /run/criserver/criserver.sock" in node.fault().words
     listener.close()
     assert node.faults() == [], "a socket that nobody listens at is no hindrance"
 
 
-def test_a_daemon_that_serves_already_is_as_it_should_be(node: Fake, listener: socket.socket):
+def test_a_daemon_that_serves_already_is_as_it_should_be(node: Fake, listener: socket.socket) -> None:
     path = node.root / "run/criserver/criserver.lock"
     path.write_text(f"{os.getpid()}\n")
     with open(path) as f:
@@ -346,7 +346,7 @@ def streaming(config: Config, **keys: Any) -> Config:
     return dataclasses.replace(config, streaming=dataclasses.replace(config.streaming, **keys))
 
 
-def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake):
+def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -358,13 +358,13 @@ def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake):
     assert "can read the data" in node.fault().words
 
 
-def test_a_certificate_that_is_none(node: Fake, tmp_path: Path):
+def test_a_certificate_that_is_none(node: Fake, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("no key")
     node.config = streaming(node.config, tls_cert=str(tmp_path / "key"), tls_key=str(tmp_path / "key"))
     assert "streaming.tls_cert and tls_key cannot be used" in node.fault().words
 
 
-def test_a_disk_that_is_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_is_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(node.root)
     few = os.statvfs_result((4096, 4096, 1000, 90, 90, 1000, 20, 20, real.f_flag, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: few)
@@ -374,7 +374,7 @@ def test_a_disk_that_is_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch)
     assert {space.level, inodes.level} == {Level.WARNING}
 
 
-def test_what_cannot_be_looked_at_is_told_and_the_rest_goes_on(node: Fake):
+def test_what_cannot_be_looked_at_is_told_and_the_rest_goes_on(node: Fake) -> None:
     def broken(_: str) -> str | None:
         raise OSError("the disk is on fire")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,27 +14,29 @@ from criserver.errors import InvalidArgumentError
 from snapshotter import LayerLimits
 
 
-def written(tmp_path, text: str) -> str:
+def written(tmp_path: Path, text: str) -> str:
     path = tmp_path / "config.toml"
     path.write_text(text)
     return str(path)
 
 
-def test_the_printed_default_is_what_serve_uses_without_a_file(tmp_path, capsys):
+def test_the_printed_default_is_what_serve_uses_without_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["config", "default"]) == 0
     printed = capsys.readouterr().out
     assert tomllib.loads(printed)["root"] == "/var/lib/criserver"
     assert load(written(tmp_path, printed)) == load(None)
 
 
-def test_every_key_of_the_default_is_explained():
+def test_every_key_of_the_default_is_explained() -> None:
     lines = default_text().splitlines()
     for number, line in enumerate(lines):
         if "=" in line and not line.startswith("#") and not line.startswith("path"):
             assert lines[number - 1].startswith("#"), line
 
 
-def test_a_file_needs_only_what_differs(tmp_path):
+def test_a_file_needs_only_what_differs(tmp_path: Path) -> None:
     config = load(
         written(
             tmp_path, '[grpc]\naddress = "/run/other.sock"\n[runtimes.crun]\npath = "crun"\n[runtime]\ndefault = "crun"'
@@ -44,7 +47,7 @@ def test_a_file_needs_only_what_differs(tmp_path):
     assert config.cni_conf_dir == "/etc/cni/net.d"
 
 
-def test_the_registry_table(tmp_path):
+def test_the_registry_table(tmp_path: Path) -> None:
     config = load(written(tmp_path, '[registry]\nauth_file = "/a.json"\nmax_downloads = 3\nprogress_timeout = 9'))
     assert config.registry_config_path == "/etc/containerd/certs.d:/etc/docker/certs.d"
     assert config.registry_auth_file == "/a.json"
@@ -79,7 +82,7 @@ def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp
         ("root = ", ["not valid TOML"]),
     ],
 )
-def test_a_mistake_is_told_by_key_value_and_what_is_allowed(tmp_path, text, words):
+def test_a_mistake_is_told_by_key_value_and_what_is_allowed(tmp_path: Path, text: str, words: list[str]) -> None:
     path = written(tmp_path, text)
     with pytest.raises(InvalidArgumentError) as e:
         load(path)
@@ -87,6 +90,6 @@ def test_a_mistake_is_told_by_key_value_and_what_is_allowed(tmp_path, text, word
         assert word in str(e.value)
 
 
-def test_a_file_that_is_not_there(capsys):
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--config", "/nowhere/criserver.toml"]) == 1
     assert "/nowhere/criserver.toml: No such file" in capsys.readouterr().err

@@ -51,11 +51,11 @@ HERE = "r.example:5000/team/app:1"
         (['realm="x"', "=", "", ",,,"], []),
     ],
 )
-def test_challenges(headers, expected):
+def test_challenges(headers: list[str], expected: list[tuple[str, dict[str, str]]]) -> None:
     assert parse_challenges(headers) == [Challenge(scheme, parameters) for scheme, parameters in expected]
 
 
-def test_a_header_of_a_megabyte_is_parsed_in_time():
+def test_a_header_of_a_megabyte_is_parsed_in_time() -> None:
     began = time.process_time()
     for text in ("a" * 1_000_000, "Bearer " + 'a="' * 300_000, "Bearer " + "a=b," * 250_000, '"\\' * 500_000):
         parse_challenges([text])
@@ -63,7 +63,7 @@ def test_a_header_of_a_megabyte_is_parsed_in_time():
 
 
 @hypothesis.given(st.text(alphabet='Bearer basic,="\\realm \t/:ü\n') | st.text())
-def test_any_header_is_read(text):
+def test_any_header_is_read(text: str) -> None:
     for challenge in parse_challenges([text]):
         assert challenge.scheme == challenge.scheme.lower()
         with contextlib.suppress(UnauthenticatedError):
@@ -86,7 +86,7 @@ def test_any_header_is_read(text):
         (MIRROR, "https://m.example", True),
     ],
 )
-def test_who_gets_the_kubelets_credentials(host, server_address, sent):
+def test_who_gets_the_kubelets_credentials(host: Host, server_address: str, sent: bool) -> None:
     given = Credentials("me", "secret", server_address)
     assert (Keyring(parse(HERE), given, None).find(host) == given) is sent
 
@@ -95,7 +95,7 @@ def test_who_gets_the_kubelets_credentials(host, server_address, sent):
     ("server_address", "sent"),
     [("https://index.docker.io/v1/", True), ("docker.io", True), ("", True), ("r.example", False)],
 )
-def test_docker_hub_has_several_names(server_address, sent):
+def test_docker_hub_has_several_names(server_address: str, sent: bool) -> None:
     given = Credentials("me", "secret", server_address)
     assert (Keyring(parse("busybox"), given, None).find(HUB) == given) is sent
 
@@ -115,20 +115,20 @@ def test_docker_hub_has_several_names(server_address, sent):
         (PROXY, ["m.example", "m.example/cache"], "m.example/cache"),
     ],
 )
-def test_who_gets_which_credentials_of_the_file(host, entries, user):
+def test_who_gets_which_credentials_of_the_file(host: Host, entries: list[str], user: str | None) -> None:
     file = DockerConfig({entry: Credentials(entry, "secret") for entry in entries}, frozenset())
     found = Keyring(parse(HERE), None, file).find(host)
     assert (found and found.username) == user
 
 
-def test_the_kubelets_credentials_go_before_the_files():
+def test_the_kubelets_credentials_go_before_the_files() -> None:
     file = DockerConfig({name: Credentials("file", "f") for name in ("r.example:5000", "m.example")}, frozenset())
     keyring = Keyring(parse(HERE), Credentials("kubelet", "k"), file)
     assert keyring.find(OWN).username == "kubelet"
     assert keyring.find(MIRROR).username == "file"
 
 
-def test_secrets_are_not_shown():
+def test_secrets_are_not_shown() -> None:
     shown = repr([Credentials("me", "sec1", "s", "sec2", "sec3"), Token("sec4", 0.0)])
     assert "me" in shown
     assert "sec" not in shown
@@ -148,13 +148,13 @@ def test_secrets_are_not_shown():
         (OWN, "http://169.254.169.254/latest", "over plain HTTP"),
     ],
 )
-def test_authorisation_servers_that_nobody_is_sent_to(host, realm, words):
+def test_authorisation_servers_that_nobody_is_sent_to(host: Host, realm: str | None, words: str) -> None:
     parameters = {} if realm is None else {"realm": realm}
     with pytest.raises(UnauthenticatedError, match=words):
         wanted_by(Challenge("bearer", parameters), host, [])
 
 
-def test_what_a_challenge_asks_for():
+def test_what_a_challenge_asks_for() -> None:
     challenge = Challenge("bearer", {"realm": "http://a/t?x=1", "service": "s", "scope": "c b a"})
     plain = replace(OWN, url="http://r.example:5000")
     assert wanted_by(challenge, plain, ["b", "d"]) == TokenRequest(URL("http://a/t?x=1"), "s", ("a", "b", "c", "d"))
@@ -183,7 +183,7 @@ def authorizer(tokens: Tokens, credentials: Credentials | None = None) -> Author
 BEARER = 'Bearer realm="https://a.example/token",service="s"'
 
 
-async def test_nothing_is_sent_before_it_is_asked_for():
+async def test_nothing_is_sent_before_it_is_asked_for() -> None:
     assert await authorizer(Tokens(), Credentials("me", "secret")).header(OWN) == ""
 
 
@@ -201,7 +201,7 @@ async def test_nothing_is_sent_before_it_is_asked_for():
         (Credentials("me", "secret", identity_token="i"), "Basic", "Basic bWU6c2VjcmV0"),
     ],
 )
-async def test_answers(given, challenge, header):
+async def test_answers(given: Credentials | None, challenge: str, header: str) -> None:
     who = authorizer(Tokens(), given)
     assert await who.answer(OWN, [challenge], "")
     assert await who.header(OWN) == header
@@ -218,19 +218,19 @@ async def test_answers(given, challenge, header):
         (Credentials("me", "secret"), ""),
     ],
 )
-async def test_challenges_without_an_answer(given, challenge):
+async def test_challenges_without_an_answer(given: Credentials | None, challenge: str) -> None:
     assert not await authorizer(Tokens(), given).answer(OWN, [challenge], "")
 
 
 @pytest.mark.parametrize("given", [Credentials("me", "secret"), Credentials(registry_token="r")])
-async def test_what_was_refused_is_not_sent_again(given):
+async def test_what_was_refused_is_not_sent_again(given: Credentials) -> None:
     who = authorizer(Tokens(), given)
     challenge = BEARER if given.registry_token else "Basic"
     assert await who.answer(OWN, [challenge], "")
     assert not await who.answer(OWN, [challenge], await who.header(OWN))
 
 
-async def test_an_expired_token_is_replaced_before_it_is_used():
+async def test_an_expired_token_is_replaced_before_it_is_used() -> None:
     tokens = Tokens(lifetime=0)
     who = authorizer(tokens)
     await who.answer(OWN, [BEARER], "")
@@ -239,7 +239,7 @@ async def test_an_expired_token_is_replaced_before_it_is_used():
     assert [await who.header(OWN), await who.header(OWN)] == ["Bearer 4", "Bearer 4"]
 
 
-async def test_a_refused_token_is_replaced_once_for_all_who_had_it():
+async def test_a_refused_token_is_replaced_once_for_all_who_had_it() -> None:
     tokens = Tokens()
     who = authorizer(tokens)
     assert all(await asyncio.gather(*(who.answer(OWN, [BEARER], "") for _ in range(5))))
@@ -249,7 +249,7 @@ async def test_a_refused_token_is_replaced_once_for_all_who_had_it():
     assert await who.header(OWN) == "Bearer 2"
 
 
-async def test_scopes_add_up():
+async def test_scopes_add_up() -> None:
     tokens = Tokens()
     who = authorizer(tokens)
     await who.answer(OWN, [f'{BEARER},scope="repository:team/app:pull"'], "")
@@ -259,7 +259,7 @@ async def test_scopes_add_up():
     assert [wanted.scopes for wanted, _ in tokens.asked] == [(own,), (other, own), (other, own)]
 
 
-async def test_a_mirrors_token_is_asked_for_as_nobody():
+async def test_a_mirrors_token_is_asked_for_as_nobody() -> None:
     tokens = Tokens()
     who = authorizer(tokens, Credentials("me", "secret"))
     await who.answer(MIRROR, [BEARER], "")
@@ -268,11 +268,11 @@ async def test_a_mirrors_token_is_asked_for_as_nobody():
 
 
 @pytest.mark.parametrize("given", [Credentials("u", "p"), None])
-async def test_an_authorisation_server_that_is_the_registry_gets_one_authorization(given):
+async def test_an_authorisation_server_that_is_the_registry_gets_one_authorization(given: Credentials | None) -> None:
     """The pull's where there is one, as for the registry's own requests; else the operator's."""
     seen: list[list[str]] = []
 
-    async def issue(request: web.Request) -> web.Response:
+    async def issue(request: web.BaseRequest) -> web.Response:
         seen.append(request.headers.getall("Authorization", []))
         return web.json_response({"token": "t"})
 

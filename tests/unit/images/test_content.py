@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ DIGEST = digest_of(DATA)
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path: Path) -> str:
     return str(tmp_path / "content")
 
 
@@ -31,7 +32,7 @@ async def fill(store: ContentStore, data: bytes, digest: str) -> None:
         ingest.commit(digest)
 
 
-async def test_a_blob_comes_in_whole(root):
+async def test_a_blob_comes_in_whole(root: str) -> None:
     store = ContentStore(root)
     await fill(store, DATA, DIGEST)
     assert files(root) == [f"blobs/sha256/{DIGEST[7:]}"]
@@ -44,14 +45,14 @@ async def test_a_blob_comes_in_whole(root):
     assert ContentStore(root).usage() == (200_704, 1)
 
 
-async def test_the_same_blob_twice_counts_once(root):
+async def test_the_same_blob_twice_counts_once(root: str) -> None:
     store = ContentStore(root)
     await fill(store, DATA, DIGEST)
     await fill(store, DATA, DIGEST)
     assert store.usage() == (200_704, 1)
 
 
-async def test_another_digest_leaves_nothing(root):
+async def test_another_digest_leaves_nothing(root: str) -> None:
     store = ContentStore(root)
     with pytest.raises(DataLossError, match=f"blob {digest_of(b'x')}: the content received has digest {DIGEST}"):
         await fill(store, DATA, digest_of(b"x"))
@@ -59,7 +60,7 @@ async def test_another_digest_leaves_nothing(root):
     assert store.digests() == set()
 
 
-async def test_what_is_not_committed_leaves_nothing(root):
+async def test_what_is_not_committed_leaves_nothing(root: str) -> None:
     store = ContentStore(root)
     with store.ingest() as ingest:
         await ingest.write(DATA)
@@ -67,7 +68,7 @@ async def test_what_is_not_committed_leaves_nothing(root):
     assert files(root) == []
 
 
-async def test_a_cancelled_writer_leaves_nothing(root):
+async def test_a_cancelled_writer_leaves_nothing(root: str) -> None:
     store = ContentStore(root)
     started = asyncio.Event()
 
@@ -85,7 +86,7 @@ async def test_a_cancelled_writer_leaves_nothing(root):
     assert files(root) == []
 
 
-def test_a_new_store_sweeps_what_a_crash_left(root):
+def test_a_new_store_sweeps_what_a_crash_left(root: str) -> None:
     ContentStore(root)
     for name in ("ingest/7", "ingest/x"):
         with open(os.path.join(root, name), "wb") as f:
@@ -94,7 +95,7 @@ def test_a_new_store_sweeps_what_a_crash_left(root):
     assert files(root) == []
 
 
-async def test_deleting(root):
+async def test_deleting(root: str) -> None:
     store = ContentStore(root)
     digest = store.put(b"one")
     await store.delete(digest)
@@ -106,7 +107,7 @@ async def test_deleting(root):
         store.read(digest, 10)
 
 
-async def test_a_deleted_blob_is_gone_before_the_first_wait(root):
+async def test_a_deleted_blob_is_gone_before_the_first_wait(root: str) -> None:
     store = ContentStore(root)
     digest = store.put(b"one")
     task = asyncio.create_task(store.delete(digest))
@@ -117,7 +118,7 @@ async def test_a_deleted_blob_is_gone_before_the_first_wait(root):
     assert store.read(digest, 10) == b"one"
 
 
-def test_reading_is_bounded_and_checked(root):
+def test_reading_is_bounded_and_checked(root: str) -> None:
     store = ContentStore(root)
     digest = store.put(b"12345")
     with pytest.raises(ResourceExhaustedError, match="larger than 4 bytes"):
@@ -128,7 +129,7 @@ def test_reading_is_bounded_and_checked(root):
         store.read(digest, 5)
 
 
-async def test_what_arrives_counts_and_is_told(root):
+async def test_what_arrives_counts_and_is_told(root: str) -> None:
     store = ContentStore(root)
     assert store.arrived(DIGEST) == 0
     with store.ingest(DIGEST) as ingest:
@@ -144,7 +145,7 @@ async def test_what_arrives_counts_and_is_told(root):
     assert store.usage() == (200_704, 1)
 
 
-async def test_what_is_no_blob_keeps_nobody_from_starting(root):
+async def test_what_is_no_blob_keeps_nobody_from_starting(root: str) -> None:
     """A directory or a link in a blob's place could never become that blob; what has another name is not ours."""
     store = ContentStore(root)
     await fill(store, DATA, DIGEST)
@@ -162,7 +163,9 @@ async def test_what_is_no_blob_keeps_nobody_from_starting(root):
     assert store.read(other, 1) == b"x"
 
 
-async def test_a_blob_that_cannot_be_deleted_is_there_again_for_the_next_attempt(root, monkeypatch):
+async def test_a_blob_that_cannot_be_deleted_is_there_again_for_the_next_attempt(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ContentStore(root)
     await fill(store, DATA, DIGEST)
 
@@ -178,7 +181,9 @@ async def test_a_blob_that_cannot_be_deleted_is_there_again_for_the_next_attempt
     assert (store.digests(), store.usage(), files(root)) == (set(), (0, 0), [])
 
 
-async def test_a_blob_that_came_anew_while_its_deletion_failed_counts_once(root, monkeypatch):
+async def test_a_blob_that_came_anew_while_its_deletion_failed_counts_once(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ContentStore(root)
     await fill(store, DATA, DIGEST)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +22,12 @@ def auth(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
+Load = Callable[[object], DockerConfig]
+
+
 @pytest.fixture
-def load(tmp_path):
-    def load(document):
+def load(tmp_path: Path) -> Load:
+    def load(document: object) -> DockerConfig:
         (tmp_path / "config.json").write_text(document if isinstance(document, str) else json.dumps(document))
         return load_docker_config(str(tmp_path / "config.json"))
 
@@ -40,7 +46,7 @@ def load(tmp_path):
         ({}, None),
     ],
 )
-def test_entries(load, entry, credentials):
+def test_entries(load: Load, entry: dict[str, str], credentials: Credentials | None) -> None:
     assert load({"auths": {"r.example": entry}}).find("r.example", "app") == credentials
 
 
@@ -56,12 +62,12 @@ def test_entries(load, entry, credentials):
         ("", ""),
     ],
 )
-def test_names_of_servers(server, name):
+def test_names_of_servers(server: str, name: str) -> None:
     assert canonical_server(server) == name
 
 
 @pytest.mark.parametrize("document", [{}, {"auths": None}, {"auths": {}}, {"HttpHeaders": {}, "detachKeys": "x"}])
-def test_a_file_without_credentials(load, document):
+def test_a_file_without_credentials(load: Load, document: dict[str, Any]) -> None:
     assert load(document).find("r.example", "app") is None
 
 
@@ -80,7 +86,9 @@ def test_a_file_without_credentials(load, document):
         ("#" * (2 << 20), "larger than"),
     ],
 )
-def test_a_malformed_file_is_named_with_its_entry_and_no_secret(load, tmp_path, document, words):
+def test_a_malformed_file_is_named_with_its_entry_and_no_secret(
+    load: Load, tmp_path: Path, document: object, words: str
+) -> None:
     with pytest.raises(FailedPreconditionError) as caught:
         load(document)
     assert f"registry.auth_file {tmp_path}/config.json" in str(caught.value)
@@ -88,7 +96,7 @@ def test_a_malformed_file_is_named_with_its_entry_and_no_secret(load, tmp_path, 
     assert "sec*ret" not in str(caught.value)
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(FailedPreconditionError, match="/no/such/file: No such file"):
         load_docker_config("/no/such/file")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,11 @@ from criserver.images.hosts import RegistryHost, hosts_for
 ALL = frozenset({"pull", "resolve", "push", "referrers"})
 
 
+Write = Callable[[str, str], str]
+
+
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path: Path) -> Write:
     def write(directory: str, text: str) -> str:
         os.makedirs(tmp_path / directory, exist_ok=True)
         (tmp_path / directory / "hosts.toml").write_text(text)
@@ -39,7 +44,7 @@ def urls(hosts: tuple[RegistryHost, ...]) -> list[str]:
         ("localhost:443", ["https://localhost:443/v2"]),
     ],
 )
-def test_without_configuration(domain, expected, tmp_path):
+def test_without_configuration(domain: str, expected: list[str], tmp_path: Path) -> None:
     hosts = hosts_for(domain, "")
     assert urls(hosts) == expected
     assert hosts == hosts_for(domain, str(tmp_path))
@@ -47,7 +52,7 @@ def test_without_configuration(domain, expected, tmp_path):
     assert all(host.origin and not host.namespace and host.capabilities == ALL for host in hosts)
 
 
-def test_mirrors_in_file_order_then_the_server(write):
+def test_mirrors_in_file_order_then_the_server(write: Write) -> None:
     path = write(
         "docker.io",
         """
@@ -75,19 +80,19 @@ def test_mirrors_in_file_order_then_the_server(write):
     assert hosts[1].headers == (("X-One", "1"), ("X-Two", "2"), ("X-Two", "3"))
 
 
-def test_a_server_elsewhere_is_the_registry_under_another_name(write):
+def test_a_server_elsewhere_is_the_registry_under_another_name(write: Write) -> None:
     hosts = hosts_for("example.com", write("example.com", 'server = "https://inside.example"'))
     assert (hosts[0].url, hosts[0].namespace, hosts[0].origin) == ("https://inside.example", "example.com", True)
 
 
-def test_without_a_server_the_registry_itself_is_last_and_has_the_keys_of_the_top(write):
+def test_without_a_server_the_registry_itself_is_last_and_has_the_keys_of_the_top(write: Write) -> None:
     path = write("example.com", 'ca = "ca.pem"\nskip_verify = true\n[host."https://m.example"]\nskip_verify = false')
     mirror, own = hosts_for("example.com", path)
     assert (own.url, own.ca, own.skip_verify) == ("https://example.com", (f"{path}/example.com/ca.pem",), True)
     assert (mirror.url, mirror.ca, mirror.skip_verify) == ("https://m.example", (), False)
 
 
-def test_paths_of_certificates(write):
+def test_paths_of_certificates(write: Write) -> None:
     path = write(
         "r.example",
         """
@@ -106,7 +111,7 @@ def test_paths_of_certificates(write):
     )
 
 
-def test_tls_keys_at_an_http_address_mean_https_first(write):
+def test_tls_keys_at_an_http_address_mean_https_first(write: Write) -> None:
     path = write("r.example", 'server = "http://10.0.0.1:5000"\nskip_verify = true')
     hosts = hosts_for("r.example", path)
     assert urls(hosts) == ["https://10.0.0.1:5000/v2", "http://10.0.0.1:5000/v2"]
@@ -115,7 +120,7 @@ def test_tls_keys_at_an_http_address_mean_https_first(write):
     assert urls(hosts_for("r.example", path)) == ["http://10.0.0.1:80/v2"]
 
 
-def test_directory_names(write):
+def test_directory_names(write: Write) -> None:
     path = write("_default", 'server = "https://default.example"')
     assert urls(hosts_for("r.example:5000", path)) == ["https://default.example/v2"]
     write("r.example:5000", 'server = "https://colon.example"')
@@ -125,7 +130,7 @@ def test_directory_names(write):
     assert urls(hosts_for("r.example", path)) == ["https://default.example/v2"]
 
 
-def test_of_several_directories_the_first_that_knows_a_registry_counts(write, tmp_path):
+def test_of_several_directories_the_first_that_knows_a_registry_counts(write: Write, tmp_path: Path) -> None:
     write("one/r.example", 'server = "https://one.example"')
     write("two/r.example", 'server = "https://two.example"')
     write("two/_default", 'server = "https://default.example"')
@@ -134,7 +139,7 @@ def test_of_several_directories_the_first_that_knows_a_registry_counts(write, tm
     assert urls(hosts_for("other.example", path)) == ["https://default.example/v2"]
 
 
-def test_certificate_files_in_place_of_hosts_toml(tmp_path):
+def test_certificate_files_in_place_of_hosts_toml(tmp_path: Path) -> None:
     directory = tmp_path / "r.example"
     directory.mkdir()
     for name in ("a.crt", "b.crt", "c.cert", "c.key", "d.cert", "notes"):
@@ -146,7 +151,7 @@ def test_certificate_files_in_place_of_hosts_toml(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("1s", 1), ("500ms", 0.5), ("1m30s", 90), ("1.5h", 5400)])
-def test_dial_timeout(write, text, seconds):
+def test_dial_timeout(write: Write, text: str, seconds: float | int) -> None:
     (host,) = hosts_for("r.example", write("r.example", f'dial_timeout = "{text}"'))
     assert host.dial_timeout == pytest.approx(seconds)
 
@@ -173,7 +178,7 @@ def test_dial_timeout(write, text, seconds):
         ('[host."https://x".header]\nA = "b\\r\\nc"', "header.A: has a line break"),
     ],
 )
-def test_a_malformed_file_is_named_with_its_key(write, text, key):
+def test_a_malformed_file_is_named_with_its_key(write: Write, text: str, key: str) -> None:
     path = write("r.example", text)
     with pytest.raises(FailedPreconditionError) as caught:
         hosts_for("r.example", path)
@@ -181,10 +186,10 @@ def test_a_malformed_file_is_named_with_its_key(write, text, key):
     assert key in str(caught.value)
 
 
-def test_unknown_keys_are_passed_over(write):
+def test_unknown_keys_are_passed_over(write: Write) -> None:
     assert urls(hosts_for("r.example", write("r.example", "from_the_future = 1"))) == ["https://r.example/v2"]
 
 
-def test_a_file_out_of_all_proportion(write):
+def test_a_file_out_of_all_proportion(write: Write) -> None:
     with pytest.raises(FailedPreconditionError, match="larger than"):
         hosts_for("r.example", write("r.example", "#" * (2 << 20)))

@@ -9,11 +9,11 @@ from criserver.images import Image, ImageConfig
 from criserver.images.image_user import ImageUser
 
 
-def test_the_http_client_is_not_imported_before_the_first_pull():
+def test_the_http_client_is_not_imported_before_the_first_pull() -> None:
     program = "import sys, criserver.images; assert 'aiohttp' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_the_user_of_an_image_is_parsed_as_its_containers_run():
+def test_the_user_of_an_image_is_parsed_as_its_containers_run() -> None:
     image = Image("sha256:", (), (), 0, ImageConfig(user="01000:users"), "", "", pinned=False)
     assert image.user == ImageUser(1000, "users")

@@ -40,7 +40,7 @@ A, B, C = ("sha256:" + c * 64 for c in "abc")
 AMD64 = Platform("linux", "amd64")
 
 
-def described(media_type: str, digest: str = A, size: int = 10, **more: Any) -> dict[str, Any]:
+def described(media_type: str, digest: str = A, size: object = 10, **more: Any) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": digest, "size": size, **more}
 
 
@@ -68,14 +68,14 @@ def parse(document: Any, media_type: str = "") -> Index | Manifest:
     return parse_manifest(json.dumps(document).encode(), media_type, "manifest m")
 
 
-def test_an_oci_manifest():
+def test_an_oci_manifest() -> None:
     expected = Manifest(Descriptor(OCI_CONFIG, A, 10), (Descriptor(OCI_LAYER_GZIP, B, 10),))
     assert parse(manifest(), OCI_MANIFEST) == expected
     assert parse(manifest(mediaType=None), OCI_MANIFEST) == expected
     assert parse(manifest(mediaType=None), "application/json") == expected
 
 
-def test_a_docker_manifest():
+def test_a_docker_manifest() -> None:
     document = manifest(
         mediaType=DOCKER_MANIFEST, config=described(DOCKER_CONFIG), layers=[described(DOCKER_LAYER_GZIP)]
     )
@@ -85,7 +85,7 @@ def test_a_docker_manifest():
 
 
 @pytest.mark.parametrize("kind", [OCI_INDEX, DOCKER_LIST])
-def test_an_index(kind):
+def test_an_index(kind: str) -> None:
     platform = {"os": "linux", "architecture": "arm", "variant": "v7"}
     found = parse(index(described(OCI_MANIFEST, platform=platform), described(OCI_MANIFEST, B), mediaType=kind), kind)
     assert found == Index(
@@ -116,7 +116,7 @@ def test_an_index(kind):
         (index(*[described(OCI_MANIFEST)] * 1001), "$.manifests"),
     ],
 )
-def test_invalid_manifests(document, where):
+def test_invalid_manifests(document: dict[str, object] | list[object], where: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         parse(document)
     assert str(caught.value).startswith("manifest m is ")
@@ -127,12 +127,12 @@ def test_invalid_manifests(document, where):
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}"]
 )
-def test_what_is_no_json(body):
+def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="manifest m is not valid JSON"):
         parse_manifest(body, OCI_MANIFEST, "manifest m")
 
 
-def test_a_manifest_that_came_as_an_index():
+def test_a_manifest_that_came_as_an_index() -> None:
     with pytest.raises(InvalidArgumentError, match=r"came as application/vnd\.oci\.image\.index"):
         parse(manifest(), OCI_INDEX)
 
@@ -146,13 +146,13 @@ def test_a_manifest_that_came_as_an_index():
         (manifest(config=described("application/vnd.cncf.helm.config.v1+json")), OCI_MANIFEST, "is an artifact"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(document, media_type, message):
+def test_what_is_no_image_is_refused_by_name(document: dict[str, Any], media_type: str, message: str) -> None:
     with pytest.raises(UnimplementedError) as caught:
         parse(document, media_type)
     assert message in str(caught.value)
 
 
-def test_a_configuration():
+def test_a_configuration() -> None:
     found = parse_config(
         json.dumps(
             config(
@@ -180,7 +180,7 @@ def test_a_configuration():
 
 
 @pytest.mark.parametrize("process", [None, {}, {"Entrypoint": None, "Labels": None, "Volumes": None}])
-def test_a_configuration_without_a_process(process):
+def test_a_configuration_without_a_process(process: dict[str, None] | dict[str, object] | None) -> None:
     assert parse_config(json.dumps(config(config=process)).encode(), "c").process == ImageConfig()
 
 
@@ -204,7 +204,7 @@ def test_a_configuration_without_a_process(process):
         (config(config={"Labels": {str(n): "" for n in range(4097)}}), "$.config.Labels"),
     ],
 )
-def test_invalid_configurations(document, where):
+def test_invalid_configurations(document: dict[str, Any], where: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         parse_config(json.dumps(document).encode(), "configuration c")
     assert str(caught.value).startswith("configuration c is invalid: ")
@@ -214,7 +214,7 @@ def test_invalid_configurations(document, where):
 @pytest.mark.parametrize(
     "process", [{"Env": ["a"] * 1_500_000}, {"Labels": {str(n): "" for n in range(500_000)}}], ids=["env", "labels"]
 )
-def test_millions_of_items_do_not_hold_up_the_daemon(process):
+def test_millions_of_items_do_not_hold_up_the_daemon(process: dict[str, dict[str, str] | list[str]]) -> None:
     body = json.dumps(config(config=process)).encode()
     start = time.process_time()
     with pytest.raises(InvalidArgumentError):
@@ -222,7 +222,7 @@ def test_millions_of_items_do_not_hold_up_the_daemon(process):
     assert time.process_time() - start < 2  # 27 s where each item is validated
 
 
-def test_manifest_and_configuration_must_agree():
+def test_manifest_and_configuration_must_agree() -> None:
     found = parse_config(json.dumps(config()).encode(), "c")
     layer = Descriptor(OCI_LAYER, A, 1)
     check_layers(Manifest(layer, (layer,)), found, "m")
@@ -241,7 +241,7 @@ def test_manifest_and_configuration_must_agree():
         (DOCKER_LAYER_ZSTD, "zstd"),
     ],
 )
-def test_compressions(media_type, expected):
+def test_compressions(media_type: str, expected: str) -> None:
     assert compression(Descriptor(media_type, A, 1), "m") == expected
 
 
@@ -253,12 +253,12 @@ def test_compressions(media_type, expected):
         ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "no layer of files"),
     ],
 )
-def test_layers_that_are_refused(media_type, message):
+def test_layers_that_are_refused(media_type: str, message: str) -> None:
     with pytest.raises(UnimplementedError, match=message):
         compression(Descriptor(media_type, A, 1), "m")
 
 
-def test_chain_ids():
+def test_chain_ids() -> None:
     # By hand: printf '%s' "$A $B" | sha256sum, and the same with that and $C.
     ab = "sha256:ccd722928bd92476ba1745586fed6e45a102504185ad88cd89e01ff116fd146c"
     abc = "sha256:c1377126441fb2f5ec2c21ae2a60255331d639e830f0ee1b40a36e52d4c40588"
@@ -295,12 +295,12 @@ def entry(platform: str, digest: str = A, media_type: str = OCI_MANIFEST, **anno
         (["linux/arm/v6", "linux/arm/v7"], "linux/arm64", 1),
     ],
 )
-def test_choosing_by_platform(offered, host, chosen):
+def test_choosing_by_platform(offered: list[str], host: str, chosen: int) -> None:
     index = Index(tuple(entry(platform, f"sha256:{number:064}") for number, platform in enumerate(offered)))
     assert choose(index, Platform(*host.split("/")), "i") == index.manifests[chosen]
 
 
-def test_choosing_passes_over_attestations_and_other_types():
+def test_choosing_passes_over_attestations_and_other_types() -> None:
     index = Index(
         (
             Descriptor(OCI_MANIFEST, A, 1, None, {"vnd.docker.reference.type": "attestation-manifest"}),
@@ -311,7 +311,7 @@ def test_choosing_passes_over_attestations_and_other_types():
     assert choose(index, AMD64, "i").digest == C
 
 
-def test_choosing_where_nothing_fits():
+def test_choosing_where_nothing_fits() -> None:
     index = Index((entry("linux/arm64/v8"), entry("linux/s390x"), entry("unknown/unknown")))
     with pytest.raises(NotFoundError, match=r"i has no image for linux/amd64; it has linux/arm64/v8, linux/s390x$"):
         choose(index, AMD64, "i")
@@ -319,7 +319,7 @@ def test_choosing_where_nothing_fits():
         choose(Index(()), AMD64, "i")
 
 
-def test_what_runs_where():
+def test_what_runs_where() -> None:
     assert runs_on(host_platform(), host_platform())
     assert runs_on(Platform("linux", "arm", "v6"), Platform("linux", "arm"))
     assert not runs_on(Platform("linux", "arm", "v8"), Platform("linux", "arm"))
@@ -348,13 +348,13 @@ V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
         (V4.replace("ssse3", ""), ""),
     ],
 )
-def test_levels_of_amd64(flags, variant):
+def test_levels_of_amd64(flags: str, variant: str) -> None:
     cpuinfo = f"processor\t: 0\nflags\t\t: fpu {flags} sse2\nvmx flags\t: ept\n\nprocessor\t: 1\nflags\t\t: {V4}\n"
     assert amd64_variant(cpuinfo) == variant
 
 
 @pytest.mark.parametrize("config_type", ["application/octet-stream", "application/json", "text/html", ""])
-def test_configurations_that_old_tools_gave_another_type(config_type):
+def test_configurations_that_old_tools_gave_another_type(config_type: str) -> None:
     assert isinstance(parse(manifest(config=described(config_type))), Manifest)
 
 
@@ -362,6 +362,6 @@ def test_configurations_that_old_tools_gave_another_type(config_type):
     "config_type",
     ["application/vnd.oci.empty.v1+json", "application/vnd.cncf.helm.config.v1+json", "application/vnd.unknown"],
 )
-def test_artifacts_are_refused_by_their_type(config_type):
+def test_artifacts_are_refused_by_their_type(config_type: str) -> None:
     with pytest.raises(UnimplementedError, match=f"is an artifact with a .* of type {re.escape(config_type)}"):
         parse(manifest(config=described(config_type)))

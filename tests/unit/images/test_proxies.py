@@ -10,7 +10,7 @@ from criserver.images.proxies import Proxies
 PROXY = "http://proxy.example:3128"
 
 
-def test_without_an_environment():
+def test_without_an_environment() -> None:
     assert Proxies({}).proxy_for("https", "r.example", 443) is None
 
 
@@ -29,14 +29,14 @@ def test_without_an_environment():
         ({"HTTPS_PROXY": "https://me:pass@proxy.example"}, "https", "https://me:pass@proxy.example"),
     ],
 )
-def test_which_variable_counts(environment, scheme, proxy):
+def test_which_variable_counts(environment: dict[str, str], scheme: str, proxy: str | None) -> None:
     assert Proxies(environment).proxy_for(scheme, "r.example", 443) == proxy
 
 
 @pytest.mark.parametrize(
     "value", ["socks5://me:pass@proxy.example", "http://", "http://[::", "http://x:99999", "ftp://x"]
 )
-def test_a_proxy_that_is_no_url_is_refused_without_its_password(value):
+def test_a_proxy_that_is_no_url_is_refused_without_its_password(value: str) -> None:
     with pytest.raises(FailedPreconditionError, match="HTTPS_PROXY") as caught:
         Proxies({"HTTPS_PROXY": value}).proxy_for("https", "r.example", 443)
     assert "pass" not in str(caught.value)
@@ -74,7 +74,7 @@ def test_a_proxy_that_is_no_url_is_refused_without_its_password(value):
         (".svc,.cluster.local,10.0.0.0/8", "registry.kube.svc", True),
     ],
 )
-def test_hosts_without_a_proxy(listed, host, direct):
+def test_hosts_without_a_proxy(listed: str, host: str, direct: bool) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         proxies = Proxies({"HTTPS_PROXY": PROXY, name: listed})
         assert proxies.proxy_for("https", host, 443) == (None if direct else PROXY)

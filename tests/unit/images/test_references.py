@@ -33,12 +33,12 @@ DIGEST = "sha256:" + "0123456789abcdef" * 4
         (f"busybox:1@{DIGEST}", f"docker.io/library/busybox@{DIGEST}"),
     ],
 )
-def test_canonical_forms(text, canonical):
+def test_canonical_forms(text: str, canonical: str) -> None:
     assert str(parse(text)) == canonical
     assert str(parse(canonical)) == canonical
 
 
-def test_parts():
+def test_parts() -> None:
     assert parse(f"r.example:5000/a/b:1@{DIGEST}") == Reference("r.example:5000", "a/b", "1", DIGEST)
     assert parse(f"a@{DIGEST}").tag is None
     assert parse("a:1").digest is None
@@ -79,21 +79,21 @@ def test_parts():
         ("a" * 2000, "longer than 1024"),
     ],
 )
-def test_what_is_refused(text, message):
+def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         parse(text)
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 
 
-def test_digests():
+def test_digests() -> None:
     assert is_digest(DIGEST)
     assert not is_digest(DIGEST + "\n")
     assert not is_digest(DIGEST[7:])
 
 
 @given(st.text() | st.text("abAB019._-/:@[]#\n", max_size=40))
-def test_any_text_is_refused_or_has_a_stable_canonical_form(text):
+def test_any_text_is_refused_or_has_a_stable_canonical_form(text: str) -> None:
     try:
         reference = parse(text)
     except InvalidArgumentError:
@@ -107,5 +107,5 @@ def test_any_text_is_refused_or_has_a_stable_canonical_form(text):
     st.lists(st.from_regex(r"\A[a-z0-9]{1,9}([._]|__|-{1,3})[a-z0-9]{1,5}\Z"), min_size=1, max_size=4),
     st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}\Z"),
 )
-def test_well_formed_references_are_taken_apart(domain, path, tag):
+def test_well_formed_references_are_taken_apart(domain: str, path: list[str], tag: str) -> None:
     assert parse(f"{domain}/{'/'.join(path)}:{tag}") == Reference(domain, "/".join(path), tag, None)

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def spec(**process: Any) -> dict[str, Any]:
     }
 
 
-def host(kind: int = stat.S_IFCHR, mode: int = 0o640, uid: int = 3, gid: int = 4, rdev: tuple[int, int] = (10, 229)):
+def host(
+    kind: int = stat.S_IFCHR, mode: int = 0o640, uid: int = 3, gid: int = 4, rdev: tuple[int, int] = (10, 229)
+) -> Callable[[str], os.stat_result]:
     result = os.stat_result((kind | mode, 0, 0, 1, uid, gid, 0, 0, 0, 0), {"st_rdev": os.makedev(*rdev)})
     return lambda path: result
 
@@ -305,7 +308,9 @@ JSON = st.recursive(
 
 
 @given(JSON, JSON, JSON)
-def test_no_file_hinders_the_others(tmp_path_factory: pytest.TempPathFactory, kind: Any, devices: Any, edits: Any):
+def test_no_file_hinders_the_others(
+    tmp_path_factory: pytest.TempPathFactory, kind: Any, devices: Any, edits: Any
+) -> None:
     directory = tmp_path_factory.mktemp("cdi")
     write(directory, kind=kind, devices=devices, containerEdits=edits)
     write(directory, "good.json", kind="vendor.com/good")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 
@@ -45,11 +46,11 @@ def resolve(user: int | str = "", group: int | str = "", supplemental=(), strict
         ({"user": 33, "supplemental": (1, 2), "strict": True}, User(33, 44, (1, 2, 44))),
     ],
 )
-def test_numbers_and_names(asked, expected):
+def test_numbers_and_names(asked: dict[str, Any], expected: User) -> None:
     assert resolve(**asked) == expected
 
 
-def test_a_number_is_never_looked_up_as_a_name():
+def test_a_number_is_never_looked_up_as_a_name() -> None:
     """CVE-2016-3697, CVE-2026-46680: an account of root's that is named "1000" is not the user 1000."""
     assert resolve(1000) == User(1000, 0, (0,))
     # Without it among the groups of runc before 1.3, which would look for its name.
@@ -71,12 +72,12 @@ def test_a_number_is_never_looked_up_as_a_name():
         ({"user": "web\n"}, "is not in"),
     ],
 )
-def test_a_name_that_the_image_does_not_have_is_refused(asked, words):
+def test_a_name_that_the_image_does_not_have_is_refused(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(FailedPreconditionError, match=words):
         resolve(**asked)
 
 
-def test_as_many_groups_as_the_kernel_takes():
+def test_as_many_groups_as_the_kernel_takes() -> None:
     assert len(resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS - 3))).groups) == MAX_GROUPS
     with pytest.raises(FailedPreconditionError, match=f"allows {MAX_GROUPS}"):
         resolve(33, supplemental=tuple(range(3000, 3000 + MAX_GROUPS)))
@@ -105,7 +106,7 @@ def test_as_many_groups_as_the_kernel_takes():
         (str(2**32 - 2), ImageUser(2**32 - 2)),
     ],
 )
-def test_the_user_of_an_image(text, expected):
+def test_the_user_of_an_image(text: str, expected: ImageUser) -> None:
     assert parse(text) == expected
 
 
@@ -120,7 +121,7 @@ def test_the_user_of_an_image(text, expected):
         ("x:" + "é" * 129, "group .* more than 256 bytes"),
     ],
 )
-def test_a_user_that_no_image_can_have_is_refused_in_few_words(text, words):
+def test_a_user_that_no_image_can_have_is_refused_in_few_words(text: str, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words) as caught:
         parse(text)
     assert len(str(caught.value)) < 200

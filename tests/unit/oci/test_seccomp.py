@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,7 +175,8 @@ def test_every_call_of_the_kernels_headers_is_classified(header: str) -> None:
 
 
 def test_every_group_says_why_and_from_where() -> None:
-    for one in (*GROUPS, *FILTERS):
+    rules: tuple[seccomp.Group | seccomp.Filter, ...] = (*GROUPS, *FILTERS)
+    for one in rules:
         assert one.reason.endswith(".")
         assert one.source
     assert all(one.reason.endswith(".") for one in seccomp.default_architectures().values())
@@ -401,14 +403,14 @@ def test_any_text_is_taken_or_refused(text: bytes) -> None:
         assert str(e).startswith("profile p")
 
 
-def test_a_file_by_its_path(tmp_path) -> None:
+def test_a_file_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps(rules()))
     found = seccomp.localhost_profile(str(path), (), "amd64", "6.1")
     assert found["syscalls"] == [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]
 
 
-def test_a_path_without_a_profile(tmp_path) -> None:
+def test_a_path_without_a_profile(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=str(tmp_path / "no.json")):
         seccomp.localhost_profile(str(tmp_path / "no.json"), (), "amd64", "6.1")
     os.mkfifo(tmp_path / "fifo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -105,7 +106,7 @@ def test_the_command_line(command, args, entrypoint, cmd, expected):
     assert build(image, command=command, args=args)["process"]["args"] == expected
 
 
-def test_no_command_is_refused():
+def test_no_command_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="no command"):
         build(command=())
 
@@ -116,7 +117,7 @@ def test_the_environment_is_the_images_with_the_kubelets_over_it():
     assert env == ["PATH=/own", "HOSTNAME=pod", "A=1", "B=x", "C="]
 
 
-def test_namespaces_are_joined_made_or_the_hosts():
+def test_namespaces_are_joined_made_or_the_hosts() -> None:
     own = build()["linux"]["namespaces"]
     assert {n["type"]: n.get("path") for n in own} == {
         "mount": None,
@@ -134,7 +135,7 @@ def test_namespaces_are_joined_made_or_the_hosts():
     assert [n["type"] for n in host["linux"]["namespaces"]] == ["mount", "ipc"]
 
 
-def test_a_mount_of_the_kubelets_replaces_the_sandboxs_file():
+def test_a_mount_of_the_kubelets_replaces_the_sandboxs_file() -> None:
     mount = Mount("/etc/hosts", "/h/hosts", readonly=True, propagation=Propagation.PRIVATE)
     found = [m for m in build(mounts=(mount,))["mounts"] if m["destination"] == "/etc/hosts"]
     assert found == [
@@ -146,7 +147,7 @@ paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5).map(l
 
 
 @given(st.lists(paths, max_size=8))
-def test_a_parent_is_mounted_before_what_lies_below_it(destinations):
+def test_a_parent_is_mounted_before_what_lies_below_it(destinations: list[str]) -> None:
     mounts = tuple(Mount(d, "/h", readonly=False, propagation=Propagation.PRIVATE) for d in destinations)
     order = [m["destination"] for m in build(mounts=mounts)["mounts"]]
     for index, destination in enumerate(order):
@@ -155,7 +156,7 @@ def test_a_parent_is_mounted_before_what_lies_below_it(destinations):
     assert order.count("/proc") == 1
 
 
-def test_propagation_reaches_the_root():
+def test_propagation_reaches_the_root() -> None:
     def propagation(kind: Propagation) -> str | None:
         mount = Mount("/m", "/h", readonly=False, propagation=kind)
         return build(mounts=(mount,))["linux"].get("rootfsPropagation")
@@ -178,25 +179,25 @@ def test_propagation_reaches_the_root():
         ({"privileged": True, "drop_capabilities": ("ALL",)}, set(HOST.capabilities), set()),
     ],
 )
-def test_capabilities(security, bounding, ambient):
+def test_capabilities(security: dict[str, Any], bounding: set[str], ambient: set[str]) -> None:
     found = build(security=Security(**security))["process"]["capabilities"]
     assert set(found["bounding"]) == set(found["effective"]) == set(found["permitted"]) == bounding
     assert set(found["ambient"]) == set(found["inheritable"]) == ambient
 
 
-def test_a_capability_that_the_kernel_does_not_know_is_refused():
+def test_a_capability_that_the_kernel_does_not_know_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="'FLY'"):
         build(security=Security(add_capabilities=("FLY",)))
 
 
-def test_the_oom_score_is_no_lower_than_the_daemon_may_set():
+def test_the_oom_score_is_no_lower_than_the_daemon_may_set() -> None:
     def score(asked: int) -> int:
         return build(resources=Resources(oom_score_adj=asked))["process"]["oomScoreAdj"]
 
     assert [score(-998), score(-500), score(3), score(1000)] == [-500, -500, 3, 1000]
 
 
-def test_resources_that_are_unset_are_not_in_the_spec():
+def test_resources_that_are_unset_are_not_in_the_spec() -> None:
     limits = build()["linux"]["resources"]
     assert set(limits) == {"devices"}
     limits = build(resources=Resources(cpu_shares=2, memory_limit=5, hugepage_limits=(("2MB", 7),)))["linux"][
@@ -224,7 +225,7 @@ def test_devices_are_allowed_one_by_one():
     assert linux["linux"]["devices"][0]["fileMode"] == 0o666
 
 
-def test_privileged_takes_the_confinement_off():
+def test_privileged_takes_the_confinement_off() -> None:
     found = build(security=Security(privileged=True, masked_paths=("/proc/kcore",), readonly_paths=("/proc/sys",)))
     assert found["linux"]["maskedPaths"] == found["linux"]["readonlyPaths"] == []
     assert found["linux"]["resources"]["devices"] == [{"allow": True, "access": "rwm"}]
@@ -233,7 +234,7 @@ def test_privileged_takes_the_confinement_off():
     assert "rw" in options["/sys/fs/cgroup"]
 
 
-def test_an_execs_process_is_the_containers_with_another_command():
+def test_an_execs_process_is_the_containers_with_another_command() -> None:
     document = build()
     process = spec.exec_process(document, ["ls"], tty=False)
     assert process["args"] == ["ls"]
@@ -242,7 +243,7 @@ def test_an_execs_process_is_the_containers_with_another_command():
     assert "TERM=xterm" in spec.exec_process(document, ["ls"], tty=True)["env"]
 
 
-def test_labels_and_profiles():
+def test_labels_and_profiles() -> None:
     found = build(apparmor_profile="own", selinux_label="a:b:c:d", mount_label="a:o:f:d")
     assert found["process"]["apparmorProfile"] == "own"
     assert found["process"]["selinuxLabel"] == "a:b:c:d"
@@ -251,7 +252,7 @@ def test_labels_and_profiles():
     assert not {"apparmorProfile", "selinuxLabel"} & plain["process"].keys()
 
 
-def test_the_limit_of_descriptors():
+def test_the_limit_of_descriptors() -> None:
     assert "rlimits" not in build()["process"]
     limited = build(host=dataclasses.replace(HOST, open_files=(1024, 4096)))
     assert limited["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096}]
@@ -265,7 +266,7 @@ def test_a_quota_has_its_period_by_name():
 
 
 @pytest.mark.parametrize(("swap", "left"), [(0, "0"), (64, "0"), (80, "16"), (-1, "max")])
-def test_version_2_is_told_swap_alone(swap: int, left: str):
+def test_version_2_is_told_swap_alone(swap: int, left: str) -> None:
     host = dataclasses.replace(HOST, unified_cgroups=True, swap_accounting=True)
     found = resource_limits(Resources(memory_limit=64, memory_swap_limit=swap), host)
     assert found == {"memory": {"limit": 64}, "unified": {"memory.swap.max": left}}

@@ -209,7 +209,7 @@ many = settings(max_examples=100)
 
 @many
 @given(asked())
-def test_a_document_is_plain_json_and_nothing_is_asked_twice(arguments):
+def test_a_document_is_plain_json_and_nothing_is_asked_twice(arguments: dict[str, Any]) -> None:
     if (document := built(arguments)) is None:
         return
     assert json.loads(json.dumps(document)) == document
@@ -227,7 +227,7 @@ def test_a_document_is_plain_json_and_nothing_is_asked_twice(arguments):
 
 @many
 @given(asked())
-def test_mounts_come_parents_first_and_none_is_lost(arguments):
+def test_mounts_come_parents_first_and_none_is_lost(arguments: dict[str, Any]) -> None:
     if (document := built(arguments)) is None:
         return
     order = [mount["destination"] for mount in document["mounts"]]
@@ -247,7 +247,7 @@ def test_mounts_come_parents_first_and_none_is_lost(arguments):
 
 @many
 @given(asked())
-def test_capability_sets_agree(arguments):
+def test_capability_sets_agree(arguments: dict[str, Any]) -> None:
     if (document := built(arguments)) is None:
         return
     sets = {kind: set(found) for kind, found in document["process"]["capabilities"].items()}
@@ -261,7 +261,7 @@ def test_capability_sets_agree(arguments):
 
 @many
 @given(asked())
-def test_devices_are_denied_before_any_is_allowed(arguments):
+def test_devices_are_denied_before_any_is_allowed(arguments: dict[str, Any]) -> None:
     if (document := built(arguments)) is None:
         return
     rules = document["linux"]["resources"]["devices"]
@@ -284,10 +284,11 @@ def validator() -> jsonschema.Draft4Validator:
         with open(os.path.join(SCHEMA, os.path.basename(name))) as f:
             return Resource.from_contents(json.load(f), default_specification=DRAFT4)
 
-    return jsonschema.Draft4Validator({"$ref": "config-schema.json"}, registry=Registry(retrieve=retrieve))
+    registry = Registry(retrieve=retrieve)  # type: ignore[call-arg]  # its attribute is private, its argument is not
+    return jsonschema.Draft4Validator({"$ref": "config-schema.json"}, registry=registry)
 
 
-def test_the_schema_refuses_what_is_wrong(validator):
+def test_the_schema_refuses_what_is_wrong(validator: jsonschema.Draft4Validator) -> None:
     arguments = {"ociVersion": "1.0.2", "linux": {"resources": {"cpu": {"shares": -1}}}}
     assert [list(e.absolute_path) for e in validator.iter_errors(arguments)] == [
         ["linux", "resources", "cpu", "shares"]
@@ -296,7 +297,7 @@ def test_the_schema_refuses_what_is_wrong(validator):
 
 @many
 @given(arguments=asked())
-def test_a_document_is_valid_by_the_schema(validator, arguments):
+def test_a_document_is_valid_by_the_schema(validator: jsonschema.Draft4Validator, arguments: dict[str, Any]) -> None:
     if (document := built(arguments)) is not None:
         # The schema has only the names that are not recursive. runc and crun take both, and with those of the
         # schema the mounts below the root would keep the host's propagation.

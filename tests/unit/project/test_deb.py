@@ -33,7 +33,7 @@ def older(one: str, other: str) -> bool:
     return subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=False).returncode == 0
 
 
-def test_versions_are_in_the_order_of_debian(build: ModuleType):
+def test_versions_are_in_the_order_of_debian(build: ModuleType) -> None:
     first = build.parse(["--python", "3.11", "--architecture", "amd64"]).version
     newer_python = build.parse(["--python", "3.13", "--architecture", "amd64"]).version
     second = build.parse(["--python", "3.11", "--revision", "2", "--architecture", "amd64"]).version
@@ -46,7 +46,7 @@ def test_versions_are_in_the_order_of_debian(build: ModuleType):
 )
 def test_what_comes_before_a_release_sorts_before_it(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, expected: str
-):
+) -> None:
     (tmp_path / "criserver").mkdir()
     (tmp_path / "criserver/__init__.py").write_text(f'"""..."""\n\n__version__ = "{given}"\n')
     monkeypatch.setattr(build, "SOURCE", tmp_path)
@@ -55,12 +55,12 @@ def test_what_comes_before_a_release_sorts_before_it(
 
 
 @pytest.mark.parametrize("words", [["--python", "2.7"], ["--python", "3"], ["--revision", "x1"], ["--revision", "1-2"]])
-def test_options_that_no_package_can_have_are_refused(build: ModuleType, words: list[str]):
+def test_options_that_no_package_can_have_are_refused(build: ModuleType, words: list[str]) -> None:
     with pytest.raises(SystemExit):
         build.parse(words)
 
 
-def test_the_configuration_names_every_key_and_sets_one(build: ModuleType, tmp_path: Path):
+def test_the_configuration_names_every_key_and_sets_one(build: ModuleType, tmp_path: Path) -> None:
     text = build.configuration()
     keys = re.findall(r"^#?(\w+) = ", text, re.MULTILINE)
     assert keys == re.findall(r"^(\w+) = ", (ROOT / "criserver/config/default.toml").read_text(), re.MULTILINE)
@@ -76,14 +76,14 @@ def test_the_configuration_names_every_key_and_sets_one(build: ModuleType, tmp_p
 
 def test_a_file_of_the_service_that_has_no_place_is_not_left_out_in_silence(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     monkeypatch.setitem(build.PLACES, "systemd", {".timer": "usr/lib/systemd/system/{name}"})
     options = build.parse(["--architecture", "amd64"])
     with pytest.raises(SystemExit, match=r"no place is known for contrib/systemd/criserver\.service"):
         build.files(options, tmp_path)
 
 
-def test_the_manual_page_has_every_command_and_option():
+def test_the_manual_page_has_every_command_and_option() -> None:
     page = (ROOT / "contrib/deb/criserver.8").read_text().replace("\\-", "-")
 
     def walk(parser: argparse.ArgumentParser, path: str) -> None:
@@ -101,7 +101,7 @@ def test_the_manual_page_has_every_command_and_option():
 
 def test_commands_go_by_the_nodes_configuration_and_the_daemon_is_told_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     def configs() -> list[str | None]:
         return [cli._parser().parse_args(c.split()).config for c in ("check", "reset", "image list", "serve")]
 

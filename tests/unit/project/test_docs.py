@@ -8,6 +8,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,18 +62,18 @@ def functions_in(path: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-def test_the_page_has_the_messages_and_no_others():
+def test_the_page_has_the_messages_and_no_others() -> None:
     assert sorted(sections()) == sorted(MESSAGES)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_every_field_of_cri_has_a_row_and_every_row_is_a_field(message: str):
+def test_every_field_of_cri_has_a_row_and_every_row_is_a_field(message: str) -> None:
     fields = {field.name for field in cri.DESCRIPTOR.message_types_by_name[message].fields}
     assert set(sections()[message]) == fields
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_every_row_says_what_happens_and_names_tests_that_there_are(message: str):
+def test_every_row_says_what_happens_and_names_tests_that_there_are(message: str) -> None:
     for field, (happens, shown) in sections()[message].items():
         assert happens, field
         named = re.findall(r"`([^`]*)`", shown)
@@ -84,7 +85,7 @@ def test_every_row_says_what_happens_and_names_tests_that_there_are(message: str
             assert function in functions_in(path), f"{field}: there is no {test}"
 
 
-def keys(table: dict, prefix: str = "") -> dict[str, object]:
+def keys(table: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """The dotted names of a TOML document's keys, with their values; a handler's name is NAME."""
     found: dict[str, object] = {}
     for key, value in table.items():
@@ -95,13 +96,13 @@ def keys(table: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def test_every_key_of_the_configuration_is_described_with_its_default():
+def test_every_key_of_the_configuration_is_described_with_its_default() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     described = {key: default for key, (default, what) in rows(page).items() if what}
     assert described == {key: f"`{json.dumps(value)}`" for key, value in keys(tomllib.loads(default_text())).items()}
 
 
-def test_the_example_of_the_configuration_is_valid(tmp_path):
+def test_the_example_of_the_configuration_is_valid(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
     (tmp_path / "config.toml").write_text(example)
     assert sorted(load(str(tmp_path / "config.toml")).runtimes) == ["crun", "runc"]

@@ -24,7 +24,7 @@ _FUNCTIONS = {"compile", "match", "fullmatch", "search", "sub", "subn", "split",
 
 def sources() -> Iterator[Path]:
     for package in (criserver, shims, snapshotter):
-        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             if "pb" not in path.parts:
                 yield path
 
@@ -40,6 +40,7 @@ def literals() -> Iterator[tuple[str, str | bytes]]:
                 and node.func.value.id == "re"
                 and node.func.attr in _FUNCTIONS
                 and isinstance(node.args[0], ast.Constant)
+                and isinstance(node.args[0].value, str | bytes)
             ):
                 yield f"{path}:{node.lineno}", node.args[0].value
 
@@ -85,7 +86,7 @@ def has_dollar(parsed: Any) -> bool:
 
 
 @pytest.mark.parametrize("found", [literals, compiled, in_schemas])
-def test_no_pattern_matches_before_a_last_newline(found: Any):
+def test_no_pattern_matches_before_a_last_newline(found: Any) -> None:
     patterns = list(found())
     assert len(patterns) > 5, "nothing was looked at"
     wrong = [(where, pattern) for where, pattern in patterns if has_dollar(_parser.parse(pattern))]
@@ -93,12 +94,12 @@ def test_no_pattern_matches_before_a_last_newline(found: Any):
 
 
 @pytest.mark.parametrize("pattern", ["^a$", "(a$|b)", "(?!b$)a", "a(?:b|(c$))?", "(?=x*$)"])
-def test_the_look_for_it_finds_it(pattern: str):
+def test_the_look_for_it_finds_it(pattern: str) -> None:
     assert has_dollar(_parser.parse(pattern))
     assert not has_dollar(_parser.parse(pattern.replace("$", r"\Z")))
 
 
-def test_a_schema_takes_no_last_newline():
+def test_a_schema_takes_no_last_newline() -> None:
     from criserver.errors import CriError
     from criserver.images import manifests
 

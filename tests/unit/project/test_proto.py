@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,17 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 FACTS = Path(os.environ.get("CRI_DESCRIPTORS", Path(__file__).parents[3].parent / "shared" / "cri" / "cri-v1.binpb"))
 
 
-def messages(found, prefix=""):
+def messages(
+    found: Iterable[descriptor_pb2.DescriptorProto], prefix: str = ""
+) -> Iterator[tuple[str, descriptor_pb2.DescriptorProto]]:
     for message in found:
         yield prefix + message.name, message
         yield from messages(message.nested_type, f"{prefix}{message.name}.")
 
 
-def facts(file: descriptor_pb2.FileDescriptorProto) -> set[tuple]:
+def facts(file: descriptor_pb2.FileDescriptorProto) -> set[tuple[object, ...]]:
     """Every fact that two sides of a wire must agree on."""
-    found: set[tuple] = set()
+    found: set[tuple[object, ...]] = set()
     for name, message in messages(file.message_type):
         for field in message.field:
             found.add((name, field.name, field.number, field.type, field.label, field.type_name))
@@ -43,7 +46,7 @@ def facts(file: descriptor_pb2.FileDescriptorProto) -> set[tuple]:
 
 
 @pytest.mark.skipif(not FACTS.exists(), reason=f"no descriptor set of the interface at {FACTS}")
-def test_every_message_field_and_rpc_is_the_interfaces():
+def test_every_message_field_and_rpc_is_the_interfaces() -> None:
     theirs = descriptor_pb2.FileDescriptorSet.FromString(FACTS.read_bytes()).file[0]
     ours = descriptor_pb2.FileDescriptorProto()
     cri.DESCRIPTOR.CopyToProto(ours)
@@ -55,7 +58,9 @@ def test_every_message_field_and_rpc_is_the_interfaces():
     ("service", "implementation", "missing"),
     [("RuntimeService", RuntimeService, RUNTIME_MISSING), ("ImageService", ImageService, IMAGE_MISSING)],
 )
-def test_every_rpc_is_served_or_refused_by_the_name_of_its_feature(service, implementation, missing):
+def test_every_rpc_is_served_or_refused_by_the_name_of_its_feature(
+    service: str, implementation: type[Exception], missing: dict[str, object]
+) -> None:
     rpcs = {m.name for m in cri.DESCRIPTOR.services_by_name[service].methods}
     served = {rpc for rpc in rpcs if hasattr(implementation, method_name(rpc))}
     assert served | set(missing) == rpcs

@@ -20,7 +20,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_shims_import_the_standard_library_alone():
+def test_shims_import_the_standard_library_alone() -> None:
     """Each import costs memory in every pod of a node."""
     modules = list((ROOT / "shims").rglob("*.py"))
     assert len(modules) > 5

@@ -26,7 +26,7 @@ def order(name: str) -> tuple[bool, list[int | str]]:
 
 def named_by_tests() -> dict[str, str]:
     """The faults in the docstrings below tests/security, with a test that names each."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted((ROOT / "tests/security").glob("test_*.py")):
         tree = ast.parse(path.read_text())
         for node in (tree, *ast.walk(tree)):
@@ -37,19 +37,19 @@ def named_by_tests() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("path", "function"), sorted(set(TEST.findall(PAGE))))
-def test_every_test_that_is_referred_to_is_there(path: str, function: str):
+def test_every_test_that_is_referred_to_is_there(path: str, function: str) -> None:
     assert (ROOT / "tests" / path).is_file(), f"there is no tests/{path}"
     if function:
         assert function.startswith("test_")
         assert function in functions_in(path), f"there is no {path}::{function}"
 
 
-def test_every_reference_to_a_test_is_understood():
+def test_every_reference_to_a_test_is_understood() -> None:
     mentioned = set(re.findall(r"`([^`\s]*(?:\.py|::)[^`\s]*)`", PAGE))
     assert mentioned == {path + (f"::{function}" if function else "") for path, function in TEST.findall(PAGE)}
 
 
-def test_every_promise_names_a_test():
+def test_every_promise_names_a_test() -> None:
     tables = [body for body in PROMISES.split("\n## ") if "| shown by |" in body]
     assert len(tables) > 5
     for body in tables:
@@ -60,7 +60,7 @@ def test_every_promise_names_a_test():
             assert TEST.search(shown), f"no test shows it: {promise}"
 
 
-def test_every_fault_is_well_formed():
+def test_every_fault_is_well_formed() -> None:
     for name, cells in FAULTS.items():
         assert ID.fullmatch(name), name
         assert len(cells) == 3, name
@@ -71,22 +71,22 @@ def test_every_fault_is_well_formed():
         assert all(other in FAULTS for other in ID.findall(here)), name
 
 
-def test_the_faults_are_in_order():
+def test_the_faults_are_in_order() -> None:
     assert list(FAULTS) == sorted(FAULTS, key=order)
     assert len(FAULTS) == HISTORY.count("\n| `")
 
 
-def test_every_fault_that_a_test_names_is_in_the_table():
+def test_every_fault_that_a_test_names_is_in_the_table() -> None:
     assert {name: test for name, test in named_by_tests().items() if name not in FAULTS} == {}
 
 
-def test_a_fault_that_a_test_names_refers_to_its_suite():
+def test_a_fault_that_a_test_names_refers_to_its_suite() -> None:
     """A reader of the table finds the tests that are about the fault."""
     for name, test in named_by_tests().items():
         assert f"security/{test.partition('::')[0]}" in FAULTS[name][2], f"{name}: {test} is not named"
 
 
-def test_links_lead_somewhere():
+def test_links_lead_somewhere() -> None:
     for page in ("docs/security.md", "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
             if not target.startswith("http"):

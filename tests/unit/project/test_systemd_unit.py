@@ -25,19 +25,19 @@ def named_in(title: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`([A-Za-z]+)`", cell)}
 
 
-def test_every_line_of_the_unit_is_explained():
+def test_every_line_of_the_unit_is_explained() -> None:
     plain = {"Description", "Documentation", "ExecStart", "WantedBy"}
     assert named_in("The unit") == set_lines() - plain
 
 
-def test_nothing_is_set_that_containers_inherit_or_that_hides_mounts():
+def test_nothing_is_set_that_containers_inherit_or_that_hides_mounts() -> None:
     left_out = named_in("What is not set")
     assert {"NoNewPrivileges", "SystemCallFilter", "ProtectSystem", "PrivateMounts"} <= left_out
     assert set_lines() & left_out == set()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
-def test_systemd_finds_no_fault(tmp_path: Path):
+def test_systemd_finds_no_fault(tmp_path: Path) -> None:
     # Its program is looked for, and is installed nowhere here.
     unit = tmp_path / "criserver.service"
     unit.write_text(UNIT.replace("/usr/bin/criserver serve", "/bin/true"))

@@ -21,7 +21,7 @@ REPORT = b"""<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_a_report_has_a_case_a_test_and_a_failing_teardown_counts():
+def test_a_report_has_a_case_a_test_and_a_failing_teardown_counts() -> None:
     assert cases(REPORT) == [
         Case("test_pods::test_one", "passed", 2.5),
         Case("test_pods::test_two", "failed", 1.0, "assert 1 == 2"),
@@ -30,7 +30,7 @@ def test_a_report_has_a_case_a_test_and_a_failing_teardown_counts():
     ]
 
 
-def test_the_table_ends_with_the_counts_and_tells_failures_skips_and_what_took_longest():
+def test_the_table_ends_with_the_counts_and_tells_failures_skips_and_what_took_longest() -> None:
     text = table([Result("pods", 7.2, cases(REPORT)), Result("a kubelet", 0, skipped="there is none")])
     lines = text.splitlines()
     assert lines[1] == "pods            1       2        1        7"
@@ -41,7 +41,7 @@ def test_the_table_ends_with_the_counts_and_tells_failures_skips_and_what_took_l
     assert lines[-1] == "1 passed, 2 failed, 1 skipped"
 
 
-def test_a_suite_without_an_end_or_without_a_test_is_not_good():
+def test_a_suite_without_an_end_or_without_a_test_is_not_good() -> None:
     assert Result("pods", 1, [Case("a", "passed", 1)]).good
     assert Result("pods", 1, skipped="no kubelet").good
     assert not Result("pods", 1).good

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 
 import pytest
 
@@ -24,7 +25,7 @@ class Work:
         return f"id-{self.started}"
 
 
-async def cancelled(call) -> None:
+async def cancelled(call: Coroutine[object, object, object]) -> None:
     task = asyncio.ensure_future(call)
     await asyncio.sleep(0)
     task.cancel()
@@ -38,7 +39,7 @@ async def done(attempts: Attempts) -> None:
     await asyncio.sleep(0)
 
 
-async def test_a_retry_during_the_work_waits_for_it():
+async def test_a_retry_during_the_work_waits_for_it() -> None:
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     retry = asyncio.ensure_future(attempts.run("pod", b"r", work))
@@ -48,7 +49,7 @@ async def test_a_retry_during_the_work_waits_for_it():
     assert work.started == 1
 
 
-async def test_a_retry_after_the_work_is_handed_the_outcome_nobody_took():
+async def test_a_retry_after_the_work_is_handed_the_outcome_nobody_took() -> None:
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     work.end.set()
@@ -57,7 +58,7 @@ async def test_a_retry_after_the_work_is_handed_the_outcome_nobody_took():
     assert await attempts.run("pod", b"r", work) == "id-2", "once told, the next is a call of its own"
 
 
-async def test_an_outcome_that_came_as_the_caller_gave_up_is_handed_to_its_retry():
+async def test_an_outcome_that_came_as_the_caller_gave_up_is_handed_to_its_retry() -> None:
     attempts, work = Attempts(), Work()
     work.end.set()
 
@@ -70,7 +71,7 @@ async def test_an_outcome_that_came_as_the_caller_gave_up_is_handed_to_its_retry
     assert await asyncio.create_task(call(60)) == "id-2"
 
 
-async def test_an_outcome_nobody_took_is_dropped_with_its_sandbox():
+async def test_an_outcome_nobody_took_is_dropped_with_its_sandbox() -> None:
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     work.end.set()
@@ -79,7 +80,7 @@ async def test_an_outcome_nobody_took_is_dropped_with_its_sandbox():
     assert await attempts.run("pod", b"r", work) == "id-2"
 
 
-async def test_another_request_for_the_name_is_refused():
+async def test_another_request_for_the_name_is_refused() -> None:
     attempts, work = Attempts(), Work()
     await cancelled(attempts.run("pod", b"r", work))
     with pytest.raises(AlreadyExistsError, match="pod"):
@@ -88,7 +89,7 @@ async def test_another_request_for_the_name_is_refused():
     await attempts.finish()
 
 
-async def test_a_failure_frees_the_name_whether_somebody_waits_or_not():
+async def test_a_failure_frees_the_name_whether_somebody_waits_or_not() -> None:
     attempts = Attempts()
 
     async def fail() -> str:

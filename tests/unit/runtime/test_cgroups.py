@@ -15,14 +15,14 @@ from criserver.runtime import cgroups
 SLICE = "kubepods-burstable-pod1_2.slice"
 
 
-def test_cgroupfs():
+def test_cgroupfs() -> None:
     assert cgroups.own_parent("cgroupfs", "s") == "/criserver/s"
     parent = cgroups.checked_parent("cgroupfs", "/kubepods/burstable/pod1")
     assert cgroups.spec_path(parent, "c") == cgroups.path(parent, "c") == "/kubepods/burstable/pod1/c"
     assert cgroups.pod_path(parent) == parent
 
 
-def test_systemd():
+def test_systemd() -> None:
     assert cgroups.own_parent("systemd", "s") == "criserver-s.slice"
     parent = cgroups.checked_parent("systemd", f"/kubepods.slice/kubepods-burstable.slice/{SLICE}")
     assert parent == SLICE
@@ -33,12 +33,12 @@ def test_systemd():
 
 
 @pytest.mark.parametrize(("driver", "parent"), [("systemd", "/kubepods/pod1"), ("cgroupfs", SLICE)])
-def test_a_parent_of_the_other_driver_is_refused(driver, parent):
+def test_a_parent_of_the_other_driver_is_refused(driver: str, parent: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"driver is {driver}.*cgroupDriver"):
         cgroups.checked_parent(driver, parent)
 
 
-def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "roots", lambda: {"cpu": f"{tmp_path}/cpu", "memory": f"{tmp_path}/memory"})
     (tmp_path / "cpu/criserver/pod").mkdir(parents=True)
     (tmp_path / "memory/criserver").mkdir(parents=True)
@@ -58,7 +58,9 @@ def test_the_cgroups_of_another_daemons_pods_stay(tmp_path: Path, monkeypatch: p
         ({"": "/cg/unified", "memory": "/cg/memory"}, "kubepods-pod1.slice", ""),
     ],
 )
-def test_the_pods_count_is_wanted_where_systemd_removes_the_containers(monkeypatch, roots, parent, path):
+def test_the_pods_count_is_wanted_where_systemd_removes_the_containers(
+    monkeypatch: pytest.MonkeyPatch, roots: dict[str, str], parent: str, path: str
+) -> None:
     monkeypatch.setattr(cgroups, "roots", lambda: roots)
     assert cgroups.pod_events(parent) == path
 
@@ -86,7 +88,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("unread", ["pod/c", "cgroup.procs"])
-def test_what_cannot_be_looked_at_has_not_ended(hierarchy: Path, monkeypatch: pytest.MonkeyPatch, unread: str):
+def test_what_cannot_be_looked_at_has_not_ended(hierarchy: Path, monkeypatch: pytest.MonkeyPatch, unread: str) -> None:
     """Without a descriptor left, a container's processes were taken for ended, and its record was forgotten."""
     refuse(monkeypatch, unread, errno.EMFILE)
     with pytest.raises(CriError, match=r"cannot see whether all processes in cgroup /pod/c have ended.*Too many open"):
@@ -96,13 +98,13 @@ def test_what_cannot_be_looked_at_has_not_ended(hierarchy: Path, monkeypatch: py
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP])
 def test_a_cgroup_that_is_gone_or_of_threads_has_no_processes(
     hierarchy: Path, monkeypatch: pytest.MonkeyPatch, number: int
-):
+) -> None:
     refuse(monkeypatch, "cgroup.procs", number)
     assert cgroups.end_processes("/pod/c", 0.05) == []
     assert cgroups.end_processes("/pod/other", 0.05) == []
 
 
-def test_a_cgroup_that_stays_is_told_of(hierarchy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cgroup_that_stays_is_told_of(hierarchy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "_EMPTYING", 0.05)
     (hierarchy / "pod/c/cgroup.procs").unlink()
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +119,7 @@ def test_a_cgroup_that_stays_is_told_of(hierarchy: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.isdir("/sys/fs/cgroup/pids"), reason="cgroup version 1, as root")
-def test_a_cgroup_with_a_process_in_it_is_told_of(monkeypatch: pytest.MonkeyPatch):
+def test_a_cgroup_with_a_process_in_it_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "_EMPTYING", 0.2)
     name = f"criserver-test-{os.getpid()}"
     top = Path("/sys/fs/cgroup/pids", name)

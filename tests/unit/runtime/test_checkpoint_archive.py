@@ -36,7 +36,7 @@ def entries(path: Path) -> dict[str, tarfile.TarInfo]:
         return {entry.name: entry for entry in tar}
 
 
-def test_a_diff_keeps_names_links_and_modes(tmp_path: Path):
+def test_a_diff_keeps_names_links_and_modes(tmp_path: Path) -> None:
     upper = tmp_path / "upper"
     long = "l" * 200
     (upper / "directory" / long).mkdir(parents=True)
@@ -55,7 +55,9 @@ def test_a_diff_keeps_names_links_and_modes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("other", ["link", "shorter"])
-def test_a_file_that_is_replaced_while_it_is_looked_at(tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_is_replaced_while_it_is_looked_at(
+    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A container that shares the process namespace can reach it, and logs are rotated: size and content are of one."""
     upper, secret = tmp_path / "upper", tmp_path / "secret"
     upper.mkdir()
@@ -81,7 +83,7 @@ def test_a_file_that_is_replaced_while_it_is_looked_at(tmp_path: Path, other: st
 
 
 @pytest.mark.parametrize(("first", "length", "seen"), [(0, 1, 0), (-5, 10, 5), (1, 10, 65534), (-5, 5, 65534)])
-def test_the_owners_in_a_diff_are_those_that_the_pod_sees(tmp_path: Path, first: int, length: int, seen: int):
+def test_the_owners_in_a_diff_are_those_that_the_pod_sees(tmp_path: Path, first: int, length: int, seen: int) -> None:
     (tmp_path / "upper").mkdir()
     (tmp_path / "upper" / "file").touch()
     ids = IdMapping(container_id=0, host_id=os.getuid() + first, length=length)
@@ -92,7 +94,7 @@ def test_the_owners_in_a_diff_are_those_that_the_pod_sees(tmp_path: Path, first:
     assert (entry.uid, entry.gid) == (seen, 7)
 
 
-def test_a_large_file_can_be_cut_off_in_its_middle(tmp_path: Path):
+def test_a_large_file_can_be_cut_off_in_its_middle(tmp_path: Path) -> None:
     (tmp_path / "upper").mkdir()
     (tmp_path / "upper" / "large").write_bytes(b"x" * (10 << 20))
     with pytest.raises(InterruptedError):
@@ -101,7 +103,7 @@ def test_a_large_file_can_be_cut_off_in_its_middle(tmp_path: Path):
 
 
 @pytest.mark.parametrize("log", ["there", "gone", "none"])
-def test_the_archive_has_the_log_where_there_is_one(tmp_path: Path, log: str):
+def test_the_archive_has_the_log_where_there_is_one(tmp_path: Path, log: str) -> None:
     (tmp_path / "content" / "checkpoint").mkdir(parents=True)
     (tmp_path / "content" / "status").write_text("{}")
     if log == "there":
@@ -112,7 +114,7 @@ def test_the_archive_has_the_log_where_there_is_one(tmp_path: Path, log: str):
     assert set(entries(tmp_path / "a.tar")) == expected
 
 
-def test_an_upper_layer_is_archived_however_deep_it_is(tmp_path: Path):
+def test_an_upper_layer_is_archived_however_deep_it_is(tmp_path: Path) -> None:
     upper = tmp_path / "upper"
     upper.mkdir()
     nest(upper, 3000)

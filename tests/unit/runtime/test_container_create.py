@@ -38,7 +38,9 @@ def node() -> FakeNode:
 
 
 @pytest.mark.parametrize("undone", [True, False])
-async def test_a_container_that_is_made_but_cannot_be_written_down(node: FakeNode, monkeypatch, undone: bool):
+async def test_a_container_that_is_made_but_cannot_be_written_down(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, undone: bool
+) -> None:
     pod = node.registry.sandboxes["p"]
     node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
     put = node.store.put
@@ -48,10 +50,8 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(node: FakeNod
 
     monkeypatch.setattr(container_create, "_check_features", Mock())
     monkeypatch.setattr(container_create, "_prepare", prepare)
-    monkeypatch.setattr(container_create.apparmor, "choose", AsyncMock())
-    monkeypatch.setattr(
-        container_create.filesystems, "discard", AsyncMock(side_effect=None if undone else CriError("busy"))
-    )
+    monkeypatch.setattr(apparmor, "choose", AsyncMock())
+    monkeypatch.setattr(filesystems, "discard", AsyncMock(side_effect=None if undone else CriError("busy")))
     asked = container("c", pod)
     with pytest.raises(ResourceExhaustedError, match="the disk is full"):
         await container_create._create(node, "p", asked.config, asked.sent)
@@ -67,10 +67,12 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(node: FakeNod
 
 
 @pytest.mark.parametrize("trouble", ["what it has", "its record"])
-async def test_a_container_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, trouble: str):
+async def test_a_container_that_cannot_be_undone_is_seen(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     brought_to(node.registry, found := container("c", node.registry.sandboxes["p"]))
     discard = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
-    monkeypatch.setattr(container_create.filesystems, "discard", discard)
+    monkeypatch.setattr(filesystems, "discard", discard)
     node.store.full = True
     await container_create.undo(node, found, "why")
     (seen,) = node.registry.visible_containers()
@@ -82,7 +84,9 @@ async def test_a_container_that_cannot_be_undone_is_seen(node: FakeNode, monkeyp
 
 
 @pytest.mark.parametrize("trouble", ["what it has", "its record"])
-async def test_a_pod_that_cannot_be_undone_is_seen(node: FakeNode, monkeypatch, trouble: str):
+async def test_a_pod_that_cannot_be_undone_is_seen(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     brought_to(node.registry, found := sandbox("q"))
     release = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
     monkeypatch.setattr(sandbox_run, "release", release)

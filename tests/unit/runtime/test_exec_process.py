@@ -40,7 +40,7 @@ def room_for(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_console_socket_is_for_root_alone_and_touches_no_other_file(tmp_path: Path):
+def test_the_console_socket_is_for_root_alone_and_touches_no_other_file(tmp_path: Path) -> None:
     """The umask is one for all threads, and others make directories meanwhile."""
     wrong: list[int] = []
     done = threading.Event()
@@ -65,14 +65,16 @@ def test_the_console_socket_is_for_root_alone_and_touches_no_other_file(tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_a_console_for_which_there_is_no_descriptor_left_leaks_none(tmp_path: Path):
+def test_a_console_for_which_there_is_no_descriptor_left_leaks_none(tmp_path: Path) -> None:
     before = descriptors()
     with room_for(1), pytest.raises(OSError, match="Too many open files"):
         Console(str(tmp_path))
     assert descriptors() == before
 
 
-async def test_a_command_for_whose_pipes_there_is_no_descriptor_left_leaks_none(monkeypatch: pytest.MonkeyPatch):
+async def test_a_command_for_whose_pipes_there_is_no_descriptor_left_leaks_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(container_exec, "running_container", lambda node, given: None)
     before = descriptors()
     with room_for(2), pytest.raises(OSError, match="Too many open files"):
@@ -80,7 +82,7 @@ async def test_a_command_for_whose_pipes_there_is_no_descriptor_left_leaks_none(
     assert descriptors() == before
 
 
-async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Path):
+async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Path) -> None:
     before = descriptors()
     with closing(Console(str(tmp_path))) as console:
         arrival = asyncio.create_task(console.master())

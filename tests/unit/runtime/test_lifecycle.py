@@ -7,7 +7,9 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,6 +34,7 @@ from criserver.runtime.lifecycle import (
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.registry import Registry
+from criserver.store import Store
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,7 +66,7 @@ def word(state: State | None) -> str:
     return "-" if state is None else state.value
 
 
-class FakeStore:
+class FakeStore(Store):
     """What Registry needs of a store, in memory; ``full`` is a disk that takes no more."""
 
     def __init__(self) -> None:
@@ -117,6 +120,10 @@ def container(key: str, pod: Sandbox, state: ContainerState = ContainerState.CRE
     )
 
 
+def in_state(record: Any, state: State) -> Any:
+    return dataclasses.replace(record, state=state)
+
+
 def brought_to(registry: Registry, record: Record) -> None:
     """Take a record in and lead it, by steps that are allowed, to the state that it has."""
     steps = SANDBOX_STEPS if isinstance(record, Sandbox) else CONTAINER_STEPS
@@ -126,46 +133,52 @@ def brought_to(registry: Registry, record: Record) -> None:
             if step.old in ways and step.new is not None and step.new not in ways:
                 ways[step.new] = [*ways[step.old], step.new]
     first, *others = ways[record.state]
-    registry.add(dataclasses.replace(record, state=first))
+    registry.add(in_state(record, first))
     for state in others:
-        registry.save(dataclasses.replace(record, state=state))
+        registry.save(in_state(record, state))
 
 
 @pytest.mark.parametrize(
     ("kind", "steps", "text"), [(SandboxState, SANDBOX_STEPS, SANDBOX), (ContainerState, CONTAINER_STEPS, CONTAINER)]
 )
-def test_a_step_is_allowed_where_it_is_in_the_table_and_nowhere_else(kind, steps, text):
+def test_a_step_is_allowed_where_it_is_in_the_table_and_nowhere_else(
+    kind: Any, steps: tuple[Step, ...], text: str
+) -> None:
     assert len(steps) == len(pairs(text))
     for old, new in itertools.product((None, *kind), repeat=2):
         expected = (word(old), word(new)) in pairs(text) or (old is new and old is not None)
         assert is_allowed(old, new) == expected, (old, new)
-    other = ContainerState if kind is SandboxState else SandboxState
+    other: Any = ContainerState if kind is SandboxState else SandboxState
     assert not any(is_allowed(old, new) for old, new in itertools.product(kind, other))
 
 
 @pytest.mark.parametrize("state", [*SandboxState, *ContainerState])
-def test_every_state_is_reached_and_left(state: State):
+def test_every_state_is_reached_and_left(state: State) -> None:
     steps = (*SANDBOX_STEPS, *CONTAINER_STEPS)
     assert any(step.new is state for step in steps)
     assert any(step.old is state for step in steps)
 
 
 @pytest.mark.parametrize("state", [*SandboxState, *ContainerState])
-def test_what_callers_see_has_a_state_of_cri(state: State):
-    assert is_visible(state) == (state in {**views.SANDBOX_STATES, **views.CONTAINER_STATES})
+def test_what_callers_see_has_a_state_of_cri(state: State) -> None:
+    assert is_visible(state) == (state in views.SANDBOX_STATES or state in views.CONTAINER_STATES)
 
 
 @pytest.mark.parametrize("step", [*SANDBOX_STEPS, *CONTAINER_STEPS], ids=lambda s: f"{word(s.old)} {word(s.new)}")
-def test_a_record_is_told_of_from_when_it_is_seen_until_it_is_not(step: Step):
+def test_a_record_is_told_of_from_when_it_is_seen_until_it_is_not(step: Step) -> None:
     before, after = (state is not None and is_visible(state) for state in (step.old, step.new))
     assert (EventType.CREATED in step.events) == (after and not before)
     assert (EventType.DELETED in step.events) == (before and not after)
     assert events_of(step.old, step.new) == step.events
 
 
+def _note(changes: list[tuple[Record | None, Record | None]], before: Record | None, after: Record | None) -> None:
+    changes.append((before, after))
+
+
 @pytest.mark.parametrize("write", ["save", "observe"])
 @pytest.mark.parametrize("old", [*SandboxState, *ContainerState])
-def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str):
+def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str) -> None:
     for new in (*type(old), None):
         registry = Registry(store := FakeStore())
         if isinstance(old, SandboxState):
@@ -175,15 +188,19 @@ def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str):
             record = container("a", pod, old)
         brought_to(registry, record)
         stored = {table: dict(rows) for table, rows in store.tables.items()}
-        changes = []
-        registry.watch(lambda before, after, changes=changes: changes.append((before, after)))
+        changes: list[tuple[Record | None, Record | None]] = []
+        registry.watch(partial(_note, changes))
         there = registry.sandboxes if isinstance(record, Sandbox) else registry.containers
 
-        def step(registry=registry, record=record, new=new) -> None:
+        def step(
+            registry: Registry = registry,
+            record: Container | Sandbox = record,
+            new: ContainerState | SandboxState | None = new,
+        ) -> None:
             if new is None:
                 registry.forget(record)
             else:
-                getattr(registry, write)(dataclasses.replace(record, state=new))
+                getattr(registry, write)(in_state(record, new))
 
         if is_allowed(old, new):
             step()
@@ -200,7 +217,7 @@ def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str):
             assert store.tables == stored
 
 
-def test_a_record_that_is_gone_does_not_come_back():
+def test_a_record_that_is_gone_does_not_come_back() -> None:
     registry = Registry(FakeStore())
     brought_to(registry, gone := sandbox("a", SandboxState.REMOVING))
     registry.forget(gone)
@@ -214,7 +231,7 @@ def test_a_record_that_is_gone_does_not_come_back():
     registry.add(sandbox("b"))
 
 
-def test_what_is_being_made_is_not_seen():
+def test_what_is_being_made_is_not_seen() -> None:
     registry = Registry(FakeStore())
     brought_to(registry, pod := sandbox("aa", SandboxState.READY))
     brought_to(registry, made := container("ca", pod, ContainerState.CREATED))
@@ -228,7 +245,7 @@ def test_what_is_being_made_is_not_seen():
         registry.visible_container("cb")
 
 
-async def test_an_event_shows_the_pod_without_what_is_being_made():
+async def test_an_event_shows_the_pod_without_what_is_being_made() -> None:
     registry = Registry(FakeStore())
     brought_to(registry, pod := sandbox("p", SandboxState.READY))
     brought_to(registry, container("hidden", pod))
@@ -240,7 +257,7 @@ async def test_an_event_shows_the_pod_without_what_is_being_made():
     assert [(event.id, event.type, event.containers) for event in heard] == [("made", EventType.CREATED, (made,))]
 
 
-def test_an_end_is_now_unless_it_is_known_when():
+def test_an_end_is_now_unless_it_is_known_when() -> None:
     begun = dataclasses.replace(container("c", sandbox("p"), ContainerState.RUNNING), pid=7, started_at=5)
     ended = begun.ended(3, "Error", finished_at=6)
     assert (ended.state, ended.exit_code, ended.reason, ended.message) == (ContainerState.EXITED, 3, "Error", "")
@@ -268,7 +285,9 @@ MOVES = st.lists(
 
 
 @given(MOVES)
-def test_whatever_is_tried_records_and_events_are_as_the_table_says(moves):
+def test_whatever_is_tried_records_and_events_are_as_the_table_says(
+    moves: list[tuple[str, State | None, str, bool]],
+) -> None:
     asyncio.run(_walk(moves))
 
 
@@ -315,7 +334,7 @@ async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
     await asyncio.sleep(0)
     listening.cancel()
 
-    records = {**registry.sandboxes, **registry.containers}
+    records: dict[str, Record] = {**registry.sandboxes, **registry.containers}
     for key, life in lives.items():
         assert (records[key].state if key in records else None) is life[-1]
         events = [event for event in heard if event.id == key]
@@ -349,7 +368,7 @@ def drawing(steps: tuple[Step, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_drawing_in_the_documentation_is_the_table():
+def test_the_drawing_in_the_documentation_is_the_table() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     (section,) = re.findall(r"\n## The life of a pod and of a container\n(.*?)\n## ", page, re.DOTALL)
     drawn = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)

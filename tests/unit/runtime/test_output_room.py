@@ -19,7 +19,7 @@ async def filled(room: OutputRoom, size: int) -> Collected:
     return found
 
 
-async def test_one_output_has_all_that_it_may():
+async def test_one_output_has_all_that_it_may() -> None:
     room = OutputRoom()
     found = await filled(room, MAX_OUTPUT + 1)
     assert (len(found.data), found.cut) == (MAX_OUTPUT, True)
@@ -29,7 +29,7 @@ async def test_one_output_has_all_that_it_may():
     assert room.left == 64 << 20
 
 
-async def test_a_full_room_leaves_each_its_own_part_and_is_free_again():
+async def test_a_full_room_leaves_each_its_own_part_and_is_free_again() -> None:
     room = OutputRoom(1 << 20)
     first = await filled(room, 5 << 20)
     second = await filled(room, 5 << 20)
@@ -46,12 +46,12 @@ async def test_a_full_room_leaves_each_its_own_part_and_is_free_again():
 
 
 @given(st.binary(max_size=300), st.binary(max_size=40_000), st.integers(0, 255))
-def test_the_answer_is_the_message(stdout: bytes, stderr: bytes, code: int):
+def test_the_answer_is_the_message(stdout: bytes, stderr: bytes, code: int) -> None:
     answer = views.exec_result(ExecResult(bytearray(stdout), stderr, code))
     assert cri.ExecSyncResponse.FromString(answer) == cri.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=code)
 
 
 @pytest.mark.parametrize("size", [127, 128, 16383, 16384, 1 << 21, MAX_OUTPUT])
-def test_an_answer_of_every_length_of_length(size: int):
+def test_an_answer_of_every_length_of_length(size: int) -> None:
     answer = views.exec_result(ExecResult(b"x" * size, b"", 0))
     assert cri.ExecSyncResponse.FromString(answer).stdout == b"x" * size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from criserver.errors import InvalidArgumentError
@@ -22,17 +24,20 @@ def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConf
     return parse.container_config(sent, pod)
 
 
-def pod(**fields) -> cri.PodSandboxConfig:
+UNKNOWN: Any = 9  # a number that no enum of CRI has
+
+
+def pod(**fields: Any) -> cri.PodSandboxConfig:
     metadata = cri.PodSandboxMetadata(name="p", namespace="n", uid="u", attempt=3)
     return cri.PodSandboxConfig(**{"metadata": metadata, "log_directory": "/var/log/pods/p/", **fields})
 
 
-def container(**fields) -> cri.ContainerConfig:
+def container(**fields: Any) -> cri.ContainerConfig:
     defaults = {"metadata": cri.ContainerMetadata(name="c"), "image": cri.ImageSpec(image="i")}
     return cri.ContainerConfig(**{**defaults, **fields})
 
 
-def options(**modes: int | str) -> cri.LinuxPodSandboxConfig:
+def options(**modes: Any) -> cri.LinuxPodSandboxConfig:
     return cri.LinuxPodSandboxConfig(
         security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(**modes))
     )
@@ -44,7 +49,7 @@ PRIVILEGED = pod_config(
 )
 
 
-def test_a_pods_fields():
+def test_a_pods_fields() -> None:
     found = pod_config(
         pod(
             hostname="h",
@@ -74,15 +79,15 @@ def test_a_pods_fields():
         ({"linux": options(ipc=cri.TARGET, target_id="x")}, InvalidArgumentError, "ipc"),
         ({"linux": options(ipc=cri.CONTAINER)}, InvalidArgumentError, "ipc"),
         ({"linux": options(pid=9)}, InvalidArgumentError, "pid = 9"),
-        ({"linux": options(userns_options=cri.UserNamespace(mode=9))}, InvalidArgumentError, "mode = 9"),
-        ({"port_mappings": [cri.PortMapping(protocol=9)]}, InvalidArgumentError, "protocol = 9"),
+        ({"linux": options(userns_options=cri.UserNamespace(mode=UNKNOWN))}, InvalidArgumentError, "mode = 9"),
+        ({"port_mappings": [cri.PortMapping(protocol=UNKNOWN)]}, InvalidArgumentError, "protocol = 9"),
         ({"hostname": "a\nb"}, InvalidArgumentError, "hostname"),
         ({"dns_config": cri.DNSConfig(servers=["1.1.1.1\nsearch evil"])}, InvalidArgumentError, "dns_config.servers"),
         ({"dns_config": cri.DNSConfig(searches=["a b"])}, InvalidArgumentError, "dns_config.searches"),
         ({"dns_config": cri.DNSConfig(options=["\t"])}, InvalidArgumentError, "dns_config.options"),
     ],
 )
-def test_a_pod_that_is_refused(fields, kind, word):
+def test_a_pod_that_is_refused(fields: dict[str, Any], kind: type[InvalidArgumentError], word: str) -> None:
     with pytest.raises(kind, match=word):
         pod_config(pod(**fields))
 
@@ -100,7 +105,7 @@ def test_a_pod_that_is_refused(fields, kind, word):
         ("net/../vm/swappiness", {}, False),
     ],
 )
-def test_only_a_namespaced_sysctl_is_taken(sysctl, modes, ok):
+def test_only_a_namespaced_sysctl_is_taken(sysctl: str, modes: dict[str, int], ok: bool) -> None:
     linux = options(**modes)
     linux.sysctls[sysctl] = "1"
     if ok:
@@ -110,19 +115,19 @@ def test_only_a_namespaced_sysctl_is_taken(sysctl, modes, ok):
             pod_config(pod(linux=linux))
 
 
-def test_every_signal_of_cri_has_a_name():
+def test_every_signal_of_cri_has_a_name() -> None:
     assert container_config(container(), POD).stop_signal == ""
     assert container_config(container(stop_signal=cri.SIGRTMINPLUS3), POD).stop_signal == "SIGRTMINPLUS3"
 
 
-def test_a_containers_log_path_is_the_pods_directory_and_its_own():
+def test_a_containers_log_path_is_the_pods_directory_and_its_own() -> None:
     assert container_config(container(log_path="c/0.log"), POD).log_path == "/var/log/pods/p/c/0.log"
     assert container_config(container(), POD).log_path == ""
     with pytest.raises(InvalidArgumentError, match="log_path"):
         container_config(container(log_path="../q/0.log"), POD)
 
 
-def test_a_containers_mounts_and_devices():
+def test_a_containers_mounts_and_devices() -> None:
     found = container_config(
         container(
             mounts=[
@@ -140,7 +145,7 @@ def test_a_containers_mounts_and_devices():
     assert found.devices[0].container_path == "/dev/fuse"
 
 
-def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
+def linux(**security: Any) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
 
 
@@ -191,23 +196,23 @@ def linux(**security) -> dict[str, cri.LinuxContainerConfig]:
             "0 mappings",
         ),
         (
-            {"mounts": [cri.Mount(container_path="/a", host_path="/h", propagation=9)]},
+            {"mounts": [cri.Mount(container_path="/a", host_path="/h", propagation=UNKNOWN)]},
             InvalidArgumentError,
             "propagation = 9",
         ),
         ({"stop_signal": 999}, InvalidArgumentError, "stop_signal = 999"),
         (linux(supplemental_groups_policy=9), InvalidArgumentError, "supplemental_groups_policy = 9"),
-        (linux(seccomp=cri.SecurityProfile(profile_type=9)), InvalidArgumentError, "seccomp.profile_type = 9"),
-        (linux(apparmor=cri.SecurityProfile(profile_type=9)), InvalidArgumentError, "apparmor.profile_type = 9"),
+        (linux(seccomp=cri.SecurityProfile(profile_type=UNKNOWN)), InvalidArgumentError, "seccomp.profile_type = 9"),
+        (linux(apparmor=cri.SecurityProfile(profile_type=UNKNOWN)), InvalidArgumentError, "apparmor.profile_type = 9"),
         (linux(privileged=True), InvalidArgumentError, "pod sandbox is not"),
     ],
 )
-def test_a_container_that_is_refused(fields, kind, word):
+def test_a_container_that_is_refused(fields: dict[str, Any], kind: type[InvalidArgumentError], word: str) -> None:
     with pytest.raises(kind, match=word):
         container_config(container(**fields), POD)
 
 
-def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own():
+def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own() -> None:
     alone = pod_config(pod(linux=options(pid=cri.CONTAINER)))
     assert container_config(container(), alone).namespaces.pid is NamespaceMode.CONTAINER
     assert container_config(container(), POD).namespaces.pid is NamespaceMode.POD
@@ -236,13 +241,13 @@ def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own():
         ("65", 15),
     ],
 )
-def test_signal_names(name, number):
+def test_signal_names(name: str, number: int) -> None:
     from criserver.runtime.container_create import signal_number
 
     assert signal_number(name) == number
 
 
-def profile(kind: int, path: str = "") -> cri.SecurityProfile:
+def profile(kind: cri.SecurityProfile.ProfileType, path: str = "") -> cri.SecurityProfile:
     return cri.SecurityProfile(profile_type=kind, localhost_ref=path)
 
 
@@ -263,11 +268,11 @@ def profile(kind: int, path: str = "") -> cri.SecurityProfile:
         ({"seccomp": profile(cri.SecurityProfile.RuntimeDefault), "privileged": True}, ""),
     ],
 )
-def test_the_seccomp_profile_is_the_new_fields_before_the_old_ones(security, expected):
+def test_the_seccomp_profile_is_the_new_fields_before_the_old_ones(security: dict[str, Any], expected: str) -> None:
     assert container_config(container(**linux(**security)), PRIVILEGED).security.seccomp == expected
 
 
-def test_cdi_devices_of_the_field_and_of_annotations():
+def test_cdi_devices_of_the_field_and_of_annotations() -> None:
     found = container_config(
         container(CDI_devices=[cri.CDIDevice(name="v.com/c=1")], annotations={"cdi.k8s.io/old": "v.com/c=1,v.com/c=2"}),
         POD,
@@ -292,11 +297,11 @@ def test_cdi_devices_of_the_field_and_of_annotations():
         ({"apparmor_profile": "localhost/own", "privileged": True}, "unconfined"),
     ],
 )
-def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security, expected):
+def test_the_apparmor_profile_is_the_new_fields_before_the_old_ones(security: dict[str, Any], expected: str) -> None:
     assert container_config(container(**linux(**security)), PRIVILEGED).security.apparmor == expected
 
 
-def test_selinux_options_are_taken_as_they_are():
+def test_selinux_options_are_taken_as_they_are() -> None:
     asked = cri.SELinuxOption(type="spc_t", level="s0:c1")
     found = container_config(container(**linux(selinux_options=asked)), POD)
     assert found.security.selinux == ("", "", "spc_t", "s0:c1")
@@ -305,7 +310,7 @@ def test_selinux_options_are_taken_as_they_are():
 
 @pytest.mark.parametrize("privileged", [False, True])
 @pytest.mark.parametrize("level", ['s0",x="', "s0 c1", "s0\n"])
-def test_a_selinux_label_of_other_letters_is_refused(level: str, privileged: bool):
+def test_a_selinux_label_of_other_letters_is_refused(level: str, privileged: bool) -> None:
     asked = {"selinux_options": cri.SELinuxOption(level=level), "privileged": privileged}
     with pytest.raises(InvalidArgumentError, match="selinux_options"):
         container_config(container(**linux(**asked)), PRIVILEGED)

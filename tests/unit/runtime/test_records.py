@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import json
 import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -49,7 +52,7 @@ from criserver.store import Store
 from tests.support import records
 from tests.support.messages import messages
 
-SAMPLES = {record.id: record for record in records.samples()}
+SAMPLES: dict[str, Any] = {record.id: record for record in records.samples()}
 RELEASES = sorted(path.stem for path in records.DATA.glob("*.sql"))
 IDS = (IdMapping(0, 65_536, 65_536),)
 USERS = UserNamespace(IDS[0], IdMapping(0, 131_072, 65_536))
@@ -125,13 +128,13 @@ CONTAINER = ContainerConfig(
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> Iterator[Store]:
     with contextlib.closing(Store(str(tmp_path / "criserver.db"))) as opened:
         yield opened
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_records_of_every_release_are_read(release: str, tmp_path):
+def test_the_records_of_every_release_are_read(release: str, tmp_path: Path) -> None:
     path = str(tmp_path / "criserver.db")
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript((records.DATA / f"{release}.sql").read_text())
@@ -165,7 +168,7 @@ def put(store: Store, record: Record) -> None:
     store.put("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record))
 
 
-def test_what_is_stored_today_is_read_back_and_has_its_version(store: Store):
+def test_what_is_stored_today_is_read_back_and_has_its_version(store: Store) -> None:
     for record in SAMPLES.values():
         put(store, record)
     assert {
@@ -182,7 +185,9 @@ def test_what_is_stored_today_is_read_back_and_has_its_version(store: Store):
     messages(cri.LinuxContainerResources),
     st.text() | st.just("half a character: \ud83d"),
 )
-def test_every_message_is_read_and_shown(pod, container, limits, words):
+def test_every_message_is_read_and_shown(
+    pod: cri.PodSandboxConfig, container: cri.ContainerConfig, limits: cri.LinuxContainerResources, words: str
+) -> None:
     sandbox = dataclasses.replace(SAMPLES["full"], sent=pod.SerializeToString(), config=parse.pod_config(pod))
     made = dataclasses.replace(
         SAMPLES["ended"],
@@ -201,32 +206,35 @@ def test_every_message_is_read_and_shown(pod, container, limits, words):
     assert cri.ContainerStatus.FromString(status.SerializeToString()) == status
 
 
-def secure(**security) -> dict[str, cri.LinuxContainerConfig]:
+def secure(**security: Any) -> dict[str, cri.LinuxContainerConfig]:
     return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
 
 
-def profile(kind: int, path: str = "") -> cri.SecurityProfile:
+def profile(kind: Any, path: str = "") -> cri.SecurityProfile:
     return cri.SecurityProfile(profile_type=kind, localhost_ref=path)
 
 
+UNKNOWN: Any = 9  # a number that no enum of CRI has
 LOCALHOST = cri.SecurityProfile.Localhost
 
 
 @pytest.mark.parametrize(
     ("fields", "strictest"),
     [
-        (secure(seccomp=profile(9)), ("default", "", False)),
+        (secure(seccomp=profile(UNKNOWN)), ("default", "", False)),
         (secure(seccomp=profile(LOCALHOST)), ("default", "", False)),
         (secure(seccomp=profile(LOCALHOST, "unconfined")), ("default", "", False)),
         (secure(seccomp_profile_path="unconfined/x"), ("default", "", False)),
         (secure(seccomp_profile_path="localhost/"), ("default", "", False)),
-        (secure(apparmor=profile(9)), ("", "runtime/default", False)),
+        (secure(apparmor=profile(UNKNOWN)), ("", "runtime/default", False)),
         (secure(apparmor=profile(LOCALHOST)), ("", "runtime/default", False)),
         (secure(apparmor_profile="unconfined/x"), ("", "runtime/default", False)),
-        (secure(supplemental_groups_policy=9), ("", "", True)),
+        (secure(supplemental_groups_policy=UNKNOWN), ("", "", True)),
     ],
 )
-def test_what_is_refused_has_the_strictest_meaning_in_a_record(fields, strictest):
+def test_what_is_refused_has_the_strictest_meaning_in_a_record(
+    fields: dict[str, Any], strictest: tuple[str, str, bool]
+) -> None:
     sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="c"), image=cri.ImageSpec(image="i"), **fields)
     with pytest.raises(InvalidArgumentError):
         refusals.check_container(sent, POD)
@@ -234,8 +242,10 @@ def test_what_is_refused_has_the_strictest_meaning_in_a_record(fields, strictest
     assert (found.seccomp, found.apparmor, found.supplemental_groups_strict) == strictest
 
 
-def test_a_pod_that_is_refused_is_in_no_namespace_and_no_cgroup_that_it_has_not_asked_for():
-    unknown = cri.NamespaceOption(network=9, pid=9, ipc=9, userns_options=cri.UserNamespace(mode=9))
+def test_a_pod_that_is_refused_is_in_no_namespace_and_no_cgroup_that_it_has_not_asked_for() -> None:
+    unknown = cri.NamespaceOption(
+        network=UNKNOWN, pid=UNKNOWN, ipc=UNKNOWN, userns_options=cri.UserNamespace(mode=UNKNOWN)
+    )
     linux = cri.LinuxPodSandboxConfig(
         cgroup_parent="/a/../../b.slice",
         security_context=cri.LinuxSandboxSecurityContext(namespace_options=unknown),
@@ -270,7 +280,9 @@ def stored(record: Sandbox | Container, **changes: object) -> bytes:
         ("containers", b"[" * 100_000, "damaged"),
     ],
 )
-def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(store: Store, table: str, value: bytes, words: str):
+def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(
+    store: Store, table: str, value: bytes, words: str
+) -> None:
     put(store, SAMPLES["full"])
     store.put(table, "odd", value)
     with pytest.raises(UnreadableError, match=rf"the record odd of {table} is .*{words}.*criserver reset"):
@@ -282,7 +294,7 @@ def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(store: Store, 
     assert Registry(store).sandboxes == {"full": SAMPLES["full"]}
 
 
-def test_a_record_is_brought_forward_step_by_step(monkeypatch: pytest.MonkeyPatch):
+def test_a_record_is_brought_forward_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def more(fields: migrations.Fields) -> migrations.Fields:
         return {**fields, "exit_code": fields["exit_code"] + 1}
 
@@ -297,14 +309,14 @@ def test_a_record_is_brought_forward_step_by_step(monkeypatch: pytest.MonkeyPatc
     assert [load_container(s, pods).exit_code for s in (first, second, dump(SAMPLES["ended"]))] == [22, 20, 137]
 
 
-def test_an_attachment_that_would_be_refused_today_is_still_given_back_to_its_plugins():
+def test_an_attachment_that_would_be_refused_today_is_still_given_back_to_its_plugins() -> None:
     document = json.loads(SAMPLES["full"].attachment)
     document["result"]["ips"][0]["address"] = "somewhere"
     found = Attachment.from_json(json.dumps(document))
     assert (found.ips, found.result.raw) == ((), document["result"])
 
 
-def test_unified_limits_are_read_on_a_host_that_could_not_set_them(monkeypatch: pytest.MonkeyPatch):
+def test_unified_limits_are_read_on_a_host_that_could_not_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.exists", lambda path: False)
     sent = records.full_container()
     with pytest.raises(InvalidArgumentError, match="unified"):

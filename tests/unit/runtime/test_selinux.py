@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def asking(*, privileged: bool = False, **options: str) -> Security:
     return Security(privileged=privileged, selinux=SelinuxOptions(**options))
 
 
-def test_each_pod_has_two_categories_that_no_other_has(policy: Policy):
+def test_each_pod_has_two_categories_that_no_other_has(policy: Policy) -> None:
     levels: set[str] = set()
     for _ in range(50):
         level = selinux.pod_level(SelinuxOptions(), levels)
@@ -59,19 +60,19 @@ def test_each_pod_has_two_categories_that_no_other_has(policy: Policy):
         levels.add(level)
 
 
-def test_taken_categories_are_not_given_again(policy: Policy, monkeypatch: pytest.MonkeyPatch):
+def test_taken_categories_are_not_given_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([[7, 3], [7, 3], [2, 1]])
-    monkeypatch.setattr(selinux.secrets.SystemRandom, "sample", lambda *_: next(drawn))
+    monkeypatch.setattr(secrets.SystemRandom, "sample", lambda *_: next(drawn))
     assert selinux.pod_level(SelinuxOptions(), {"s0:c3,c7"}) == "s0:c1,c2"
 
 
-def test_a_pods_level_is_what_it_asks_for(policy: Policy):
+def test_a_pods_level_is_what_it_asks_for(policy: Policy) -> None:
     assert selinux.pod_level(SelinuxOptions(level="s0:c9"), {"s0:c9"}) == "s0:c9"
     with pytest.raises(InvalidArgumentError, match=r"does not know the label .*:s0,c9"):
         selinux.pod_level(SelinuxOptions(level="s0,c9"), NOBODY)
 
 
-def test_a_policy_without_types_for_containers_labels_none_by_itself(policy: Policy):
+def test_a_policy_without_types_for_containers_labels_none_by_itself(policy: Policy) -> None:
     policy.types = frozenset({"own_t", "container_file_t"})
     assert selinux.pod_level(SelinuxOptions(), NOBODY) == ""
     assert selinux.labels(asking(), "") == ("", "")
@@ -91,17 +92,17 @@ def test_a_policy_without_types_for_containers_labels_none_by_itself(policy: Pol
 )
 def test_a_container_has_what_it_asks_for_and_the_rest_of_its_pod(
     policy: Policy, asked: dict[str, Any], process: str, files: str
-):
+) -> None:
     assert selinux.labels(asking(**asked), "s0:c1,c2") == (process, files)
 
 
 @pytest.mark.parametrize("asked", [{"type": "unknown_t"}, {"level": "s0,c1"}, {"level": "s0,c1", "privileged": True}])
-def test_a_label_that_the_policy_does_not_know_is_refused(policy: Policy, asked: dict[str, Any]):
+def test_a_label_that_the_policy_does_not_know_is_refused(policy: Policy, asked: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=r"container c: .*does not know the label"):
         selinux.check(asking(**asked), "s0:c1,c2", "container c")
 
 
-def test_without_a_policy_nothing_is_labelled(no_policy: None):
+def test_without_a_policy_nothing_is_labelled(no_policy: None) -> None:
     assert selinux.pod_level(SelinuxOptions(level="s0:c9"), NOBODY) == ""
     assert selinux.labels(asking(type="spc_t"), "") == ("", "")
     assert selinux.pod_files("") == ""
@@ -111,7 +112,7 @@ def test_without_a_policy_nothing_is_labelled(no_policy: None):
         selinux.check(asking(type="container_t"), "", "container c")
 
 
-def test_the_types_are_the_policys(tmp_path: Path):
+def test_the_types_are_the_policys(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("# a comment = 1\nSELINUX=enforcing\nSELINUXTYPE=strict\n")
     contexts = tmp_path / "strict/contexts/lxc_contexts"
     contexts.parent.mkdir(parents=True)
@@ -122,7 +123,7 @@ def test_the_types_are_the_policys(tmp_path: Path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set such attributes")
 @pytest.mark.skipif(selinux.is_enabled(), reason="the policy may not have this label")
-def test_a_volume_is_labelled_and_what_its_links_lead_to_is_not(tmp_path: Path):
+def test_a_volume_is_labelled_and_what_its_links_lead_to_is_not(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("not the container's")
     volume = tmp_path / "volume"
@@ -141,16 +142,16 @@ def test_a_volume_is_labelled_and_what_its_links_lead_to_is_not(tmp_path: Path):
 
 
 @pytest.mark.skipif(selinux.is_enabled(), reason="every file has a label there")
-def test_a_file_system_without_labels_is_left_as_it_is():
+def test_a_file_system_without_labels_is_left_as_it_is() -> None:
     selinux.relabel("/proc/self/status", FILES)
 
 
-def test_a_volume_that_is_not_there_is_an_error(tmp_path: Path):
+def test_a_volume_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FailedPreconditionError, match="No such file"):
         selinux.relabel(str(tmp_path / "none"), FILES)
 
 
 @pytest.mark.parametrize("path", ["/", "/usr", "/etc", "/var/lib"])
-def test_the_nodes_own_directories_are_not_labelled(path: str):
+def test_the_nodes_own_directories_are_not_labelled(path: str) -> None:
     with pytest.raises(InvalidArgumentError, match="node's own"):
         selinux.relabel(path, FILES)

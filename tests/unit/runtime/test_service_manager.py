@@ -36,12 +36,12 @@ def received(manager: socket.socket) -> list[str]:
             return found
 
 
-def test_it_is_told_of_states(manager: socket.socket):
+def test_it_is_told_of_states(manager: socket.socket) -> None:
     service_manager.notify("READY=1", "STATUS=2 pods")
     assert received(manager) == ["READY=1\nSTATUS=2 pods"]
 
 
-def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch):
+def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"criserver-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(f"\0{name}")
@@ -50,14 +50,14 @@ def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch):
         assert receiver.recv(100) == b"READY=1"
 
 
-def test_one_that_does_not_read_is_not_waited_for(manager: socket.socket):
+def test_one_that_does_not_read_is_not_waited_for(manager: socket.socket) -> None:
     start = time.monotonic()
     for _ in range(2000):
         service_manager.notify("WATCHDOG=1")
     assert time.monotonic() - start < 30
 
 
-def test_without_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_without_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     service_manager.notify("READY=1")
 
@@ -75,13 +75,13 @@ def test_without_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch):
 )
 def test_the_interval_is_half_of_what_the_watchdog_waits(
     monkeypatch: pytest.MonkeyPatch, usec: str, pid: str, interval: float | None
-):
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", usec)
     monkeypatch.setenv("WATCHDOG_PID", pid)
     assert service_manager.watchdog_interval() == interval
 
 
-async def test_pings_come_as_long_as_the_loop_runs(manager: socket.socket, monkeypatch: pytest.MonkeyPatch):
+async def test_pings_come_as_long_as_the_loop_runs(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "40000")
     count = iter(range(1000))
     task = asyncio.create_task(service_manager.report(lambda: f"{next(count)} pods"))
@@ -94,7 +94,7 @@ async def test_pings_come_as_long_as_the_loop_runs(manager: socket.socket, monke
     task.cancel()
 
 
-async def test_without_a_watchdog_it_is_told_how_things_are(manager: socket.socket):
+async def test_without_a_watchdog_it_is_told_how_things_are(manager: socket.socket) -> None:
     task = asyncio.create_task(service_manager.report(lambda: "3 pods"))
     told: list[str] = []
     await until(lambda: told.extend(received(manager)) or told)
@@ -102,11 +102,11 @@ async def test_without_a_watchdog_it_is_told_how_things_are(manager: socket.sock
     task.cancel()
 
 
-async def test_a_daemon_that_systemd_has_not_started_reports_nothing(monkeypatch: pytest.MonkeyPatch):
+async def test_a_daemon_that_systemd_has_not_started_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     await asyncio.wait_for(service_manager.report(lambda: "3 pods"), 1)
 
 
-def test_nothing_is_put_apart_where_systemd_has_not_started_us(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_put_apart_where_systemd_has_not_started_us(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     assert service_manager.own_scope("x") == []

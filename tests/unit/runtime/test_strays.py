@@ -26,7 +26,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
     monkeypatch.setattr(builtins, "open", failing)
 
 
-def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "1000"], env={"CNI_CONTAINERID": f"test-{os.getpid()}"}) as process:
         try:
             with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,9 @@ def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch
             process.kill()
 
 
-def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
+def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     refuse(monkeypatch, "/etc/resolv.conf", errno.EMFILE)
     with pytest.raises(OSError, match="Too many open files"):
         sandbox_files.resolv_conf(Dns((), (), ()))

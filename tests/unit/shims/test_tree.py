@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from shims import tree
@@ -60,7 +61,7 @@ def gone(pids: list[int], seconds: float = 30) -> bool:
     return True
 
 
-def test_a_process_ends_with_its_children_and_theirs():
+def test_a_process_ends_with_its_children_and_theirs() -> None:
     process, pids = family()
     assert len(pids) == 6
     assert all(map(runs, pids))
@@ -69,7 +70,7 @@ def test_a_process_ends_with_its_children_and_theirs():
     assert gone(pids)
 
 
-def test_what_is_stopped_already_ends_too():
+def test_what_is_stopped_already_ends_too() -> None:
     process, pids = family()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -78,7 +79,7 @@ def test_what_is_stopped_already_ends_too():
     assert gone(pids)
 
 
-def test_a_process_that_has_ended_is_no_error():
+def test_a_process_that_has_ended_is_no_error() -> None:
     process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     tree.end(process.pid)
@@ -86,7 +87,7 @@ def test_a_process_that_has_ended_is_no_error():
     tree.end(process.pid)
 
 
-def test_a_process_of_somebody_else_is_left_alone():
+def test_a_process_of_somebody_else_is_left_alone() -> None:
     process, pids = family()
     tree.end(pids[1])  # a child of our child
     tree.end(process.pid, lambda: False)
@@ -96,11 +97,11 @@ def test_a_process_of_somebody_else_is_left_alone():
     assert gone(pids)
 
 
-def test_one_that_starts_others_all_the_time():
+def test_one_that_starts_others_all_the_time() -> None:
     busy = f"import subprocess\nwhile True: subprocess.Popen(['sleep', '{OWN}'], start_new_session=True)"
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", busy])
-        group = eventually(lambda process=process: _children(process.pid))
+        group = eventually(partial(_children, process.pid))
         tree.end(process.pid)
         process.wait(30)
         assert gone([*group])

@@ -75,7 +75,7 @@ def found(top: Path) -> list[str]:
         os.close(fd)
 
 
-def test_no_depth_is_too_much(top: Path):
+def test_no_depth_is_too_much(top: Path) -> None:
     (top / "t").mkdir()
     nested(top / "t", DEEP)
     assert file_tree.measure(str(top)).inodes == DEEP + 3
@@ -90,7 +90,7 @@ def test_no_depth_is_too_much(top: Path):
     assert os.listdir(top) == []
 
 
-def test_any_name_is_one(top: Path):
+def test_any_name_is_one(top: Path) -> None:
     (top / "t").mkdir()
     for name in NAMES:
         path = os.path.join(os.fsencode(top / "t"), name)
@@ -104,7 +104,7 @@ def test_any_name_is_one(top: Path):
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "broken link", "pipe", "none", "no parent", "a file's child"])
-def test_whatever_is_there_is_deleted(top: Path, kind: str):
+def test_whatever_is_there_is_deleted(top: Path, kind: str) -> None:
     outside = top / "outside"
     outside.mkdir()
     (outside / "kept").touch()
@@ -126,7 +126,7 @@ def test_whatever_is_there_is_deleted(top: Path, kind: str):
     assert os.listdir(outside) == ["kept"]
 
 
-def test_no_link_in_a_tree_is_followed(top: Path):
+def test_no_link_in_a_tree_is_followed(top: Path) -> None:
     outside = top / "outside"
     outside.mkdir()
     (outside / "kept").touch()
@@ -139,14 +139,14 @@ def test_no_link_in_a_tree_is_followed(top: Path):
     assert os.listdir(outside) == ["kept"]
 
 
-def test_what_an_earlier_attempt_left_beside_it_is_no_hindrance(top: Path):
+def test_what_an_earlier_attempt_left_beside_it_is_no_hindrance(top: Path) -> None:
     (top / "t/a/b").mkdir(parents=True)
     (top / "t.1/full").mkdir(parents=True)
     removal.remove_path(str(top / "t"))
     assert os.listdir(top) == ["t.1"]
 
 
-def test_only_directories_are_deleted_of_cgroups(top: Path):
+def test_only_directories_are_deleted_of_cgroups(top: Path) -> None:
     (top / "t/a/b").mkdir(parents=True)
     (top / "t/a/tasks").touch()
     fd = os.open(top, os.O_RDONLY)
@@ -159,7 +159,7 @@ def test_only_directories_are_deleted_of_cgroups(top: Path):
     assert sorted(found(top)) == ["t", "t/a", "t/a/tasks"]
 
 
-def test_files_that_are_made_all_the_time_are_an_end_in_words(top: Path):
+def test_files_that_are_made_all_the_time_are_an_end_in_words(top: Path) -> None:
     (top / "t/sub").mkdir(parents=True)
     numbers = iter(range(10**9))
     # Always one more as soon as one has gone.
@@ -177,7 +177,9 @@ def test_files_that_are_made_all_the_time_are_an_end_in_words(top: Path):
     assert os.listdir(top) == []
 
 
-def test_directories_that_are_nested_all_the_time_are_an_end_in_words(top: Path, monkeypatch: pytest.MonkeyPatch):
+def test_directories_that_are_nested_all_the_time_are_an_end_in_words(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that goes on downwards is never caught up with."""
     monkeypatch.setattr(file_tree, "_MAX_CHANGED", 500)
     (top / "t").mkdir()
@@ -200,7 +202,7 @@ def test_directories_that_are_nested_all_the_time_are_an_end_in_words(top: Path,
     assert os.listdir(top) == []
 
 
-def test_a_tree_that_somebody_moves_about_is_deleted(top: Path):
+def test_a_tree_that_somebody_moves_about_is_deleted(top: Path) -> None:
     (top / "t").mkdir()
     for number in range(200):
         (top / f"t/{number}/a/b/c").mkdir(parents=True)
@@ -211,7 +213,7 @@ def test_a_tree_that_somebody_moves_about_is_deleted(top: Path):
     assert os.listdir(top) == []
 
 
-def test_the_way_up_leads_nowhere_else(top: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_way_up_leads_nowhere_else(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that is moved out of the tree while it is emptied: what is beside its new place is not deleted."""
     (top / "t/a/b/c").mkdir(parents=True)
     (top / "t/z").mkdir()
@@ -233,7 +235,7 @@ def test_the_way_up_leads_nowhere_else(top: Path, monkeypatch: pytest.MonkeyPatc
     assert {"full", "kept"} <= set(os.listdir(top / "elsewhere"))
 
 
-def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (top / "t").mkdir()
     nested(top / "t", 3000)
     real = os.unlink
@@ -250,7 +252,7 @@ def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPa
     assert len(str(error.value)) < 3000
 
 
-def test_the_rest_goes_where_something_has_to_stay(top: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_rest_goes_where_something_has_to_stay(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         (top / f"t/{name}/sub").mkdir(parents=True)
         (top / f"t/{name}/sub/f").touch()
@@ -275,7 +277,7 @@ def nobody_checks() -> None:
 def copied(source: Path, target: Path, check: Callable[[], None] = nobody_checks) -> None:
     fds = [os.open(path, os.O_RDONLY) for path in (source, target)]
     try:
-        copies.copy(*fds, check)
+        copies.copy(fds[0], fds[1], check)
     finally:
         for fd in fds:
             os.close(fd)
@@ -286,7 +288,7 @@ def facts(path: Path) -> tuple[int, int, int, int, int]:
     return status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
 
 
-def test_a_copy_is_what_the_tree_was(tmp_path: Path):
+def test_a_copy_is_what_the_tree_was(tmp_path: Path) -> None:
     source, target = tmp_path / "s", tmp_path / "c"
     (source / "d/e").mkdir(parents=True)
     target.mkdir()
@@ -307,7 +309,7 @@ def test_a_copy_is_what_the_tree_was(tmp_path: Path):
     (source / "d").chmod(0o1755)
     copied(source, target)
     assert sorted(found(target)) == sorted(found(source))
-    for path in ["", *found(source)]:
+    for path in (Path(name) for name in ["", *found(source)]):
         if (source / path).is_dir() and not (source / path).is_symlink():
             assert facts(target / path)[:4] == facts(source / path)[:4], path
         else:
@@ -319,7 +321,7 @@ def test_a_copy_is_what_the_tree_was(tmp_path: Path):
     assert (target / "sparse").stat().st_blocks * 512 < 1 << 20
 
 
-def test_a_deep_tree_is_copied(top: Path):
+def test_a_deep_tree_is_copied(top: Path) -> None:
     for name in ("s", "c"):
         (top / name).mkdir()
     nested(top / "s", DEEP)
@@ -327,7 +329,7 @@ def test_a_deep_tree_is_copied(top: Path):
     assert file_tree.measure(str(top / "c")).inodes == DEEP + 2
 
 
-def test_copying_ends_early_where_it_is_told_to(top: Path):
+def test_copying_ends_early_where_it_is_told_to(top: Path) -> None:
     for name in ("s", "c"):
         (top / name).mkdir()
     for number in range(10):
@@ -343,7 +345,7 @@ def test_copying_ends_early_where_it_is_told_to(top: Path):
     assert len(os.listdir(top / "c")) == 5
 
 
-def test_what_cannot_be_copied_is_named(top: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_copied_is_named(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (top / "s/d").mkdir(parents=True)
     (top / "c").mkdir()
     (top / "s/d/f").touch()

@@ -26,7 +26,7 @@ async def fail() -> None:
     raise ValueError("too late")
 
 
-async def test_who_waits_has_the_outcome():
+async def test_who_waits_has_the_outcome() -> None:
     async def work() -> int:
         return 7
 
@@ -36,9 +36,9 @@ async def test_who_waits_has_the_outcome():
     assert logs == []
 
 
-async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints: list[str]):
+async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints: list[str]) -> None:
     with capture_logs() as logs:
-        work = asyncio.ensure_future(fail())
+        work: asyncio.Future[object] = asyncio.ensure_future(fail())
         await cancelled(outlive(work))
         assert not work.done()
         await asyncio.wait([work])
@@ -49,7 +49,7 @@ async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints
     assert complaints == []
 
 
-async def test_a_thread_that_fails_after_its_caller_was_cancelled(complaints: list[str]):
+async def test_a_thread_that_fails_after_its_caller_was_cancelled(complaints: list[str]) -> None:
     def work() -> None:
         time.sleep(0.05)
         raise OSError("busy")

@@ -37,7 +37,7 @@ def pool() -> Iterator[Threads]:
         yield pool
 
 
-def test_a_pool_goes_on_with_the_threads_that_it_has(pool: Threads):
+def test_a_pool_goes_on_with_the_threads_that_it_has(pool: Threads) -> None:
     held, go = threading.Event(), threading.Event()
     first = pool.submit(lambda: (held.set(), go.wait(10)))
     assert held.wait(10)
@@ -48,7 +48,7 @@ def test_a_pool_goes_on_with_the_threads_that_it_has(pool: Threads):
     assert first.done()
 
 
-def test_a_pool_without_any_thread_refuses_and_does_not_make_the_call_later(pool: Threads):
+def test_a_pool_without_any_thread_refuses_and_does_not_make_the_call_later(pool: Threads) -> None:
     made: list[str] = []
     with no_room(), pytest.raises(OSError, match="can't start new thread; is a limit of processes reached") as caught:
         pool.submit(made.append, "refused")
@@ -58,20 +58,20 @@ def test_a_pool_without_any_thread_refuses_and_does_not_make_the_call_later(pool
     assert made == ["taken", "last"]
 
 
-async def test_the_loops_own_calls_go_on_too():
+async def test_the_loops_own_calls_go_on_too() -> None:
     asyncio.get_running_loop().set_default_executor(Threads(4))
     assert await asyncio.to_thread(lambda: 1) == 1
     with no_room():
-        found = await asyncio.gather(*(in_thread(lambda n=n: n) for n in range(20)))  # type: ignore[misc]
+        found = await asyncio.gather(*(in_thread(lambda n=n: n) for n in range(20)))
     assert found == list(range(20))
 
 
-def test_a_thread_of_its_own_is_refused_as_an_error_of_the_node():
+def test_a_thread_of_its_own_is_refused_as_an_error_of_the_node() -> None:
     with no_room(), pytest.raises(OSError, match="can't start new thread"):
         start_thread(lambda: None, "x")
 
 
-async def test_namespaces_without_a_thread_to_make_them_in_are_refused(tmp_path: Path):
+async def test_namespaces_without_a_thread_to_make_them_in_are_refused(tmp_path: Path) -> None:
     with no_room(), pytest.raises(ResourceExhaustedError, match=r"no namespaces can be made in .*/ns: can't start new"):
         await namespaces.make(f"{tmp_path}/ns", net=True, ipc=False, uts=False)
     assert not (tmp_path / "ns").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from criserver.stats import (
     METRICS,
@@ -23,6 +24,16 @@ from criserver.stats import (
 from criserver.stats.cgroup_values import CgroupDetails, HugePages
 from criserver.stats.kernel_text import DeviceIo
 
+NO_DETAILS: list[Any] = [*[None] * 13, (None, None), (None, None), None, None, (), ()]
+ALL_DETAILS: list[Any] = [
+    *range(1, 14),
+    (14, 15),
+    (16, 17),
+    18,
+    19,
+    (DeviceIo(0, 0, 1, 2, 3, 4),),
+    (HugePages("2MB", 1, 2),),
+]
 STALL = Stall(0.0, 0.0, 0.0, 2_500_000_000)
 PRESSURE = Pressure(STALL, STALL)
 NOTHING = Measurements(

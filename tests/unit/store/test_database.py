@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +14,11 @@ from criserver.store import Store
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> str:
     return str(tmp_path / "criserver.db")
 
 
-def test_records_are_kept_across_openings(path):
+def test_records_are_kept_across_openings(path: str) -> None:
     store = Store(path)
     store.put("sandboxes", "b", b"2")
     store.put("sandboxes", "a", b"1")
@@ -32,7 +33,7 @@ def test_records_are_kept_across_openings(path):
     store.close()
 
 
-def test_a_transaction_is_all_or_nothing(path):
+def test_a_transaction_is_all_or_nothing(path: str) -> None:
     store = Store(path)
     with pytest.raises(ZeroDivisionError), store.transaction():
         store.put("images", "a", b"1")
@@ -45,7 +46,7 @@ def test_a_transaction_is_all_or_nothing(path):
     store.close()
 
 
-def test_a_commit_is_there_without_a_close(path):
+def test_a_commit_is_there_without_a_close(path: str) -> None:
     store = Store(path)
     store.put("containers", "c", b"running")
     other = sqlite3.connect(path)
@@ -54,7 +55,7 @@ def test_a_commit_is_there_without_a_close(path):
     store.close()
 
 
-async def test_a_checkpoint_folds_the_log_in(path):
+async def test_a_checkpoint_folds_the_log_in(path: str) -> None:
     store = Store(path)
     for number in range(100):
         store.put("containers", str(number), b"x" * 1000)
@@ -67,7 +68,7 @@ async def test_a_checkpoint_folds_the_log_in(path):
     store.close()
 
 
-def test_a_newer_schema_is_refused(path):
+def test_a_newer_schema_is_refused(path: str) -> None:
     Store(path).close()
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version=99")
@@ -76,21 +77,21 @@ def test_a_newer_schema_is_refused(path):
         Store(path)
 
 
-def test_a_file_that_is_no_database_is_refused_by_name(path):
+def test_a_file_that_is_no_database_is_refused_by_name(path: str) -> None:
     with open(path, "w") as f:
         f.write("not a database, and long enough to be looked at as one" * 100)
     with pytest.raises(CriError, match=r"criserver\.db.*move it away"):
         Store(path)
 
 
-def test_an_unknown_table_is_a_mistake_of_ours(path):
+def test_an_unknown_table_is_a_mistake_of_ours(path: str) -> None:
     store = Store(path)
     with pytest.raises(KeyError):
         store.get("users; DROP TABLE meta", "x")
     store.close()
 
 
-async def test_a_removal_takes_no_room(path):
+async def test_a_removal_takes_no_room(path: str) -> None:
     def sizes() -> tuple[int, int]:
         return os.path.getsize(path), os.path.getsize(f"{path}-wal")
 

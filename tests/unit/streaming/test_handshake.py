@@ -67,14 +67,14 @@ def status_and_headers(response: bytes) -> tuple[int, dict[str, list[str]], byte
     return head.status_code, headers, body
 
 
-def test_a_request_to_speak_spdy():
+def test_a_request_to_speak_spdy() -> None:
     found = request(SPDY)
     assert (found.method, found.path, found.query, found.upgrade) == ("POST", "/exec/abc", "x=%20", Upgrade.SPDY)
     assert found.protocols == ("v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io")
     assert ("host", "node") in found.headers
 
 
-def test_spdy_is_accepted_with_the_chosen_protocol():
+def test_spdy_is_accepted_with_the_chosen_protocol() -> None:
     handshake = Handshake()
     handshake.receive(SPDY)
     assert handshake.accept("v4.channel.k8s.io") == (
@@ -83,13 +83,13 @@ def test_spdy_is_accepted_with_the_chosen_protocol():
     )
 
 
-def test_a_request_to_open_a_websocket():
+def test_a_request_to_open_a_websocket() -> None:
     found = request(WEBSOCKET)
     assert (found.method, found.path, found.query, found.upgrade) == ("GET", "/exec/abc", "", Upgrade.WEBSOCKET)
     assert found.protocols == ("v5.channel.k8s.io", "v4.channel.k8s.io")
 
 
-def test_the_answer_to_the_key_is_that_of_rfc_6455():
+def test_the_answer_to_the_key_is_that_of_rfc_6455() -> None:
     handshake = Handshake()
     handshake.receive(WEBSOCKET)
     status, headers, _ = status_and_headers(handshake.accept("v4.channel.k8s.io"))
@@ -100,7 +100,7 @@ def test_the_answer_to_the_key_is_that_of_rfc_6455():
 
 
 @pytest.mark.parametrize("protocols", [["v5.channel.k8s.io", "v4.channel.k8s.io"], []])
-def test_a_client_of_wsproto_is_content_with_the_answer(protocols):
+def test_a_client_of_wsproto_is_content_with_the_answer(protocols: list[str]) -> None:
     client = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
     handshake = Handshake()
     asked = client.send(wsproto.events.Request(host="node", target="/attach/t?a=b", subprotocols=protocols))
@@ -113,14 +113,14 @@ def test_a_client_of_wsproto_is_content_with_the_answer(protocols):
     assert event.subprotocol == (protocols[-1] if protocols else None)
 
 
-def test_what_comes_behind_the_request_is_handed_on():
+def test_what_comes_behind_the_request_is_handed_on() -> None:
     handshake = Handshake()
     assert handshake.receive(SPDY + b"\x80\x03rest") is not None
     assert handshake.receive(b" and more") is None
     assert handshake.rest == b"\x80\x03rest and more"
 
 
-def test_an_empty_chunked_body_is_read_away():
+def test_an_empty_chunked_body_is_read_away() -> None:
     head = SPDY.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     handshake = Handshake()
     assert handshake.receive(head) is None
@@ -128,12 +128,12 @@ def test_an_empty_chunked_body_is_read_away():
     assert handshake.rest == b"rest"
 
 
-def test_the_target_may_be_a_whole_url():
+def test_the_target_may_be_a_whole_url() -> None:
     assert request(SPDY.replace(b"/exec/abc?", b"HTTP://node:1/exec/abc?")).path == "/exec/abc"
 
 
 @pytest.mark.parametrize("data", [SPDY, WEBSOCKET], ids=["spdy", "websocket"])
-def test_byte_by_byte(data):
+def test_byte_by_byte(data: bytes) -> None:
     handshake = Handshake()
     for at in range(len(data) - 1):
         assert handshake.receive(data[at : at + 1]) is None
@@ -170,7 +170,7 @@ def test_byte_by_byte(data):
         (505, "HTTP/1.1", SPDY.replace(b"HTTP/1.1", b"HTTP/1.0")),
     ],
 )  # fmt: skip
-def test_refused(status, words, data):
+def test_refused(status: int, words: str, data: bytes) -> None:
     found = refusal(data)
     assert found.status == status
     assert words in found.text
@@ -182,17 +182,17 @@ def test_refused(status, words, data):
     assert not any(name.startswith("access-control") for name in headers)
 
 
-def test_refusals_name_the_methods_and_the_version_that_are_known():
+def test_refusals_name_the_methods_and_the_version_that_are_known() -> None:
     assert b"\r\nAllow: GET, POST\r\n" in refusal(SPDY.replace(b"POST", b"PUT")).response
     assert b"\r\nAllow: GET\r\n" in refusal(WEBSOCKET.replace(b"GET", b"POST")).response
     assert b"\r\nSec-WebSocket-Version: 13\r\n" in refusal(WEBSOCKET.replace(b": 13", b": 12")).response
 
 
-def test_the_refusal_of_a_head_request_has_no_body():
+def test_the_refusal_of_a_head_request_has_no_body() -> None:
     assert refusal(SPDY.replace(b"POST", b"HEAD")).response.endswith(b"\r\n\r\n")
 
 
-def test_nothing_comes_after_a_refusal():
+def test_nothing_comes_after_a_refusal() -> None:
     handshake = Handshake()
     assert isinstance(handshake.receive(b"\0"), Refusal)
     assert handshake.receive(SPDY) is None
@@ -200,7 +200,7 @@ def test_nothing_comes_after_a_refusal():
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000, 1 << 20])
-def test_a_request_is_bounded_exactly(step):
+def test_a_request_is_bounded_exactly(step: int) -> None:
     handshake = Handshake(limit=len(SPDY))
     found = run(handshake, [(SPDY + b"rest")[at : at + step] for at in range(0, len(SPDY) + 4, step)])
     assert isinstance(found, Request)
@@ -211,7 +211,7 @@ def test_a_request_is_bounded_exactly(step):
     assert found.status == 431
 
 
-def test_a_request_without_an_end_is_refused_at_16_kib():
+def test_a_request_without_an_end_is_refused_at_16_kib() -> None:
     handshake = Handshake()
     assert handshake.receive(b"GET / HTTP/1.1\r\nX: " + b"a" * (16384 - 20)) is None
     found = handshake.receive(b"aa")
@@ -220,7 +220,7 @@ def test_a_request_without_an_end_is_refused_at_16_kib():
 
 
 @pytest.mark.parametrize(("data", "listed"), [(SPDY, ["v9.a", "v8.b"]), (WEBSOCKET, None)], ids=["spdy", "websocket"])
-def test_unknown_protocols_are_refused_with_those_that_are_known(data, listed):
+def test_unknown_protocols_are_refused_with_those_that_are_known(data: bytes, listed: list[str] | None) -> None:
     handshake = Handshake()
     handshake.receive(data)
     status, headers, body = status_and_headers(handshake.refuse_protocols(["v9.a", "v8.b", ""]))
@@ -230,7 +230,7 @@ def test_unknown_protocols_are_refused_with_those_that_are_known(data, listed):
     assert b"use one of v9.a, v8.b\n" in body
 
 
-def test_refused_by_the_caller():
+def test_refused_by_the_caller() -> None:
     handshake = Handshake()
     handshake.receive(SPDY)
     status, headers, body = status_and_headers(handshake.refuse(404, "kein Schlüssel \ud800"))
@@ -252,7 +252,9 @@ ODDITIES = st.sampled_from(
     st.lists(st.integers(0, 450), max_size=6),
     st.sampled_from([16384, 200, 150]),
 )
-def test_how_the_bytes_are_cut_makes_no_difference(data, changes, rest, cuts, limit):
+def test_how_the_bytes_are_cut_makes_no_difference(
+    data: bytes, changes: list[tuple[int, int, bytes]], rest: bytes, cuts: list[int], limit: int
+) -> None:
     for at, size, new in changes:
         data = data[:at] + new + data[at + size :]
     data += rest
@@ -263,6 +265,6 @@ def test_how_the_bytes_are_cut_makes_no_difference(data, changes, rest, cuts, li
     assert whole.rest == cut.rest
 
 
-def test_a_key_of_another_length_is_refused():
+def test_a_key_of_another_length_is_refused() -> None:
     key = base64.b64encode(b"x" * 15)
     assert refusal(WEBSOCKET.replace(b"dGhlIHNhbXBsZSBub25jZQ==", key)).status == 400

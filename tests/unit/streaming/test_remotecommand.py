@@ -32,13 +32,13 @@ TEXT, STATUS = ProtocolFeatures(resize=True, status=False), ProtocolFeatures(res
 # --- versions and streams -------------------------------------------------------------------------------------------
 
 
-def test_the_versions_over_spdy():
+def test_the_versions_over_spdy() -> None:
     assert list(SPDY_PROTOCOLS) == [V4, V3, V2, V1]
     assert [features.resize for features in SPDY_PROTOCOLS.values()] == [True, True, False, False]
     assert [features.status for features in SPDY_PROTOCOLS.values()] == [True, False, False, False]
 
 
-def test_every_version_over_websocket_is_one_that_a_connection_speaks():
+def test_every_version_over_websocket_is_one_that_a_connection_speaks() -> None:
     assert set(WEBSOCKET_PROTOCOLS) == BINARY_PROTOCOLS | BASE64_PROTOCOLS
     assert all(features.resize for features in WEBSOCKET_PROTOCOLS.values())
     assert {name for name, features in WEBSOCKET_PROTOCOLS.items() if features.status} == {
@@ -61,7 +61,9 @@ def test_every_version_over_websocket_is_one_that_a_connection_speaks():
         ((), SPDY_PROTOCOLS, None),
     ],
 )
-def test_the_first_protocol_of_the_client_that_is_known(offered, accepted, chosen):
+def test_the_first_protocol_of_the_client_that_is_known(
+    offered: tuple[str, ...], accepted: dict[str, Features], chosen: str | None
+) -> None:
     assert negotiate(offered, accepted) == chosen
 
 
@@ -81,7 +83,7 @@ def test_streams_and_their_channels():
         ([("streamtype", "STDIN")], "'STDIN' is none"),
     ],
 )
-def test_streams_of_no_known_type_are_refused(headers, words):
+def test_streams_of_no_known_type_are_refused(headers: list[tuple[str, str]], words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         stream_type(headers)
 
@@ -108,12 +110,12 @@ def test_the_channels_of_a_websocket():
 # --- statuses -------------------------------------------------------------------------------------------------------
 
 
-def test_success():
+def test_success() -> None:
     assert exit_message(0, STATUS) == b'{"status":"Success"}'
     assert exit_message(0, TEXT) == b""
 
 
-def test_an_exit_code_is_a_cause():
+def test_an_exit_code_is_a_cause() -> None:
     assert json.loads(exit_message(137, STATUS)) == {
         "status": "Failure",
         "message": "command terminated with non-zero exit code: 137",
@@ -123,7 +125,7 @@ def test_an_exit_code_is_a_cause():
     assert exit_message(137, TEXT) == b"command terminated with non-zero exit code: 137"
 
 
-def test_an_internal_error():
+def test_an_internal_error() -> None:
     assert json.loads(failure_message('no "sh" \ud800', STATUS)) == {
         "status": "Failure",
         "message": 'Internal error occurred: no "sh" \ud800',
@@ -168,7 +170,7 @@ def test_the_last_of_several_sizes_counts():
     ) == TerminalSize(5, 6)
 
 
-def test_byte_by_byte():
+def test_byte_by_byte() -> None:
     text = b'{"Width":1,"Height":2}{"Width":3,"Height":4}'
     assert sizes([text[at : at + 1] for at in range(len(text))]) == [TerminalSize(1, 2), TerminalSize(3, 4)]
 
@@ -203,7 +205,7 @@ def test_byte_by_byte():
     ids=range(23),
 )
 @pytest.mark.parametrize("step", [1, 1 << 20])
-def test_garbage_ends_the_stream(garbage, step):
+def test_garbage_ends_the_stream(garbage: bytes, step: int) -> None:
     text = b'{"Width":1,"Height":2}' + garbage + b'}{"Width":3,"Height":4}'
     decoder = ResizeDecoder()
     found = [decoder.feed(text[at : at + step]) for at in range(0, len(text), step)]
@@ -229,7 +231,7 @@ TOKENS = st.sampled_from(
 
 
 @given(st.lists(TOKENS, max_size=12), st.lists(st.integers(0, 60), max_size=6))
-def test_how_the_bytes_are_cut_makes_no_difference(tokens, cuts):
+def test_how_the_bytes_are_cut_makes_no_difference(tokens: list[bytes], cuts: list[int]) -> None:
     data = b"".join(tokens)
     whole, cut = ResizeDecoder(), ResizeDecoder()
     edges = [0, *sorted(cuts), len(data)]

@@ -91,20 +91,20 @@ def run_command(url: str) -> tuple[bytes, dict[str, Any]]:
     return bytes(client.got["stdout"]), status
 
 
-async def test_an_offer_is_carried_out_once(serving: StreamingServer):
+async def test_an_offer_is_carried_out_once(serving: StreamingServer) -> None:
     url = hi(serving)
     assert await blocking(run_command, url) == (b"hi", {"status": "Success"})
     with pytest.raises(Refused, match="404"):
         await blocking(run_command, url)
 
 
-async def test_an_offer_that_is_too_old(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_an_offer_that_is_too_old(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offers, "LIFETIME", 0.0)
     with pytest.raises(Refused, match="404"):
         await blocking(run_command, hi(serving))
 
 
-async def test_a_forged_token_takes_no_other_offer(serving: StreamingServer):
+async def test_a_forged_token_takes_no_other_offer(serving: StreamingServer) -> None:
     url = hi(serving)
     for forged in (url[:-1], url + "x", url.rpartition("/")[0] + "/", url.rpartition("/")[0] + "/../" + "A" * 22):
         with pytest.raises(Refused, match="404"):
@@ -112,7 +112,7 @@ async def test_a_forged_token_takes_no_other_offer(serving: StreamingServer):
     assert (await blocking(run_command, url))[0] == b"hi"
 
 
-async def test_offers_that_nobody_takes_are_bounded(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_offers_that_nobody_takes_are_bounded(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offers, "LIMIT", 3)
     first = hi(serving)
     for _ in range(2):
@@ -135,14 +135,14 @@ async def test_offers_that_nobody_takes_are_bounded(serving: StreamingServer, mo
         (b"DELETE {} HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
     ],
 )
-async def test_requests_that_are_no_upgrade(serving: StreamingServer, head: bytes, status: bytes):
+async def test_requests_that_are_no_upgrade(serving: StreamingServer, head: bytes, status: bytes) -> None:
     url = hi(serving)
     answer = await blocking(raw, url, head.replace(b"{}", urlsplit(url).path.encode()))
     assert answer.startswith(b"HTTP/1.1 " + status), answer
     assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
 
 
-async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEAD_TIMEOUT", 0.2)
     answer = await blocking(raw, hi(serving), b"GET /command")
     assert answer.startswith(b"HTTP/1.1 408")
@@ -208,7 +208,7 @@ def open_port(client: Spdy, number: int) -> None:
 
 
 @pytest.mark.parametrize("flags", [0, spdy_peer.UNIDIRECTIONAL, spdy_peer.UNIDIRECTIONAL | spdy_peer.FIN])
-async def test_a_stream_that_is_opened_and_reset_in_one_breath(serving: StreamingServer, pod: Pod, flags: int):
+async def test_a_stream_that_is_opened_and_reset_in_one_breath(serving: StreamingServer, pod: Pod, flags: int) -> None:
     """And one on which only the client may speak. Other connections on the same one are not to notice."""
 
     def work(url: str) -> None:
@@ -228,7 +228,7 @@ async def test_a_stream_that_is_opened_and_reset_in_one_breath(serving: Streamin
     await blocking(work, serving.offer(Forward((), pod.dial)))
 
 
-async def test_a_client_that_waits_for_the_end_of_the_errors(serving: StreamingServer, pod: Pod):
+async def test_a_client_that_waits_for_the_end_of_the_errors(serving: StreamingServer, pod: Pod) -> None:
     """kubectl before 1.32 closes its side only then, also when the pod has closed the connection."""
 
     def work(url: str) -> None:
@@ -244,7 +244,7 @@ async def test_a_client_that_waits_for_the_end_of_the_errors(serving: StreamingS
     await blocking(work, serving.offer(Forward((), pod.dial)))
 
 
-async def test_a_plain_websocket_ends_with_the_last_of_its_connections(serving: StreamingServer, pod: Pod):
+async def test_a_plain_websocket_ends_with_the_last_of_its_connections(serving: StreamingServer, pod: Pod) -> None:
     """It has no other sign for that, and a client that reads to the end waits for it."""
 
     def work(url: str) -> None:
@@ -264,7 +264,7 @@ async def test_a_plain_websocket_ends_with_the_last_of_its_connections(serving: 
     await blocking(work, serving.offer(Forward((80, 81), pod.dial)))
 
 
-async def test_what_comes_for_a_connection_that_has_ended_holds_up_no_other(serving: StreamingServer, pod: Pod):
+async def test_what_comes_for_a_connection_that_has_ended_holds_up_no_other(serving: StreamingServer, pod: Pod) -> None:
     def work(url: str) -> None:
         client = WebSocket(url, "v4.channel.k8s.io")
         client.sock.settimeout(5)
@@ -288,7 +288,7 @@ async def test_what_comes_for_a_connection_that_has_ended_holds_up_no_other(serv
     await blocking(work, serving.offer(Forward((80, 81), pod.dial)))
 
 
-async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod):
+async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod) -> None:
     def work(url: str) -> None:
         client = WebSocket(url, "v4.channel.k8s.io")
         client.sock.settimeout(5)
@@ -298,7 +298,7 @@ async def test_a_plain_websocket_for_no_port(serving: StreamingServer, pod: Pod)
     await blocking(work, serving.offer(Forward((), pod.dial)))
 
 
-async def test_sizes_for_no_terminal_do_not_hold_up_the_input(serving: StreamingServer):
+async def test_sizes_for_no_terminal_do_not_hold_up_the_input(serving: StreamingServer) -> None:
     def work(url: str) -> None:
         client = WebSocket(url)
         client.sock.settimeout(5)
@@ -345,7 +345,7 @@ def skipped(size: int) -> bytes:
     return spdy_peer.control(99, bytes(size))
 
 
-async def test_input_that_nobody_takes_costs_no_more_than_its_size(stuck: str):
+async def test_input_that_nobody_takes_costs_no_more_than_its_size(stuck: str) -> None:
     def work(url: str) -> None:
         client = Spdy(url).open_command("error", "stdin")
         one = spdy_peer.data(client.ids["stdin"], b"x")
@@ -354,7 +354,7 @@ async def test_input_that_nobody_takes_costs_no_more_than_its_size(stuck: str):
     await blocking(work, stuck)
 
 
-async def test_input_in_many_small_frames_costs_no_more_than_its_size(stuck: str):
+async def test_input_in_many_small_frames_costs_no_more_than_its_size(stuck: str) -> None:
     def work(url: str) -> None:
         client = Spdy(url).open_command("error", "stdin")
         one = spdy_peer.data(client.ids["stdin"], b"x")
@@ -432,7 +432,9 @@ async def test_output_of_many_streams_that_nobody_takes_is_bounded(
     assert client_link.WRITE_LIMIT < most < 2 * client_link.WRITE_LIMIT
 
 
-async def test_a_client_that_goes_is_sent_no_more(serving: StreamingServer, pod: Pod, caplog: pytest.LogCaptureFixture):
+async def test_a_client_that_goes_is_sent_no_more(
+    serving: StreamingServer, pod: Pod, caplog: pytest.LogCaptureFixture
+) -> None:
     """asyncio complains of each send after the first few that came too late."""
 
     def feed(connection: socket.socket) -> None:
@@ -476,7 +478,7 @@ async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving:
     assert len(asyncio.get_running_loop()._scheduled) < 10  # type: ignore[attr-defined]
 
 
-async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
+async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     begun = asyncio.Event()
@@ -499,7 +501,7 @@ async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer):
     assert complaints == []
 
 
-async def test_a_connection_on_which_nothing_moves():
+async def test_a_connection_on_which_nothing_moves() -> None:
     found = StreamingServer("127.0.0.1", 0, idle=0.3)
     await found.start()
     gone = asyncio.Event()
@@ -570,7 +572,9 @@ async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_i
     assert await blocking(known.finish) == {"status": "Success"}
 
 
-async def test_a_thousand_idle_connections_keep_nobody_out(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_a_thousand_idle_connections_keep_nobody_out(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     monkeypatch.setattr(server, "HEAD_TIMEOUT", 300.0)  # it is not what makes room
@@ -588,7 +592,7 @@ async def test_a_thousand_idle_connections_keep_nobody_out(serving: StreamingSer
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[str, str]):
+async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[str, str]) -> None:
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate)
     found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
@@ -630,7 +634,9 @@ async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatc
     assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
 
 
-async def test_no_descriptor_left_is_no_end_of_listening(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_no_descriptor_left_is_no_end_of_listening(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "_ACCEPT_PAUSE", 0.05)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     url = hi(serving)
@@ -650,7 +656,7 @@ async def test_no_descriptor_left_is_no_end_of_listening(serving: StreamingServe
     assert (await blocking(run_command, url))[0] == b"hi"
 
 
-async def test_a_stop_ends_what_is_under_way(serving: StreamingServer):
+async def test_a_stop_ends_what_is_under_way(serving: StreamingServer) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(streams: CommandStreams) -> int:
@@ -698,7 +704,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("client_of", [Spdy, WebSocket])
-async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+async def test_over_tls(
+    certificate: tuple[str, str], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures: list[str] = []
     monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -729,7 +737,7 @@ async def test_over_tls(certificate: tuple[str, str], client_of: Callable[..., A
     await found.stop()
 
 
-async def test_an_address_that_is_taken(serving: StreamingServer):
+async def test_an_address_that_is_taken(serving: StreamingServer) -> None:
     port = urlsplit(hi(serving)).port
     assert port is not None
     with pytest.raises(CriError, match=f"cannot listen on 127.0.0.1:{port}"):
@@ -737,7 +745,7 @@ async def test_an_address_that_is_taken(serving: StreamingServer):
 
 
 @pytest.mark.parametrize(("host", "base"), [("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
-async def test_the_address_that_is_given_out(host: str, base: str):
+async def test_the_address_that_is_given_out(host: str, base: str) -> None:
     found = StreamingServer(host, 0, idle=60)
     await found.start()
     assert hi(found).startswith(base)
@@ -746,7 +754,7 @@ async def test_the_address_that_is_given_out(host: str, base: str):
 
 async def test_a_client_that_closes_when_it_has_heard_the_end(
     serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """As kubectl does; the server may find the connection closed before it closes it itself."""
     failures: list[str] = []
     monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
@@ -763,7 +771,7 @@ async def test_a_client_that_closes_when_it_has_heard_the_end(
 
 async def test_a_forwarded_connection_that_fails_is_told_to_the_log_and_the_next_is_served(
     serving: StreamingServer, pod: Pod
-):
+) -> None:
     """By an error that nobody thought of: asyncio would tell of it when the task is collected."""
 
     async def dial(port: int) -> socket.socket:

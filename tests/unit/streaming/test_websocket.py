@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Event, Ping, Pong, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 from wsproto.frame_protocol import CloseReason
 
 from criserver.streaming.websocket import (
@@ -39,7 +40,7 @@ def client() -> Connection:
     return Connection(ConnectionType.CLIENT)
 
 
-def received(by: Connection, data: bytes) -> list[Event]:
+def received(by: Connection, data: bytes) -> list[Any]:
     by.receive_data(data)
     return list(by.events())
 
@@ -62,9 +63,9 @@ def frame(first: int, payload: bytes, *, mask: bytes | None = b"\x11\x22\x33\x44
 TEXT, BINARY, CONTINUED, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
 
 
-def joined(events: list) -> list:
+def joined(events: list[Any]) -> list[Any]:
     """The events with what was written to one channel, or the tunnel, in one piece."""
-    found: list = []
+    found: list[Any] = []
     for event in events:
         last = found[-1] if found else None
         if isinstance(event, ChannelData) and isinstance(last, ChannelData) and last.channel == event.channel:
@@ -81,7 +82,7 @@ def joined(events: list) -> list:
 
 @pytest.mark.parametrize("subprotocol", sorted(BINARY_PROTOCOLS))
 @pytest.mark.parametrize("size", [0, 1, 124, 125, 65534, 65535, 200_000])
-def test_a_binary_message_begins_with_its_channel(subprotocol, size):
+def test_a_binary_message_begins_with_its_channel(subprotocol: str, size: int) -> None:
     data = os.urandom(size)
     here, there = channels(subprotocol), client()
     here.send(1, data)
@@ -97,7 +98,7 @@ def test_a_binary_message_begins_with_its_channel(subprotocol, size):
 
 @pytest.mark.parametrize("subprotocol", sorted(BASE64_PROTOCOLS))
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 65535, 200_000])
-def test_a_base64_message_begins_with_a_digit(subprotocol, size):
+def test_a_base64_message_begins_with_a_digit(subprotocol: str, size: int) -> None:
     data = os.urandom(size)
     here, there = channels(subprotocol), client()
     here.send(3, data)
@@ -110,7 +111,7 @@ def test_a_base64_message_begins_with_a_digit(subprotocol, size):
 
 
 @pytest.mark.parametrize("subprotocol", EVERY)
-def test_one_client_and_one_server_of_ours(subprotocol):
+def test_one_client_and_one_server_of_ours(subprotocol: str) -> None:
     here = channels(subprotocol)
     there = Channels(subprotocol, readable={1, 3}, writable={0, 4}, client=True)
     there.send(0, b"to the server")
@@ -119,13 +120,13 @@ def test_one_client_and_one_server_of_ours(subprotocol):
     assert there.receive(here.take()) == [ChannelData(1, b"to the client")]
 
 
-def test_an_empty_message_tells_that_a_command_is_connected():
+def test_an_empty_message_tells_that_a_command_is_connected() -> None:
     here = channels()
     here.send(1, b"")
     assert here.take() == b"\x82\x01\x01"
 
 
-def test_parts_of_a_message_are_handed_on_as_they_come():
+def test_parts_of_a_message_are_handed_on_as_they_come() -> None:
     here = channels()
     message = frame(BINARY, b"\0" + b"x" * 1000, mask=b"\0\0\0\0")
     assert here.receive(message[:500]) == [ChannelData(0, b"x" * 491)]
@@ -133,7 +134,7 @@ def test_parts_of_a_message_are_handed_on_as_they_come():
     assert joined(here.receive(message[501:])) == [ChannelData(0, b"x" * 508)]
 
 
-def test_a_fragmented_message_keeps_its_channel():
+def test_a_fragmented_message_keeps_its_channel() -> None:
     here, there = channels(), client()
     first = there.send(BytesMessage(b"\0one", message_finished=False))
     ping = there.send(Ping(b"between"))
@@ -142,27 +143,27 @@ def test_a_fragmented_message_keeps_its_channel():
     assert here.receive(there.send(BytesMessage(b"\4three"))) == [ChannelData(4, b"three")]
 
 
-def test_the_first_byte_of_a_message_may_come_in_a_later_frame():
+def test_the_first_byte_of_a_message_may_come_in_a_later_frame() -> None:
     here = channels()
     assert here.receive(frame(0x02, b"") + frame(0x00, b"") + frame(CONTINUED, b"\0a")) == [ChannelData(0, b"a")]
 
 
-def test_the_remainder_of_base64_does_not_leak_into_the_next_message():
+def test_the_remainder_of_base64_does_not_leak_into_the_next_message() -> None:
     here = channels(V4_BASE64)
     assert here.receive(frame(TEXT, b"0YQ==") + frame(TEXT, b"4Yg==")) == [ChannelData(0, b"a"), ChannelData(4, b"b")]
 
 
-def test_line_breaks_within_base64_count_for_nothing():
+def test_line_breaks_within_base64_count_for_nothing() -> None:
     assert joined(channels(V4_BASE64).receive(frame(TEXT, b"0YW\r\nJj\r\n\r\nZA==\n"))) == [ChannelData(0, b"abcd")]
 
 
-def test_text_and_binary_messages_are_the_same():
+def test_text_and_binary_messages_are_the_same() -> None:
     assert channels(V4).receive(frame(TEXT, b"\0text")) == [ChannelData(0, b"text")]
     assert channels(V4_BASE64).receive(frame(BINARY, b"0YQ==")) == [ChannelData(0, b"a")]
 
 
 @pytest.mark.parametrize("channel", [1, 2, 3, 5, 47, 254, 255])
-def test_data_for_channels_that_the_client_may_not_write_to_is_dropped(channel):
+def test_data_for_channels_that_the_client_may_not_write_to_is_dropped(channel: int) -> None:
     here = channels()
     assert here.receive(frame(BINARY, bytes((channel,)) + b"no") + frame(BINARY, b"\0yes")) == [ChannelData(0, b"yes")]
     assert here.open
@@ -172,13 +173,13 @@ def test_data_for_channels_that_the_client_may_not_write_to_is_dropped(channel):
     assert here.open
 
 
-def test_empty_messages_are_dropped():
+def test_empty_messages_are_dropped() -> None:
     here = channels()
     assert here.receive(frame(BINARY, b"") + frame(BINARY, b"\0")) == []
     assert here.open
 
 
-def test_what_is_sent_to_a_channel_that_the_client_did_not_ask_for_is_dropped():
+def test_what_is_sent_to_a_channel_that_the_client_did_not_ask_for_is_dropped() -> None:
     here = channels()
     here.send(2, b"stderr")
     here.send(0, b"stdin")
@@ -188,7 +189,7 @@ def test_what_is_sent_to_a_channel_that_the_client_did_not_ask_for_is_dropped():
 @pytest.mark.parametrize(
     "text", [b"0YQ=", b"0Y", b"0YQ==YQ==", b"0YQ==\nY", b"0Y!==", b"0====", b"0YWJj=", "0YÄ=".encode()]
 )
-def test_what_is_not_base64_is_refused(text):
+def test_what_is_not_base64_is_refused(text: bytes) -> None:
     here, there = channels(V4_BASE64), client()
     (*_, closed) = here.receive(frame(TEXT, text))
     assert isinstance(closed, Closed)
@@ -197,13 +198,13 @@ def test_what_is_not_base64_is_refused(text):
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
-def test_base64_goes_on_after_its_end_in_another_part(cut):
+def test_base64_goes_on_after_its_end_in_another_part(cut: int) -> None:
     here = channels(V4_BASE64)
     (*_, closed) = [*here.receive(frame(0x01, b"0YQ==YQ=="[:cut])), *here.receive(frame(CONTINUED, b"0YQ==YQ=="[cut:]))]
     assert closed.code == 1007
 
 
-def test_channels_have_bounds():
+def test_channels_have_bounds() -> None:
     assert channel_limit(V4) == 255
     last = Channels(V4, readable=(), writable={254})
     last.send(254, b"x")
@@ -218,7 +219,7 @@ def test_channels_have_bounds():
         Channels(V4, readable=(), writable={255})
 
 
-def test_a_sub_protocol_without_channels_is_refused():
+def test_a_sub_protocol_without_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="no sub-protocol with channels"):
         Channels("v3.channel.k8s.io", readable=(), writable=())
 
@@ -226,7 +227,7 @@ def test_a_sub_protocol_without_channels_is_refused():
 # --- the sign of closing a channel ----------------------------------------------------------------------------------
 
 
-def test_a_client_of_version_5_closes_its_stdin():
+def test_a_client_of_version_5_closes_its_stdin() -> None:
     here = channels(V5)
     there = Channels(V5, readable={1, 3}, writable={0, 4}, client=True)
     there.send(0, b"last")
@@ -239,7 +240,7 @@ def test_a_client_of_version_5_closes_its_stdin():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_sign_of_closing_may_be_cut(size):
+def test_the_sign_of_closing_may_be_cut(size: int) -> None:
     here = channels(V5)
     sign = frame(0x02, b"\xff") + frame(CONTINUED, b"\0")
     assert [event for at in range(0, len(sign), size) for event in here.receive(sign[at : at + size])] == [
@@ -247,7 +248,7 @@ def test_the_sign_of_closing_may_be_cut(size):
     ]
 
 
-def test_a_channel_closes_once_and_takes_nothing_afterwards():
+def test_a_channel_closes_once_and_takes_nothing_afterwards() -> None:
     here = channels(V5)
     assert here.receive(frame(BINARY, b"\xff\0") * 2 + frame(BINARY, b"\0late")) == [ChannelClosed(0)]
     assert here.receive(frame(BINARY, b"\xff\1")) == []  # a channel that the client does not write to anyway
@@ -255,7 +256,7 @@ def test_a_channel_closes_once_and_takes_nothing_afterwards():
 
 
 @pytest.mark.parametrize("sign", [b"\xff", b"\xff\5", b"\xff\xff", b"\xff\0\0", b"\xff" * 1000])
-def test_a_wrong_sign_of_closing_ends_the_connection(sign):
+def test_a_wrong_sign_of_closing_ends_the_connection(sign: bytes) -> None:
     here = channels(V5)
     (closed,) = here.receive(frame(BINARY, sign))
     assert closed.code == 1002
@@ -263,7 +264,7 @@ def test_a_wrong_sign_of_closing_ends_the_connection(sign):
 
 
 @pytest.mark.parametrize("subprotocol", sorted(BINARY_PROTOCOLS - {V5}))
-def test_no_other_version_has_a_sign_of_closing(subprotocol):
+def test_no_other_version_has_a_sign_of_closing(subprotocol: str) -> None:
     here = channels(subprotocol)
     assert here.receive(frame(BINARY, b"\xff\0") + frame(BINARY, b"\0on")) == [ChannelData(0, b"on")]
     there = Channels(subprotocol, readable=(), writable={0}, client=True)
@@ -271,7 +272,7 @@ def test_no_other_version_has_a_sign_of_closing(subprotocol):
     assert there.take() == b""
 
 
-def test_a_server_closes_a_channel_without_a_sign():
+def test_a_server_closes_a_channel_without_a_sign() -> None:
     here = channels(V5)
     here.close(1)
     here.send(1, b"too late")
@@ -281,19 +282,19 @@ def test_a_server_closes_a_channel_without_a_sign():
 # --- pings and closing ----------------------------------------------------------------------------------------------
 
 
-def test_a_ping_is_answered():
+def test_a_ping_is_answered() -> None:
     here, there = channels(), client()
     assert here.receive(there.send(Ping(b"beat"))) == []
     assert received(there, here.take()) == [Pong(b"beat")]
 
 
-def test_a_pong_that_nobody_asked_for_is_ignored():
+def test_a_pong_that_nobody_asked_for_is_ignored() -> None:
     here = channels()
     assert here.receive(frame(PONG, b"x")) == []
     assert here.take() == b""
 
 
-def test_a_flood_of_pings_costs_one_pong():
+def test_a_flood_of_pings_costs_one_pong() -> None:
     here = channels()
     for number in range(1000):
         here.receive(frame(PING, struct.pack("!I", number)))
@@ -301,7 +302,7 @@ def test_a_flood_of_pings_costs_one_pong():
 
 
 @pytest.mark.parametrize(("code", "reason"), [(1000, "done"), (1001, ""), (3000, "library"), (4999, "own")])
-def test_the_client_closes(code, reason):
+def test_the_client_closes(code: int, reason: str) -> None:
     here, there = channels(), client()
     assert here.receive(there.send(CloseConnection(code, reason)) + frame(BINARY, b"\0after")) == [Closed(code, reason)]
     assert here.ended
@@ -315,13 +316,13 @@ def test_the_client_closes(code, reason):
     assert here.take() == b""
 
 
-def test_the_client_closes_without_a_code():
+def test_the_client_closes_without_a_code() -> None:
     here = channels()
     assert here.receive(frame(CLOSE, b"")) == [Closed(1005, "")]
     assert here.take() == b"\x88\x00"
 
 
-def test_the_server_closes():
+def test_the_server_closes() -> None:
     here, there = channels(), client()
     here.send(1, b"last words")
     here.close_all(1000, "exited")
@@ -339,7 +340,7 @@ def test_the_server_closes():
     assert here.take() == b""
 
 
-def test_a_long_reason_is_cut_between_characters():
+def test_a_long_reason_is_cut_between_characters() -> None:
     here = channels()
     here.close_all(1011, "ä" * 100)
     (close,) = received(client(), here.take())
@@ -371,7 +372,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("step", [1, 1 << 20])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_rule_ends_the_connection(name, step):
+def test_a_broken_rule_ends_the_connection(name: str, step: int) -> None:
     code, data = BROKEN[name]
     data += frame(BINARY, b"\0after")
     here, there = channels(), client()
@@ -386,7 +387,7 @@ def test_a_broken_rule_ends_the_connection(name, step):
     assert here.take() == b""
 
 
-def test_a_broken_rule_after_our_close_is_not_answered():
+def test_a_broken_rule_after_our_close_is_not_answered() -> None:
     here = channels()
     here.close_all()
     here.take()
@@ -395,7 +396,7 @@ def test_a_broken_rule_after_our_close_is_not_answered():
     assert here.take() == b""
 
 
-def test_a_message_that_claims_the_largest_size_is_read_in_parts():
+def test_a_message_that_claims_the_largest_size_is_read_in_parts() -> None:
     here = channels()
     head = frame(BINARY, b"\0", length=(1 << 63) - 1)
     assert here.receive(head) == []
@@ -408,7 +409,7 @@ def test_a_message_that_claims_the_largest_size_is_read_in_parts():
 # --- the tunnel -----------------------------------------------------------------------------------------------------
 
 
-def test_a_tunnel_is_a_stream_of_bytes():
+def test_a_tunnel_is_a_stream_of_bytes() -> None:
     here, there = Tunnel(), client()
     data = os.urandom(100_000)
     sent = there.send(BytesMessage(data[:10], message_finished=False)) + there.send(BytesMessage(data[10:]))
@@ -422,14 +423,14 @@ def test_a_tunnel_is_a_stream_of_bytes():
     assert here.receive(there.send(CloseConnection(CloseReason.NORMAL_CLOSURE))) == [Closed(1000, "")]
 
 
-def test_a_tunnel_takes_no_text():
+def test_a_tunnel_takes_no_text() -> None:
     here = Tunnel()
     (closed,) = here.receive(frame(TEXT, b"text"))
     assert closed.code == 1003
     assert received(client(), here.take())[0].code == 1003
 
 
-def test_both_ends_of_a_tunnel_may_be_ours():
+def test_both_ends_of_a_tunnel_may_be_ours() -> None:
     here, there = Tunnel(), Tunnel(client=True)
     there.send(bytearray(b"SYN"))
     here.send(memoryview(b"REPLY"))
@@ -450,5 +451,5 @@ FRAMES = st.builds(
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.lists(FRAMES | st.binary(max_size=6), max_size=6))
-def test_no_bytes_raise_and_how_they_are_cut_makes_no_difference(kind, size, frames):
+def test_no_bytes_raise_and_how_they_are_cut_makes_no_difference(kind: int, size: int, frames: list[bytes]) -> None:
     fuzz.check(bytes((kind, size)) + b"".join(frames))

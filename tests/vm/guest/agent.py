@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 NAME = "criserver.vm"
 HEADER = struct.Struct(">cI")
@@ -59,13 +60,13 @@ class Port:
         return bytes(parts)
 
 
-def run(port: Port, request: dict[str, object]) -> None:
+def run(port: Port, request: dict[str, Any]) -> None:
     """Run one command, its input and output relayed, until it has exited; its children may live on."""
     try:
         process = subprocess.Popen(
-            request["argv"],  # type: ignore[call-overload]
+            request["argv"],
             cwd=request["cwd"],
-            env={**os.environ, **request["env"]},  # type: ignore[dict-item]
+            env={**os.environ, **request["env"]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

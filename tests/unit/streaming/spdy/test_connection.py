@@ -75,6 +75,7 @@ def test_the_peers_frames_move_its_half_or_reset_the_stream(
     connection, peer, stream = _theirs_in(half)
     flags = FIN if end else 0
     events: list[spdy.Event]
+    event: spdy.Event
     match frame:
         case "reply":
             events, event = connection.receive(peer.syn_reply(stream, flags=flags)), spdy.Replied(stream, (), end)
@@ -148,14 +149,14 @@ def test_a_stream_is_closed_when_both_halves_are_done(
     if ours_first:
         ours(connection, 1)
         assert connection.state(1) == (DONE, OPEN)
-    assert connection.streams == (1,)
+    assert [*connection.streams] == [1]
     connection.receive(theirs(peer, 1))
     if not ours_first:
         assert connection.state(1) == (OPEN, DONE)
-        assert connection.streams == (1,)
+        assert [*connection.streams] == [1]
         ours(connection, 1)
     assert connection.state(1) == CLOSED
-    assert connection.streams == ()
+    assert [*connection.streams] == []
 
 
 def test_a_stream_can_be_closed_by_its_reply() -> None:
@@ -512,7 +513,7 @@ def test_a_peer_that_went_beyond_our_windows_unseen_gets_no_more_than_one_when_i
 
 
 def _updates(output: bytes) -> list[tuple[int, int]]:
-    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == WINDOW_UPDATE]  # type: ignore[misc]
+    return [struct.unpack(">II", body) for kind, _, body in frames(output) if kind == WINDOW_UPDATE]
 
 
 def _bounded(initial: int = 64 * KIB) -> tuple[spdy.Connection, Peer]:
