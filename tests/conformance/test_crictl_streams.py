@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_port_forward import Services, fetched
 from tests.support.node import Node
+from tests.support.services import Services, fetched
 from tests.support.terminal import Terminal
 from tests.support.waiting import eventually
 

@@ -11,8 +11,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.e2e.test_bad_input import refused
-from tests.support.node import Node
+from tests.support.node import Node, refused
 
 pytestmark = pytest.mark.skipif(host.apparmor_profiles() is None, reason="this node's kernel has no AppArmor")
 

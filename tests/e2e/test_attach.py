@@ -9,8 +9,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.support.node import Node
+from tests.support.node import Node, refused
 from tests.support.streaming_client import Spdy, WebSocket
 from tests.support.waiting import eventually
 

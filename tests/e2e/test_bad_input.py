@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,9 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.support.node import Node
+from tests.support.node import Node, refused
 
 UNKNOWN = "0123456789abcdef" * 4
-
-
-@contextmanager
-def refused(code: grpc.StatusCode, *words: str) -> Iterator[None]:
-    """The call within must be refused with this code and all of these words."""
-    with pytest.raises(grpc.RpcError) as caught:
-        yield
-    said = caught.value.details() or ""
-    assert caught.value.code() is code, said
-    for word in words:
-        assert word in said, said
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,8 @@ import pytest
 from criserver.errors import FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import serving
-from tests.support.node import GATEWAY, Node, cgroup
+from tests.support.node import GATEWAY, Node, cgroup, refused
 from tests.support.waiting import SLOWNESS, eventually, within
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"

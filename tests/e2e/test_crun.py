@@ -14,12 +14,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_pods import shared
-from tests.e2e.test_userns import userns
 from tests.support.bundles import Bundles
 from tests.support.fixtures import serving
-from tests.support.node import Node
+from tests.support.node import Node, refused
+from tests.support.pods import shared, userns
 from tests.support.streaming_client import Spdy
 
 CRUN = os.environ.get("CRISERVER_TEST_CRUN", "crun")

@@ -15,8 +15,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.support.node import Node
+from tests.support.node import Node, refused, rss
 from tests.support.streaming_client import Refused, Spdy, WebSocket
 from tests.support.waiting import eventually, within
 
@@ -240,11 +239,6 @@ def test_a_client_that_never_reads_costs_little_and_hinders_nobody(node: Node, c
     for client in clients:
         client.close()
     eventually(lambda: not processes(node, container, "/dev/zero"))
-
-
-def rss(pid: int) -> int:
-    with open(f"/proc/{pid}/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_input_and_output_at_once(node: Node, container: str) -> None:

@@ -19,10 +19,10 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import import_image
 from tests.support.imagebuilder import busybox_image, write_archive
-from tests.support.node import Node, limit_of
+from tests.support.node import Node, limit_of, refused
+from tests.support.pods import limited, sandbox, secured
 from tests.support.waiting import eventually
 
 # Everything that a label's or an annotation's value may hold.
@@ -35,22 +35,6 @@ WITHOUT_SELINUX = pytest.mark.skipif(os.path.isdir("/sys/fs/selinux"), reason="t
 @pytest.fixture
 def pod(node: Node) -> str:
     return node.run_pod("pod")
-
-
-def secured(**security: Any) -> dict[str, cri.LinuxContainerConfig]:
-    return {"linux": cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**security))}
-
-
-def limited(**limits: Any) -> dict[str, cri.LinuxContainerConfig]:
-    return {"linux": cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**limits))}
-
-
-def sandbox(**security: Any) -> cri.LinuxPodSandboxConfig:
-    """A pod's linux section whose containers have a PID namespace each, where nothing else is said."""
-    options = security.pop("namespace_options", cri.NamespaceOption(pid=cri.CONTAINER))
-    return cri.LinuxPodSandboxConfig(
-        security_context=cri.LinuxSandboxSecurityContext(namespace_options=options, **security)
-    )
 
 
 def test_metadata_labels_and_annotations_come_back_unchanged(node: Node) -> None:

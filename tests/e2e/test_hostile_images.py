@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_images import Server, server, stored
-from tests.e2e.test_bad_input import refused
 from tests.support import hostile
-from tests.support.node import Node
+from tests.support.lyingregistry import Server, server, stored
+from tests.support.node import Node, refused
 
 __all__ = ["server"]
 NAMES = [name for name, _ in hostile.refused_layers("/canary")]

@@ -17,10 +17,9 @@ import pytest
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import import_image
 from tests.support.imagebuilder import Dir, Layer, Link, build_image, busybox_image, write_docker_archive
-from tests.support.node import Node
+from tests.support.node import Node, refused
 from tests.support.registry import HTPASSWD, Registry, registry, running
 from tests.support.waiting import SLOWNESS, eventually
 

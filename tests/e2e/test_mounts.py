@@ -10,10 +10,9 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
 from tests.support.fixtures import import_image
 from tests.support.imagebuilder import File, Layer, busybox_image, write_archive
-from tests.support.node import Node
+from tests.support.node import Node, refused
 
 
 @pytest.fixture

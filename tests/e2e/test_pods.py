@@ -16,13 +16,8 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.support.node import DRIVER, SUBNET, Node
+from tests.support.pods import shared
 from tests.support.waiting import SLOWNESS, eventually
-
-
-def shared(**modes: Any) -> cri.LinuxPodSandboxConfig:
-    """A pod's linux section with namespace modes."""
-    options = cri.NamespaceOption(**{"pid": cri.CONTAINER, **modes})
-    return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
 
 
 def test_a_pod_has_an_address_namespaces_and_no_process(node: Node) -> None:

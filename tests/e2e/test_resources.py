@@ -11,8 +11,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.e2e.test_bad_input import refused
-from tests.support.node import DRIVER, Node, limit_of
+from tests.support.node import DRIVER, Node, limit_of, refused
+from tests.support.pods import limited
 
 ON_V1 = "memory" in cgroups.roots()
 
@@ -20,10 +20,6 @@ ON_V1 = "memory" in cgroups.roots()
 @pytest.fixture
 def pod(node: Node) -> str:
     return node.run_pod("pod")
-
-
-def limited(**limits: Any) -> dict[str, cri.LinuxContainerConfig]:
-    return {"linux": cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(**limits))}
 
 
 def seen(pod: str, container: str) -> dict[str, str]:

@@ -9,9 +9,8 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_fields import secured
-from tests.support.node import Node
+from tests.support.node import Node, refused
+from tests.support.pods import secured
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import selinux
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_fields import sandbox, secured
-from tests.support.node import Node
+from tests.support.node import Node, refused
+from tests.support.pods import sandbox, secured
 
 pytestmark = pytest.mark.skipif(not selinux.is_enabled(), reason="this node's kernel has no SELinux policy")
 

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.support.fixtures import import_image
-from tests.support.node import Node
-
-RUNC = os.environ.get("CRISERVER_TEST_RUNC", "")
-BASE = 1_000_000
-
-
-def userns(
-    mode: cri.NamespaceMode = cri.POD, uids: list[tuple[int, int, int]] | None = None
-) -> cri.LinuxPodSandboxConfig:
-    mappings = [
-        cri.IDMapping(container_id=c, host_id=h, length=n)
-        for c, h, n in (uids if uids is not None else [(0, BASE, 65536)])
-    ]
-    options = cri.NamespaceOption(
-        pid=cri.CONTAINER, userns_options=cri.UserNamespace(mode=mode, uids=mappings, gids=mappings)
-    )
-    return cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(namespace_options=options))
+from tests.support.node import Node, refused
+from tests.support.pods import BASE, run, userns
 
 
 @pytest.mark.parametrize(
@@ -57,28 +38,6 @@ def test_a_handler_that_cannot_says_so(node: Node) -> None:
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "user namespace", "runc 1.2"):
         node.run_pod("bad", linux=userns())
     assert node.settled() == []
-
-
-@pytest.fixture(scope="module")
-def newer(busybox_archive: str) -> Iterator[Node]:
-    """A daemon with the newer runc as a second handler."""
-    if not RUNC:
-        pytest.skip("CRISERVER_TEST_RUNC names no runc with id-mapped mounts (1.2 or newer)")
-    node = Node(f'[runtimes.runc]\npath = "runc"\n[runtimes.newer]\npath = "{RUNC}"\n')
-    try:
-        os.chmod(node.base, 0o711)  # the pod's root has to get through, as it does through /run
-        node.start()
-        import_image(node, busybox_archive)
-        yield node
-    finally:
-        node.close()
-
-
-def run(node: Node, name: str, linux: cri.LinuxPodSandboxConfig, **fields: Any) -> tuple[str, str]:
-    config = node.pod(name, linux=linux)
-    pod = node.client.RunPodSandbox(config=config, runtime_handler="newer").pod_sandbox_id
-    node.pods.add(pod)
-    return pod, node.run(pod, "c", ["sleep", "1000"], **fields)
 
 
 def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path) -> None:

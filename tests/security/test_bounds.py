@@ -21,8 +21,7 @@ from google.protobuf.message import Message
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import output_room
 from criserver.streaming import server as streaming
-from tests.e2e.test_bad_input import refused
-from tests.support.node import Node
+from tests.support.node import Node, refused
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS, eventually, within
 

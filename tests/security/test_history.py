@@ -18,11 +18,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_fields import sandbox, secured
 from tests.support.fixtures import import_image, serving
 from tests.support.imagebuilder import Dir, Layer, Link, busybox_image, write_archive
-from tests.support.node import RUNTIME, Node, processes
+from tests.support.node import RUNTIME, Node, processes, refused
+from tests.support.pods import sandbox, secured
 from tests.support.streaming_client import Spdy, WebSocket
 from tests.support.waiting import eventually
 

@@ -15,12 +15,10 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import sandbox_files
 from snapshotter import mounts
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_fields import secured
-from tests.e2e.test_userns import newer, run, userns
-from tests.support.fixtures import import_image
+from tests.support.fixtures import import_image, newer
 from tests.support.imagebuilder import Dir, File, Link, busybox_image, write_archive
-from tests.support.node import Node
+from tests.support.node import Node, refused
+from tests.support.pods import run, secured, userns
 
 __all__ = ["newer"]
 

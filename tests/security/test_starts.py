@@ -26,7 +26,8 @@ from criserver.runtime import cgroups, pidfd
 from tests.e2e.test_bad_input import refused
 from tests.e2e.test_frozen_shims import Freezer, freezer
 from tests.support.fixtures import serving
-from tests.support.node import RUNTIME, Node, cgroup, processes
+from tests.support.freezer import Freezer, freezer
+from tests.support.node import RUNTIME, Node, cgroup, processes, refused
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS, eventually, within
 

@@ -106,3 +106,21 @@ def import_image(node: Node, path: str) -> None:
     """Import an archive by the operator's own command."""
     command = [sys.executable, "-m", "criserver", "image", "import", "--config", node.config, path]
     subprocess.run(command, check=True, capture_output=True)
+
+
+RUNC = os.environ.get("CRISERVER_TEST_RUNC", "")
+
+
+@pytest.fixture(scope="module")
+def newer(busybox_archive: str) -> Iterator[Node]:
+    """A daemon with the newer runc as a second handler."""
+    if not RUNC:
+        pytest.skip("CRISERVER_TEST_RUNC names no runc with id-mapped mounts (1.2 or newer)")
+    node = Node(f'[runtimes.runc]\npath = "runc"\n[runtimes.newer]\npath = "{RUNC}"\n')
+    try:
+        os.chmod(node.base, 0o711)  # the pod's root has to get through, as it does through /run
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        node.close()

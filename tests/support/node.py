@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import grpc
+import pytest
 from google.protobuf.message_factory import GetMessageClass
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -344,3 +346,19 @@ def own_cgroups() -> list[str]:
     return [
         found for top in tops for part in ("criserver", "criserver.slice") for found in glob.glob(f"{top}/{part}/*/")
     ]
+
+
+@contextmanager
+def refused(code: grpc.StatusCode, *words: str) -> Iterator[None]:
+    """The call within must be refused with this code and all of these words."""
+    with pytest.raises(grpc.RpcError) as caught:
+        yield
+    said = caught.value.details() or ""
+    assert caught.value.code() is code, said
+    for word in words:
+        assert word in said, said
+
+
+def rss(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+import pytest
 
 T = TypeVar("T")
 
@@ -42,3 +44,11 @@ def within(seconds: float) -> Iterator[None]:
     yield
     took = time.monotonic() - begun
     assert took < seconds * SLOWNESS, f"it took {took:.1f} s"
+
+
+async def cancelled(call: Coroutine[object, object, object]) -> None:
+    task = asyncio.ensure_future(call)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

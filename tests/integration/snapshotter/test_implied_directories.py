@@ -9,10 +9,7 @@ import stat
 import pytest
 
 from snapshotter import Snapshotter
-from tests.integration.snapshotter.test_snapshotter import disk, snapshotter, unpack
-from tests.support.layers import directory, item, symlink, write_blob
-
-__all__ = ["disk", "snapshotter"]  # fixtures
+from tests.support.layers import directory, item, symlink, unpack, write_blob
 
 
 def facts(path: str) -> tuple[int, int, int, float]:

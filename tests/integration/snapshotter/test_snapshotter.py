@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import pytest
@@ -28,21 +28,9 @@ from snapshotter import (
     Snapshotter,
     mounts,
 )
-from tests.support.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, write_blob
+from tests.support.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, unpack, write_blob
 
 CAPABILITY = struct.pack("<IIIII", 0x02000000, 1 << 10, 0, 0, 0)  # cap_net_bind_service, permitted
-
-
-@pytest.fixture
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = str(tmp_path_factory.mktemp("disk"))
-    mounts.mount("tmpfs", path, "tmpfs", 0, "mode=0755")
-    try:
-        os.mkdir(f"{path}/target")
-        yield path
-    finally:
-        for point in [*mounts.mounts_below(path), path]:
-            mounts.umount2(point, mounts.MNT_DETACH)
 
 
 @pytest.fixture(autouse=True)
@@ -53,24 +41,6 @@ async def nothing_untold() -> AsyncIterator[None]:
     yield
     gc.collect()
     assert told == []
-
-
-@pytest.fixture
-async def snapshotter(disk: str) -> AsyncIterator[Snapshotter]:
-    made = Snapshotter(f"{disk}/snapshots")
-    yield made
-    made.close()
-
-
-async def unpack(snapshotter: Snapshotter, blob: Blob, parent: str | None = None) -> Layer:
-    """Commit a blob, under a chain ID that is no digest: the snapshotter takes it as it is."""
-    return await snapshotter.unpack(
-        blob.path,
-        compression="gzip",
-        diff_id=blob.diff_id,
-        chain_id=f"chain {os.path.basename(blob.path)}",
-        parent=parent,
-    )
 
 
 def staging(disk: str) -> list[str]:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import (
-    ContainerConfig,
     Device,
     Mount,
     NamespaceMode,
@@ -41,28 +40,6 @@ POD = PodFacts(
     ipc_namespace="/n/ipc",
     uts_namespace="/n/uts",
     pid_namespace=None,
-)
-CONFIG = ContainerConfig(
-    name="c",
-    attempt=0,
-    image="busybox",
-    command=("run",),
-    args=(),
-    working_dir="",
-    envs=(),
-    mounts=(),
-    devices=(),
-    cdi_devices=(),
-    labels={},
-    annotations={},
-    log_path="",
-    stdin=False,
-    stdin_once=False,
-    tty=False,
-    resources=Resources(),
-    security=Security(),
-    namespaces=Namespaces(pid=NamespaceMode.CONTAINER),
-    stop_signal="",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import tomllib
@@ -14,8 +13,8 @@ import pytest
 
 from criserver.config import default_text, load
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.support.pages import ROOT, functions_in, rows
 
-ROOT = Path(__file__).parents[3]
 MESSAGES = (
     "PodSandboxConfig",
     "LinuxPodSandboxConfig",
@@ -36,30 +35,12 @@ PAGES = sorted(
 )
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """The cells of each row of the tables in a text, by the name in its first cell; none comes twice."""
-    found: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.startswith("| `"):
-            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert found.setdefault(name.strip("`"), cells) is cells, f"{name} has two rows"
-    return found
-
-
 @cache
 def sections() -> dict[str, dict[str, list[str]]]:
     """The rows of docs/cri-fields.md by message."""
     first, *others = (ROOT / "docs/cri-fields.md").read_text().split("\n## ")
     assert rows(first) == {}
     return {title: rows(body) for title, _, body in (other.partition("\n") for other in others)}
-
-
-@cache
-def functions_in(path: str) -> set[str]:
-    """The names of the test functions in a file below tests/."""
-    file = ROOT / "tests" / path
-    tree = ast.parse(file.read_text()) if file.exists() else ast.Module([], [])
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def test_the_page_has_the_messages_and_no_others() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.project.test_docs import ROOT, functions_in, rows
+from tests.support.pages import ROOT, functions_in, rows
 
 PAGE = (ROOT / "docs/security.md").read_text()
 PROMISES, _, HISTORY = PAGE.partition("\n## What other runtimes have had\n")

@@ -12,7 +12,7 @@ import pytest
 from criserver.errors import FailedPreconditionError
 from criserver.model import ContainerConfig, Security
 from criserver.runtime import apparmor, host
-from tests.unit.oci.test_spec import CONFIG
+from tests.support.samples import CONFIG
 
 PARSER = shutil.which("apparmor_parser", path="/usr/sbin:/sbin")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
 
 import pytest
 
 from criserver.errors import AlreadyExistsError, NotFoundError
 from criserver.runtime.attempts import Attempts, deadline
+from tests.support.waiting import cancelled
 
 
 class Work:
@@ -23,14 +23,6 @@ class Work:
         self.started += 1
         await self.end.wait()
         return f"id-{self.started}"
-
-
-async def cancelled(call: Coroutine[object, object, object]) -> None:
-    task = asyncio.ensure_future(call)
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 async def done(attempts: Attempts) -> None:

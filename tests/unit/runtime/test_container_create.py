@@ -13,7 +13,7 @@ from criserver.images.manifests import ImageConfig
 from criserver.runtime import container_create, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.registry import Registry
-from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+from tests.support.samples import FakeStore, brought_to, container, sandbox
 
 
 class FakeNode(SimpleNamespace):

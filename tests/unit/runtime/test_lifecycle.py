@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import itertools
 import re
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 
 from criserver.api import views
 from criserver.errors import CriError, NotFoundError, ResourceExhaustedError
-from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.events import Event, Events
 from criserver.runtime.lifecycle import (
     CONTAINER_STEPS,
@@ -31,10 +29,9 @@ from criserver.runtime.lifecycle import (
     is_allowed,
     is_visible,
 )
-from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.registry import Registry
-from criserver.store import Store
+from tests.support.samples import FakeStore, brought_to, container, in_state, sandbox
 
 ROOT = Path(__file__).parents[3]
 
@@ -64,78 +61,6 @@ def pairs(text: str) -> set[tuple[str, str]]:
 
 def word(state: State | None) -> str:
     return "-" if state is None else state.value
-
-
-class FakeStore(Store):
-    """What Registry needs of a store, in memory; ``full`` is a disk that takes no more."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, dict[str, bytes]] = defaultdict(dict)
-        self.full = False
-
-    def items(self, table: str) -> list[tuple[str, bytes]]:
-        return sorted(self.tables[table].items())
-
-    def put(self, table: str, key: str, value: bytes) -> None:
-        self._look()
-        self.tables[table][key] = value
-
-    def delete(self, table: str, key: str) -> None:
-        self._look()
-        self.tables[table].pop(key, None)
-
-    def _look(self) -> None:
-        if self.full:
-            raise ResourceExhaustedError("full")
-
-
-def sandbox(key: str, state: SandboxState = SandboxState.CREATING) -> Sandbox:
-    sent = cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=key, namespace="n", uid=key))
-    return Sandbox(
-        id=key,
-        config=pod_config(sent),
-        sent=sent.SerializeToString(),
-        handler="",
-        state=state,
-        created_at=1,
-        cgroup_parent="/p",
-        cgroup_owned=True,
-        runtime="runc",
-    )
-
-
-def container(key: str, pod: Sandbox, state: ContainerState = ContainerState.CREATING) -> Container:
-    sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name=key), image=cri.ImageSpec(image="i"))
-    return Container(
-        id=key,
-        sandbox_id=pod.id,
-        config=container_config(sent, pod.config),
-        sent=sent.SerializeToString(),
-        image_id="i",
-        image_ref="i",
-        state=state,
-        created_at=1,
-        log_path="",
-        stop_signal=15,
-    )
-
-
-def in_state(record: Any, state: State) -> Any:
-    return dataclasses.replace(record, state=state)
-
-
-def brought_to(registry: Registry, record: Record) -> None:
-    """Take a record in and lead it, by steps that are allowed, to the state that it has."""
-    steps = SANDBOX_STEPS if isinstance(record, Sandbox) else CONTAINER_STEPS
-    ways: dict[State | None, list[State]] = {None: []}
-    while record.state not in ways:
-        for step in steps:
-            if step.old in ways and step.new is not None and step.new not in ways:
-                ways[step.new] = [*ways[step.old], step.new]
-    first, *others = ways[record.state]
-    registry.add(in_state(record, first))
-    for state in others:
-        registry.save(in_state(record, state))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from snapshotter.tasks import outlive
 from snapshotter.threads import in_thread
-from tests.unit.runtime.test_attempts import cancelled
+from tests.support.waiting import cancelled
 
 
 @pytest.fixture

@@ -1,0 +1,124 @@
+"""Small records and values for unit tests, and a store that only keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+from criserver.errors import ResourceExhaustedError
+from criserver.model import (
+    ContainerConfig,
+    NamespaceMode,
+    Namespaces,
+    Resources,
+    Security,
+)
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.lifecycle import (
+    CONTAINER_STEPS,
+    SANDBOX_STEPS,
+    ContainerState,
+    SandboxState,
+    State,
+)
+from criserver.runtime.parse import container_config, pod_config
+from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.registry import Registry
+from criserver.store import Store
+
+
+class FakeStore(Store):
+    """What Registry needs of a store, in memory; ``full`` is a disk that takes no more."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[str, bytes]] = defaultdict(dict)
+        self.full = False
+
+    def items(self, table: str) -> list[tuple[str, bytes]]:
+        return sorted(self.tables[table].items())
+
+    def put(self, table: str, key: str, value: bytes) -> None:
+        self._look()
+        self.tables[table][key] = value
+
+    def delete(self, table: str, key: str) -> None:
+        self._look()
+        self.tables[table].pop(key, None)
+
+    def _look(self) -> None:
+        if self.full:
+            raise ResourceExhaustedError("full")
+
+
+def sandbox(key: str, state: SandboxState = SandboxState.CREATING) -> Sandbox:
+    sent = cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=key, namespace="n", uid=key))
+    return Sandbox(
+        id=key,
+        config=pod_config(sent),
+        sent=sent.SerializeToString(),
+        handler="",
+        state=state,
+        created_at=1,
+        cgroup_parent="/p",
+        cgroup_owned=True,
+        runtime="runc",
+    )
+
+
+def container(key: str, pod: Sandbox, state: ContainerState = ContainerState.CREATING) -> Container:
+    sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name=key), image=cri.ImageSpec(image="i"))
+    return Container(
+        id=key,
+        sandbox_id=pod.id,
+        config=container_config(sent, pod.config),
+        sent=sent.SerializeToString(),
+        image_id="i",
+        image_ref="i",
+        state=state,
+        created_at=1,
+        log_path="",
+        stop_signal=15,
+    )
+
+
+def in_state(record: Any, state: State) -> Any:
+    return dataclasses.replace(record, state=state)
+
+
+def brought_to(registry: Registry, record: Record) -> None:
+    """Take a record in and lead it, by steps that are allowed, to the state that it has."""
+    steps = SANDBOX_STEPS if isinstance(record, Sandbox) else CONTAINER_STEPS
+    ways: dict[State | None, list[State]] = {None: []}
+    while record.state not in ways:
+        for step in steps:
+            if step.old in ways and step.new is not None and step.new not in ways:
+                ways[step.new] = [*ways[step.old], step.new]
+    first, *others = ways[record.state]
+    registry.add(in_state(record, first))
+    for state in others:
+        registry.save(in_state(record, state))
+
+
+CONFIG = ContainerConfig(
+    name="c",
+    attempt=0,
+    image="busybox",
+    command=("run",),
+    args=(),
+    working_dir="",
+    envs=(),
+    mounts=(),
+    devices=(),
+    cdi_devices=(),
+    labels={},
+    annotations={},
+    log_path="",
+    stdin=False,
+    stdin_once=False,
+    tty=False,
+    resources=Resources(),
+    security=Security(),
+    namespaces=Namespaces(pid=NamespaceMode.CONTAINER),
+    stop_signal="",
+)
