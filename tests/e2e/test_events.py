@@ -42,7 +42,7 @@ class Listener:
 @pytest.fixture
 def listener(node: Node) -> Iterator[Listener]:
     listener = Listener(node)
-    threading.Event().wait(0.3)  # until the daemon has the call
+    threading.Event().wait(0.3)  # nothing tells that the daemon has the call
     yield listener
     listener.close()
 
@@ -121,7 +121,7 @@ def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, lis
 def test_every_listener_is_told(node: Node, listener: Listener) -> None:
     other = Listener(node)
     try:
-        threading.Event().wait(0.3)
+        threading.Event().wait(0.3)  # nothing tells that the daemon has the call
         pod = node.run_pod("both")
         for each in (listener, other):
             assert each.next().container_id == pod

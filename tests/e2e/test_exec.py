@@ -220,7 +220,7 @@ def test_a_slow_client_gets_all_of_the_output(node: Node, container: str) -> Non
     assert node.process is not None
     before = rss(node.process.pid)
     client = Spdy(outputs(node, container, "sh", "-c", script)).open_command("error", "stdout", "stderr")
-    time.sleep(3)
+    time.sleep(3)  # a daemon that did not hold back would have all of it
     assert rss(node.process.pid) - before < 12 << 20
     assert client.finish() == SUCCESS
     assert hashlib.sha256(client.got["stdout"]).digest() == hashlib.sha256(b"x" * 40_000_000).digest()
@@ -233,7 +233,7 @@ def test_a_client_that_never_reads_costs_little_and_hinders_nobody(node: Node, c
     clients = [
         Spdy(outputs(node, container, "cat", "/dev/zero")).open_command("error", "stdout", "stderr") for _ in range(10)
     ]
-    time.sleep(1)
+    time.sleep(1)  # a daemon that did not hold back would have gigabytes
     assert rss(node.process.pid) - before < 20 << 20
     assert node.sh(container, "echo fine") == "fine\n"
     for client in clients:

@@ -90,7 +90,7 @@ def test_standard_input_is_open_only_where_it_is_asked_for(node: Node, pod: str,
     assert node.wait(closed).exit_code == 0
     assert node.log(closed) == "end of input\n"
     waiting = node.run(pod, "open", script, stdin=True, stdin_once=once)
-    time.sleep(0.5)
+    time.sleep(0.5)  # without standard input it would have ended
     assert node.status(waiting).state == cri.CONTAINER_RUNNING
     assert node.sh(waiting, "readlink /proc/1/fd/0").startswith("pipe:")
     assert node.log(waiting) == ""

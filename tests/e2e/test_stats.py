@@ -44,7 +44,7 @@ def test_cpu_time_and_its_rate_follow_the_work(node: Node) -> None:
     assert not first.HasField("usage_nano_cores")  # there is nothing yet to reckon it from
     stats_of(node, idle)
     pod_of(node, pod)
-    time.sleep(1.2)
+    time.sleep(1.2)  # a rate is of a second at least
     second, rest, whole = stats_of(node, busy).cpu, stats_of(node, idle).cpu, pod_of(node, pod).cpu
     worked = second.usage_core_nano_seconds.value - first.usage_core_nano_seconds.value
     assert 0 < worked <= second.timestamp - first.timestamp + 100_000_000

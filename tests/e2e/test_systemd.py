@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
 from tests.support.node import Client, Node
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason="systemd is not this machine's init")
 
@@ -41,12 +41,8 @@ def journal(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def eventually(found: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := found()):
-        assert time.monotonic() < deadline, journal("-o", "cat")
-        time.sleep(0.2)
-    return answer
+def in_time(found: Callable[[], Any], seconds: float = 60) -> Any:
+    return eventually(found, seconds, told=lambda: journal("-o", "cat"), every=0.2)
 
 
 class Service(Node):
@@ -114,7 +110,7 @@ def parent_of(pid: int) -> int:
 def test_started_means_that_it_serves_and_its_status_tells_of_pods(service: Service) -> None:
     service.run(service.run_pod(), "c", ["sleep", "1000"])
     assert shown("StatusText")
-    eventually(lambda: shown("StatusText") == "1 pods ready, 1 containers running")
+    in_time(lambda: shown("StatusText") == "1 pods ready, 1 containers running")
 
 
 def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service) -> None:
@@ -141,7 +137,7 @@ def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service) -> N
     assert shown("ActiveState") == "inactive"
     # Nothing is left in the unit: what goes on is elsewhere.
     assert not os.path.exists(f"/sys/fs/cgroup{CGROUP}")
-    eventually(lambda: os.path.exists(f"{service.state}/containers/{container}/exit.json"))
+    in_time(lambda: os.path.exists(f"{service.state}/containers/{container}/exit.json"))
     service.client.channel.close()
     service.start()
     assert service.status(container).exit_code == 7
@@ -160,7 +156,7 @@ def test_a_wedged_daemon_is_started_again_and_containers_stay(service: Service) 
     container = service.run(service.run_pod(), "c", ["sleep", "1000"])
     pid, before = service.pid(container), main_pid()
     os.kill(before, signal.SIGSTOP)
-    eventually(lambda: main_pid() not in (0, before) and shown("ActiveState") == "active")
+    in_time(lambda: main_pid() not in (0, before) and shown("ActiveState") == "active")
     assert "watchdog" in shown("Result") or "Watchdog timeout" in journal("-o", "cat")
     service.client.channel.close()
     service.client = Client(service.socket)
@@ -196,7 +192,7 @@ def test_the_journal_has_fields(service: Service) -> None:
         lines = journal("-o", "json", f"CRI_CONTAINER={container}").splitlines()
         return [json.loads(line) for line in lines]
 
-    eventually(lambda: len(entries()) >= 2)
+    in_time(lambda: len(entries()) >= 2)
     entry = next(e for e in entries() if e["MESSAGE"].startswith("container started"))
     assert entry["MESSAGE"] == f"container started container={container} pid={service.pid(container)}"
     assert (entry["PRIORITY"], entry["SYSLOG_IDENTIFIER"]) == ("6", "criserver")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 
 from tests.support.node import Client, Node, processes
 from tests.support.streaming_client import Spdy
-from tests.support.waiting import SLOWNESS
+from tests.support.waiting import SLOWNESS, eventually
 
 PACKAGES = os.environ.get("CRISERVER_NODE_PACKAGES", "")  # the directory with the packages of tests/vm/releases.py
 SOCKET = "/run/criserver/criserver.sock"
@@ -93,9 +92,6 @@ def find(words: str) -> int:
     return pid
 
 
-def eventually(found: Callable[[], object], seconds: float = 20) -> None:
+def in_time(found: Callable[[], object], seconds: float = 20) -> None:
     """Wait until it is so."""
-    deadline = time.monotonic() + seconds * SLOWNESS
-    while not found():
-        assert time.monotonic() < deadline, journal()
-        time.sleep(0.1)
+    eventually(found, seconds, told=journal, every=0.1)

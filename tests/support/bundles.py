@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 WAIT = 30.0
-CGROUP = "/criserver-test-bundles"
+CGROUP = f"/criserver-test-bundles-{os.getpid()}"
 PATH = "PATH=/bin:/usr/bin"
 
 

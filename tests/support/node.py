@@ -32,12 +32,12 @@ from snapshotter import mounts
 from tests.support.waiting import SLOWNESS, eventually
 
 # Of this run alone: others may be at work on the machine.
-_RUN = 20 + os.getpid() % 200
-BRIDGE = f"crie2e{_RUN}"
-SUBNET = f"10.{_RUN}.0.0/16"
-GATEWAY = f"10.{_RUN}.0.1"
-NETWORK = f"e2e{_RUN}"
-SCRATCH = f"/run/cri-e2e-{_RUN}-"
+RUN = 20 + os.getpid() % 200
+BRIDGE = f"crie2e{RUN}"
+SUBNET = f"10.{RUN}.0.0/16"
+GATEWAY = f"10.{RUN}.0.1"
+NETWORK = f"e2e{RUN}"
+SCRATCH = f"/run/cri-e2e-{RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")

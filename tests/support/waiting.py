@@ -20,12 +20,15 @@ T = TypeVar("T")
 SLOWNESS = float(os.environ.get("E2E_SLOWNESS", "1"))
 
 
-def eventually(found: Callable[[], T], seconds: float = 30) -> T:
-    """What ``found()`` is once it is true, within so many seconds of a machine of usual speed."""
+def eventually(found: Callable[[], T], seconds: float = 30, told: Callable[[], str] = str, every: float = 0.01) -> T:
+    """What ``found()`` is once it is true, within so many seconds of a machine of usual speed.
+
+    Raises AssertionError with what ``told()`` says if it does not come true. ``every`` is in seconds.
+    """
     deadline = time.monotonic() + seconds * SLOWNESS
     while not (got := found()):
-        assert time.monotonic() < deadline, f"it did not come true within {seconds * SLOWNESS:g} s"
-        time.sleep(0.01)
+        assert time.monotonic() < deadline, f"it did not come true within {seconds * SLOWNESS:g} s\n{told()}"
+        time.sleep(every)
     return got
 
 

@@ -23,6 +23,7 @@ from criserver.runtime import service_manager
 from criserver.stats import DiskMeter
 from criserver.store import Store
 from criserver.upkeep import Task
+from tests.support.waiting import until
 
 FAILED = "a task failed; it is started again"
 
@@ -30,12 +31,6 @@ FAILED = "a task failed; it is started again"
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "_PAUSE", 0.01)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not true():
-            await asyncio.sleep(0.002)
 
 
 @contextlib.asynccontextmanager
@@ -122,7 +117,7 @@ async def test_work_that_returns_has_nothing_more_to_do() -> None:
 
     with capture_logs() as logs:
         async with kept(Task("once", work)) as keeping:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # it is not started again, and its end is not the daemon's
             assert not keeping.done()
     assert (len(done), logs) == (1, [])
 

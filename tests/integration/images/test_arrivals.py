@@ -102,7 +102,7 @@ async def test_files_are_there_before_the_blob_is_whole(snapshotter: Snapshotter
 async def test_a_blob_may_begin_with_less_than_tells_its_compression(snapshotter: Snapshotter, slow: Slow) -> None:
     slow.add(3)
     arrival = slow.begin(snapshotter)
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # the worker has read what there is and waits
     slow.add(10_000_000, arrival)
     assert len(os.listdir(f"{await slow.commit(snapshotter, arrival)}/d")) == 100
 
@@ -149,7 +149,7 @@ async def test_a_wait_beyond_the_workers_deadline_costs_a_second_unpack_only(slo
     snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=LayerLimits(max_seconds=2))
     slow.add(400_000)
     arrival = slow.begin(snapshotter)
-    await asyncio.sleep(2.3)
+    await asyncio.sleep(2.3)  # beyond the worker's deadline
     slow.add(10_000_000, arrival)
     assert len(os.listdir(f"{await slow.commit(snapshotter, arrival)}/d")) == 100
     snapshotter.close()
@@ -233,7 +233,7 @@ async def test_what_comes_at_once_is_not_begun_early(
     monkeypatch.setattr(pull, "_SOON", 5)
     monkeypatch.setattr(rooms.snapshotter, "arrival", lambda path, **_: begun.append(path))
     await rooms.images.pull(f"{server.address}/app:1")
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # what was begun late would show
     assert begun == []
 
 

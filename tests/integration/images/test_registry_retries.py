@@ -19,7 +19,7 @@ from tests.support.imagebuilder import BuiltImage, build_image
 from tests.support.ownregistry import Answer, Server, image, offset, refused, rooms, server
 from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
-from tests.support.waiting import within
+from tests.support.waiting import until, within
 
 __all__ = ["image", "registry", "rooms", "server"]
 
@@ -205,7 +205,7 @@ async def test_a_registry_that_restarts_is_waited_for(
         rooms.configure(first.address, f'server = "http://{first.address}"')
         pull = asyncio.create_task(rooms.images.pull(f"{first.address}/app:1"))
         await gone.wait()
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # the pull meets a port where nobody listens
     async with Server(image).running(port=int(first.address.rpartition(":")[2])) as second:
         assert (await pull).id == image.id
         assert [offset(request) for request in second.asked(digest)] == [100_000]
@@ -361,8 +361,7 @@ async def test_a_cancelled_pull_does_not_wait_on(
     rooms.change(progress_timeout=100)
     server.answers[first_layer(image)[0]] = lambda _: web.Response(status=503)
     pull = asyncio.create_task(rooms.images.pull(f"{server.address}/app:1"))
-    while not server.asked(first_layer(image)[0]):
-        await asyncio.sleep(0.01)
+    await until(lambda: server.asked(first_layer(image)[0]))
     await asyncio.sleep(0.1)
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -411,8 +410,7 @@ async def test_a_registry_that_stalls_does_not_hold_up_another(server: Server, r
         stuck.answers = {layer["digest"]: silent for layer in other.manifest["layers"]}
         rooms.configure(stuck.address, f'server = "http://{stuck.address}"')
         waiting = asyncio.create_task(rooms.images.pull(f"{stuck.address}/app:1"))
-        while len(stuck.requests) < 5:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(stuck.requests) >= 5)
         assert (await asyncio.wait_for(rooms.images.pull(f"{server.address}/app:1"), 30)).id == image.id
         waiting.cancel()
         await asyncio.wait([waiting])

@@ -26,8 +26,12 @@ from criserver.network import Attachment, Network, PodNetwork, namespaces
 from tests.support.waiting import eventually, until
 
 PLUGINS = "/usr/lib/cni"
-BRIDGE = "crinet0"
-GATEWAY = "10.211.57.1"
+# Of this run alone: others may be at work on the machine.
+BRIDGE = f"crinet{RUN}"
+IPV4 = f"10.211.{RUN}"
+IPV6 = f"fd00:211:{RUN}:"
+GATEWAY = f"{IPV4}.1"
+PORT = 18000 + RUN
 
 
 @pytest.fixture
@@ -230,7 +234,7 @@ class Host:
         self.configure()
         self.network = Network(conf_dir=self.conf, bin_dirs=[self.bin], timeout=30)
 
-    def configure(self, *more: dict[str, Any], subnets: tuple[str, ...] = ("10.211.57.0/24",)) -> None:
+    def configure(self, *more: dict[str, Any], subnets: tuple[str, ...] = (f"{IPV4}.0/24",)) -> None:
         bridge = {
             "type": "bridge",
             "bridge": BRIDGE,
@@ -286,21 +290,21 @@ async def host(base: str) -> AsyncIterator[Host]:
 
 async def test_a_pod_is_attached_reached_and_detached(host: Host) -> None:
     assert await host.network.ready() is None
-    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     attachment = await host.network.add(plan)
 
-    assert attachment.ips == ("10.211.57.2",)
+    assert attachment.ips == (f"{IPV4}.2",)
     assert attachment.result is not None
     eth0 = json.loads(inside(pin, "ip", "-json", "address", "show", "eth0"))[0]
-    assert "10.211.57.2" in [a["local"] for a in eth0["addr_info"]]
+    assert f"{IPV4}.2" in [a["local"] for a in eth0["addr_info"]]
     own = next(i for i in attachment.result.interfaces if i.sandbox)
     assert (own.name, own.mac, own.sandbox) == ("eth0", eth0["address"], pin.net)
-    assert host.leases() == ["10.211.57.2"]
+    assert host.leases() == [f"{IPV4}.2"]
     assert len(host.ports()) == 1
     assert host.rules("sandbox-1")
 
     with listening(pin, 8080, "the pod"):
-        get = f"import socket; print(socket.create_connection(('{GATEWAY}', 18080), 5).recv(20).decode())"
+        get = f"import socket; print(socket.create_connection(('{GATEWAY}', {PORT}), 5).recv(20).decode())"
         assert inside(host.pin, "python3", "-c", get) == "the pod\n"
 
     await host.network.delete(attachment)
@@ -313,16 +317,16 @@ async def test_check_tells_what_is_amiss(host: Host) -> None:
     pin, plan = await host.pod()
     attachment = await host.network.add(plan)
     await host.network.check(attachment)
-    inside(pin, "ip", "address", "del", "10.211.57.2/24", "dev", "eth0")
+    inside(pin, "ip", "address", "del", f"{IPV4}.2/24", "dev", "eth0")
     with pytest.raises(CriError, match=r"CNI plugin bridge \(CHECK, network crinet\)"):
         await host.network.check(attachment)
 
 
 async def test_a_pod_of_two_families(host: Host) -> None:
-    host.configure(subnets=("fd00:211:57::/64", "10.211.57.0/24"))
-    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    host.configure(subnets=(f"{IPV6}:/64", f"{IPV4}.0/24"))
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     attachment = await host.network.add(plan)
-    assert attachment.ips == ("fd00:211:57::2", "10.211.57.2"), "the network's order is kept"
+    assert attachment.ips == (f"{IPV6}:2", f"{IPV4}.2"), "the network's order is kept"
     eth0 = json.loads(inside(pin, "ip", "-json", "address", "show", "eth0"))[0]
     assert set(attachment.ips) <= {a["local"] for a in eth0["addr_info"]}
     await host.network.delete(attachment)
@@ -330,7 +334,7 @@ async def test_a_pod_of_two_families(host: Host) -> None:
 
 
 async def test_delete_after_the_namespace_is_gone(host: Host) -> None:
-    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     attachment = await host.network.add(plan)
     namespaces.unpin(f"{host.base}/pod1")
     assert host.leases()
@@ -342,7 +346,7 @@ async def test_delete_after_the_namespace_is_gone(host: Host) -> None:
 
 
 async def test_delete_of_an_add_whose_outcome_was_never_recorded(host: Host) -> None:
-    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     intention = plan.to_json()
     await host.network.add(plan)
     os.unlink(f"{host.conf}/10-crinet.conflist")
@@ -352,7 +356,7 @@ async def test_delete_of_an_add_whose_outcome_was_never_recorded(host: Host) -> 
 
 async def test_a_chain_that_fails_at_its_end_leaves_nothing(host: Host) -> None:
     host.configure({"type": "tuning", "sysctl": {"net.core.no_such_thing": "1"}})
-    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    pin, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     with pytest.raises(CriError, match=r"CNI plugin tuning \(ADD, network crinet\)"):
         await host.network.add(plan)
     assert host.left("sandbox-1") == []
@@ -360,11 +364,9 @@ async def test_a_chain_that_fails_at_its_end_leaves_nothing(host: Host) -> None:
 
 
 async def test_a_cancelled_add_leaves_nothing(host: Host) -> None:
-    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, 18080, ""),))
+    _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     task = asyncio.create_task(host.network.add(plan))
-    async with asyncio.timeout(30):
-        while not host.leases():
-            await asyncio.sleep(0.001)
+    await until(lambda: host.leases())
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

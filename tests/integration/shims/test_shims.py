@@ -32,7 +32,7 @@ Message = dict[str, Any]
 WAIT = 30.0 * SLOWNESS
 # Longer than what does not hang takes.
 HASTY = 3.0 * SLOWNESS
-CGROUP = "/criserver-test-shims"
+CGROUP = f"/criserver-test-shims-{os.getpid()}"  # of this run alone
 RECORD = re.compile(rb"\S+ (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "tail", "yes", "head", "grep", "kill", "stty", "printf", "ls")
 
@@ -667,7 +667,7 @@ def test_a_slow_client_gets_all_and_one_that_leaves_holds_nothing_up(host: Host)
         os.close(writer)
         readers.append(reader)
     container.client.ask("close-stdin")
-    time.sleep(0.2)
+    time.sleep(0.2)  # the pipe that nobody reads gets full
     os.close(readers[0])  # full, never read
     data = _read_all(readers[1])
     assert container.finished()["code"] == 0

@@ -29,6 +29,7 @@ from snapshotter import (
     mounts,
 )
 from tests.support.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, unpack, write_blob
+from tests.support.waiting import until
 
 CAPABILITY = struct.pack("<IIIII", 0x02000000, 1 << 10, 0, 0, 0)  # cap_net_bind_service, permitted
 
@@ -442,15 +443,12 @@ async def test_workers_end_with_a_daemon_that_is_killed(disk: str) -> None:
         sys.executable, "-c", script, f"{disk}/snapshots", blob.path, blob.diff_id
     )
     try:
-        while not os.path.isdir(f"{disk}/snapshots/staging"):
-            await asyncio.sleep(0.01)
+        await until(lambda: os.path.isdir(f"{disk}/snapshots/staging"))
         worker = await until_a_worker_writes(disk)
     finally:
         daemon.kill()
         await daemon.wait()
-    async with asyncio.timeout(30):
-        while os.path.exists(f"/proc/{worker}/cwd/fs"):
-            await asyncio.sleep(0.01)
+    await until(lambda: not os.path.exists(f"/proc/{worker}/cwd/fs"))
     with capture_logs() as logs:
         successor = Snapshotter(f"{disk}/snapshots")
     assert (dict(successor.layers()), staging(disk), logs) == ({}, [], [])

@@ -1,4 +1,4 @@
-"""Where a test lies: a unit test beside its module's, an integration test with its room, and helpers in tests/support."""
+"""Where tests lie: a unit test as its module does, an integration test with its room, helpers in tests/support."""
 
 from __future__ import annotations
 

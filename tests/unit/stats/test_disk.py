@@ -55,11 +55,11 @@ async def test_a_snapshot_is_measured_again_each_period() -> None:
 async def test_a_nudge_measures_a_new_one_before_the_period_ends() -> None:
     trees = Trees()
     async with running(trees, period=1000) as meter:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # the first period has begun
         trees.wanted, trees.sizes = {"a": True}, {"a": 1}
         meter.nudge()
         await until(lambda: meter.latest("a") is not None)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # a second measurement would show
         assert trees.measured == {"a": 1}
 
 

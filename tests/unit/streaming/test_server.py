@@ -37,6 +37,7 @@ from criserver.streaming import (
 )
 from tests.support import spdy_peer
 from tests.support.streaming_client import Refused, Spdy, WebSocket
+from tests.support.waiting import until
 
 OUTPUT = RequestedStreams(stdin=False, stdout=True, stderr=False, tty=False)
 CAT = RequestedStreams(stdin=True, stdout=True, stderr=False, tty=False)
@@ -495,8 +496,7 @@ async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer) 
     )
     await begun.wait()
     client.close()
-    while serving._sessions:
-        await asyncio.sleep(0.01)
+    await until(lambda: not serving._sessions)
     gc.collect()
     assert complaints == []
 
@@ -565,8 +565,7 @@ async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_i
         while len(serving._pending) < 3:
             await asyncio.sleep(0.01)
         assert (await blocking(run_command, url))[0] == b"hi"
-        while not is_closed(others[0]):
-            await asyncio.sleep(0.01)
+        await until(lambda: is_closed(others[0]))
         assert [is_closed(sock) for sock in others] == [True, False, False]
     end.set()
     assert await blocking(known.finish) == {"status": "Success"}
@@ -629,8 +628,7 @@ async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatc
         await blocking(run_command, url)
     end.set()
     await blocking(known.finish)
-    while serving._sessions:
-        await asyncio.sleep(0.01)
+    await until(lambda: not serving._sessions)
     assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
 
 
@@ -647,12 +645,11 @@ async def test_no_descriptor_left_is_no_end_of_listening(
         try:
             with contextlib.suppress(BlockingIOError):
                 sock.connect((parts.hostname, parts.port))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # without a descriptor it is not accepted
             assert not serving._sessions
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        while not serving._sessions:
-            await asyncio.sleep(0.01)
+        await until(lambda: serving._sessions)
     assert (await blocking(run_command, url))[0] == b"hi"
 
 
@@ -731,8 +728,7 @@ async def test_over_tls(
             assert client.got[1] == piece
 
     await blocking(work, found.offer(Command(CAT, cat)))
-    while found._sessions:
-        await asyncio.sleep(0.01)
+    await until(lambda: not found._sessions)
     assert failures == []
     await found.stop()
 
