@@ -6,7 +6,7 @@ import os
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.node.installed import KUBEPODS, InstalledNode, age, command, eventually, find
+from tests.node.installed import KUBEPODS, InstalledNode, age, command, find, in_time
 from tests.support.node import processes
 
 ECHO = "while read line; do echo got $line; done"
@@ -31,7 +31,7 @@ class Pods:
         self.talk()
         # A command ends with its client, and so with the daemon; what it has left behind in the container does not.
         node.sh(self.ticks, "setsid sleep 4321 </dev/null >/dev/null 2>&1 &")
-        eventually(lambda: any(line.startswith("sleep 4321") for _, line in processes()))
+        in_time(lambda: any(line.startswith("sleep 4321") for _, line in processes()))
         self.running = [self.ticks, self.other, self.session]
         self.note()
 
@@ -66,7 +66,7 @@ class Pods:
         self.talk()
         assert self.node.log(self.session).splitlines() == [f"got {n + 1}" for n in range(self.said)]
         before = len(self.node.log(self.ticks).split())
-        eventually(lambda: len(self.node.log(self.ticks).split()) > before + 2)
+        in_time(lambda: len(self.node.log(self.ticks).split()) > before + 2)
         lines = self.node.log(self.ticks).split()
         assert lines == [str(n + 1) for n in range(len(lines))], "no line of the log is missing or doubled"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.node.installed import InstalledNode, eventually, shown
+from tests.node.installed import InstalledNode, in_time, shown
 from tests.node.pods import Pods
 
 
@@ -31,7 +31,7 @@ def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: P
     assert not os.path.exists("/sys/fs/cgroup/system.slice/criserver.service"), "nothing is left in the unit"
     with open(f"{root}/go", "w"):
         pass
-    eventually(lambda: not os.path.exists(root))
+    in_time(lambda: not os.path.exists(root))
     node.systemctl("start")
     ended = node.wait(ends)
     assert (ended.exit_code, ended.reason) == (42, "Error")
@@ -44,7 +44,7 @@ def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: P
 def test_systemd_brings_a_killed_daemon_back(node: InstalledNode, pods: Pods):
     killed = int(shown("MainPID"))
     os.kill(killed, signal.SIGKILL)
-    eventually(lambda: shown("MainPID") not in ("0", str(killed)) and shown("ActiveState") == "active")
+    in_time(lambda: shown("MainPID") not in ("0", str(killed)) and shown("ActiveState") == "active")
     node.client.channel.close()
     node.connect()
     pods.are_untouched()

@@ -16,10 +16,9 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations
-from tests.e2e.test_pods import shared
-from tests.e2e.test_userns import BASE, userns
-from tests.node.installed import PACKAGES, InstalledNode, command, eventually, shown
+from tests.node.installed import PACKAGES, InstalledNode, command, in_time, shown
 from tests.node.pods import Pods, leftovers
+from tests.support.pods import BASE, shared, userns
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS
 from tests.vm.releases import EARLIER_PACKAGE, LAST, NO_HISTORY, PRESENT_PACKAGE, RELEASED_PACKAGE
@@ -121,7 +120,7 @@ def pods(busybox_archive: str) -> EveryKind:
     return pods
 
 
-def test_a_release_was_upgraded(pods: EveryKind):
+def test_a_release_was_upgraded(pods: EveryKind) -> None:
     assert installed() != pods.package
     assert pods.node.client.Version().runtime_version == command("criserver", "--version").split()[1]
     if not released():
@@ -129,20 +128,20 @@ def test_a_release_was_upgraded(pods: EveryKind):
     assert pods.package.startswith(f"{LAST}-")
 
 
-def test_processes_and_logs_are_untouched(pods: EveryKind):
+def test_processes_and_logs_are_untouched(pods: EveryKind) -> None:
     pods.are_untouched()
 
 
-def test_a_kubelet_is_told_the_same(pods: EveryKind):
+def test_a_kubelet_is_told_the_same(pods: EveryKind) -> None:
     assert pods.statuses() == pods.told
 
 
-def test_an_exit_while_no_daemon_ran_has_its_code(pods: EveryKind):
+def test_an_exit_while_no_daemon_ran_has_its_code(pods: EveryKind) -> None:
     ended = pods.node.wait(pods.ends)
     assert (ended.exit_code, ended.reason) == (42, "Error")
 
 
-def test_commands_run_in_pods_of_every_kind(pods: EveryKind):
+def test_commands_run_in_pods_of_every_kind(pods: EveryKind) -> None:
     for _, container in pods.one_in_each():
         session = pods.node.exec(container, "sh", "-c", "read line; echo got $line; exit 5")
         session.send("stdin", b"it\n")
@@ -151,17 +150,17 @@ def test_commands_run_in_pods_of_every_kind(pods: EveryKind):
     assert pods.node.sh(pods.in_users, "cat /proc/self/uid_map").split() == ["0", str(BASE), "65536"]
 
 
-def test_a_terminal_can_be_attached_to_and_has_its_size(pods: EveryKind):
+def test_a_terminal_can_be_attached_to_and_has_its_size(pods: EveryKind) -> None:
     url = pods.node.client.Attach(container_id=pods.terminal, stdin=True, stdout=True, tty=True).url
     session = Spdy(url).open_command("error", "stdin", "stdout", "resize")
     session.send("resize", b'{"Width":132,"Height":43}')
-    eventually(lambda: pods.node.sh(pods.terminal, "stty size </dev/console") == "43 132\n")
+    in_time(lambda: pods.node.sh(pods.terminal, "stty size </dev/console") == "43 132\n")
     session.send("stdin", b"stty size\n")
     session.until("stdout", b"43 132")
     session.close()
 
 
-def test_limits_are_changed_and_statistics_measured(pods: EveryKind):
+def test_limits_are_changed_and_statistics_measured(pods: EveryKind) -> None:
     limits = cri.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
     pods.node.client.UpdateContainerResources(container_id=pods.ticks, linux=limits)
     assert pods.node.sh(pods.ticks, "cat /sys/fs/cgroup/memory.max") == f"{64 << 20}\n"
@@ -170,7 +169,7 @@ def test_limits_are_changed_and_statistics_measured(pods: EveryKind):
     assert measured.memory.working_set_bytes.value > 0
 
 
-def test_a_log_is_reopened_after_rotation(pods: EveryKind):
+def test_a_log_is_reopened_after_rotation(pods: EveryKind) -> None:
     path = pods.node.status(pods.session).log_path
     os.rename(path, f"{path}.1")
     pods.node.client.ReopenContainerLog(container_id=pods.session)
@@ -181,9 +180,9 @@ def test_a_log_is_reopened_after_rotation(pods: EveryKind):
         assert len(f.readlines()) == before
 
 
-def test_a_container_of_the_release_is_started_and_sees_its_pods_files(pods: EveryKind):
+def test_a_container_of_the_release_is_started_and_sees_its_pods_files(pods: EveryKind) -> None:
     pods.node.client.StartContainer(container_id=pods.created)
-    eventually(lambda: pods.node.log(pods.created) == pods.hosts[pods.own])
+    in_time(lambda: pods.node.log(pods.created) == pods.hosts[pods.own])
 
 
 def test_the_files_of_a_pod_are_where_this_version_keeps_them(pods: EveryKind):
@@ -197,14 +196,14 @@ def test_the_files_of_a_pod_are_where_this_version_keeps_them(pods: EveryKind):
         assert pods.node.sh(late, names) == pods.node.sh(container, names)
 
 
-def test_an_exit_has_its_code_and_its_record_todays_version(pods: EveryKind):
+def test_an_exit_has_its_code_and_its_record_todays_version(pods: EveryKind) -> None:
     pods.node.sh(pods.later, "touch /go")
     assert pods.node.wait(pods.later).exit_code == 7
     record = stored("containers", pods.later)
     assert (record["version"], record["exit_code"]) == (migrations.newest(migrations.CONTAINER), 7)
 
 
-def test_containers_and_pods_are_stopped_and_removed(pods: EveryKind):
+def test_containers_and_pods_are_stopped_and_removed(pods: EveryKind) -> None:
     client = pods.node.client
     client.StopContainer(container_id=pods.session, timeout=0)
     assert pods.node.status(pods.session).exit_code == 137
@@ -219,7 +218,7 @@ def test_containers_and_pods_are_stopped_and_removed(pods: EveryKind):
         assert not os.path.exists(f"/var/lib/criserver/sandboxes/{pod}")
 
 
-def test_the_removal_of_the_package_takes_the_rest_along(pods: EveryKind):
+def test_the_removal_of_the_package_takes_the_rest_along(pods: EveryKind) -> None:
     pids = [pid for pid, _ in pods.known]
     command("dpkg", "--remove", "criserver", seconds=120)
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []

@@ -23,8 +23,6 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, pidfd
-from tests.e2e.test_bad_input import refused
-from tests.e2e.test_frozen_shims import Freezer, freezer
 from tests.support.fixtures import serving
 from tests.support.freezer import Freezer, freezer
 from tests.support.node import RUNTIME, Node, cgroup, processes, refused

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from criserver.runtime import host
+from criserver.runtime import pidfd
 from tests.support.node import Node, processes
 
 
@@ -43,7 +43,7 @@ class Freezer:
 
     def gone(self) -> bool:
         """Whether none of the shims is there any more, but for what an init that takes its time has to reap."""
-        return not any(host.start_ticks(pid) and host.zombie_code(pid) is None for pid in self.stopped.values())
+        return not any(pidfd.start_ticks(pid) and pidfd.zombie_code(pid) is None for pid in self.stopped.values())
 
 
 @pytest.fixture

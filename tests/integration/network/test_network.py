@@ -22,7 +22,8 @@ import pytest
 
 from criserver.errors import CriError, InvalidArgumentError
 from criserver.model import PortMapping
-from criserver.network import Attachment, Network, PodNetwork, namespaces
+from criserver.network import Attachment, Network, PodNetwork, namespace_calls, namespaces
+from tests.support.node import RUN
 from tests.support.waiting import eventually, until
 
 PLUGINS = "/usr/lib/cni"
@@ -166,7 +167,7 @@ async def test_cancellation_leaves_nothing(base: str) -> None:
 
 
 async def test_a_thread_that_is_late_takes_its_work_back(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, unshare = threading.Event(), namespaces.unshare
+    go_on, unshare = threading.Event(), namespace_calls.unshare
 
     def slow(kinds: list[str]) -> None:
         go_on.wait(10)

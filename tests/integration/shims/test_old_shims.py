@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from criserver.runtime.shim_link import ShimLink, connect
 from shims.messages import ExecRequest
-from tests.integration.shims.test_shims import WAIT, Container, Host, _members, _process, rootfs
+from tests.support.shimhost import WAIT, Container, Host, members, process_spec, rootfs
 from tests.support.waiting import eventually
 from tests.vm.releases import RELEASES, has
 
@@ -90,11 +91,15 @@ async def test_a_container_of_an_old_shim_from_the_greeting_to_the_end(container
     assert gone == {"event": "gone"}
 
 
+def has_exec(told: list[dict[str, Any]]) -> bool:
+    return bool(told) and "exec_id" in told[-1]
+
+
 async def test_an_exec_by_an_old_shim(container: Container) -> None:
     for args, end in ((("sh", "-c", "exit 4"), ("exec-exited", 4)), (("no-such-command",), ("exec-failed", None))):
         link, told = await _exec(container, *args)
         with closing(link):
-            await until(lambda told=told: told and "exec_id" in told[-1])
+            await until(partial(has_exec, told))
             assert (told[-1]["exec_id"], told[-1]["event"], told[-1].get("code")) == ("e1", *end)
             assert told[-1].get("late", False) is False
 
@@ -107,14 +112,12 @@ async def test_an_exec_by_an_old_shim_ends_with_its_connection(container: Contai
 
 
 def _command_lines() -> bytes:
-    return b"".join(
-        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in _members("c") if os.path.exists(f"/proc/{pid}")
-    )
+    return b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members("c") if os.path.exists(f"/proc/{pid}"))
 
 
 async def _exec(container: Container, *args: str) -> tuple[ShimLink, list[Any]]:
     spec = container.directory / "e1.json"
-    spec.write_text(json.dumps(_process(args)))
+    spec.write_text(json.dumps(process_spec(args)))
     link, told = linked(container)
     request: ExecRequest = {"op": "exec", "exec_id": "e1", "spec": str(spec), "owned": True}
     with open(os.devnull, "r+b") as null:

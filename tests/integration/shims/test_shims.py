@@ -11,9 +11,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -22,19 +20,14 @@ from typing import Any
 
 import pytest
 
-from shims.launch import command
-from shims.wire import Channel
 from tests.support.node import processes
+from tests.support.shimhost import CGROUP, WAIT, Container, Host, members, process_spec
 from tests.support.waiting import SLOWNESS, eventually
 
 Message = dict[str, Any]
 
-WAIT = 30.0 * SLOWNESS
 # Longer than what does not hang takes.
 HASTY = 3.0 * SLOWNESS
-CGROUP = f"/criserver-test-shims-{os.getpid()}"  # of this run alone
-RECORD = re.compile(rb"\S+ (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
-APPLETS = ("sh", "sleep", "echo", "cat", "true", "tail", "yes", "head", "grep", "kill", "stty", "printf", "ls")
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("runc") or not shutil.which("busybox"),
@@ -416,10 +409,6 @@ def test_the_code_of_a_signal(host: Host) -> None:
     assert container.finished()["code"] == 137
 
 
-def _members(name: str) -> list[str]:
-    return Path(f"/sys/fs/cgroup/memory{CGROUP}/{name}/cgroup.procs").read_text().split()
-
-
 def test_a_command_that_is_not_there(host: Host) -> None:
     container = host.fork(host.prepare("c", "no-such-command"))
     error = container.client.expect("failed")["error"]
@@ -523,7 +512,7 @@ def test_the_nursery_refuses_what_it_cannot_fork(host: Host) -> None:
 def _exec(container: Container, exec_id: str, *args: str, **keys: Any) -> tuple[Message, dict[str, int]]:
     """Ask for an exec; returns the answer and our ends of its standard streams."""
     spec = container.directory / f"{exec_id}.json"
-    spec.write_text(json.dumps(_process(args)))
+    spec.write_text(json.dumps(process_spec(args)))
     stdin, ours_in = os.pipe()
     ours_out, stdout = os.pipe()
     ours_err, stderr = os.pipe()
@@ -566,10 +555,10 @@ def test_an_exec_ends_with_its_connection_and_with_its_whole_group(host: Host) -
     container = host.start("c", "sleep", "1000")
     _, streams = _exec(container, "e1", "sh", "-c", "sleep 999 & echo up; wait")
     assert os.read(streams["stdout"], 100) == b"up\n"
-    assert len(_members("c")) == 3
+    assert len(members("c")) == 3
     container.client.close()
     assert _read_all(streams["stdout"]) == b""  # the sleep holds it no more
-    eventually(lambda: len(_members("c")) == 1)
+    eventually(lambda: len(members("c")) == 1)
     os.close(streams["stdin"])
     os.close(streams["stderr"])
     assert container.running()
@@ -578,7 +567,7 @@ def test_an_exec_ends_with_its_connection_and_with_its_whole_group(host: Host) -
 def test_exec_with_a_terminal(host: Host) -> None:
     container = host.start("c", "sleep", "1000")
     spec = container.directory / "e1.json"
-    spec.write_text(json.dumps(_process(("sh", "-c", "[ -t 0 ] && echo terminal; exit 6"), tty=True)))
+    spec.write_text(json.dumps(process_spec(("sh", "-c", "[ -t 0 ] && echo terminal; exit 6"), tty=True)))
     path = str(container.directory / "tty.sock")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -598,7 +587,7 @@ def test_exec_with_a_terminal(host: Host) -> None:
 def test_execs_end_with_the_container(host: Host) -> None:
     container = host.start("c", "sleep", "1000")
     _, streams = _exec(container, "e1", "sleep", "999")
-    eventually(lambda: len(_members("c")) == 2)
+    eventually(lambda: len(members("c")) == 2)
     container.kill()
     assert container.client.expect("exec-exited")["code"] == 137
     assert container.finished()["code"] == 137
@@ -717,7 +706,7 @@ def test_a_pipe_held_from_outside_delays_the_end_by_a_bound(host: Host) -> None:
 def test_orphans_are_reaped(host: Host) -> None:
     container = host.start("c", "sh", "-c", "(sleep 0.2 &); exec sleep 1000", own_pids=False)
     children = Path(f"/proc/{container.shim}/task/{container.shim}/children")
-    eventually(lambda: len(_members("c")) == 1)
+    eventually(lambda: len(members("c")) == 1)
     eventually(lambda: len(children.read_text().split()) == 1)
 
 

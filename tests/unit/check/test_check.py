@@ -214,7 +214,7 @@ def test_what_does_not_work_when_it_is_tried(node: Fake, tries: dict[str, Any], 
     assert words in fault.words
 
 
-def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake):
+def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake) -> None:
     node.configure(runtimes={"runc": RuntimeHandler("runc", "runc"), "crun": RuntimeHandler("crun", "/opt/crun")})
     node.change(which=lambda name: None if "crun" in name else f"/usr/bin/{name}")
     fault = node.fault()

@@ -54,7 +54,7 @@ def test_the_registry_table(tmp_path: Path) -> None:
     assert (config.registry_max_downloads, config.registry_progress_timeout) == (3, 9.0)
 
 
-def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path):
+def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path: Path) -> None:
     assert load(None).images == ImageLimits(*(getattr(LayerLimits(), name) for name in ImageLimits.__slots__))
     config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5"))
     assert (config.images.max_layers, config.images.max_bytes, config.images.max_ratio) == (3, 5, 200)

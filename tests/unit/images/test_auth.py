@@ -86,7 +86,7 @@ def test_any_header_is_read(text: str) -> None:
         (MIRROR, "https://m.example", True),
     ],
 )
-def test_who_gets_the_kubelets_credentials(host: Host, server_address: str, sent: bool) -> None:
+def test_who_gets_the_kubelets_credentials(host: RegistryHost, server_address: str, sent: bool) -> None:
     given = Credentials("me", "secret", server_address)
     assert (Keyring(parse(HERE), given, None).find(host) == given) is sent
 
@@ -115,7 +115,7 @@ def test_docker_hub_has_several_names(server_address: str, sent: bool) -> None:
         (PROXY, ["m.example", "m.example/cache"], "m.example/cache"),
     ],
 )
-def test_who_gets_which_credentials_of_the_file(host: Host, entries: list[str], user: str | None) -> None:
+def test_who_gets_which_credentials_of_the_file(host: RegistryHost, entries: list[str], user: str | None) -> None:
     file = DockerConfig({entry: Credentials(entry, "secret") for entry in entries}, frozenset())
     found = Keyring(parse(HERE), None, file).find(host)
     assert (found and found.username) == user
@@ -148,7 +148,7 @@ def test_secrets_are_not_shown() -> None:
         (OWN, "http://169.254.169.254/latest", "over plain HTTP"),
     ],
 )
-def test_authorisation_servers_that_nobody_is_sent_to(host: Host, realm: str | None, words: str) -> None:
+def test_authorisation_servers_that_nobody_is_sent_to(host: RegistryHost, realm: str | None, words: str) -> None:
     parameters = {} if realm is None else {"realm": realm}
     with pytest.raises(UnauthenticatedError, match=words):
         wanted_by(Challenge("bearer", parameters), host, [])

@@ -13,7 +13,7 @@ import pytest
 from criserver.errors import FailedPreconditionError
 from criserver.images import Credentials
 from criserver.images.auth import Keyring
-from criserver.images.credentials import canonical_server, load_docker_config
+from criserver.images.credentials import DockerConfig, canonical_server, load_docker_config
 from criserver.images.hosts import RegistryHost
 from criserver.images.references import parse
 
@@ -111,7 +111,9 @@ def test_a_missing_file_is_named() -> None:
         ({"auths": {"r.example": {}}}, False),
     ],
 )
-def test_a_credential_helper_that_would_be_asked_is_logged(load, capsys, document, told):
+def test_a_credential_helper_that_would_be_asked_is_logged(
+    load: Load, capsys: pytest.CaptureFixture[str], document: dict[str, Any], told: bool
+) -> None:
     host = RegistryHost("https://r.example", origin=True)
     Keyring(parse("r.example/app:1"), None, load(document)).find(host)
     output = capsys.readouterr().out

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.oci import cdi, cdi_edits, cdi_files
+from snapshotter import files
 
 KIND = "vendor.com/gpu"
 
@@ -182,8 +183,8 @@ def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch:
     path = write(tmp_path, devices=[device("0", env=["A=1"])])
     write(tmp_path, "other.json", kind="vendor.com/nic")
     read: list[str] = []
-    reader = cdi_files.files.read
-    monkeypatch.setattr(cdi_files.files, "read", lambda name, limit: read.append(name) or reader(name, limit))
+    reader = files.read
+    monkeypatch.setattr(files, "read", lambda name, limit: read.append(name) or reader(name, limit))
     first = cdi.load([str(tmp_path)])
     assert len(read) == 2
     assert cdi.load([str(tmp_path)], first) == first

@@ -19,7 +19,13 @@ PASSWD = (
 GROUP = b"2000:x:0:\nroot:x:0:\nusers:x:100:web,other\nweb:x:44:\naudio:x:29:web\n"
 
 
-def resolve(user: int | str = "", group: int | str = "", supplemental=(), strict=False, passwd=PASSWD) -> User:
+def resolve(
+    user: int | str = "",
+    group: int | str = "",
+    supplemental: tuple[int, ...] = (),
+    strict: bool = False,
+    passwd: bytes = PASSWD,
+) -> User:
     return container_user.resolve(
         user=user,
         group=group,

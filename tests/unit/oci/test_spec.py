@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from criserver.oci import spec
 from criserver.oci.capabilities import DEFAULT_CAPABILITIES
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts
 from criserver.oci.spec_resources import resource_limits
+from tests.support.samples import CONFIG
 
 HOST = HostFacts(
     capabilities=(*DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN", "CAP_NET_ADMIN"),
@@ -46,13 +48,13 @@ POD = PodFacts(
 def build(
     image: ImageDefaults | None = None,
     pod: PodFacts = POD,
-    nodes=(),
-    host=HOST,
-    selinux_label="",
-    mount_label="",
-    apparmor_profile="",
-    **changes,
-):
+    nodes: Sequence[DeviceNode] = (),
+    host: HostFacts = HOST,
+    selinux_label: str = "",
+    mount_label: str = "",
+    apparmor_profile: str = "",
+    **changes: Any,
+) -> dict[str, Any]:
     return spec.build(
         config=dataclasses.replace(CONFIG, **changes),
         image=image or ImageDefaults(),
@@ -78,7 +80,13 @@ def build(
         ((), (), (), ("c",), ["c"]),
     ],
 )
-def test_the_command_line(command, args, entrypoint, cmd, expected):
+def test_the_command_line(
+    command: tuple[str, ...],
+    args: tuple[str, ...],
+    entrypoint: tuple[str, ...],
+    cmd: tuple[str, ...],
+    expected: list[str],
+) -> None:
     image = ImageDefaults(entrypoint=entrypoint, cmd=cmd)
     assert build(image, command=command, args=args)["process"]["args"] == expected
 
@@ -88,7 +96,7 @@ def test_no_command_is_refused() -> None:
         build(command=())
 
 
-def test_the_environment_is_the_images_with_the_kubelets_over_it():
+def test_the_environment_is_the_images_with_the_kubelets_over_it() -> None:
     image = ImageDefaults(env=("A=1", "B=2=3", "PATH=/own"))
     env = build(image, envs=(("B", "x"), ("C", "")))["process"]["env"]
     assert env == ["PATH=/own", "HOSTNAME=pod", "A=1", "B=x", "C="]
@@ -192,7 +200,7 @@ def test_resources_that_are_unset_are_not_in_the_spec() -> None:
     assert limits["hugepageLimits"] == [{"pageSize": "2MB", "limit": 7}]
 
 
-def test_devices_are_allowed_one_by_one():
+def test_devices_are_allowed_one_by_one() -> None:
     node = DeviceNode("/dev/x", "c", 10, 229, 0o20666, 0, 0)
     linux = build(nodes=[node], devices=(Device("/dev/x", "/dev/fuse", "rw"),))
     assert linux["linux"]["resources"]["devices"] == [
@@ -235,7 +243,7 @@ def test_the_limit_of_descriptors() -> None:
     assert limited["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096}]
 
 
-def test_a_quota_has_its_period_by_name():
+def test_a_quota_has_its_period_by_name() -> None:
     assert resource_limits(Resources(cpu_quota=30_000), HOST)["cpu"] == {"quota": 30_000, "period": 100_000}
     given = Resources(cpu_quota=30_000, cpu_period=50_000)
     assert resource_limits(given, HOST)["cpu"] == {"quota": 30_000, "period": 50_000}

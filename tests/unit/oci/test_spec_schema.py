@@ -309,5 +309,7 @@ def test_a_document_is_valid_by_the_schema(validator: jsonschema.Draft4Validator
 
 @many
 @given(program=paths, rootfs=paths, pod=pods, host=hosts)
-def test_the_infra_process_is_valid_by_the_schema(validator, program, rootfs, pod, host):
+def test_the_infra_process_is_valid_by_the_schema(
+    validator: jsonschema.Draft4Validator, program: str, rootfs: str, pod: PodFacts, host: HostFacts
+) -> None:
     validator.validate(build_infra(program=program, rootfs=rootfs, pod=pod, host=host, cgroups_path="/p/c"))

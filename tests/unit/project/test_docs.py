@@ -90,13 +90,13 @@ def test_the_example_of_the_configuration_is_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_to_a_file_that_there_is(page: Path):
+def test_every_link_leads_to_a_file_that_there_is(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     ours = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in ours if not (page.parent / link).exists()] == []
 
 
-def test_every_decision_is_in_the_index_and_on_the_page_of_the_architecture():
+def test_every_decision_is_in_the_index_and_on_the_page_of_the_architecture() -> None:
     titles = {}
     for number, page in enumerate(sorted((ROOT / "docs/decisions").glob("[0-9]*.md")), start=1):
         title, date, *headings = re.findall(r"^(?:#+ |Date: ).+$", page.read_text(), re.MULTILINE)

@@ -49,7 +49,7 @@ def key(version: str) -> list[int]:
     return [int(number) for number in version.split(".")]
 
 
-def test_the_version_stands_in_the_package_alone():
+def test_the_version_stands_in_the_package_alone() -> None:
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in document["project"]
     assert read_configuration(ROOT / "pyproject.toml")["project"]["version"] == __version__
@@ -62,7 +62,7 @@ def test_the_version_stands_in_the_package_alone():
     assert found == {"criserver/__init__.py"} | allowed
 
 
-def test_the_changelog_has_each_release_newest_first_below_what_is_unreleased():
+def test_the_changelog_has_each_release_newest_first_below_what_is_unreleased() -> None:
     first, *releases = CHANGELOG
     assert first == "Unreleased"
     matched = [re.fullmatch(r"(\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", title) for title in releases]
@@ -78,7 +78,7 @@ def test_the_changelog_has_each_release_newest_first_below_what_is_unreleased():
 
 
 @pytest.mark.parametrize("title", FORMED)
-def test_entries_are_below_headings_and_are_short_sentences(title: str):
+def test_entries_are_below_headings_and_are_short_sentences(title: str) -> None:
     blocks = [block for block in FORMED[title].strip().split("\n\n") if block]
     assert blocks[::2] == [heading for heading in HEADINGS if heading in blocks]
     for block in blocks[1::2]:
@@ -89,7 +89,7 @@ def test_entries_are_below_headings_and_are_short_sentences(title: str):
             assert len(entry) <= LONGEST, entry
 
 
-def test_the_records_of_each_release_are_kept():
+def test_the_records_of_each_release_are_kept() -> None:
     kept = {path.stem for path in records.DATA.glob("*.sql")}
     assert set(RELEASES) <= kept <= set(RELEASES) | {__version__}
 
@@ -107,7 +107,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_release_dates_what_was_unreleased(release: ModuleType, tree: Path):
+def test_a_release_dates_what_was_unreleased(release: ModuleType, tree: Path) -> None:
     before = sections((tree / "CHANGELOG.md").read_text())
     release.prepare("99.0.0", tree, TODAY)
     assert (tree / "criserver/__init__.py").read_text().splitlines()[-1] == '__version__ = "99.0.0"'
@@ -119,12 +119,14 @@ def test_a_release_dates_what_was_unreleased(release: ModuleType, tree: Path):
 
 
 @pytest.mark.parametrize(("version", "words"), [("0.2", "three numbers"), (__version__, "newer"), (LAST, "newer")])
-def test_a_release_of_an_impossible_version_is_refused(release: ModuleType, tree: Path, version: str, words: str):
+def test_a_release_of_an_impossible_version_is_refused(
+    release: ModuleType, tree: Path, version: str, words: str
+) -> None:
     with pytest.raises(SystemExit, match=words):
         release.prepare(version, tree, TODAY)
 
 
-def test_a_release_without_changes_is_refused(release: ModuleType, tree: Path):
+def test_a_release_without_changes_is_refused(release: ModuleType, tree: Path) -> None:
     release.prepare("99.0.0", tree, TODAY)
     with pytest.raises(SystemExit, match="nothing to release"):
         release.prepare("99.0.1", tree, TODAY)

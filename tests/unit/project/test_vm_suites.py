@@ -59,7 +59,9 @@ def names_of_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "build", build)
 
 
-def test_the_package_of_the_last_release_is_built_from_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_package_of_the_last_release_is_built_from_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     names_of_builds(monkeypatch)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     (tmp_path / "then").touch()
@@ -72,7 +74,9 @@ def test_the_package_of_the_last_release_is_built_from_its_commit(monkeypatch: p
     assert found == {releases.PRESENT_PACKAGE: b"now then 3.13 2", releases.RELEASED_PACKAGE: b"then 3.13 1"}
 
 
-def test_a_clone_without_the_release_upgrades_another_build_of_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_clone_without_the_release_upgrades_another_build_of_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     names_of_builds(monkeypatch)
     (tmp_path / "now").touch()
     wanted = {releases.PRESENT_PACKAGE: b"now 3.13 2", releases.EARLIER_PACKAGE: b"now 3.13 1"}

@@ -10,7 +10,7 @@ import pytest
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.images.manifests import ImageConfig
-from criserver.runtime import container_create, sandbox_run
+from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.registry import Registry
 from tests.support.samples import FakeStore, brought_to, container, sandbox

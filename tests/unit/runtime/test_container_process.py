@@ -8,7 +8,8 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -22,8 +23,8 @@ from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState,
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.records import Container
 from criserver.runtime.registry import Registry
+from tests.support.samples import FakeStore, brought_to, container, sandbox
 from tests.support.waiting import until
-from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
 
 STARTED = {"event": "started", "init": 7, "start_ticks": 8, "started_at": 9}
 EXITED = {"event": "exited", "code": 3, "start_ticks": 8, "started_at": 9, "finished_at": 10}
@@ -54,7 +55,7 @@ class FakeNode(SimpleNamespace):
     async def unmount(self, point: str) -> None:
         self.unmounted.append(point)
 
-    def background(self, work, what: str) -> asyncio.Task[Any]:
+    def background(self, work: Coroutine[Any, Any, Any], what: str) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
         self.work.add(task)
         return task
@@ -69,13 +70,13 @@ class FakeNode(SimpleNamespace):
 
 
 @pytest.fixture(autouse=True)
-def no_cgroup(monkeypatch) -> None:
+def no_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "exists", lambda path: False)
     monkeypatch.setattr(cgroups, "thaw", lambda path: None)
 
 
 @pytest.fixture
-def node(tmp_path, request) -> FakeNode:
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> FakeNode:
     return FakeNode(str(tmp_path), getattr(request, "param", ContainerState.STARTING))
 
 
@@ -90,7 +91,7 @@ async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False)
     """Start "c" with a shim that says these messages at once; ``cut``: after its start has been cut."""
     process = node.process
 
-    async def fork(config, on_event, on_close):
+    async def fork(config: object, on_event: Callable[..., object], on_close: Callable[..., object]) -> Mock:
         def speak() -> None:
             for message in messages:
                 on_event(message)
@@ -108,7 +109,7 @@ async def start(node: FakeNode, *messages: dict[str, object], cut: bool = False)
         return await process.start()
 
 
-async def test_a_container_that_has_exited_before_its_starter_looks_has_been_running(node: FakeNode):
+async def test_a_container_that_has_exited_before_its_starter_looks_has_been_running(node: FakeNode) -> None:
     assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, EXITED) == Started(7, 8, 9)
     assert node.events == [EventType.STARTED, EventType.STOPPED]
     found = node.container
@@ -117,7 +118,7 @@ async def test_a_container_that_has_exited_before_its_starter_looks_has_been_run
     assert node.process.exited.is_set()
 
 
-async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode):
+async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode) -> None:
     """The stop that has cut it finds it running, and ends it as such."""
     assert await start(node, {"hello": "shim", "state": "starting"}, STARTED, cut=True) == Started(7, 8, 9)
     assert node.container.state is ContainerState.RUNNING
@@ -149,7 +150,9 @@ async def test_a_container_that_its_shim_could_not_delete_is_deleted_by_the_daem
     ],
     ids=["a greeting", "a record on disk"],
 )
-async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(node: FakeNode, record, pid):
+async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(
+    node: FakeNode, record: dict[str, Any], pid: int
+) -> None:
     node.process._take_exit(record)
     node.process._take_exit(record)
     assert node.events == [EventType.STARTED, EventType.STOPPED]
@@ -159,13 +162,13 @@ async def test_an_exit_from_a_start_that_an_earlier_daemon_began_tells_of_both(n
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
-async def test_those_who_wait_for_an_exit_are_woken_whatever_its_record_is(node: FakeNode):
+async def test_those_who_wait_for_an_exit_are_woken_whatever_its_record_is(node: FakeNode) -> None:
     with pytest.raises(KeyError):
         node.process._take_exit({"event": "exited"})
     assert node.process.exited.is_set()
 
 
-async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node: FakeNode):
+async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node: FakeNode) -> None:
     node.process.without_shim()
     assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
     assert node.events == [EventType.STOPPED]
@@ -176,7 +179,7 @@ async def test_a_start_of_which_nobody_knows_how_it_went_is_not_told_as_one(node
 @pytest.mark.parametrize("after", ["ended", "removing", "gone"])
 async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
     node: FakeNode, sleeper: subprocess.Popen[bytes], after: str
-):
+) -> None:
     """A container without a shim ends; its code has come from elsewhere, or it is removed, before the kernel tells."""
     process = node.process
     process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
@@ -195,7 +198,9 @@ async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
     assert process.exited.is_set()
 
 
-async def test_a_step_that_the_table_does_not_have_costs_no_exit(node: FakeNode, monkeypatch):
+async def test_a_step_that_the_table_does_not_have_costs_no_exit(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(node.registry, "observe", Mock(side_effect=CriError("no such step")))
     with pytest.raises(CriError):
         node.process._take_exit(EXITED)
@@ -203,7 +208,7 @@ async def test_a_step_that_the_table_does_not_have_costs_no_exit(node: FakeNode,
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
-async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daemon(node: FakeNode):
+async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daemon(node: FakeNode) -> None:
     process = node.process
     process._take_exit(EXITED)
     process.without_shim()
@@ -216,8 +221,8 @@ async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daem
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
 @pytest.mark.parametrize("room", ["the record", "the process", "its start"])
 async def test_a_process_that_cannot_be_looked_at_has_not_ended(
-    node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch, room: str
-):
+    node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
     """The daemon has no descriptor left when a shim dies."""
     monkeypatch.setattr(container_process, "_ASK_AGAIN", 0.01)
     process = node.process

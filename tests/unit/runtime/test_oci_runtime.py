@@ -37,7 +37,7 @@ def known(runtime: OciRuntime, container: str = "c") -> None:
 
 
 @pytest.mark.parametrize(("parent", "driver"), [("/kubepods/pod1", []), (SLICE, ["--systemd-cgroup"])])
-def test_every_verb_begins_with_the_root_and_the_driver(runtime: OciRuntime, parent: str, driver: list[str]):
+def test_every_verb_begins_with_the_root_and_the_driver(runtime: OciRuntime, parent: str, driver: list[str]) -> None:
     assert runtime.root.endswith("/roots/kata")
     start = [runtime.path, "--root", runtime.root, *driver]
     assert runtime.command(parent) == start
@@ -50,13 +50,13 @@ def test_every_verb_begins_with_the_root_and_the_driver(runtime: OciRuntime, par
         assert command[-1] == "c"
 
 
-def test_a_program_that_is_not_there_is_named_with_its_handler(runtime: OciRuntime):
+def test_a_program_that_is_not_there_is_named_with_its_handler(runtime: OciRuntime) -> None:
     os.unlink(runtime.path)
     with pytest.raises(FailedPreconditionError, match=r"handler kata: .*/program is not an exec.*\[runtimes.kata\]"):
         runtime.command("/p")
 
 
-async def test_a_container_that_the_runtime_has_not_needs_no_delete(runtime: OciRuntime):
+async def test_a_container_that_the_runtime_has_not_needs_no_delete(runtime: OciRuntime) -> None:
     await runtime.delete("c", "/p")
     with pytest.raises(FileNotFoundError):
         called(runtime)
@@ -66,7 +66,9 @@ async def test_a_container_that_the_runtime_has_not_needs_no_delete(runtime: Oci
 
 
 @pytest.mark.parametrize("script", ["exit 1", "sleep 60", None], ids=["fails", "hangs", "is not there"])
-async def test_a_delete_that_fails_is_logged(runtime: OciRuntime, monkeypatch, capsys, script: str | None):
+async def test_a_delete_that_fails_is_logged(
+    runtime: OciRuntime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str | None
+) -> None:
     known(runtime)
     monkeypatch.setattr(oci_runtime, "_DELETE_TIMEOUT", 0.2)
     if script is None:
@@ -77,7 +79,7 @@ async def test_a_delete_that_fails_is_logged(runtime: OciRuntime, monkeypatch, c
     assert "runtime delete" in capsys.readouterr().out
 
 
-async def test_an_update_says_why_it_is_refused(runtime: OciRuntime, monkeypatch):
+async def test_an_update_says_why_it_is_refused(runtime: OciRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     await runtime.update("c", SLICE, {"cpu": {"shares": 2}})
     assert called(runtime) == ["--root", runtime.root, "--systemd-cgroup", "update", "--resources", "-", "c"]
     program(runtime, "cat >/dev/null; echo one >&2; echo the last >&2; exit 1")
@@ -99,6 +101,6 @@ async def test_an_update_says_why_it_is_refused(runtime: OciRuntime, monkeypatch
         ("exit 1", None),
     ],
 )
-async def test_features_are_what_the_runtime_tells_or_none(runtime: OciRuntime, script: str, told: object):
+async def test_features_are_what_the_runtime_tells_or_none(runtime: OciRuntime, script: str, told: object) -> None:
     program(runtime, script)
     assert await runtime.features() == told

@@ -41,7 +41,7 @@ def old_greeting(state: str, **keys: Any) -> dict[str, Any]:
         ({"event": "exec-exited", "exec": "e", "code": 4, "signal": 0}, {"exec_id": "e"}, messages.ExecExitedEvent),
     ],
 )
-def test_a_message_of_a_shim_of_0_1_0(old: dict[str, Any], present: dict[str, Any], kind: Any):
+def test_a_message_of_a_shim_of_0_1_0(old: dict[str, Any], present: dict[str, Any], kind: Any) -> None:
     shaped: dict[str, Any] = dict(present_shape(dict(old)))
     assert shaped.items() >= present.items()
     assert shaped.keys() >= kind.__required_keys__
@@ -60,11 +60,11 @@ def test_a_message_of_a_shim_of_0_1_0(old: dict[str, Any], present: dict[str, An
         ({"event": "of a later version", "pid": 3}, {"event": "of a later version", "pid": 3}),
     ],
 )
-def test_a_message_of_a_present_or_later_shim(sent: dict[str, Any], present: dict[str, Any]):
+def test_a_message_of_a_present_or_later_shim(sent: dict[str, Any], present: dict[str, Any]) -> None:
     assert present_shape(dict(sent)) == present
 
 
-async def test_a_link_hands_on_the_present_shape_alone():
+async def test_a_link_hands_on_the_present_shape_alone() -> None:
     ours, theirs = socket.socketpair()
     taken: list[Any] = []
     link = ShimLink(ours, taken.append, lambda: None)

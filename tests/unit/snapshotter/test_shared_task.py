@@ -54,7 +54,7 @@ async def ended(caller: asyncio.Task[int]) -> None:
         await caller
 
 
-async def test_callers_with_one_key_share_one_task(tasks):
+async def test_callers_with_one_key_share_one_task(tasks: SharedTasks[str, str, int]) -> None:
     work = Work()
     waiting = await callers(tasks, work, 3)
     assert dict(tasks.notes) == {"key": "note 0"}
@@ -64,13 +64,13 @@ async def test_callers_with_one_key_share_one_task(tasks):
     assert await tasks.run("key", "", work) == 2, "the one after that is a task of its own"
 
 
-async def test_other_keys_have_other_tasks(tasks):
+async def test_other_keys_have_other_tasks(tasks: SharedTasks[str, str, int]) -> None:
     work = Work()
     work.end.set()
-    assert await asyncio.gather(tasks.run("one", "", work), tasks.run("other", "", work)) == [1, 2]
+    assert [*await asyncio.gather(tasks.run("one", "", work), tasks.run("other", "", work))] == [1, 2]
 
 
-async def test_all_callers_have_the_failure(tasks):
+async def test_all_callers_have_the_failure(tasks: SharedTasks[str, str, int]) -> None:
     work = Work()
     work.error = ValueError("broken")
     waiting = await callers(tasks, work, 2)
@@ -80,7 +80,7 @@ async def test_all_callers_have_the_failure(tasks):
     assert dict(tasks.notes) == {}
 
 
-async def test_a_cancelled_caller_leaves_the_task_to_the_others(tasks):
+async def test_a_cancelled_caller_leaves_the_task_to_the_others(tasks: SharedTasks[str, str, int]) -> None:
     work = Work()
     first, second = await callers(tasks, work, 2)
     await ended(first)
@@ -89,7 +89,7 @@ async def test_a_cancelled_caller_leaves_the_task_to_the_others(tasks):
     assert await second == 1
 
 
-async def test_the_task_has_ended_when_its_last_caller_has(tasks):
+async def test_the_task_has_ended_when_its_last_caller_has(tasks: SharedTasks[str, str, int]) -> None:
     work = Work()
     for caller in await callers(tasks, work, 2):
         await ended(caller)
@@ -97,7 +97,9 @@ async def test_the_task_has_ended_when_its_last_caller_has(tasks):
     assert dict(tasks.notes) == {}
 
 
-async def test_a_caller_that_comes_while_the_task_is_being_cancelled_begins_a_new_one(tasks):
+async def test_a_caller_that_comes_while_the_task_is_being_cancelled_begins_a_new_one(
+    tasks: SharedTasks[str, str, int],
+) -> None:
     work = Work()
     work.late = asyncio.Event()
     (first,) = await callers(tasks, work, 1)
@@ -114,7 +116,7 @@ async def test_a_caller_that_comes_while_the_task_is_being_cancelled_begins_a_ne
     assert await second == 2
 
 
-async def test_a_failure_of_the_cancelled_task_is_logged(tasks):
+async def test_a_failure_of_the_cancelled_task_is_logged(tasks: SharedTasks[str, str, int]) -> None:
     async def work() -> int:
         try:
             await asyncio.sleep(60)

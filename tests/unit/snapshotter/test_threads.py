@@ -77,7 +77,7 @@ async def test_namespaces_without_a_thread_to_make_them_in_are_refused(tmp_path:
     assert not (tmp_path / "ns").exists()
 
 
-async def test_network_counters_come_again_once_there_is_a_thread_to_open_them(monkeypatch: pytest.MonkeyPatch):
+async def test_network_counters_come_again_once_there_is_a_thread_to_open_them(monkeypatch: pytest.MonkeyPatch) -> None:
     networks, path = NetworkCounters(), "/proc/self/ns/net"
     monkeypatch.setattr(
         "criserver.stats.network_counters._enter_and_open", lambda _: os.open("/proc/net/dev", os.O_RDONLY)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from criserver.stats import CgroupReaders, Pressure, Stall, cgroup_reader, cgroup_readers
+from criserver.stats import CgroupReaders, Pressure, Stall
 from criserver.stats.cgroup_reader import CgroupReader
 
 V1 = {
@@ -153,7 +153,7 @@ def test_the_working_set_is_never_negative(v2: CgroupReader, tmp_path: Path) -> 
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(cgroup_reader.time, "monotonic_ns", lambda: int(seconds * 1e9))
+    monkeypatch.setattr(time, "monotonic_ns", lambda: int(seconds * 1e9))
 
 
 def test_the_rate_is_since_a_reading_at_least_a_second_old(
@@ -176,7 +176,7 @@ def test_the_rate_is_since_a_reading_at_least_a_second_old(
 
 def test_files_stay_open_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(tmp_path, V2, below_controller=False)
-    monkeypatch.setattr(cgroup_readers.resource, "getrlimit", lambda _: (12, 12))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
     cgroups = CgroupReaders({"": str(tmp_path)})
 
     def kept() -> list[str]:

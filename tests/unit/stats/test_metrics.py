@@ -38,7 +38,7 @@ STALL = Stall(0.0, 0.0, 0.0, 2_500_000_000)
 PRESSURE = Pressure(STALL, STALL)
 NOTHING = Measurements(
     usage=CgroupUsage(1_700_000_000_000_000_000, None, None, None, None, None, None),
-    details=CgroupDetails(*[None] * 13, (None, None), (None, None), None, None, (), ()),
+    details=CgroupDetails(*NO_DETAILS),
     processes=0,
 )
 EVERYTHING = Measurements(
@@ -51,9 +51,7 @@ EVERYTHING = Measurements(
         memory_pressure=PRESSURE,
         io_pressure=PRESSURE,
     ),
-    details=CgroupDetails(
-        *range(1, 14), (14, 15), (16, 17), 18, 19, (DeviceIo(0, 0, 1, 2, 3, 4),), (HugePages("2MB", 1, 2),)
-    ),
+    details=CgroupDetails(*ALL_DETAILS),
     processes=3,
     descriptors=Descriptors(9, 2, 1024),
     interfaces=(InterfaceCounters("eth0", 1, 2, 3, 4, 5, 6, 7, 8),),

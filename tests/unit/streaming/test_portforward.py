@@ -25,7 +25,7 @@ def headers(kind: str | None = "data", port: str | None = "80", request: str | N
     return [(name, value) for name, value in given.items() if value is not None]
 
 
-def test_two_streams_of_one_request_are_a_pair():
+def test_two_streams_of_one_request_are_a_pair() -> None:
     pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="0"))
     assert half == StreamPair("0", 80, data=None, error=1)
@@ -35,7 +35,7 @@ def test_two_streams_of_one_request_are_a_pair():
     assert whole.complete
 
 
-def test_streams_of_several_requests_may_come_in_any_order():
+def test_streams_of_several_requests_may_come_in_any_order() -> None:
     pairs = StreamPairs()
     pairs.add(1, headers("data", "80", "a"))
     pairs.add(3, headers("data", "443", "b"))
@@ -43,14 +43,14 @@ def test_streams_of_several_requests_may_come_in_any_order():
     assert pairs.add(7, headers("error", "80", "a")) == StreamPair("a", 80, data=1, error=7)
 
 
-def test_a_request_may_come_again_once_its_pair_is_complete():
+def test_a_request_may_come_again_once_its_pair_is_complete() -> None:
     pairs = StreamPairs()
     pairs.add(1, headers("error", request="0"))
     pairs.add(3, headers("data", request="0"))
     assert pairs.add(5, headers("error", request="0")) == StreamPair("0", 80, error=5)
 
 
-def test_clients_of_old_send_no_request():
+def test_clients_of_old_send_no_request() -> None:
     pairs = StreamPairs()
     assert pairs.add(1, headers("error")).key == "1"
     assert pairs.add(3, headers("data")).complete
@@ -59,7 +59,7 @@ def test_clients_of_old_send_no_request():
     assert pairs.add(7, headers("data")) == StreamPair("5", 80, data=7, error=5)
 
 
-def test_the_stream_with_the_data_decides_the_port():
+def test_the_stream_with_the_data_decides_the_port() -> None:
     pairs = StreamPairs()
     pairs.add(1, headers("error", "1", "0"))
     assert pairs.add(3, headers("data", "2", "0")).port == 2
@@ -68,7 +68,7 @@ def test_the_stream_with_the_data_decides_the_port():
 
 
 @pytest.mark.parametrize(("text", "port"), [("1", 1), ("65535", 65535), ("00080", 80), ("000000000080", 80)])
-def test_ports(text, port):
+def test_ports(text: str, port: int) -> None:
     assert StreamPairs().add(1, headers(port=text)).port == port
 
 
@@ -94,7 +94,7 @@ def test_a_stream_of_another_type_is_refused(kind: str | None) -> None:
 
 
 @pytest.mark.parametrize(("kind", "error"), [("data", None), ("error", 1)])
-def test_a_second_stream_of_a_type_is_refused_and_the_first_stays(kind, error):
+def test_a_second_stream_of_a_type_is_refused_and_the_first_stays(kind: str, error: int | None) -> None:
     pairs = StreamPairs()
     first = pairs.add(1, headers(kind, request="a"))
     with pytest.raises(DuplicateStreamError, match=f"'a' has its {kind} stream already") as raised:
@@ -105,7 +105,7 @@ def test_a_second_stream_of_a_type_is_refused_and_the_first_stays(kind, error):
     assert pairs.add(5, headers(other, request="a")).complete
 
 
-def test_halves_are_bounded():
+def test_halves_are_bounded() -> None:
     pairs = StreamPairs(limit=2)
     pairs.add(1, headers("error", request="a"))
     pairs.add(3, headers("error", request="b"))
@@ -115,7 +115,7 @@ def test_halves_are_bounded():
     assert not pairs.add(9, headers("error", request="c")).complete
 
 
-def test_a_half_whose_time_is_up_is_forgotten():
+def test_a_half_whose_time_is_up_is_forgotten() -> None:
     pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="a"))
     assert pairs.expire(half)
@@ -123,7 +123,7 @@ def test_a_half_whose_time_is_up_is_forgotten():
     assert pairs.add(3, headers("data", request="a")) == StreamPair("a", 80, data=3)
 
 
-def test_a_pair_that_is_complete_does_not_expire():
+def test_a_pair_that_is_complete_does_not_expire() -> None:
     pairs = StreamPairs()
     half = pairs.add(1, headers("error", request="a"))
     pairs.add(3, headers("data", request="a"))
@@ -137,7 +137,7 @@ def test_a_pair_that_is_complete_does_not_expire():
         st.tuples(st.sampled_from(["data", "error", "x"]), st.sampled_from(["1", "0"]), st.sampled_from(["", "1", "a"]))
     )
 )
-def test_every_stream_is_in_one_pair_at_most(opened):
+def test_every_stream_is_in_one_pair_at_most(opened: list[tuple[str, str, str]]) -> None:
     pairs, seen = StreamPairs(limit=2), []
     for number, (kind, port, request) in enumerate(opened):
         try:

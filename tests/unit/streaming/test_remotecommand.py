@@ -62,12 +62,12 @@ def test_every_version_over_websocket_is_one_that_a_connection_speaks() -> None:
     ],
 )
 def test_the_first_protocol_of_the_client_that_is_known(
-    offered: tuple[str, ...], accepted: dict[str, Features], chosen: str | None
+    offered: tuple[str, ...], accepted: dict[str, ProtocolFeatures], chosen: str | None
 ) -> None:
     assert negotiate(offered, accepted) == chosen
 
 
-def test_streams_and_their_channels():
+def test_streams_and_their_channels() -> None:
     assert [(stream.header, int(stream)) for stream in StreamType] == [
         ("stdin", 0), ("stdout", 1), ("stderr", 2), ("error", 3), ("resize", 4),
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_streams_of_no_known_type_are_refused(headers: list[tuple[str, str]], wo
         stream_type(headers)
 
 
-def test_the_streams_that_a_client_opens_over_spdy():
+def test_the_streams_that_a_client_opens_over_spdy() -> None:
     error, resize = StreamType.ERROR, StreamType.RESIZE
     shell = RequestedStreams(stdin=True, stdout=True, stderr=False, tty=True)
     assert shell.spdy_streams(SPDY_PROTOCOLS[V4]) == {StreamType.STDIN, StreamType.STDOUT, error, resize}
@@ -97,13 +97,13 @@ def test_the_streams_that_a_client_opens_over_spdy():
     assert output.spdy_streams(SPDY_PROTOCOLS[V4]) == {StreamType.STDOUT, StreamType.STDERR, error}
 
 
-def test_the_channels_of_a_websocket():
+def test_the_channels_of_a_websocket() -> None:
     output = RequestedStreams(stdin=False, stdout=False, stderr=True, tty=False)
-    assert output.websocket_channels() == (set(), {StreamType.STDERR, StreamType.ERROR})
+    assert output.websocket_channels() == (frozenset(), frozenset({StreamType.STDERR, StreamType.ERROR}))
     assert output.greeting_channel() is StreamType.STDERR
     assert RequestedStreams(stdin=True, stdout=True, stderr=True, tty=False).greeting_channel() is StreamType.STDOUT
     stdin = RequestedStreams(stdin=True, stdout=False, stderr=False, tty=False)
-    assert stdin.websocket_channels() == ({StreamType.STDIN}, {StreamType.ERROR})
+    assert stdin.websocket_channels() == (frozenset({StreamType.STDIN}), frozenset({StreamType.ERROR}))
     assert stdin.greeting_channel() is StreamType.ERROR
 
 
@@ -143,7 +143,7 @@ def sizes(pieces: list[bytes]) -> list[TerminalSize]:
     return [size for piece in pieces if (size := decoder.feed(piece)) is not None]
 
 
-def test_a_size():
+def test_a_size() -> None:
     decoder = ResizeDecoder()
     assert decoder.feed(b'{"Width":80,"Height":24}\n') == TerminalSize(80, 24)
     assert decoder.feed(b"") is None
@@ -160,11 +160,11 @@ def test_a_size():
         (b'{"Width":65535,"Height":65535,"Depth":["a"]}', TerminalSize(65535, 65535)),
     ],
 )
-def test_sizes_in_other_words(text, size):
+def test_sizes_in_other_words(text: bytes, size: TerminalSize) -> None:
     assert ResizeDecoder().feed(text) == size
 
 
-def test_the_last_of_several_sizes_counts():
+def test_the_last_of_several_sizes_counts() -> None:
     assert ResizeDecoder().feed(
         b'{"Width":1,"Height":2}{"Width":3,"Height":4}\n{"Width":5,"Height":6}{"Wi'
     ) == TerminalSize(5, 6)
@@ -214,7 +214,7 @@ def test_garbage_ends_the_stream(garbage: bytes, step: int) -> None:
     assert decoder.feed(b"{}") is None
 
 
-def test_what_is_kept_is_bounded():
+def test_what_is_kept_is_bounded() -> None:
     decoder = ResizeDecoder()
     for _ in range(10):
         assert decoder.feed(b" " * 100_000) is None

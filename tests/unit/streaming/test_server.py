@@ -149,7 +149,7 @@ async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatc
     assert answer.startswith(b"HTTP/1.1 408")
 
 
-async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_session, "STREAMS_TIMEOUT", 0.2)
 
     def work() -> None:
@@ -161,7 +161,7 @@ async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch
     await blocking(work)
 
 
-async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_session, "STREAMS_TIMEOUT", 0.2)
 
     async def dial(port: int) -> socket.socket:
@@ -375,7 +375,7 @@ def links(monkeypatch: pytest.MonkeyPatch) -> list[client_link.ClientLink]:
     return found
 
 
-async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[client_link.ClientLink]):
+async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[client_link.ClientLink]) -> None:
     most = 0
 
     def work(url: str) -> None:
@@ -399,7 +399,7 @@ async def test_answers_that_nobody_takes_are_bounded(stuck: str, links: list[cli
 
 async def test_output_of_many_streams_that_nobody_takes_is_bounded(
     serving: StreamingServer, pod: Pod, links: list[client_link.ClientLink]
-):
+) -> None:
     count, most = 40, 0
 
     def feed() -> None:
@@ -461,7 +461,7 @@ async def test_a_client_that_goes_is_sent_no_more(
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
-async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving: StreamingServer):
+async def test_a_command_that_is_slower_than_its_client_costs_one_timer(serving: StreamingServer) -> None:
     async def slow(streams: CommandStreams) -> int:
         assert streams.stdin is not None
         while await streams.stdin.read():
@@ -548,7 +548,7 @@ def is_closed(sock: socket.socket) -> bool:
 @pytest.mark.parametrize("data", [b"", b"GET /command HTTP/1.1\r\nX-Slow: 1"])
 async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_it_wants(
     serving: StreamingServer, monkeypatch: pytest.MonkeyPatch, data: bytes
-):
+) -> None:
     monkeypatch.setattr(serving, "_max_pending", 3)
     begun, end = asyncio.Event(), asyncio.Event()
 
@@ -612,7 +612,7 @@ async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[st
     await found.stop()
 
 
-async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch):
+async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_max_accepted", 1)
     begun, end = asyncio.Event(), asyncio.Event()
 
@@ -672,7 +672,7 @@ async def test_a_stop_ends_what_is_under_way(serving: StreamingServer) -> None:
         pass
 
 
-async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer):
+async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer) -> None:
     async def refuse(streams: CommandStreams) -> int:
         raise CriError("it cannot be done")
 
