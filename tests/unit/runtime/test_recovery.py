@@ -11,10 +11,10 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from criserver.errors import CriError
-from criserver.runtime import recovery
+from criserver.runtime import filesystems, process_records, recovery, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.registry import Registry
-from tests.unit.runtime.test_lifecycle import FakeStore, brought_to, container, sandbox
+from tests.support.samples import FakeStore, brought_to, container, sandbox
 
 
 class FakeNode(SimpleNamespace):
@@ -37,18 +37,20 @@ def node(tmp_path: Path) -> FakeNode:
     return FakeNode(tmp_path)
 
 
-async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch):
+async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     brought_to(node.registry, container("c", node.registry.sandboxes["p"]))
-    monkeypatch.setattr(recovery.filesystems, "discard", AsyncMock(side_effect=CriError("something is mounted there")))
-    monkeypatch.setattr(recovery.filesystems, "unmount", AsyncMock())
-    await recovery.recover(node)  # type: ignore[arg-type]
+    monkeypatch.setattr(filesystems, "discard", AsyncMock(side_effect=CriError("something is mounted there")))
+    monkeypatch.setattr(filesystems, "unmount", AsyncMock())
+    await recovery.recover(node)
     (seen,) = node.registry.visible_containers()
     assert (seen.state, seen.reason) == (ContainerState.EXITED, "CreateError")
     assert seen.message == "the daemon ended while it was being made"
 
 
 @pytest.mark.parametrize("trouble", ["plugins that do not end", "an infra process that does not", "its network"])
-async def test_a_pod_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str):
+async def test_a_pod_that_cannot_be_rolled_back_is_seen(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     brought_to(node.registry, sandbox("q"))
     steps = {
         "plugins that do not end": AsyncMock(),
@@ -57,9 +59,9 @@ async def test_a_pod_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypa
     }
     steps[trouble].side_effect = CriError("busy")
     waiting, ending, releasing = steps.values()
-    monkeypatch.setattr(recovery.strays, "wait", waiting)
-    monkeypatch.setattr(recovery.process_records, "of_infra", lambda node, sandbox: Mock(end_start=ending))
-    monkeypatch.setattr(recovery.sandbox_run, "release", releasing)
-    await recovery.recover(node)  # type: ignore[arg-type]
+    monkeypatch.setattr(strays, "wait", waiting)
+    monkeypatch.setattr(process_records, "of_infra", lambda node, sandbox: Mock(end_start=ending))
+    monkeypatch.setattr(sandbox_run, "release", releasing)
+    await recovery.recover(node)
     assert {s.id: s.state for s in node.registry.visible_sandboxes()}["q"] is SandboxState.NOT_READY
     assert os.listdir(node.config.root) == []
