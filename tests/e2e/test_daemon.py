@@ -389,7 +389,7 @@ def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node) -> No
         assert node.settled() == []
 
 
-def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_again(node: Node):
+def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_again(node: Node) -> None:
     os.makedirs(f"{node.base}/bin", exist_ok=True)
     with open(f"{node.base}/bin/refusing", "w") as f:
         f.write(
@@ -426,7 +426,7 @@ def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_a
         os.unlink(f"{node.cni}/05-refusing.conflist")
 
 
-def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node):
+def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node) -> None:
     lease = f"{node.base}/lease"
     os.makedirs(f"{node.base}/bin", exist_ok=True)
     with open(f"{node.base}/bin/slow", "w") as f:

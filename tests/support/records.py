@@ -166,7 +166,9 @@ def full_container() -> cri.ContainerConfig:
     )
 
 
-def _pod(name: str, state: SandboxState, sent: cri.PodSandboxConfig | None = None, **fields: Any) -> Sandbox:
+def sandbox(
+    name: str, state: SandboxState = SandboxState.CREATING, sent: cri.PodSandboxConfig | None = None, **fields: Any
+) -> Sandbox:
     sent = sent or cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=name, namespace="n", uid="u"))
     made = Sandbox(
         id=name,
@@ -182,8 +184,12 @@ def _pod(name: str, state: SandboxState, sent: cri.PodSandboxConfig | None = Non
     return dataclasses.replace(made, **fields)
 
 
-def _container(
-    name: str, pod: Sandbox, state: ContainerState, sent: cri.ContainerConfig | None = None, **fields: Any
+def container(
+    name: str,
+    pod: Sandbox,
+    state: ContainerState = ContainerState.CREATING,
+    sent: cri.ContainerConfig | None = None,
+    **fields: Any,
 ) -> Container:
     sent = sent or cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name=name), image=cri.ImageSpec(image="i"), command=["true"]
@@ -205,7 +211,7 @@ def _container(
 
 def samples() -> Iterator[Sandbox | Container]:
     """Sandboxes and containers, each of every state; each sandbox before its containers."""
-    full = _pod(
+    full = sandbox(
         "full",
         SandboxState.READY,
         full_pod(),
@@ -218,7 +224,7 @@ def samples() -> Iterator[Sandbox | Container]:
         selinux_level="s0:c1,c2",
     )
     modes = cri.NamespaceOption(network=cri.NODE, pid=cri.NODE, ipc=cri.NODE)
-    host = _pod(
+    host = sandbox(
         "host",
         SandboxState.NOT_READY,
         cri.PodSandboxConfig(
@@ -229,7 +235,7 @@ def samples() -> Iterator[Sandbox | Container]:
             ),
         ),
     )
-    yield from (full, host, _pod("making", SandboxState.CREATING), _pod("going", SandboxState.REMOVING))
+    yield from (full, host, sandbox("making", SandboxState.CREATING), sandbox("going", SandboxState.REMOVING))
     ran = {
         "pid": 4711,
         "start_ticks": 123_456,
@@ -238,7 +244,7 @@ def samples() -> Iterator[Sandbox | Container]:
         "log_path": "/var/log/pods/shop_web_8d1f/nginx/3.log",
         "stop_signal": 37,
     }
-    yield _container("full-c", full, ContainerState.RUNNING, full_container(), **ran)
+    yield container("full-c", full, ContainerState.RUNNING, full_container(), **ran)
     ended = {"finished_at": 1_700_000_000_000_000_004, "exit_code": 137, "reason": "OOMKilled", "message": "no\nroom"}
     named = cri.LinuxContainerSecurityContext(privileged=True, run_as_username="web")
     sent = cri.ContainerConfig(
@@ -246,9 +252,9 @@ def samples() -> Iterator[Sandbox | Container]:
         image=cri.ImageSpec(image="i"),
         linux=cri.LinuxContainerConfig(security_context=named),
     )
-    yield _container("ended", full, ContainerState.EXITED, sent, **ran, **ended)
+    yield container("ended", full, ContainerState.EXITED, sent, **ran, **ended)
     for state in (ContainerState.CREATING, ContainerState.CREATED, ContainerState.STARTING, ContainerState.REMOVING):
-        yield _container(state.value, host, state)
+        yield container(state.value, host, state)
 
 
 def sql() -> str:

@@ -1,4 +1,4 @@
-"""Small records and values for unit tests, and a store that only keeps them."""
+"""For unit tests of records: a store in memory, and records that are led to their states."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from criserver.model import (
     Resources,
     Security,
 )
-from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.lifecycle import (
     CONTAINER_STEPS,
     SANDBOX_STEPS,
-    ContainerState,
-    SandboxState,
     State,
 )
-from criserver.runtime.parse import container_config, pod_config
-from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.records import Record, Sandbox
 from criserver.runtime.registry import Registry
 from criserver.store import Store
 
@@ -49,37 +45,6 @@ class FakeStore(Store):
     def _look(self) -> None:
         if self.full:
             raise ResourceExhaustedError("full")
-
-
-def sandbox(key: str, state: SandboxState = SandboxState.CREATING) -> Sandbox:
-    sent = cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name=key, namespace="n", uid=key))
-    return Sandbox(
-        id=key,
-        config=pod_config(sent),
-        sent=sent.SerializeToString(),
-        handler="",
-        state=state,
-        created_at=1,
-        cgroup_parent="/p",
-        cgroup_owned=True,
-        runtime="runc",
-    )
-
-
-def container(key: str, pod: Sandbox, state: ContainerState = ContainerState.CREATING) -> Container:
-    sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name=key), image=cri.ImageSpec(image="i"))
-    return Container(
-        id=key,
-        sandbox_id=pod.id,
-        config=container_config(sent, pod.config),
-        sent=sent.SerializeToString(),
-        image_id="i",
-        image_ref="i",
-        state=state,
-        created_at=1,
-        log_path="",
-        stop_signal=15,
-    )
 
 
 def in_state(record: Any, state: State) -> Any:

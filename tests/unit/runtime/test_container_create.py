@@ -13,7 +13,8 @@ from criserver.images.manifests import ImageConfig
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.registry import Registry
-from tests.support.samples import FakeStore, brought_to, container, sandbox
+from tests.support.records import container, sandbox
+from tests.support.samples import FakeStore, brought_to
 
 
 class FakeNode(SimpleNamespace):

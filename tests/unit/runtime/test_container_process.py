@@ -23,7 +23,8 @@ from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState,
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.records import Container
 from criserver.runtime.registry import Registry
-from tests.support.samples import FakeStore, brought_to, container, sandbox
+from tests.support.records import container, sandbox
+from tests.support.samples import FakeStore, brought_to
 from tests.support.waiting import until
 
 STARTED = {"event": "started", "init": 7, "start_ticks": 8, "started_at": 9}

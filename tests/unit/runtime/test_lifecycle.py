@@ -31,7 +31,8 @@ from criserver.runtime.lifecycle import (
 )
 from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.registry import Registry
-from tests.support.samples import FakeStore, brought_to, container, in_state, sandbox
+from tests.support.records import container, sandbox
+from tests.support.samples import FakeStore, brought_to, in_state
 
 ROOT = Path(__file__).parents[3]
 

@@ -14,7 +14,8 @@ from criserver.errors import CriError
 from criserver.runtime import filesystems, process_records, recovery, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.registry import Registry
-from tests.support.samples import FakeStore, brought_to, container, sandbox
+from tests.support.records import container, sandbox
+from tests.support.samples import FakeStore, brought_to
 
 
 class FakeNode(SimpleNamespace):

@@ -86,8 +86,8 @@ def raw(url: str, data: bytes) -> bytes:
         return found
 
 
-def run_command(url: str) -> tuple[bytes, dict[str, Any]]:
-    client = Spdy(url).open_command("error", "stdout")
+def run_command(url: str, tls: ssl.SSLContext | None = None) -> tuple[bytes, dict[str, Any]]:
+    client = Spdy(url, tls=tls).open_command("error", "stdout")
     status = client.finish()
     return bytes(client.got["stdout"]), status
 
@@ -346,20 +346,18 @@ def skipped(size: int) -> bytes:
     return spdy_peer.control(99, bytes(size))
 
 
-async def test_input_that_nobody_takes_costs_no_more_than_its_size(stuck: str) -> None:
+@pytest.mark.parametrize(
+    ("piece", "count", "bound"),
+    [(lambda frame: frame + skipped(65_000), 300, 1 << 20), (lambda frame: frame * 5000, 40, 4 << 20)],
+    ids=["between frames that are skipped", "in many small frames"],
+)
+async def test_input_that_nobody_takes_costs_no_more_than_its_size(
+    stuck: str, piece: Callable[[bytes], bytes], count: int, bound: int
+) -> None:
     def work(url: str) -> None:
         client = Spdy(url).open_command("error", "stdin")
-        one = spdy_peer.data(client.ids["stdin"], b"x")
-        assert memory_for(client, (one + skipped(65_000) for _ in range(300))) < 1 << 20
-
-    await blocking(work, stuck)
-
-
-async def test_input_in_many_small_frames_costs_no_more_than_its_size(stuck: str) -> None:
-    def work(url: str) -> None:
-        client = Spdy(url).open_command("error", "stdin")
-        one = spdy_peer.data(client.ids["stdin"], b"x")
-        assert memory_for(client, (one * 5000 for _ in range(40))) < 4 << 20
+        sent = piece(spdy_peer.data(client.ids["stdin"], b"x"))
+        assert memory_for(client, (sent for _ in range(count))) < bound
 
     await blocking(work, stuck)
 
@@ -562,8 +560,7 @@ async def test_a_newcomer_takes_the_place_of_the_oldest_that_has_not_said_what_i
     await begun.wait()
     url = hi(serving)
     with idle(url, 3, data) as others:
-        while len(serving._pending) < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(serving._pending) >= 3)
         assert (await blocking(run_command, url))[0] == b"hi"
         await until(lambda: is_closed(others[0]))
         assert [is_closed(sock) for sock in others] == [True, False, False]
@@ -591,23 +588,13 @@ async def test_a_thousand_idle_connections_keep_nobody_out(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_connections_that_begin_no_tls_make_room_too(certificate: tuple[str, str]) -> None:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(*certificate)
+async def test_connections_that_begin_no_tls_make_room_too(tls: ssl.SSLContext, trusted: ssl.SSLContext) -> None:
     found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
     await found.start()
     found._max_pending = 5
-    trusted = ssl.create_default_context(cafile=certificate[0])
-
-    def work(url: str) -> bytes:
-        client = Spdy(url, tls=trusted).open_command("error", "stdout")
-        assert client.finish() == {"status": "Success"}
-        return bytes(client.got["stdout"])
-
     with idle(hi(found), 20):
-        while len(found._pending) < 5:
-            await asyncio.sleep(0.01)
-        assert await blocking(work, hi(found)) == b"hi"
+        await until(lambda: len(found._pending) >= 5)
+        assert await blocking(run_command, hi(found), trusted) == (b"hi", {"status": "Success"})
         assert len(found._sessions) <= 6
     await found.stop()
 
@@ -700,17 +687,28 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return cert, key
 
 
+@pytest.fixture
+def tls(certificate: tuple[str, str]) -> ssl.SSLContext:
+    """The server's."""
+    made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    made.load_cert_chain(*certificate)
+    return made
+
+
+@pytest.fixture
+def trusted(certificate: tuple[str, str]) -> ssl.SSLContext:
+    """Of a client that trusts the server."""
+    return ssl.create_default_context(cafile=certificate[0])
+
+
 @pytest.mark.parametrize("client_of", [Spdy, WebSocket])
 async def test_over_tls(
-    certificate: tuple[str, str], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tls: ssl.SSLContext, trusted: ssl.SSLContext, client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures: list[str] = []
     monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(*certificate)
     found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
     await found.start()
-    trusted = ssl.create_default_context(cafile=certificate[0])
     piece = os.urandom(1_000_000)
 
     def work(url: str) -> None:
