@@ -25,14 +25,8 @@ from tests.support.waiting import SLOWNESS, eventually
 Message = dict[str, Any]
 
 WAIT = 30.0 * SLOWNESS
-
-
 CGROUP = f"/criserver-test-shims-{os.getpid()}"  # of this run alone
-
-
 RECORD = re.compile(rb"\S+ (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
-
-
 APPLETS = ("sh", "sleep", "echo", "cat", "true", "tail", "yes", "head", "grep", "kill", "stty", "printf", "ls")
 
 

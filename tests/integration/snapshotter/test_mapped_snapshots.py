@@ -1,61 +1,21 @@
-"""User namespaces of pods: made and pinned with what they own, and snapshots mounted for them."""
+"""Snapshots that are mounted for a pod with a user namespace: they belong to its users."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import gc
-import json
 import os
 import struct
-import subprocess
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from structlog.testing import capture_logs
 
-from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError
-from criserver.model import IdMapping
-from criserver.network import namespaces, user_namespace
-from criserver.network.namespaces import PinnedNamespaces, UserMapping
+from criserver.network.namespaces import PinnedNamespaces
 from snapshotter import Layer, SnapshotError, Snapshotter, mounts
 from tests.support.layers import directory, hardlink, item, write_blob
+from tests.support.usernamespaces import GID, UID, base, inside, pod
 
-UID, GID = 200_000, 300_000
-USER = UserMapping((IdMapping(0, UID, 65536),), (IdMapping(0, GID, 65536),))
-NS_GET_USERNS = 0xB701
-
-
-@pytest.fixture
-def base() -> Iterator[str]:
-    """A directory on a tmpfs of its own, on which nothing is mounted after a test but what it made there itself."""
-    base = tempfile.mkdtemp(prefix="cri-userns-", dir="/run")
-    os.chmod(base, 0o711)
-    mounts.mount("tmpfs", base, "tmpfs", 0, "mode=0711")
-    gc.collect()  # what earlier tests' rubbish has open does not count
-    descriptors = len(os.listdir("/proc/self/fd"))
-    try:
-        yield base
-        assert mounts.mounts_below(base) == []
-        for thread in threading.enumerate():
-            if thread.name == "namespaces":  # one may be about to end
-                thread.join(30)
-                assert not thread.is_alive()
-        gc.collect()
-        assert len(os.listdir("/proc/self/fd")) <= descriptors
-        assert children() == []
-    finally:
-        for point in [*mounts.mounts_below(base), base]:
-            mounts.umount2(point, mounts.MNT_DETACH)
-        os.rmdir(base)
-
-
-@pytest.fixture
-async def pod(base: str) -> AsyncIterator[PinnedNamespaces]:
-    yield await namespaces.make(f"{base}/ns", net=False, ipc=False, uts=False, user=USER)
-    namespaces.unpin(f"{base}/ns")
+__all__ = ["base", "pod"]
 
 
 @pytest.fixture
@@ -68,159 +28,6 @@ async def snapshotter(base: str) -> AsyncIterator[Snapshotter]:
         made.close()
     assert os.listdir(f"{base}/snapshots/staging") == []
     assert logs == []
-
-
-def children() -> list[str]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as f:
-        return f.read().split()
-
-
-def inside(pin: PinnedNamespaces, *command: str, cwd: str = "/") -> str:
-    """What a command of the pod's root prints in the pod's namespaces."""
-    enter = [f"--{kind}={path}" for kind in ("user", "net", "ipc", "uts") if (path := getattr(pin, kind))]
-    command = ("nsenter", *enter, "--setuid=0", "--setgid=0", *command)
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
-
-
-def owner_of(path: str) -> int:
-    """The inode of the user namespace that owns the namespace ``path``."""
-    with open(path, "rb") as f:
-        fd = fcntl.ioctl(f, NS_GET_USERNS)
-    try:
-        return os.fstat(fd).st_ino
-    finally:
-        os.close(fd)
-
-
-# Namespaces
-
-
-async def test_namespaces_are_owned_by_the_pods_user_namespace(base: str) -> None:
-    pin = await namespaces.make(
-        f"{base}/ns",
-        net=True,
-        ipc=True,
-        uts=True,
-        hostname="pod-a",
-        sysctls={
-            "net.ipv4.ip_unprivileged_port_start": "80",
-            "kernel.shm_rmid_forced": "1",
-            "fs.mqueue.msg_max": "33",
-            "kernel.domainname": "example",
-        },
-        user=USER,
-    )
-    assert pin == PinnedNamespaces(*(f"{base}/ns/{kind}" for kind in ("net", "ipc", "uts", "user")))
-    assert pin.user is not None
-    user = os.stat(pin.user).st_ino
-    assert user != os.stat("/proc/self/ns/user").st_ino
-    for kind in ("net", "ipc", "uts"):
-        assert owner_of(getattr(pin, kind)) == user
-        assert os.stat(getattr(pin, kind)).st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino
-    maps = inside(pin, "cat", "/proc/self/uid_map", "/proc/self/gid_map").splitlines()
-    assert [line.split() for line in maps] == [["0", str(UID), "65536"], ["0", str(GID), "65536"]]
-    assert inside(pin, "cat", "/proc/self/setgroups") == "allow\n"
-    assert inside(pin, "hostname") == "pod-a\n"
-    names = (
-        "net/ipv4/ip_unprivileged_port_start",
-        "kernel/shm_rmid_forced",
-        "fs/mqueue/msg_max",
-        "kernel/domainname",
-    )
-    assert inside(pin, "cat", *(f"/proc/sys/{name}" for name in names)).split() == ["80", "1", "33", "example"]
-    lo = json.loads(inside(pin, "ip", "-json", "address", "show", "lo"))[0]
-    assert "UP" in lo["flags"]
-    assert [a["local"] for a in lo["addr_info"]] == ["127.0.0.1", "::1"]
-    inside(pin, "ip", "link", "add", "v0", "type", "veth", "peer", "name", "v1")  # as the network's administrator
-    # A container's /dev/mqueue belongs to its root.
-    mount_queues = f"mount -t mqueue q {base} && stat -c %u:%g {base}"
-    assert inside(pin, "unshare", "--mount", "sh", "-c", mount_queues) == "0:0\n"
-
-    namespaces.unpin(f"{base}/ns")
-    assert os.listdir(base) == []
-
-
-async def test_a_user_namespace_can_be_made_alone(base: str) -> None:
-    pin = await namespaces.make(f"{base}/ns", net=False, ipc=False, uts=False, user=USER)
-    assert pin == PinnedNamespaces(None, None, None, f"{base}/ns/user")
-    assert os.listdir(f"{base}/ns") == ["user"]
-    namespaces.unpin(f"{base}/ns")
-
-
-@pytest.mark.parametrize(
-    "uids",
-    [
-        (IdMapping(0, UID, 10), IdMapping(5, UID + 100, 10)),
-        (IdMapping(0, UID, 10), IdMapping(20, UID + 5, 10)),
-        (IdMapping(0, UID, 2**32 - 1),),
-        (IdMapping(0, 2**32 - 5, 10),),
-        (IdMapping(0, UID, 2**40),),
-        (IdMapping(0, UID, 10), IdMapping(10, UID + 10, 0)),
-        tuple(IdMapping(n, UID + 2 * n, 1) for n in range(341)),
-    ],
-    ids=["overlapping", "overlapping on the node", "too long", "beyond the last", "no number", "empty", "too many"],
-)
-async def test_ids_that_the_kernel_refuses_leave_nothing(base: str, uids: tuple[IdMapping, ...]) -> None:
-    for user, name in ((UserMapping(uids, USER.gids), "uid_map"), (UserMapping(USER.uids, uids), "gid_map")):
-        with pytest.raises(InvalidArgumentError, match=f"{name} .* is refused by the kernel"):
-            await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=user)
-        assert os.listdir(base) == []
-
-
-async def test_a_sysctl_that_is_refused_leaves_nothing(base: str) -> None:
-    for name, value, reason in (
-        ("net.ipv4.ip_forward", "many", "Invalid argument"),
-        ("net.ipv4.no_such_thing", "1", "No such file"),
-        ("kernel.shm_rmid_forced", "7", "Invalid argument"),
-    ):
-        with pytest.raises(InvalidArgumentError, match=f"is refused by the kernel: {reason}"):
-            await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, sysctls={name: value}, user=USER)
-        assert os.listdir(base) == []
-
-
-async def test_a_failed_pin_leaves_nothing(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = namespaces._pin
-
-    def fail_at_user(kind: str, directory: str, source: str) -> str:
-        if kind == "user":
-            raise OSError(28, "No space left on device")
-        return pin(kind, directory, source)
-
-    monkeypatch.setattr(namespaces, "_pin", fail_at_user)
-    with pytest.raises(CriError, match="No space left on device"):
-        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
-    assert os.listdir(base) == []
-
-
-async def test_a_maker_that_dies_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_namespace, "_HELPER", "raise ValueError('no such luck')")
-    with pytest.raises(CriError, match="no such luck"):
-        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
-    assert os.listdir(base) == []
-
-
-async def test_a_maker_that_hangs_is_killed(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_namespace, "_HELPER", "import time; time.sleep(60)")
-    monkeypatch.setattr(user_namespace, "_DEADLINE", 0.1)
-    with pytest.raises(DeadlineExceededError):
-        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
-    assert os.listdir(base) == []
-
-
-async def test_cancellation_leaves_nothing(base: str) -> None:
-    for delay in (0, 0.001, 0.003, 0.006, 0.009, 0.012, 0.014, 0.016, 0.02):
-        task = asyncio.create_task(namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER))
-        await asyncio.sleep(delay)
-        task.cancel()
-        try:
-            await task
-            namespaces.unpin(f"{base}/ns")
-        except asyncio.CancelledError:
-            pass
-        assert os.listdir(base) == []
-
-
-# Snapshots
 
 
 async def layer(snapshotter: Snapshotter, base: str, chain_id: str, *items: object, parent: str | None = None) -> Layer:
