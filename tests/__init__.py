@@ -1,4 +1,4 @@
-"""The tests. tests/support has what they share; its asserts are explained as those of tests are."""
+"""The tests. tests/support has what they share."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The fixtures of the end-to-end tests, for the field's own tools."""
+"""The fixtures of the end-to-end tests, for crictl, critest and the kubelet."""
 
 from __future__ import annotations
 

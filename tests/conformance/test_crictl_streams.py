@@ -1,4 +1,4 @@
-"""What a person does with crictl at a terminal: exec -it, attach and port-forward, over both transports."""
+"""crictl exec -it, attach and port-forward at a terminal, over both transports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The field's own conformance suite, critest of cri-tools, against a daemon of its own.
+"""critest, the conformance suite of cri-tools, against a daemon of its own.
 
 Its images are pulled by their official names. CRITEST_CERTS names a certs.d directory (as [registry] config_path
 has it) whose hosts.toml files lead registry.k8s.io, k8s.gcr.io and gcr.io to a registry that has them, so that

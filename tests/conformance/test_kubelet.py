@@ -1,4 +1,4 @@
-"""A kubelet with an API server, and a person with kubectl: exec, attach, logs, cp and port-forward, by both transports.
+"""A kubelet with an API server, and kubectl: exec, attach, logs, cp and port-forward, over both transports.
 
 etcd, kube-apiserver, kubelet and kubectl are those on PATH. There is no scheduler: pods name their node.
 """

@@ -1,4 +1,4 @@
-"""AppArmor as containers have it: what the default profile keeps them from, and profiles of the node."""
+"""AppArmor in real containers: what the default profile denies, and profiles of the node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulls that must fail, by CRI: the gRPC code, the words, and a node as it was. The room's own tests go deeper."""
+"""Pulls that must fail, by CRI: the gRPC code, the message, and a node that is as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every refusal of the runtime's calls: the code, the words an operator can act on, and nothing left behind."""
+"""Every refusal of the runtime's calls: its code, its message, and that it leaves nothing behind."""
 
 from __future__ import annotations
 

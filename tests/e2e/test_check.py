@@ -1,4 +1,4 @@
-"""``criserver check`` on this machine: pods can run here, and what is taken away is missed."""
+"""``criserver check`` on this machine: it finds that pods can run, and it finds what is taken away."""
 
 from __future__ import annotations
 

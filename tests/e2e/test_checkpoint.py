@@ -1,4 +1,4 @@
-"""CheckpointContainer: what is in the archive, and that the container runs on whatever becomes of the checkpoint.
+"""CheckpointContainer: what is in the archive, and that the container goes on if the checkpoint fails.
 
 criu has to be as new as the kernel: where the installed one is older, ``make test`` unpacks another, or
 CRISERVER_TEST_CRIU names one. Tests of what the daemon does meanwhile use programs in criu's place that hang, fail or

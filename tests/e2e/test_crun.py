@@ -1,4 +1,4 @@
-"""crun as a runtime handler beside runc, where its ways are others than runc's.
+"""crun as a runtime handler beside runc, where it does something else than runc.
 
 CRISERVER_TEST_CRUN names one where the one on PATH does not run on this host. All other tests run with another OCI
 runtime than runc where E2E_RUNTIME names it.

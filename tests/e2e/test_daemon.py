@@ -1,4 +1,4 @@
-"""The daemon itself: its socket, its lock, its stop, and what it finds again after it was killed."""
+"""The daemon itself: its socket, its lock, its stop, and what it finds after it was killed."""
 
 from __future__ import annotations
 

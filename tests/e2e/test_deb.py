@@ -1,4 +1,4 @@
-"""The Debian package: installed offline in a root of its own, pods that outlive an upgrade, and a clean removal.
+"""The Debian package: installed offline in a root of its own, upgraded beneath pods, and removed.
 
 The root is this machine's with a writable layer over it, so that what the package depends on is there.
 """

@@ -1,4 +1,4 @@
-"""Container events and streamed lists: what an evented kubelet lives on."""
+"""Container events and streamed lists, which a kubelet with evented PLEG needs."""
 
 from __future__ import annotations
 

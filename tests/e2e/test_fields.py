@@ -1,4 +1,4 @@
-"""Fields that no other test shows: each in the container, in the status, or by its refusal.
+"""Fields of CRI that no other test shows: each is seen in the container or in the status, or is refused.
 
 docs/cri-fields.md says for every field which test shows it.
 """

@@ -1,4 +1,4 @@
-"""Ten shims that are stopped, as by a debugger or a kernel that does not let go of them: what they hold up.
+"""Ten shims that are stopped, as by a debugger: which calls they delay, and which not.
 
 Nothing but calls that are for the shim itself, which say so after their deadline; ends and removals work without it.
 """

@@ -1,4 +1,4 @@
-"""A corpus of hostile layers, pulled by a real daemon: each a clear error, or harm to nobody but their own image.
+"""Hostile layers, pulled by a real daemon: each is refused with a clear error, or harms only its own image.
 
 test_hostile_layers.py has the tricks by themselves, where what each leaves in its layer can be looked at.
 """

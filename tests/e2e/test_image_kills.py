@@ -1,4 +1,4 @@
-"""The daemon is killed at random moments of pulls, imports, removals and prunes; nothing of it shows afterwards.
+"""The daemon is killed at random moments of pulls, imports, removals and prunes. Afterwards nothing is left of them.
 
 CRISERVER_KILLS says how many times, CRISERVER_KILL_SEED which moments: both are printed where a test fails.
 """

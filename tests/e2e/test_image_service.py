@@ -1,4 +1,4 @@
-"""Images by CRI and by the operator's command: names, codes, and what a node has afterwards."""
+"""Images by CRI and by the operator's command: their names, the codes of errors, and what the node has afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mounts beyond the ordinary: recursive read-only ones, images as volumes, the volumes of an image; and targets."""
+"""Recursive read-only mounts, images as volumes, the volumes of an image, and targets of mounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits as the container's own cgroup has them, at the start and after an update."""
+"""Resource limits as the container's cgroup has them, at the start and after an update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container may do: seen in the container, not only in its spec."""
+"""What a container may do, seen in the container and not only in its spec."""
 
 from __future__ import annotations
 

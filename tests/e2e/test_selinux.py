@@ -1,4 +1,4 @@
-"""SELinux with a loaded policy, permissive or not: what containers, their files and their volumes are labelled with."""
+"""The SELinux labels of containers, their files and their volumes, with a loaded policy, permissive or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics and metrics of real containers: they move with what the containers do."""
+"""Statistics and metrics of real containers change with what the containers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kubelets before 1.23: the same daemon under runtime.v1alpha2, with their messages as they are on the wire."""
+"""Kubelets before 1.23: the daemon serves runtime.v1alpha2, with their messages as they are on the wire."""
 
 from __future__ import annotations
 

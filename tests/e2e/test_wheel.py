@@ -1,4 +1,4 @@
-"""The wheel: installed into an environment of its own, as pip and pipx do, it serves pods."""
+"""The wheel is installed into an environment of its own, as by pip or pipx, and serves pods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any bytes for account files: no entry that the C library does not find in them, and a bounded answer or error."""
+"""Any bytes as account files: the parser finds only entries that the C library finds, and its errors are bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any image configuration that is taken can be shown in a list, and a container of it made; any other is refused.
+"""Any image configuration: if it is accepted, a list can show it and a container can be made of it.
 
 The bytes are changes of a valid document, as in :mod:`tests.fuzz.manifests`; the first ones choose a user and a signal.
 """

@@ -1,4 +1,4 @@
-"""Any bytes for a request to upgrade: nothing raises, answers are bounded, and cutting the bytes changes nothing."""
+"""Any bytes as a request to upgrade, cut anywhere: nothing raises, and answers are bounded."""
 
 from __future__ import annotations
 

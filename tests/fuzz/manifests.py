@@ -1,4 +1,4 @@
-"""Any bytes for a manifest, an index or a configuration: checked values, or a bounded error for a caller.
+"""Any bytes as a manifest, an index or a configuration: the result is checked values, or a bounded error.
 
 Bytes alone are hardly ever JSON that comes past the first look, so behind a zero byte they say what to change in a
 document that is valid.

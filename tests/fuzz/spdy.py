@@ -1,4 +1,4 @@
-"""SPDY against arbitrary bytes and an arbitrary caller; ``check`` is one input."""
+"""SPDY with any bytes from the peer and any calls; ``check`` is one input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any bytes for a layer's tar stream: entries within their bounds or a LayerError, however the bytes are cut."""
+"""Any bytes as a layer's tar stream, cut anywhere: the result is entries within their bounds, or a LayerError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any bytes on a WebSocket: nothing raises, nothing piles up, and cutting them changes nothing."""
+"""Any bytes on a WebSocket, cut anywhere: nothing raises, and memory is bounded."""
 
 from __future__ import annotations
 

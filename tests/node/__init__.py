@@ -1,1 +1,1 @@
-"""A node on which the project is installed as its users do it. The tests change the machine: make test-vm has one."""
+"""A node with the installed package. The tests change the machine: they run in the machine of make test-vm."""

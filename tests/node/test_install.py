@@ -1,4 +1,4 @@
-"""The Debian package on a node with systemd: what it brings, and pods on it."""
+"""The Debian package on a node with systemd: what it installs, and pods on it."""
 
 from __future__ import annotations
 

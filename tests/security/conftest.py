@@ -1,4 +1,4 @@
-"""The fixtures of the tests with a daemon, for the attacks."""
+"""The fixtures of the end-to-end tests, for the attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who a container runs as, when the image's account files and its user mean harm."""
+"""The user of a container, with an image whose account files and user are hostile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sizes this? Attacks by length, number and odd characters: on requests, errors, logs, memory and connections."""
+"""Attacks by length, number and odd characters: on requests, errors, logs, memory and connections."""
 
 from __future__ import annotations
 

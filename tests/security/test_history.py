@@ -1,4 +1,4 @@
-"""Faults that other runtimes have had, tried on this one; docs/security.md has the whole list."""
+"""Faults that other runtimes have had, tried on this one. docs/security.md has the whole list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of the node who are not root, and containers, reach of what the daemon keeps and mounts."""
+"""Users of the node who are not root, and containers: what they reach of the daemon's files and mounts."""
 
 from __future__ import annotations
 

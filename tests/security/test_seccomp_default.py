@@ -1,4 +1,4 @@
-"""The default seccomp profile against a program with every capability: the filter alone stands in its way."""
+"""The default seccomp profile with a program that has every capability: only the filter stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts and commands that hang: an image, a hook or an OCI runtime decides how long a call takes, and what stays.
+"""Starts and commands that hang, because of an image, a hook or an OCI runtime: calls end in time, and nothing is left.
 
 What hangs is real wherever that can be had: the OCI runtime opens the container's /etc/passwd, and a FIFO holds it
 for as long as nobody writes. Whatever ends it, neither a process nor anything else that was half made is left.

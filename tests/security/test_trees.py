@@ -1,4 +1,4 @@
-"""Trees that containers make are removed, however they are made: removal is never the containers' to refuse.
+"""Trees that containers make can always be removed, whatever is in them.
 
 With the standard library's recursive helpers a container that nested a thousand directories could not be removed any
 more, and what it left kept the daemon from starting.

@@ -1,4 +1,4 @@
-"""Bundles for the OCI runtime itself, where what is tested is a part of the OCI spec and not the way there."""
+"""Bundles that are given to the OCI runtime directly, for tests of one part of the OCI spec."""
 
 from __future__ import annotations
 

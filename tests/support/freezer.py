@@ -1,4 +1,4 @@
-"""Shims that are stopped, as by a debugger or a kernel that does not let go of them."""
+"""Stops shims, as a debugger does."""
 
 from __future__ import annotations
 

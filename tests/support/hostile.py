@@ -1,4 +1,4 @@
-"""Layers that mean harm, and those that only look like it, written block by block: a writer would not write them."""
+"""Hostile layers, and layers that only look hostile, written block by block: no tar writer writes them."""
 
 from __future__ import annotations
 

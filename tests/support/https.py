@@ -1,4 +1,4 @@
-"""Requests to servers whose certificates nobody vouches for: a kubelet's, an API server's of a test."""
+"""HTTPS requests that do not verify the certificate: to a kubelet, or to an API server of a test."""
 
 from __future__ import annotations
 

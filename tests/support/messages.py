@@ -1,4 +1,4 @@
-"""Any message of a kind, by its descriptor: what a CRI that gains fields may bring is in it without a word here."""
+"""Any message of a type, made from its descriptor: fields that CRI gains are in it without a change here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A registry of the tests' own, for what no real one can be made to do: fail, lie, trickle, want to know who asks."""
+"""A registry that does what no real one can be made to do: fail, lie, send slowly, ask for credentials."""
 
 from __future__ import annotations
 

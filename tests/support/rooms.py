@@ -1,4 +1,4 @@
-"""The rooms that images need, without a daemon: a store, a content store, a snapshotter, and Images on them."""
+"""What images need without a daemon: a store, a content store, a snapshotter, and the image store on them."""
 
 from __future__ import annotations
 

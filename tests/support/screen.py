@@ -1,4 +1,4 @@
-"""``criserver`` at a terminal, and what is seen on its screen."""
+"""``criserver`` at a terminal, and the text on its screen."""
 
 from __future__ import annotations
 

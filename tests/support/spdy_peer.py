@@ -1,4 +1,4 @@
-"""The other end of a SPDY connection, written by hand from the specification: it shares no code with what is tested."""
+"""The other end of a SPDY connection. It shares no code with what is tested."""
 
 from __future__ import annotations
 

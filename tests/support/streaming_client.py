@@ -1,4 +1,4 @@
-"""Clients of the streaming server for tests: SPDY/3.1 and WebSocket over a blocking socket, at the test's own pace."""
+"""Clients of the streaming server: SPDY/3.1 and WebSocket on a blocking socket, so that the test sets the pace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program at a terminal, with a person before it."""
+"""A program at a pseudoterminal, and a person's input to it."""
 
 from __future__ import annotations
 

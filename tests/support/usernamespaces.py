@@ -1,4 +1,4 @@
-"""A user namespace of a pod, made and pinned, on a directory that has to be as it was afterwards."""
+"""A user namespace of a pod, made and pinned. Its directory is checked after the test."""
 
 from __future__ import annotations
 

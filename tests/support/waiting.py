@@ -1,4 +1,4 @@
-"""Waiting in tests: for what is to come true, and for how long at most.
+"""Waits of tests: for a condition, and for how long at most.
 
 A test that passes waits no longer than it must. What it would wait at most is generous: a machine has other work too.
 """

@@ -1,4 +1,4 @@
-"""Numbers in text that others wrote."""
+"""Numbers in foreign text."""
 
 from __future__ import annotations
 

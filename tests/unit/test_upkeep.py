@@ -1,4 +1,4 @@
-"""What the daemon does by itself, and what becomes of it where it fails."""
+"""The daemon's background tasks, and what happens if one fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tested in the virtual machine, and how what came of it is told."""
+"""The suites of the virtual machine, and the table of their results."""
 
 from __future__ import annotations
 

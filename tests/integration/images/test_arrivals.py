@@ -1,4 +1,4 @@
-"""Layers that are unpacked while their blobs arrive: sooner done, and nothing committed that is not whole and right."""
+"""Layers that are unpacked while their blobs arrive. Only a whole and correct layer is committed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries that lie, and registries that refuse."""
+"""Registries that send wrong content, and registries that refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries that want to know who asks: by user and password, or by tokens of a server that checks scopes."""
+"""Registries that ask for credentials: by user and password, or by tokens of a server that checks scopes."""
 
 from __future__ import annotations
 

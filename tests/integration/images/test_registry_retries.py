@@ -1,4 +1,4 @@
-"""Registries that are busy, break off, stall or go away: what is tried again, from where on, and for how long."""
+"""Registries that are busy, break off, stall or go away: what is retried, from which byte on, and for how long."""
 
 from __future__ import annotations
 

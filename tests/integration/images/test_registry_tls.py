@@ -1,4 +1,4 @@
-"""Registries with TLS: own authorities, client certificates, and what hosts.toml makes of them; and proxies."""
+"""Registries with TLS: authorities of their own, client certificates, the keys of hosts.toml; and proxies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of other tools: what we unpack is what umoci unpacks, byte for byte and attribute for attribute."""
+"""Images of other tools: we unpack the same bytes and attributes as umoci."""
 
 from __future__ import annotations
 

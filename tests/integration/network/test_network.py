@@ -1,4 +1,4 @@
-"""Real namespaces and real plugins.
+"""Real network namespaces, with real CNI plugins.
 
 The plugins work on a node of their own: a network namespace in which their bridge, their iptables chains and
 their sysctls are made, so that the host's are not touched and all of them end with it.

@@ -1,4 +1,4 @@
-"""The default seccomp profile under a real runc: ordinary programs work, what reaches beyond the container does not."""
+"""The default seccomp profile with a real runc: ordinary programs work, calls that reach out of a container fail."""
 
 from __future__ import annotations
 

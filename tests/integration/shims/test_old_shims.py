@@ -1,4 +1,4 @@
-"""Shims of release 0.1.0, as they were: this daemon takes their messages, and they take its requests.
+"""Shims of release 0.1.0: this daemon understands their messages, and they understand its requests.
 
 A shim outlives an upgrade of the daemon for as long as its container runs.
 """

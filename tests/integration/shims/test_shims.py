@@ -1,4 +1,4 @@
-"""Shims with a real runc: what a container says and how it ends survives the daemon and the nursery."""
+"""Shims with a real runc: a container's output and exit survive the daemon and the nursery."""
 
 from __future__ import annotations
 

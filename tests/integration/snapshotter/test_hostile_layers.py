@@ -1,4 +1,4 @@
-"""Layers made to reach out of their directory: each trick is refused, touches nothing and leaves nothing.
+"""Layers that try to reach out of their directory: each is refused, touches nothing and leaves nothing.
 
 Each runs twice: as in production, and without the worker's chroot, so that the path resolution has to hold by
 itself.

@@ -1,4 +1,4 @@
-"""Directories that a layer names only by what is in them are as they are in the layers below."""
+"""A directory that a layer has no entry for keeps its attributes from the layers below."""
 
 from __future__ import annotations
 

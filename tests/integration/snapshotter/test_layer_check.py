@@ -1,4 +1,4 @@
-"""Layers on disk compared with the blobs that they came from."""
+"""Layers on disk are compared with the blobs that they were unpacked from."""
 
 from __future__ import annotations
 

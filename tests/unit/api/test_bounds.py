@@ -1,4 +1,4 @@
-"""What every request is held to, whatever it is for."""
+"""The bounds of every request, of any type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which faults a program is known for, by its version: releases, candidates, and what distributions make of them."""
+"""Known faults of a program by its version: releases, candidates, and versions of distributions."""
 
 from __future__ import annotations
 

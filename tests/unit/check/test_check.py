@@ -1,4 +1,4 @@
-"""``criserver check``: each thing that a node may lack is found, named, and comes with what to do."""
+"""``criserver check``: it finds each thing that a node may lack, names it, and says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is told what about us: challenges, the keyring, tokens and when they are fetched."""
+"""Which server gets which credentials: challenges, the keyring, tokens, and when they are fetched."""
 
 from __future__ import annotations
 

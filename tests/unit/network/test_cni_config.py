@@ -1,4 +1,4 @@
-"""The CNI configuration directory: which file rules, what is refused, and that changes are followed."""
+"""The CNI configuration directory: which file is used, what is refused, and that changes are noticed."""
 
 from __future__ import annotations
 

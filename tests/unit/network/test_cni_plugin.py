@@ -1,4 +1,4 @@
-"""Chains of plugins: what each is given, in which order, and what becomes of a plugin that misbehaves."""
+"""Chains of CNI plugins: their input, their order, and what happens if a plugin fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CNI results: every version's form, and that nothing a plugin prints does worse than a CriError."""
+"""CNI results in the form of every version. Any other output of a plugin is a CriError."""
 
 from __future__ import annotations
 

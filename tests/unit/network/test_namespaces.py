@@ -1,4 +1,4 @@
-"""What is refused before a namespace is made."""
+"""Requests that are refused before a namespace is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Account files, beside what the C library makes of the same bytes."""
+"""Account files: our parser and the C library find the same in the same bytes."""
 
 from __future__ import annotations
 

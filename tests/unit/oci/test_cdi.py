@@ -1,4 +1,4 @@
-"""The Container Device Interface: what files are taken, which device is meant, and what becomes of a spec."""
+"""The Container Device Interface: which files are read, which device is found, and how it changes a spec."""
 
 from __future__ import annotations
 

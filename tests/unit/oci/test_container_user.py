@@ -1,4 +1,4 @@
-"""Who a container runs as."""
+"""The user and the groups that a container runs as."""
 
 from __future__ import annotations
 

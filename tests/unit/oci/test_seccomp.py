@@ -1,4 +1,4 @@
-"""Seccomp profiles: the default's table is whole, and means what it says; files are honoured or refused."""
+"""Seccomp profiles: the table of the default one is complete; files are honoured or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OCI runtime spec as a pure function of what was asked."""
+"""The OCI runtime spec is a pure function of the request."""
 
 from __future__ import annotations
 

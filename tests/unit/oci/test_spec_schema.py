@@ -1,4 +1,4 @@
-"""Whatever the kubelet asks for, the spec is one that an OCI runtime takes: properties, and the schema itself.
+"""For any request, the spec is valid: by properties, and by the schema of the specification.
 
 The schema is the runtime specification's own, as Debian packages it; OCI_RUNTIME_SCHEMA names another directory.
 """

@@ -1,4 +1,4 @@
-"""The pages of docs/ are whole and true: every CRI field, every key, and only tests and links that there are."""
+"""The pages of docs/ have every CRI field and every key, and name only tests and links that exist."""
 
 from __future__ import annotations
 

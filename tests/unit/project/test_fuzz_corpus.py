@@ -1,4 +1,4 @@
-"""The bytes that fuzzing has kept are harmless still; no fuzzer is needed for it."""
+"""The bytes that fuzzing has found are replayed. No fuzzer is needed."""
 
 from __future__ import annotations
 

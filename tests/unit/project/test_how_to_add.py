@@ -1,4 +1,4 @@
-"""docs/how-to-add.md names files, and things in them, that there are."""
+"""docs/how-to-add.md names only files, and names in them, that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No pattern of ours has a ``$``: it matches before a last newline too, and what was checked has one more line then."""
+"""No regular expression of the project has a ``$``, because it also matches before a last newline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated messages against the interface's wire facts."""
+"""The generated messages have the numbers and types that the interface has on the wire."""
 
 from __future__ import annotations
 

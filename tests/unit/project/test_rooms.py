@@ -1,4 +1,4 @@
-"""What the import linter cannot say of the rooms; its contracts are in pyproject.toml."""
+"""Rules of imports that the import linter cannot check. Its contracts are in pyproject.toml."""
 
 from __future__ import annotations
 

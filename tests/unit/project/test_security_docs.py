@@ -1,4 +1,4 @@
-"""docs/security.md is true: only tests that there are, each fault once and in order, and all that a test names."""
+"""docs/security.md names only tests that exist, and each fault once, in order, with all that tests name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The systemd unit: valid, explained, and without what containers would suffer from."""
+"""The systemd unit: it is valid, each setting is explained, and no setting harms containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the virtual machine's results are told as, and which packages it gets."""
+"""How the results of the virtual machine are shown, and which packages it gets."""
 
 from __future__ import annotations
 

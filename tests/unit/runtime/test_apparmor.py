@@ -1,4 +1,4 @@
-"""Which AppArmor profile a container runs under, and the default one's text."""
+"""Which AppArmor profile a container runs under, and the text of the default one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A retry meets its first attempt."""
+"""A repeated request waits for its first attempt."""
 
 from __future__ import annotations
 

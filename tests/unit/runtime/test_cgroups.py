@@ -1,4 +1,4 @@
-"""Where pods and containers are, by both drivers."""
+"""The cgroups of pods and containers, with both drivers."""
 
 from __future__ import annotations
 

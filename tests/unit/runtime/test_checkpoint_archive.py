@@ -1,4 +1,4 @@
-"""The archive of a checkpoint, without a container: its documents, and tars of what a container may have made."""
+"""The archive of a checkpoint: its documents, and the tar of any tree that a container may have made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A container or pod that cannot be made is gone, or callers see it and can remove it, whatever the disk takes."""
+"""A container or pod that cannot be made is undone. If it cannot be undone, callers see it and can remove it."""
 
 from __future__ import annotations
 

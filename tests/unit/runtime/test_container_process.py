@@ -1,4 +1,4 @@
-"""What a shim tells, and when, as it becomes a container's record: what cannot be had in time with a real shim."""
+"""How messages of a shim change a container's record, in cases that a real shim cannot be made to show in time."""
 
 from __future__ import annotations
 

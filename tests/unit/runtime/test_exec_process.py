@@ -1,4 +1,4 @@
-"""What a command in a container needs of the daemon: the socket for its terminal, and its pipes."""
+"""The socket for the terminal of a command in a container, and its pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of pods and containers: its table, the registry that holds records to it, its events, its drawing."""
+"""The life of pods and containers: the table of steps, the registry that enforces it, its events, and its drawing."""
 
 from __future__ import annotations
 

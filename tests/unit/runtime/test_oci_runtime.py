@@ -1,4 +1,4 @@
-"""The command lines of OCI runtimes, and what becomes of a runtime that fails, hangs or is not there."""
+"""The command lines of OCI runtimes, and an OCI runtime that fails, hangs or is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output of ExecSync: one room for all, a part that is each one's own, and an answer without copies of it."""
+"""The output of ExecSync: a bound for all calls, a part that each call has, and an answer without copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the kubelet's messages to values: taken over or refused."""
+"""The kubelet's messages become values of ours, or are refused."""
 
 from __future__ import annotations
 

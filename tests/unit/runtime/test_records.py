@@ -1,4 +1,4 @@
-"""What was stored can always be read: records of every release, of anything a kubelet could send, and damaged ones."""
+"""Stored records can always be read: of every release, of any message of a kubelet, and damaged ones."""
 
 from __future__ import annotations
 

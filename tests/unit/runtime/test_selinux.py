@@ -1,4 +1,4 @@
-"""Labels of a container's files, and of volumes; on a kernel without SELinux a label is an attribute like others."""
+"""SELinux labels of a container's files and of volumes. Without SELinux a label is an ordinary attribute."""
 
 from __future__ import annotations
 

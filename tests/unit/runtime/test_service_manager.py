@@ -1,4 +1,4 @@
-"""What systemd is told and asked, over a socket that is read as systemd reads it."""
+"""The daemon's messages to systemd and its questions, on a socket that is read as systemd reads it."""
 
 from __future__ import annotations
 

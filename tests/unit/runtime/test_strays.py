@@ -1,4 +1,4 @@
-"""What cannot be looked at is not taken for gone: a daemon without a descriptor left knows nothing of it."""
+"""If something cannot be looked at, it does not count as gone: the daemon may have no file descriptor left."""
 
 from __future__ import annotations
 

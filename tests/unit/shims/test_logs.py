@@ -1,4 +1,4 @@
-"""The CRI log format: whatever a container writes, the log gives it back, byte for byte."""
+"""The CRI log format: the log gives back every byte that a container writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ending a process with all that it has started."""
+"""A process is ended together with all processes that it has started."""
 
 from __future__ import annotations
 

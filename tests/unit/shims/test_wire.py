@@ -1,4 +1,4 @@
-"""The protocol of the shims: any chunking decodes the same, and what is no frame is refused."""
+"""The protocol of the shims: the result is the same for any chunks, and other bytes are refused."""
 
 from __future__ import annotations
 

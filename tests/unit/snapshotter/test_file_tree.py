@@ -1,4 +1,4 @@
-"""Trees as containers make them: deeper than anything, with names of any bytes, and changed while they are read."""
+"""Trees that containers make: very deep, with names of any bytes, and changed while they are read."""
 
 from __future__ import annotations
 

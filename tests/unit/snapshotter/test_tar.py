@@ -1,4 +1,4 @@
-"""The tar reader against archives of the standard library's writer, and against broken ones."""
+"""The tar reader with archives of the standard library's writer, and with broken ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse files as GNU tar itself writes them, in its four formats: what is in the stream, and where it goes."""
+"""Sparse files as GNU tar writes them, in its four formats: the bytes in the stream, and their offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that outlives its caller: none of its failures is left for asyncio to complain of."""
+"""Work that outlives its caller: each failure is taken, so that asyncio does not log it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools and threads on a node that has no room for another thread, as pthread_create(3) fails there."""
+"""Pools and threads on a node where pthread_create(3) fails, because there is no room for another thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the meter of writable layers measures what."""
+"""When the disk meter measures which writable layer."""
 
 from __future__ import annotations
 

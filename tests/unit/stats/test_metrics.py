@@ -1,4 +1,4 @@
-"""The table of metrics: names, labels and what becomes of figures that are not there."""
+"""The table of metrics: names, labels, and figures that are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to upgrade a connection: what is accepted, what is refused, and that cutting the bytes changes nothing."""
+"""Requests to upgrade a connection, cut anywhere: which are accepted, and which are refused."""
 
 from __future__ import annotations
 

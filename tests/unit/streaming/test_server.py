@@ -1,4 +1,4 @@
-"""The streaming server on loopback with offers of the tests' own: what clients may do wrong, and what that costs."""
+"""The streaming server on loopback, with commands of the tests' own: faults of clients, and what they cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels and tunnels over WebSocket, with wsproto's client at the other end, and with bytes that no client sends."""
+"""Channels and tunnels over WebSocket, with wsproto's client at the other end, and with invalid bytes."""
 
 from __future__ import annotations
 

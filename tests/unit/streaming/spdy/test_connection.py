@@ -1,4 +1,4 @@
-"""SPDY's streams and windows: the state machine, flow control, and what a peer can not do to us.
+"""SPDY's streams and windows: the state machine, flow control, and attacks of a peer.
 
 The frames' bytes are in test_spdy_wire.py; here frames come from and go to the peer of spdy_peer.py.
 """

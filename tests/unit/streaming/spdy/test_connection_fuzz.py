@@ -1,4 +1,4 @@
-"""What holds of SPDY for each input of the fuzzer (tests/fuzz/spdy.py) holds for any: without one, some more inputs."""
+"""The rules of the SPDY fuzzer (tests/fuzz/spdy.py), with random inputs and without a fuzzer."""
 
 from __future__ import annotations
 

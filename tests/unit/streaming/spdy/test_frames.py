@@ -1,4 +1,4 @@
-"""SPDY's bytes: each kind of frame as the specification draws it, and header blocks against zlib itself."""
+"""SPDY's bytes: each type of frame as in the specification, and header blocks compared with zlib."""
 
 from __future__ import annotations
 
