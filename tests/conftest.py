@@ -1,7 +1,7 @@
 """What all tests share.
 
-An example has no deadline, as its time says more of the machine than of the code. A test has one that only a hang comes
-to, so that it fails by its name and is cleaned up after.
+An example of hypothesis has no deadline: its time depends on the machine. A test has one, which is so long that only a
+hang reaches it. Then the test fails by its name, and its fixtures clean up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ settings.register_profile("project", deadline=None, suppress_health_check=[Healt
 settings.load_profile("project")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As a shell has it for what it starts in the background; whoever is started here is to hear of a Ctrl-C.
+    # A shell ignores SIGINT in what it starts in the background. Programs that tests start must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -225,7 +225,7 @@ def clean_pods() -> None:
 
 @pytest.fixture(params=["websocket", "spdy"], autouse=True)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What kubectl speaks."""
+    """The protocols of kubectl."""
     value = "true" if request.param == "websocket" else "false"
     monkeypatch.setenv("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", value)
     monkeypatch.setenv("KUBECTL_PORT_FORWARD_WEBSOCKETS", value)

@@ -83,7 +83,7 @@ def test_a_pods_life_in_events(node: Node, listener: Listener) -> None:
 
 @pytest.mark.parametrize("wide", [1, 6])
 def test_a_container_that_ends_at_once_is_told_as_started_first(node: Node, listener: Listener, wide: int) -> None:
-    """Its shim may tell of both in one breath. All four events come, in their order and once."""
+    """Its shim may send both messages at once. All four events come, in order and once."""
     pod = node.run_pod("brief")
     with ThreadPoolExecutor(wide) as pool:
         containers = list(pool.map(lambda n: node.run(pod, f"c{n}", ["true"]), range(30)))

@@ -129,7 +129,7 @@ def test_a_terminal_with_its_size(node: Node, container: str) -> None:
 
 
 def test_what_a_short_command_says_on_a_terminal_is_not_lost_by_a_busy_daemon(node: Node, container: str) -> None:
-    """It hears of the terminal and of the command's end at once, where it had no time for either."""
+    """A daemon that was stopped gets the terminal and the command's end at the same moment."""
     assert node.process is not None
     for delay in (0.005, 0.01, 0.015, 0.02):
         client = Spdy(url(node, container, "echo", "short", stdout=True, tty=True))

@@ -263,7 +263,7 @@ def test_annotations_that_no_list_could_carry(node: Node) -> None:
 
 
 def test_the_log_path_of_a_container_stays_below_its_pods_directory(node: Node) -> None:
-    """As CVE-2021-25741 and its kin: a link, put by whoever can write there, that leads the runtime out."""
+    """As CVE-2021-25741: a link in a directory that a container can write leads the runtime out of it."""
     pod = node.run_pod()
     outside = f"{node.base}/outside"
     os.mkdir(outside)

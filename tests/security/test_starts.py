@@ -100,7 +100,7 @@ def asleep() -> list[str]:
 
 
 def fifo_mount(tmp_path: Path) -> list[cri.Mount]:
-    """An /etc/passwd that holds whoever reads it: the OCI runtime does, in the container that it has half made."""
+    """A read of this /etc/passwd does not return. The OCI runtime reads it in the container that it is making."""
     path = tmp_path / "passwd"
     os.mkfifo(path)
     return [cri.Mount(container_path="/etc/passwd", host_path=str(path))]

@@ -23,9 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def host_state(scratch: str) -> set[str]:
-    """What a test could leave: mounts, links, cgroups, shims, rules.
+    """The mounts, links, cgroups, shims and rules of this run, which a test must not leave.
 
-    ``scratch`` is the directory of this run's temporary ones. Another run's or runtime's on this machine are not ours.
+    ``scratch`` is the directory of this run's temporary directories. Those of other runs on this machine do not count.
     """
     with open("/proc/self/mountinfo") as f:
         points = [line.split()[4] for line in f]
@@ -40,7 +40,7 @@ def host_state(scratch: str) -> set[str]:
 
 
 def _is_stray(link: str) -> bool:
-    """Whether it is the end of a pod's cable that is plugged in nowhere."""
+    """Whether it is the node's end of a veth pair and in no bridge."""
     return link.startswith("veth") and not os.path.exists(f"/sys/class/net/{link}/master")
 
 
@@ -50,8 +50,8 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     scratch = str(tmp_path_factory.getbasetemp())
     before = host_state(scratch)
     yield
-    # The kernel takes a veth with its namespace in its own time, and another runtime's is plugged in a moment after it
-    # is made.
+    # 1. The kernel deletes a veth some time after its network namespace.
+    # 2. Another runtime's veth joins its bridge some time after it is made.
     deadline = time.monotonic() + 20 * SLOWNESS
     while (left := host_state(scratch) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -89,7 +89,7 @@ def node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
 
 @pytest.fixture(autouse=True)
 def clean_pods(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test on a shared node: remove its pods, nothing of them may be left, nor an error nobody took."""
+    """After each test on a shared node: remove its pods. Nothing of them and no error in the log may be left."""
     yield
     if "node" in request.fixturenames:
         node: Node = request.getfixturevalue("node")

@@ -162,7 +162,7 @@ class Node:
             return f.read()
 
     def complaints(self) -> list[str]:
-        """What asyncio has said in the log of errors that nobody took, since this was asked before."""
+        """New lines of the daemon's log in which asyncio reports an error that no code has taken."""
         words = ("Exception in callback", "exception was never retrieved", "was never awaited")
         found = [line for line in self.daemon_log().splitlines() if any(word in line for word in words)]
         new, self._complaints = found[self._complaints :], len(found)

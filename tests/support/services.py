@@ -62,7 +62,7 @@ def echo(connection: socket.socket) -> None:
 
 
 def count(connection: socket.socket) -> None:
-    """Speaks when it has read to the end."""
+    """Answers once it has read to the end."""
     size = 0
     while data := connection.recv(1 << 16):
         size += len(data)

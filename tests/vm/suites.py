@@ -165,6 +165,6 @@ def table(results: Sequence[Result]) -> str:
                     *(f"  {line}" for line in case.words.splitlines()[-25:]),
                 ]
     totals = [sum(r.count(outcome) for r in results) for outcome in ("passed", "failed", "skipped")]
-    # A suite that did not come to its end counts, so that nobody takes what is missing for good.
+    # A suite that did not end counts as failed: its missing cases are not successes.
     totals[1] += sum(bool(r.trouble) for r in results)
     return "\n".join([*lines, "", "{} passed, {} failed, {} skipped".format(*totals)])

@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 
 from tests.support.node import processes
-from tests.support.shimhost import CGROUP, WAIT, Container, Host, members, process_spec
+from tests.support.shimhost import CGROUP, WAIT, Container, Host, members, process_spec, rootfs
 from tests.support.waiting import SLOWNESS, eventually
+
+__all__ = ["rootfs"]
 
 Message = dict[str, Any]
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs root, runc and busybox",
 )
 
-# Its fork takes the container's init over from runc and lets go of it only by its own end, a while after the program's.
+# Its fork becomes the parent of the container's init, and ends some time after it. Only then the shim is the parent.
 FORKING_RUNTIME = """#!{python}
 import ctypes, os, subprocess, sys, time
 reader, writer = os.pipe()

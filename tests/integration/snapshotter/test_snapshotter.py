@@ -36,7 +36,7 @@ CAPABILITY = struct.pack("<IIIII", 0x02000000, 1 << 10, 0, 0, 0)  # cap_net_bind
 
 @pytest.fixture(autouse=True)
 async def nothing_untold() -> AsyncIterator[None]:
-    """No error of a test's tasks may be left that nobody took: it would be in the daemon's log without a cause."""
+    """Each error of a test's tasks must be taken. Otherwise asyncio writes it to the daemon's log without its cause."""
     told: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["message"]))
     yield
@@ -590,7 +590,7 @@ async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter
 async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapshotter, disk: str, turns: int) -> None:
     async with stopped_worker(snapshotter, disk) as (pid, caller):
         os.kill(pid, signal.SIGKILL)
-        # The loop hears of its end and of its pipes' ends at once, and takes several turns to tell who waits.
+        # The loop sees the end of the process and of its pipes at once. It takes several turns to wake the waiters.
         time.sleep(0.1)  # noqa: ASYNC251
         for _ in range(turns):
             await asyncio.sleep(0)
