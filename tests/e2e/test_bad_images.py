@@ -13,8 +13,10 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support import layers
 from tests.support.imagebuilder import BuiltImage, build_image
-from tests.support.lyingregistry import IMAGE, Server, stored
+from tests.support.lyingregistry import IMAGE, Server, server, stored
 from tests.support.node import Node, refused
+
+__all__ = ["server"]
 
 LAYER = IMAGE.manifest["layers"][0]["digest"]
 

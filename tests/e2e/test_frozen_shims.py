@@ -15,10 +15,12 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.freezer import Freezer
+from tests.support.freezer import Freezer, freezer
 from tests.support.node import Node
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import eventually, within
+
+__all__ = ["freezer"]
 
 # Seconds. Runs of the OCI runtime are among the calls, on a machine that others use too.
 AT_ONCE = 5.0

@@ -9,8 +9,11 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.support.fixtures import newer
 from tests.support.node import Node, refused
 from tests.support.pods import BASE, run, userns
+
+__all__ = ["newer"]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_container_of_the_release_is_started_and_sees_its_pods_files(pods: Eve
     in_time(lambda: pods.node.log(pods.created) == pods.hosts[pods.own])
 
 
-def test_the_files_of_a_pod_are_where_this_version_keeps_them(pods: EveryKind):
+def test_the_files_of_a_pod_are_where_this_version_keeps_them(pods: EveryKind) -> None:
     for pod in pods.pods:
         assert sorted(os.listdir(f"/var/lib/criserver/sandboxes/{pod}")) == ["hostname", "hosts", "resolv.conf"]
     for pod, container in ((pods.shared, pods.other), (pods.users, pods.in_users)):

@@ -121,8 +121,8 @@ class Container:
 class Host:
     """A nursery and the containers started through it; `close` ends all of it."""
 
-    def __init__(self, rootfs: Path, release: Path | None = None, **limits: float) -> None:
-        """`limits` replace those of shims.shim, by their names there; `release` has the package shims of 0.1.0."""
+    def __init__(self, rootfs: Path, release: Path | None = None, limits: dict[str, float] | None = None) -> None:
+        """`limits` replace those of the package, by module and name; `release` has the package shims of 0.1.0."""
         self.rootfs = rootfs
         self.directory = Path(tempfile.mkdtemp(dir="/run", prefix="shims-"))
         self.runtime_root = self.directory / "runc"
@@ -132,14 +132,18 @@ class Host:
         self.nursery = Client(ours)
         argv = command(sys.executable, theirs.fileno())
         place = argv.index("-c") + 1
-        for name, seconds in limits.items():
-            changed = f"import shims.shim; shims.shim.{name} = {seconds}; from shims.nursery_process"
+        for name, seconds in (limits or {}).items():
+            changed = f"import shims.shim, shims.execs; shims.{name} = {seconds}; from shims.nursery_process"
             argv[place] = argv[place].replace("from shims.nursery_process", changed)
         if release is not None:
             argv[place] = f"import sys; sys.path.insert(0, {str(release)!r}); from shims.nursery import main; "
             argv[place] += "main(int(sys.argv[1]))"
         self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], close_fds=True)
         theirs.close()
+
+    def runtime(self, program: str | Path) -> Message:
+        """The part of a shim's configuration that names this OCI runtime."""
+        return {"runtime_command": [str(program), "--root", str(self.runtime_root)]}
 
     def prepare(self, name: str, *args: str, **options: Any) -> Message:
         """A bundle on disk and the shim's configuration for it."""
@@ -150,6 +154,8 @@ class Host:
         return {
             "id": name,
             "bundle": str(directory),
+            **self.runtime(shutil.which("runc") or "runc"),
+            # Of shims of 0.1.0.
             "runtime": shutil.which("runc"),
             "runtime_root": str(self.runtime_root),
             "runtime_args": [],

@@ -126,16 +126,16 @@ async def test_a_start_that_succeeds_while_it_is_cut_is_one(node: FakeNode) -> N
     assert node.events == [EventType.STARTED]
 
 
-async def test_a_container_that_the_runtime_has_already_is_not_touched(node: FakeNode):
+async def test_a_container_that_the_runtime_has_already_is_not_touched(node: FakeNode) -> None:
     os.mkdir(os.path.join(node.container_dir("c"), "c"))
     with pytest.raises(FailedPreconditionError, match=r"container c exists in .*: delete it"):
         await start(node)
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
-async def test_a_container_that_its_shim_could_not_delete_is_deleted_by_the_daemon(node: FakeNode):
+async def test_a_container_that_its_shim_could_not_delete_is_deleted_by_the_daemon(node: FakeNode) -> None:
     process = node.process
-    process._on_event(EXITED)  # type: ignore[arg-type]
+    process._on_event(EXITED)
     process._on_event({"event": "gone", "error": "runc fails"})
     assert not node.unmounted
     await process.wait_cleaned_up()

@@ -75,11 +75,11 @@ async def test_a_link_hands_on_the_present_shape_alone() -> None:
     assert taken == [{"event": "started", "init": 7, **START}]
 
 
-async def test_an_answer_that_comes_with_the_end_of_its_time_counts():
+async def test_an_answer_that_comes_with_the_end_of_its_time_counts() -> None:
     """A daemon that was busy, or a machine that was asleep, hears of both at once; an answer may bring descriptors."""
     ours, theirs = socket.socketpair()
     link = ShimLink(ours, lambda _: None, lambda: None)
-    asking = asyncio.create_task(link.request({"op": "attach"}, timeout=0.05))
+    asking = asyncio.create_task(link.request({"op": "attach", "streams": []}, timeout=0.05))
     await asyncio.sleep(0)
     with open(os.devnull) as null:
         socket.send_fds(theirs, [wire.encode({"re": 1, "ok": True, "fds": 1})], [null.fileno()])
@@ -92,12 +92,12 @@ async def test_an_answer_that_comes_with_the_end_of_its_time_counts():
     theirs.close()
 
 
-async def test_an_event_that_cannot_be_taken_does_not_cost_the_next():
+async def test_an_event_that_cannot_be_taken_does_not_cost_the_next() -> None:
     """Both may come in one breath, and the next may be an exit."""
     ours, theirs = socket.socketpair()
-    taken = []
+    taken: list[object] = []
 
-    def take(message: wire.Message) -> None:
+    def take(message: Any) -> None:
         if message["event"] == "started":
             raise CriError("refused")
         taken.append(message["event"])
