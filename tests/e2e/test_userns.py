@@ -22,7 +22,7 @@ __all__ = ["newer"]
         (userns(uids=[(0, BASE, 10), (10, BASE + 10, 10)]), ["2 mappings"]),
         (userns(uids=[]), ["0 mappings"]),
         (userns(uids=[(1, BASE, 10)]), ["ID 0 must be mapped"]),
-        (userns(uids=[(0, BASE, 0)]), ["0 IDs"]),
+        (userns(uids=[(0, BASE, 0)]), ["length = 0"]),
         (userns(mode=cri.CONTAINER), ["CONTAINER"]),
         (userns(mode=cri.TARGET), ["TARGET"]),
         (userns(mode=cri.NODE), ["NODE"]),
