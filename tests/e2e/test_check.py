@@ -34,7 +34,7 @@ def links() -> set[str]:
     return {name for name in os.listdir("/sys/class/net") if not re.fullmatch(r"crie2e\d+|veth[0-9a-f]{8}", name)}
 
 
-def test_pods_can_run_here_beside_a_daemon_and_without(node: Node):
+def test_pods_can_run_here_beside_a_daemon_and_without(node: Node) -> None:
     before = links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
     code, report = check(node)
     assert (code, report["pods_can_run"]) == (0, True), words(report, "missing")
@@ -110,7 +110,7 @@ def tmpfs(path: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def test_links_are_made_where_nobody_sees_them():
+def test_links_are_made_where_nobody_sees_them() -> None:
     before = links()
     assert tries.link("bridge") is None
     assert tries.link("veth") is None

@@ -23,7 +23,7 @@ def pods(node: InstalledNode) -> Iterator[Pods]:
     pods.remove()
 
 
-def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: Pods):
+def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: Pods) -> None:
     script = "while [ ! -e /go ]; do sleep 0.1; done; exit 42"
     ends = node.run(pods.own, "ends", ["sh", "-c", script])
     root = f"/proc/{node.pid(ends)}/root"
@@ -41,7 +41,7 @@ def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: P
     pods.are_untouched()
 
 
-def test_systemd_brings_a_killed_daemon_back(node: InstalledNode, pods: Pods):
+def test_systemd_brings_a_killed_daemon_back(node: InstalledNode, pods: Pods) -> None:
     killed = int(shown("MainPID"))
     os.kill(killed, signal.SIGKILL)
     in_time(lambda: shown("MainPID") not in ("0", str(killed)) and shown("ActiveState") == "active")

@@ -211,7 +211,7 @@ async def test_a_registry_that_restarts_is_waited_for(
         assert [offset(request) for request in second.asked(digest)] == [100_000]
 
 
-async def test_a_server_that_stalls_is_given_up(server, rooms, image):
+async def test_a_server_that_stalls_is_given_up(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     rooms.change(progress_timeout=0.9)
     for name in ("1", first_layer(image)[0]):
         ended = asyncio.Event()
@@ -232,7 +232,7 @@ async def test_a_server_that_stalls_is_given_up(server, rooms, image):
         ended.set()
 
 
-async def test_a_server_that_never_answers_is_given_up(server, rooms, image):
+async def test_a_server_that_never_answers_is_given_up(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     rooms.change(progress_timeout=0.9)
     ended = asyncio.Event()
 
@@ -245,7 +245,7 @@ async def test_a_server_that_never_answers_is_given_up(server, rooms, image):
     ended.set()
 
 
-async def test_a_server_that_trickles_makes_no_progress(server, rooms, image):
+async def test_a_server_that_trickles_makes_no_progress(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     rooms.change(progress_timeout=0.9)
     digest, body = first_layer(image)
 
@@ -263,7 +263,7 @@ async def test_a_server_that_trickles_makes_no_progress(server, rooms, image):
         await refused(rooms, f"{server.address}/app:1", UnavailableError, digest, "no progress")
 
 
-async def test_a_slow_server_may_take_its_time(server, rooms, image):
+async def test_a_slow_server_may_take_its_time(server: Server, rooms: Rooms, image: BuiltImage) -> None:
     rooms.change(progress_timeout=0.9)
     digest, body = first_layer(image)
 
