@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shims.logs import LogWriter
+from shims.log_writer import LogWriter
 from shims.loop import Loop
 from shims.output import Output
 

@@ -32,8 +32,8 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.recovery import recover
-from criserver.runtime.registry import Registry
 from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
@@ -83,8 +83,8 @@ async def serve(config: Config) -> None:
             "serving",
             version=__version__,
             address=config.grpc_address,
-            sandboxes=len(node.registry.sandboxes),
-            containers=len(node.registry.containers),
+            sandboxes=len(node.records.sandboxes),
+            containers=len(node.records.containers),
             seconds=round(time.monotonic() - began, 3),
         )
         notify("READY=1")
@@ -115,12 +115,12 @@ def assemble(
     *,
     skip_unreadable: bool = False,
 ) -> Node:
-    """Put the rooms together. :class:`Registry` says what ``skip_unreadable`` means, and what is raised."""
-    registry = Registry(store, skip_unreadable=skip_unreadable)
+    """Put the rooms together. :class:`RecordStore` says what ``skip_unreadable`` means, and what is raised."""
+    records = RecordStore(store, skip_unreadable=skip_unreadable)
     return Node(
         config=config,
-        registry=registry,
-        events=Events(registry),
+        records=records,
+        events=Events(records),
         features=features,
         images=Images(
             store,
@@ -141,7 +141,7 @@ def assemble(
         stats=Statistics(
             CgroupReaders(cgroups.roots()),
             NetworkCounters(),
-            DiskMeter(snapshotter.usage, lambda: _writable_layers(registry)),
+            DiskMeter(snapshotter.usage, lambda: _writable_layers(records)),
         ),
     )
 
@@ -171,25 +171,25 @@ def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
         # A longer pause would let the watchdog end the daemon.
-        Task("the report to systemd", lambda: report(lambda: _status(node.registry)), max_pause=report_interval()),
+        Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),
     ]
 
 
-def _status(registry: Registry) -> str:
+def _status(records: RecordStore) -> str:
     """The text that ``systemctl status`` shows."""
-    pods = sum(s.state is SandboxState.READY for s in registry.sandboxes.values())
-    running = sum(c.state is ContainerState.RUNNING for c in registry.containers.values())
+    pods = sum(s.state is SandboxState.READY for s in records.sandboxes.values())
+    running = sum(c.state is ContainerState.RUNNING for c in records.containers.values())
     return f"{pods} pods ready, {running} containers running"
 
 
-def _writable_layers(registry: Registry) -> dict[str, bool]:
+def _writable_layers(records: RecordStore) -> dict[str, bool]:
     """The snapshots to be measured, and whether each can still change."""
     unready = (ContainerState.CREATING, ContainerState.REMOVING)
-    return {c.id: c.state is not ContainerState.EXITED for c in registry.containers.values() if c.state not in unready}
+    return {c.id: c.state is not ContainerState.EXITED for c in records.containers.values() if c.state not in unready}
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    root, containers = node.config.root, node.registry.containers
+    root, containers = node.config.root, node.records.containers
     images = image_service.ImageService(node.images, os.path.join(root, "snapshots"), node.stats.disk.total)
     operator = admin_service.AdminService(
         node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}

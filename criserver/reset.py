@@ -89,25 +89,25 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
         node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), skip_unreadable=True)
         try:
-            unread = Counter(table for table, _ in node.registry.unreadable)
-            pods = len(node.registry.sandboxes) + unread["sandboxes"]
-            containers = len(node.registry.containers) + unread["containers"]
+            unread = Counter(table for table, _ in node.records.unreadable)
+            pods = len(node.records.sandboxes) + unread["sandboxes"]
+            containers = len(node.records.containers) + unread["containers"]
             if not agreed(pods, containers):
                 return None
             found = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
-            unrecorded = found - node.registry.sandboxes.keys()
+            unrecorded = found - node.records.sandboxes.keys()
             await recover(node)
-            running = [c.id for c in node.registry.containers.values() if c.state is ContainerState.RUNNING]
+            running = [c.id for c in node.records.containers.values() if c.state is ContainerState.RUNNING]
             # A container that does not end here is stopped again below, with its pod.
             await asyncio.gather(*(stop_container(node, c, grace) for c in running), return_exceptions=True)
             turn = asyncio.Semaphore(_AT_ONCE)
-            told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.registry.sandboxes.values())))
+            told = await asyncio.gather(*(_remove(node, s, turn) for s in list(node.records.sandboxes.values())))
             await node.settle()
             unread_words = [
                 words if table == "containers" else f"{words}; its network plugins did not clean up"
-                for (table, _), words in node.registry.unreadable.items()
+                for (table, _), words in node.records.unreadable.items()
             ]
-            node.registry.delete_unreadable()
+            node.records.delete_unreadable()
             for pod in unrecorded:
                 try:
                     await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
@@ -140,12 +140,12 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
             return None
         except (CriError, OSError) as e:
             failure = str(e)
-        current = node.registry.sandboxes.get(sandbox.id)
+        current = node.records.sandboxes.get(sandbox.id)
         if current is None or not current.attachment:
             return True, f"{name}: {failure}"
         # The plugin has failed, so go on without it. The namespace and its interfaces end with the pod. The cluster's
         # operator must clean up what the network keeps elsewhere, such as a lease.
-        node.registry.observe(dataclasses.replace(current, attachment=""))
+        node.records.observe(dataclasses.replace(current, attachment=""))
         try:
             await remove_sandbox(node, sandbox.id)
         except (CriError, OSError) as e:

@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .logs import LogWriter
+    from .log_writer import LogWriter
     from .loop import Loop
 
 _READ_SIZE = 64 * 1024  # the size of a pipe; measured: larger reads from larger pipes are no faster

@@ -14,7 +14,7 @@ from .connections import Connections, bind
 from .execs import Execs
 from .exit_record import exit_code, save
 from .lean import Socket, accept
-from .logs import LogWriter
+from .log_writer import LogWriter
 from .loop import Loop
 from .oom_watch import OomWatch
 from .output import Output

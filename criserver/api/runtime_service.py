@@ -116,12 +116,12 @@ class RuntimeService(StatsRpcs):
         return cri.RemovePodSandboxResponse()
 
     async def pod_sandbox_status(self, request: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
-        registry = self._node.registry
-        sandbox = registry.visible_sandbox(request.pod_sandbox_id)
+        records = self._node.records
+        sandbox = records.visible_sandbox(request.pod_sandbox_id)
         response = cri.PodSandboxStatusResponse(
             status=views.sandbox_status(sandbox),
             containers_statuses=make_each(
-                (c for c in registry.visible_containers() if c.sandbox_id == sandbox.id), views.container_status
+                (c for c in records.visible_containers() if c.sandbox_id == sandbox.id), views.container_status
             ),
             timestamp=time.time_ns(),
         )
@@ -131,16 +131,16 @@ class RuntimeService(StatsRpcs):
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
         sandboxes = self._filtered_sandboxes(request.filter)
-        return self._sandboxes.join(sandboxes, len(self._node.registry.sandboxes))
+        return self._sandboxes.join(sandboxes, len(self._node.records.sandboxes))
 
     def _filtered_sandboxes(self, selector: cri.PodSandboxFilter) -> list[Sandbox]:
-        sandboxes = select_sandboxes(self._node.registry.visible_sandboxes(), selector)
+        sandboxes = select_sandboxes(self._node.records.visible_sandboxes(), selector)
         if selector.HasField("state"):
             sandboxes = [s for s in sandboxes if views.SANDBOX_STATES[s.state] == selector.state.state]
         return sandboxes
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
-        sandbox = self._node.registry.sandbox(request.pod_sandbox_id)
+        sandbox = self._node.records.sandbox(request.pod_sandbox_id)
         check_container(request.config, sandbox.config)
         config = container_config(request.config, sandbox.config)
         sent = request.config.SerializeToString(deterministic=True)
@@ -159,7 +159,7 @@ class RuntimeService(StatsRpcs):
         return cri.RemoveContainerResponse()
 
     async def container_status(self, request: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
-        container = self._node.registry.visible_container(request.container_id)
+        container = self._node.records.visible_container(request.container_id)
         return cri.ContainerStatusResponse(
             status=views.container_status(container),
             info=self._container_info(container) if request.verbose else {},
@@ -182,10 +182,10 @@ class RuntimeService(StatsRpcs):
 
     async def list_containers(self, request: cri.ListContainersRequest) -> bytes:
         containers = self._filtered_containers(request.filter)
-        return self._containers.join(containers, len(self._node.registry.containers))
+        return self._containers.join(containers, len(self._node.records.containers))
 
     def _filtered_containers(self, selector: cri.ContainerFilter) -> list[Container]:
-        containers = select_containers(self._node.registry.visible_containers(), selector)
+        containers = select_containers(self._node.records.visible_containers(), selector)
         if selector.HasField("state"):
             containers = [c for c in containers if views.CONTAINER_STATES[c.state] == selector.state.state]
         return containers

@@ -22,7 +22,7 @@ class StatsRpcs:
         self._stats = StatsViews(node, os.path.join(node.config.root, "snapshots"))
 
     async def container_stats(self, request: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
-        container = self._node.registry.visible_container(request.container_id)
+        container = self._node.records.visible_container(request.container_id)
         return cri.ContainerStatsResponse(stats=self._stats.container(container))
 
     async def list_container_stats(self, request: cri.ListContainerStatsRequest) -> cri.ListContainerStatsResponse:
@@ -37,7 +37,7 @@ class StatsRpcs:
             yield cri.StreamContainerStatsResponse(container_stats=[s async for s in stats])
 
     async def pod_sandbox_stats(self, request: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
-        sandbox = self._node.registry.visible_sandbox(request.pod_sandbox_id)
+        sandbox = self._node.records.visible_sandbox(request.pod_sandbox_id)
         return cri.PodSandboxStatsResponse(stats=await self._stats.sandbox(sandbox))
 
     async def list_pod_sandbox_stats(self, request: cri.ListPodSandboxStatsRequest) -> cri.ListPodSandboxStatsResponse:
@@ -68,8 +68,8 @@ class StatsRpcs:
             yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=[metrics])
 
     def _measured_containers(self, selector: cri.ContainerStatsFilter) -> list[Container]:
-        return select_containers(self._node.registry.visible_containers(), selector)
+        return select_containers(self._node.records.visible_containers(), selector)
 
     def _measured_sandboxes(self, selector: cri.PodSandboxStatsFilter) -> list[Sandbox]:
-        ready = (s for s in self._node.registry.sandboxes.values() if s.state is SandboxState.READY)
+        ready = (s for s in self._node.records.sandboxes.values() if s.state is SandboxState.READY)
         return select_sandboxes(ready, selector)

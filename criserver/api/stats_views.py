@@ -67,7 +67,7 @@ class StatsViews:
             ),
             writable_layer=self._writable_layer(record),
         )
-        sandbox = self._node.registry.sandboxes.get(record.sandbox_id)
+        sandbox = self._node.records.sandboxes.get(record.sandbox_id)
         if record.state is ContainerState.RUNNING and sandbox is not None:
             usage = self._node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, record.id)).usage()
             _fill(stats, usage)
@@ -104,7 +104,7 @@ class StatsViews:
     async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
         """Metrics of each sandbox that is ready, and of its running containers."""
         self._retain()
-        ready = [s for s in self._node.registry.sandboxes.values() if s.state is SandboxState.READY]
+        ready = [s for s in self._node.records.sandboxes.values() if s.state is SandboxState.READY]
         networks = await self._networks(ready)
         members = self._members()
         pods = [(pod, [c for c in members.get(pod.id, []) if c.state is ContainerState.RUNNING]) for pod in ready]
@@ -228,18 +228,18 @@ class StatsViews:
     def _members(self) -> dict[str, list[Container]]:
         """The visible containers by sandbox."""
         members: dict[str, list[Container]] = {}
-        for container in self._node.registry.visible_containers():
+        for container in self._node.records.visible_containers():
             members.setdefault(container.sandbox_id, []).append(container)
         return members
 
     def _retain(self) -> None:
         """Close the descriptors of containers and sandboxes that do not run any more."""
-        registry, stats = self._node.registry, self._node.stats
-        ready = [s for s in registry.sandboxes.values() if s.state is SandboxState.READY]
-        running = (c for c in registry.containers.values() if c.state is ContainerState.RUNNING)
+        records, stats = self._node.records, self._node.stats
+        ready = [s for s in records.sandboxes.values() if s.state is SandboxState.READY]
+        running = (c for c in records.containers.values() if c.state is ContainerState.RUNNING)
         stats.cgroups.retain(
             {cgroups.pod_path(s.cgroup_parent) for s in ready}
-            | {cgroups.path(registry.sandboxes[c.sandbox_id].cgroup_parent, c.id) for c in running}
+            | {cgroups.path(records.sandboxes[c.sandbox_id].cgroup_parent, c.id) for c in running}
         )
         stats.networks.retain({self._network_namespace(s) for s in ready})
 

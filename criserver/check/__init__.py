@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from criserver.check import cgroups, cni, directories, kernel, permissions, programs, service, trial
+from criserver.check import cgroup_driver, cni, directories, kernel, permissions, programs, service, trial
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, Level, missing
-from criserver.check.host import Host
 from criserver.config import Config
 from criserver.errors import CriError
 
-__all__ = ["Finding", "Host", "Level", "able", "run"]
+__all__ = ["ExaminedNode", "Finding", "Level", "able", "run"]
 
 # In the order in which an operator mends things: an earlier finding may be the cause of a later one.
-_CHECKS: Sequence[tuple[str, Callable[[Host, Config], Iterable[Finding]]]] = (
+_CHECKS: Sequence[tuple[str, Callable[[ExaminedNode, Config], Iterable[Finding]]]] = (
     ("permissions", permissions.check),
     ("kernel", kernel.check),
-    ("cgroups", cgroups.check),
+    ("cgroups", cgroup_driver.check),
     ("runtimes", programs.check),
     ("network", cni.check),
     ("directories", directories.check),
@@ -30,7 +30,7 @@ _CHECKS: Sequence[tuple[str, Callable[[Host, Config], Iterable[Finding]]]] = (
 )
 
 
-def run(config: Config, host: Host) -> list[Finding]:
+def run(config: Config, host: ExaminedNode) -> list[Finding]:
     """All findings, each with the name of its check.
 
     The last check runs a trial container, if nothing that it needs is missing. It does not need a network.
@@ -49,7 +49,7 @@ def able(found: Iterable[Finding]) -> bool:
 
 
 def _named(
-    name: str, check: Callable[[Host, Config], Iterable[Finding]], host: Host, config: Config
+    name: str, check: Callable[[ExaminedNode, Config], Iterable[Finding]], host: ExaminedNode, config: Config
 ) -> Iterable[Finding]:
     found: list[Finding] = []
     try:

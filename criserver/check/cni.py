@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from criserver.check import advisories
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 from criserver.errors import FailedPreconditionError
 from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
@@ -25,7 +25,7 @@ _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 _BRIDGE = "/proc/sys/net/bridge/bridge-nf-call-iptables"
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """The network that pods get, and whether the node forwards packets."""
     try:
         network = CniConfigDirectory(host.path(config.cni_conf_dir)).current()
@@ -40,7 +40,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
     yield from _forwarding(host)
 
 
-def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Finding]:
+def _network(host: ExaminedNode, config: Config, network: NetworkConfig) -> Iterator[Finding]:
     types = [plugin["type"] for plugin in network.plugins]
     # A plugin calls another one (ipam) for addresses. Without this check its absence would show at the first pod only.
     types += [plugin["ipam"]["type"] for plugin in network.plugins if plugin.get("ipam", {}).get("type")]
@@ -71,7 +71,7 @@ def _network(host: Host, config: Config, network: NetworkConfig) -> Iterator[Fin
         yield from _iptables(host)
 
 
-def _portmap(host: Host, config: Config) -> Iterator[Finding]:
+def _portmap(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """Known faults of the plugin portmap. Its one advisory concerns the backend nftables."""
     paths = [host.path(os.path.join(directory, "portmap")) for directory in config.cni_bin_dirs]
     path = next((path for path in paths if os.access(path, os.X_OK)), None)
@@ -87,7 +87,7 @@ def _needs_iptables(plugin: Mapping[str, Any]) -> bool:
     return plugin["type"] in ("portmap", "firewall") or plugin.get("ipMasq") is True
 
 
-def _iptables(host: Host) -> Iterator[Finding]:
+def _iptables(host: ExaminedNode) -> Iterator[Finding]:
     program = host.which("iptables")
     if program is None:
         yield missing(
@@ -103,7 +103,7 @@ def _iptables(host: Host) -> Iterator[Finding]:
         yield ok(f"{program} works")
 
 
-def _forwarding(host: Host) -> Iterator[Finding]:
+def _forwarding(host: ExaminedNode) -> Iterator[Finding]:
     if host.read(_FORWARD) == "1":
         yield ok("the node forwards packets")
     else:

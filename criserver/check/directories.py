@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 
 # The kubelet's defaults: below these shares of free space it removes images, and later evicts pods.
 _SPACE, _INODES = 0.15, 0.05
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """The root and the state directory."""
     root = host.nearest(config.root)
     mount = host.mount_of(root)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 
 _NAMESPACES = ("mnt", "pid", "net", "ipc", "uts")
 
 
-def check(host: Host, _: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, _: Config) -> Iterator[Finding]:
     """System calls, namespaces, seccomp, security modules."""
     release = host.read("/proc/sys/kernel/osrelease") or "unknown"
     if calls := host.calls():
@@ -54,7 +54,7 @@ def check(host: Host, _: Config) -> Iterator[Finding]:
             )
 
 
-def _users(host: Host) -> Finding:
+def _users(host: ExaminedNode) -> Finding:
     if not host.exists("/proc/self/ns/user"):
         return warning(
             "the kernel has no user namespaces: pods with hostUsers: false cannot start",

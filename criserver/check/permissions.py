@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 
 # Numbers of capabilities(7) that mounts, namespaces, networks and the files of images need.
@@ -27,7 +27,7 @@ _NEEDED = {
 _SYS_RESOURCE = 24
 
 
-def check(host: Host, _: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, _: Config) -> Iterator[Finding]:
     """Root, and its capabilities."""
     if host.user() != 0:
         yield missing(

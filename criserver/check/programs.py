@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 
 from criserver.check import advisories
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config, RuntimeHandler
 
 _OLDEST_RUNC = advisories.version("1.1")
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """Each runtime handler, and the infra program."""
     for runtime in config.runtimes.values():
         yield from _handler(host, runtime, default=runtime.name == config.default_runtime)
@@ -26,7 +26,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
         )
 
 
-def _handler(host: Host, runtime: RuntimeHandler, *, default: bool) -> Iterator[Finding]:
+def _handler(host: ExaminedNode, runtime: RuntimeHandler, *, default: bool) -> Iterator[Finding]:
     # Only pods whose RuntimeClass names another handler need that handler.
     grave = missing if default else warning
     what = f"runtime handler {runtime.name}"

@@ -7,8 +7,8 @@ import socket
 import stat
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 
 _OTHERS = {
@@ -18,7 +18,7 @@ _OTHERS = {
 }
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """The socket, the streaming server, other runtimes, the clock."""
     serving = _holder(host, config)
     if serving:
@@ -41,7 +41,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
         )
 
 
-def _holder(host: Host, config: Config) -> int:
+def _holder(host: ExaminedNode, config: Config) -> int:
     """The PID of the daemon that uses the state directory, 0 if none does."""
     path = os.path.join(config.state, "criserver.lock")
     held = host.read(path)
@@ -55,7 +55,7 @@ def _holder(host: Host, config: Config) -> int:
     return int(held) if any(f[1] == "FLOCK" and f[4] == held and f[5].endswith(":" + inode) for f in locks) else 0
 
 
-def _socket(host: Host, config: Config) -> Finding:
+def _socket(host: ExaminedNode, config: Config) -> Finding:
     path = host.path(config.grpc_address)
     try:
         found = os.stat(path)

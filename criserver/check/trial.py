@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host
 from criserver.config import Config
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """One container for each handler whose program exists."""
     for runtime in config.runtimes.values():
         if host.which(runtime.path) is None:

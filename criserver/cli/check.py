@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 from criserver import logs
-from criserver.check import Finding, Host, Level, able, run
+from criserver.check import ExaminedNode, Finding, Level, able, run
 from criserver.config import Config
 
 _COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.MISSING: "31"}
@@ -19,7 +19,7 @@ def check(config: Config, *, as_json: bool) -> int:
     """Check the node and print each finding. Returns 1 if pods cannot run."""
     # The findings already have what the rooms would log.
     logs.set_up("critical", "auto")
-    found = run(config, Host(privileged=os.geteuid() == 0))
+    found = run(config, ExaminedNode(privileged=os.geteuid() == 0))
     if as_json:
         lines = [{"check": f.check, "level": f.level.value, "found": f.words, "advice": f.advice} for f in found]
         print(json.dumps({"pods_can_run": able(found), "findings": lines}, indent=2))

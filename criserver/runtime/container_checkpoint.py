@@ -77,7 +77,7 @@ async def checkpoint_container(node: Node, id_or_prefix: str, location: str, tim
     """
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means {DEFAULT_TIMEOUT:g} s")
-    container_id = node.registry.container(id_or_prefix).id
+    container_id = node.records.container(id_or_prefix).id
     process = node.processes.get(container_id)
     checkpoint = None if process is None else process.checkpoint
     if checkpoint is None:
@@ -104,7 +104,7 @@ async def recover_checkpoints(node: Node) -> None:
 
 async def _recover(node: Node, container_id: str) -> None:
     log.warning("undoing a checkpoint that was cut off", container=container_id)
-    container = node.registry.containers.get(container_id)
+    container = node.records.containers.get(container_id)
     try:
         await strays.wait(_VARIABLE, _directory(node, container_id))
         if container is not None:
@@ -124,7 +124,7 @@ def _check_location(location: str) -> None:
 
 
 def _running(node: Node, container_id: str) -> Container:
-    container = node.registry.container(container_id)
+    container = node.records.container(container_id)
     if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"container {container_id} is {container.state.value}, not running")
     if process_records.of_container(node, container).stopping:
@@ -173,7 +173,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     _discard(directory)
     # The container's memory is for root alone.
     make_private(images)
-    sandbox = node.registry.sandbox(container.sandbox_id)
+    sandbox = node.records.sandbox(container.sandbox_id)
     runtime = node.oci_runtime(sandbox.runtime)
     image = cri.ContainerConfig.FromString(container.sent).image
     name = image.user_specified_image or image.image
@@ -200,7 +200,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
 
 def _undo(node: Node, container: Container) -> None:
     """Thaw a container whose dump was cut off, and unblock its pod's network. The dump's processes have ended."""
-    cgroups.thaw(cgroups.path(node.registry.sandbox(container.sandbox_id).cgroup_parent, container.id))
+    cgroups.thaw(cgroups.path(node.records.sandbox(container.sandbox_id).cgroup_parent, container.id))
     network = network_pin(node, container.sandbox_id)
     if os.path.exists(network):
         command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)

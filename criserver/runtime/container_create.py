@@ -54,13 +54,13 @@ async def create_container(node: Node, sandbox_id: str, config: ContainerConfig,
     name, FailedPreconditionError for a sandbox that is not ready or a user that the image does not have,
     InvalidArgumentError for what can never run. Nothing is left behind by a failure.
     """
-    sandbox = node.registry.sandbox(sandbox_id)
+    sandbox = node.records.sandbox(sandbox_id)
     name = f"container {config.name}_{sandbox.config.full_name}_{config.attempt}"
     return await node.attempts.run(name, sent, lambda: _create(node, sandbox.id, config, sent))
 
 
 async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: bytes) -> str:
-    sandbox = node.registry.sandbox(sandbox_id)
+    sandbox = node.records.sandbox(sandbox_id)
     if sandbox.state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
     image = node.images.get(config.image)
@@ -76,7 +76,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, config)
     # Checked again, as the sandbox may have been stopped during the waits above.
-    if node.registry.sandbox(sandbox_id).state is not SandboxState.READY:
+    if node.records.sandbox(sandbox_id).state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
     container = Container(
         id=secrets.token_hex(32),
@@ -90,11 +90,11 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         log_path=config.log_path,
         stop_signal=signal_number(config.stop_signal or image.config.stop_signal or "SIGTERM"),
     )
-    node.registry.add(container)
+    node.records.add(container)
     async with node.lock(container.id):
         try:
             user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
-            node.registry.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
+            node.records.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
         except BaseException as e:
             await undo(node, container, f"it cannot be made: {e}")
             raise
@@ -209,7 +209,7 @@ def _target(node: Node, container: Container) -> Container | None:
     namespaces = container.config.namespaces
     if namespaces.pid is not NamespaceMode.TARGET:
         return None
-    target = node.registry.container(namespaces.target)
+    target = node.records.container(namespaces.target)
     if target.sandbox_id != container.sandbox_id:
         raise InvalidArgumentError(f"target container {target.id} is of another pod, {target.sandbox_id}")
     if target.state is not ContainerState.RUNNING:
@@ -252,10 +252,10 @@ async def undo(node: Node, container: Container, reason: str) -> None:
     """Undo the making of a container. If that fails, the container is shown as exited, and the kubelet removes it."""
     try:
         await filesystems.discard(node, container.id)
-        node.registry.forget(container)
+        node.records.forget(container)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        node.registry.observe(container.ended(128, "CreateError", status(reason)))
+        node.records.observe(container.ended(128, "CreateError", status(reason)))
         return
     # Its image may have been removed while it was being made.
     node.background(node.images.collect(), "garbage collection after a container that was not made failed")

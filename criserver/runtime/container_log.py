@@ -13,20 +13,20 @@ from criserver.errors import CriError, FailedPreconditionError
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
-from shims import logs
+from shims import log_writer
 
 
 async def prepare_log(node: Node, container: Container) -> None:
     """Make the directories of a container's log. Raises FailedPreconditionError where there can be no log file."""
     if container.log_path:
-        directory = node.registry.sandbox(container.sandbox_id).config.log_directory
+        directory = node.records.sandbox(container.sandbox_id).config.log_directory
         await asyncio.to_thread(_prepare, directory, container.log_path)
 
 
 def _prepare(directory: str, path: str) -> None:
     try:
         os.makedirs(directory, mode=0o755, exist_ok=True)
-        logs.make_room(path, directory, 0o755)
+        log_writer.make_room(path, directory, 0o755)
     except OSError as e:
         raise FailedPreconditionError(f"there can be no log at {path}: {e.strerror}") from e
 
@@ -35,7 +35,7 @@ async def resolved_log(node: Node, container: Container) -> str:
     """The log's path with the links resolved that lead to the pod's log directory. Those below it stay as they are."""
     if not container.log_path:
         return ""
-    directory = node.registry.sandbox(container.sandbox_id).config.log_directory
+    directory = node.records.sandbox(container.sandbox_id).config.log_directory
     real = await asyncio.to_thread(os.path.realpath, directory)
     return os.path.join(real, os.path.relpath(container.log_path, directory))
 
@@ -46,7 +46,7 @@ async def reopen_log(node: Node, id_or_prefix: str) -> None:
     Raises FailedPreconditionError where the container does not run, and where the log cannot be opened. The shim then
     goes on with the old file.
     """
-    container = node.registry.container(id_or_prefix)
+    container = node.records.container(id_or_prefix)
     process = node.processes.get(container.id)
     if container.state is not ContainerState.RUNNING or process is None:
         raise FailedPreconditionError(

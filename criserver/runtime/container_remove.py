@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 async def remove_container(node: Node, id_or_prefix: str) -> None:
     """Remove a container, running or not. Idempotent (CRI)."""
     try:
-        container = node.registry.container(id_or_prefix)
+        container = node.records.container(id_or_prefix)
     except NotFoundError:
         return
     await node.finish(remove_locked(node, container))
@@ -29,17 +29,17 @@ async def remove_locked(node: Node, container: Container) -> None:
     """Remove a container. The caller may hold the lock of its sandbox, but not the container's own."""
     await kill(node, container)
     async with node.lock(container.id):
-        found = node.registry.containers.get(container.id)
+        found = node.records.containers.get(container.id)
         if found is None:
             return
-        name = node.registry.container_name(found)
+        name = node.records.container_name(found)
         found = dataclasses.replace(found, state=ContainerState.REMOVING)
-        node.registry.observe(found)
+        node.records.observe(found)
         process = process_records.of_container(node, found)
         await process.wait_cleaned_up()
         await process.destroy()
         await filesystems.discard(node, found.id)
-        node.registry.forget(found)
+        node.records.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)
         node.let_go_of_process(found.id)

@@ -24,12 +24,12 @@ async def start_container(node: Node, id_or_prefix: str) -> None:
     A container whose process cannot be started becomes exited with code 128 and reason StartError, which the kubelet
     shows; the error has the OCI runtime's own message. A container that is stopped or removed meanwhile ends likewise.
     """
-    container_id = node.registry.container(id_or_prefix).id
+    container_id = node.records.container(id_or_prefix).id
     await node.attempts.run(f"start {container_id}", b"", lambda: _start(node, container_id))
 
 
 async def _start(node: Node, container_id: str) -> str:
-    process = process_records.of_container(node, node.registry.container(container_id))
+    process = process_records.of_container(node, node.records.container(container_id))
     # From here on StopContainer can end this start, also while it waits for the lock.
     with process.start_under_way():
         return await _start_in_turn(node, container_id, process)
@@ -37,15 +37,15 @@ async def _start(node: Node, container_id: str) -> str:
 
 async def _start_in_turn(node: Node, container_id: str, process: ContainerProcess) -> str:
     async with node.lock(container_id):
-        container = node.registry.container(container_id)
+        container = node.records.container(container_id)
         if container.state is not ContainerState.CREATED:
             raise FailedPreconditionError(f"container {container_id} is {container.state.value}, not created")
-        sandbox = node.registry.sandbox(container.sandbox_id)
+        sandbox = node.records.sandbox(container.sandbox_id)
         if sandbox.state is not SandboxState.READY:
             raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
         node.handler(sandbox.runtime)  # raises where the handler has left the configuration
         container = dataclasses.replace(container, state=ContainerState.STARTING)
-        node.registry.save(container)
+        node.records.save(container)
         try:
             _check_target(node, container)
             await process.start(
@@ -73,7 +73,7 @@ def _target_ended(node: Node, container: Container) -> FailedPreconditionError |
     if not target:
         return None
     with suppress(NotFoundError):
-        found = node.registry.container(target)
+        found = node.records.container(target)
         if found.state is ContainerState.RUNNING and pidfd.start_ticks(found.pid) == found.start_ticks:
             return None
     return FailedPreconditionError(f"its target container {target} has ended: nothing can be started beside it")

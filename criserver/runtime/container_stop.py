@@ -21,7 +21,7 @@ async def stop_container(node: Node, id_or_prefix: str, grace: float) -> None:
     DeadlineExceededError where even SIGKILL does not end the container.
     """
     try:
-        container = node.registry.container(id_or_prefix)
+        container = node.records.container(id_or_prefix)
     except NotFoundError:
         return
     await node.finish(_stop(node, container.id, grace))
@@ -41,7 +41,7 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     # The lock is held until a start or checkpoint under way has ended, and not during the grace: another call with a
     # shorter grace must be able to end the container at once.
     async with node.lock(container_id):
-        container = node.registry.containers.get(container_id)
+        container = node.records.containers.get(container_id)
         if container is None or container.state not in (ContainerState.STARTING, ContainerState.RUNNING):
             return
         process = process_records.of_container(node, container)

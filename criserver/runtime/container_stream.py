@@ -81,7 +81,7 @@ def forward_address(node: Node, id_or_prefix: str, ports: Sequence[int]) -> str:
     for port in ports:
         if not 0 < port < 1 << 16:
             raise InvalidArgumentError(f"port = {port} is not a port")
-    sandbox_id = node.registry.sandbox(id_or_prefix).id
+    sandbox_id = node.records.sandbox(id_or_prefix).id
     _network_of(node, sandbox_id)
     return node.streaming.offer(Forward(tuple(ports), lambda port: _dial(node, sandbox_id, port)))
 
@@ -259,7 +259,7 @@ async def _resize(streams: CommandStreams, terminal: int) -> None:
 
 def _network_of(node: Node, sandbox_id: str) -> str | None:
     """Where a pod's network namespace is pinned, None for the node's. Raises FailedPreconditionError, NotFoundError."""
-    sandbox = node.registry.sandbox(sandbox_id)
+    sandbox = node.records.sandbox(sandbox_id)
     if sandbox.state is not SandboxState.READY:
         raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; it has no network")
     if sandbox.config.namespaces.network is NamespaceMode.NODE:

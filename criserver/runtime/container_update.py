@@ -27,18 +27,18 @@ async def update_container(node: Node, id_or_prefix: str, asked: cri.LinuxContai
     Raises FailedPreconditionError for a container that has exited, and where the kernel refuses a limit. Nothing has
     changed then.
     """
-    container_id = node.registry.container(id_or_prefix).id
+    container_id = node.records.container(id_or_prefix).id
     await node.finish(_update(node, container_id, asked))
 
 
 async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
     async with node.lock(container_id):
-        container = node.registry.container(container_id)
+        container = node.records.container(container_id)
         if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
             raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
         sent = cri.ContainerConfig.FromString(container.sent)
         _merge(sent.linux.resources, asked)
-        sandbox = node.registry.sandbox(container.sandbox_id)
+        sandbox = node.records.sandbox(container.sandbox_id)
         changed = dataclasses.replace(
             container,
             config=container_config(sent, sandbox.config),
@@ -48,8 +48,8 @@ async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResour
             await _apply(node, sandbox.runtime, changed, asked)
         _rewrite(node, changed)
         # The container may have exited meanwhile. Only the limits in its record are replaced.
-        current = node.registry.container(container_id)
-        node.registry.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+        current = node.records.container(container_id)
+        node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
@@ -61,7 +61,7 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
 
 
 async def _apply(node: Node, handler: str, container: Container, asked: cri.LinuxContainerResources) -> None:
-    parent = node.registry.sandbox(container.sandbox_id).cgroup_parent
+    parent = node.records.sandbox(container.sandbox_id).cgroup_parent
     limits = resources(asked)
     if limits.cpu_quota and not limits.cpu_period:  # a quota needs the period that is in force
         limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
@@ -72,7 +72,7 @@ async def _apply(node: Node, handler: str, container: Container, asked: cri.Linu
 
 def _set_oom_score(node: Node, container: Container, score: int) -> None:
     """Set the OOM score of every process of the container. The OCI runtime's update has no option for it."""
-    sandbox = node.registry.sandbox(container.sandbox_id)
+    sandbox = node.records.sandbox(container.sandbox_id)
     for pid in cgroups.processes(cgroups.path(sandbox.cgroup_parent, container.id)):
         try:
             with open(f"/proc/{pid}/oom_score_adj", "w") as f:

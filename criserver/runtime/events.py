@@ -1,6 +1,6 @@
 """The events of sandboxes and containers, sent to all listeners as they happen (CRI GetContainerEvents).
 
-The registry is the source of events: each change of a record's state there makes them, whatever code changed it, so
+The record store is the source of events: each change of a record's state there makes them, whatever code changed it, so
 none can be forgotten. :mod:`criserver.runtime.lifecycle` says which change makes which events.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from criserver.errors import ResourceExhaustedError
 from criserver.runtime.lifecycle import EventType, events_of, is_visible
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import Container, Record, Sandbox
-from criserver.runtime.registry import Registry
 
 # Events. A listener that is this far behind is disconnected: it has to list everything again in any case.
 MAX_BEHIND = 4096
@@ -35,12 +35,12 @@ class Event:
 
 
 class Events:
-    """The events of a registry."""
+    """The events of a record store."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, records: RecordStore) -> None:
+        self._records = records
         self._listeners: set[asyncio.Queue[Event | None]] = set()
-        registry.watch(self._changed)
+        records.watch(self._changed)
 
     async def listen(self) -> AsyncIterator[Event]:
         """All events from now on. Raises ResourceExhaustedError if the listener is too slow."""
@@ -60,9 +60,9 @@ class Events:
             return
         record = new or old
         assert record is not None
-        sandbox = record if isinstance(record, Sandbox) else self._registry.sandbox(record.sandbox_id)
+        sandbox = record if isinstance(record, Sandbox) else self._records.sandbox(record.sandbox_id)
         for kind in events_of(None if old is None else old.state, None if new is None else new.state):
-            containers = tuple(c for c in self._registry.containers_of(sandbox.id) if is_visible(c.state))
+            containers = tuple(c for c in self._records.containers_of(sandbox.id) if is_visible(c.state))
             event = Event(record.id, kind, time.time_ns(), sandbox, containers)
             for queue in list(self._listeners):
                 if queue.qsize() < MAX_BEHIND:

@@ -32,7 +32,7 @@ _numbers = itertools.count(1)
 
 def running_container(node: Node, id_or_prefix: str) -> Container:
     """The container by its ID, where it runs. Raises NotFoundError, FailedPreconditionError."""
-    container = node.registry.container(id_or_prefix)
+    container = node.records.container(id_or_prefix)
     if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(f"container {container.id} is {container.state.value}, not running")
     return container

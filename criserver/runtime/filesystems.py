@@ -43,7 +43,7 @@ _copies = Threads(4, "volumes")
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
     """Mount the container's root file system: the image with a writable layer over it. Return the mount point."""
-    rootfs = make_directory(node, container.id, node.registry.sandbox(container.sandbox_id).config)
+    rootfs = make_directory(node, container.id, node.records.sandbox(container.sandbox_id).config)
     await _mount(node, container, container.id, image, rootfs)
     return rootfs
 
@@ -67,7 +67,7 @@ def make_directory(node: Node, key: str, config: PodConfig) -> str:
 
 async def _mount(node: Node, container: Container, key: str, image: Image, point: str) -> None:
     """Make a writable snapshot of an image and mount it; if the pod has a user namespace, owners are mapped."""
-    sandbox = node.registry.sandbox(container.sandbox_id)
+    sandbox = node.records.sandbox(container.sandbox_id)
     user = sandbox.config.namespaces.user
     pinned = None if user is None else user_pin(node, container.sandbox_id)
     try:

@@ -1,7 +1,7 @@
 """The states of a pod sandbox and of a container, every step from one state to another, and the events of each step.
 
-The registry refuses a step that is not in this table. No state is skipped: a container that has ended before the daemon
-learned of its start becomes RUNNING first, and then EXITED.
+The record store refuses a step that is not in this table. No state is skipped: a container that has ended before the
+daemon learned of its start becomes RUNNING first, and then EXITED.
 """
 
 from __future__ import annotations

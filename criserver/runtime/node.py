@@ -24,7 +24,7 @@ from criserver.runtime.features import Features
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.output_room import OutputRoom
-from criserver.runtime.registry import Registry
+from criserver.runtime.record_store import RecordStore
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from criserver.text import quoted
@@ -39,7 +39,7 @@ class Node:
     """The rooms, the records and the work under way."""
 
     config: Config
-    registry: Registry
+    records: RecordStore
     images: Images
     network: Network
     snapshotter: Snapshotter

@@ -24,7 +24,7 @@ def update(node: Node, *, leaving: str = "") -> None:
     """
     wanted = {
         sandbox.config.namespaces.user.uids.host_id
-        for sandbox in node.registry.sandboxes.values()
+        for sandbox in node.records.sandboxes.values()
         if sandbox.config.namespaces.user is not None
         and sandbox.id != leaving
         and sandbox.state in (SandboxState.CREATING, SandboxState.READY)

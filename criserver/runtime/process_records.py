@@ -22,7 +22,7 @@ def of_container(node: Node, container: Container) -> ContainerProcess:
     """The process of a container; one that has none yet, or none any more, is given one to start or clean up."""
     process = node.processes.get(container.id)
     if process is None:
-        sandbox = node.registry.sandbox(container.sandbox_id)
+        sandbox = node.records.sandbox(container.sandbox_id)
         process = _make(node, container.id, sandbox, _ContainerRecord(node, container.id))
         if container.pid:
             process.started = Started(container.pid, container.start_ticks, container.started_at)
@@ -63,7 +63,7 @@ class _ContainerRecord(Observer):
     def start_failed(self, message: str) -> None:
         container = self._in_state(ContainerState.STARTING)
         if container is not None:
-            self._node.registry.observe(container.ended(128, "StartError", message))
+            self._node.records.observe(container.ended(128, "StartError", message))
 
     def exited(self, record: ExitRecord) -> None:
         container = self._in_state(*_ALIVE)
@@ -75,23 +75,23 @@ class _ContainerRecord(Observer):
             pid, ticks = record.get("init") or 0, record.get("start_ticks", 0)
             container = self._run(container, Started(pid, ticks, record.get("started_at") or finished_at))
         reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
-        self._node.registry.observe(container.ended(code, reason, finished_at=finished_at))
+        self._node.records.observe(container.ended(code, reason, finished_at=finished_at))
         log.info("container exited", container=self._id, code=code, reason=reason)
 
     def lost(self) -> None:
         container = self._in_state(*_ALIVE)
         if container is not None:
             message = "the container's shim ended without a record of its exit"
-            self._node.registry.observe(container.ended(255, "Unknown", message))
+            self._node.records.observe(container.ended(255, "Unknown", message))
 
     def cleaned_up(self) -> None:
-        if self._id in self._node.registry.containers:
+        if self._id in self._node.records.containers:
             self._node.background(
                 filesystems.unmount(self._node, self._id), "unmount of an exited container's files failed"
             )
 
     def _in_state(self, *states: ContainerState) -> Container | None:
-        container = self._node.registry.containers.get(self._id)
+        container = self._node.records.containers.get(self._id)
         return container if container is not None and container.state in states else None
 
     def _run(self, container: Container, started: Started) -> Container:
@@ -102,7 +102,7 @@ class _ContainerRecord(Observer):
             start_ticks=started.start_ticks,
             started_at=started.started_at,
         )
-        self._node.registry.observe(container)
+        self._node.records.observe(container)
         self._node.stats.disk.nudge()
         log.info("container started", container=self._id, pid=started.pid)
         return container
@@ -131,7 +131,7 @@ class _InfraRecord(Observer):
         pass  # StopPodSandbox unmounts
 
     def _lose(self, record: ExitRecord) -> None:
-        sandbox = self._node.registry.sandboxes.get(self._id)
+        sandbox = self._node.records.sandboxes.get(self._id)
         if sandbox is not None and sandbox.state is SandboxState.READY:
             log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=self._id, record=record)
-            self._node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+            self._node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))

@@ -1,7 +1,7 @@
 """The records of sandboxes and containers: the request, the state and the outcome of each, and how they are stored.
 
-A record is frozen. A change of state makes a new record, which replaces the old one in the registry: code that holds a
-record holds the state of one moment. Times are Unix nanoseconds, 0 for an event that has not happened.
+A record is frozen. A change of state makes a new record, which replaces the old one in the record store. So code that
+holds a record holds the state of one moment. Times are Unix nanoseconds, 0 for an event that has not happened.
 
 Later releases can read what this one stores, on any host: ``parse.py`` accepts every message of the kubelet, and
 ``migrations.py`` converts the other fields.

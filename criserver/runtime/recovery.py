@@ -41,10 +41,10 @@ async def recover(node: Node) -> None:
     """Make records and node agree. A failure with one pod or container is logged, and the others go on."""
     # This comes first: a frozen container cannot be ended.
     await recover_checkpoints(node)
-    await asyncio.gather(*(_container(node, c) for c in list(node.registry.containers.values())))
-    await asyncio.gather(*(_sandbox(node, s) for s in list(node.registry.sandboxes.values())))
+    await asyncio.gather(*(_container(node, c) for c in list(node.records.containers.values())))
+    await asyncio.gather(*(_sandbox(node, s) for s in list(node.records.sandboxes.values())))
     await _sweep(node)
-    if any(s.config.namespaces.user is not None for s in node.registry.sandboxes.values()):
+    if any(s.config.namespaces.user is not None for s in node.records.sandboxes.values()):
         await _swept("the way of user namespaces", node.config.state, asyncio.to_thread(passage.update, node))
 
 
@@ -65,7 +65,7 @@ async def _container(node: Node, container: Container) -> None:
                 pass  # below
             case never:
                 assert_never(never)
-        left = node.registry.containers.get(container.id)
+        left = node.records.containers.get(container.id)
         if left is not None and left.state is ContainerState.EXITED:
             await filesystems.unmount(node, container.id)
     except Exception:
@@ -89,7 +89,7 @@ async def _running(node: Node, container: Container) -> None:
 
 
 def _lost_before_start(node: Node, container: Container) -> None:
-    node.registry.save(container.ended(255, "Unknown", "the node was restarted before the container was started"))
+    node.records.save(container.ended(255, "Unknown", "the node was restarted before the container was started"))
 
 
 async def _sandbox(node: Node, sandbox: Sandbox) -> None:
@@ -104,7 +104,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.READY:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
-                    node.registry.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+                    node.records.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
                 else:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
@@ -135,7 +135,7 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
 
 async def _sweep(node: Node) -> None:
     """Remove what no record owns."""
-    sandboxes, containers = node.registry.sandboxes, node.registry.containers
+    sandboxes, containers = node.records.sandboxes, node.records.containers
     for name in entries(node.config.state, "ns"):
         if name not in sandboxes:
             await _swept("namespaces", name, asyncio.to_thread(_unpin, node, name))

@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 async def remove_sandbox(node: Node, id_or_prefix: str) -> None:
     """Remove a sandbox, running or not, with all its containers. Idempotent (CRI)."""
     try:
-        sandbox_id = node.registry.sandbox(id_or_prefix).id
+        sandbox_id = node.records.sandbox(id_or_prefix).id
     except NotFoundError:
         return
     await node.finish(_remove(node, sandbox_id))
@@ -27,14 +27,14 @@ async def remove_sandbox(node: Node, id_or_prefix: str) -> None:
 async def _remove(node: Node, sandbox_id: str) -> None:
     cut_infra_start(node, sandbox_id)
     async with node.lock(sandbox_id):
-        sandbox = node.registry.sandboxes.get(sandbox_id)
+        sandbox = node.records.sandboxes.get(sandbox_id)
         if sandbox is None:
             return
         sandbox = dataclasses.replace(sandbox, state=SandboxState.REMOVING)
-        node.registry.observe(sandbox)
+        node.records.observe(sandbox)
         sandbox = await stop_locked(node, sandbox)
-        for container in node.registry.containers_of(sandbox_id):
+        for container in node.records.containers_of(sandbox_id):
             await remove_locked(node, container)
-        node.registry.forget(sandbox)
+        node.records.forget(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     log.info("pod sandbox removed", sandbox=sandbox_id)

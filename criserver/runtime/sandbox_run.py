@@ -59,7 +59,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
         runtime=node.handler(handler).name,
-        selinux_level=selinux.pod_level(config.selinux, (s.selinux_level for s in node.registry.sandboxes.values())),
+        selinux_level=selinux.pod_level(config.selinux, (s.selinux_level for s in node.records.sandboxes.values())),
     )
     if own_network:
         attachment = node.network.attach_plan(_pod_network(node, sandbox))
@@ -69,12 +69,12 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
             f"the pod shares a PID namespace, and {node.config.infra} that holds it is not an executable; "
             "install catatonit or change [runtime] infra"
         )
-    node.registry.add(sandbox)
+    node.records.add(sandbox)
     async with node.lock(sandbox_id):
         try:
             sandbox = await _set_up(node, sandbox)
         except BaseException:
-            await undo(node, node.registry.sandboxes[sandbox_id])
+            await undo(node, node.records.sandboxes[sandbox_id])
             raise
     log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
     return sandbox_id
@@ -89,10 +89,10 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
         if before is not None:
             await before
         await release(node, sandbox)
-        node.registry.forget(sandbox)
+        node.records.forget(sandbox)
     except Exception:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
-        node.registry.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+        node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
@@ -127,7 +127,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
     sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)
-    node.registry.save(sandbox)
+    node.records.save(sandbox)
     return sandbox
 
 
@@ -135,7 +135,7 @@ async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
     # Saved at once, so that CNI DEL is given the result of ADD whatever happens next.
     sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
-    node.registry.save(sandbox)
+    node.records.save(sandbox)
     return sandbox
 
 

@@ -25,7 +25,7 @@ async def stop_sandbox(node: Node, id_or_prefix: str) -> None:
     Raises CriError where a network plugin fails; the next call tries again.
     """
     try:
-        sandbox_id = node.registry.sandbox(id_or_prefix).id
+        sandbox_id = node.records.sandbox(id_or_prefix).id
     except NotFoundError:
         return
     await node.finish(_stop(node, sandbox_id))
@@ -34,7 +34,7 @@ async def stop_sandbox(node: Node, id_or_prefix: str) -> None:
 async def _stop(node: Node, sandbox_id: str) -> None:
     cut_infra_start(node, sandbox_id)
     async with node.lock(sandbox_id):
-        sandbox = node.registry.sandboxes.get(sandbox_id)
+        sandbox = node.records.sandboxes.get(sandbox_id)
         if sandbox is not None:
             await stop_locked(node, sandbox)
 
@@ -45,13 +45,13 @@ async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
         # This comes first: from now on no container is made or started in it, even if a step below fails. A full disk
         # must not prevent it, as stopping and removing pods is what frees the disk.
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
-        node.registry.observe(sandbox)
+        node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
-    await asyncio.gather(*(kill(node, c) for c in node.registry.containers_of(sandbox.id)))
+    await asyncio.gather(*(kill(node, c) for c in node.records.containers_of(sandbox.id)))
     await release(node, sandbox)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
-        node.registry.observe(sandbox)
+        node.records.observe(sandbox)
     return sandbox
 
 
@@ -67,7 +67,7 @@ async def release(node: Node, sandbox: Sandbox) -> None:
         passage.update(node, leaving=sandbox.id)
     if sandbox.cgroup_owned:
         await cgroups.remove_pod(sandbox.cgroup_parent)
-        if not any(s.cgroup_owned and s.id != sandbox.id for s in node.registry.sandboxes.values()):
+        if not any(s.cgroup_owned and s.id != sandbox.id for s in node.records.sandboxes.values()):
             # Only with the last pod: another one may be making its cgroup below it at this moment.
             cgroups.remove_own()
 

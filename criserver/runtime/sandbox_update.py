@@ -16,8 +16,8 @@ def update_sandbox(
     node: Node, id_or_prefix: str, overhead: cri.LinuxContainerResources, resources: cri.LinuxContainerResources
 ) -> None:
     """Record the pod's new resources and overhead, as a verbose status shows them. Raises NotFoundError."""
-    sandbox = node.registry.sandbox(id_or_prefix)
+    sandbox = node.records.sandbox(id_or_prefix)
     sent = cri.PodSandboxConfig.FromString(sandbox.sent)
     sent.linux.resources.CopyFrom(resources)
     sent.linux.overhead.CopyFrom(overhead)
-    node.registry.save(dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True)))
+    node.records.save(dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True)))

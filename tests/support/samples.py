@@ -19,13 +19,13 @@ from criserver.runtime.lifecycle import (
     SANDBOX_STEPS,
     State,
 )
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import Record, Sandbox
-from criserver.runtime.registry import Registry
 from criserver.store import Store
 
 
 class FakeStore(Store):
-    """What Registry needs of a store, in memory; ``full`` is a disk that takes no more."""
+    """What RecordStore needs of a store, in memory; ``full`` is a disk that takes no more."""
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[str, bytes]] = defaultdict(dict)
@@ -51,7 +51,7 @@ def in_state(record: Any, state: State) -> Any:
     return dataclasses.replace(record, state=state)
 
 
-def brought_to(registry: Registry, record: Record) -> None:
+def brought_to(records: RecordStore, record: Record) -> None:
     """Take a record in and lead it, by steps that are allowed, to the state that it has."""
     steps = SANDBOX_STEPS if isinstance(record, Sandbox) else CONTAINER_STEPS
     ways: dict[State | None, list[State]] = {None: []}
@@ -60,9 +60,9 @@ def brought_to(registry: Registry, record: Record) -> None:
             if step.old in ways and step.new is not None and step.new not in ways:
                 ways[step.new] = [*ways[step.old], step.new]
     first, *others = ways[record.state]
-    registry.add(in_state(record, first))
+    records.add(in_state(record, first))
     for state in others:
-        registry.save(in_state(record, state))
+        records.save(in_state(record, state))
 
 
 CONFIG = ContainerConfig(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from criserver.check import Finding, Host, Level, able, run
+from criserver.check import ExaminedNode, Finding, Level, able, run
 from criserver.config import Config, RuntimeHandler, load
 
 MOUNTS = """\
@@ -56,7 +56,7 @@ class Fake:
         for program in ("usr/bin/catatonit", "usr/lib/cni/bridge", "usr/lib/cni/portmap", "usr/lib/cni/host-local"):
             self.write(program, "", 0o755)
         self.write("etc/cni/net.d/10-pods.conflist", json.dumps(NETWORK))
-        self.host = Host(
+        self.host = ExaminedNode(
             root=str(root),
             user=lambda: 0,
             which=lambda name: f"/usr/bin/{name}",

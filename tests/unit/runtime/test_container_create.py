@@ -12,7 +12,7 @@ from criserver.errors import CriError, ResourceExhaustedError
 from criserver.images.manifests import ImageConfig
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
-from criserver.runtime.registry import Registry
+from criserver.runtime.record_store import RecordStore
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 
@@ -24,13 +24,13 @@ class FakeNode(SimpleNamespace):
         self.events: list[EventType] = []
         super().__init__(
             store=(store := FakeStore()),
-            registry=(registry := Registry(store)),
+            records=(records := RecordStore(store)),
             images=Mock(),
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
         )
-        brought_to(registry, sandbox("p", SandboxState.READY))
-        registry.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
+        brought_to(records, sandbox("p", SandboxState.READY))
+        records.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def node() -> FakeNode:
 async def test_a_container_that_is_made_but_cannot_be_written_down(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, undone: bool
 ) -> None:
-    pod = node.registry.sandboxes["p"]
+    pod = node.records.sandboxes["p"]
     node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
     put = node.store.put
 
@@ -58,10 +58,10 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
         await container_create._create(node, "p", asked.config, asked.sent)
     monkeypatch.setattr(node.store, "put", put)
     if undone:
-        assert (node.registry.containers, node.events) == ({}, [])
-        node.registry.add(asked)  # its name is free
+        assert (node.records.containers, node.events) == ({}, [])
+        node.records.add(asked)  # its name is free
     else:
-        (found,) = node.registry.visible_containers()
+        (found,) = node.records.visible_containers()
         assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 128, "CreateError")
         assert found.message == "it cannot be made: the disk is full"
         assert node.events == [EventType.CREATED, EventType.STOPPED]
@@ -71,12 +71,12 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
 async def test_a_container_that_cannot_be_undone_is_seen(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    brought_to(node.registry, found := container("c", node.registry.sandboxes["p"]))
+    brought_to(node.records, found := container("c", node.records.sandboxes["p"]))
     discard = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
     monkeypatch.setattr(filesystems, "discard", discard)
     node.store.full = True
     await container_create.undo(node, found, "why")
-    (seen,) = node.registry.visible_containers()
+    (seen,) = node.records.visible_containers()
     assert (seen.state, seen.reason, seen.message) == (
         ContainerState.EXITED,
         "CreateError",
@@ -88,12 +88,12 @@ async def test_a_container_that_cannot_be_undone_is_seen(
 async def test_a_pod_that_cannot_be_undone_is_seen(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    brought_to(node.registry, found := sandbox("q"))
+    brought_to(node.records, found := sandbox("q"))
     release = AsyncMock(side_effect=CriError("busy") if trouble == "what it has" else None)
     monkeypatch.setattr(sandbox_run, "release", release)
     node.store.full = True
     await sandbox_run.undo(node, found)
-    assert [(s.id, s.state) for s in node.registry.visible_sandboxes()] == [
+    assert [(s.id, s.state) for s in node.records.visible_sandboxes()] == [
         ("p", SandboxState.READY),
         ("q", SandboxState.NOT_READY),
     ]

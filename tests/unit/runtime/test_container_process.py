@@ -21,8 +21,8 @@ from criserver.runtime import cgroups, container_process, pidfd, process_records
 from criserver.runtime.container_process import ContainerProcess, Started
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import Container
-from criserver.runtime.registry import Registry
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 from tests.support.waiting import until
@@ -35,14 +35,14 @@ class FakeNode(SimpleNamespace):
     """What a process takes of a node, with one container "c" in a state, and the events that it would tell."""
 
     def __init__(self, directory: str, state: ContainerState) -> None:
-        registry = Registry(FakeStore())
-        brought_to(registry, pod := sandbox("p", SandboxState.READY))
-        brought_to(registry, container("c", pod, state))
+        records = RecordStore(FakeStore())
+        brought_to(records, pod := sandbox("p", SandboxState.READY))
+        brought_to(records, container("c", pod, state))
         self.events: list[EventType] = []
-        registry.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
+        records.watch(lambda old, new: self.events.extend(events_of(old and old.state, new and new.state)))
         self.work: set[asyncio.Task[Any]] = set()
         super().__init__(
-            registry=registry,
+            records=records,
             processes={},
             stats=Mock(),
             nursery=Mock(),
@@ -63,7 +63,7 @@ class FakeNode(SimpleNamespace):
 
     @property
     def container(self) -> Container:
-        return self.registry.containers["c"]
+        return self.records.containers["c"]
 
     @property
     def process(self) -> ContainerProcess:
@@ -188,21 +188,21 @@ async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
     if after == "ended":
         process._take_exit(EXITED)
     else:
-        node.registry.observe(dataclasses.replace(node.container, state=ContainerState.REMOVING))
+        node.records.observe(dataclasses.replace(node.container, state=ContainerState.REMOVING))
         if after == "gone":
-            node.registry.forget(node.container)
-    before = node.registry.containers.get("c")
+            node.records.forget(node.container)
+    before = node.records.containers.get("c")
     sleeper.kill()
     await until(lambda: process._cleaning is not None)
     await process.wait_cleaned_up()
-    assert node.registry.containers.get("c") == before
+    assert node.records.containers.get("c") == before
     assert process.exited.is_set()
 
 
 async def test_a_step_that_the_table_does_not_have_costs_no_exit(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node.registry, "observe", Mock(side_effect=CriError("no such step")))
+    monkeypatch.setattr(node.records, "observe", Mock(side_effect=CriError("no such step")))
     with pytest.raises(CriError):
         node.process._take_exit(EXITED)
     assert node.process.exited.is_set()

@@ -1,4 +1,4 @@
-"""The life of pods and containers: the table of steps, the registry that enforces it, its events, and its drawing."""
+"""The life of pods and containers: the table of steps, what enforces it, its events, and its drawing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from criserver.runtime.lifecycle import (
     is_allowed,
     is_visible,
 )
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import Container, Record, Sandbox
-from criserver.runtime.registry import Registry
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to, in_state
 
@@ -106,27 +106,27 @@ def _note(changes: list[tuple[Record | None, Record | None]], before: Record | N
 @pytest.mark.parametrize("old", [*SandboxState, *ContainerState])
 def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str) -> None:
     for new in (*type(old), None):
-        registry = Registry(store := FakeStore())
+        records = RecordStore(store := FakeStore())
         if isinstance(old, SandboxState):
             record: Record = sandbox("a", old)
         else:
-            brought_to(registry, pod := sandbox("p", SandboxState.READY))
+            brought_to(records, pod := sandbox("p", SandboxState.READY))
             record = container("a", pod, old)
-        brought_to(registry, record)
+        brought_to(records, record)
         stored = {table: dict(rows) for table, rows in store.tables.items()}
         changes: list[tuple[Record | None, Record | None]] = []
-        registry.watch(partial(_note, changes))
-        there = registry.sandboxes if isinstance(record, Sandbox) else registry.containers
+        records.watch(partial(_note, changes))
+        there = records.sandboxes if isinstance(record, Sandbox) else records.containers
 
         def step(
-            registry: Registry = registry,
+            records: RecordStore = records,
             record: Container | Sandbox = record,
             new: ContainerState | SandboxState | None = new,
         ) -> None:
             if new is None:
-                registry.forget(record)
+                records.forget(record)
             else:
-                getattr(registry, write)(in_state(record, new))
+                getattr(records, write)(in_state(record, new))
 
         if is_allowed(old, new):
             step()
@@ -144,40 +144,40 @@ def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str) 
 
 
 def test_a_record_that_is_gone_does_not_come_back() -> None:
-    registry = Registry(FakeStore())
-    brought_to(registry, gone := sandbox("a", SandboxState.REMOVING))
-    registry.forget(gone)
-    for write in (registry.save, registry.observe, registry.forget):
+    records = RecordStore(FakeStore())
+    brought_to(records, gone := sandbox("a", SandboxState.REMOVING))
+    records.forget(gone)
+    for write in (records.save, records.observe, records.forget):
         with pytest.raises(CriError, match="cannot go from nothing"):
             write(gone)
     with pytest.raises(CriError, match="cannot go from nothing to ready"):
-        registry.add(sandbox("b", SandboxState.READY))
-    assert registry.sandboxes == {}
+        records.add(sandbox("b", SandboxState.READY))
+    assert records.sandboxes == {}
     # Its name is nobody's.
-    registry.add(sandbox("b"))
+    records.add(sandbox("b"))
 
 
 def test_what_is_being_made_is_not_seen() -> None:
-    registry = Registry(FakeStore())
-    brought_to(registry, pod := sandbox("aa", SandboxState.READY))
-    brought_to(registry, made := container("ca", pod, ContainerState.CREATED))
-    brought_to(registry, sandbox("ab"))
-    brought_to(registry, container("cb", pod))
-    assert (registry.visible_sandboxes(), registry.visible_containers()) == ([pod], [made])
-    assert (registry.visible_sandbox("aa"), registry.visible_container("ca")) == (pod, made)
+    records = RecordStore(FakeStore())
+    brought_to(records, pod := sandbox("aa", SandboxState.READY))
+    brought_to(records, made := container("ca", pod, ContainerState.CREATED))
+    brought_to(records, sandbox("ab"))
+    brought_to(records, container("cb", pod))
+    assert (records.visible_sandboxes(), records.visible_containers()) == ([pod], [made])
+    assert (records.visible_sandbox("aa"), records.visible_container("ca")) == (pod, made)
     with pytest.raises(NotFoundError, match=r"^pod sandbox ab is still being made$"):
-        registry.visible_sandbox("ab")
+        records.visible_sandbox("ab")
     with pytest.raises(NotFoundError, match=r"^container cb is still being made$"):
-        registry.visible_container("cb")
+        records.visible_container("cb")
 
 
 async def test_an_event_shows_the_pod_without_what_is_being_made() -> None:
-    registry = Registry(FakeStore())
-    brought_to(registry, pod := sandbox("p", SandboxState.READY))
-    brought_to(registry, container("hidden", pod))
-    heard, listening = _listen(Events(registry))
+    records = RecordStore(FakeStore())
+    brought_to(records, pod := sandbox("p", SandboxState.READY))
+    brought_to(records, container("hidden", pod))
+    heard, listening = _listen(Events(records))
     await asyncio.sleep(0)
-    brought_to(registry, made := container("made", pod, ContainerState.CREATED))
+    brought_to(records, made := container("made", pod, ContainerState.CREATED))
     await asyncio.sleep(0)
     listening.cancel()
     assert [(event.id, event.type, event.containers) for event in heard] == [("made", EventType.CREATED, (made,))]
@@ -219,17 +219,17 @@ def test_whatever_is_tried_records_and_events_are_as_the_table_says(
 
 async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
     store = FakeStore()
-    registry = Registry(store)
-    heard, listening = _listen(Events(registry))
+    records = RecordStore(store)
+    heard, listening = _listen(Events(records))
     await asyncio.sleep(0)
     ids: dict[str, str] = {}
     lives: dict[str, list[State | None]] = {}
     for number, (who, new, write, store.full) in enumerate(moves):
-        pod = registry.sandboxes.get(ids.get("pod", ""))
-        there = pod if who == "pod" else registry.containers.get(ids.get(who, ""))
+        pod = records.sandboxes.get(ids.get("pod", ""))
+        there = pod if who == "pod" else records.containers.get(ids.get(who, ""))
         if who != "pod" and (pod is None or not is_visible(pod.state)):
             continue  # nobody makes a container of a pod that is not there yet
-        if who == "pod" and new is None and registry.containers:
+        if who == "pod" and new is None and records.containers:
             continue  # nor lets go of a pod before them
         old = None if there is None else there.state
         key = f"{who}{number}" if there is None else there.id
@@ -242,34 +242,34 @@ async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
         else:
             assert pod is not None
             record = container(key, pod, new)
-        change = registry.forget if new is None else registry.add if there is None else getattr(registry, write)
+        change = records.forget if new is None else records.add if there is None else getattr(records, write)
         try:
             change(record)
         except ResourceExhaustedError:
             assert store.full
-            assert change != registry.observe
+            assert change != records.observe
             assert is_allowed(old, new)
         except CriError:
             assert not is_allowed(old, new)
         else:
             assert is_allowed(old, new)
-            assert change == registry.observe or not store.full
+            assert change == records.observe or not store.full
             ids[who] = key
             lives.setdefault(key, [None]).append(new)
     store.full = False
     await asyncio.sleep(0)
     listening.cancel()
 
-    records: dict[str, Record] = {**registry.sandboxes, **registry.containers}
+    left: dict[str, Record] = {**records.sandboxes, **records.containers}
     for key, life in lives.items():
-        assert (records[key].state if key in records else None) is life[-1]
+        assert (left[key].state if key in left else None) is life[-1]
         events = [event for event in heard if event.id == key]
         kinds = [event.type for event in events]
         assert kinds == [kind for step in itertools.pairwise(life) for kind in events_of(*step)]
         # Once each, and in the order of EventType.
         assert kinds == [kind for kind in EventType if kind in kinds]
         assert (EventType.CREATED in kinds) == any(state is not None and is_visible(state) for state in life)
-    assert records.keys() <= lives.keys()
+    assert left.keys() <= lives.keys()
     for event in heard:
         assert all(is_visible(c.state) for c in event.containers)
         views.event(event)

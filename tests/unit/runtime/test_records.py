@@ -38,6 +38,7 @@ from criserver.network import Attachment
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations, parse, refusals
 from criserver.runtime.lifecycle import ContainerState, SandboxState
+from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import (
     Container,
     Record,
@@ -47,7 +48,6 @@ from criserver.runtime.records import (
     load_container,
     load_sandbox,
 )
-from criserver.runtime.registry import Registry
 from criserver.store import Store
 from tests.support import records
 from tests.support.messages import messages
@@ -139,13 +139,13 @@ def test_the_records_of_every_release_are_read(release: str, tmp_path: Path) -> 
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript((records.DATA / f"{release}.sql").read_text())
     with contextlib.closing(Store(path)) as store:
-        registry = Registry(store)
-    found = {**registry.sandboxes, **registry.containers}
+        stored = RecordStore(store)
+    found = {**stored.sandboxes, **stored.containers}
     assert found == {key: SAMPLES[key] for key in found}
-    sandbox, container = registry.sandbox("full"), registry.container("full-c")
+    sandbox, container = stored.sandbox("full"), stored.container("full-c")
     assert (sandbox.config, container.config) == (POD, CONTAINER)
-    assert {s.state for s in registry.sandboxes.values()} == set(SandboxState)
-    assert {c.state for c in registry.containers.values()} == set(ContainerState)
+    assert {s.state for s in stored.sandboxes.values()} == set(SandboxState)
+    assert {c.state for c in stored.containers.values()} == set(ContainerState)
     assert (sandbox.handler, sandbox.runtime, sandbox.cgroup_owned, sandbox.ips, sandbox.selinux_level) == (
         *("crun", "crun", False, ("10.88.0.2", "fd00::2"), "s0:c1,c2"),
     )
@@ -155,16 +155,16 @@ def test_the_records_of_every_release_are_read(release: str, tmp_path: Path) -> 
         123_456,
         User(1000, 1001, (1001, 2000, 3000)),
     )
-    ended = registry.container("ended")
+    ended = stored.container("ended")
     assert (ended.exit_code, ended.reason, ended.message, ended.config.security.run_as_username) == (
         *(137, "OOMKilled", "no\nroom", "web"),
     )
-    assert registry.sandbox("host").config.namespaces.network is NamespaceMode.NODE
-    assert registry.container_name(container) == "nginx_web_shop_8d1f_2_3"
+    assert stored.sandbox("host").config.namespaces.network is NamespaceMode.NODE
+    assert stored.container_name(container) == "nginx_web_shop_8d1f_2_3"
 
 
 def put(store: Store, record: Record) -> None:
-    """Store a record of any state, which a registry would let come about step by step only."""
+    """Store a record of any state, which a record store would let come about step by step only."""
     store.put("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record))
 
 
@@ -174,7 +174,7 @@ def test_what_is_stored_today_is_read_back_and_has_its_version(store: Store) -> 
     assert {
         json.loads(value)["version"] for table in ("sandboxes", "containers") for _, value in store.items(table)
     } == {migrations.newest(migrations.SANDBOX)}
-    again = Registry(store)
+    again = RecordStore(store)
     assert {**again.sandboxes, **again.containers} == SAMPLES
 
 
@@ -286,12 +286,12 @@ def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(
     put(store, SAMPLES["full"])
     store.put(table, "odd", value)
     with pytest.raises(UnreadableError, match=rf"the record odd of {table} is .*{words}.*criserver reset"):
-        Registry(store)
-    lenient = Registry(store, skip_unreadable=True)
+        RecordStore(store)
+    lenient = RecordStore(store, skip_unreadable=True)
     assert list(lenient.sandboxes) == ["full"]
     assert list(lenient.unreadable) == [(table, "odd")]
     lenient.delete_unreadable()
-    assert Registry(store).sandboxes == {"full": SAMPLES["full"]}
+    assert RecordStore(store).sandboxes == {"full": SAMPLES["full"]}
 
 
 def test_a_record_is_brought_forward_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from criserver.errors import CriError
 from criserver.runtime import filesystems, process_records, recovery, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
-from criserver.runtime.registry import Registry
+from criserver.runtime.record_store import RecordStore
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 
@@ -24,13 +24,13 @@ class FakeNode(SimpleNamespace):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             config=Mock(state=str(directory), root=str(directory)),
-            registry=(registry := Registry(FakeStore())),
+            records=(records := RecordStore(FakeStore())),
             snapshotter=Mock(removable=list),
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
             runtime_roots=lambda: str(directory / "runtimes"),
         )
-        brought_to(registry, sandbox("p", SandboxState.NOT_READY))
+        brought_to(records, sandbox("p", SandboxState.NOT_READY))
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def node(tmp_path: Path) -> FakeNode:
 
 
 async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    brought_to(node.registry, container("c", node.registry.sandboxes["p"]))
+    brought_to(node.records, container("c", node.records.sandboxes["p"]))
     monkeypatch.setattr(filesystems, "discard", AsyncMock(side_effect=CriError("something is mounted there")))
     monkeypatch.setattr(filesystems, "unmount", AsyncMock())
     await recovery.recover(node)
-    (seen,) = node.registry.visible_containers()
+    (seen,) = node.records.visible_containers()
     assert (seen.state, seen.reason) == (ContainerState.EXITED, "CreateError")
     assert seen.message == "the daemon ended while it was being made"
 
@@ -52,7 +52,7 @@ async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, mo
 async def test_a_pod_that_cannot_be_rolled_back_is_seen(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    brought_to(node.registry, sandbox("q"))
+    brought_to(node.records, sandbox("q"))
     steps = {
         "plugins that do not end": AsyncMock(),
         "an infra process that does not": AsyncMock(),
@@ -64,5 +64,5 @@ async def test_a_pod_that_cannot_be_rolled_back_is_seen(
     monkeypatch.setattr(process_records, "of_infra", lambda node, sandbox: Mock(end_start=ending))
     monkeypatch.setattr(sandbox_run, "release", releasing)
     await recovery.recover(node)
-    assert {s.id: s.state for s in node.registry.visible_sandboxes()}["q"] is SandboxState.NOT_READY
+    assert {s.id: s.state for s in node.records.visible_sandboxes()}["q"] is SandboxState.NOT_READY
     assert os.listdir(node.config.root) == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from criserver.check.examined_node import ExaminedNode, MountEntry
 from criserver.check.finding import Finding, missing, ok, warning
-from criserver.check.host import Host, Mount
 from criserver.config import Config
 
 _NEEDED = ("cpu", "memory", "pids")
@@ -18,7 +18,7 @@ _WANTED = {
 }
 
 
-def check(host: Host, config: Config) -> Iterator[Finding]:
+def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """Layout, controllers, driver."""
     mounts = list(host.mounts())
     unified = [m for m in mounts if m.kind == "cgroup2"]
@@ -34,7 +34,7 @@ def check(host: Host, config: Config) -> Iterator[Finding]:
     yield from _driver(host, config, legacy=bool(legacy))
 
 
-def _version_1(mounts: list[Mount], *, hybrid: bool) -> Iterator[Finding]:
+def _version_1(mounts: list[MountEntry], *, hybrid: bool) -> Iterator[Finding]:
     there = {option for mount in mounts for option in mount.options}
     if lacking := [name for name in _NEEDED_V1 if name not in there]:
         yield missing(
@@ -50,7 +50,7 @@ def _version_1(mounts: list[Mount], *, hybrid: bool) -> Iterator[Finding]:
     )
 
 
-def _version_2(host: Host, mount: Mount) -> Iterator[Finding]:
+def _version_2(host: ExaminedNode, mount: MountEntry) -> Iterator[Finding]:
     there = set((host.read(os.path.join(mount.point, "cgroup.controllers")) or "").split())
     if lacking := [name for name in _NEEDED if name not in there]:
         yield missing(
@@ -75,7 +75,7 @@ def _wanted(there: set[str]) -> Iterator[Finding]:
             yield warning(f"no cgroup controller {name}: {meaning}", f"use a kernel that has the controller {name}")
 
 
-def _driver(host: Host, config: Config, *, legacy: bool) -> Iterator[Finding]:
+def _driver(host: ExaminedNode, config: Config, *, legacy: bool) -> Iterator[Finding]:
     # sd_booted(3).
     systemd = host.exists("/run/systemd/system")
     if config.cgroup_driver == "systemd" and not systemd:

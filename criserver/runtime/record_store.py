@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 _Kind = TypeVar("_Kind", Sandbox, Container)
 
 
-class Registry:
+class RecordStore:
     """The records by ID, and the names that they reserve."""
 
     def __init__(self, store: Store, *, skip_unreadable: bool = False) -> None:

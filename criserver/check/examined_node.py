@@ -1,4 +1,4 @@
-"""The host as the checks see it: its files, its mounts, and the tries."""
+"""The node as the checks see it: its files, its mounts, and the tries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from criserver.runtime import selinux
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class MountEntry:
     """A mount of the host (proc_pid_mountinfo(5)), with the options of the mount and of its file system."""
 
     point: str
@@ -22,7 +22,7 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class ExaminedNode:
     """Files below ``root``, which is "/" on a node, and the tries. A try returns None, or the reason why it failed.
 
     ``privileged`` says whether the tries may run: they need root.
@@ -61,17 +61,17 @@ class Host:
         except OSError:
             return None
 
-    def mounts(self) -> Iterator[Mount]:
+    def mounts(self) -> Iterator[MountEntry]:
         """The host's mounts, in the order in which they were made."""
         for line in (self.read("/proc/self/mountinfo") or "").splitlines():
             before, _, after = line.partition(" - ")
             fields, (kind, _, options) = before.split(), after.split()[:3]
             point = fields[4].replace("\\040", " ")
-            yield Mount(point, kind, frozenset((*fields[5].split(","), *options.split(","))))
+            yield MountEntry(point, kind, frozenset((*fields[5].split(","), *options.split(","))))
 
-    def mount_of(self, path: str) -> Mount | None:
+    def mount_of(self, path: str) -> MountEntry | None:
         """The mount that contains a path: the last one that was made at the longest mount point."""
-        best: Mount | None = None
+        best: MountEntry | None = None
         for mount in self.mounts():
             inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")
             if inside and (best is None or len(mount.point) >= len(best.point)):

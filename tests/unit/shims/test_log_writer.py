@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shims.logs import MAX_LINE, Clock, Framer, LogWriter, make_room
+from shims.log_writer import MAX_LINE, Clock, Framer, LogWriter, make_room
 
 STAMP = b"2026-01-02T03:04:05.000000006Z"
 RECORD = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z) (stdout|stderr) ([FP]) ([^\n]*)\n", re.DOTALL)
