@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
 import grpc
 import structlog
@@ -19,13 +20,14 @@ import structlog
 from criserver import __version__, upkeep
 from criserver.api import admin_service, image_service, runtime_service
 from criserver.api.grpc_server import ended, generic_handler, listen
+from criserver.api.recovery_gate import pod_recovered
 from criserver.config import Config
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, host
+from criserver.runtime import apparmor, cgroups, host, passage, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -64,7 +66,7 @@ async def serve(config: Config) -> None:
     upkeep.hear_the_rest()
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     host.raise_open_files()
-    store = Store(os.path.join(config.root, "criserver.db"))
+    store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
     runtimes = os.path.join(config.state, "runtimes")
     features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
@@ -72,8 +74,8 @@ async def serve(config: Config) -> None:
     try:
         await node.nursery.start()
         await apparmor.load()
-        await recover(node)
-        await node.images.collect()
+        passage.update(node)
+        recovery.begin(node)
         await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
@@ -88,6 +90,7 @@ async def serve(config: Config) -> None:
             seconds=round(time.monotonic() - began, 3),
         )
         notify("READY=1")
+        node.background(_finish_recovery(node), "the end of recovery failed")
         try:
             await upkeep.keep(_tasks(node, store, server), stop)
         finally:
@@ -105,6 +108,13 @@ async def serve(config: Config) -> None:
         store.close()
         for lock in locks:
             os.close(lock)
+
+
+async def _finish_recovery(node: Node) -> None:
+    began = time.monotonic()
+    await recovery.finish(node)
+    log.info("recovered", seconds=round(time.monotonic() - began, 3))
+    await node.images.collect()
 
 
 def assemble(
@@ -195,12 +205,15 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
         node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
     )
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
+    before = partial(pod_recovered, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):
         runtime = runtime_service.RuntimeService(node, version)
         for service, missing in ((runtime, runtime_service.MISSING), (images, image_service.MISSING)):
             descriptor = cri.DESCRIPTOR.services_by_name[type(service).__name__]
-            handlers.append(generic_handler(descriptor, service, missing, f"runtime.{version}.{descriptor.name}"))
+            handlers.append(
+                generic_handler(descriptor, service, missing, f"runtime.{version}.{descriptor.name}", before)
+            )
     return handlers
 
 

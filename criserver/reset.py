@@ -84,7 +84,7 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
 async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], bool]) -> Outcome | None:
     # A reset serves no streams, so a missing certificate must not prevent it.
     config = dataclasses.replace(config, streaming=dataclasses.replace(config.streaming, tls_cert="", tls_key=""))
-    store = Store(os.path.join(config.root, "criserver.db"))
+    store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
     try:
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
         node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), skip_unreadable=True)
@@ -96,7 +96,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
                 return None
             found = {*entries(config.state, "ns"), *entries(config.state, "sandboxes")}
             unrecorded = found - node.records.sandboxes.keys()
-            await recover(node)
+            await recover(node, end_living=True)
             running = [c.id for c in node.records.containers.values() if c.state is ContainerState.RUNNING]
             # A container that does not end here is stopped again below, with its pod.
             await asyncio.gather(*(stop_container(node, c, grace) for c in running), return_exceptions=True)
@@ -107,7 +107,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
                 words if table == "containers" else f"{words}; its network plugins did not clean up"
                 for (table, _), words in node.records.unreadable.items()
             ]
-            node.records.delete_unreadable()
+            await node.records.delete_unreadable()
             for pod in unrecorded:
                 try:
                     await cgroups.remove_pod(cgroups.own_parent(config.cgroup_driver, pod))
@@ -145,7 +145,7 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
             return True, f"{name}: {failure}"
         # The plugin has failed, so go on without it. The namespace and its interfaces end with the pod. The cluster's
         # operator must clean up what the network keeps elsewhere, such as a lease.
-        node.records.observe(dataclasses.replace(current, attachment=""))
+        await node.records.observe(dataclasses.replace(current, attachment=""))
         try:
             await remove_sandbox(node, sandbox.id)
         except (CriError, OSError) as e:

@@ -67,7 +67,7 @@ class AdminService:
                 pull.cancel()
                 await asyncio.wait([pull])
         if request.pin:
-            image = self._images.pin(image.id, pinned=True)
+            image = await self._images.pin(image.id, pinned=True)
         yield admin.PullImageResponse(image=_image(image))
 
     async def export_images(self, request: admin.ExportImagesRequest) -> AsyncIterator[admin.ExportImagesResponse]:
@@ -86,7 +86,7 @@ class AdminService:
         return admin.RemoveImageResponse(image=_image(image), snapshots=self._images.snapshots_of(image))
 
     async def pin_image(self, request: admin.PinImageRequest) -> admin.PinImageResponse:
-        return admin.PinImageResponse(image=_image(self._images.pin(request.image, pinned=request.pinned)))
+        return admin.PinImageResponse(image=_image(await self._images.pin(request.image, pinned=request.pinned)))
 
     async def verify_images(self, request: admin.VerifyImagesRequest) -> AsyncIterator[admin.VerifyImagesResponse]:
         images = len(self._images.list())

@@ -36,20 +36,33 @@ def method_name(rpc: str) -> str:
 
 
 def generic_handler(
-    descriptor: ServiceDescriptor, service: object, missing: Mapping[str, str], name: str = ""
+    descriptor: ServiceDescriptor,
+    service: object,
+    missing: Mapping[str, str],
+    name: str = "",
+    before: Handler | None = None,
 ) -> grpc.GenericRpcHandler:
     """All RPCs of a service. An RPC without a method of ``service`` answers UNIMPLEMENTED.
 
     ``missing`` has the feature of each RPC that is not implemented. ``name`` replaces the name of the service on the
-    wire. Raises KeyError for an RPC that has no method and is not in ``missing``.
+    wire. ``before`` is awaited with each request before its method. Raises KeyError for an RPC that has no method and
+    is not in ``missing``.
     """
     handlers = {}
     for method in descriptor.methods:
         implementation = getattr(service, method_name(method.name), None)
         if implementation is None:
             implementation = _absent(method.name, missing[method.name], streams=method.server_streaming)
-        handlers[method.name] = _rpc(method, implementation)
+        handlers[method.name] = _rpc(method, implementation if before is None else _after(before, implementation))
     return grpc.method_handlers_generic_handler(name or descriptor.full_name, handlers)
+
+
+def _after(before: Handler, implementation: Handler) -> Handler:
+    async def call(request: Any) -> Any:
+        await before(request)
+        return await implementation(request)
+
+    return call
 
 
 def _rpc(method: MethodDescriptor, implementation: Handler) -> Any:

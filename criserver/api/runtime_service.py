@@ -177,7 +177,7 @@ class RuntimeService(StatsRpcs):
     async def update_pod_sandbox_resources(
         self, request: cri.UpdatePodSandboxResourcesRequest
     ) -> cri.UpdatePodSandboxResourcesResponse:
-        update_sandbox(self._node, request.pod_sandbox_id, request.overhead, request.resources)
+        await update_sandbox(self._node, request.pod_sandbox_id, request.overhead, request.resources)
         return cri.UpdatePodSandboxResourcesResponse()
 
     async def list_containers(self, request: cri.ListContainersRequest) -> bytes:

@@ -26,7 +26,7 @@ from criserver.images.manifests import (
     parse_config,
     parse_manifest,
 )
-from criserver.store import Store
+from criserver.store import Change, Store
 from snapshotter import Snapshotter
 
 _log = structlog.get_logger(__name__)
@@ -92,15 +92,15 @@ class ImageStore:
         image = self.get(filter)
         return [image] if image else []
 
-    def pin(self, ref: str, *, pinned: bool) -> Image:
+    async def pin(self, ref: str, *, pinned: bool) -> Image:
         """Pin an image, or unpin it. The kubelet's garbage collection leaves pinned images alone (CRI Image.pinned).
 
         Raises NotFoundError, InvalidArgumentError.
         """
         image = self.wanted(ref)
         record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
-        self._store.put(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode())
-        image = replace(image, pinned=pinned)
+        await self._store.write(Change(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode()))
+        image = replace(self.wanted(image.id), pinned=pinned)
         self._entries[image.id] = replace(self._entries[image.id], image=image)
         _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
         return image
@@ -150,7 +150,7 @@ class ImageStore:
             found.update(zip(chain, manifest.layers, strict=True))
         return found
 
-    def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
+    async def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
         """Record a loaded image under ``names``. Other images lose these names."""
         entry = self._read(manifest, pinned=pinned)
         old = self._entries.get(entry.image.id)
@@ -161,28 +161,29 @@ class ImageStore:
             "pinned": entry.image.pinned,
         }
         names = tuple(names)
-        with self._store.transaction():
-            self._store.put(_IMAGES, entry.image.id, json.dumps(record).encode())
-            for name in names:
-                self._store.put(_NAMES, name, entry.image.id.encode())
+        await self._store.write(
+            Change(_IMAGES, entry.image.id, json.dumps(record).encode()),
+            *(Change(_NAMES, name, entry.image.id.encode()) for name in names),
+        )
         changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
         self._entries[entry.image.id] = entry
         self._names.update(dict.fromkeys(names, entry.image.id))
         self._name(changed)
         return self._entries[entry.image.id].image
 
-    def drop(self, image_ids: Iterable[str]) -> None:
+    async def drop(self, image_ids: Iterable[str]) -> None:
         """Delete the records of images, and their names."""
         gone = set(image_ids)
-        names = [name for name, image_id in self._names.items() if image_id in gone]
-        with self._store.transaction():
-            for name in names:
-                self._store.delete(_NAMES, name)
-            for image_id in gone:
-                self._store.delete(_IMAGES, image_id)
-        for name in names:
-            del self._names[name]
-        for image_id in gone:
+        await self._store.write(*self._deletion(gone))
+        self._forget(gone)
+
+    def _deletion(self, image_ids: set[str]) -> tuple[Change, ...]:
+        names = [name for name, image_id in self._names.items() if image_id in image_ids]
+        return (*(Change(_NAMES, name, None) for name in names), *(Change(_IMAGES, key, None) for key in image_ids))
+
+    def _forget(self, image_ids: set[str]) -> None:
+        self._names = {name: image_id for name, image_id in self._names.items() if image_id not in image_ids}
+        for image_id in image_ids:
             self._entries.pop(image_id, None)
 
     def _in_repository(self, text: str) -> set[str]:
@@ -219,7 +220,9 @@ class ImageStore:
         self._names = {name: value.decode() for name, value in self._store.items(_NAMES)}
         unknown = {image_id for image_id in self._names.values() if image_id not in self._entries}
         if broken or unknown:
-            self.drop(unknown.union(broken))
+            gone = unknown.union(broken)
+            self._store.write_now(*self._deletion(gone))
+            self._forget(gone)
         self._name(list(self._entries))
 
     def _recorded(self, image_id: str, value: bytes) -> _Entry:

@@ -113,7 +113,7 @@ class Images:
                     if archived.published:
                         names += [f"{name.name}@{target.digest}" for name in archived.names]
                     loaded.append((await self._loader.load(archive, target, lease), names))
-                ids = {self._images.record(found, names, pinned=pinned).id: None for found, names in loaded}
+                ids = {(await self._images.record(found, names, pinned=pinned)).id: None for found, names in loaded}
                 images = [self._images.wanted(image_id) for image_id in ids]
         _log.info("archive imported", path=path, images=list(ids))
         return images
@@ -148,9 +148,9 @@ class Images:
         """See :meth:`ImageStore.list`."""
         return self._images.list(filter)
 
-    def pin(self, ref: str, *, pinned: bool) -> Image:
+    async def pin(self, ref: str, *, pinned: bool) -> Image:
         """See :meth:`ImageStore.pin`."""
-        return self._images.pin(ref, pinned=pinned)
+        return await self._images.pin(ref, pinned=pinned)
 
     def snapshots_of(self, image: Image) -> int:
         """How many writable snapshots are on top of the image's topmost layer."""
@@ -167,7 +167,7 @@ class Images:
         image = self._images.get(ref)
         if image is None:
             return
-        self._images.drop([image.id])
+        await self._images.drop([image.id])
         _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
         await self.collect()
 
@@ -184,7 +184,7 @@ class Images:
                 for image in self._images.list()
                 if not image.pinned and image.id not in used and image.chain_id not in standing
             ]
-            self._images.drop([image.id for image in gone])
+            await self._images.drop([image.id for image in gone])
         freed = await self.collect()
         _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
         return Pruned(tuple(gone), freed)
@@ -241,7 +241,7 @@ class Images:
                 await self._policy.check(reference, target)
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
-            image = self._images.record(descriptor, names, pinned=False)
+            image = await self._images.record(descriptor, names, pinned=False)
         _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
         return image
 

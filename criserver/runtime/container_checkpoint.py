@@ -93,16 +93,18 @@ async def checkpoint_container(node: Node, id_or_prefix: str, location: str, tim
     await outlive(checkpoint.task)
 
 
-async def recover_checkpoints(node: Node) -> None:
-    """Undo the checkpoints that an earlier daemon did not finish; a failure is logged."""
+def checkpoints(node: Node) -> list[str]:
+    """The IDs of the containers that have a checkpoint under way, or one that an earlier daemon did not finish."""
     try:
-        left = os.listdir(_directory(node))
+        return os.listdir(_directory(node))
     except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+async def recover_checkpoint(node: Node, container_id: str) -> None:
+    """Undo the checkpoint of a container that an earlier daemon did not finish; a failure is logged."""
+    if not os.path.lexists(_directory(node, container_id)):
         return
-    await asyncio.gather(*(_recover(node, container_id) for container_id in left))
-
-
-async def _recover(node: Node, container_id: str) -> None:
     log.warning("undoing a checkpoint that was cut off", container=container_id)
     container = node.records.containers.get(container_id)
     try:

@@ -75,9 +75,6 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, config)
-    # Checked again, as the sandbox may have been stopped during the waits above.
-    if node.records.sandbox(sandbox_id).state is not SandboxState.READY:
-        raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
     container = Container(
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
@@ -90,11 +87,15 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         log_path=config.log_path,
         stop_signal=signal_number(config.stop_signal or image.config.stop_signal or "SIGTERM"),
     )
-    node.records.add(container)
+    # No sandbox is stopped or removed between this check and the container's record.
+    async with node.lock(sandbox_id):
+        if node.records.sandbox(sandbox_id).state is not SandboxState.READY:
+            raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
+        await node.records.add(container)
     async with node.lock(container.id):
         try:
             user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
-            node.records.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
+            await node.records.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
         except BaseException as e:
             await undo(node, container, f"it cannot be made: {e}")
             raise
@@ -252,10 +253,10 @@ async def undo(node: Node, container: Container, reason: str) -> None:
     """Undo the making of a container. If that fails, the container is shown as exited, and the kubelet removes it."""
     try:
         await filesystems.discard(node, container.id)
-        node.records.forget(container)
+        await node.records.forget(container)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
-        node.records.observe(container.ended(128, "CreateError", status(reason)))
+        await node.records.observe(container.ended(128, "CreateError", status(reason)))
         return
     # Its image may have been removed while it was being made.
     node.background(node.images.collect(), "garbage collection after a container that was not made failed")

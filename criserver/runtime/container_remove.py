@@ -34,12 +34,12 @@ async def remove_locked(node: Node, container: Container) -> None:
             return
         name = node.records.container_name(found)
         found = dataclasses.replace(found, state=ContainerState.REMOVING)
-        node.records.observe(found)
+        await node.records.observe(found)
         process = process_records.of_container(node, found)
         await process.wait_cleaned_up()
         await process.destroy()
         await filesystems.discard(node, found.id)
-        node.records.forget(found)
+        await node.records.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)
         node.let_go_of_process(found.id)

@@ -45,7 +45,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             raise FailedPreconditionError(f"pod sandbox {sandbox.id} is {sandbox.state.value}; run a new one")
         node.handler(sandbox.runtime)  # raises where the handler has left the configuration
         container = dataclasses.replace(container, state=ContainerState.STARTING)
-        node.records.save(container)
+        await node.records.save(container)
         try:
             _check_target(node, container)
             await process.start(

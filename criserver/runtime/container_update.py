@@ -49,7 +49,7 @@ async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResour
         _rewrite(node, changed)
         # The container may have exited meanwhile. Only the limits in its record are replaced.
         current = node.records.container(container_id)
-        node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+        await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:

@@ -54,6 +54,8 @@ class Node:
     attempts: Attempts = field(default_factory=Attempts)
     # By the ID of a container, or of the pod sandbox whose infra process it is; see process_records.py.
     processes: dict[str, ContainerProcess] = field(default_factory=dict)
+    # The recovery of a pod that is under way, by the ID of the sandbox; see recovery.py.
+    recovering: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     # Of all ExecSync calls under way.
     output: OutputRoom = field(default_factory=OutputRoom)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -112,6 +114,12 @@ class Node:
         if lock is None:
             lock = self._locks[record_id] = asyncio.Lock()
         return lock
+
+    async def recovered(self, sandbox_id: str) -> None:
+        """Wait for the recovery of a pod, where that is under way."""
+        task = self.recovering.get(sandbox_id)
+        if task is not None:
+            await asyncio.wait([task])
 
     def background(self, work: Coroutine[Any, Any, object], what: str) -> asyncio.Task[None]:
         """Let work go on by itself; a failure is logged as ``what``."""

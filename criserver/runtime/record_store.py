@@ -1,12 +1,17 @@
 """The records of all sandboxes and containers of the node, in memory and in the database.
 
-Only this module writes records. No method waits, so no other task of the event loop runs during a change.
+Only this module writes records. A change in memory is one step of the event loop. Its row is written by a thread:
+
+1. :meth:`Registry.save` and :meth:`Registry.forget` wait for it, and change the memory afterwards.
+2. :meth:`Registry.observe` changes the memory at once, as its step has happened already.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -27,7 +32,7 @@ from criserver.runtime.records import (
     load_container,
     load_sandbox,
 )
-from criserver.store import Store
+from criserver.store import Change, Store
 from criserver.text import shown
 
 log = structlog.get_logger(__name__)
@@ -47,8 +52,11 @@ class RecordStore:
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}
         self._containers: dict[str, Container] = {}
+        # The IDs by the names that are reserved, and the other way round.
         self._names: dict[str, str] = {}
+        self._name_of: dict[str, str] = {}
         self._watchers: list[Callable[[Record | None, Record | None], None]] = []
+        self._writes: set[asyncio.Task[None]] = set()
         self.unreadable: dict[tuple[str, str], str] = {}
         for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
             for key, stored in store.items(table):
@@ -64,10 +72,9 @@ class RecordStore:
             )
         self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))
 
-    def delete_unreadable(self) -> None:
+    async def delete_unreadable(self) -> None:
         """Delete the records that cannot be read, after their sandboxes and containers were cleared."""
-        for table, key in self.unreadable:
-            self._store.delete(table, key)
+        await self._store.write(*(Change(table, key, None) for table, key in self.unreadable))
         self.unreadable.clear()
 
     def watch(self, watcher: Callable[[Record | None, Record | None], None]) -> None:
@@ -77,12 +84,18 @@ class RecordStore:
     def _load_sandbox(self, stored: bytes) -> None:
         sandbox = load_sandbox(stored)
         self._sandboxes[sandbox.id] = sandbox
-        self._names[sandbox.config.full_name] = sandbox.id
+        self._reserve(sandbox.config.full_name, sandbox.id)
 
     def _load_container(self, stored: bytes) -> None:
         container = load_container(stored, self._sandboxes)
         self._containers[container.id] = container
-        self._names[self.container_name(container)] = container.id
+        self._reserve(self.container_name(container), container.id)
+
+    def _reserve(self, name: str, record_id: str) -> None:
+        self._names[name], self._name_of[record_id] = record_id, name
+
+    def _release(self, record_id: str) -> None:
+        del self._names[self._name_of.pop(record_id)]
 
     @property
     def sandboxes(self) -> Mapping[str, Sandbox]:
@@ -122,12 +135,16 @@ class RecordStore:
         """As :meth:`container`; also raises NotFoundError for a container that callers do not see yet."""
         return _visible("container", self.container(id_or_prefix), id_or_prefix)
 
+    def holder(self, name: str) -> str:
+        """The ID that has this name, or ""."""
+        return self._names.get(name, "")
+
     def container_name(self, container: Container) -> str:
         """The name that no two containers share."""
         config, pod = container.config, self._sandboxes[container.sandbox_id].config
         return f"{config.name}_{pod.full_name}_{config.attempt}"
 
-    def add(self, record: Record) -> None:
+    async def add(self, record: Record) -> None:
         """Add a new record and reserve its name. Raises AlreadyExistsError if the name is taken."""
         if isinstance(record, Sandbox):
             name, what = record.config.full_name, "pod sandbox"
@@ -135,35 +152,64 @@ class RecordStore:
             name, what = self.container_name(record), "container"
         if (holder := self._names.get(name)) is not None:
             raise AlreadyExistsError(f"{what} name {name} is taken by {holder}; remove that one or raise the attempt")
-        self.save(record)
-        self._names[name] = record.id
+        self._check(record, record.state)
+        self._reserve(name, record.id)
+        try:
+            await self._store.write(_row(record))
+        except BaseException:
+            self._release(record.id)
+            raise
+        self._replace(record)
 
-    def save(self, record: Record) -> None:
-        """Replace the record of the same ID by this one, or add it. If an error is raised, nothing has changed.
+    async def save(self, record: _Kind) -> _Kind:
+        """Replace the record of the same ID by this one. If an error is raised, nothing has changed.
 
+        Returns the new record: it has what was observed while it was being written, besides what this one changes.
         Raises ResourceExhaustedError if the disk is full, CriError for a step that is not in the table of
         :mod:`criserver.runtime.lifecycle`.
         """
         self._check(record, record.state)
-        self._store.put(_table(record), record.id, dump(record))
+        old = self._current(record)
+        await self._store.write(_row(record))
+        current = self._current(record)
+        if current is not old:
+            changed = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+            changed = {name: value for name, value in changed.items() if value != getattr(old, name)}
+            record = dataclasses.replace(current, **changed)
+            self._check(record, record.state)
+            self._write_behind(record)
         self._replace(record)
+        return record
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: Record) -> asyncio.Future[None]:
         """Replace a record after a step that has happened already, such as the end of a process.
 
-        The step counts even if a full disk keeps the record from the database. A later daemon then learns the state
-        again, from the shim's own record or from the kernel. Raises CriError for a step that is not in the table: such
-        a step cannot have happened.
+        The step counts at once, also if a full disk keeps the record from the database. A later daemon then learns the
+        state again, from the shim's own record or from the kernel. Raises CriError for a step that is not in the table:
+        such a step cannot have happened. The result is done when the record is written, or a warning that it cannot be.
         """
         self._check(record, record.state)
-        try:
-            self._store.put(_table(record), record.id, dump(record))
-        except ResourceExhaustedError as e:
-            log.warning("a state cannot be stored", id=record.id, state=record.state.value, error=str(e))
         self._replace(record)
+        return self._write_behind(record)
+
+    def _write_behind(self, record: Record) -> asyncio.Future[None]:
+        async def write(row: asyncio.Future[None]) -> None:
+            try:
+                await row
+            except (ResourceExhaustedError, OSError) as e:
+                log.warning("a state cannot be stored", id=record.id, state=record.state.value, error=str(e))
+
+        # Submitted now, so that rows are written in the order of the changes.
+        task = asyncio.ensure_future(write(self._store.submit(_row(record))))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return task
+
+    def _current(self, record: Record) -> Any:
+        return (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)
 
     def _check(self, record: Record, state: State | None) -> None:
-        current = (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)
+        current = self._current(record)
         old = None if current is None else current.state
         if not is_allowed(old, state):
             what = "pod sandbox" if isinstance(record, Sandbox) else "container"
@@ -181,18 +227,21 @@ class RecordStore:
         for watcher in self._watchers:
             watcher(old, record)
 
-    def forget(self, record: Record) -> None:
+    async def forget(self, record: Record) -> None:
         """Delete a record and free its name: the last step of a removal. Raises as :meth:`save` does."""
         self._check(record, None)
-        self._store.delete(_table(record), record.id)
+        await self._store.write(Change(_table(record), record.id, None))
+        self._release(record.id)
         if isinstance(record, Sandbox):
-            self._names.pop(record.config.full_name, None)
-            self._sandboxes.pop(record.id, None)
+            del self._sandboxes[record.id]
         else:
-            self._names.pop(self.container_name(record), None)
-            self._containers.pop(record.id, None)
+            del self._containers[record.id]
         for watcher in self._watchers:
             watcher(record, None)
+
+
+def _row(record: Record) -> Change:
+    return Change(_table(record), record.id, dump(record))
 
 
 def _table(record: Record) -> str:

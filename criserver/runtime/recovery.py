@@ -1,7 +1,10 @@
 """Start-up: operations that an earlier daemon did not finish are finished or rolled back; leftovers are removed.
 
 A record in an intermediate state tells what was about to be done; whether it was done is not known. After recovery each
-mount, namespace, bundle and runtime state below our directories has a record that owns it.
+mount, namespace, bundle and runtime state below our directories has a record that owns it, or is alive and reported.
+
+Each pod is recovered by a task of its own while the daemon serves. Calls for a pod wait for its task
+(:meth:`Node.recovered`), and for no other.
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ from criserver.network import namespaces
 from criserver.runtime import (
     container_create,
     filesystems,
-    passage,
+    pidfd,
     process_records,
     sandbox_files,
     sandbox_run,
     selinux,
     strays,
 )
-from criserver.runtime.container_checkpoint import recover_checkpoints
+from criserver.runtime.container_checkpoint import checkpoints, recover_checkpoint
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
@@ -36,20 +39,39 @@ from criserver.runtime.sandbox_remove import remove_sandbox
 
 log = structlog.get_logger(__name__)
 
+# How many leftovers are removed at a time.
+_AT_ONCE = 8
 
-async def recover(node: Node) -> None:
-    """Make records and node agree. A failure with one pod or container is logged, and the others go on."""
-    # This comes first: a frozen container cannot be ended.
-    await recover_checkpoints(node)
-    await asyncio.gather(*(_container(node, c) for c in list(node.records.containers.values())))
-    await asyncio.gather(*(_sandbox(node, s) for s in list(node.records.sandboxes.values())))
-    await _sweep(node)
-    if any(s.config.namespaces.user is not None for s in node.records.sandboxes.values()):
-        await _swept("the way of user namespaces", node.config.state, asyncio.to_thread(passage.update, node))
+
+async def recover(node: Node, *, end_living: bool = False) -> None:
+    """Recover all pods, and remove what has no record; with ``end_living`` also containers and pods that are alive."""
+    begin(node)
+    await finish(node, end_living=end_living)
+
+
+def begin(node: Node) -> None:
+    """Begin the recovery of each pod. Until it has ended, calls for the pod wait."""
+    for sandbox in node.records.sandboxes.values():
+        task = node.recovering[sandbox.id] = node.begin(_pod(node, sandbox))
+        task.add_done_callback(lambda _, key=sandbox.id: node.recovering.pop(key))  # type: ignore[misc]
+
+
+async def finish(node: Node, *, end_living: bool = False) -> None:
+    """Wait for the recovery of all pods, and then remove what has no record."""
+    await asyncio.gather(*node.recovering.values())
+    await _sweep(node, end_living=end_living)
+
+
+async def _pod(node: Node, sandbox: Sandbox) -> None:
+    """Make the records of a pod and the node agree. A failure is logged, and the rest goes on."""
+    await asyncio.gather(*(_container(node, c) for c in node.records.containers_of(sandbox.id)))
+    await _sandbox(node, sandbox)
 
 
 async def _container(node: Node, container: Container) -> None:
     try:
+        # This comes first: a frozen container cannot be ended.
+        await recover_checkpoint(node, container.id)
         match container.state:
             case ContainerState.CREATING:
                 log.warning("rolling back a container whose making was cut off", container=container.id)
@@ -60,7 +82,7 @@ async def _container(node: Node, container: Container) -> None:
                 await _running(node, container)
             case ContainerState.CREATED:
                 if not os.path.ismount(node.rootfs(container.id)):
-                    _lost_before_start(node, container)
+                    await _lost_before_start(node, container)
             case ContainerState.EXITED:
                 pass  # below
             case never:
@@ -88,8 +110,8 @@ async def _running(node: Node, container: Container) -> None:
     await process.wait_cleaned_up()
 
 
-def _lost_before_start(node: Node, container: Container) -> None:
-    node.records.save(container.ended(255, "Unknown", "the node was restarted before the container was started"))
+async def _lost_before_start(node: Node, container: Container) -> None:
+    await node.records.save(container.ended(255, "Unknown", "the node was restarted before the container was started"))
 
 
 async def _sandbox(node: Node, sandbox: Sandbox) -> None:
@@ -104,7 +126,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.READY:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
-                    node.records.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+                    await node.records.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
                 else:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
@@ -133,28 +155,72 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
     return await process_records.of_infra(node, sandbox).reconnect()
 
 
-async def _sweep(node: Node) -> None:
-    """Remove what no record owns."""
-    sandboxes, containers = node.records.sandboxes, node.records.containers
-    for name in entries(node.config.state, "ns"):
-        if name not in sandboxes:
-            await _swept("namespaces", name, asyncio.to_thread(_unpin, node, name))
-    for name in {*entries(node.config.state, "sandboxes"), *entries(node.config.root, "sandboxes")}:
-        if name not in sandboxes:
-            files, directory = node.sandbox_files_dir(name), node.sandbox_dir(name)
-            await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
+async def _sweep(node: Node, *, end_living: bool) -> None:
+    """Remove what no record owns.
+
+    A container or pod without a record that is alive lost its record with the database. It is left as it is unless
+    ``end_living``, and reported.
+    """
+    config = node.config
+    pods = {*entries(config.state, "ns"), *entries(config.state, "sandboxes"), *entries(config.root, "sandboxes")}
+    containers = {
+        *entries(config.state, "containers"),
+        *checkpoints(node),
+        *(filesystems.owner(key) for key in node.snapshotter.removable()),
+        *entries(filesystems.volumes_root(node)),
+    }
     for handler in entries(node.runtime_roots()):
-        for name in entries(node.runtime_roots(), handler):
-            # A name that begins with a dot is no container's: crun keeps a cache there.
-            if name not in containers and name not in sandboxes and not name.startswith("."):
-                await _swept("a runtime's container", name, node.cleanup_runtime(handler).delete(name, ""))
-    for name in entries(node.config.state, "containers"):
-        if name not in containers and name not in sandboxes:
-            await _swept("a container's files", name, filesystems.discard(node, name))
-    owners = {filesystems.owner(key) for key in node.snapshotter.removable()}
-    for name in owners.union(entries(filesystems.volumes_root(node))):
-        if name not in containers:
-            await _swept("a container's layer and volumes", name, filesystems.discard(node, name))
+        # A name that begins with a dot is no container's: crun keeps a cache there.
+        containers.update(name for name in entries(node.runtime_roots(), handler) if not name.startswith("."))
+    owned = node.records.sandboxes.keys() | node.records.containers.keys()
+    living = set[str]()
+    if not end_living and (unowned := (pods | containers) - owned):
+        living = await asyncio.to_thread(_living, node, unowned)
+    for name in sorted(living):
+        log.error("it is alive and has no record, so it is left as it is; `criserver reset` removes it", id=name)
+    turn = asyncio.Semaphore(_AT_ONCE)
+    await asyncio.gather(*(_remove_pod(node, name, turn) for name in pods - owned - living))
+    await asyncio.gather(*(_remove_container(node, name, turn) for name in containers - owned - living))
+
+
+def _living(node: Node, unowned: set[str]) -> set[str]:
+    """Those that have a shim, a first process or pinned namespaces. Blocks."""
+    living = set()
+    for name in unowned:
+        directory, pins = os.path.realpath(node.container_dir(name)), node.namespaces_dir(name)
+        if (
+            pidfd.processes_in(directory)
+            or _has_process(directory, name)
+            or any(namespaces.is_pinned(os.path.join(pins, kind)) for kind in entries(pins))
+        ):
+            living.add(name)
+    return living
+
+
+def _has_process(directory: str, container_id: str) -> bool:
+    """Whether the first process of a container runs. Its PID may be another's by now, so its cgroup has to name it."""
+    try:
+        with open(os.path.join(directory, "init.pid")) as f:
+            pid = int(f.read())
+        with open(f"/proc/{pid}/cgroup") as f:
+            return container_id in f.read()
+    except (OSError, ValueError):
+        return False
+
+
+async def _remove_pod(node: Node, name: str, turn: asyncio.Semaphore) -> None:
+    async with turn:
+        files, directory = node.sandbox_files_dir(name), node.sandbox_dir(name)
+        await _swept("namespaces", name, asyncio.to_thread(_unpin, node, name))
+        await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
+
+
+async def _remove_container(node: Node, name: str, turn: asyncio.Semaphore) -> None:
+    async with turn:
+        for handler in entries(node.runtime_roots()):
+            await _swept("a runtime's container", name, node.cleanup_runtime(handler).delete(name, ""))
+        await _swept("a checkpoint", name, recover_checkpoint(node, name))
+        await _swept("a container's files", name, filesystems.discard(node, name))
 
 
 async def _swept(what: str, name: str, work: Awaitable[None]) -> None:

@@ -31,10 +31,10 @@ async def _remove(node: Node, sandbox_id: str) -> None:
         if sandbox is None:
             return
         sandbox = dataclasses.replace(sandbox, state=SandboxState.REMOVING)
-        node.records.observe(sandbox)
+        await node.records.observe(sandbox)
         sandbox = await stop_locked(node, sandbox)
         for container in node.records.containers_of(sandbox_id):
             await remove_locked(node, container)
-        node.records.forget(sandbox)
+        await node.records.forget(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     log.info("pod sandbox removed", sandbox=sandbox_id)

@@ -69,7 +69,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
             f"the pod shares a PID namespace, and {node.config.infra} that holds it is not an executable; "
             "install catatonit or change [runtime] infra"
         )
-    node.records.add(sandbox)
+    await node.records.add(sandbox)
     async with node.lock(sandbox_id):
         try:
             sandbox = await _set_up(node, sandbox)
@@ -89,10 +89,10 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
         if before is not None:
             await before
         await release(node, sandbox)
-        node.records.forget(sandbox)
+        await node.records.forget(sandbox)
     except Exception:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
-        node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+        await node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
@@ -126,8 +126,10 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         await asyncio.to_thread(sandbox_files.write_hosts, files, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
-    sandbox = dataclasses.replace(sandbox, state=SandboxState.READY)
-    node.records.save(sandbox)
+    sandbox = await node.records.save(dataclasses.replace(sandbox, state=SandboxState.READY))
+    if infra is not None and infra.result().is_set():
+        # It ended while the record was written, when the sandbox was not yet ready.
+        await node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
     return sandbox
 
 
@@ -135,7 +137,7 @@ async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
     # Saved at once, so that CNI DEL is given the result of ADD whatever happens next.
     sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
-    node.records.save(sandbox)
+    await node.records.save(sandbox)
     return sandbox
 
 

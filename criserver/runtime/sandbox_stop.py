@@ -45,13 +45,13 @@ async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
         # This comes first: from now on no container is made or started in it, even if a step below fails. A full disk
         # must not prevent it, as stopping and removing pods is what frees the disk.
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
-        node.records.observe(sandbox)
+        await node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     await asyncio.gather(*(kill(node, c) for c in node.records.containers_of(sandbox.id)))
     await release(node, sandbox)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
-        node.records.observe(sandbox)
+        await node.records.observe(sandbox)
     return sandbox
 
 

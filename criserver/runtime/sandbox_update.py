@@ -10,9 +10,10 @@ import dataclasses
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.node import Node
+from criserver.runtime.records import Sandbox
 
 
-def update_sandbox(
+async def update_sandbox(
     node: Node, id_or_prefix: str, overhead: cri.LinuxContainerResources, resources: cri.LinuxContainerResources
 ) -> None:
     """Record the pod's new resources and overhead, as a verbose status shows them. Raises NotFoundError."""
@@ -20,4 +21,8 @@ def update_sandbox(
     sent = cri.PodSandboxConfig.FromString(sandbox.sent)
     sent.linux.resources.CopyFrom(resources)
     sent.linux.overhead.CopyFrom(overhead)
-    node.records.save(dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True)))
+    await node.finish(_save(node, dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True))))
+
+
+async def _save(node: Node, sandbox: Sandbox) -> None:
+    await node.records.save(sandbox)

@@ -1,12 +1,11 @@
 """The records of the daemon: one SQLite database with a table for each kind of record.
 
-A record is bytes under a key; the room that writes them defines the content. Calls are synchronous and take well
-under a millisecond. So a change in memory and its row are one step of the event loop, and no other task runs in
-between.
+A record is bytes under a key; the room that writes them defines the content. Reads are for the start, when all records
+are taken into memory. Writes go to a thread, so that the event loop never waits for a disk.
 """
 
 from __future__ import annotations
 
-from criserver.store.database import Store
+from criserver.store.database import Change, Store
 
-__all__ = ["Store"]
+__all__ = ["Change", "Store"]

@@ -5,6 +5,9 @@ The database has a write-ahead log with ``synchronous=NORMAL``:
 1. A commit is a write to the page cache, without fsync. It survives a SIGKILL of the daemon.
 2. A power cut may lose the last commits. It ends every container too, and the start clears what no record owns.
 3. :meth:`Store.checkpoint` writes the log into the database. Its fsync runs in a thread, never within a commit.
+
+One thread makes all writes, in the order in which they are submitted. A disk that stands still holds up the calls that
+wait for a write, and no others.
 """
 
 from __future__ import annotations
@@ -12,17 +15,27 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import structlog
 
 from criserver.errors import CriError, ResourceExhaustedError
+from criserver.store.mirror import Mirror
+from snapshotter.tasks import outlive
+from snapshotter.threads import Threads
 
-# Seconds. No other process writes; a wait here holds up the whole event loop.
-_LOCK_TIMEOUT = 0.2
+log = structlog.get_logger(__name__)
+
+# Seconds. No other process writes.
+_LOCK_TIMEOUT = 5.0
 _RESERVE = 1 << 20
 _PIECE = 32 << 10
 
 TABLES = frozenset({"meta", "sandboxes", "containers", "images", "image_names"})
+
+# What these describe ends with the boot.
+_MIRRORED = frozenset({"sandboxes", "containers"})
 
 # Each entry brings a database from version N (its index) to N + 1; entries are never edited once released.
 _MIGRATIONS = (
@@ -36,25 +49,61 @@ _MIGRATIONS = (
 )
 
 
+class Change(NamedTuple):
+    """A record that is to be written in place of the key's last one; ``value`` None deletes it."""
+
+    table: str
+    key: str
+    value: bytes | None
+
+
 class Store:
     """Records by table and key.
 
-    Raises :class:`CriError` if the database cannot be opened or was written by a newer criserver.
+    Records of sandboxes and containers have a second copy below the directory ``mirror``. Where the two differ, that is
+    the newer one. Raises :class:`CriError` if the database cannot be opened, is damaged or was written by a newer
+    criserver.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mirror: str = "") -> None:
         self._path = path
         # For root alone, as records hold environment variables. SQLite gives the log the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT, check_same_thread=False)
+            self._check()
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             self._migrate()
             self._reserve()
         except sqlite3.Error as e:
-            raise CriError(f"database {path}: {e}; move it away to start with an empty one") from e
+            raise CriError(
+                f"database {path}: {e}; move it away: a new one takes the records of this boot's pods from {mirror}, "
+                "and images are pulled again"
+            ) from e
+        self._mirror = Mirror(mirror, _MIRRORED) if mirror else None
+        self._take_from_mirror()
+        self._thread = Threads(1, "database")
+
+    def _check(self) -> None:
+        """Raises sqlite3.DatabaseError for a damaged file. Takes a few milliseconds for a node's records."""
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged ({found})")
+
+    def _take_from_mirror(self) -> None:
+        """Write into the database what its second copy has and the database has lost, and the other way round."""
+        if self._mirror is None:
+            return
+        known = {(table, key): value for table in self._mirror.tables for key, value in self.items(table)}
+        copies = {(table, key): value for table, key, value in self._mirror.items()}
+        lost = [Change(*where, value) for where, value in copies.items() if known.get(where) != value]
+        if lost:
+            log.warning("the database has lost records; they are taken from their second copy", records=len(lost))
+            self._commit(lost)
+        for where in known.keys() - copies.keys():
+            self._mirror.put(*where, known[where])
 
     def _migrate(self) -> None:
         version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -85,38 +134,62 @@ class Store:
             self._db.execute("PRAGMA cache_size=-2000")  # SQLite's own default
 
     def get(self, table: str, key: str) -> bytes | None:
-        """The record under ``key``, or None."""
+        """The record under ``key``, or None. It blocks, so it is for the time before the daemon serves."""
         row = self._db.execute(f"SELECT value FROM {_name(table)} WHERE key = ?", (key,)).fetchone()  # noqa: S608 - a name of TABLES
         return row[0] if row else None
 
     def items(self, table: str) -> list[tuple[str, bytes]]:
-        """All records of a table, ordered by key."""
+        """All records of a table, ordered by key. It blocks as :meth:`get` does."""
         return self._db.execute(f"SELECT key, value FROM {_name(table)} ORDER BY key").fetchall()  # noqa: S608 - a name of TABLES
 
-    def put(self, table: str, key: str, value: bytes) -> None:
-        """Write a record in place of the key's last one. Raises ResourceExhaustedError if the disk is full."""
-        self._write(f"INSERT OR REPLACE INTO {_name(table)} VALUES (?, ?)", key, value)  # noqa: S608 - a name of TABLES
+    async def write(self, *changes: Change) -> None:
+        """Make changes in one transaction; they are made also if the caller is cancelled.
 
-    def delete(self, table: str, key: str) -> None:
-        """Remove a record. It is no error if it is missing. Raises as :meth:`put` does."""
-        self._write(f"DELETE FROM {_name(table)} WHERE key = ?", key)  # noqa: S608 - a name of TABLES
+        Raises ResourceExhaustedError if the disk is full. Nothing has changed then.
+        """
+        await outlive(self.submit(*changes))
 
-    def _write(self, statement: str, *values: str | bytes) -> None:
+    def submit(self, *changes: Change) -> asyncio.Future[None]:
+        """As :meth:`write`, and returns at once. Changes are made in the order of these calls."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, self.write_now, *changes)
+
+    def write_now(self, *changes: Change) -> None:
+        """As :meth:`write`, and blocks until it is done."""
+        mirror = self._mirror
+        if mirror is None:
+            self._commit(changes)
+            return
+        copied = [change for change in changes if change.table in mirror.tables]
+        for table, key, value in copied:
+            if value is not None:
+                mirror.put(table, key, value)
         try:
-            self._db.execute(statement, values)
-        except sqlite3.Error as e:
-            raise ResourceExhaustedError(f"database {self._path} cannot be written: {e}; is its disk full?") from e
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All writes in the block take effect together; if it raises, none does. Transactions do not nest."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._commit(changes)
+        except ResourceExhaustedError:
+            for table, key, _ in copied:
+                mirror.put(table, key, self.get(table, key))
             raise
-        self._db.execute("COMMIT")
+        for table, key, value in copied:
+            if value is None:
+                mirror.put(table, key, None)
+
+    def _commit(self, changes: Sequence[Change]) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for table, key, value in changes:
+                    if value is None:
+                        self._db.execute(f"DELETE FROM {_name(table)} WHERE key = ?", (key,))  # noqa: S608 - a name of TABLES
+                    else:
+                        self._db.execute(f"INSERT OR REPLACE INTO {_name(table)} VALUES (?, ?)", (key, value))  # noqa: S608 - a name of TABLES
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as e:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise ResourceExhaustedError(f"database {self._path} cannot be written: {e}; is its disk full?") from e
 
     async def checkpoint(self) -> None:
         """Write the write-ahead log into the database, in a thread, with a connection of its own. Raises CriError."""
@@ -134,7 +207,8 @@ class Store:
             raise CriError(f"database {self._path}: checkpoint: {e}") from e
 
     def close(self) -> None:
-        """Close the database. SQLite writes the log into it when the last connection is closed."""
+        """Make the changes that were submitted, and close the database. SQLite then writes the log into it."""
+        self._thread.shutdown()
         self._db.close()
 
 

@@ -200,7 +200,7 @@ def container(
         config=container_config(sent, pod.config),
         sent=sent.SerializeToString(deterministic=True),
         image_id="sha256:" + "a" * 64,
-        image_ref="registry.example/nginx@sha256:" + "c" * 64,
+        image_ref="records.example/nginx@sha256:" + "c" * 64,
         state=state,
         created_at=1_700_000_000_000_000_002,
         log_path="",
