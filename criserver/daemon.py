@@ -35,7 +35,6 @@ from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.record_store import RecordStore
-from criserver.runtime.recovery import recover
 from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store

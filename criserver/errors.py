@@ -6,6 +6,7 @@ name. The message says what was wrong, with which name, and what to do about it.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -79,3 +80,29 @@ class UnimplementedError(CriError):
     """This version does not have the feature that the message names."""
 
     code = "UNIMPLEMENTED"
+
+
+# What the node has run out of, and which limits say so.
+_EXHAUSTED = {
+    errno.EAGAIN: "no process or thread can be started now: TasksMax of the service, a pids limit or kernel.pid_max",
+    errno.ENOMEM: "the node or the service has no memory left",
+    errno.EMFILE: "the daemon has no file descriptors left: LimitNOFILE of the service",
+    errno.ENFILE: "the node has no file descriptors left: fs.file-max",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+}
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def exhaustion(error: BaseException) -> str:
+    """What the node has run out of where that has caused an error, "" for any other cause.
+
+    An error of a class with a code of its own says itself that a disk is full.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+            told = isinstance(error, CriError) and error.code != CriError.code
+            return "" if told and cause.errno in _SPACE else _EXHAUSTED[cause.errno]
+        cause = cause.__cause__
+    return _EXHAUSTED[errno.ENOMEM] if isinstance(error, MemoryError) else ""

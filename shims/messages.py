@@ -117,9 +117,10 @@ class OkReply(TypedDict):
 
 
 class ErrorReply(TypedDict):
-    """The request is refused, or failed."""
+    """The request is refused, or failed; "errno" is there where the kernel has refused something."""
 
     error: str
+    errno: NotRequired[int]
 
 
 # What a shim tells. It greets each new connection, and sends events after that.

@@ -78,8 +78,10 @@ class _NurseryProcess:
             config = _fork_request(message, fds)
             if os.fork() == 0:
                 self._become_shim(config, fds[0])
-        except (OSError, RequestError) as error:
+        except RequestError as error:
             return {"error": str(error)}
+        except OSError as error:
+            return {"error": str(error), "errno": error.errno or 0}
         finally:
             for fd in fds:
                 os.close(fd)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from criserver.api import bounds
-from criserver.errors import CriError, UnimplementedError
+from criserver.errors import CriError, UnimplementedError, exhaustion
 from criserver.runtime.attempts import deadline
 from criserver.text import status
 
@@ -111,6 +111,10 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
     """The code and the text of an error. The text may have foreign parts, so its length is limited here."""
     if isinstance(error, ExceptionGroup):
         return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
+    if reason := exhaustion(error):
+        message = status(f"{rpc}: {error} ({reason})")
+        log.warning("call failed, as the node has run out of something", rpc=rpc, error=message)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, message
     if isinstance(error, CriError):
         message = status(str(error))
         log.info("call refused", rpc=rpc, code=error.code, error=message)

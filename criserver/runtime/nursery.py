@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from criserver.errors import CriError
+from criserver.errors import CriError, DeadlineExceededError
 from criserver.runtime import service_manager
 from criserver.runtime.shim_link import ShimLink, peer_name
 from shims import launch, wire
@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 # The nursery needs a tenth of a second to start; a node that boots may be slow.
 START_TIMEOUT = 30.0
+# A fork takes a millisecond. A nursery that needs longer than this is stuck, and what it was asked for dies with it.
+FORK_TIMEOUT = 5.0
 
 
 class Nursery:
@@ -32,11 +34,14 @@ class Nursery:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
 
-    async def start(self) -> None:
-        """Start the process if none runs, and wait until it can fork. Raises CriError if it does not start."""
+    async def start(self) -> ShimLink:
+        """Start the process if none runs, wait until it can fork, and return the connection to it.
+
+        Raises CriError if it does not start.
+        """
         async with self._starting:
             if self._link is not None and not self._link.closed:
-                return
+                return self._link
             apart = service_manager.own_scope("criserver-shims")
             try:
                 self._link = await self._start(apart)
@@ -45,6 +50,7 @@ class Nursery:
                     raise
                 log.warning("systemd gave shims no scope of their own; they stay in the daemon's", error=str(e))
                 self._link = await self._start([])
+            return self._link
 
     async def _start(self, before: list[str]) -> ShimLink:
         ours, theirs = socket.socketpair()
@@ -80,17 +86,41 @@ class Nursery:
     async def fork(
         self, config: ForkConfig, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]
     ) -> ShimLink:
-        """Fork a shim, and return the connection to it. Raises CriError if that fails."""
-        await self.start()
-        assert self._link is not None
+        """Fork a shim, and return the connection to it. A nursery that does not answer is replaced once.
+
+        Raises CriError if that fails.
+        """
+        link = await self.start()
+        try:
+            return await self._fork(link, config, on_event, on_close)
+        except DeadlineExceededError:
+            await self._end(link)
+        return await self._fork(await self.start(), config, on_event, on_close)
+
+    async def _fork(
+        self,
+        link: ShimLink,
+        config: ForkConfig,
+        on_event: Callable[[ShimMessage], None],
+        on_close: Callable[[], None],
+    ) -> ShimLink:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                await self._link.request({"op": "fork", "config": config}, [theirs.fileno()])
+                await link.request({"op": "fork", "config": config}, [theirs.fileno()], FORK_TIMEOUT)
             except BaseException:
                 ours.close()
                 raise
         return ShimLink(ours, on_event, on_close, peer_name(config["id"]))
+
+    async def _end(self, link: ShimLink) -> None:
+        """Kill a process that does not answer. One that takes its place meanwhile stays."""
+        async with self._starting:
+            if self._link is link and self._process is not None:
+                log.error("the nursery of shims does not answer; it is replaced", pid=self._process.pid)
+                link.close()
+                self._process.kill()
+                await self._process.wait()
 
     async def stop(self) -> None:
         """End the process. The shims go on."""

@@ -84,18 +84,23 @@ class RecordStore:
     def _load_sandbox(self, stored: bytes) -> None:
         sandbox = load_sandbox(stored)
         self._sandboxes[sandbox.id] = sandbox
-        self._reserve(sandbox.config.full_name, sandbox.id)
+        self._reserve(self._name(sandbox), sandbox.id)
 
     def _load_container(self, stored: bytes) -> None:
         container = load_container(stored, self._sandboxes)
         self._containers[container.id] = container
-        self._reserve(self.container_name(container), container.id)
+        self._reserve(self._name(container), container.id)
+
+    def _name(self, record: Record) -> str:
+        return record.config.full_name if isinstance(record, Sandbox) else self.container_name(record)
 
     def _reserve(self, name: str, record_id: str) -> None:
         self._names[name], self._name_of[record_id] = record_id, name
 
     def _release(self, record_id: str) -> None:
-        del self._names[self._name_of.pop(record_id)]
+        name = self._name_of.pop(record_id)
+        if self._names.get(name) == record_id:
+            del self._names[name]
 
     @property
     def sandboxes(self) -> Mapping[str, Sandbox]:
@@ -146,11 +151,9 @@ class RecordStore:
 
     async def add(self, record: Record) -> None:
         """Add a new record and reserve its name. Raises AlreadyExistsError if the name is taken."""
-        if isinstance(record, Sandbox):
-            name, what = record.config.full_name, "pod sandbox"
-        else:
-            name, what = self.container_name(record), "container"
+        name = self._name(record)
         if (holder := self._names.get(name)) is not None:
+            what = "pod sandbox" if isinstance(record, Sandbox) else "container"
             raise AlreadyExistsError(f"{what} name {name} is taken by {holder}; remove that one or raise the attempt")
         self._check(record, record.state)
         self._reserve(name, record.id)

@@ -135,9 +135,9 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
     attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
-    # Saved at once, so that CNI DEL is given the result of ADD whatever happens next.
+    # Stored at once, so that CNI DEL is given the result of ADD whatever happens next. Nothing needs to wait for it.
     sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
-    await node.records.save(sandbox)
+    node.records.observe(sandbox)
     return sandbox
 
 

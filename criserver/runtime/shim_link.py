@@ -82,7 +82,8 @@ class ShimLink:
         finally:
             self._replies.pop(number, None)
         if "error" in answer:
-            raise CriError(str(answer["error"]))
+            cause = OSError(answer["errno"], str(answer["error"])) if answer.get("errno") else None
+            raise CriError(str(answer["error"])) from cause
         return received
 
     def close(self) -> None:

@@ -34,9 +34,6 @@ _PIECE = 32 << 10
 
 TABLES = frozenset({"meta", "sandboxes", "containers", "images", "image_names"})
 
-# What these describe ends with the boot.
-_MIRRORED = frozenset({"sandboxes", "containers"})
-
 # Each entry brings a database from version N (its index) to N + 1; entries are never edited once released.
 _MIGRATIONS = (
     """
@@ -60,9 +57,8 @@ class Change(NamedTuple):
 class Store:
     """Records by table and key.
 
-    Records of sandboxes and containers have a second copy below the directory ``mirror``. Where the two differ, that is
-    the newer one. Raises :class:`CriError` if the database cannot be opened, is damaged or was written by a newer
-    criserver.
+    They have a second copy below the directory ``mirror``. Where the two differ, that is the newer one. Raises
+    :class:`CriError` if the database cannot be opened, is damaged or was written by a newer criserver.
     """
 
     def __init__(self, path: str, mirror: str = "") -> None:
@@ -79,10 +75,9 @@ class Store:
             self._reserve()
         except sqlite3.Error as e:
             raise CriError(
-                f"database {path}: {e}; move it away: a new one takes the records of this boot's pods from {mirror}, "
-                "and images are pulled again"
+                f"database {path}: {e}; move it away: a new one takes the records of this boot from {mirror}"
             ) from e
-        self._mirror = Mirror(mirror, _MIRRORED) if mirror else None
+        self._mirror = Mirror(mirror, TABLES - {"meta"}) if mirror else None
         self._take_from_mirror()
         self._thread = Threads(1, "database")
 
@@ -90,20 +85,24 @@ class Store:
         """Raises sqlite3.DatabaseError for a damaged file. Takes a few milliseconds for a node's records."""
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise sqlite3.DatabaseError(f"it is damaged ({found})")
+            raise sqlite3.DatabaseError(f"it is damaged ({found.splitlines()[-1]})")
 
     def _take_from_mirror(self) -> None:
         """Write into the database what its second copy has and the database has lost, and the other way round."""
         if self._mirror is None:
             return
-        known = {(table, key): value for table in self._mirror.tables for key, value in self.items(table)}
+        known = {(table, key): value for table in TABLES - {"meta"} for key, value in self.items(table)}
         copies = {(table, key): value for table, key, value in self._mirror.items()}
-        lost = [Change(*where, value) for where, value in copies.items() if known.get(where) != value]
-        if lost:
-            log.warning("the database has lost records; they are taken from their second copy", records=len(lost))
-            self._commit(lost)
-        for where in known.keys() - copies.keys():
-            self._mirror.put(*where, known[where])
+        changes = [Change(*where, value) for where, value in copies.items() if known.get(where) != value]
+        if self._mirror.is_whole:
+            changes += [Change(*where, None) for where in known.keys() - copies.keys()]
+        else:
+            for where in known.keys() - copies.keys():
+                self._mirror.put(*where, known[where])
+            self._mirror.mark_whole()
+        if changes:
+            log.warning("the database is not the last one; records are taken from their copy", records=len(changes))
+            self._commit(changes)
 
     def _migrate(self) -> None:
         version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -159,17 +158,16 @@ class Store:
         if mirror is None:
             self._commit(changes)
             return
-        copied = [change for change in changes if change.table in mirror.tables]
-        for table, key, value in copied:
+        for table, key, value in changes:
             if value is not None:
                 mirror.put(table, key, value)
         try:
             self._commit(changes)
         except ResourceExhaustedError:
-            for table, key, _ in copied:
+            for table, key, _ in changes:
                 mirror.put(table, key, self.get(table, key))
             raise
-        for table, key, value in copied:
+        for table, key, value in changes:
             if value is None:
                 mirror.put(table, key, None)
 

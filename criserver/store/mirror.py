@@ -1,47 +1,62 @@
-"""A second copy of records, a file each, below a directory that ends with the boot.
+"""A second copy of all records, a file each, below a directory that ends with the boot.
 
-What a record describes (mounts, namespaces, processes) ends with the boot as well. If the database is lost, emptied or
-replaced by an older one under running pods, this copy still has the records of all of them.
+If the database is lost, emptied or replaced by an older one under running pods, this copy still has the records of all
+of them. It ends with the boot as the pods do, so it never brings back anything that is gone.
 
 A record is written here before it is written to the database, and deleted here after it. So the copy is never older.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from urllib.parse import quote
 
 import structlog
 
 log = structlog.get_logger(__name__)
 
 _UNFINISHED = ".new"
+# A file that is there while the copy has all records.
+_WHOLE = "whole"
+_MAX_NAME = 200
 
 
 class Mirror:
-    """The files ``directory/TABLE/KEY`` of some tables. Keys are file names. All methods block."""
+    """The files ``directory/TABLE/NAME``: a line with the key, and then the value. All methods block."""
 
-    def __init__(self, directory: str, tables: frozenset[str]) -> None:
+    def __init__(self, directory: str, tables: Iterable[str]) -> None:
         """Make the directories, for root alone: records hold environment variables. Raises OSError."""
         self._directory = directory
-        self.tables = tables
-        for table in tables:
-            os.makedirs(os.path.join(directory, table), mode=0o700, exist_ok=True)
+        self._tables = sorted(tables)
+        for path in (directory, *(os.path.join(directory, table) for table in self._tables)):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every record has its copy, so that what has none was deleted in this boot."""
+        return os.path.exists(os.path.join(self._directory, _WHOLE))
+
+    def mark_whole(self) -> None:
+        """Every record has its copy now. It stays so until one cannot be written. Raises OSError."""
+        os.close(os.open(os.path.join(self._directory, _WHOLE), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def items(self) -> Iterator[tuple[str, str, bytes]]:
         """Table, key and value of each record; a file that cannot be read is left out and logged."""
-        for table in sorted(self.tables):
-            for key in sorted(os.listdir(os.path.join(self._directory, table))):
-                path = self._path(table, key)
-                if key.endswith(_UNFINISHED):
+        for table in self._tables:
+            for name in sorted(os.listdir(os.path.join(self._directory, table))):
+                path = os.path.join(self._directory, table, name)
+                if name.endswith(_UNFINISHED):
                     with suppress(OSError):
                         os.unlink(path)
                     continue
                 try:
                     with open(path, "rb") as f:
-                        yield table, key, f.read()
-                except OSError as e:
+                        key, _, value = f.read().partition(b"\n")
+                    yield table, key.decode(), value
+                except (OSError, UnicodeDecodeError) as e:
                     log.warning("the copy of a record cannot be read", path=path, error=str(e))
 
     def put(self, table: str, key: str, value: bytes | None) -> None:
@@ -50,24 +65,31 @@ class Mirror:
         A copy that cannot be written is deleted, so that none is older than the database. Raises OSError if not even
         that works.
         """
-        path = self._path(table, key)
+        path = self.path(table, key)
         if value is not None:
             try:
-                self._write(path, value)
+                _write(path, key.encode() + b"\n" + value)
                 return
             except OSError as e:
                 log.warning("the copy of a record cannot be written", path=path, error=str(e))
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._directory, _WHOLE))
         for name in (path, path + _UNFINISHED):
             with suppress(FileNotFoundError):
                 os.unlink(name)
 
-    def _write(self, path: str, value: bytes) -> None:
-        fd = os.open(path + _UNFINISHED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, value)
-        finally:
-            os.close(fd)
-        os.rename(path + _UNFINISHED, path)
+    def path(self, table: str, key: str) -> str:
+        """The file of a record."""
+        name = quote(key, safe="")
+        if len(name) > _MAX_NAME:
+            name = hashlib.sha256(key.encode()).hexdigest()
+        return os.path.join(self._directory, table, name)
 
-    def _path(self, table: str, key: str) -> str:
-        return os.path.join(self._directory, table, key)
+
+def _write(path: str, content: bytes) -> None:
+    fd = os.open(path + _UNFINISHED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+    finally:
+        os.close(fd)
+    os.rename(path + _UNFINISHED, path)

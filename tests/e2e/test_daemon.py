@@ -183,8 +183,9 @@ def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, 
         pings()
         for _ in range(3):
             node.client.Version()
-            with pytest.raises(grpc.RpcError):
+            with pytest.raises(grpc.RpcError, match="no process or thread can be started now: TasksMax") as refused:
                 node.run_pod("refused")
+            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert node.sh(container, "echo still here") == "still here\n"
         eventually(lambda: pings() > 0)
         node.client.StopContainer(container_id=container, timeout=0)

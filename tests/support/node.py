@@ -151,11 +151,13 @@ class Node:
         return code
 
     def rewrite(self, table: str, key: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Change a record in the database of a daemon that does not run."""
+        """Change a record in the database of a daemon that does not run, and in its second copy."""
         with contextlib.closing(sqlite3.connect(f"{self.root}/criserver.db")) as db, db:
             (stored,) = db.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
             changed = json.dumps(change(json.loads(stored))).encode()
             db.execute(f"UPDATE {table} SET value = ? WHERE key = ?", (changed, key))
+        with open(f"{self.state}/records/{table}/{key}", "wb") as f:
+            f.write(key.encode() + b"\n" + changed)
 
     def daemon_log(self) -> str:
         with open(f"{self.base}/daemon.log") as f:

@@ -22,7 +22,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Sandbox, dump
-from criserver.store import Store
+from criserver.store import Change, Store
 
 DATA = Path(__file__).parents[1] / "data" / "records"
 
@@ -200,7 +200,7 @@ def container(
         config=container_config(sent, pod.config),
         sent=sent.SerializeToString(deterministic=True),
         image_id="sha256:" + "a" * 64,
-        image_ref="records.example/nginx@sha256:" + "c" * 64,
+        image_ref="registry.example/nginx@sha256:" + "c" * 64,
         state=state,
         created_at=1_700_000_000_000_000_002,
         log_path="",
@@ -263,7 +263,9 @@ def sql() -> str:
         path = str(Path(directory) / "criserver.db")
         store = Store(path)
         for record in samples():
-            store.put("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record))
+            store.write_now(
+                Change("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record))
+            )
         store.close()
         db = sqlite3.connect(path)
         (version,) = db.execute("PRAGMA user_version").fetchone()

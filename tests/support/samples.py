@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections import defaultdict
 from typing import Any
@@ -19,9 +20,9 @@ from criserver.runtime.lifecycle import (
     SANDBOX_STEPS,
     State,
 )
-from criserver.runtime.record_store import RecordStore
+from criserver.runtime.record_store import RecordStore, _row
 from criserver.runtime.records import Record, Sandbox
-from criserver.store import Store
+from criserver.store import Change, Store
 
 
 class FakeStore(Store):
@@ -34,13 +35,19 @@ class FakeStore(Store):
     def items(self, table: str) -> list[tuple[str, bytes]]:
         return sorted(self.tables[table].items())
 
-    def put(self, table: str, key: str, value: bytes) -> None:
-        self._look()
-        self.tables[table][key] = value
+    async def write(self, *changes: Change) -> None:
+        self.write_now(*changes)
 
-    def delete(self, table: str, key: str) -> None:
+    def submit(self, *changes: Change) -> asyncio.Future[None]:
+        return asyncio.ensure_future(self.write(*changes))
+
+    def write_now(self, *changes: Change) -> None:
         self._look()
-        self.tables[table].pop(key, None)
+        for table, key, value in changes:
+            if value is None:
+                self.tables[table].pop(key, None)
+            else:
+                self.tables[table][key] = value
 
     def _look(self) -> None:
         if self.full:
@@ -60,9 +67,11 @@ def brought_to(records: RecordStore, record: Record) -> None:
             if step.old in ways and step.new is not None and step.new not in ways:
                 ways[step.new] = [*ways[step.old], step.new]
     first, *others = ways[record.state]
-    records.add(in_state(record, first))
-    for state in others:
-        records.save(in_state(record, state))
+    records._reserve(records._name(record), record.id)
+    for state in (first, *others):
+        records._check(record, state)
+        records._replace(in_state(record, state))
+    records._store.write_now(_row(record))
 
 
 CONFIG = ContainerConfig(

@@ -21,7 +21,7 @@ from criserver.api.grpc_server import ended, listen
 from criserver.errors import CriError
 from criserver.runtime import service_manager
 from criserver.stats import DiskMeter
-from criserver.store import Store
+from criserver.store import Change, Store
 from criserver.upkeep import Task
 from tests.support.waiting import until
 
@@ -179,7 +179,7 @@ async def test_the_checkpoint_goes_on_after_there_was_no_room_for_its_thread(
         return await to_thread(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(asyncio, "to_thread", fail_once)
-    store.put("meta", "key", b"x" * 100_000)
+    store.write_now(Change("meta", "key", b"x" * 100_000))
     with capture_logs() as logs:
         async with kept(Task("the database's checkpoint", store.checkpoint, every=0.01)):
             await until(lambda: calls >= 3)

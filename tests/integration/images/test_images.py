@@ -21,6 +21,7 @@ import pytest
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Platform
+from criserver.store import Change
 from tests.support.imagebuilder import (
     BuiltImage,
     Dir,
@@ -308,9 +309,9 @@ async def test_a_restart_repairs_what_a_crash_left(rooms: Rooms, registry: Regis
         case "manifest":
             os.unlink(rooms.content.path(built.digest))
         case "record":
-            rooms.store.put("images", image.id, b'{"manifest": 1}')
+            rooms.store.write_now(Change("images", image.id, b'{"manifest": 1}'))
         case "garbage":  # as a kill leaves it between the last blob and the record, or within a removal
-            rooms.store.delete("images", image.id)
+            rooms.store.write_now(Change("images", image.id, None))
     again = Rooms(rooms.root)
     assert again.images.list() == []
     await again.images.collect()

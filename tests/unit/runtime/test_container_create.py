@@ -13,6 +13,7 @@ from criserver.images.manifests import ImageConfig
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.record_store import RecordStore
+from criserver.store import Change
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 
@@ -44,10 +45,15 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
 ) -> None:
     pod = node.records.sandboxes["p"]
     node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
-    put = node.store.put
+    write_now = node.store.write_now
+
+    def only_delete(*changes: Change) -> None:
+        if any(change.value is not None for change in changes):
+            raise ResourceExhaustedError("the disk is full")
+        write_now(*changes)
 
     async def prepare(*arguments: object) -> None:
-        monkeypatch.setattr(node.store, "put", Mock(side_effect=ResourceExhaustedError("the disk is full")))
+        monkeypatch.setattr(node.store, "write_now", only_delete)
 
     monkeypatch.setattr(container_create, "_check_features", Mock())
     monkeypatch.setattr(container_create, "_prepare", prepare)
@@ -56,10 +62,10 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
     asked = container("c", pod)
     with pytest.raises(ResourceExhaustedError, match="the disk is full"):
         await container_create._create(node, "p", asked.config, asked.sent)
-    monkeypatch.setattr(node.store, "put", put)
+    monkeypatch.setattr(node.store, "write_now", write_now)
     if undone:
         assert (node.records.containers, node.events) == ({}, [])
-        node.records.add(asked)  # its name is free
+        await node.records.add(asked)  # its name is free
     else:
         (found,) = node.records.visible_containers()
         assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 128, "CreateError")

@@ -190,7 +190,7 @@ async def test_an_end_that_is_seen_late_takes_the_place_of_nothing(
     else:
         node.records.observe(dataclasses.replace(node.container, state=ContainerState.REMOVING))
         if after == "gone":
-            node.records.forget(node.container)
+            await node.records.forget(node.container)
     before = node.records.containers.get("c")
     sleeper.kill()
     await until(lambda: process._cleaning is not None)

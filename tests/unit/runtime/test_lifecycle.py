@@ -104,7 +104,7 @@ def _note(changes: list[tuple[Record | None, Record | None]], before: Record | N
 
 @pytest.mark.parametrize("write", ["save", "observe"])
 @pytest.mark.parametrize("old", [*SandboxState, *ContainerState])
-def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str) -> None:
+async def test_the_record_store_takes_the_steps_of_the_table_only(old: State, write: str) -> None:
     for new in (*type(old), None):
         records = RecordStore(store := FakeStore())
         if isinstance(old, SandboxState):
@@ -118,43 +118,43 @@ def test_the_registry_takes_the_steps_of_the_table_only(old: State, write: str) 
         records.watch(partial(_note, changes))
         there = records.sandboxes if isinstance(record, Sandbox) else records.containers
 
-        def step(
+        async def step(
             records: RecordStore = records,
             record: Container | Sandbox = record,
             new: ContainerState | SandboxState | None = new,
         ) -> None:
             if new is None:
-                records.forget(record)
+                await records.forget(record)
             else:
-                getattr(records, write)(in_state(record, new))
+                await getattr(records, write)(in_state(record, new))
 
         if is_allowed(old, new):
-            step()
+            await step()
             assert len(changes) == 1
             assert (there["a"].state if "a" in there else None) is new
         else:
             what = "pod sandbox" if isinstance(record, Sandbox) else "container"
             words = f"^{what} a cannot go from {old.value} to {'nothing' if new is None else new.value};"
             with pytest.raises(CriError, match=words) as refused:
-                step()
+                await step()
             assert type(refused.value) is CriError  # INTERNAL: a fault of ours
             assert changes == []
             assert there["a"] == record
             assert store.tables == stored
 
 
-def test_a_record_that_is_gone_does_not_come_back() -> None:
+async def test_a_record_that_is_gone_does_not_come_back() -> None:
     records = RecordStore(FakeStore())
     brought_to(records, gone := sandbox("a", SandboxState.REMOVING))
-    records.forget(gone)
+    await records.forget(gone)
     for write in (records.save, records.observe, records.forget):
         with pytest.raises(CriError, match="cannot go from nothing"):
-            write(gone)
+            await write(gone)
     with pytest.raises(CriError, match="cannot go from nothing to ready"):
-        records.add(sandbox("b", SandboxState.READY))
+        await records.add(sandbox("b", SandboxState.READY))
     assert records.sandboxes == {}
     # Its name is nobody's.
-    records.add(sandbox("b"))
+    await records.add(sandbox("b"))
 
 
 def test_what_is_being_made_is_not_seen() -> None:
@@ -244,7 +244,7 @@ async def _walk(moves: list[tuple[str, State | None, str, bool]]) -> None:
             record = container(key, pod, new)
         change = records.forget if new is None else records.add if there is None else getattr(records, write)
         try:
-            change(record)
+            await change(record)
         except ResourceExhaustedError:
             assert store.full
             assert change != records.observe

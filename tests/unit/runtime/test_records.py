@@ -48,7 +48,7 @@ from criserver.runtime.records import (
     load_container,
     load_sandbox,
 )
-from criserver.store import Store
+from criserver.store import Change, Store
 from tests.support import records
 from tests.support.messages import messages
 
@@ -165,7 +165,7 @@ def test_the_records_of_every_release_are_read(release: str, tmp_path: Path) -> 
 
 def put(store: Store, record: Record) -> None:
     """Store a record of any state, which a record store would let come about step by step only."""
-    store.put("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record))
+    store.write_now(Change("sandboxes" if isinstance(record, Sandbox) else "containers", record.id, dump(record)))
 
 
 def test_what_is_stored_today_is_read_back_and_has_its_version(store: Store) -> None:
@@ -280,17 +280,17 @@ def stored(record: Sandbox | Container, **changes: object) -> bytes:
         ("containers", b"[" * 100_000, "damaged"),
     ],
 )
-def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(
+async def test_a_record_that_cannot_be_read_says_which_and_how_to_go_on(
     store: Store, table: str, value: bytes, words: str
 ) -> None:
     put(store, SAMPLES["full"])
-    store.put(table, "odd", value)
+    store.write_now(Change(table, "odd", value))
     with pytest.raises(UnreadableError, match=rf"the record odd of {table} is .*{words}.*criserver reset"):
         RecordStore(store)
     lenient = RecordStore(store, skip_unreadable=True)
     assert list(lenient.sandboxes) == ["full"]
     assert list(lenient.unreadable) == [(table, "odd")]
-    lenient.delete_unreadable()
+    await lenient.delete_unreadable()
     assert RecordStore(store).sandboxes == {"full": SAMPLES["full"]}
 
 

@@ -29,6 +29,8 @@ class FakeNode(SimpleNamespace):
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
             runtime_roots=lambda: str(directory / "runtimes"),
+            recovering={},
+            begin=asyncio.ensure_future,
         )
         brought_to(records, sandbox("p", SandboxState.NOT_READY))
 

@@ -1,0 +1,236 @@
+"""Faults of the node beneath running pods: a disk that stands still, a lost database, helpers that hang."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.support.fixtures import import_image
+from tests.support.node import RUNTIME, Node, processes
+from tests.support.waiting import SLOWNESS, eventually, within
+
+
+@pytest.fixture
+def disk(busybox_archive: str) -> Iterator[Node]:
+    """A node whose root directory is on a disk that can be frozen."""
+    node = Node()
+    image = f"{node.base}/disk"
+    with open(image, "wb") as f:
+        f.truncate(256 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, node.root], check=True)
+    os.chmod(node.root, 0o711)
+    try:
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        node.close()
+
+
+@contextlib.contextmanager
+def frozen(path: str) -> Iterator[None]:
+    subprocess.run(["fsfreeze", "--freeze", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", path], check=True)
+
+
+def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node) -> None:
+    pod = disk.run_pod("one")
+    container = disk.run(pod, "c", ["sleep", "1000"])
+    made: list[str] = []
+
+    def run(number: int) -> None:
+        made.append(disk.run_pod(f"waiting{number}"))
+
+    callers = [threading.Thread(target=run, args=(number,)) for number in range(12)]
+    with frozen(disk.root):
+        for caller in callers:
+            caller.start()
+        time.sleep(0.5)  # all of them stand still now
+        with within(5):
+            assert len(disk.client.ListContainers().containers) == 1
+            assert [p.id for p in disk.client.ListPodSandbox().items] == [pod]
+            assert disk.client.Status().status.conditions
+            assert disk.status(container).state == cri.CONTAINER_RUNNING
+            assert disk.client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
+            assert disk.client.ListContainerStats().stats
+            assert disk.client.ListImages().images
+        assert made == []
+    for caller in callers:
+        caller.join(60 * SLOWNESS)
+    assert len(made) == len(callers)
+    assert len(disk.client.ListPodSandbox().items) == 1 + len(callers)
+
+
+def lose(path: str) -> None:
+    for name in (path, f"{path}-wal", f"{path}-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def empty(path: str) -> None:
+    lose(path)
+    with open(path, "w"):
+        pass
+
+
+def restore(path: str) -> None:
+    lose(path)
+    shutil.copy(f"{path}.older", path)
+
+
+def listed(node: Node) -> list[object]:
+    pods = sorted(node.client.ListPodSandbox().items, key=lambda pod: pod.id)
+    return [pods, node.client.ListContainers().containers, node.client.ListImages().images]
+
+
+@pytest.mark.parametrize("fault", [lose, empty, restore])
+def test_pods_outlive_the_database(node: Node, fault: Any) -> None:
+    node.kill()
+    database = f"{node.root}/criserver.db"
+    shutil.copy(database, f"{database}.older")
+    node.start()
+    pod = node.run_pod("one")
+    container = node.run(pod, "c", ["sleep", "1000"])
+    shared = cri.LinuxPodSandboxConfig(
+        security_context=cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.POD))
+    )
+    other = node.run_pod("shared", linux=shared)
+    node.run(other, "d", ["sleep", "1000"])
+    before = listed(node)
+    pid = node.pid(container)
+    node.kill()
+    fault(database)
+    node.start()
+    assert listed(node) == before
+    assert node.pid(container) == pid
+    assert node.client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
+    node.remove_pods()
+    node.kill()
+    fault(database)
+    node.start()
+    assert node.client.ListPodSandbox().items == []
+
+
+def test_what_lives_without_any_record_is_left_alone_until_a_reset(busybox_archive: str) -> None:
+    node = Node()
+    try:
+        node.start()
+        import_image(node, busybox_archive)
+        pod = node.run_pod("one")
+        container = node.run(pod, "c", ["sleep", "987654"])
+        node.kill()
+        lose(f"{node.root}/criserver.db")
+        shutil.rmtree(f"{node.state}/records")
+        node.start()
+        eventually(lambda: "recovered" in node.daemon_log().rpartition("serving")[2])
+        assert node.client.ListPodSandbox().items == []
+        assert any("sleep 987654" in words for _, words in processes())
+        for name in (pod, container):
+            assert f'"id": "{name}"' in node.daemon_log()
+        assert "`criserver reset` removes it" in node.daemon_log()
+        import_image(node, busybox_archive)
+        node.run(node.run_pod("two"), "c", ["sleep", "1000"])
+        node.stop()
+        reset = [sys.executable, "-m", "criserver", "reset", "--yes", "--grace", "0", "--config", node.config]
+        done = subprocess.run(reset, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not any("sleep 987654" in words for _, words in processes())
+    finally:
+        node.close()
+
+
+HANGING = """#!/bin/sh
+case " $* " in
+*" delete "*) [ ! -e {flag} ] || exec sleep 600;;
+esac
+exec {runtime} "$@"
+"""
+
+
+@pytest.fixture
+def stuck(busybox_archive: str) -> Iterator[Node]:
+    """A node whose OCI runtime hangs when it is to delete a container, while the file "hang" is there."""
+    node = Node(runtimes='[runtimes.runc]\npath = "BASE/runtime"\n')
+    config = Path(node.config)
+    config.write_text(config.read_text().replace("BASE", node.base))
+    runtime = Path(node.base) / "runtime"
+    runtime.write_text(HANGING.format(flag=f"{node.base}/hang", runtime=shutil.which(RUNTIME)))
+    runtime.chmod(0o755)
+    try:
+        node.start()
+        import_image(node, busybox_archive)
+        yield node
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{node.base}/hang")
+        node.close()
+
+
+def test_a_start_waits_for_nothing_that_is_stuck(stuck: Node) -> None:
+    """Ten left-overs and one pod that hang when the OCI runtime is to delete them; the other pods are served."""
+    node = stuck
+    bad, good = node.run_pod("bad"), node.run_pod("good")
+    dead = node.run(bad, "c", ["sleep", "1000"])
+    alive = node.run(good, "c", ["sleep", "1000"])
+    Path(f"{node.base}/hang").touch()
+    with pytest.raises(grpc.RpcError):
+        node.client.RemoveContainer(deadline=1, container_id=dead)
+    node.kill()
+    for number in range(10):
+        os.makedirs(f"{node.state}/runtimes/runc/left{number}")
+    with within(5):
+        node.start()
+        assert node.client.ExecSync(container_id=alive, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
+        assert node.status(alive).state == cri.CONTAINER_RUNNING
+        assert len(node.client.ListContainers().containers) == 2
+        node.run(good, "d", ["true"])
+        node.run_pod("new")
+        with pytest.raises(grpc.RpcError) as refused:
+            node.client.ContainerStatus(deadline=1, container_id=dead)
+        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    os.unlink(f"{node.base}/hang")
+    end_sleepers()
+    # What was waiting goes on, and the call that waits for it as well.
+    node.client.RemoveContainer(container_id=dead)
+    assert {c.metadata.name for c in node.client.ListContainers().containers} == {"c", "d"}
+    eventually(lambda: end_sleepers() or not glob.glob(f"{node.state}/runtimes/runc/left*"))
+
+
+def end_sleepers() -> None:
+    """End the OCI runtimes that hang."""
+    for pid, words in processes():
+        if words.startswith("sleep 600"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:
+    pod = node.run_pod("one")
+    before = node.run(pod, "before", ["sleep", "1000"])
+    assert node.process is not None
+    children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children").read_text().split()
+    (nursery,) = (int(pid) for pid in children if b"nursery" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(nursery, signal.SIGSTOP)
+    with within(15):
+        container = node.run(pod, "c", ["sleep", "1000"])
+    assert not os.path.exists(f"/proc/{nursery}")
+    assert node.status(container).state == node.status(before).state == cri.CONTAINER_RUNNING
+    with within(5):
+        node.run(pod, "d", ["true"])
