@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,22 @@ from criserver.config import RuntimeHandler
 from criserver.errors import DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import oci_runtime
 from criserver.runtime.oci_runtime import OciRuntime
+from tests.support.waiting import until
 
 SLICE = "kubepods-pod1.slice"
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> OciRuntime:
-    """A runtime that writes down how it was called; a test replaces its program by :func:`program`."""
+async def runtime(tmp_path: Path) -> AsyncIterator[OciRuntime]:
+    """A runtime that writes down how it was called; a test replaces its program by :func:`program`.
+
+    In the end a program that was killed is reaped, or asyncio would complain of it without its loop.
+    """
     runtime = OciRuntime.of(RuntimeHandler("kata", str(tmp_path / "program")), str(tmp_path / "roots"))
     program(runtime, 'echo "$@" > "$(dirname "$0")/called"')
-    return runtime
+    yield runtime
+    await until(lambda: not Path(f"/proc/self/task/{os.getpid()}/children").read_text())
+    await asyncio.sleep(0)
 
 
 def program(runtime: OciRuntime, script: str) -> None:
