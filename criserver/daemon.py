@@ -27,7 +27,7 @@ from criserver.images import ContentStore, Images, RegistrySettings, host_platfo
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, host, passage, recovery
+from criserver.runtime import apparmor, cgroups, host, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -73,7 +73,6 @@ async def serve(config: Config) -> None:
     try:
         await node.nursery.start()
         await apparmor.load()
-        passage.update(node)
         recovery.begin(node)
         await node.streaming.start()
         server = await listen(config.grpc_address, _services(node))

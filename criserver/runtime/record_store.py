@@ -168,13 +168,15 @@ class RecordStore:
         """Replace the record of the same ID by this one. If an error is raised, nothing has changed.
 
         Returns the new record: it has what was observed while it was being written, besides what this one changes.
-        Raises ResourceExhaustedError if the disk is full, CriError for a step that is not in the table of
-        :mod:`criserver.runtime.lifecycle`.
+        Raises ResourceExhaustedError if the disk is full, NotFoundError if the record is removed meanwhile, CriError for
+        a step that is not in the table of :mod:`criserver.runtime.lifecycle`.
         """
         self._check(record, record.state)
         old = self._current(record)
         await self._store.write(_row(record))
         current = self._current(record)
+        if current is None:
+            raise NotFoundError(f"{record.id} was removed meanwhile")
         if current is not old:
             changed = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
             changed = {name: value for name, value in changed.items() if value != getattr(old, name)}

@@ -17,11 +17,13 @@ from typing import assert_never
 
 import structlog
 
+from criserver.errors import CriError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
 from criserver.runtime import (
     container_create,
     filesystems,
+    passage,
     pidfd,
     process_records,
     sandbox_files,
@@ -51,6 +53,11 @@ async def recover(node: Node, *, end_living: bool = False) -> None:
 
 def begin(node: Node) -> None:
     """Begin the recovery of each pod. Until it has ended, calls for the pod wait."""
+    if any(s.config.namespaces.user is not None for s in node.records.sandboxes.values()):
+        try:
+            passage.update(node)
+        except (CriError, OSError) as e:
+            log.exception("the way of user namespaces cannot be set", error=str(e))
     for sandbox in node.records.sandboxes.values():
         task = node.recovering[sandbox.id] = node.begin(_pod(node, sandbox))
         task.add_done_callback(lambda _, key=sandbox.id: node.recovering.pop(key))  # type: ignore[misc]

@@ -37,6 +37,7 @@ class FakeStore(Store):
 
     async def write(self, *changes: Change) -> None:
         self.write_now(*changes)
+        await asyncio.sleep(0)  # as a thread lets other tasks run
 
     def submit(self, *changes: Change) -> asyncio.Future[None]:
         return asyncio.ensure_future(self.write(*changes))

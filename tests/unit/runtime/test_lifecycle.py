@@ -30,7 +30,7 @@ from criserver.runtime.lifecycle import (
     is_visible,
 )
 from criserver.runtime.record_store import RecordStore
-from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.records import Container, Record, Sandbox, dump
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to, in_state
 
@@ -155,6 +155,33 @@ async def test_a_record_that_is_gone_does_not_come_back() -> None:
     assert records.sandboxes == {}
     # Its name is nobody's.
     await records.add(sandbox("b"))
+
+
+async def test_what_is_observed_while_a_record_is_written_is_kept() -> None:
+    """A container ends while its new limits are written."""
+    records = RecordStore(store := FakeStore())
+    brought_to(records, pod := sandbox("p", SandboxState.READY))
+    brought_to(records, running := container("c", pod, ContainerState.RUNNING))
+    saving = asyncio.create_task(records.save(dataclasses.replace(running, sent=b"new")))
+    await asyncio.sleep(0)
+    await records.observe(running.ended(3, "Error"))
+    saved = await saving
+    assert (saved.sent, saved.state, saved.exit_code) == (b"new", ContainerState.EXITED, 3)
+    assert records.container("c") == saved
+    await asyncio.sleep(0)
+    assert store.tables["containers"]["c"] == dump(saved)
+
+
+async def test_a_record_that_is_removed_while_it_is_written_does_not_come_back() -> None:
+    records = RecordStore(store := FakeStore())
+    brought_to(records, gone := sandbox("p", SandboxState.REMOVING))
+    saving = asyncio.create_task(records.save(dataclasses.replace(gone, sent=b"new")))
+    await asyncio.sleep(0)
+    await records.forget(gone)
+    with pytest.raises(NotFoundError, match="removed meanwhile"):
+        await saving
+    assert not records.sandboxes
+    assert not store.tables["sandboxes"]
 
 
 def test_what_is_being_made_is_not_seen() -> None:
