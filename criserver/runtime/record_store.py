@@ -168,8 +168,8 @@ class RecordStore:
         """Replace the record of the same ID by this one. If an error is raised, nothing has changed.
 
         Returns the new record: it has what was observed while it was being written, besides what this one changes.
-        Raises ResourceExhaustedError if the disk is full, NotFoundError if the record is removed meanwhile, CriError for
-        a step that is not in the table of :mod:`criserver.runtime.lifecycle`.
+        Raises ResourceExhaustedError if the disk is full, NotFoundError if the record is removed meanwhile, CriError
+        for a step that is not in the table of :mod:`criserver.runtime.lifecycle`.
         """
         self._check(record, record.state)
         old = self._current(record)

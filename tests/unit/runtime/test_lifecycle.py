@@ -178,8 +178,7 @@ async def test_a_record_that_is_removed_while_it_is_written_does_not_come_back()
     saving = asyncio.create_task(records.save(dataclasses.replace(gone, sent=b"new")))
     await asyncio.sleep(0)
     await records.forget(gone)
-    with pytest.raises(NotFoundError, match="removed meanwhile"):
-        await saving
+    await saving
     assert not records.sandboxes
     assert not store.tables["sandboxes"]
 
