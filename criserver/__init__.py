@@ -3,4 +3,4 @@
 The version stands here alone. pyproject.toml, the Debian package and the command read it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -53,25 +53,25 @@ def generic_handler(
         implementation = getattr(service, method_name(method.name), None)
         if implementation is None:
             implementation = _absent(method.name, missing[method.name], streams=method.server_streaming)
-        handlers[method.name] = _rpc(method, implementation if before is None else _after(before, implementation))
+        handlers[method.name] = _rpc(method, implementation, before or _nothing)
     return grpc.method_handlers_generic_handler(name or descriptor.full_name, handlers)
 
 
-def _after(before: Handler, implementation: Handler) -> Handler:
-    async def call(request: Any) -> Any:
-        await before(request)
-        return await implementation(request)
-
-    return call
+async def _nothing(_: Any) -> None:
+    """Wait for nothing before an RPC."""
 
 
-def _rpc(method: MethodDescriptor, implementation: Handler) -> Any:
+def _rpc(method: MethodDescriptor, implementation: Handler, before: Handler) -> Any:
     request = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming_call(method.name, implementation), request, _serialize)
+        return grpc.unary_stream_rpc_method_handler(
+            _streaming_call(method.name, implementation, before), request, _serialize
+        )
     if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(_unary_call(method.name, implementation), request, _serialize)
-    return grpc.unary_unary_rpc_method_handler(_unary_call(method.name, implementation), request, _serialize)
+        return grpc.stream_unary_rpc_method_handler(
+            _unary_call(method.name, implementation, before), request, _serialize
+        )
+    return grpc.unary_unary_rpc_method_handler(_unary_call(method.name, implementation, before), request, _serialize)
 
 
 def _serialize(response: Message | bytes) -> bytes:
@@ -79,7 +79,7 @@ def _serialize(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _unary_call(rpc: str, implementation: Handler) -> _Call:
+def _unary_call(rpc: str, implementation: Handler, before: Handler) -> _Call:
     """The implementation; its errors become gRPC statuses."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -88,6 +88,7 @@ def _unary_call(rpc: str, implementation: Handler) -> _Call:
         try:
             if isinstance(request, Message):  # not for a stream of requests
                 bounds.check(request)
+                await before(request)
             return await implementation(request)
         except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
             await context.abort(*_status(rpc, e))
@@ -95,10 +96,11 @@ def _unary_call(rpc: str, implementation: Handler) -> _Call:
     return call
 
 
-def _streaming_call(rpc: str, implementation: Any) -> Any:
+def _streaming_call(rpc: str, implementation: Any, before: Handler) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             bounds.check(request)
+            await before(request)
             async for response in implementation(request):
                 yield response
         except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on

@@ -181,10 +181,10 @@ def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, 
         (full / "cgroup.procs").write_text(str(node.process.pid))
         (full / "pids.max").write_text((full / "pids.current").read_text())
         pings()
-        for _ in range(3):
+        for number in range(3):
             node.client.Version()
             with pytest.raises(grpc.RpcError, match="no process or thread can be started now: TasksMax") as refused:
-                node.run_pod("refused")
+                node.run_pod(f"refused{number}")
             assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert node.sh(container, "echo still here") == "still here\n"
         eventually(lambda: pings() > 0)

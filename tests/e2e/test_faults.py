@@ -197,7 +197,7 @@ def test_a_start_waits_for_nothing_that_is_stuck(stuck: Node) -> None:
     for number in range(10):
         os.makedirs(f"{node.state}/runtimes/runc/left{number}")
     with within(5):
-        node.start()
+        node.start(recovered=False)
         assert node.client.ExecSync(container_id=alive, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
         assert node.status(alive).state == cri.CONTAINER_RUNNING
         assert len(node.client.ListContainers().containers) == 2

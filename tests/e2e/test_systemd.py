@@ -61,8 +61,8 @@ class Service(Node):
         Path(f"/run/systemd/system/{UNIT}").write_text(unit)
         systemctl("daemon-reload")
 
-    def start(self) -> None:
-        """Start the service; when that returns it has to serve."""
+    def start(self, *, recovered: bool = True) -> None:
+        """Start the service; when that returns it has to serve. Its log, and so its recovery, is the journal's."""
         systemctl("start", UNIT)
         self.client = Client(self.socket)
         self.client.Version(deadline=30)

@@ -115,8 +115,9 @@ class Node:
         with open(f"{self.cni}/10-e2e.conflist", "w") as f:
             json.dump({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins}, f)
 
-    def start(self) -> None:
-        """Start the daemon and wait until it serves."""
+    def start(self, *, recovered: bool = True) -> None:
+        """Start the daemon and wait until it serves, and until it has ``recovered`` all pods unless that is False."""
+        logged = len(self.daemon_log()) if os.path.exists(f"{self.base}/daemon.log") else 0
         with open(f"{self.base}/daemon.log", "ab") as out:
             self.process = subprocess.Popen(
                 [self.python, "-m", "criserver", "serve", "--config", self.config],
@@ -130,10 +131,12 @@ class Node:
         while True:
             try:
                 self.client.Version(deadline=2 * SLOWNESS)
-                return
+                break
             except grpc.RpcError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise AssertionError(f"the daemon does not serve:\n{self.daemon_log()}") from None
+        if recovered:
+            eventually(lambda: "recovered" in self.daemon_log()[logged:], 60)
 
     def kill(self) -> None:
         """SIGKILL the daemon."""
