@@ -64,14 +64,12 @@ async def _nothing(_: Any) -> None:
 def _rpc(method: MethodDescriptor, implementation: Handler, before: Handler) -> Any:
     request = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(
-            _streaming_call(method.name, implementation, before), request, _serialize
-        )
+        streaming = _streaming_call(method.name, implementation, before)
+        return grpc.unary_stream_rpc_method_handler(streaming, request, _serialize)
+    call = _unary_call(method.name, implementation, before)
     if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(
-            _unary_call(method.name, implementation, before), request, _serialize
-        )
-    return grpc.unary_unary_rpc_method_handler(_unary_call(method.name, implementation, before), request, _serialize)
+        return grpc.stream_unary_rpc_method_handler(call, request, _serialize)
+    return grpc.unary_unary_rpc_method_handler(call, request, _serialize)
 
 
 def _serialize(response: Message | bytes) -> bytes:
