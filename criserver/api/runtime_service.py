@@ -264,6 +264,8 @@ class RuntimeService(StatsRpcs):
             pid=container.pid,
             rootfs=self._node.rootfs(container.id),
             runtimeSpec=runtime_spec,
+            # Options that were accepted and have no effect on this node.
+            ignored={"selinux_options": options} if (options := selinux.ignored(container.config.security)) else {},
         )
 
 

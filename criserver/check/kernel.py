@@ -42,7 +42,7 @@ def check(host: ExaminedNode, _: Config) -> Iterator[Finding]:
                 "apt-get install apparmor",
             )
         else:
-            yield ok("AppArmor is enabled")
+            yield ok("AppArmor is enabled; selinux_options of pods have no effect")
     elif host.exists("/sys/fs/selinux/enforce"):
         if host.labelled():
             yield ok("SELinux has a policy, with types for containers")
@@ -52,6 +52,8 @@ def check(host: ExaminedNode, _: Config) -> Iterator[Finding]:
                 "separate pods from each other",
                 "install the policy for containers (package container-selinux)",
             )
+    else:
+        yield ok("neither AppArmor nor SELinux is enabled; options of pods for SELinux have no effect")
 
 
 def _users(host: ExaminedNode) -> Finding:

@@ -113,6 +113,9 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
     selinux.check(config.security, sandbox.selinux_level, f"container {config.name}")
+    others = (c.config.security for c in node.records.containers_of(sandbox.id))
+    if (options := selinux.ignored(config.security)) and not any(map(selinux.ignored, others)):
+        log.warning("selinux_options have no effect: this node has no policy", sandbox=sandbox.id, options=options)
 
 
 async def _seccomp(config: ContainerConfig) -> Spec | None:

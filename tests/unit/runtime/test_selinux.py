@@ -108,8 +108,14 @@ def test_without_a_policy_nothing_is_labelled(no_policy: None) -> None:
     assert selinux.pod_files("") == ""
     for asked in (asking(), asking(type="spc_t"), asking(type="container_t", privileged=True)):
         selinux.check(asked, "", "container c")
-    with pytest.raises(FailedPreconditionError, match=r"container c: .*type = container_t.*no SELinux policy"):
-        selinux.check(asking(type="container_t"), "", "container c")
+        assert selinux.ignored(asked) == ""
+    asked = asking(type="container_t", level="s0:c9")
+    selinux.check(asked, "", "container c")
+    assert selinux.ignored(asked) == "type = container_t, level = s0:c9"
+
+
+def test_with_a_policy_no_option_is_ignored(policy: Policy) -> None:
+    assert selinux.ignored(asking(type="container_t", level="s0:c9")) == ""
 
 
 def test_the_types_are_the_policys(tmp_path: Path) -> None:
