@@ -48,6 +48,9 @@ log = structlog.get_logger(__name__)
 # Seconds that calls under way may still take when the daemon is told to stop.
 STOP_GRACE = 5.0
 CHECKPOINT_INTERVAL = 60.0
+# Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
+SYNC_INTERVAL = 30.0
+SYNC_GRACE = 10.0
 
 
 async def serve(config: Config) -> None:
@@ -97,6 +100,7 @@ async def serve(config: Config) -> None:
             await server.stop(STOP_GRACE)
             await node.streaming.stop()
             await upkeep.finish(node.settle(), STOP_GRACE)
+            await upkeep.finish(node.images.sync(), SYNC_GRACE)
     finally:
         for process in node.processes.values():
             process.abandon()
@@ -141,6 +145,7 @@ def assemble(
                 config.registry_progress_timeout,
             ),
             host_platform(),
+            note=os.path.join(config.root, "synced.json"),
         ),
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,
@@ -177,6 +182,8 @@ def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
     return [
         Task("the CRI server", lambda: ended(server), vital=True),
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
+        Task("the check of images after an unclean boot", node.images.check_suspects),
+        Task("the sync of new images", node.images.sync, every=SYNC_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
         # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),

@@ -62,6 +62,7 @@ _libc.mount.argtypes = (
 )
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.unshare.argtypes = (ctypes.c_int,)
+_libc.syncfs.argtypes = (ctypes.c_int,)
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
@@ -113,6 +114,16 @@ def unmount(target: str) -> None:
         # The loop ends here, when there is no mount any more, or no such path.
         if e.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
             raise
+
+
+def syncfs(path: str) -> None:
+    """syncfs(2) of the file system at ``path``. It reports failed writes too that no caller has been told of."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            raise _error(path)
+    finally:
+        os.close(fd)
 
 
 def unshare(flags: int) -> None:

@@ -51,7 +51,8 @@ class Snapshotter:
     """
 
     def __init__(self, root: str, *, limits: LayerLimits | None = None, workers: int | None = None) -> None:
-        self._root = os.path.abspath(root)
+        self.root = os.path.abspath(root)
+        self.commits = 0  # layers committed by this object
         self.limits = limits or LayerLimits()
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
@@ -66,7 +67,7 @@ class Snapshotter:
         self._undeleted = self._staging.sweep()  # removed snapshots that are still in staging, by key
         used = (int(name) for name in os.listdir(self._path("layers")) if _NUMBER.fullmatch(name))
         self._numbers = itertools.count(max(used, default=0) + 1)
-        self._mounter = OverlayMounter(self._root, self._staging)
+        self._mounter = OverlayMounter(self.root, self._staging)
         self._workers = Workers(self._staging, self.limits, workers or max(2, os.cpu_count() or 1))
 
     def close(self) -> None:
@@ -207,10 +208,7 @@ class Snapshotter:
         users += [f"snapshot {s.key}" for s in self._snapshots.values() if s.chain_id == chain_id]
         if users:
             raise SnapshotError(f"layer {chain_id} is in use by {users[0]}; remove that first")
-        name = self._staging.retire(layer.path)
-        del self._layers[chain_id]
-        self._unsettled.discard(chain_id)
-        await in_thread(self._staging.delete, name)
+        await self._delete_layer(layer)
 
     async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
         """What is wrong with a committed layer on disk; "" if nothing is, or if the layer has been removed.
@@ -228,6 +226,29 @@ class Snapshotter:
             wrong = await compare(layer, blob, compression, self.limits)
         return wrong if self._layers.get(chain_id) is layer else ""
 
+    async def compare_layer(self, chain_id: str, blob: str, compression: str) -> str:
+        """What is wrong with a layer on disk, whatever is below it; "" if nothing is, or if it has been removed.
+
+        ``blob`` is the file that the layer came from, and is sound. As the cheapest comes first: the metadata, the
+        list of implied directories, and at last all files. There is no other copy of that list, so a layer that still
+        has one counts as damaged.
+        """
+        layer = self._layers.get(chain_id)
+        if layer is None:
+            return ""
+        wrong = await asyncio.to_thread(metadata.check, layer)
+        if not wrong and chain_id in self._unsettled:
+            wrong = "its list of implied directories cannot be checked"
+        if not wrong:
+            wrong = await compare(layer, blob, compression, self.limits)
+        return wrong if self._layers.get(chain_id) is layer else ""
+
+    async def drop_layer(self, chain_id: str) -> None:
+        """Remove a damaged layer also if others need it: it is to be unpacked anew. Nothing may be mounted on it."""
+        layer = self._layers.get(chain_id)
+        if layer is not None:
+            await self._delete_layer(layer)
+
     async def usage(self, key: str) -> TreeUsage:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
         path = os.path.join(self._snapshot(key).path, "fs")
@@ -244,7 +265,7 @@ class Snapshotter:
         return await self._mounter.idmap_trouble()
 
     def _path(self, *names: str) -> str:
-        return os.path.join(self._root, *names)
+        return os.path.join(self.root, *names)
 
     def _snapshot(self, key: str) -> Snapshot:
         snapshot = self._snapshots.get(key)
@@ -281,6 +302,12 @@ class Snapshotter:
                         raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
                     self._unsettled.discard(layer.chain_id)
                 below = [layer] if layer.opaque else [layer, *below]
+
+    async def _delete_layer(self, layer: Layer) -> None:
+        name = self._staging.retire(layer.path)
+        del self._layers[layer.chain_id]
+        self._unsettled.discard(layer.chain_id)
+        await in_thread(self._staging.delete, name)
 
     def _load_layers(self) -> None:
         for name in sorted(os.listdir(self._path("layers"))):
@@ -328,6 +355,7 @@ class Snapshotter:
             await in_thread(self._staging.discard, area)
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
         layer = self._layers[chain_id] = Layer(**meta, path=path)
+        self.commits += 1
         if implied.are_in(path):
             self._unsettled.add(chain_id)
         return layer

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from snapshotter.tasks import outlive
@@ -41,6 +41,24 @@ def start_thread(work: Callable[[], None], name: str) -> None:
 def _no_room(error: RuntimeError) -> OSError:
     """EAGAIN, as from pthread_create(3): a limit of processes is reached (TasksMax, a cgroup's or the node's)."""
     return OSError(errno.EAGAIN, f"{error}; is a limit of processes reached?")
+
+
+async def in_loose_thread(function: Callable[[], _T], name: str) -> _T:
+    """Run in a new thread, which ends with the process: the process does not wait for it, as it does for a pool's.
+
+    A cancelled caller does not wait for its end. Raises OSError if there is no room for a thread.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as e:  # noqa: BLE001 - the caller raises it
+            outcome.set_exception(e)
+
+    start_thread(work, name)
+    return await asyncio.shield(asyncio.wrap_future(outcome, loop=loop))
 
 
 async def in_thread(function: Callable[..., _T], *arguments: Any, executor: Executor | None = None) -> _T:

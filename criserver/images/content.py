@@ -4,8 +4,8 @@
 the start. Nothing is synced, as an fsync for each layer would slow down every pull:
 
 1. A SIGKILL of the daemon does not affect the page cache.
-2. After a power cut a blob may have a wrong size, which the start finds by the manifest that names it, or a wrong
-   content, which is found by its digest. The image is dropped then, and pulled again.
+2. After a power cut a blob may have a wrong size, which the start finds by the manifest that names it. Or it may have a
+   wrong content: see criserver.images.suspects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import BinaryIO, Protocol
@@ -32,6 +32,7 @@ _log = structlog.get_logger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}")
 _INLINE = 64 << 10  # to hash and write fewer bytes takes less time than a call in a thread
 _BLOCK = 4096
+_PIECE = 1 << 20
 
 
 def digest_of(data: bytes) -> str:
@@ -46,6 +47,8 @@ class ContentStore:
     """
 
     def __init__(self, root: str) -> None:
+        self.root = root
+        self.commits = 0  # blobs committed by this object
         self._blobs = os.path.join(root, "blobs", "sha256")
         self._ingest = os.path.join(root, "ingest")
         self._numbers = count()
@@ -96,6 +99,34 @@ class ContentStore:
         if digest_of(data) != digest:
             raise DataLossError(f"blob {digest} is damaged on disk: its content has digest {digest_of(data)}")
         return data
+
+    def check(self, digest: str, go_on: Callable[[int], bool] = lambda _: True) -> str:
+        """What is wrong with a blob on disk, its size or its content; "" if nothing is. Blocks.
+
+        ``go_on`` is told of each piece's length. If it returns False, the check ends, and returns "".
+        """
+        size = self.size(digest)
+        found = hashlib.sha256()
+        length = 0
+        try:
+            with open(self.path(digest), "rb", buffering=0) as file:
+                if (there := os.fstat(file.fileno()).st_size) != size:
+                    return f"it has {there} bytes in place of {size}"
+                # Read from the disk, not from the page cache, and do not fill the cache.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while piece := file.read(_PIECE):
+                    found.update(piece)
+                    length += len(piece)
+                    if not go_on(len(piece)):
+                        return ""
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as e:
+            return f"it cannot be read: {e.strerror}"
+        if length != size:
+            return f"it has {length} bytes in place of {size}"
+        if f"sha256:{found.hexdigest()}" != digest:
+            return f"its content has digest sha256:{found.hexdigest()}"
+        return ""
 
     def put(self, data: bytes) -> str:
         """Store a small blob, such as a manifest, and return its digest."""
@@ -162,6 +193,7 @@ class ContentStore:
         if digest not in self._sizes:
             self._sizes[digest] = size
             self._bytes += _occupied(size)
+        self.commits += 1
 
 
 class Watcher(Protocol):

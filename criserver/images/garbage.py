@@ -52,6 +52,10 @@ class GarbageCollector:
             if self._content.digests() - self._needed_blobs() or self._garbage_layer() is not None:
                 await self.collect()
 
+    def leased(self) -> set[str]:
+        """The blobs and layers of the loads and exports under way."""
+        return set().union(*(lease.blobs | lease.layers for lease in self._leases))
+
     async def _collect(self) -> FsUsage:
         size = inodes = 0
         stuck: set[str] = set()

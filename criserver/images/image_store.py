@@ -26,6 +26,7 @@ from criserver.images.manifests import (
     parse_config,
     parse_manifest,
 )
+from criserver.images.suspects import Suspects
 from criserver.store import Change, Store
 from snapshotter import Snapshotter
 
@@ -47,12 +48,16 @@ class _Entry:
 
 
 class ImageStore:
-    """The records of images. Creating it drops the records of images of which a part is missing on disk."""
+    """The records of images. Creating it drops the records of images of which a part is missing on disk.
 
-    def __init__(self, store: Store, content: ContentStore, snapshotter: Snapshotter) -> None:
+    After an unclean boot an image is kept if only layers are missing. These are suspects: its next user unpacks them.
+    """
+
+    def __init__(self, store: Store, content: ContentStore, snapshotter: Snapshotter, suspects: Suspects) -> None:
         self._store = store
         self._content = content
         self._snapshotter = snapshotter
+        self._suspects = suspects
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
         self._load()
@@ -136,6 +141,25 @@ class ImageStore:
         """The images that need the blob with this digest, or the layer with this chain ID."""
         entries = (entry for _, entry in sorted(self._entries.items()))
         return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
+
+    def manifest_to_check(self, image_id: str) -> Descriptor | None:
+        """The manifest of an image that has suspects or missing layers; None if there is nothing to check."""
+        entry = self._entries.get(image_id)
+        if entry is None:
+            return None
+        whole = all(self._snapshotter.layer(chain_id) is not None for chain_id in entry.layers)
+        return None if whole and not self._suspects.concern(entry.blobs, entry.layers) else entry.manifest
+
+    def missing(self, digests: Iterable[str]) -> dict[str, str]:
+        """The images of which one of these blobs or layers is missing, by ID, with what is missing."""
+        found = {}
+        for image_id, entry in self._entries.items():
+            for digest in digests:
+                if digest in entry.blobs and self._content.size(digest) is None:
+                    found[image_id] = f"blob {digest}"
+                elif digest in entry.layers and self._snapshotter.layer(digest) is None:
+                    found[image_id] = f"layer {digest}"
+        return found
 
     def sources(self) -> dict[str, Descriptor]:
         """The blobs of the layers of all images, by the layers' chain IDs."""
@@ -230,13 +254,16 @@ class ImageStore:
         record = json.loads(value)
         found = record["manifest"]
         manifest = Descriptor(found["mediaType"], found["digest"], found["size"])
-        entry = self._read(manifest, pinned=record["pinned"])
+        entry = self._read(manifest, pinned=record["pinned"], mend=self._suspects.unclean)
         if entry.image.id != image_id:
             raise DataLossError(f"its manifest {manifest.digest} is of image {entry.image.id}")
         return entry
 
-    def _read(self, descriptor: Descriptor, *, pinned: bool) -> _Entry:
-        """The image with this manifest, without names, from disk. Raises an error if a part is missing."""
+    def _read(self, descriptor: Descriptor, *, pinned: bool, mend: bool = False) -> _Entry:
+        """The image with this manifest, without names, from disk. Raises an error if a part is missing.
+
+        With ``mend`` a missing layer is no error, and becomes a suspect.
+        """
         manifest = self._manifest(descriptor)
         for blob in (manifest.config, *manifest.layers):
             if self._content.size(blob.digest) != blob.size:
@@ -244,9 +271,10 @@ class ImageStore:
         body = self._content.read(manifest.config.digest, MAX_CONFIG)
         configuration = parse_config(body, f"configuration {manifest.config.digest}")
         chain = chain_ids(configuration.diff_ids)
-        for chain_id in chain:
-            if self._snapshotter.layer(chain_id) is None:
-                raise NotFoundError(f"layer {chain_id} is missing")
+        missing = [chain_id for chain_id in chain if self._snapshotter.layer(chain_id) is None]
+        if missing and not mend:
+            raise NotFoundError(f"layer {missing[0]} is missing")
+        self._suspects.layers.update(missing)
         image = Image(
             id=manifest.config.digest,
             repo_tags=(),

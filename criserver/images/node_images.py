@@ -4,18 +4,19 @@
    deletes the record first, and the content after that.
 2. Content that has no record and no lease of a load under way is garbage. So a daemon that dies at any moment leaves
    nothing but garbage, and :meth:`Images.collect` removes that at the next start (criserver.images.garbage).
+3. After a power cut :meth:`Images.checked` checks what the cut may have damaged (criserver.images.suspects).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import structlog
 
-from criserver.errors import FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
 from criserver.images.content import ContentStore
@@ -29,9 +30,10 @@ from criserver.images.manifests import Descriptor, choose
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.progress import LayerProgress, progress
-from criserver.images.pull import Lease, Loader
+from criserver.images.pull import Lease, Loader, NoSource
 from criserver.images.references import Reference
 from criserver.images.settings import RegistrySettings
+from criserver.images.suspects import Suspects
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
 from snapshotter import Snapshotter
@@ -47,7 +49,8 @@ _log = structlog.get_logger(__name__)
 class Images:
     """The images of a node. A daemon has one, and calls :meth:`collect` once at its start.
 
-    Creating it drops the records of images of which a part is missing on disk.
+    Creating it drops the records of images of which a part is missing on disk. ``note`` is the file of the
+    :mod:`~criserver.images.sync_note`.
     """
 
     def __init__(
@@ -58,15 +61,17 @@ class Images:
         registries: RegistrySettings,
         platform: Platform,
         policy: ImagePolicy | None = None,
+        note: str = "",
     ) -> None:
-        self._images = ImageStore(store, content, snapshotter)
+        self._suspects = Suspects(content, snapshotter, note)
+        self._images = ImageStore(store, content, snapshotter, self._suspects)
         self._garbage = GarbageCollector(self._images, content, snapshotter)
         self._content = content
         self._snapshotter = snapshotter
         self._registries = registries
         self._policy = policy or AcceptAll()
         self._platform = platform
-        self._loader = Loader(content, snapshotter, platform)
+        self._loader = Loader(content, snapshotter, platform, self._suspects)
         self._downloads = asyncio.Semaphore(registries.max_downloads)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
         self._verifying = False
@@ -105,7 +110,7 @@ class Images:
         UnimplementedError, ResourceExhaustedError.
         """
         with open_archive(path, name) as archive:
-            async with self._garbage.kept(Lease()) as lease:
+            async with self._kept(Lease()) as lease:
                 loaded: list[tuple[Descriptor, list[str]]] = []
                 for archived in await archive.images():
                     target = choose(archived.index, self._platform, archive.name)
@@ -130,7 +135,9 @@ class Images:
             given = self._images.name_in(ref)
             chosen.setdefault(image.id, []).extend([given] if given else image.repo_tags or image.repo_digests)
         lease = Lease(self._images.blobs(chosen))
-        async with self._garbage.kept(lease):
+        async with self._kept(lease):
+            for image_id in chosen:
+                await self.checked(self._images.wanted(image_id))
             exports = [self._images.export(key, tuple(dict.fromkeys(names))) for key, names in chosen.items()]
             pieces = archive_of(exports, self._content)
             while (piece := await in_thread(next, pieces, None)) is not None:
@@ -147,6 +154,40 @@ class Images:
     def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
         """See :meth:`ImageStore.list`."""
         return self._images.list(filter)
+
+    async def checked(self, image: Image) -> None:
+        """Check what an unclean boot may have damaged of an image, and mend it. To be called before the image is used.
+
+        Damaged layers are unpacked anew from their blobs. If a blob is damaged, the image is dropped, so that it is
+        pulled again: raises NotFoundError.
+        """
+        manifest = self._images.manifest_to_check(image.id)
+        if manifest is None:
+            return
+        try:
+            async with self._kept(Lease()) as lease:
+                await self._loader.load(NoSource(f"image {image.id}"), manifest, lease)
+        except CriError as e:
+            if self._images.get(image.id) is not None:
+                raise
+            raise NotFoundError(f"image {image.id} was damaged by an unclean boot of the node; pull it again") from e
+
+    async def check_suspects(self) -> None:
+        """Check all images that an unclean boot may have damaged, one at a time."""
+        for image in self._images.list():
+            try:
+                await self.checked(image)
+            except CriError as e:
+                _log.warning("image not usable after an unclean boot", image=image.id, error=str(e))
+        await self.sync()
+
+    async def sync(self) -> None:
+        """Sync blobs and layers to disk if there are new ones, so that a power cut cannot damage them."""
+        self._suspects.forget_gone(self._images.layers())
+        try:
+            await self._suspects.sync()
+        except OSError as e:
+            _log.warning("new images are not synced to disk, a power cut may damage them", error=str(e))
 
     async def pin(self, ref: str, *, pinned: bool) -> Image:
         """See :meth:`ImageStore.pin`."""
@@ -223,6 +264,28 @@ class Images:
             inodes += layer.inodes
         return FsUsage(size, inodes)
 
+    @asynccontextmanager
+    async def _kept(self, lease: Lease) -> AsyncIterator[Lease]:
+        """As :meth:`GarbageCollector.kept`. At its end, images are dropped of which a damaged part was not replaced."""
+        try:
+            async with self._garbage.kept(lease):
+                yield lease
+        finally:
+            # What another load has under its lease may be on its way.
+            if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
+                for image_id, what in broken.items():
+                    _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")
+                await self._images.drop(broken)
+                await self.collect()
+
+    async def _is_sound(self, image: Image) -> bool:
+        """Whether an image can be used; see :meth:`checked`."""
+        try:
+            await self.checked(image)
+        except NotFoundError:
+            return False
+        return True
+
     async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
         from criserver.images.auth import Keyring  # with aiohttp: see transport
         from criserver.images.registry_client import RegistryClient
@@ -231,11 +294,11 @@ class Images:
         hosts = hosts_for(reference.domain, registries.config_path)
         file = load_docker_config(registries.auth_file) if registries.auth_file else None
         keyring = Keyring(reference, credentials, file)
-        async with self._garbage.kept(lease):
+        async with self._kept(lease):
             async with RegistryClient(
                 reference, hosts, keyring, self._downloads, registries.progress_timeout
             ) as client:
-                if image := await self._unchanged(client, reference):
+                if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
                     return image
                 target = await client.resolve()
                 await self._policy.check(reference, target)

@@ -27,6 +27,7 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.platforms import Platform, runs_on
+from criserver.images.suspects import Suspects
 from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
 
 _DOWNLOADS = 3
@@ -55,6 +56,26 @@ class BlobSource(Protocol):
         """Bring a blob into ``content``, checked against its size and digest; ``watcher`` is told how it grows."""
 
 
+class NoSource:
+    """A BlobSource without blobs: an image is loaded from what is in the content store, or not at all."""
+
+    origin = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def manifest(self, descriptor: Descriptor) -> bytes:
+        raise DataLossError(f"{self.name}: manifest {descriptor.digest} was lost or damaged")
+
+    async def blob(
+        self,
+        descriptor: Descriptor,
+        content: ContentStore,  # noqa: ARG002 - the protocol's
+        watcher: Watcher | None = None,  # noqa: ARG002 - the protocol's
+    ) -> None:
+        raise DataLossError(f"{self.name}: blob {descriptor.digest} was lost or damaged")
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """Blobs and layers that a load or an export needs. The garbage collection does not delete them.
@@ -70,8 +91,9 @@ class Lease:
 class Loader:
     """Loads images into a content store and a snapshotter. A daemon has one, so that concurrent loads share work."""
 
-    def __init__(self, content: ContentStore, snapshotter: Snapshotter, platform: Platform) -> None:
+    def __init__(self, content: ContentStore, snapshotter: Snapshotter, platform: Platform, suspects: Suspects) -> None:
         self._content = content
+        self._suspects = suspects
         self._snapshotter = snapshotter
         self._platform = platform
         self._locks: dict[tuple[str, str], _Lock] = {}
@@ -83,6 +105,7 @@ class Loader:
         2. A layer whose blob takes long is unpacked while the blob arrives. It is committed when the whole blob is
            there and has the right digest.
         3. Blobs and layers are put under ``lease`` before they are looked for.
+        4. Suspects are checked first. Damaged ones are fetched or unpacked anew.
         """
         descriptor, manifest = await self._manifest(source, target, lease)
         what = f"{source.name}: manifest {descriptor.digest}"
@@ -113,6 +136,7 @@ class Loader:
         descriptor = target
         for _ in range(_MAX_NESTING):
             lease.blobs.add(descriptor.digest)
+            await self._suspects.check_blob(descriptor.digest)
             if self._content.size(descriptor.digest) is None:
                 body = await source.manifest(descriptor)
             else:
@@ -146,6 +170,7 @@ class Loader:
         try:
             async with slots:
                 await self._fetch(source, layer, early if self._snapshotter.layer(chain_id) is None else None)
+                await self._suspects.check_layer(chain_id, layer.digest, packed)
         except BaseException:
             await early.close()
             raise
@@ -170,6 +195,7 @@ class Loader:
 
     async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
         async with self._alone(source.origin, descriptor.digest):
+            await self._suspects.check_blob(descriptor.digest)
             if self._content.size(descriptor.digest) is None:
                 await source.blob(descriptor, self._content, watcher)
         if self._content.size(descriptor.digest) != descriptor.size:

@@ -6,7 +6,6 @@ One thread or process at a time does the work, at the lowest priority, so that p
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -18,7 +17,6 @@ from criserver.images.manifests import Descriptor, compression
 from snapshotter import Snapshotter
 from snapshotter.threads import Threads, in_thread
 
-_PIECE = 1 << 20
 _INTERVAL = 0.2
 _NICEST = 19
 
@@ -105,27 +103,11 @@ class Verifier:
 
     def _blob(self, digest: str) -> str:
         """What is wrong with a blob; "" if nothing is. It runs in the thread."""
-        size = self._content.size(digest)
-        found = hashlib.sha256()
-        length = 0
-        try:
-            with open(self._content.path(digest), "rb", buffering=0) as file:
-                # Read from the disk, not from the page cache, and do not fill the cache.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                while piece := file.read(_PIECE):
-                    found.update(piece)
-                    length += len(piece)
-                    self._read += len(piece)
-                    if self._ended.is_set():
-                        return ""
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as e:
-            return f"it cannot be read: {e.strerror}"
-        if length != size:
-            return f"it has {length} bytes in place of {size}"
-        if f"sha256:{found.hexdigest()}" != digest:
-            return f"its content has digest sha256:{found.hexdigest()}"
-        return ""
+        return self._content.check(digest, self._go_on)
+
+    def _go_on(self, length: int) -> bool:
+        self._read += length
+        return not self._ended.is_set()
 
 
 def _give_way() -> None:

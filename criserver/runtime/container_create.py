@@ -66,6 +66,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     image = node.images.get(config.image)
     if image is None:
         raise NotFoundError(f"container {config.name}: image {config.image} is not on this node; pull it first")
+    await node.images.checked(image)
     defaults = _defaults(image)
     # These raise errors that would come up later anyway. Here nothing has been made yet.
     spec.process_args(config, defaults)

@@ -245,6 +245,7 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
     image = node.images.get(mount.image)
     if image is None:
         raise NotFoundError(f"mount {mount.container_path}: image {mount.image} is not on this node; pull it first")
+    await node.images.checked(image)
     key = f"{container.id}.image{number}"
     point = os.path.join(node.container_dir(container.id), f"image{number}")
     os.mkdir(point, 0o700)

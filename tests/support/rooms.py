@@ -20,6 +20,7 @@ class Rooms:
         platform: Platform | None = None,
         settings: RegistrySettings | None = None,
         policy: ImagePolicy | None = None,
+        note: str = "",
     ) -> None:
         os.makedirs(root, exist_ok=True)
         self.root = root
@@ -29,7 +30,7 @@ class Rooms:
         self.snapshotter = Snapshotter(os.path.join(root, "snapshots"))
         settings = replace(settings or RegistrySettings(), config_path=self.certs)
         self.platform = platform or host_platform()
-        self.images = Images(self.store, self.content, self.snapshotter, settings, self.platform, policy)
+        self.images = Images(self.store, self.content, self.snapshotter, settings, self.platform, policy, note)
 
     def close(self) -> None:
         """End the threads and close the database."""
