@@ -10,6 +10,9 @@ from pathlib import Path
 
 from snapshotter import mounts
 
+# Mount options with which a lost file has its right size, and zeros in it. By default it has no bytes.
+RIGHT_SIZES = "data=writeback,nodelalloc"
+
 
 class Disk:
     """An ext4 on the directory ``point``; ``base`` is the directory of its files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -13,14 +14,12 @@ from criserver.errors import NotFoundError
 from criserver.images import sync_note
 from snapshotter import Layer
 from tests.support.imagebuilder import Dir, build_image, write_archive
-from tests.support.powercut import Disk
+from tests.support.powercut import RIGHT_SIZES, Disk
 from tests.support.rooms import Rooms
 
 NAME = "localhost/image:1"
 DATA = os.urandom(300_000)
 FEW = os.urandom(100_000)
-# Without delayed allocation and ordered data a lost file has its right size, and zeros in it.
-RIGHT_SIZES = "data=writeback,nodelalloc"
 
 
 class Power:
@@ -199,3 +198,32 @@ async def test_what_was_removed_and_pulled_again_since_the_sync_is_checked(power
     rooms = power.start()
     await rooms.images.checked(rooms.images.wanted(NAME))
     assert contents(rooms) == RIGHT
+
+
+async def test_users_and_the_background_share_one_check(power: Power) -> None:
+    await power.rooms.images.sync()
+    await power.rooms.images.import_archive(power.archive)
+    power.cut(BLOBS, LAYER_NOTES)
+    rooms = power.start()
+    image = rooms.images.wanted(NAME)
+    await asyncio.gather(rooms.images.check_suspects(), *(rooms.images.checked(image) for _ in range(5)))
+    assert contents(rooms) == RIGHT
+    assert rooms.snapshotter.commits == 2  # each layer was unpacked once
+
+
+async def test_a_cancelled_user_leaves_an_image_that_the_next_one_can_use(power: Power) -> None:
+    await power.rooms.images.sync()
+    await power.rooms.images.import_archive(power.archive)
+    power.cut(BLOBS, LAYER_NOTES)
+    rooms = power.start()
+    image = rooms.images.wanted(NAME)
+    for moment in range(20):
+        task = asyncio.create_task(rooms.images.checked(image))
+        await asyncio.sleep(moment / 100)
+        task.cancel()
+        await asyncio.wait([task])
+    if rooms.images.get(NAME) is not None:
+        await rooms.images.checked(image)
+        assert contents(rooms) == RIGHT
+    else:
+        assert rooms.leftovers() == []
