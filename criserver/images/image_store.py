@@ -143,11 +143,13 @@ class ImageStore:
         return tuple(entry.image for entry in entries if digest in entry.blobs or digest in entry.layers)
 
     def manifest_to_check(self, image_id: str) -> Descriptor | None:
-        """The manifest of an image that has suspects or missing layers; None if there is nothing to check."""
+        """The manifest of an image that has suspects or missing parts; None if there is nothing to check."""
         entry = self._entries.get(image_id)
         if entry is None:
             return None
-        whole = all(self._snapshotter.layer(chain_id) is not None for chain_id in entry.layers)
+        whole = all(self._snapshotter.layer(chain_id) is not None for chain_id in entry.layers) and all(
+            self._content.size(digest) is not None for digest in entry.blobs
+        )
         return None if whole and not self._suspects.concern(entry.blobs, entry.layers) else entry.manifest
 
     def missing(self, digests: Iterable[str]) -> dict[str, str]:

@@ -266,17 +266,25 @@ class Images:
 
     @asynccontextmanager
     async def _kept(self, lease: Lease) -> AsyncIterator[Lease]:
-        """As :meth:`GarbageCollector.kept`. At its end, images are dropped of which a damaged part was not replaced."""
+        """As :meth:`GarbageCollector.kept`. At its end, images are dropped of which a damaged part was not replaced.
+
+        If it is cancelled, none is dropped, and the next user of such an image goes on with it.
+        """
         try:
             async with self._garbage.kept(lease):
                 yield lease
-        finally:
-            # What another load has under its lease may be on its way.
-            if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
-                for image_id, what in broken.items():
-                    _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")
-                await self._images.drop(broken)
-                await self.collect()
+        except Exception:
+            await self._drop_damaged()
+            raise
+        await self._drop_damaged()
+
+    async def _drop_damaged(self) -> None:
+        # What a load has under its lease may be on its way.
+        if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
+            for image_id, what in broken.items():
+                _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")
+            await self._images.drop(broken)
+            await self.collect()
 
     async def _is_sound(self, image: Image) -> bool:
         """Whether an image can be used; see :meth:`checked`."""
