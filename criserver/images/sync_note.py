@@ -48,7 +48,7 @@ def is_unclean(note: Note | None, boot: str) -> bool:
 def stamp(path: str) -> str:
     """What tells this file from a later one of the same name, also after a boot; "" if there is no file.
 
-    The change time does not depend on the clock's being right: the two stamps are of one file or not.
+    Stamps are only compared for equality, so a clock that was wrong or was set does no harm.
     """
     try:
         status = os.stat(path, follow_symlinks=False)
