@@ -17,6 +17,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Literal
 
@@ -24,7 +25,7 @@ import structlog
 
 from snapshotter import file_tree, implied, metadata
 from snapshotter.arrival import Arrival
-from snapshotter.errors import SnapshotError, SnapshotNotFoundError
+from snapshotter.errors import LayerError, SnapshotError, SnapshotNotFoundError
 from snapshotter.file_tree import TreeUsage
 from snapshotter.files import make_private
 from snapshotter.layer_stream import COMPRESSIONS
@@ -223,7 +224,8 @@ class Snapshotter:
             return f"the layer below it, {layer.parent}, is missing"
         wrong = await asyncio.to_thread(metadata.check, layer)
         if blob and not wrong:
-            wrong = await compare(layer, blob, compression, self.limits)
+            with suppress(OSError, LayerError):
+                wrong = await compare(layer, blob, compression, self.limits)
         return wrong if self._layers.get(chain_id) is layer else ""
 
     async def compare_layer(self, chain_id: str, blob: str, compression: str) -> str:
@@ -231,7 +233,8 @@ class Snapshotter:
 
         ``blob`` is the file that the layer came from, and is sound. As the cheapest comes first: the metadata, the
         list of implied directories, and at last all files. There is no other copy of that list, so a layer that still
-        has one counts as damaged.
+        has one counts as damaged. So does a layer for which the comparison fails. Raises OSError if the comparison
+        cannot be started, such as for a limit of processes.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -240,7 +243,10 @@ class Snapshotter:
         if not wrong and chain_id in self._unsettled:
             wrong = "its list of implied directories cannot be checked"
         if not wrong:
-            wrong = await compare(layer, blob, compression, self.limits)
+            try:
+                wrong = await compare(layer, blob, compression, self.limits)
+            except SnapshotError as e:
+                wrong = str(e)
         return wrong if self._layers.get(chain_id) is layer else ""
 
     async def drop_layer(self, chain_id: str) -> None:

@@ -117,25 +117,29 @@ class Workers:
 
 
 async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits) -> str:
-    """How the files of a layer differ from its blob; "" where they do not, or where one of the two has gone."""
+    """How the files of a layer differ from its blob; "" where they do not.
+
+    Raises OSError if one of the two has gone or the process cannot be started, LayerError if the blob cannot be read,
+    and SnapshotError if the process fails.
+    """
     options = {
         "compression": compression,
         "diff_id": layer.diff_id,
         "limits": limits._asdict(),
         "daemon": os.getpid(),
     }
-    try:
-        with open(blob, "rb") as file:
-            process = await _start(_CHECKER, options, file, layer.path)
-    except OSError:
-        return ""
+    with open(blob, "rb") as file:
+        process = await _start(_CHECKER, options, file, layer.path)
     try:
         output, complaint = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return "; ".join(_result("the layer checker", process, output, complaint).get("differences", []))
+    result = _result("the layer checker", process, output, complaint)
+    if "unread" in result:
+        raise errors.LayerError(f"the blob of layer {layer.diff_id} cannot be read: {result['unread']}")
+    return "; ".join(result["differences"])
 
 
 async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits: LayerLimits) -> dict[str, Any]:

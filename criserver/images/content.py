@@ -103,7 +103,8 @@ class ContentStore:
     def check(self, digest: str, go_on: Callable[[int], bool] = lambda _: True) -> str:
         """What is wrong with a blob on disk, its size or its content; "" if nothing is. Blocks.
 
-        ``go_on`` is told of each piece's length. If it returns False, the check ends, and returns "".
+        ``go_on`` is told of each piece's length. If it returns False, the check ends, and returns "". Raises OSError if
+        the node has no descriptors or memory left, which says nothing of the blob.
         """
         size = self.size(digest)
         found = hashlib.sha256()
@@ -121,6 +122,8 @@ class ContentStore:
                         return ""
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
             return f"it cannot be read: {e.strerror}"
         if length != size:
             return f"it has {length} bytes in place of {size}"

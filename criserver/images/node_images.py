@@ -173,11 +173,14 @@ class Images:
             raise NotFoundError(f"image {image.id} was damaged by an unclean boot of the node; pull it again") from e
 
     async def check_suspects(self) -> None:
-        """Check all images that an unclean boot may have damaged, one at a time."""
+        """Check all images that an unclean boot may have damaged, one at a time.
+
+        What cannot be checked now is checked before its first use.
+        """
         for image in self._images.list():
             try:
                 await self.checked(image)
-            except CriError as e:
+            except (CriError, OSError) as e:
                 _log.warning("image not usable after an unclean boot", image=image.id, error=str(e))
         await self.sync()
 

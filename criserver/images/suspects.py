@@ -15,10 +15,11 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from criserver.errors import CriError
 from criserver.images import sync_note
 from criserver.images.content import ContentStore
 from criserver.images.sync_note import Note
-from snapshotter import Snapshotter, mounts
+from snapshotter import SnapshotError, Snapshotter, mounts
 from snapshotter.threads import in_loose_thread, in_thread
 
 _log = structlog.get_logger(__name__)
@@ -62,7 +63,7 @@ class Suspects:
     async def check_blob(self, digest: str) -> None:
         """Check a blob if it is a suspect. After that it is sound, or it is not in the store any more.
 
-        Raises OSError if a damaged blob cannot be deleted.
+        Raises OSError if it cannot be checked now, or if a damaged blob cannot be deleted.
         """
         if digest not in self.blobs:
             return
@@ -79,7 +80,7 @@ class Suspects:
     async def check_layer(self, chain_id: str, blob: str, compression: str) -> None:
         """Check a layer with its sound ``blob`` if it is a suspect. After that it is sound, or not there any more.
 
-        Raises SnapshotError.
+        Raises OSError if it cannot be checked now, CriError if a damaged layer cannot be removed.
         """
         if chain_id not in self.layers:
             return
@@ -92,7 +93,10 @@ class Suspects:
             elif wrong:
                 _log.warning("layer removed after an unclean boot, to be unpacked anew", layer=chain_id, reason=wrong)
                 self.damaged.add(chain_id)
-                await self._snapshotter.drop_layer(chain_id)
+                try:
+                    await self._snapshotter.drop_layer(chain_id)
+                except SnapshotError as e:
+                    raise CriError(f"layer {chain_id} is damaged: {e}") from e
             self.layers.discard(chain_id)
 
     def forget_gone(self, needed_layers: set[str]) -> None:

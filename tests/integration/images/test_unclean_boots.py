@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from criserver.errors import NotFoundError
 from criserver.images import sync_note
-from snapshotter import Layer
+from snapshotter import Layer, worker_process
 from tests.support.imagebuilder import Dir, build_image, write_archive
 from tests.support.powercut import RIGHT_SIZES, Disk
 from tests.support.rooms import Rooms
@@ -224,3 +226,37 @@ async def test_a_cancelled_user_leaves_an_image_that_the_next_one_can_use(power:
         await asyncio.wait([task])
     await rooms.images.checked(image)
     assert contents(rooms) == RIGHT
+
+
+async def test_what_cannot_be_checked_now_stays_a_suspect(power: Power) -> None:
+    await power.rooms.images.sync()
+    await power.rooms.images.import_archive(power.archive)
+    power.cut(BLOBS, LAYER_NOTES)
+    rooms = power.start()
+    image = rooms.images.wanted(NAME)
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        await rooms.images.checked(image)
+    assert rooms.images.get(NAME) is not None
+    await rooms.images.checked(image)
+    assert contents(rooms) == RIGHT
+
+
+async def test_a_layer_that_cannot_be_compared_is_unpacked_anew(power: Power, monkeypatch: pytest.MonkeyPatch) -> None:
+    await power.rooms.images.sync()
+    await power.rooms.images.import_archive(power.archive)
+    power.cut(BLOBS, LAYER_NOTES)
+    rooms = power.start()
+    monkeypatch.setattr(worker_process, "_CHECKER", "import os; os.abort()")
+    await rooms.images.checked(rooms.images.wanted(NAME))
+    assert contents(rooms) == RIGHT
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """The process can open no file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

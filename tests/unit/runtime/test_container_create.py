@@ -26,7 +26,7 @@ class FakeNode(SimpleNamespace):
         super().__init__(
             store=(store := FakeStore()),
             records=(records := RecordStore(store)),
-            images=Mock(),
+            images=Mock(checked=AsyncMock()),
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
         )
