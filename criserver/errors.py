@@ -100,7 +100,10 @@ def exhaustion(error: BaseException) -> str:
     An error of a class with a code of its own says itself that a disk is full.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    # A chain of causes may have a circle: ``raise e from e`` makes one, also in a library.
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
             told = isinstance(error, CriError) and error.code != CriError.code
             return "" if told and cause.errno in _SPACE else _EXHAUSTED[cause.errno]

@@ -194,8 +194,11 @@ class RegistryClient:
         except CriError as e:
             _log.info("registry host failed", image=str(self._reference), host=host.url, error=str(e))
             if isinstance(e, NotConnectedError):
-                self._unreachable[host] = TryAgainError(str(e)) if host in self._reached else e
-                raise self._unreachable[host] from e
+                if host in self._reached:
+                    self._unreachable[host] = TryAgainError(str(e))
+                    raise self._unreachable[host] from e
+                self._unreachable[host] = e
+                raise
             self._has_been_reached(host)
             raise
         self._has_been_reached(host)

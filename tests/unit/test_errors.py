@@ -35,3 +35,12 @@ def caused(error: Exception, *causes: BaseException) -> Exception:
 def test_what_has_run_out_is_found_behind_any_error(error: Exception, words: str) -> None:
     assert words in exhaustion(error)
     assert bool(words) == bool(exhaustion(error))
+
+
+@pytest.mark.timeout(10)
+def test_a_circle_of_causes_has_an_end() -> None:
+    error = caused(CriError("x"), ValueError())
+    for cause in (error, error.__cause__):
+        assert cause is not None
+        cause.__cause__ = error
+    assert exhaustion(error) == ""
