@@ -370,6 +370,11 @@ class ContainerProcess:
             log.error("a shim is stuck; its container's end is taken from the kernel", owner=self.id, code=code)
             self._take_exit({"code": code, "finished_at": time.time_ns()})
             await self._end_shim()
+        elif (record := _exit_record(self.directory)) is not None:
+            # It is busy with what is left in the cgroup, or with a runtime that hangs.
+            log.warning("a shim is slow to tell of its container's end, which is taken from disk", owner=self.id)
+            self._take_exit(record)
+            return
         elif await self._answers():
             return
         else:
@@ -433,35 +438,40 @@ class ContainerProcess:
             self._observer.cleaned_up()
 
     async def wait_cleaned_up(self) -> None:
-        """Wait for the clean-up after a process that has ended. A shim that is stuck in it is ended."""
+        """Wait for the clean-up after a process that has ended. A shim that is stuck in it is ended.
+
+        A failure is logged; :meth:`destroy` does the same and raises it.
+        """
+        if self._link is not None and self._cleaning is None and not await self._shim_cleans_up():
+            log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
+            self.abandon()
+            self._clean_up()
         if self._cleaning is not None:
             await asyncio.wait([self._cleaning])
-            return
-        if self._link is None:
-            return
+
+    async def _shim_cleans_up(self) -> bool:
+        """Whether the shim has cleaned up in time."""
         for patience in (_GONE_PATIENCE, _GONE_TIMEOUT):
             try:
                 async with asyncio.timeout(patience):
                     await self._gone.wait()
-                return
+                return True
             except TimeoutError:
                 if not await self._answers():
-                    log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
-                    await self._end_shim()
                     break
-        else:
-            log.warning("a shim has not cleaned up in time; it is done without the shim", owner=self.id)
-        self.abandon()
+        return False
 
     async def destroy(self) -> None:
         """End whatever runs of the container, by its runtime and in its cgroup, and what the runtime keeps of it.
 
-        A runtime that fails is logged. Raises DeadlineExceededError where the kernel does not let go of a process.
+        A runtime that fails is logged: the daemon does its work then. Raises DeadlineExceededError where the kernel
+        does not let go of a process, CriError where something cannot be deleted.
         """
-        await self.runtime.delete(self.id, self._cgroup_parent)
-        if await cgroups.clear(self._cgroup_parent, self.id, _END_TIMEOUT):
+        again = await self.runtime.delete(self.id, self._cgroup_parent)
+        if await cgroups.clear(self._cgroup_parent, self.id, _END_TIMEOUT) and again:
             # The runtime fails where cgroups are deeper in each other than a path may be long.
             await self.runtime.delete(self.id, self._cgroup_parent)
+        await self.runtime.forget(self.id)
 
 
 def _started(message: StartedEvent | RunningGreeting) -> Started:

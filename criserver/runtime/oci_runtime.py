@@ -6,6 +6,7 @@ these verbs; the daemon gives it the command before them. Verbs and options are 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,13 +17,15 @@ from typing import Any
 import structlog
 
 from criserver.config import RuntimeHandler
-from criserver.errors import DeadlineExceededError, FailedPreconditionError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, command
+from snapshotter import mounts, removal
 
 log = structlog.get_logger(__name__)
 
 # Seconds.
-_DELETE_TIMEOUT = 30.0
+# A delete takes milliseconds. The daemon does the work itself after this, and the kubelet waits two minutes for it all.
+_DELETE_TIMEOUT = 10.0
 _FEATURES_TIMEOUT = 10.0
 _UPDATE_TIMEOUT = 30.0
 
@@ -81,21 +84,41 @@ class OciRuntime:
         """Whether the runtime keeps a state of this container."""
         return os.path.isdir(os.path.join(self.root, container_id))
 
-    async def delete(self, container_id: str, cgroup_parent: str) -> None:
-        """End what runs of a container and delete it; nothing where the runtime has none. A failure is logged."""
+    async def delete(self, container_id: str, cgroup_parent: str) -> bool:
+        """End what runs of a container and delete it; nothing where the runtime has none. A failure is logged.
+
+        Returns whether another try makes sense: not with a program that hangs or cannot be started.
+        """
         if not self.has(container_id):
-            return
+            return True
         try:
             done = await command.run(self.delete_command(container_id, cgroup_parent), _DELETE_TIMEOUT)
-        except FailedPreconditionError as e:
-            log.warning("runtime delete is not possible", container=container_id, error=str(e))
-            return
-        except TimeoutError:
-            log.warning("runtime delete timed out", container=container_id)
-            return
+        except (FailedPreconditionError, OSError) as e:
+            # TimeoutError is an OSError without a text.
+            reason = str(e) or f"it does not end within {_DELETE_TIMEOUT:g} s"
+            log.warning("runtime delete is not possible", container=container_id, error=reason)
+            return False
         # The container's shim may have been as quick with the same. Then there is nothing left to delete.
         if done.code and self.has(container_id):
             log.warning("runtime delete failed", container=container_id, error=done.message)
+        return True
+
+    async def forget(self, container_id: str) -> None:
+        """Delete the state that the runtime still keeps of a container of which nothing runs. Raises CriError.
+
+        Without this a runtime that cannot delete would keep the state for ever, as the container's record goes.
+        """
+        if not self.has(container_id):
+            return
+        log.warning("the daemon deletes what the runtime keeps of a container", container=container_id)
+        directory = os.path.join(self.root, container_id)
+        try:
+            # A runc that was killed may have left a mount of its own program there.
+            for point in mounts.mounts_below(directory):
+                mounts.unmount(point)
+            await asyncio.to_thread(removal.remove_path, directory)
+        except OSError as e:
+            raise CriError(f"{directory} cannot be deleted: {e}") from e
 
     async def update(self, container_id: str, cgroup_parent: str, resources: Mapping[str, object]) -> None:
         """Set limits of a running container: ``resources`` is LinuxResources of the runtime specification.

@@ -12,9 +12,9 @@ from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
 from criserver.runtime import cgroups, filesystems, passage, pod_namespaces, process_records, sandbox_files
 from criserver.runtime.container_stop import kill
-from criserver.runtime.lifecycle import SandboxState
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.records import Sandbox
+from criserver.runtime.records import Container, Sandbox
 
 log = structlog.get_logger(__name__)
 
@@ -47,12 +47,23 @@ async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
         sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
         await node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
-    await asyncio.gather(*(kill(node, c) for c in node.records.containers_of(sandbox.id)))
+    await asyncio.gather(*(_end(node, c) for c in node.records.containers_of(sandbox.id)))
     await release(node, sandbox)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
         await node.records.observe(sandbox)
     return sandbox
+
+
+async def _end(node: Node, container: Container) -> None:
+    """End a container with all its processes. Those that are left after the first one would use the pod's network."""
+    await kill(node, container)
+    async with node.lock(container.id):
+        ended = node.records.containers.get(container.id)
+        if ended is not None and ended.state is ContainerState.EXITED:
+            process = process_records.of_container(node, ended)
+            await process.wait_cleaned_up()
+            await process.destroy()
 
 
 async def release(node: Node, sandbox: Sandbox) -> None:
