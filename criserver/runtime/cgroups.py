@@ -15,7 +15,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -145,29 +145,35 @@ def exists(cgroup: str) -> bool:
     return any(os.path.isdir(root + cgroup) for root in set(roots().values()))
 
 
-async def remove_container(parent: str, key: str) -> None:
-    """Remove the cgroup of a container that has no process. A scope is removed by systemd, which is asked to stop it.
+def find(keys: Collection[str]) -> dict[str, str]:
+    """The paths of the cgroups of those containers whose keys are given and that have a cgroup, by key. Blocks."""
+    names = {name: key for key in keys for name in (key, f"{_PREFIX}-{key}.scope")}
+    found: dict[str, str] = {}
+    top = os.open(_processes_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for place, entry in file_tree.walk(top):
+            if entry.name in names and entry.is_dir(follow_symlinks=False):
+                found.setdefault(names[entry.name], f"/{place.path_of(entry.name)}")
+    finally:
+        os.close(top)
+    return found
 
-    Raises CriError if the cgroup cannot be removed.
+
+async def clear(cgroup: str, key: str, limit: float) -> bool:
+    """Kill the processes in the cgroup of the container ``key``, and remove it. Return False if there is no cgroup.
+
+    An OCI runtime that was killed before it had written its state leaves both behind. A scope is removed by systemd,
+    which is asked to stop it. Raises DeadlineExceededError if processes have not ended after ``limit`` seconds,
+    CriError if the cgroup cannot be removed.
     """
-    if not is_slice(parent):
-        await asyncio.to_thread(remove, path(parent, key))
-    elif os.path.isdir(_processes_root() + path(parent, key)):
-        await service_manager.stop_unit(os.path.basename(path(parent, key)))
-
-
-async def clear(parent: str, key: str, limit: float) -> bool:
-    """Kill the processes in the cgroup of the container ``key``, and remove the cgroup. Return False if there is none.
-
-    An OCI runtime that was killed before it had written its state leaves both behind. Raises DeadlineExceededError if
-    processes have not ended after ``limit`` seconds, CriError if the cgroup cannot be removed.
-    """
-    cgroup = path(parent, key)
     if not exists(cgroup):
         return False
     if left := await asyncio.to_thread(end_processes, cgroup, limit):
         raise unkillable(key, left, limit)
-    await remove_container(parent, key)
+    if not cgroup.endswith(".scope"):
+        await asyncio.to_thread(remove, cgroup)
+    elif os.path.isdir(_processes_root() + cgroup):
+        await service_manager.stop_unit(os.path.basename(cgroup))
     return True
 
 

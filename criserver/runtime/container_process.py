@@ -47,7 +47,7 @@ KILL_TIMEOUT = 30.0
 # What a shim may take to tell of a process that has ended. After that the daemon looks whether the shim is stuck.
 _SHIM_PATIENCE = 5.0
 # What the kernel may take to let go of killed processes. It takes milliseconds, unless a dead disk holds them.
-_END_TIMEOUT = 5.0
+END_TIMEOUT = 5.0
 # How long to wait before the kernel is asked again that could not answer, for want of a descriptor or of memory.
 _ASK_AGAIN = 1.0
 
@@ -214,7 +214,7 @@ class ContainerProcess:
         left = await self._end_shim()
         await self.destroy()
         if left:
-            raise cgroups.unkillable(self.id, left, _END_TIMEOUT)
+            raise cgroups.unkillable(self.id, left, END_TIMEOUT)
 
     def start_failed(self, message: str) -> None:
         """Tell the observer that the start has failed. The caller has seen to it that nothing is left of it."""
@@ -298,7 +298,7 @@ class ContainerProcess:
 
     async def _end_shim(self) -> list[int]:
         """Kill the shim, or the runtime that it has left behind, with all that it has started; returns what stays."""
-        left = await asyncio.to_thread(pidfd.end_all_in, os.path.realpath(self.directory), _END_TIMEOUT)
+        left = await asyncio.to_thread(pidfd.end_all_in, os.path.realpath(self.directory), END_TIMEOUT)
         if left:
             log.error("killed processes of a shim do not end", owner=self.id, pids=left)
         return left
@@ -468,7 +468,7 @@ class ContainerProcess:
         does not let go of a process, CriError where something cannot be deleted.
         """
         again = await self.runtime.delete(self.id, self._cgroup_parent)
-        if await cgroups.clear(self._cgroup_parent, self.id, _END_TIMEOUT) and again:
+        if await cgroups.clear(self.cgroup, self.id, END_TIMEOUT) and again:
             # The runtime fails where cgroups are deeper in each other than a path may be long.
             await self.runtime.delete(self.id, self._cgroup_parent)
         await self.runtime.forget(self.id)

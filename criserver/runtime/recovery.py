@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Mapping
 from typing import assert_never
 
 import structlog
@@ -21,6 +22,7 @@ from criserver.errors import CriError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
 from criserver.runtime import (
+    cgroups,
     container_create,
     filesystems,
     passage,
@@ -32,6 +34,7 @@ from criserver.runtime import (
     strays,
 )
 from criserver.runtime.container_checkpoint import checkpoints, recover_checkpoint
+from criserver.runtime.container_process import END_TIMEOUT
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
@@ -43,6 +46,8 @@ log = structlog.get_logger(__name__)
 
 # How many leftovers are removed at a time.
 _AT_ONCE = 8
+# The IDs that this daemon makes. No cgroup of another program has such a name by chance.
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 async def recover(node: Node, *, end_living: bool = False) -> None:
@@ -180,24 +185,29 @@ async def _sweep(node: Node, *, end_living: bool) -> None:
         # A name that begins with a dot is no container's: crun keeps a cache there.
         containers.update(name for name in entries(node.runtime_roots(), handler) if not name.startswith("."))
     owned = node.records.sandboxes.keys() | node.records.containers.keys()
-    living = set[str]()
-    if not end_living and (unowned := (pods | containers) - owned):
-        living = await asyncio.to_thread(_living, node, unowned)
+    living, left_cgroups = set[str](), dict[str, str]()
+    if unowned := (pods | containers) - owned:
+        left_cgroups = await asyncio.to_thread(cgroups.find, set(filter(_ID.fullmatch, unowned)))
+    if not end_living and unowned:
+        living = await asyncio.to_thread(_living, node, unowned, left_cgroups)
     for name in sorted(living):
         log.error("it is alive and has no record, so it is left as it is; `criserver reset` removes it", id=name)
     turn = asyncio.Semaphore(_AT_ONCE)
     await asyncio.gather(*(_remove_pod(node, name, turn) for name in pods - owned - living))
-    await asyncio.gather(*(_remove_container(node, name, turn) for name in containers - owned - living))
+    await asyncio.gather(
+        *(_remove_container(node, name, left_cgroups.get(name, ""), turn) for name in containers - owned - living)
+    )
 
 
-def _living(node: Node, unowned: set[str]) -> set[str]:
-    """Those that have a shim, a first process or pinned namespaces. Blocks."""
+def _living(node: Node, unowned: set[str], left_cgroups: Mapping[str, str]) -> set[str]:
+    """Those that have a shim, any process or pinned namespaces. Blocks."""
     living = set()
     for name in unowned:
         directory, pins = os.path.realpath(node.container_dir(name)), node.namespaces_dir(name)
         if (
             pidfd.processes_in(directory)
             or _has_process(directory, name)
+            or (name in left_cgroups and cgroups.processes(left_cgroups[name]))
             or any(namespaces.is_pinned(os.path.join(pins, kind)) for kind in entries(pins))
         ):
             living.add(name)
@@ -222,20 +232,37 @@ async def _remove_pod(node: Node, name: str, turn: asyncio.Semaphore) -> None:
         await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
 
 
-async def _remove_container(node: Node, name: str, turn: asyncio.Semaphore) -> None:
+async def _remove_container(node: Node, name: str, cgroup: str, turn: asyncio.Semaphore) -> None:
+    """Remove a container without a record. ``cgroup`` is the path of its cgroup, "" if it has none."""
     async with turn:
-        for handler in entries(node.runtime_roots()):
-            await _swept("a runtime's container", name, node.cleanup_runtime(handler).delete(name, ""))
-        await _swept("a checkpoint", name, recover_checkpoint(node, name))
-        await _swept("a container's files", name, filesystems.discard(node, name))
+        # Its files are what shows at the next start that something of it is left.
+        if await _swept("a container", name, _end(node, name, cgroup)):
+            await _swept("a checkpoint", name, recover_checkpoint(node, name))
+            await _swept("a container's files", name, filesystems.discard(node, name))
 
 
-async def _swept(what: str, name: str, work: Awaitable[None]) -> None:
-    """Remove one leftover; a failure is logged, so that the others are removed too."""
+async def _end(node: Node, name: str, cgroup: str) -> None:
+    """End all processes of a container without a record, and delete what OCI runtimes keep of it. Raises CriError."""
+    runtimes = [node.cleanup_runtime(handler) for handler in entries(node.runtime_roots())]
+    for runtime in runtimes:
+        await runtime.delete(name, "")
+    if cgroup:
+        await cgroups.clear(cgroup, name, END_TIMEOUT)
+    directory = os.path.realpath(node.container_dir(name))
+    if left := await asyncio.to_thread(pidfd.end_all_in, directory, END_TIMEOUT):
+        raise cgroups.unkillable(name, left, END_TIMEOUT)
+    for runtime in runtimes:
+        await runtime.forget(name)
+
+
+async def _swept(what: str, name: str, work: Awaitable[None]) -> bool:
+    """Remove one leftover; a failure is logged, so that the others are removed too. Return whether it is removed."""
     try:
         await work
     except Exception as e:
         log.exception("a leftover cannot be removed", what=what, name=name, error=str(e))
+        return False
+    return True
 
 
 def _unpin(node: Node, sandbox_id: str) -> None:

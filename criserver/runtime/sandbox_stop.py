@@ -60,7 +60,7 @@ async def _end(node: Node, container: Container) -> None:
     await kill(node, container)
     async with node.lock(container.id):
         ended = node.records.containers.get(container.id)
-        if ended is not None and ended.state is ContainerState.EXITED:
+        if ended is not None and ended.state in (ContainerState.EXITED, ContainerState.REMOVING):
             process = process_records.of_container(node, ended)
             await process.wait_cleaned_up()
             await process.destroy()

@@ -6,17 +6,20 @@ import glob
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups
+from criserver.runtime import cgroups, pidfd
 from tests.support.fixtures import import_image
-from tests.support.node import RUNTIME, Node, processes
-from tests.support.waiting import SLOWNESS
+from tests.support.node import RUNTIME, Node, processes, refused
+from tests.support.waiting import SLOWNESS, eventually
 
 FAULTY = """#!/bin/sh
 case " $* " in
@@ -126,3 +129,71 @@ def test_a_removal_that_is_ok_leaves_nothing(faulty: Node, fault: str) -> None:
 
 def has_cgroup(container: str) -> bool:
     return any(glob.glob(f"{root}/criserver*/**/*{container}*", recursive=True) for root in cgroups.roots().values())
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    """A file system that can be frozen: from then on the kernel holds each process that writes to it."""
+    image, point = tmp_path / "image", tmp_path / "disk"
+    with open(image, "wb") as f:
+        f.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    point.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, point], check=True)
+    try:
+        yield str(point)
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", point], check=False, capture_output=True)
+        subprocess.run(["umount", point], check=True)
+
+
+@pytest.mark.parametrize("fault", ["", "missing"])
+def test_a_process_that_the_kernel_holds_keeps_its_record(faulty: Node, disk: str, fault: str) -> None:
+    node = faulty
+    pod = run_pod(node, "pod", cri.NODE)
+    volume = cri.Mount(host_path=disk, container_path="/disk")
+    script = f"while true; do echo {SLEEP} >/disk/file; done >/dev/null 2>&1 & exec {SLEEP}"
+    container = run(node, pod, "c", cri.NODE, script, mounts=[volume])
+    set_fault(node, fault)
+    subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+    with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "have not ended", "the kernel holds them"):
+        node.client.RemoveContainer(container_id=container)
+    (listed,) = node.client.ListContainers().containers
+    assert (listed.id, listed.state) == (container, cri.CONTAINER_EXITED)
+    assert len(alive()) == 1
+    for call in (node.client.StopPodSandbox, node.client.RemovePodSandbox):
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the kernel holds them"):
+            call(pod_sandbox_id=pod)
+    node.kill()
+    node.start()
+    with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the kernel holds them"):
+        node.client.RemoveContainer(container_id=container)
+    subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+    node.client.RemoveContainer(container_id=container)
+    assert alive() == []
+    node.remove_pods()
+    assert node.settled() == []
+
+
+def test_processes_without_a_record_are_left_alone_until_a_reset_ends_them(faulty: Node) -> None:
+    """The first process and the shim are gone, and no OCI runtime can delete: the cgroup alone shows who they are."""
+    node = faulty
+    pod = run_pod(node, "pod", cri.NODE)
+    container = run(node, pod, "c", cri.NODE, f"{STUBBORN} exec {SLEEP}")
+    set_fault(node, "fails")
+    first = node.pid(container)
+    node.kill()
+    for pid in (*pidfd.processes_in(f"{node.state}/containers/{container}"), first):
+        os.kill(pid, signal.SIGKILL)
+    os.rename(f"{node.root}/criserver.db", f"{node.root}/away")
+    shutil.rmtree(f"{node.state}/records")
+    node.start()
+    eventually(lambda: "recovered" in node.daemon_log().rpartition("serving")[2])
+    assert f'"id": "{container}"' in node.daemon_log()
+    assert alive()
+    node.stop()
+    reset = [sys.executable, "-m", "criserver", "reset", "--yes", "--grace", "0", "--config", node.config]
+    subprocess.run(reset, check=True)
+    assert alive() == []
+    # The address is known to the plugin alone: the record had the result of ADD.
+    assert [left for left in node.leftovers() if not left.startswith("ipam")] == []
