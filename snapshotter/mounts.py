@@ -1,6 +1,7 @@
 """System calls for mounts that the standard library lacks, and the kernel's list of mounts.
 
-Each call raises OSError with the kernel's errno and the path.
+Each call raises OSError with the kernel's errno and the path. It first raises an audit event (PEP 578), as the calls of
+the standard library do: tests/support/faulty.py stops the daemon there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+import sys
 from functools import cache
 
 MS_RDONLY = 0x1
@@ -90,12 +92,14 @@ def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: st
     """mount(2). A source or target that is relative is resolved in the calling thread's directory."""
     kind = None if fstype is None else os.fsencode(fstype)
     options = None if data is None else os.fsencode(data)
+    sys.audit("criserver.mount", target)
     if _libc.mount(os.fsencode(source), os.fsencode(target), kind, flags, options) != 0:
         raise _error(target)
 
 
 def umount2(target: str, flags: int = 0) -> None:
     """umount2(2)."""
+    sys.audit("criserver.umount", target)
     if _libc.umount2(os.fsencode(target), flags) != 0:
         raise _error(target)
 
@@ -128,12 +132,14 @@ def syncfs(path: str) -> None:
 
 def unshare(flags: int) -> None:
     """unshare(2), for the calling thread."""
+    sys.audit("criserver.unshare", flags)
     if _libc.unshare(flags) != 0:
         raise _error(None)
 
 
 def openat2(dir_fd: int, path: bytes | str, flags: int, resolve: int, mode: int = 0) -> int:
     """openat2(2): the new descriptor, which is never inherited by other programs."""
+    sys.audit("open", path, None, flags)
     how = _how(flags | os.O_CLOEXEC, mode, resolve)
     fd: int = _openat2(_SYS_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.sizeof(how))
     if fd < 0:
@@ -164,6 +170,7 @@ def mount_setattr(
     dir_fd: int, path: str, flags: int, attributes: int, *, userns: int = 0, propagation: int = 0
 ) -> None:
     """mount_setattr(2), which sets ``attributes``; MOUNT_ATTR_IDMAP is about the descriptor ``userns``."""
+    sys.audit("criserver.mount_setattr", path)
     wanted = _MountAttr(attributes, 0, propagation, userns)
     failed: int = _libc.syscall(
         ctypes.c_long(_SYS_MOUNT_SETATTR),
@@ -179,6 +186,7 @@ def mount_setattr(
 
 def move_mount(tree: int, target: str) -> None:
     """move_mount(2): attach the mount ``tree`` at ``target``."""
+    sys.audit("criserver.move_mount", target)
     failed: int = _libc.syscall(
         ctypes.c_long(_SYS_MOVE_MOUNT),
         ctypes.c_int(tree),

@@ -1,10 +1,14 @@
-"""System calls on namespaces, by ctypes: unshare(2), setns(2), mount(2), umount2(2), statfs(2)."""
+"""System calls on namespaces, by ctypes: unshare(2), setns(2), mount(2), umount2(2), statfs(2).
+
+Those that change something raise an audit event first, as :mod:`snapshotter.mounts` does.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterable
 
 from criserver.errors import FailedPreconditionError, ResourceExhaustedError
@@ -28,6 +32,7 @@ def clone_flags(kinds: Iterable[str]) -> int:
 
 def unshare(kinds: list[str]) -> None:
     """Move the calling thread into new namespaces. It raises as :func:`unshare_error` says."""
+    sys.audit("criserver.unshare", kinds)
     if _libc.unshare(clone_flags(kinds)) != 0:
         raise unshare_error(kinds, ctypes.get_errno())
 
@@ -45,18 +50,21 @@ def unshare_error(kinds: list[str], number: int) -> Exception:
 def enter(fds: Iterable[int]) -> None:
     """Move the calling thread into these namespaces. Raises OSError."""
     for fd in fds:
+        sys.audit("criserver.setns", fd)
         if _libc.setns(fd, 0) != 0:
             raise _os_error("setns")
 
 
 def bind_mount(source: str, path: str) -> None:
     """Mount ``source`` on ``path``. Raises OSError."""
+    sys.audit("criserver.mount", path)
     if _libc.mount(source.encode(), os.fsencode(path), None, ctypes.c_ulong(_MS_BIND), None) != 0:
         raise _os_error(f"bind mount of {source}", path)
 
 
 def unmount(path: str) -> bool:
     """Unmount the topmost mount on ``path``; False where there is none. Raises OSError."""
+    sys.audit("criserver.umount", path)
     if _libc.umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
         return True
     if ctypes.get_errno() in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):

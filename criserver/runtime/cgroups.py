@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -294,6 +295,7 @@ def _kill(cgroup: str, pids: list[int]) -> None:
                 opened[pid] = os.pidfd_open(pid)
         for pid in opened.keys() & set(processes(cgroup)):
             with contextlib.suppress(ProcessLookupError):
+                sys.audit("criserver.pidfd_send_signal", pid, signal.SIGKILL)
                 signal.pidfd_send_signal(opened[pid], signal.SIGKILL)
     finally:
         for pidfd in opened.values():

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -67,6 +68,7 @@ def send_signal(pid: int, started: int, number: int) -> None:
     if pidfd is None:
         return
     try:
+        sys.audit("criserver.pidfd_send_signal", pid, number)
         signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         pass

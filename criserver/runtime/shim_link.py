@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ class ShimLink:
         while self._out:
             data, fds = self._out[0]
             try:
+                sys.audit("criserver.send", self._peer)
                 sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
             except BlockingIOError:
                 self._loop.add_writer(self._sock, self._flush)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -173,6 +174,7 @@ class Store:
 
     def _commit(self, changes: Sequence[Change]) -> None:
         try:
+            sys.audit("criserver.commit", changes)
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 for table, key, value in changes:

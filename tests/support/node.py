@@ -99,6 +99,7 @@ class Node:
             )
         self.write_network()
         self.python = sys.executable
+        self.program = ["-m", "criserver"]
         self._complaints = 0  # that were told already
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Client
@@ -120,7 +121,7 @@ class Node:
         logged = len(self.daemon_log()) if os.path.exists(f"{self.base}/daemon.log") else 0
         with open(f"{self.base}/daemon.log", "ab") as out:
             self.process = subprocess.Popen(
-                [self.python, "-m", "criserver", "serve", "--config", self.config],
+                [self.python, *self.program, "serve", "--config", self.config],
                 stderr=out,
                 stdout=out,
                 stdin=subprocess.DEVNULL,
