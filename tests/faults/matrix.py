@@ -1,0 +1,191 @@
+"""The matrix: every operation with a fault at every one of its points, on a real daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+from tests.faults.operations import ADMIN, IMAGE, Operation, fails
+from criserver.cli.client import method
+from tests.support.faulty import EVENTS, Control
+from tests.support.node import Node
+from tests.support.waiting import SLOWNESS
+
+# Seconds that what is left may take to go.
+_PATIENCE = 8.0
+
+
+@dataclass
+class Result:
+    """What was found of an operation. ``missed`` are points that a run did not reach."""
+
+    operation: str
+    points: int = 0
+    kills: int = 0
+    errors: int = 0
+    missed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+class Matrix:
+    """A node whose daemon has the audit hook."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._log = f"{node.base}/points"
+        self.control = Control(f"{node.base}/control")
+        node.program = ["-m", "tests.support.faulty", f"{node.base}/control", self._log]
+        self._images: set[str] = set()
+
+    def begin(self) -> None:
+        """Keep in mind what images are here: they stay."""
+        self._images = self._content()
+
+    def points(self, operation: Operation) -> list[str]:
+        """The points of an operation, in their order."""
+        known = operation.prepare(self.node)
+        self._taken()
+        self.control.record()
+        operation.call(self.node, known)
+        time.sleep(0.2)  # what an operation leaves to a task
+        self.control.off()
+        points = self._taken()
+        assert (left := self.cleaned()) == [], left
+        return points
+
+    def kill(self, operation: Operation, point: str, result: Result) -> None:
+        """A SIGKILL at a point, a new daemon, the retry, the removal of all."""
+        node = self.node
+        known = operation.prepare(node)
+        self.control.hit(point)
+        said = fails(lambda: operation.call(node, known))
+        if self.hit():
+            assert node.process is not None
+            node.process.wait(10)
+            node.client.channel.close()
+            self.control.off()
+            self._name_pods()
+            node.start()
+            result.kills += 1
+            said = fails(lambda: operation.again(node, known))
+        else:
+            self.control.off()
+            result.missed += 1
+        self._judge(f"{operation.name}: SIGKILL at {point}", said, result)
+
+    def error(self, operation: Operation, point: str, number: int, result: Result) -> None:
+        """An error at a point: the daemon lives, and the retry succeeds."""
+        node = self.node
+        known = operation.prepare(node)
+        self.control.hit(point, number)
+        said = fails(lambda: operation.call(node, known))
+        time.sleep(0 if said else 0.05)
+        self.control.off()
+        where = f"{operation.name}: {errno.errorcode[number]} at {point}"
+        if self.hit():
+            result.errors += 1
+        else:
+            result.missed += 1
+        if "INTERNAL" in said or "UNKNOWN:" in said or "DEADLINE" in said:
+            result.failures.append(f"{where}: the call says {said}")
+        self._name_pods()
+        if said:
+            said = fails(lambda: operation.again(node, known))
+        self._judge(where, said, result)
+
+    def _judge(self, where: str, said: str, result: Result) -> None:
+        if said:
+            result.failures.append(f"{where}: the retry says {said}")
+        left = self.cleaned()
+        if left:
+            result.failures.append(f"{where}: left: {'; '.join(left)}")
+            self._heal()
+        result.failures += [f"{where}: the log says {line}" for line in self.node.complaints()]
+
+    def _heal(self) -> None:
+        """A new daemon for the next point, as what was left must not be counted twice."""
+        node = self.node
+        if node.process is not None and node.process.poll() is None:
+            node.kill()
+        node.start()
+        left = self.cleaned()
+        if left:
+            raise AssertionError(f"a new daemon does not remove what was left either: {left}")
+
+    def cleaned(self) -> list[str]:
+        """Remove all pods and the image; what is left then."""
+        node = self.node
+        assert node.process is not None
+        if node.process.poll() is not None:
+            return [f"the daemon has ended with {node.process.returncode}"]
+        if said := fails(node.remove_pods):
+            return [f"removing says {said}"]
+        if said := fails(lambda: node.client.RemoveImage(image={"image": IMAGE})):
+            return [f"removing the image says {said}"]
+        deadline = time.monotonic() + _PATIENCE * SLOWNESS
+        while (left := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+    def _left(self) -> list[str]:
+        node = self.node
+        found = node.leftovers()
+        with contextlib.closing(sqlite3.connect(f"file:{node.root}/criserver.db?mode=ro", uri=True)) as db:
+            for table in ("sandboxes", "containers"):
+                found += [f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")]
+        for table in ("sandboxes", "containers"):
+            found += [f"copy {table} {name}" for name in os.listdir(f"{node.state}/records/{table}")]
+        found += [f"open {path}" for path in node.descriptors() if path.startswith(node.logs)]
+        return found + sorted(self._content() ^ self._images)
+
+    def _content(self) -> set[str]:
+        root = self.node.root
+        places = ("content/blobs/sha256", "snapshots/layers", "spool")
+        found = set()
+        for place in places:
+            with contextlib.suppress(FileNotFoundError):
+                found |= {f"{place}/{name}" for name in os.listdir(f"{root}/{place}")}
+        with contextlib.closing(sqlite3.connect(f"file:{root}/criserver.db?mode=ro", uri=True)) as db:
+            for table in ("images", "image_names"):
+                found |= {f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")}
+        return found
+
+    def _name_pods(self) -> None:
+        """The pods whose IDs no call has returned: their cgroups count too."""
+        with contextlib.suppress(FileNotFoundError):
+            Node.pods.update(os.listdir(f"{self.node.state}/records/sandboxes"))
+
+    def hit(self) -> bool:
+        """Whether the daemon has reached the point that it was to fail at."""
+        return any(line.startswith("hit ") for line in self._taken())
+
+    def _taken(self) -> list[str]:
+        """The lines of the log since the last call."""
+        with contextlib.suppress(FileNotFoundError):
+            with open(self._log, "r+") as f:
+                lines = f.read().splitlines()
+                f.truncate(0)
+            return lines
+        return []
+
+
+def errors_of(point: str) -> tuple[int, ...]:
+    """The errors that the kernel gives at a point."""
+    return EVENTS[point.rsplit("#", 1)[0].split(":", 2)[2]]
+
+
+def table(results: list[Result]) -> str:
+    """The table of docs/reliability.md."""
+    head = "| operation | points | kills | errors | not reached | failures |\n|---|---|---|---|---|---|"
+    lines = [
+        f"| {r.operation} | {r.points} | {r.kills} | {r.errors} | {r.missed} | {len(r.failures)} |" for r in results
+    ]
+    return "\n".join((head, *lines))
