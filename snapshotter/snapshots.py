@@ -199,7 +199,7 @@ class Snapshotter:
         Raises SnapshotError in two cases:
 
         1. Another layer or a snapshot needs it: it stays.
-        2. Its files cannot be deleted: it is no layer any more, and the next start tries the deletion again.
+        2. Its files cannot be deleted: it is no layer any more, and :meth:`delete_rest` tries the deletion again.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -210,6 +210,10 @@ class Snapshotter:
         if users:
             raise SnapshotError(f"layer {chain_id} is in use by {users[0]}; remove that first")
         await self._delete_layer(layer)
+
+    async def delete_rest(self) -> None:
+        """Try to delete again what could not be deleted. A failure is logged."""
+        await in_thread(self._staging.delete_rest)
 
     async def check_layer(self, chain_id: str, blob: str = "", compression: str = "gzip") -> str:
         """What is wrong with a committed layer on disk; "" if nothing is, or if the layer has been removed.

@@ -27,6 +27,7 @@ class Staging:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._undeleted: set[str] = set()
 
     def sweep(self) -> dict[str, str]:
         """Unmount and delete all that is here. Returns the names of removed snapshots that are still here, by key."""
@@ -66,17 +67,24 @@ class Staging:
         return name
 
     def delete(self, name: str) -> None:
-        """Delete ``name`` here. Raises SnapshotError with the reason; the next start tries again."""
+        """Delete ``name`` here. Raises SnapshotError with the reason; :meth:`delete_rest` and the next start try again."""
         path = os.path.join(self.path, name)
         try:
             removal.remove_path(path)
         except OSError as e:
+            self._undeleted.add(name)
             raise SnapshotError(f"{path} cannot be deleted: {e}") from e
+        self._undeleted.discard(name)
+
+    def delete_rest(self) -> None:
+        """Try the deletions again that have failed. One that fails again is logged."""
+        for name in tuple(self._undeleted):
+            self.discard(name)
 
     def discard(self, area: str) -> bool:
         """Delete ``area``, a name or a path here. Returns False, and logs the reason, if it cannot be deleted.
 
-        The next start tries again then.
+        :meth:`delete_rest` and the next start try again then.
         """
         try:
             self.delete(os.path.basename(area))

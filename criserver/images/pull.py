@@ -267,4 +267,5 @@ async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
             for coroutine in work:
                 group.create_task(coroutine)
     except BaseExceptionGroup as e:
-        raise e.exceptions[0] from None
+        # Its cause stays: that says whether the node has run out of something.
+        raise e.exceptions[0] from e.exceptions[0].__cause__

@@ -59,6 +59,12 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             error = _target_ended(node, container) or e
             process.start_failed(str(error))
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e
+        except Exception as e:
+            # The node has run out of descriptors, for example. The container must not stay in STARTING: no call but its
+            # removal would be possible.
+            await process.end_start()
+            process.start_failed(str(e))
+            raise
     return container_id
 
 

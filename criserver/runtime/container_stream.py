@@ -234,7 +234,7 @@ async def _carry(
             for task in (*feeding, *draining):
                 task.cancel()
     except BaseExceptionGroup as e:
-        raise e.exceptions[0] from None
+        raise e.exceptions[0] from e.exceptions[0].__cause__  # the cause says whether the node has run out of something
     return code
 
 

@@ -35,6 +35,8 @@ def main() -> int:
         node.start()
         import_image(node, base)
         matrix.begin()
+        operations(own)[0].call(node, "")  # the directories that a daemon makes once
+        matrix.cleaned()
         for operation in operations(own):
             if options.operation and not any(word in operation.name for word in options.operation):
                 continue

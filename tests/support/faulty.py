@@ -118,9 +118,9 @@ class Faults:
                 self._counts.clear()
                 self._seen = number
         if self._order["mode"] != "off":
-            self._reached(event)
+            self._reached(event, args)
 
-    def _reached(self, event: str) -> None:
+    def _reached(self, event: str, args: tuple[Any, ...]) -> None:
         place = _place()
         if not place:
             return
@@ -140,7 +140,8 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         if event == "criserver.commit":
             raise sqlite3.OperationalError(f"{os.strerror(error)} (injected)")
-        raise OSError(error, f"{os.strerror(error)} (injected)")
+        path = args[0] if args and isinstance(args[0], str | bytes) else None
+        raise OSError(error, f"{os.strerror(error)} (injected)", path)
 
 
 def _writes(args: tuple[Any, ...]) -> bool:
