@@ -67,7 +67,7 @@ class Staging:
         return name
 
     def delete(self, name: str) -> None:
-        """Delete ``name`` here. Raises SnapshotError with the reason; :meth:`delete_rest` and the next start try again."""
+        """Delete ``name`` here. Raises SnapshotError; :meth:`delete_rest` and the next start try again."""
         path = os.path.join(self.path, name)
         try:
             removal.remove_path(path)

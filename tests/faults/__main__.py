@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults.matrix import Matrix, Result, errors_of, table
+from tests.faults.matrix import START_UP, Matrix, Result, errors_of, table
 from tests.faults.operations import archives, operations
 from tests.support.fixtures import import_image
 from tests.support.node import Node
@@ -56,6 +56,22 @@ def main() -> int:
                 for failure in result.failures[before:]:
                     print(failure, flush=True)
             print(f"{operation.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        if not options.operation or START_UP in options.operation:
+            began = time.monotonic()
+            points = [point for point in matrix.points_of_start() if options.match in point]
+            result = Result(START_UP, points=len(points))
+            results.append(result)
+            if options.points:
+                print(START_UP, *points, sep="\n  ")
+                points = []
+            for point in points:
+                before = len(result.failures)
+                for number in (0, *errors_of(point)):
+                    if options.kinds != ("kill" if number else "error"):
+                        matrix.fail_start(point, number, result)
+                for failure in result.failures[before:]:
+                    print(failure, flush=True)
+            print(f"{START_UP}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:
         node.close()
         shutil.rmtree(scratch)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
+import random
 import sqlite3
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from criserver.pb.criserver.v1 import admin_pb2 as admin
-from tests.faults.operations import ADMIN, IMAGE, Operation, fails
 from criserver.cli.client import method
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.faults.operations import ADMIN, IMAGE, Operation, fails, run_again
 from tests.support.faulty import EVENTS, Control
 from tests.support.node import Node
-from tests.support.waiting import SLOWNESS
+from tests.support.waiting import SLOWNESS, eventually
 
 # Seconds that what is left may take to go.
 _PATIENCE = 8.0
 # Seconds that a task may go on after its call has returned.
 _AFTER = 0.3
+START_UP = "start-up"
+# Where the daemon is killed before the start-up: one CNI plugin of the pod has been run, and the other has not.
+_CUT = "cni_plugin:__init__:subprocess.Popen#2"
 
 
 @dataclass
@@ -102,6 +105,68 @@ class Matrix:
         if said:
             said = fails(lambda: operation.again(node, known))
         self._judge(where, said, result)
+
+    def points_of_start(self) -> list[str]:
+        """The points of a start-up with a crashed operation behind it, in their order."""
+        self._wreck()
+        before = self._recoveries()
+        self.control.record()
+        self.node.start()
+        eventually(lambda: self._recoveries() > before)
+        self.control.off()
+        points = self._taken()
+        assert (left := self.cleaned()) == [], left
+        return points
+
+    def fail_start(self, point: str, number: int, result: Result) -> None:
+        """A fault at a point of the start-up, and another start where the daemon has ended. 0 is a SIGKILL.
+
+        The container that ran before must run on, and the pod that was cut off can be made.
+        """
+        node = self.node
+        container = self._wreck()
+        before = self._recoveries()
+        self.control.hit(point, number)
+        fails(node.start)
+        assert node.process is not None
+        eventually(lambda: self._recoveries() > before or node.process is None or node.process.poll() is not None)
+        if self.hit():
+            result.errors += bool(number)
+            result.kills += not number
+        else:
+            result.missed += 1
+        self.control.off()
+        said = ""
+        if node.process.poll() is not None:
+            node.client.channel.close()
+            said = fails(node.start)
+        said = said or fails(lambda: run_again(node))
+        where = f"{START_UP}: {errno.errorcode[number] if number else 'SIGKILL'} at {point}"
+        if not said and (state := node.status(container).state) != cri.CONTAINER_RUNNING:
+            result.failures.append(f"{where}: the container that ran is {cri.ContainerState.Name(state)}")
+        self._judge(where, said, result)
+
+    def _wreck(self) -> str:
+        """A daemon that was killed while it made a pod; another pod has a container that is created and one that runs.
+
+        Returns the ID of the one that runs.
+        """
+        node = self.node
+        pod = node.run_pod("other")
+        node.create(pod, "created", ["sleep", "1000"])
+        container = node.run(pod, "running", ["sleep", "1000"])
+        self.control.hit(_CUT)
+        fails(lambda: node.run_pod("pod"))
+        assert self.hit()
+        assert node.process is not None
+        node.process.wait(10)
+        node.client.channel.close()
+        self.control.off()
+        self._name_pods()
+        return container
+
+    def _recoveries(self) -> int:
+        return self.node.daemon_log().count('"recovered"')
 
     def _judge(self, where: str, said: str, result: Result) -> None:
         if said:
@@ -189,6 +254,14 @@ class Matrix:
 def errors_of(point: str) -> tuple[int, ...]:
     """The errors that the kernel gives at a point."""
     return EVENTS[point.rsplit("#", 1)[0].split(":", 2)[2]]
+
+
+def sample(points: Sequence[str], pick: random.Random) -> list[str]:
+    """Each place once, with one of its occurrences."""
+    places: dict[str, list[str]] = {}
+    for point in points:
+        places.setdefault(point.rsplit("#", 1)[0], []).append(point)
+    return [pick.choice(found) for found in places.values()]
 
 
 def table(results: list[Result]) -> str:

@@ -55,9 +55,9 @@ def _run(node: Node, **fields: Any) -> str:
     return node.run_pod("pod", **fields)
 
 
-def _run_again(node: Node, **fields: Any) -> None:
+def run_again(node: Node, **fields: Any) -> None:
     """A kubelet lists pods first: one that is ready stays, one that is not is stopped, and the next attempt is made."""
-    listed = node.client.ListPodSandbox().items
+    listed = [pod for pod in node.client.ListPodSandbox().items if pod.metadata.name == "pod"]
     for pod in listed:
         if pod.state == cri.SANDBOX_READY:
             return
@@ -148,12 +148,12 @@ def operations(archive: str) -> list[Operation]:
         return ""
 
     return [
-        Operation("RunPodSandbox", nothing, lambda node, _: _run(node), lambda node, _: _run_again(node)),
+        Operation("RunPodSandbox", nothing, lambda node, _: _run(node), lambda node, _: run_again(node)),
         Operation(
             "RunPodSandbox, shared PIDs",
             nothing,
             lambda node, _: _run(node, linux=shared()),
-            lambda node, _: _run_again(node, linux=shared()),
+            lambda node, _: run_again(node, linux=shared()),
         ),
         Operation("CreateContainer", lambda node: node.run_pod("pod"), _create, _create_again),
         Operation("StartContainer", _container, _start, _start_again),

@@ -1,9 +1,9 @@
 """A daemon that can be killed, or made to fail, at each of its side effects.
 
-``python -m tests.support.faulty CONTROL LOG serve --config FILE`` runs ``criserver serve`` with an audit hook (PEP 578).
-The interpreter calls the hook before each side effect: an open for writing, a rename, a start of a program. So the
-points come from what the code does. System calls by ctypes, commits, messages to shims and signals by pidfd raise an
-audit event in criserver and snapshotter.
+``python -m tests.support.faulty CONTROL LOG serve --config FILE`` runs ``criserver serve`` with an audit hook
+(PEP 578). The interpreter calls the hook before each side effect: an open for writing, a rename, a start of a program.
+So the points come from what the code does. System calls by ctypes, commits, messages to shims and signals by pidfd
+raise an audit event in criserver and snapshotter.
 
 CONTROL is a file that the daemon maps. It says what happens at the points; see :class:`Control`. LOG gets a line for
 each point that was recorded, and one for the point that was hit.

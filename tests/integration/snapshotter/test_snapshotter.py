@@ -679,6 +679,23 @@ async def test_a_snapshot_that_cannot_be_deleted_is_removed_by_a_later_call(
     again.close()
 
 
+async def test_a_layer_that_cannot_be_deleted_is_deleted_later_by_the_same_process(
+    snapshotter: Snapshotter, disk: str
+) -> None:
+    layer = await unpack(snapshotter, write_blob(f"{disk}/base", item("point/f")))
+    mounts.mount("tmpfs", f"{layer.path}/fs/point", "tmpfs")
+    with pytest.raises(SnapshotError, match=r"staging/removed-.*a file system is mounted there"):
+        await snapshotter.remove_layer(layer.chain_id)
+    with capture_logs() as logs:
+        await snapshotter.delete_rest()
+    assert [line["event"] for line in logs] == ["a deletion in staging failed"]
+    assert len(staging(disk)) == 1
+    (point,) = mounts.mounts_below(disk)
+    mounts.umount2(point)
+    await snapshotter.delete_rest()
+    assert staging(disk) == []
+
+
 @pytest.mark.parametrize("place", ["layers", "active", "staging"])
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "not utf-8", "metadata is a directory"])
 async def test_what_is_no_layer_and_no_snapshot_keeps_nobody_from_starting(disk: str, place: str, kind: str) -> None:
