@@ -92,6 +92,7 @@ class Store:
         """Write into the database what its second copy has and the database has lost, and the other way round."""
         if self._mirror is None:
             return
+        self._mirror.finish()
         known = {(table, key): value for table in TABLES - {"meta"} for key, value in self.items(table)}
         copies = {(table, key): value for table, key, value in self._mirror.items()}
         changes = [Change(*where, value) for where, value in copies.items() if known.get(where) != value]
@@ -159,18 +160,19 @@ class Store:
         if mirror is None:
             self._commit(changes)
             return
-        for table, key, value in changes:
-            if value is not None:
-                mirror.put(table, key, value)
-        try:
-            self._commit(changes)
-        except ResourceExhaustedError:
-            for table, key, _ in changes:
-                mirror.put(table, key, self.get(table, key))
-            raise
-        for table, key, value in changes:
-            if value is None:
-                mirror.put(table, key, None)
+        with mirror.together(changes):
+            for table, key, value in changes:
+                if value is not None:
+                    mirror.put(table, key, value)
+            try:
+                self._commit(changes)
+            except ResourceExhaustedError:
+                for table, key, _ in changes:
+                    mirror.put(table, key, self.get(table, key))
+                raise
+            for table, key, value in changes:
+                if value is None:
+                    mirror.put(table, key, None)
 
     def _commit(self, changes: Sequence[Change]) -> None:
         try:

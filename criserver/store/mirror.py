@@ -4,14 +4,16 @@ If the database is lost, emptied or replaced by an older one under running pods,
 of them. It ends with the boot as the pods do, so it never brings back anything that is gone.
 
 A record is written here before it is written to the database, and deleted here after it. So the copy is never older.
+Several records that change together are written down first: a daemon that is killed among them leaves no half of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 import structlog
@@ -21,6 +23,8 @@ log = structlog.get_logger(__name__)
 _UNFINISHED = ".new"
 # A file that is there while the copy has all records.
 _WHOLE = "whole"
+# The changes that are made together at present.
+_TOGETHER = "together"
 _MAX_NAME = 200
 
 
@@ -42,6 +46,37 @@ class Mirror:
     def mark_whole(self) -> None:
         """Every record has its copy now. It stays so until one cannot be written. Raises OSError."""
         os.close(os.open(os.path.join(self._directory, _WHOLE), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    @contextmanager
+    def together(self, changes: Sequence[tuple[str, str, bytes | None]]) -> Iterator[None]:
+        """Table, key and value (None deletes) of the changes within the block. :meth:`finish` makes all if it is cut."""
+        path = os.path.join(self._directory, _TOGETHER)
+        if len(changes) > 1:
+            text = json.dumps([(t, key, None if value is None else value.decode("latin-1")) for t, key, value in changes])
+            try:
+                _write(path, text.encode())
+            except OSError as e:
+                log.warning("changes that belong together cannot be written down", path=path, error=str(e))
+        try:
+            yield
+        finally:
+            if len(changes) > 1:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def finish(self) -> None:
+        """Make the changes that an earlier daemon was making together. Raises OSError."""
+        path = os.path.join(self._directory, _TOGETHER)
+        with suppress(FileNotFoundError):
+            os.unlink(path + _UNFINISHED)
+        try:
+            with open(path, "rb") as f:
+                changes = json.load(f)
+        except FileNotFoundError:
+            return
+        for table, key, value in changes:
+            self.put(table, key, None if value is None else value.encode("latin-1"))
+        os.unlink(path)
 
     def items(self) -> Iterator[tuple[str, str, bytes]]:
         """Table, key and value of each record; a file that cannot be read is left out and logged."""

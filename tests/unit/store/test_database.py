@@ -215,3 +215,21 @@ def test_a_copy_that_cannot_be_written_is_none(path: str, tmp_path: Path, monkey
     store = Store(path, str(tmp_path / "records"))
     assert store.items("containers") == [("c", b"2")]
     store.close()
+
+
+def test_records_that_go_together_are_all_gone_or_all_here_after_a_kill(path: str, tmp_path: Path) -> None:
+    store = Store(path, str(tmp_path / "records"))
+    store.write_now(Change("images", "i", b"1"), Change("image_names", "n", b"2"))
+    store.close()
+    if (child := os.fork()) == 0:
+        store = Store(path, str(tmp_path / "records"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", lambda *_: os._exit(9))  # the first of the two copies
+            store.write_now(Change("images", "i", None), Change("image_names", "n", None))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "records" / "images" / "i").exists()
+    store = Store(path, str(tmp_path / "records"))
+    assert (store.items("images"), store.items("image_names")) == ([], [])
+    store.close()
+    assert [name for name in os.listdir(tmp_path / "records") if (tmp_path / "records" / name).is_file()] == ["whole"]
