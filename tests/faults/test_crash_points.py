@@ -18,7 +18,7 @@ from tests.support.fixtures import import_image
 from tests.support.node import Node
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", random.randrange(1 << 32)))
-STARTS = 10
+STARTS = 5
 
 
 @pytest.fixture(scope="module")
