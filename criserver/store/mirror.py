@@ -49,12 +49,12 @@ class Mirror:
 
     @contextmanager
     def together(self, changes: Sequence[tuple[str, str, bytes | None]]) -> Iterator[None]:
-        """Table, key and value (None deletes) of the changes within the block. :meth:`finish` makes all if it is cut."""
+        """The changes of the block: table, key, value (None deletes). After a kill :meth:`finish` makes all of them."""
         path = os.path.join(self._directory, _TOGETHER)
         if len(changes) > 1:
-            text = json.dumps([(t, key, None if value is None else value.decode("latin-1")) for t, key, value in changes])
+            texts = [(table, key, None if data is None else data.decode("latin-1")) for table, key, data in changes]
             try:
-                _write(path, text.encode())
+                _write(path, json.dumps(texts).encode())
             except OSError as e:
                 log.warning("changes that belong together cannot be written down", path=path, error=str(e))
         try:
