@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node) -> N
     for name in os.listdir(node.root):
         if name.startswith("criserver.db"):
             os.unlink(f"{node.root}/{name}")
+    shutil.rmtree(f"{node.state}/records")
     done = reset(node, "--yes")
     assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n"), done.stderr
     with pytest.raises(ProcessLookupError):
