@@ -204,7 +204,7 @@ class Lifecycle(RuleBasedStateMachine):
         if not found or choice % 4 == 0:
             found = [*(PODS if "PodSandbox" in method else CONTAINERS), NEVER_MADE]
             if method in ("StopPodSandbox", "RemovePodSandbox", "RemoveContainer"):
-                found = [name for name in found if name not in self.pods and name not in self.containers]
+                found = [name for name in found if name not in self.pods and name not in self.containers] or ["nowhere"]
         return found[choice // 4 % len(found)]
 
     # The rules: one for each call
