@@ -123,8 +123,7 @@ class Mirror:
 
 def _write(path: str, content: bytes) -> None:
     fd = os.open(path + _UNFINISHED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, content)
-    finally:
-        os.close(fd)
+    # Not os.write, which may write a part only, as where the directory is nearly full.
+    with open(fd, "wb") as f:
+        f.write(content)
     os.rename(path + _UNFINISHED, path)

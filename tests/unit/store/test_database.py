@@ -233,3 +233,13 @@ def test_records_that_go_together_are_all_gone_or_all_here_after_a_kill(path: st
     assert (store.items("images"), store.items("image_names")) == ([], [])
     store.close()
     assert [name for name in os.listdir(tmp_path / "records") if (tmp_path / "records" / name).is_file()] == ["whole"]
+
+
+def test_a_copy_is_written_whole_or_not_at_all(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write(2) may write a part only, as where the file system is nearly full."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: write(fd, content[:3]))
+    store = Store(path, str(tmp_path / "records"))
+    store.write_now(Change("containers", "c", b"whole"))
+    store.close()
+    assert (tmp_path / "records" / "containers" / "c").read_bytes() == b"c\nwhole"
