@@ -390,73 +390,60 @@ def test_a_full_state_directory_loses_no_exit_and_can_be_freed(node: Node) -> No
         assert node.settled() == []
 
 
-def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_again(node: Node) -> None:
+@contextlib.contextmanager
+def plugin_under_way(node: Node, name: str, cases: str, begun: str) -> Iterator[None]:
+    """A pod is being made with a network plugin of this shell script's cases, which has made the file ``begun``."""
     os.makedirs(f"{node.base}/bin", exist_ok=True)
-    with open(f"{node.base}/bin/refusing", "w") as f:
+    with open(f"{node.base}/bin/{name}", "w") as f:
         f.write(
-            "#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n"
-            f"ADD) [ -e {node.base}/refusing.done ] || {{ touch {node.base}/refusing.begun; sleep 60; }};;\n"
-            f"DEL) [ -e {node.base}/refusing.done ] || exit 1;;\nesac\n"
+            f"#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n{cases}\nesac\n"
             'echo \'{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24"}]}\'\n'
         )
         os.fchmod(f.fileno(), 0o755)
-    with open(f"{node.cni}/05-refusing.conflist", "w") as f:
-        f.write('{"cniVersion": "1.0.0", "name": "refusing", "plugins": [{"type": "refusing"}]}')
+    with open(f"{node.cni}/05-{name}.conflist", "w") as f:
+        json.dump({"cniVersion": "1.0.0", "name": name, "plugins": [{"type": name}]}, f)
 
     def run() -> None:
         with contextlib.suppress(grpc.RpcError, ValueError):
-            node.client.RunPodSandbox(config=node.pod("refusing"))
+            node.client.RunPodSandbox(config=node.pod(name))
 
     caller = threading.Thread(target=run)
     try:
         caller.start()
-        eventually(lambda: os.path.exists(f"{node.base}/refusing.begun"))
+        eventually(lambda: os.path.exists(begun))
+        yield
+    finally:
+        caller.join()
+        os.unlink(f"{node.cni}/05-{name}.conflist")
+
+
+def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_again(node: Node) -> None:
+    done, begun = f"{node.base}/refusing.done", f"{node.base}/refusing.begun"
+    cases = f"ADD) [ -e {done} ] || {{ touch {begun}; sleep 60; }};;\nDEL) [ -e {done} ] || exit 1;;"
+    with plugin_under_way(node, "refusing", cases, begun):
         node.kill()
         node.start()
         (pod,) = node.client.ListPodSandbox().items
         assert pod.state == cri.SANDBOX_NOTREADY
-        with open(f"{node.base}/refusing.done", "w"):
+        with open(done, "w"):
             pass
         node.client.StopPodSandbox(pod_sandbox_id=pod.id)
         node.client.RemovePodSandbox(pod_sandbox_id=pod.id)
         again = node.client.RunPodSandbox(config=node.pod("refusing")).pod_sandbox_id
         node.client.RemovePodSandbox(pod_sandbox_id=again)
         assert node.client.ListPodSandbox().items == []
-    finally:
-        caller.join()
-        os.unlink(f"{node.cni}/05-refusing.conflist")
 
 
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node) -> None:
     lease = f"{node.base}/lease"
-    os.makedirs(f"{node.base}/bin", exist_ok=True)
-    with open(f"{node.base}/bin/slow", "w") as f:
-        f.write(
-            "#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n"
-            f"ADD) touch {lease}.begun; sleep 3; touch {lease};;\nDEL) rm -f {lease};;\nesac\n"
-            'echo \'{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/24"}]}\'\n'
-        )
-        os.fchmod(f.fileno(), 0o755)
-    with open(f"{node.cni}/05-slow.conflist", "w") as f:
-        f.write('{"cniVersion": "1.0.0", "name": "slow", "plugins": [{"type": "slow"}]}')
-
-    def run() -> None:
-        with contextlib.suppress(grpc.RpcError, ValueError):
-            node.client.RunPodSandbox(config=node.pod("slow"))
-
-    caller = threading.Thread(target=run)
-    try:
-        caller.start()
-        eventually(lambda: os.path.exists(f"{lease}.begun"))
+    cases = f"ADD) touch {lease}.begun; sleep 3; touch {lease};;\nDEL) rm -f {lease};;"
+    with plugin_under_way(node, "slow", cases, f"{lease}.begun"):
         node.kill()
         assert not os.path.exists(lease)
         node.start()
         eventually(lambda: not [words for _, words in processes() if f"{node.base}/bin/slow" in words])
         assert not os.path.exists(lease)
         assert node.client.ListPodSandbox().items == []
-    finally:
-        caller.join()
-        os.unlink(f"{node.cni}/05-slow.conflist")
 
 
 @pytest.mark.parametrize("seed", range(12))
