@@ -202,7 +202,9 @@ class Lifecycle(RuleBasedStateMachine):
         """Mostly a name for which the call does something, else any other."""
         found = sorted(self.suitable(method))
         if not found or choice % 4 == 0:
-            found = [*(PODS if "PodSandbox" in method else CONTAINERS), NEVER_MADE]
+            found = PODS if "PodSandbox" in method else CONTAINERS
+            if method != "RunPodSandbox":
+                found = [*found, NEVER_MADE]
             if method in ("StopPodSandbox", "RemovePodSandbox", "RemoveContainer"):
                 found = [name for name in found if name not in self.pods and name not in self.containers] or ["nowhere"]
         return found[choice // 4 % len(found)]
