@@ -33,6 +33,14 @@ esac
 exec {runtime} "$@"
 """
 
+# Shorter here: a kernel or a runtime that holds on uses each of them up several times.
+DEADLINES = {
+    "oci_runtime._DELETE_TIMEOUT": 3,
+    "container_process._GONE_TIMEOUT": 3,
+    "container_process.END_TIMEOUT": 3,
+    "container_process.KILL_TIMEOUT": 10,
+}
+
 # Of this run alone: other containers sleep too.
 SLEEP = f"sleep {90_000_000 + os.getpid()}"
 # A container whose background process ignores SIGTERM and has a session of its own.
@@ -49,6 +57,7 @@ def faulty(busybox_archive: str) -> Iterator[Node]:
     runtime.write_text(FAULTY.format(base=node.base, runtime=shutil.which(RUNTIME)))
     runtime.chmod(0o755)
     set_fault(node, "")
+    node.program = ["-m", "tests.support.hurried", *(f"criserver.runtime.{d}={s}" for d, s in DEADLINES.items())]
     try:
         node.start()
         import_image(node, busybox_archive)
