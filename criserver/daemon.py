@@ -17,16 +17,17 @@ from functools import partial
 import grpc
 import structlog
 
-from criserver import __version__, upkeep
+from criserver import __version__, upkeep, work_under_way
 from criserver.api import admin_service, image_service, runtime_service
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.api.recovery_gate import pod_recovered
-from criserver.config import Config
+from criserver.config import Config, Settings, config_of
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.reload import Reloads, reload_at
 from criserver.runtime import apparmor, cgroups, host, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
@@ -53,15 +54,20 @@ SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
 
 
-async def serve(config: Config) -> None:
+async def serve(settings: Settings, path: str) -> None:
     """Serve until SIGTERM or SIGINT. Containers go on without the daemon.
+
+    SIGHUP reads the configuration file ``path`` anew, and SIGUSR1 logs the work under way.
 
     Raises FailedPreconditionError if another daemon uses the directories, and CriError if the host refuses something
     that the start needs or if a task fails that the daemon cannot work without.
     """
     began = time.monotonic()
-    stop = asyncio.Event()
+    config = config_of(settings)
+    stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    loop.add_signal_handler(signal.SIGUSR1, work_under_way.log_it)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.set_default_executor(Threads())
@@ -93,7 +99,8 @@ async def serve(config: Config) -> None:
         notify("READY=1")
         node.background(_finish_recovery(node), "the end of recovery failed")
         try:
-            await upkeep.keep(_tasks(node, store, server), stop)
+            reloads = Task("the reload", partial(reload_at, hangup, Reloads(node, settings, path)))
+            await upkeep.keep([*_tasks(node, store, server), reloads], stop)
         finally:
             log.info("stopping")
             notify("STOPPING=1")
@@ -138,12 +145,7 @@ def assemble(
             store,
             ContentStore(os.path.join(config.root, "content")),
             snapshotter,
-            RegistrySettings(
-                config.registry_config_path,
-                config.registry_auth_file,
-                config.registry_max_downloads,
-                config.registry_progress_timeout,
-            ),
+            RegistrySettings.of(config),
             host_platform(),
             note=os.path.join(config.root, "synced.json"),
         ),
@@ -249,7 +251,7 @@ def watch_children() -> None:
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
-def run(config: Config) -> int:
+def run(settings: Settings, path: str) -> int:
     """Run :func:`serve` in an event loop of its own. Returns the process's exit code."""
     if os.geteuid() != 0:
         print(
@@ -262,7 +264,7 @@ def run(config: Config) -> int:
     allocator.return_memory()
     watch_children()
     try:
-        asyncio.run(serve(config))
+        asyncio.run(serve(settings, path))
     except CriError as e:
         print(f"criserver: {e}", file=sys.stderr)
         return 1

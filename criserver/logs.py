@@ -14,9 +14,19 @@ import structlog
 
 from criserver import journal
 
+# The number of the lowest level that is logged; see logging.
+_lowest = logging.INFO
+
+
+def set_level(level: str) -> None:
+    """Log from this level on; "debug" to "error"."""
+    global _lowest
+    _lowest = getattr(logging, level.upper())
+
 
 def set_up(level: str, form: str) -> None:
     """``level`` is "debug" to "error". ``form`` is "json", "terminal", "journal", or "auto", which looks at stderr."""
+    set_level(level)
     if form == "auto" and journal.is_standard_error(os.environ.get("JOURNAL_STREAM")):
         form = "journal"
     elif form == "auto":
@@ -36,11 +46,18 @@ def set_up(level: str, form: str) -> None:
         else:
             output += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
-        processors=[structlog.processors.add_log_level, *output],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        processors=[_from_the_level_on, structlog.processors.add_log_level, *output],
+        # The level can change later, so each event is compared with it. Loggers keep their class.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=lambda *_: records,
         cache_logger_on_first_use=True,
     )
+
+
+def _from_the_level_on(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if getattr(logging, method.upper(), logging.ERROR) < _lowest:
+        raise structlog.DropEvent
+    return event
 
 
 class _Lines:

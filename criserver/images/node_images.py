@@ -68,13 +68,17 @@ class Images:
         self._garbage = GarbageCollector(self._images, content, snapshotter)
         self._content = content
         self._snapshotter = snapshotter
-        self._registries = registries
         self._policy = policy or AcceptAll()
         self._platform = platform
         self._loader = Loader(content, snapshotter, platform, self._suspects)
-        self._downloads = asyncio.Semaphore(registries.max_downloads)
+        self.configure(registries)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
         self._verifying = False
+
+    def configure(self, registries: RegistrySettings) -> None:
+        """Take over settings for the pulls that begin from now on."""
+        self._registries = registries
+        self._downloads = asyncio.Semaphore(registries.max_downloads)
 
     async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
         """Pull the image that ``ref`` means at its registry now, and give it that name.

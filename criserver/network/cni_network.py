@@ -108,11 +108,15 @@ class Network:
 
     def __init__(self, *, conf_dir: str, bin_dirs: Sequence[str], timeout: float = 60.0) -> None:
         self._directory = CniConfigDirectory(conf_dir)
-        self._bin_dirs = tuple(bin_dirs)
-        self._timeout = timeout
+        self.configure(bin_dirs=bin_dirs, timeout=timeout)
         # By plugin path: the file's identity, and the versions that the plugin supports (None if it tells none).
         self._versions: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
+
+    def configure(self, *, bin_dirs: Sequence[str], timeout: float) -> None:
+        """Take over settings for the plugins that are started from now on."""
+        self._bin_dirs = tuple(bin_dirs)
+        self._timeout = timeout
 
     def config(self) -> NetworkConfig:
         """The network of the node now. Raises FailedPreconditionError where none is configured."""

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from criserver import cli
+from criserver.cli.options import configuration
 from criserver.config import load
 
 ROOT = Path(__file__).parents[3]
@@ -99,13 +100,12 @@ def test_the_manual_page_has_every_command_and_option() -> None:
     walk(cli._parser(), "criserver")
 
 
-def test_commands_go_by_the_nodes_configuration_and_the_daemon_is_told_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def configs() -> list[str | None]:
-        return [cli._parser().parse_args(c.split()).config for c in ("check", "reset", "image list", "serve")]
+def test_all_commands_go_by_the_nodes_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def levels() -> set[str]:
+        words = ("check", "reset", "image list", "serve", "config show", "config check")
+        return {configuration(cli._parser().parse_args(command.split())).log_level for command in words}
 
-    monkeypatch.setattr(cli, "NODES_CONFIG", str(tmp_path / "config.toml"))
-    assert configs() == [None] * 4
-    (tmp_path / "config.toml").write_text("")
-    assert configs() == [str(tmp_path / "config.toml")] * 3 + [None]
+    monkeypatch.setattr("criserver.cli.options.NODES_CONFIG", str(tmp_path / "config.toml"))
+    assert levels() == {"info"}
+    (tmp_path / "config.toml").write_text('[log]\nlevel = "error"')
+    assert levels() == {"error"}
