@@ -19,8 +19,8 @@ import structlog
 
 from criserver import __version__, upkeep, work_under_way
 from criserver.api import admin_service, image_service, runtime_service
+from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
-from criserver.api.recovery_gate import pod_recovered
 from criserver.config import Config, Settings, config_of
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
@@ -212,7 +212,7 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
         node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
     )
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
-    before = partial(pod_recovered, node)
+    before = partial(prepare, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):
         runtime = runtime_service.RuntimeService(node, version)

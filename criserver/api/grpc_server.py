@@ -16,6 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from criserver import logs
 from criserver.api import bounds
 from criserver.errors import CriError, UnimplementedError, exhaustion
 from criserver.runtime.attempts import deadline
@@ -25,6 +26,9 @@ log = structlog.get_logger(__name__)
 
 # The kubelet's limit for an answer.
 MAX_MESSAGE = 16 << 20
+
+# Codes of errors that are no fault of the node.
+_ROUTINE = ("ALREADY_EXISTS", "CANCELLED", "NOT_FOUND", "UNIMPLEMENTED")
 
 Handler = Callable[[Any], Awaitable[Any]]
 _Call = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
@@ -83,19 +87,23 @@ def _unary_call(rpc: str, implementation: Handler, before: Handler) -> _Call:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
-        try:
-            if isinstance(request, Message):  # not for a stream of requests
-                bounds.check(request)
-                await before(request)
-            return await implementation(request)
-        except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-            await context.abort(*_status(rpc, e))
+        with logs.call(rpc):
+            try:
+                if isinstance(request, Message):  # not for a stream of requests
+                    bounds.check(request)
+                    await before(request)
+                answer = await implementation(request)
+            except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
+                await context.abort(*_status(rpc, e))
+            log.debug("call done", seconds=logs.elapsed())
+            return answer
 
     return call
 
 
 def _streaming_call(rpc: str, implementation: Any, before: Handler) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # No block of logs.call: the generator may be closed in another context.
         try:
             bounds.check(request)
             await before(request)
@@ -113,13 +121,15 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
     if reason := exhaustion(error):
         message = status(f"{rpc}: {error} ({reason})")
-        log.warning("call failed, as the node has run out of something", rpc=rpc, error=message)
+        log.warning("call failed: the node has run out of something", error=message, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode.RESOURCE_EXHAUSTED, message
     if isinstance(error, CriError):
         message = status(str(error))
-        log.info("call refused", rpc=rpc, code=error.code, error=message)
+        # A kubelet asks for what is gone as a matter of routine.
+        tell = log.info if error.code in _ROUTINE else log.warning
+        tell("call failed", error=message, code=error.code, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode[error.code], message
-    log.error("call failed", rpc=rpc, exc_info=error)
+    log.error("call failed", rpc=rpc, exc_info=error, seconds=logs.elapsed())
     return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {error}")
 
 

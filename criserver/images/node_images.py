@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from criserver import logs
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
@@ -320,7 +321,7 @@ class Images:
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
             image = await self._images.record(descriptor, names, pinned=False)
-        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
+        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size, seconds=logs.elapsed())
         return image
 
     async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:

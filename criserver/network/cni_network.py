@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -232,6 +233,7 @@ class Network:
             env["CNI_NETNS"] = attachment.netns
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
+        began = time.monotonic()
         reply = await cni_plugin.run(
             path,
             run_name=run_name,
@@ -239,9 +241,16 @@ class Network:
             request=_request(config, plugin, attachment, prev),
             timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
         )
+        _log.debug(
+            "CNI plugin done",
+            plugin=plugin["type"],
+            verb=verb,
+            network=config.name,
+            code=reply.returncode,
+            stderr=excerpt(reply.stderr),
+            seconds=round(time.monotonic() - began, 3),
+        )
         if reply.returncode == 0:
-            if reply.stderr:
-                _log.debug("CNI plugin's standard error", plugin=run_name, text=excerpt(reply.stderr))
             return reply.stdout
         code, message = cni_plugin.failure(reply)
         if verb == "DEL" and code == _UNKNOWN_CONTAINER:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import structlog
+
 from shims import tree
+
+log = structlog.get_logger(__name__)
 
 
 class Done(NamedTuple):
@@ -28,6 +34,7 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
     The program and all processes that it has started are killed at the timeout, and when the caller is cancelled.
     Raises TimeoutError, and OSError if the program cannot be started.
     """
+    began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
@@ -41,4 +48,6 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
         if process.returncode is None:
             tree.end(process.pid)  # asyncio reaps it, also if the kernel ends it only later
     assert process.returncode is not None
+    seconds = round(time.monotonic() - began, 3)
+    log.debug("program done", program=shlex.join(argv), code=process.returncode, seconds=seconds)
     return Done(process.returncode, stdout, stderr)

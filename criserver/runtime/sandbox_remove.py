@@ -6,6 +6,7 @@ import dataclasses
 
 import structlog
 
+from criserver import logs
 from criserver.errors import NotFoundError
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import SandboxState
@@ -37,4 +38,4 @@ async def _remove(node: Node, sandbox_id: str) -> None:
             await remove_locked(node, container)
         await node.records.forget(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
-    log.info("pod sandbox removed", sandbox=sandbox_id)
+    log.info("pod sandbox removed", sandbox=sandbox_id, seconds=logs.elapsed())
