@@ -97,6 +97,10 @@ async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     if not os.path.lexists(directory):
         return
     process = process_records.of_infra(node, sandbox)
+    if process.started is not None:
+        # The runtime's own delete polls for the end of the process, ten times a second.
+        await process.kill()
+        await process.wait_cleaned_up()
     await process.destroy()
     await process.wait_cleaned_up()
     node.let_go_of_process(sandbox.id)
