@@ -88,7 +88,8 @@ class ContainerAdjustments:
             self._claim(plugin, Field.CdiDevices, device.name)
             merged.CDI_devices.append(device)
             shown.CDI_devices.append(device)
-        self._add_linux(plugin, asked.linux)
+        if asked.HasField("linux"):
+            self._add_linux(plugin, asked.linux)
         self.updates.add(plugin, response)
 
     def _add_linux(self, plugin: str, asked: nri.LinuxContainerAdjustment) -> None:

@@ -75,8 +75,11 @@ def merge_resources(into: nri.LinuxResources, asked: nri.LinuxResources) -> None
         kept = [one for one in into.hugepage_limits if one.page_size != limit.page_size]
         del into.hugepage_limits[:]
         into.hugepage_limits.extend([*kept, limit])
-    into.unified.update(asked.unified)
-    into.devices.extend(asked.devices)
+    # Even an empty list would make the message ``into`` present in its own.
+    if asked.unified:
+        into.unified.update(asked.unified)
+    if asked.devices:
+        into.devices.extend(asked.devices)
 
 
 def _set_fields(message: Message, fields: dict[str, nri.Field]) -> list[str]:
