@@ -105,7 +105,7 @@ def test_a_field_is_taken_and_owned(adjust: dict[str, Any], field: str, key: str
     merged = adjustments()
     merged.add("one", response(adjust))
     assert plain(merged.adjustment) == plain(response(adjust).adjust)
-    assert merged.ownership.owner("c1", Field.Value(field), key) == "one"
+    assert merged.ownership.owner("c1", getattr(Field, field), key) == "one"
 
 
 @pytest.mark.parametrize(("adjust", "field", "key"), SET, ids=IDS)
@@ -294,7 +294,7 @@ def test_a_plugin_that_sets_a_key_twice_is_told_so() -> None:
     ],
 )
 def test_what_can_never_be_right_is_refused(adjust: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgumentError, match="NRI plugin one .* container c1"):
+    with pytest.raises(InvalidArgumentError, match=r"NRI plugin one .* container c1"):
         adjustments().add("one", response(adjust))
 
 
