@@ -99,7 +99,7 @@ def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, ru
     yield from _device_faults(asked)
     yield from _namespace_faults(after, asked, runtime)
     yield from _feature_faults(asked, host, runtime)
-    own_path = before["linux"]["cgroupsPath"]
+    own_path = before["linux"].get("cgroupsPath", "")
     if asked.cgroups_path and asked.cgroups_path.count(":") != own_path.count(":"):
         yield Fault(
             "CgroupsPath",
