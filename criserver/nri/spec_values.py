@@ -7,8 +7,12 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from criserver.errors import FailedPreconditionError
 from criserver.nri.ownership import removed
+from criserver.oci.adjustment_faults import Fault, resource_faults
 from criserver.oci.adjustment_value import SpecAdjustment
+from criserver.oci.spec_inputs import HostFacts
+from criserver.oci.spec_resources import complete_limits
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 
 _HOOKS = {
@@ -71,8 +75,28 @@ def spec_adjustment(
         rdt_removed=linux.rdt.remove or (linux.resources.HasField("rdt_class") and not linux.resources.rdt_class.value),
         mounts=dict(_marked((one.destination, _mount(one)) for one in adjustment.mounts)),
         rlimits=tuple({"type": one.type, "hard": one.hard, "soft": one.soft} for one in adjustment.rlimits),
-        owners=dict(_owners(owners.owners[container_id])) if container_id in owners.owners else {},
+        owners=_named_owners(container_id, owners),
     )
+
+
+def update_limits(
+    container_id: str,
+    asked: nri.LinuxResources,
+    owners: nri.OwningPlugins,
+    in_force: Mapping[str, Any],
+    host: HostFacts,
+) -> dict[str, Any]:
+    """The OCI limits of an update of a container, for the OCI runtime's update and for ``merge_limits``.
+
+    ``in_force`` is ``linux.resources`` of its spec. Raises FailedPreconditionError, with the plugin's name, for what
+    this node cannot give.
+    """
+    limits = oci_resources(asked)
+    asking = SpecAdjustment(container_id=container_id, resources=limits, owners=_named_owners(container_id, owners))
+    reasons = (Fault(field, "", reason) for field, reason in unsupported_classes(asked).items())
+    for fault in (*reasons, *resource_faults(limits, host)):
+        raise FailedPreconditionError(f"{asking.asked_by(fault.field, fault.key)}: {fault.reason}")
+    return complete_limits(limits, dict(in_force), host)
 
 
 def oci_resources(asked: nri.LinuxResources) -> dict[str, Any]:
@@ -123,13 +147,18 @@ def _texts(items: Iterable[tuple[str, str]]) -> dict[str, str | None]:
     return dict(_marked(items))
 
 
-def _owners(owners: nri.FieldOwners) -> Iterator[tuple[tuple[str, str], str]]:
-    for number, plugin in owners.simple.items():
-        yield (nri.Field.Name(nri.Field.ValueType(number)), ""), removed(plugin) or plugin
-    for number, compound in owners.compound.items():
+def _named_owners(container_id: str, owners: nri.OwningPlugins) -> dict[tuple[str, str], str]:
+    """The plugins by the name of the field and its key, or "". A plugin that has removed a value counts too."""
+    found: dict[tuple[str, str], str] = {}
+    if container_id not in owners.owners:
+        return found
+    for number, plugin in owners.owners[container_id].simple.items():
+        found[nri.Field.Name(nri.Field.ValueType(number)), ""] = removed(plugin) or plugin
+    for number, compound in owners.owners[container_id].compound.items():
         name = nri.Field.Name(nri.Field.ValueType(number))
         for key, plugin in compound.owners.items():
-            yield (name, key), removed(plugin) or plugin
+            found[name, key] = removed(plugin) or plugin
+    return found
 
 
 def _hook(hook: nri.Hook) -> dict[str, Any]:

@@ -41,14 +41,26 @@ def resource_limits(resources: Resources, host: HostFacts) -> Spec:
     return _without_unset(_with_swap_limit(limits, host))
 
 
+def complete_limits(asked: Spec, limits: Spec, host: HostFacts) -> Spec:
+    """What ``asked`` sets, with the limits that it needs beside ``limits``, which are in force.
+
+    A quota of CPU time needs its period, and a limit of memory one for swap.
+    """
+    if asked.get("cpu", {}).get("quota") and not asked["cpu"].get("period"):
+        period = limits.get("cpu", {}).get("period", _CPU_PERIOD)
+        asked = {**asked, "cpu": {**asked["cpu"], "period": period}}
+    asks_swap = bool(asked.get("memory", {}).get("swap"))
+    if asks_swap or "memory.swap.max" not in limits.get("unified", {}):
+        asked = _with_swap_limit(asked, host, limits.get("memory", {}).get("limit", 0))
+    return asked
+
+
 def merge_limits(limits: Spec, asked: Spec, host: HostFacts) -> Spec:
     """The ``resources`` of a spec with what ``asked`` sets. The rules of devices are those of both.
 
     A limit of huge pages replaces the one of its page size, a key of ``unified`` its value.
     """
-    asks_swap = bool(asked.get("memory", {}).get("swap"))
-    if asks_swap or "memory.swap.max" not in limits.get("unified", {}):
-        asked = _with_swap_limit(asked, host, limits.get("memory", {}).get("limit", 0))
+    asked = complete_limits(asked, limits, host)
     merged = {**limits, **asked}
     for table in ("cpu", "memory", "unified"):
         if table in asked:

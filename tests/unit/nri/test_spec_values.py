@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from google.protobuf import json_format
 
+from criserver.errors import FailedPreconditionError
 from criserver.nri.ownership import REMOVAL, Field, Ownership
-from criserver.nri.spec_values import oci_resources, spec_adjustment, unsupported_classes
+from criserver.nri.spec_values import oci_resources, spec_adjustment, unsupported_classes, update_limits
 from criserver.oci.adjustment_value import SpecAdjustment
+from criserver.oci.spec_inputs import HostFacts
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 
 
@@ -233,3 +235,41 @@ def test_an_owner_is_named_by_field_and_key() -> None:
     found = spec_adjustment("c1", nri.ContainerAdjustment(), owners.message).owners
     assert found == {("Env", "A"): "one", ("Args", ""): "three"}
     assert owners.owner("c1", Field.Args) == REMOVAL + "three"
+
+
+HOST = HostFacts(capabilities=(), unified_cgroups=True, swap_accounting=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "in_force", "expected"),
+    [
+        ({"cpu": {"quota": {"value": 5}}}, {}, {"cpu": {"quota": 5, "period": 100_000}}),
+        ({"cpu": {"quota": {"value": 5}}}, {"cpu": {"period": 7}}, {"cpu": {"quota": 5, "period": 7}}),
+        ({"cpu": {"quota": {"value": 5}, "period": {"value": 9}}}, {}, {"cpu": {"quota": 5, "period": 9}}),
+        ({"cpu": {"cpus": "0"}}, {"cpu": {"period": 7}}, {"cpu": {"cpus": "0"}}),
+        ({"memory": {"limit": {"value": 5}}}, {}, {"memory": {"limit": 5}, "unified": {"memory.swap.max": "0"}}),
+        ({"memory": {"limit": {"value": 5}}}, {"unified": {"memory.swap.max": "9"}}, {"memory": {"limit": 5}}),
+        ({"memory": {"swap": {"value": 8}}}, {"memory": {"limit": 5}}, {"unified": {"memory.swap.max": "3"}}),
+        ({}, {"cpu": {"quota": 5}}, {}),
+    ],
+)
+def test_an_update_has_what_its_limits_need(
+    asked: dict[str, Any], in_force: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    resources = json_format.ParseDict(asked, nri.LinuxResources())
+    assert update_limits("c1", resources, nri.OwningPlugins(), in_force, HOST) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"rdt_class": {"value": "gold"}}, Field.RdtClass),
+        ({"memory": {"swappiness": {"value": 0}}}, Field.MemSwappiness),
+    ],
+)
+def test_an_update_that_cannot_be_had_is_refused_by_plugin(asked: dict[str, Any], field: Any) -> None:
+    owners = Ownership()
+    owners.claim("tuner", "c1", field)
+    resources = json_format.ParseDict(asked, nri.LinuxResources())
+    with pytest.raises(FailedPreconditionError, match=f"NRI plugin tuner adjusts {Field.Name(field)} of container c1"):
+        update_limits("c1", resources, owners.message, {}, HOST)

@@ -160,7 +160,7 @@ def test_rules_of_plugins_come_last() -> None:
 @pytest.mark.parametrize(
     ("asked", "changed"),
     [
-        ({"cpu": {"quota": 5}}, {"cpu": {"shares": 2, "cpus": "0", "quota": 5}}),
+        ({"cpu": {"quota": 5}}, {"cpu": {"shares": 2, "cpus": "0", "quota": 5, "period": 100_000}}),
         ({"cpu": {"cpus": "1-2"}}, {"cpu": {"shares": 2, "cpus": "1-2"}}),
         # The limit of swap alone stays, as cgroup v2 counts it apart.
         ({"memory": {"limit": 50}}, {"memory": {"limit": 50}}),
