@@ -206,11 +206,9 @@ def _writable_layers(records: RecordStore) -> dict[str, bool]:
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    root, containers = node.config.root, node.records.containers
-    images = image_service.ImageService(node.images, os.path.join(root, "snapshots"), node.stats.disk.total)
-    operator = admin_service.AdminService(
-        node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
-    )
+    snapshots = os.path.join(node.config.root, "snapshots")
+    images = image_service.ImageService(node.images, snapshots, node.stats.disk.total)
+    operator = admin_service.AdminService(node)
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
     before = partial(prepare, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.

@@ -17,7 +17,7 @@ import structlog
 
 from criserver.config import Config
 from criserver.daemon import assemble, watch_children
-from criserver.errors import CriError
+from criserver.errors import CriError, NotFoundError
 from criserver.own_directories import DATABASE, OF_THE_DISK, ROOT, STATE, Kind, foreign, hold, is_ours
 from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
@@ -26,7 +26,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
 from criserver.runtime.recovery import entries, recover
-from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.runtime.sandbox_remove import remove_sandbox_by_force
 from criserver.store import Store
 from snapshotter import Snapshotter, mounts, removal
 
@@ -144,21 +144,12 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
     name = f"pod {sandbox.config.namespace}/{sandbox.config.name} ({sandbox.id})"
     async with turn:
         try:
-            await remove_sandbox(node, sandbox.id)
-            return None
-        except (CriError, OSError) as e:
-            failure = str(e)
-        current = node.records.sandboxes.get(sandbox.id)
-        if current is None or not current.attachment:
-            return True, f"{name}: {failure}"
-        # The plugin has failed, so go on without it. The namespace and its interfaces end with the pod. The cluster's
-        # operator must clean up what the network keeps elsewhere, such as a lease.
-        await node.records.observe(dataclasses.replace(current, attachment=""))
-        try:
-            await remove_sandbox(node, sandbox.id)
+            left = await remove_sandbox_by_force(node, sandbox.id)
+        except NotFoundError:
+            return None  # its recovery has removed it
         except (CriError, OSError) as e:
             return True, f"{name}: {e}"
-        return False, f"{name}: its network plugins did not clean up: {failure}"
+    return (False, f"{name}: its network plugins did not clean up: {'; '.join(left)}") if left else None
 
 
 def _left(config: Config) -> Iterator[str]:
