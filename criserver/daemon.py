@@ -21,7 +21,7 @@ from criserver.api import admin_service, image_service, runtime_service
 from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config, Settings, config_of
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, told_in_words
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.own_directories import DATABASE, ROOT, STATE, hold
@@ -52,6 +52,7 @@ CHECKPOINT_INTERVAL = 60.0
 # Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
 SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
+_NO_START = "the daemon cannot start"
 
 
 async def serve(settings: Settings, path: str) -> None:
@@ -74,17 +75,19 @@ async def serve(settings: Settings, path: str) -> None:
     upkeep.hear_the_rest()
     locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()
-    store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
-    runtimes = os.path.join(config.state, "runtimes")
-    features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
-    node = assemble(config, store, snapshotter, features)
+    with told_in_words(_NO_START):
+        store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
+        snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
+        runtimes = os.path.join(config.state, "runtimes")
+        features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
+        node = assemble(config, store, snapshotter, features)
     try:
-        await node.nursery.start()
-        await apparmor.load()
-        recovery.begin(node)
-        await node.streaming.start()
-        server = await listen(config.grpc_address, _services(node))
+        with told_in_words(_NO_START):
+            await node.nursery.start()
+            await apparmor.load()
+            recovery.begin(node)
+            await node.streaming.start()
+            server = await listen(config.grpc_address, _services(node))
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
         gc.freeze()

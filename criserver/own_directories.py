@@ -11,7 +11,7 @@ import fcntl
 import os
 from contextlib import suppress
 
-from criserver.errors import FailedPreconditionError
+from criserver.errors import FailedPreconditionError, told_in_words
 from snapshotter.files import close_to_others, make_private
 
 LOCK = "criserver.lock"
@@ -56,7 +56,7 @@ def hold(
     closes. Raises FailedPreconditionError for a directory that is not empty and not ours, for one that cannot be made
     or written to, and with ``advice`` if another process has locked it.
     """
-    try:
+    with told_in_words(f"{kind.key} = {directory} cannot be used"):
         if words := foreign(directory, kind, socket):
             raise FailedPreconditionError(words)
         make_private(directory)
@@ -64,10 +64,6 @@ def hold(
         fd = _lock(directory, advice)
         # Releases before 0.2 let other users pass.
         close_to_others(directory)
-    except OSError as e:
-        raise FailedPreconditionError(
-            f"{kind.key} = {directory} cannot be used: {e.filename or directory}: {e.strerror}"
-        ) from e
     return fd
 
 

@@ -17,7 +17,7 @@ import structlog
 
 from criserver.config import Config
 from criserver.daemon import assemble, watch_children
-from criserver.errors import CriError, NotFoundError
+from criserver.errors import CriError, NotFoundError, told_in_words
 from criserver.own_directories import DATABASE, OF_THE_DISK, ROOT, STATE, Kind, foreign, hold, is_ours
 from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
@@ -78,7 +78,8 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
     with contextlib.ExitStack() as held:
         for directory, kind in directories:
             held.callback(os.close, hold(directory, kind, config.grpc_address, _ADVICE))
-        outcome = await _take_down(config, grace, agreed)
+        with told_in_words("the node cannot be reset"):
+            outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:
             deleted = [await asyncio.to_thread(_delete, config.state, STATE, config.grpc_address)]
             if everything:

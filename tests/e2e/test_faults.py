@@ -287,3 +287,51 @@ def test_a_pod_whose_plugin_refuses_all_leaves_nothing(node: Node) -> None:
             node.run_pod("never")
         assert node.client.ListPodSandbox().items == []
         assert node.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def unstarted() -> Iterator[Node]:
+    """A node whose daemon does not run."""
+    node = Node()
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.mark.parametrize("words", [("serve",), ("reset", "--yes")])
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("root/criserver.db", "root/criserver.db: Is a directory"),
+        ("root/content", "root/content/blobs: Not a directory"),
+        ("root/snapshots", "root/snapshots/layers: Not a directory"),
+        ("state/records", "state/records: File exists"),
+        ("root", "root/criserver.root: Read-only file system"),
+    ],
+)
+def test_what_keeps_a_daemon_from_starting_is_told_in_words(
+    unstarted: Node, words: tuple[str, ...], path: str, told: str
+) -> None:
+    node = unstarted
+    for directory in (node.root, node.state):
+        for name in os.listdir(directory):
+            subprocess.run(["rm", "-rf", f"{directory}/{name}"], check=True)
+        with open(f"{directory}/criserver.lock", "w"):
+            pass
+    wrong = f"{node.base}/{path}"
+    if path == "root":
+        subprocess.run(["mount", "-o", "remount,ro", node.root], check=True)
+    elif path.endswith(".db"):
+        os.mkdir(wrong)
+    else:
+        with open(wrong, "w"):
+            pass
+    try:
+        done = command(node, *words, "--config", node.config)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", node.root], check=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("criserver: ")

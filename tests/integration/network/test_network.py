@@ -446,10 +446,12 @@ async def test_a_misspelt_plugin_is_repaired_too_and_both_failures_are_told(host
     _, plan = await host.pod()
     attachment = await host.network.add(plan)
     recorded = json.loads(attachment.to_json())
-    recorded["network"]["plugins"][0]["type"] = "brige"
+    recorded["network"]["plugins"][0]["type"] = "bridge-x"
     broken = Attachment.from_json(json.dumps(recorded))
     misspell(host, '"host-local"', '"host-locl"')
-    with pytest.raises(CriError, match=r"plugin brige .* is not in .*; and with the present configuration .*host-locl"):
+    with pytest.raises(
+        CriError, match=r"plugin bridge-x .* is not in .*; and with the present configuration .*host-locl"
+    ):
         await host.network.delete(broken)
     assert len(await host.network.delete_by_force(broken)) == 1
     misspell(host, '"host-locl"', '"host-local"')
