@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import fcntl
 import gc
 import os
 import signal
@@ -22,9 +21,10 @@ from criserver.api import admin_service, image_service, runtime_service
 from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config, Settings, config_of
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, told_in_words
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
+from criserver.own_directories import DATABASE, ROOT, STATE, hold
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.reload import Reloads, reload_at
@@ -41,7 +41,7 @@ from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistic
 from criserver.store import Store
 from criserver.streaming import StreamingServer
 from criserver.upkeep import Task
-from snapshotter import LayerLimits, Snapshotter, allocator, files
+from snapshotter import LayerLimits, Snapshotter, allocator
 from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -52,6 +52,7 @@ CHECKPOINT_INTERVAL = 60.0
 # Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
 SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
+_NO_START = "the daemon cannot start"
 
 
 async def serve(settings: Settings, path: str) -> None:
@@ -72,19 +73,21 @@ async def serve(settings: Settings, path: str) -> None:
         loop.add_signal_handler(number, stop.set)
     loop.set_default_executor(Threads())
     upkeep.hear_the_rest()
-    locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
+    locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()
-    store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
-    runtimes = os.path.join(config.state, "runtimes")
-    features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
-    node = assemble(config, store, snapshotter, features)
+    with told_in_words(_NO_START):
+        store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
+        snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
+        runtimes = os.path.join(config.state, "runtimes")
+        features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
+        node = assemble(config, store, snapshotter, features)
     try:
-        await node.nursery.start()
-        await apparmor.load()
-        recovery.begin(node)
-        await node.streaming.start()
-        server = await listen(config.grpc_address, _services(node))
+        with told_in_words(_NO_START):
+            await node.nursery.start()
+            await apparmor.load()
+            recovery.begin(node)
+            await node.streaming.start()
+            server = await listen(config.grpc_address, _services(node))
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
@@ -206,11 +209,9 @@ def _writable_layers(records: RecordStore) -> dict[str, bool]:
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    root, containers = node.config.root, node.records.containers
-    images = image_service.ImageService(node.images, os.path.join(root, "snapshots"), node.stats.disk.total)
-    operator = admin_service.AdminService(
-        node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
-    )
+    snapshots = os.path.join(node.config.root, "snapshots")
+    images = image_service.ImageService(node.images, snapshots, node.stats.disk.total)
+    operator = admin_service.AdminService(node)
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
     before = partial(prepare, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
@@ -222,27 +223,6 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
                 generic_handler(descriptor, service, missing, f"runtime.{version}.{descriptor.name}", before)
             )
     return handlers
-
-
-def hold(directory: str, advice: str = "stop it, or give this one another root and state") -> int:
-    """Make a directory that only root can enter, and lock it. The kernel unlocks it however this process ends.
-
-    Raises FailedPreconditionError with ``advice`` if another process has locked it.
-    """
-    files.make_private(directory)
-    path = os.path.join(directory, "criserver.lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise FailedPreconditionError(f"another criserver (PID {holder}) uses {directory}; {advice}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    # Releases before 0.2 let other users pass.
-    files.close_to_others(directory)
-    return fd
 
 
 def watch_children() -> None:

@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from criserver import logs
 from criserver.api import bounds
-from criserver.errors import CriError, UnimplementedError, exhaustion
+from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, os_words
 from criserver.runtime.attempts import deadline
 from criserver.text import status
 
@@ -120,9 +120,14 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, ExceptionGroup):
         return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
     if reason := exhaustion(error):
-        message = status(f"{rpc}: {error} ({reason})")
+        message = status(f"{rpc}: {os_words(error) if isinstance(error, OSError) else error} ({reason})")
         log.warning("call failed: the node has run out of something", error=message, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode.RESOURCE_EXHAUSTED, message
+    if reason := disk_fault(error):
+        code = error.code if isinstance(error, CriError) else CriError.code
+        message = status(f"{rpc}: {error} ({reason})" if isinstance(error, CriError) else f"{rpc}: {reason}")
+        log.error("call failed: a disk or file system does not work", error=message, rpc=rpc, seconds=logs.elapsed())
+        return grpc.StatusCode[code], message
     if isinstance(error, CriError):
         message = status(str(error))
         # A kubelet asks for what is gone as a matter of routine.
@@ -130,7 +135,8 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         tell("call failed", error=message, code=error.code, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode[error.code], message
     log.error("call failed", rpc=rpc, exc_info=error, seconds=logs.elapsed())
-    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {error}")
+    words = os_words(error) if isinstance(error, OSError) else error
+    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {words}")
 
 
 def _absent(rpc: str, feature: str, *, streams: bool) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: serve, check, config, image, reset."""
+"""The command line: serve, check, config, image, pod, reset."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     sound.set_defaults(run=_config_check)
 
     _add_image(commands.add_parser("image", help="images of a running daemon"))
+
+    pod = commands.add_parser("pod", help="pods of a running daemon").add_subparsers(required=True, metavar="ACTION")
+    remove = pod.add_parser("remove", help="end and remove a pod with its containers")
+    add_config(remove)
+    remove.add_argument("--force", action="store_true", help="also if its network plugins fail; it says what is left")
+    remove.add_argument("id", metavar="ID", help="the pod's ID, or the first characters of it")
+    remove.set_defaults(run=_pod_remove)
 
     reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
     add_config(reset)
@@ -151,6 +158,12 @@ def _image(options: argparse.Namespace) -> int:
     from criserver.cli import image_commands
 
     return int(getattr(image_commands, options.function)(options))
+
+
+def _pod_remove(options: argparse.Namespace) -> int:
+    from criserver.cli import pod_commands
+
+    return pod_commands.remove(options)
 
 
 def _reset(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from criserver.config import system_directories
 from criserver.config.settings import Settings, read
 from criserver.errors import InvalidArgumentError
 
@@ -75,14 +76,18 @@ def config_of(settings: Settings) -> Config:
     tables = settings.tables
     cni, registry, runtime = tables["cni"], tables["registry"], tables["runtime"]
     runtimes = {name: RuntimeHandler(name, table["path"]) for name, table in tables["runtimes"].items()}
+    root, state = os.path.normpath(tables["root"]), os.path.normpath(tables["state"])
+    if fault := system_directories.fault(root, state):
+        key, words = fault
+        raise InvalidArgumentError(f"configuration {settings.origin(key)}: {words}")
     if runtime["default"] not in runtimes:
         raise InvalidArgumentError(
             f"configuration {settings.origin('runtime', 'default')}: [runtime] default = {runtime['default']!r} has no "
             f"table [runtimes.{runtime['default']}]; there are: {', '.join(sorted(runtimes))}"
         )
     return Config(
-        root=os.path.normpath(tables["root"]),
-        state=os.path.normpath(tables["state"]),
+        root=root,
+        state=state,
         grpc_address=tables["grpc"]["address"],
         log_level=tables["log"]["level"],
         log_format=tables["log"]["format"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -10,9 +12,14 @@ from typing import NamedTuple
 
 import structlog
 
+from criserver.runtime import pidfd
 from shims import tree
 
 log = structlog.get_logger(__name__)
+
+# In the environment of each program: the PID and the start of the daemon that runs it, as :func:`owner` tells them. By
+# it the next daemon finds what a killed one has left.
+OWNER = "CRISERVER_DAEMON"
 
 
 class Done(NamedTuple):
@@ -28,6 +35,12 @@ class Done(NamedTuple):
         return self.stderr.decode(errors="replace").strip()
 
 
+@functools.cache
+def owner() -> str:
+    """Which process this is: its PID, and its start in clock ticks since boot."""
+    return f"{os.getpid()}.{pidfd.start_ticks(os.getpid())}"
+
+
 async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
     """Run a program until it ends; ``timeout`` in seconds.
 
@@ -40,6 +53,7 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
         stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, OWNER: owner()},
     )
     try:
         async with asyncio.timeout(timeout):

@@ -271,6 +271,11 @@ class ContainerProcess:
         """
         return await connect_in_turn(self._socket, on_event, on_close)
 
+    @property
+    def has_shim(self) -> bool:
+        """Whether there is a connection to the shim."""
+        return self._link is not None
+
     async def request(self, message: Request) -> None:
         """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
         if self._link is None:

@@ -136,11 +136,14 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
-    attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
+    def left(attachment: Attachment) -> None:
+        node.records.observe(dataclasses.replace(sandbox, attachment=attachment.to_json()))
+
+    attachment = await node.network.add(Attachment.from_json(sandbox.attachment), left)
     # Stored at once, so that CNI DEL is given the result of ADD whatever happens next. Nothing needs to wait for it.
-    sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
-    node.records.observe(sandbox)
-    return sandbox
+    attached = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
+    node.records.observe(attached)
+    return attached
 
 
 async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:

@@ -406,7 +406,8 @@ async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node) -> N
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (node.log / "finished").exists()
-    assert node.calls() == ["ADD one", "DEL two", "DEL one"]
+    # The second plugin has never run, so there is nothing of it to undo.
+    assert node.calls() == ["ADD one", "DEL one"]
 
 
 async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from criserver import cli
+from criserver import cli, own_directories
 from criserver.cli.options import configuration
 from criserver.config import load
 
@@ -109,3 +109,12 @@ def test_all_commands_go_by_the_nodes_configuration(monkeypatch: pytest.MonkeyPa
     assert levels() == {"info"}
     (tmp_path / "config.toml").write_text('[log]\nlevel = "error"')
     assert levels() == {"error"}
+
+
+def test_the_removal_deletes_the_names_that_the_daemon_makes() -> None:
+    script = (ROOT / "contrib/deb/postrm.in").read_text().replace("\\\n", " ")
+    found = {line.split()[2]: set(line.split()[3:]) for line in script.splitlines() if line.startswith("\tclear /")}
+    assert found == {
+        own_directories.ROOT.marker: set(own_directories.ROOT.names),
+        own_directories.STATE.marker: {*own_directories.STATE.names, "criserver.sock"},
+    }
