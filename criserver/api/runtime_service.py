@@ -27,6 +27,7 @@ from criserver.runtime.container_start import start_container
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.container_stream import attach_address, exec_address, forward_address
 from criserver.runtime.container_update import update_container
+from criserver.runtime.ignored import ignored
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Sandbox
@@ -265,7 +266,7 @@ class RuntimeService(StatsRpcs):
             rootfs=self._node.rootfs(container.id),
             runtimeSpec=runtime_spec,
             # Options that were accepted and have no effect on this node.
-            ignored={"selinux_options": options} if (options := selinux.ignored(container.config.security)) else {},
+            ignored=ignored(container.config),
         )
 
 

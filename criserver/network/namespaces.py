@@ -153,7 +153,7 @@ def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     try:
         start_thread(run, "namespaces")
     except OSError as e:
-        raise ResourceExhaustedError(f"no thread for a pod's namespaces can be started: {e.strerror}") from e
+        raise ResourceExhaustedError(f"no namespaces can be made or entered: {e.strerror}") from e
     return outcome
 
 

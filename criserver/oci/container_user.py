@@ -28,10 +28,10 @@ def resolve(
 ) -> User:
     """The numbers for one container.
 
-    ``user`` and ``group`` are numbers or names. With "" for both they are 0. With "" the user is root, or the group is
-    the one of the user's account. ``passwd`` and ``groups`` are the image's files, empty where it has none. A name must be in them, a number
-    need not be. With ``strict`` the process has the groups ``supplemental`` alone. Without it the process also has all
-    groups of the user in the image.
+    ``user`` and ``group`` are numbers or names. With "" the user is root, and the group is that of the user's account,
+    or 0 without a user. ``passwd`` and ``groups`` are the image's files, empty where it has none. A name must be in
+    them, a number need not be. With ``strict`` the process has the groups ``supplemental`` alone. Without it the
+    process also has all groups of the user in the image.
 
     Raises FailedPreconditionError for a user or group that is missing, and for more groups than the kernel allows.
     """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from criserver.errors import InvalidArgumentError
-from criserver.model import ContainerConfig, IdMapping, Mount, Propagation
+from criserver.model import ContainerConfig, IdMapping, Mount, NamespaceMode, Propagation
 from criserver.oci.spec_inputs import PodFacts, Spec
 
 
@@ -64,6 +64,8 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     privileged = config.security.privileged
     writable = "rw" if privileged else "ro"
     quiet = ["nosuid", "noexec", "nodev"]
+    # A bind mount without options of its own keeps those of the node's /dev/shm, where programs may be executable.
+    shm = [] if config.namespaces.ipc is NamespaceMode.NODE else ["rw", *quiet]
     return [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": quiet},
         {
@@ -90,7 +92,7 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
             "destination": "/dev/shm",  # noqa: S108 - the container's
             "type": "bind",
             "source": pod.shm,
-            "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
+            "options": ["bind", *shm],
         },
     ]
 

@@ -149,6 +149,11 @@ def test_a_pod_that_shares_its_pid_namespace(node: Node) -> None:
     assert node.status(two).state == cri.CONTAINER_RUNNING
 
 
+def flags_of_shm(mountinfo: str) -> list[str]:
+    """The options of the topmost mount at /dev/shm, "rw" or "ro" first."""
+    return [line.split()[5].split(",") for line in mountinfo.splitlines() if line.split()[4] == "/dev/shm"][-1]
+
+
 def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
     pod = node.run_pod("host", hostname="", linux=shared(network=cri.NODE, pid=cri.NODE, ipc=cri.NODE))
     container = node.run(pod, "c", ["sleep", "1003"])
@@ -158,6 +163,9 @@ def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
         )
     assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip == ""
     assert node.sh(container, "hostname").strip() == os.uname().nodename
+    # Programs in the node's /dev/shm may be executable; those in a pod's own are not.
+    nodes = Path("/proc/self/mountinfo").read_text()
+    assert flags_of_shm(node.sh(container, "cat /proc/self/mountinfo")) == flags_of_shm(nodes)
 
 
 def test_sysctls_are_the_pods_own(node: Node) -> None:
