@@ -15,9 +15,9 @@ from criserver.api import views
 from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
+from criserver.api.status_info import status_info
 from criserver.errors import InvalidArgumentError
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, host, selinux
 from criserver.runtime.container_checkpoint import checkpoint_container
 from criserver.runtime.container_create import create_container
 from criserver.runtime.container_exec import exec_sync
@@ -77,7 +77,7 @@ class RuntimeService(StatsRpcs):
         handlers = {"": features[self._node.config.default_runtime], **features}
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=[cri.RuntimeCondition(type="RuntimeReady", status=True), network]),
-            info=self._info() if request.verbose else {},
+            info=status_info(self._node) if request.verbose else {},
             runtime_handlers=[
                 cri.RuntimeHandler(
                     name=name,
@@ -229,18 +229,6 @@ class RuntimeService(StatsRpcs):
     async def reopen_container_log(self, request: cri.ReopenContainerLogRequest) -> cri.ReopenContainerLogResponse:
         await reopen_log(self._node, request.container_id)
         return cri.ReopenContainerLogResponse()
-
-    def _info(self) -> dict[str, str]:
-        config, loaded = self._node.config, host.apparmor_profiles()
-        default = apparmor.DEFAULT if loaded and apparmor.DEFAULT in loaded else apparmor.UNCONFINED
-        return views.info(
-            root=config.root,
-            state=config.state,
-            cgroupDriver=config.cgroup_driver,
-            # None where the kernel has no AppArmor.
-            defaultAppArmorProfile=None if loaded is None else default,
-            selinux=selinux.is_enabled(),
-        )
 
     def _sandbox_info(self, sandbox: Sandbox) -> dict[str, str]:
         sent = cri.PodSandboxConfig.FromString(sandbox.sent)

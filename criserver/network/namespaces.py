@@ -97,7 +97,7 @@ async def make(
             unpin(directory)
 
     try:
-        outcome = _in_thread(work)
+        outcome = _in_thread(work, f"no namespaces can be made in {directory}")
     except ResourceExhaustedError:
         for fd in made.values():
             os.close(fd)
@@ -128,16 +128,16 @@ async def set_sysctls(pinned: PinnedNamespaces, sysctls: Mapping[str, str]) -> N
             sysctl.write(final=True)
 
     try:
-        outcome = _in_thread(work)
+        outcome = _in_thread(work, f"no sysctls can be set in {net}")
         await _in_time(outcome, asyncio.Future.exception, f"set the sysctls of the network namespace {net}")
     except OSError as e:
         raise CriError(f"the sysctls of the network namespace {net} cannot be set: {e}") from e
 
 
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+def _in_thread(work: Callable[[], T], refusal: str) -> asyncio.Future[T]:
     """The outcome of ``work`` in a thread of its own, which cannot leave the namespaces that it enters.
 
-    Raises ResourceExhaustedError where no thread can be started.
+    Raises ResourceExhaustedError, with ``refusal``, where no thread can be started.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
@@ -153,7 +153,7 @@ def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     try:
         start_thread(run, "namespaces")
     except OSError as e:
-        raise ResourceExhaustedError(f"no namespaces can be made or entered: {e.strerror}") from e
+        raise ResourceExhaustedError(f"{refusal}: {e.strerror}") from e
     return outcome
 
 
