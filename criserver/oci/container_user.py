@@ -35,7 +35,8 @@ def resolve(
 
     Raises FailedPreconditionError for a user or group that is missing, and for more groups than the kernel allows.
     """
-    account = _account(user or 0, passwd)
+    # A group without a user: root with this group, and without those of root's account.
+    account = Account(b"", 0, 0) if user == "" and group != "" else _account(user or 0, passwd)
     if group == "":
         gid = 0 if user == "" else account.gid
     else:

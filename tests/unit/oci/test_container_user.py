@@ -81,9 +81,9 @@ FORMS_GROUP = b"root:x:0:\nwheel:x:10:toor\napp:x:1002:\ndata:x:2000:app,other\n
         # Forms that it does not have, and that images have.
         ("app:", 1001, 0, {2000}),
         ("1001:", 1001, 0, {2000}),
-        (":web", 0, 3000, {10}),
-        (":3000", 0, 3000, {10}),
-        (":", 0, 0, {10}),
+        (":web", 0, 3000, set()),
+        (":3000", 0, 3000, set()),
+        (":", 0, 0, set()),
         ("01001", 1001, 1002, {2000}),
         ("+1001:+3000", 1001, 3000, {2000}),
         # A number is never a name.
