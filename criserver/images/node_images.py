@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -171,7 +172,9 @@ class Images:
             return
         try:
             async with self._kept(Lease()) as lease:
-                await self._loader.load(NoSource(f"image {image.id}"), manifest, lease)
+                # It is here, so its platform was right. Its configuration may name another: see manifests.is_for.
+                target = replace(manifest, platform=self._platform)
+                await self._loader.load(NoSource(f"image {image.id}"), target, lease)
         except CriError as e:
             if self._images.get(image.id) is not None:
                 raise
