@@ -230,7 +230,7 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     best: Descriptor | None = None
     best_rank = -1
     for entry in index.manifests:
-        if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or _ATTESTATION in entry.annotations:
+        if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or is_attestation(entry):
             continue
         found = 0 if entry.platform is None else rank(entry.platform, platform)
         if found > best_rank:
@@ -243,6 +243,11 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     if not is_digest(best.digest):
         raise InvalidArgumentError(f"{what}: the manifest for {platform} has digest {shown(best.digest)!r}, no sha256")
     return best
+
+
+def is_attestation(entry: Descriptor) -> bool:
+    """Whether an entry of an index is a statement about another one (BuildKit), and no image."""
+    return _ATTESTATION in entry.annotations
 
 
 def is_for(descriptor: Descriptor, platform: Platform) -> bool:
