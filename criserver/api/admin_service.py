@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 import aiofiles.tempfile
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
-from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
+from criserver.images import Credentials, Damage, Image, Images, LayerProgress, LeftOut, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.runtime.node import Node
 from criserver.runtime.sandbox_remove import remove_sandbox, remove_sandbox_by_force
+from criserver.text import printable
 from snapshotter.files import make_private
 
 # Seconds between two progress reports of a pull.
@@ -35,16 +36,23 @@ class AdminService:
 
     async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
         make_private(self._spool)
-        name, pin = "", False
+        first: admin.ImportImageRequest | None = None
         # The file has no name, so nothing of it is left when the call or the daemon ends.
         async with aiofiles.tempfile.TemporaryFile(dir=self._spool) as spool:
             async for piece in request:
-                name, pin = piece.name or name, piece.pin or pin
+                first = first or piece
                 await spool.write(piece.data)
+            first = first or admin.ImportImageRequest()
             await spool.flush()
             path = f"/proc/self/fd/{spool.fileno()}"
-            images = await self._images.import_archive(path, name=name, pinned=pin)
-        return admin.ImportImageResponse(images=[_image(image) for image in images])
+            left_out: list[LeftOut] = []
+            images = await self._images.import_archive(
+                path, name=first.name, file=first.file, given=first.given_name, pinned=first.pin, left_out=left_out
+            )
+        return admin.ImportImageResponse(
+            images=[_image(image) for image in images],
+            left_out=[admin.LeftOut(what=printable(left.what), reason=printable(left.reason)) for left in left_out],
+        )
 
     async def pull_image(self, request: admin.PullImageRequest) -> AsyncIterator[admin.PullImageResponse]:
         credentials = _credentials(request)

@@ -97,6 +97,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
     bring = add("import", "import_file", "add the images of an OCI layout or docker-archive tar")
     bring.add_argument("file", metavar="FILE", help='the archive, or "-" for standard input')
+    bring.add_argument("--name", metavar="NAME", help="the name of an image that has a tag alone, or no name")
     bring.add_argument("--pin", action="store_true", help="keep them from garbage collection")
 
     export = add("export", "export", "write images to an OCI layout tar")

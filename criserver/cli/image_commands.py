@@ -61,7 +61,7 @@ def pull(options: argparse.Namespace) -> int:
 
 
 def import_file(options: argparse.Namespace) -> int:
-    """Send an archive to the daemon, and print the images in it."""
+    """Send an archive to the daemon, and print the images in it. If something was left out, the exit code is 1."""
     if options.file == "-":
         return _import(options, sys.stdin.buffer, "on standard input")
     try:
@@ -192,7 +192,8 @@ def _credentials(options: argparse.Namespace) -> dict[str, str]:
 
 def _import(options: argparse.Namespace, archive: BinaryIO, name: str) -> int:
     def pieces() -> Iterator[admin.ImportImageRequest]:
-        yield admin.ImportImageRequest(name=name, pin=options.pin)
+        file = "" if options.file == "-" else options.file
+        yield admin.ImportImageRequest(name=name, pin=options.pin, file=file, given_name=options.name or "")
         while piece := archive.read(_PIECE):
             yield admin.ImportImageRequest(data=piece)
 
@@ -200,7 +201,9 @@ def _import(options: argparse.Namespace, archive: BinaryIO, name: str) -> int:
         response = method(channel, _ADMIN, "ImportImage")(pieces())
     for image in response.images:
         _print_image(image, "")
-    return 0
+    for left in response.left_out:
+        print(f"criserver: left out {left.what}: {left.reason}", file=sys.stderr)
+    return 1 if response.left_out else 0
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials
-from criserver.images.image import FsUsage, Image, Pruned
+from criserver.images.image import FsUsage, Image, LeftOut, Pruned
 from criserver.images.manifests import ImageConfig
 from criserver.images.node_images import Images
 from criserver.images.platforms import Platform, host_platform
@@ -28,6 +28,7 @@ __all__ = [
     "ImagePolicy",
     "Images",
     "LayerProgress",
+    "LeftOut",
     "Platform",
     "Pruned",
     "Reference",

@@ -1,24 +1,26 @@
 """Image archives: the tar files that ``skopeo copy``, ``podman save`` and ``docker save`` write.
 
 An archive holds an OCI layout (OCI image-spec, image layout) or Docker's manifest.json. If it holds both, the layout
-counts. Members are read at their offsets in the archive, and nothing is extracted.
+counts. Members are read at their offsets in the archive, and nothing is extracted. A compressed archive is decompressed
+first (criserver.images.archive_file).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, BinaryIO
 
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
-from criserver.images import references
+from criserver.images.archive_file import GZIP, ZSTD, plain_file
+from criserver.images.archive_names import is_whole
 from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.manifests import (
     MAX_CONFIG,
@@ -31,31 +33,32 @@ from criserver.images.manifests import (
     Descriptor,
     Index,
     Manifest,
+    is_attestation,
     parse_config,
     parse_manifest,
 )
-from criserver.images.references import Reference
+from snapshotter.limits import LayerLimits
 from snapshotter.threads import in_thread
 
 _MAX_MEMBERS = 100_000
 _MAX_LINKS = 8
-_MAX_HEADER = 1 << 20
 _CHUNK = 1 << 20
-_GZIP = b"\x1f\x8b"
-_PACKED = {_GZIP: OCI_LAYER_GZIP, b"\x28\xb5\x2f\xfd": OCI_LAYER_ZSTD}
+_PACKED = {GZIP: OCI_LAYER_GZIP, ZSTD: OCI_LAYER_ZSTD}
 _NAME = "io.containerd.image.name"
 _REF_NAME = "org.opencontainers.image.ref.name"
 
 
 @dataclass(frozen=True, slots=True)
 class ArchivedImage:
-    """One image of an archive: its manifests, one for each platform, and its names, which may be none.
+    """One image of an archive: its manifests, one for each platform, and its names as the archive has them.
+
+    A name without a repository is a tag (see criserver.images.archive_names). There may be no name.
 
     ``published`` says that the manifest is in the archive, so its digest is the image's in registries too. It is False
     for a manifest that was made here.
     """
 
-    names: tuple[Reference, ...]
+    names: tuple[str, ...]
     index: Index
     published: bool
 
@@ -64,7 +67,7 @@ class Archive:
     """An open archive; a :class:`~criserver.images.pull.BlobSource`. Made by :func:`open_archive`."""
 
     def __init__(self, name: str, tar: tarfile.TarFile, fd: int) -> None:
-        self.name = self.origin = f"archive {name}"
+        self.name = self.origin = name
         self._tar = tar
         self._fd = fd
         self._members: dict[str, tarfile.TarInfo] = {}
@@ -98,9 +101,10 @@ class Archive:
                 if len(self._members) >= _MAX_MEMBERS:
                     raise InvalidArgumentError(f"{self.name} has more than {_MAX_MEMBERS} members")
                 self._members[posixpath.normpath(member.name)] = member
-        if "index.json" in self._members:
+        docker = "manifest.json" in self._members
+        if "index.json" in self._members and not (docker and "oci-layout" not in self._members):
             return self._layout_images()
-        if "manifest.json" in self._members:
+        if docker:
             return self._docker_images()
         raise InvalidArgumentError(f"{self.name} has neither index.json nor manifest.json: it is no image archive")
 
@@ -110,15 +114,11 @@ class Archive:
             raise InvalidArgumentError(f"{self.name}: index.json is no index")
         named: dict[str, list[Descriptor]] = {}
         for entry in index.manifests:
-            name = entry.annotations.get(_NAME) or entry.annotations.get(_REF_NAME, "")
-            # A name such as "latest" is a tag within the layout and names no repository.
-            named.setdefault(name if any(c in name for c in "/:@") else "", []).append(entry)
+            if not is_attestation(entry):
+                named.setdefault(_name_of(entry), []).append(entry)
         if not named:
             raise InvalidArgumentError(f"{self.name}: index.json lists no images")
-        return [
-            ArchivedImage((references.parse(name),) if name else (), Index(tuple(entries)), published=True)
-            for name, entries in named.items()
-        ]
+        return _without_repeats(named)
 
     def _docker_images(self) -> list[ArchivedImage]:
         what = f"{self.name}: manifest.json"
@@ -132,13 +132,12 @@ class Archive:
 
     def _docker_image(self, entry: Any, what: str) -> ArchivedImage:
         match entry:
-            case {"Config": str() as config, "Layers": [*layers]} if all(isinstance(name, str) for name in layers):
-                tags = entry.get("RepoTags") or []
+            case {"Config": str() as config, "Layers": [*_] | None as layers}:
+                layers, tags = _texts(layers), _texts(entry.get("RepoTags"))
             case _:
                 raise InvalidArgumentError(f"{what}: an entry lacks Config or Layers")
-        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-            raise InvalidArgumentError(f"{what}: RepoTags is not a list of names")
-        names = tuple(references.parse(tag) for tag in tags)
+        if layers is None or tags is None:
+            raise InvalidArgumentError(f"{what}: Layers or RepoTags is not a list of names")
         body = self._read(config, MAX_CONFIG)
         diff_ids = parse_config(body, f"{self.name}: {config}").diff_ids
         if len(diff_ids) != len(layers):
@@ -149,6 +148,7 @@ class Archive:
         digest = digest_of(manifest)
         self._manifests[digest] = manifest
         index = Index((Descriptor(OCI_MANIFEST, digest, len(manifest)),))
+        names = tuple(_whole(tag) for tag in tags if tag)
         return ArchivedImage(names, index, published=False)
 
     def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
@@ -226,33 +226,54 @@ class Archive:
             raise InvalidArgumentError(f"{self.name} is damaged: {e}") from e
 
 
-@contextmanager
-def open_archive(path: str, name: str = "") -> Iterator[Archive]:
-    """The archive at ``path``; ``name`` is its name in errors. Raises NotFoundError, InvalidArgumentError."""
-    name = name or path
-    try:
-        file = _BoundedFile(path)
-    except OSError as e:
-        raise NotFoundError(f"archive {name}: {e.strerror}") from e
-    with file:
-        if file.read(len(_GZIP)) == _GZIP:
-            raise InvalidArgumentError(f"archive {name} is compressed; give it as a plain tar file (gunzip)")
-        file.seek(0)
+@asynccontextmanager
+async def open_archive(
+    path: str, name: str, scratch: Callable[[], BinaryIO], limits: LayerLimits
+) -> AsyncIterator[Archive]:
+    """The archive at ``path``; ``name`` is its name in errors, "" for the path. Raises as :func:`plain_file`."""
+    what = f"archive {name or path}"
+    async with plain_file(path, what, scratch, limits) as file:
         try:
-            tar = tarfile.TarFile(fileobj=file)
+            tar = await in_thread(partial(tarfile.TarFile, fileobj=file))
         except tarfile.TarError as e:
-            raise InvalidArgumentError(f"archive {name} is no tar file: {e}") from e
+            raise InvalidArgumentError(f"{what} is no tar file: {e}") from e
         with tar:
-            yield Archive(name, tar, file.fileno())
+            yield Archive(what, tar, file.fileno())
 
 
-class _BoundedFile(io.FileIO):
-    """A file that refuses large reads: tarfile would read a header of any size into memory."""
+def _name_of(entry: Descriptor) -> str:
+    """The name of an entry in index.json, or its tag within the layout; "" for none."""
+    name = entry.annotations.get(_NAME)
+    return _whole(name) if name else entry.annotations.get(_REF_NAME, "")
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(-1 if size is None else size)
+
+def _whole(name: str) -> str:
+    """A name that is none of a tag alone: Docker's default tag makes it whole."""
+    return name if is_whole(name) else f"{name}:latest"
+
+
+def _without_repeats(named: dict[str, list[Descriptor]]) -> list[ArchivedImage]:
+    """The images of a layout, each once with all its names.
+
+    Entries of one name are manifests for several platforms. So are entries without a name if each has another platform.
+    Else each is an image.
+    """
+    images: dict[tuple[str, ...], ArchivedImage] = {}
+    for name, entries in named.items():
+        platforms = {entry.platform for entry in entries}
+        together = bool(name) or (None not in platforms and len(platforms) == len(entries))
+        for group in [entries] if together else [[entry] for entry in entries]:
+            digests = tuple(entry.digest for entry in group)
+            image = images.get(digests, ArchivedImage((), Index(tuple(group)), published=True))
+            images[digests] = replace(image, names=(*image.names, name) if name else image.names)
+    return list(images.values())
+
+
+def _texts(found: object) -> list[str] | None:
+    """A list of texts, which may be null; None if it is something else."""
+    if found is None:
+        return []
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
 
 
 def _oci_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:

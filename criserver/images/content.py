@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -156,6 +157,13 @@ class ContentStore:
             if not ingest.committed:
                 os.unlink(path)
 
+    def scratch(self) -> BinaryIO:
+        """A file without a name, for bytes that are no blob. Raises CriError, ResourceExhaustedError."""
+        try:
+            return tempfile.TemporaryFile(dir=self._ingest, buffering=0)
+        except OSError as e:
+            raise _failure(e, self._ingest) from e
+
     def arrived(self, digest: str) -> int:
         """How many bytes of a blob are here, also if it is still arriving."""
         arriving = (ingest.size for ingest in self._arriving if ingest.digest == digest)
@@ -220,7 +228,7 @@ class Ingest:
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise self._failure(e) from e
+            raise _failure(e, self._path) from e
         self._hash = hashlib.sha256()
         self.size = 0
         self.committed = False
@@ -245,7 +253,7 @@ class Ingest:
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as e:
-            raise self._failure(e) from e
+            raise _failure(e, self._path) from e
         self.size += len(data)
 
     def reset(self) -> None:
@@ -269,13 +277,6 @@ class Ingest:
         """Close the file; called once, by the store."""
         os.close(self._fd)
 
-    def _failure(self, error: OSError) -> CriError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return ResourceExhaustedError(
-                f"no space for image content at {self._path}; remove images or enlarge the file system"
-            )
-        return CriError(f"image content cannot be written to {self._path}: {error.strerror}")
-
 
 def _sweep(path: str) -> None:
     """Delete a file that should not be there. The daemon starts also if that fails."""
@@ -287,3 +288,9 @@ def _sweep(path: str) -> None:
 
 def _occupied(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
+
+
+def _failure(error: OSError, path: str) -> CriError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhaustedError(f"no space for image content at {path}; remove images or enlarge the file system")
+    return CriError(f"image content cannot be written to {path}: {error.strerror}")

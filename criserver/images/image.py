@@ -1,4 +1,4 @@
-"""The values that callers get: an image, what images occupy, and what a prune has removed."""
+"""The values that callers get: an image, what images occupy, what a prune has removed and an import left out."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ class Pruned:
 
     images: tuple[Image, ...]
     freed: FsUsage
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An image or a name of an archive that an import has left out: what it is, and why."""
+
+    what: str
+    reason: str

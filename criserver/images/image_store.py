@@ -23,6 +23,7 @@ from criserver.images.manifests import (
     Descriptor,
     Manifest,
     chain_ids,
+    layers_with_diff_ids,
     parse_config,
     parse_manifest,
 )
@@ -172,8 +173,9 @@ class ImageStore:
                 body = self._content.read(manifest.config.digest, MAX_CONFIG)
             except CriError:
                 continue  # the blob is damaged, which a verification reports by its digest
-            chain = chain_ids(parse_config(body, entry.image.id).diff_ids)
-            found.update(zip(chain, manifest.layers, strict=True))
+            layers = layers_with_diff_ids(manifest, parse_config(body, entry.image.id))
+            chain = chain_ids([diff_id for _, diff_id in layers])
+            found.update((chain_id, blob) for chain_id, (blob, _) in zip(chain, layers, strict=True))
         return found
 
     async def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
@@ -267,12 +269,13 @@ class ImageStore:
         With ``mend`` a missing layer is no error, and becomes a suspect.
         """
         manifest = self._manifest(descriptor)
-        for blob in (manifest.config, *manifest.layers):
-            if self._content.size(blob.digest) != blob.size:
-                raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
         body = self._content.read(manifest.config.digest, MAX_CONFIG)
         configuration = parse_config(body, f"configuration {manifest.config.digest}")
-        chain = chain_ids(configuration.diff_ids)
+        layers = layers_with_diff_ids(manifest, configuration)
+        for blob in (manifest.config, *(layer for layer, _ in layers)):
+            if self._content.size(blob.digest) != blob.size:
+                raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
+        chain = chain_ids([diff_id for _, diff_id in layers])
         missing = [chain_id for chain_id in chain if self._snapshotter.layer(chain_id) is None]
         if missing and not mend:
             raise NotFoundError(f"layer {missing[0]} is missing")
@@ -287,7 +290,7 @@ class ImageStore:
             manifest=descriptor.digest,
             pinned=pinned,
         )
-        blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer in manifest.layers))
+        blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer, _ in layers))
         return _Entry(image, descriptor, frozenset(blobs), frozenset(chain))
 
     def _manifest(self, descriptor: Descriptor) -> Manifest:

@@ -1,24 +1,20 @@
 """Image manifests, indexes and configurations: from untrusted bytes to checked values.
 
 Pure functions after the OCI image-spec and Docker's schema 2. Known formats that are not supported (schema 1,
-artifacts, foreign layers) are refused by name, with advice.
+artifacts) are refused by name, with advice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any, Literal
 
-import jsonschema
-import referencing
-
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
-from criserver.images import image_user
-from criserver.images.platforms import Platform, rank
+from criserver.images import go_json, image_user
+from criserver.images.platforms import Platform, normalized, rank
+from criserver.images.references import is_digest
 from criserver.text import shown
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -49,22 +45,39 @@ _COMPRESSIONS: dict[str, Compression] = {
     DOCKER_LAYER_GZIP: "gzip",
     DOCKER_LAYER_ZSTD: "zstd",
 }
+# Layers that a registry need not have. Many do have them, and then they are layers as all others.
+_FOREIGN: dict[str, str] = {
+    "application/vnd.docker.image.rootfs.foreign.diff.tar": DOCKER_LAYER,
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": DOCKER_LAYER_GZIP,
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd": DOCKER_LAYER_ZSTD,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar": OCI_LAYER,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": OCI_LAYER_GZIP,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": OCI_LAYER_ZSTD,
+}
 # After the two proper types come those that old registries and builders gave to configurations of images.
 _CONFIGS = (OCI_CONFIG, DOCKER_CONFIG, "application/octet-stream", "application/json", "text/html", "")
-_FOREIGN = (
-    "application/vnd.docker.image.rootfs.foreign.diff.tar",
-    "application/vnd.oci.image.layer.nondistributable.v1.tar",
-)
-_SCHEMA_1 = (
-    "application/vnd.docker.distribution.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v1+prettyjws",
+_SCHEMA_1 = frozenset(
+    (
+        "application/vnd.docker.distribution.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v1+prettyjws",
+    )
 )
 _ATTESTATION = "vnd.docker.reference.type"
+
+# The layer of an image that has none: a tar stream without files. Snapshots and mounts take at least one layer.
+EMPTY_TAR = bytes(1024)
+
+
+class OtherPlatformError(NotFoundError):
+    """The image is not for this node's platform."""
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A blob by type, digest and size in bytes; ``platform`` is only in the entries of an index."""
+    """A blob by type, digest and size in bytes; ``platform`` is only in the entries of an index.
+
+    The type is in lower case.
+    """
 
     media_type: str
     digest: str
@@ -115,28 +128,28 @@ class Configuration:
 def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
     """The index or manifest in ``body``, which was sent with the type ``media_type``, "" for none.
 
-    ``what`` names it in errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types that are
-    not an image's.
+    A type counts by its kind, manifest or index: OCI's and Docker's differ in their names alone. ``what`` names it in
+    errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types that are not an image's.
     """
-    document = _document(body, what)
-    own_type = document.get("mediaType")
-    types = [t for t in (own_type, media_type) if t in MANIFEST_TYPES + INDEX_TYPES]
-    if document.get("schemaVersion") == 1 or own_type in _SCHEMA_1 or media_type in _SCHEMA_1:
+    document = go_json.parse(body, what)
+    fields = {name.lower(): value for name, value in document.items() if value is not None}
+    own_type, sent_type = _media_type(fields.get("mediatype")), _media_type(media_type)
+    if fields.get("schemaversion") == 1 or "fslayers" in fields or not _SCHEMA_1.isdisjoint((own_type, sent_type)):
         raise UnimplementedError(
             f"{what} has Docker's schema 1, which is obsolete; build or push the image again with a current tool"
         )
-    if own_type and own_type not in types:
+    if own_type and own_type not in MANIFEST_TYPES + INDEX_TYPES:
         raise UnimplementedError(f"{what} has the type {shown(own_type)}, which is no container image")
-    if len(set(types)) > 1:
-        raise InvalidArgumentError(f"{what} came as {media_type} and says that it is {shown(own_type)}")
-    if "manifests" in document and ("layers" in document or "config" in document):
+    kinds = {t in INDEX_TYPES for t in (own_type, sent_type) if t in MANIFEST_TYPES + INDEX_TYPES}
+    if len(kinds) > 1:
+        raise InvalidArgumentError(f"{what} came as {sent_type} and says that it is {own_type}")
+    if "manifests" in fields and ("layers" in fields or "config" in fields):
         # Two clients could take such a document for two different images (OCI distribution-spec, CVE-2021-41190).
         raise InvalidArgumentError(f"{what} is an index and a manifest at once")
-    if types[0] in INDEX_TYPES if types else "manifests" in document:
-        _validate(document, "index.json", what)
-        return Index(tuple(_descriptor(d) for d in document["manifests"]))
-    _validate(document, "manifest.json", what)
-    manifest = Manifest(_descriptor(document["config"]), tuple(_descriptor(layer) for layer in document["layers"]))
+    if kinds.pop() if kinds else "manifests" in fields:
+        return Index(tuple(_descriptor(d) for d in go_json.checked(document, "index.json", what)["manifests"]))
+    found = go_json.checked(document, "manifest.json", what)
+    manifest = Manifest(_descriptor(found["config"]), tuple(_descriptor(layer) for layer in found.get("layers", ())))
     if manifest.config.media_type not in _CONFIGS:
         raise UnimplementedError(
             f"{what} is an artifact with a configuration of type {shown(manifest.config.media_type)}, not a "
@@ -147,26 +160,26 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
 
 def parse_config(body: bytes, what: str) -> Configuration:
     """The image configuration in ``body``; ``what`` names it in errors. Raises InvalidArgumentError."""
-    document = _document(body, what)
-    _validate(document, "config.json", what)
-    found = document.get("config") or {}
+    document = go_json.checked(go_json.parse(body, what), "config.json", what)
+    found = document.get("config", {})
+    entrypoint = tuple(found.get("Entrypoint", ()))
     process = ImageConfig(
         user=found.get("User", ""),
-        env=tuple(found.get("Env") or ()),
-        entrypoint=tuple(found.get("Entrypoint") or ()),
-        cmd=tuple(found.get("Cmd") or ()),
+        env=tuple(found.get("Env", ())),
+        # Docker's way to take away the entrypoint of a base image: ENTRYPOINT [""] (moby/moby, daemon/commit.go).
+        entrypoint=() if entrypoint == ("",) else entrypoint,
+        cmd=tuple(found.get("Cmd", ())),
         working_dir=found.get("WorkingDir", ""),
-        volumes=tuple(sorted(found.get("Volumes") or ())),
-        labels=found.get("Labels") or {},
+        volumes=tuple(sorted(filter(None, found.get("Volumes", ())))),
+        labels=found.get("Labels", {}),
         stop_signal=found.get("StopSignal", ""),
-        exposed_ports=tuple(sorted(found.get("ExposedPorts") or ())),
+        exposed_ports=tuple(sorted(filter(None, found.get("ExposedPorts", ())))),
     )
     try:
         image_user.parse(process.user)
     except InvalidArgumentError as e:
         raise InvalidArgumentError(f"{what} is invalid: {e}") from e
-    platform = Platform(document["os"], document["architecture"], document.get("variant", ""))
-    return Configuration(platform, tuple(document["rootfs"]["diff_ids"]), process)
+    return Configuration(_platform(document), tuple(document.get("rootfs", {}).get("diff_ids", ())), process)
 
 
 def check_layers(manifest: Manifest, configuration: Configuration, what: str) -> None:
@@ -181,14 +194,22 @@ def check_layers(manifest: Manifest, configuration: Configuration, what: str) ->
 
 def compression(layer: Descriptor, what: str) -> Compression:
     """The compression of a layer by its media type. Raises UnimplementedError."""
-    found = _COMPRESSIONS.get(layer.media_type)
-    if found is not None:
-        return found
-    if layer.media_type.startswith(_FOREIGN):
-        reason = "is foreign: it is not distributed with the image; build the image again on a base without one"
-    else:
-        reason = f"has the type {shown(layer.media_type)}, which is no layer of files"
-    raise UnimplementedError(f"{what}: layer {layer.digest} {reason}")
+    found = _COMPRESSIONS.get(_FOREIGN.get(layer.media_type, layer.media_type))
+    if found is None:
+        kind = shown(layer.media_type) or "no type"
+        raise UnimplementedError(f"{what}: layer {layer.digest} has the type {kind}, which is no layer of files")
+    return found
+
+
+def is_foreign(layer: Descriptor) -> bool:
+    """Whether registries need not have the blob of this layer."""
+    return layer.media_type in _FOREIGN
+
+
+def layers_with_diff_ids(manifest: Manifest, configuration: Configuration) -> tuple[tuple[Descriptor, str], ...]:
+    """What is unpacked for an image, the lowest layer first: :data:`EMPTY_LAYER` for an image without layers."""
+    found = tuple(zip(manifest.layers, configuration.diff_ids, strict=True))
+    return found or ((EMPTY_LAYER, EMPTY_LAYER.digest),)
 
 
 def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
@@ -204,65 +225,58 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     """The manifest for ``platform``: the newest variant that it can run, and the first of equals.
 
     An entry without a platform comes after those with one; its caller checks the configuration's platform. Raises
-    NotFoundError with the platforms that there are.
+    OtherPlatformError with the platforms that there are, InvalidArgumentError if the digest of the chosen one is none.
     """
     best: Descriptor | None = None
     best_rank = -1
     for entry in index.manifests:
-        if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or _ATTESTATION in entry.annotations:
+        if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or is_attestation(entry):
             continue
         found = 0 if entry.platform is None else rank(entry.platform, platform)
         if found > best_rank:
             best, best_rank = entry, found
     if best is None:
         others = sorted({str(e.platform) for e in index.manifests if e.platform and e.platform.os != "unknown"})
-        raise NotFoundError(
+        raise OtherPlatformError(
             f"{what} has no image for {platform}; it has {shown(', '.join(others)) if others else 'none at all'}"
         )
+    if not is_digest(best.digest):
+        raise InvalidArgumentError(f"{what}: the manifest for {platform} has digest {shown(best.digest)!r}, no sha256")
     return best
 
 
-def _document(body: bytes, what: str) -> dict[str, Any]:
-    try:
-        document = json.loads(body)
-        if b"\\u" in body:
-            # An escaped lone surrogate is valid JSON, but no valid text for gRPC.
-            json.dumps(document, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeError are ValueErrors
-        raise InvalidArgumentError(f"{what} is not valid JSON: {shown(e)}") from e
-    if not isinstance(document, dict):
-        raise InvalidArgumentError(f"{what} is not a JSON object")
-    return document
+def is_attestation(entry: Descriptor) -> bool:
+    """Whether an entry of an index is a statement about another one (BuildKit), and no image."""
+    return _ATTESTATION in entry.annotations
+
+
+def is_for(descriptor: Descriptor, platform: Platform) -> bool:
+    """Whether the index that has this entry says that it runs on ``platform``.
+
+    What an index says comes before what the configuration says: tools that build for another architecture often leave
+    their own in the configuration.
+    """
+    said = descriptor.platform
+    return said is not None and bool(said.architecture) and rank(said, platform) >= 0
+
+
+def _media_type(text: object) -> str:
+    """A media type without its parameters, in lower case (RFC 9110, section 8.3.1)."""
+    return str(text or "").partition(";")[0].strip().lower()
 
 
 def _descriptor(found: Mapping[str, Any]) -> Descriptor:
-    platform = found.get("platform")
     return Descriptor(
-        found["mediaType"],
-        found["digest"],
-        int(found["size"]),
-        Platform(platform["os"], platform["architecture"], platform.get("variant", "")) if platform else None,
-        found.get("annotations") or {},
+        _media_type(found.get("mediaType")),
+        found.get("digest", ""),
+        int(found.get("size", 0)),
+        _platform(found["platform"]) if "platform" in found else None,
+        found.get("annotations", {}),
     )
 
 
-def _load_validators() -> dict[str, jsonschema.Draft202012Validator]:
-    schemas = {}
-    for name in ("descriptor.json", "index.json", "manifest.json", "config.json"):
-        text = resources.files(__package__).joinpath("schema", name).read_text()
-        schemas[name] = json.loads(text)
-    registry: referencing.Registry[Any] = referencing.Registry().with_resources(
-        [(name, referencing.Resource.from_contents(schema)) for name, schema in schemas.items()]
-    )
-    return {name: jsonschema.Draft202012Validator(schema, registry=registry) for name, schema in schemas.items()}
+def _platform(found: Mapping[str, Any]) -> Platform:
+    return normalized(found.get("os", ""), found.get("architecture", ""), found.get("variant", ""))
 
 
-_VALIDATORS = _load_validators()
-
-
-def _validate(document: Mapping[str, Any], schema: str, what: str) -> None:
-    # Validation ends at the first error, and every schema bounds the number of items before it looks at them. So a
-    # document with millions of items takes no time.
-    error = next(_VALIDATORS[schema].iter_errors(document), None)
-    if error is not None:
-        raise InvalidArgumentError(f"{what} is invalid: {error.json_path}: {shown(error.message)}")
+EMPTY_LAYER = Descriptor(OCI_LAYER, f"sha256:{hashlib.sha256(EMPTY_TAR).hexdigest()}", len(EMPTY_TAR))

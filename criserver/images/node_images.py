@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -20,14 +21,15 @@ from criserver import logs
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
+from criserver.images.archive_import import load_images
+from criserver.images.archive_names import Naming
 from criserver.images.content import ContentStore
 from criserver.images.credentials import Credentials, load_docker_config
 from criserver.images.export import archive_of
 from criserver.images.garbage import GarbageCollector
 from criserver.images.hosts import hosts_for
-from criserver.images.image import FsUsage, Image, Pruned
+from criserver.images.image import FsUsage, Image, LeftOut, Pruned
 from criserver.images.image_store import ImageStore
-from criserver.images.manifests import Descriptor, choose
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.progress import LayerProgress, progress
@@ -107,25 +109,36 @@ class Images:
         lease = self._pulls.notes.get((str(references.parse(ref)), credentials), Lease())
         return lambda: progress(lease, self._content, self._snapshotter)
 
-    async def import_archive(self, path: str, *, name: str = "", pinned: bool = False) -> list[Image]:
-        """Add the images of an archive, an OCI layout or a ``docker save``, under the names in it.
+    async def import_archive(
+        self,
+        path: str,
+        *,
+        name: str = "",
+        file: str | None = None,
+        given: str = "",
+        pinned: bool = False,
+        left_out: list[LeftOut] | None = None,
+    ) -> list[Image]:
+        """Add the images of an archive, an OCI layout or a ``docker save``, compressed or not.
 
-        The kubelet's garbage collection leaves ``pinned`` images alone. An image without a name has its ID only. Either
-        all images are added or, if an error is raised, none: NotFoundError, InvalidArgumentError, DataLossError,
+        1. ``name`` is the archive's name in errors. ``file``, by default the same, and ``given`` are what
+           :class:`Naming` makes names of.
+        2. What cannot be an image of this node is left out, and appended to ``left_out``: see :func:`load_images`.
+        3. The kubelet's garbage collection leaves ``pinned`` images alone.
+        4. An image without a name has its ID only.
+
+        If an error is raised, no image is added: NotFoundError, InvalidArgumentError, DataLossError,
         UnimplementedError, ResourceExhaustedError.
         """
-        with open_archive(path, name) as archive:
-            async with self._kept(Lease()) as lease:
-                loaded: list[tuple[Descriptor, list[str]]] = []
-                for archived in await archive.images():
-                    target = choose(archived.index, self._platform, archive.name)
-                    names = [str(name) for name in archived.names]
-                    if archived.published:
-                        names += [f"{name.name}@{target.digest}" for name in archived.names]
-                    loaded.append((await self._loader.load(archive, target, lease), names))
-                ids = {(await self._images.record(found, names, pinned=pinned)).id: None for found, names in loaded}
-                images = [self._images.wanted(image_id) for image_id in ids]
-        _log.info("archive imported", path=path, images=list(ids))
+        naming = Naming(name or path if file is None else file, given)
+        limits = self._snapshotter.limits
+        async with open_archive(path, name, self._content.scratch, limits) as archive, self._kept(Lease()) as lease:
+            loaded, wrong = await load_images(archive, naming, self._loader, self._platform, lease)
+            ids = {(await self._images.record(found, names, pinned=pinned)).id: None for found, names in loaded}
+            images = [self._images.wanted(image_id) for image_id in ids]
+        _log.info("archive imported", path=path, images=list(ids), left_out=[left.what for left in wrong])
+        if left_out is not None:
+            left_out += wrong
         return images
 
     async def export(self, refs: Sequence[str]) -> AsyncIterator[bytes]:
@@ -171,7 +184,9 @@ class Images:
             return
         try:
             async with self._kept(Lease()) as lease:
-                await self._loader.load(NoSource(f"image {image.id}"), manifest, lease)
+                # It is here, so its platform was right. Its configuration may name another: see manifests.is_for.
+                target = replace(manifest, platform=self._platform)
+                await self._loader.load(NoSource(f"image {image.id}"), target, lease)
         except CriError as e:
             if self._images.get(image.id) is not None:
                 raise

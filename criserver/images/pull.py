@@ -8,26 +8,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from criserver.images.content import ContentStore, Watcher
 from criserver.images.manifests import (
+    EMPTY_LAYER,
+    EMPTY_TAR,
+    MANIFEST_TYPES,
     MAX_CONFIG,
     MAX_MANIFEST,
+    OCI_MANIFEST,
     Configuration,
     Descriptor,
     Manifest,
+    OtherPlatformError,
     chain_ids,
     check_layers,
     choose,
     compression,
+    is_for,
+    is_foreign,
+    layers_with_diff_ids,
     parse_config,
     parse_manifest,
 )
 from criserver.images.platforms import Platform, runs_on
 from criserver.images.suspects import Suspects
+from criserver.text import shown
 from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
 
 _DOWNLOADS = 3
@@ -101,6 +110,8 @@ class Loader:
     async def load(self, source: BlobSource, target: Descriptor, lease: Lease) -> Descriptor:
         """Load the image for this platform from ``target``, a manifest or an index. Returns the image's manifest.
 
+        The configuration's platform is checked if neither ``target`` nor an index below it names a platform.
+
         1. A few blobs are fetched at a time. Blobs and layers that are here already are not fetched or unpacked again.
         2. A layer whose blob takes long is unpacked while the blob arrives. It is committed when the whole blob is
            there and has the right digest.
@@ -115,20 +126,21 @@ class Loader:
                 f"{what} has {len(manifest.layers)} layers, more than {most} (max_layers); {_LIMITED}"
             )
         lease.blobs.add(manifest.config.digest)
-        lease.blobs.update(layer.digest for layer in manifest.layers)
         configuration = await self._configuration(source, manifest)
         check_layers(manifest, configuration, what)
-        if not runs_on(configuration.platform, self._platform):
-            raise NotFoundError(f"{source.name} is for {configuration.platform}; this node runs {self._platform}")
-        chain = chain_ids(configuration.diff_ids)
+        if not is_for(descriptor, self._platform) and not runs_on(configuration.platform, self._platform):
+            raise OtherPlatformError(
+                f"{source.name} is for {shown(configuration.platform)}; this node runs {self._platform}"
+            )
+        layers = layers_with_diff_ids(manifest, configuration)
+        chain = chain_ids([diff_id for _, diff_id in layers])
+        lease.blobs.update(layer.digest for layer, _ in layers)
         lease.layers.update(chain)
-        lease.plan = tuple(zip(manifest.layers, chain, strict=True))
+        lease.plan = tuple((layer, chain_id) for (layer, _), chain_id in zip(layers, chain, strict=True))
         slots = asyncio.Semaphore(_DOWNLOADS)
         await _all(
             self._layer(source, layer, diff_id, chain_id, parent, slots)
-            for layer, diff_id, chain_id, parent in zip(
-                manifest.layers, configuration.diff_ids, chain, (None, *chain), strict=False
-            )
+            for (layer, diff_id), chain_id, parent in zip(layers, chain, (None, *chain), strict=False)
         )
         return descriptor
 
@@ -145,7 +157,8 @@ class Loader:
             parsed = parse_manifest(body, descriptor.media_type, what)
             if isinstance(parsed, Manifest):
                 self._content.put(body)
-                return Descriptor(descriptor.media_type, descriptor.digest, len(body)), parsed
+                kind = descriptor.media_type if descriptor.media_type in MANIFEST_TYPES else OCI_MANIFEST
+                return replace(descriptor, media_type=kind, size=len(body)), parsed
             descriptor = choose(parsed, self._platform, source.name)
         raise InvalidArgumentError(f"{source.name}: indexes are nested more than {_MAX_NESTING} deep")
 
@@ -171,8 +184,11 @@ class Loader:
             async with slots:
                 await self._fetch(source, layer, early if self._snapshotter.layer(chain_id) is None else None)
                 await self._suspects.check_layer(chain_id, layer.digest, packed)
-        except BaseException:
+        except BaseException as e:
             await early.close()
+            if isinstance(e, NotFoundError) and is_foreign(layer):
+                advice = "it is a foreign layer, which registries may lack; build the image on a base without one"
+                raise NotFoundError(f"{e}; {advice}") from e
             raise
         early.stop()
         try:
@@ -197,7 +213,10 @@ class Loader:
         async with self._alone(source.origin, descriptor.digest):
             await self._suspects.check_blob(descriptor.digest)
             if self._content.size(descriptor.digest) is None:
-                await source.blob(descriptor, self._content, watcher)
+                if descriptor == EMPTY_LAYER:
+                    self._content.put(EMPTY_TAR)
+                else:
+                    await source.blob(descriptor, self._content, watcher)
         if self._content.size(descriptor.digest) != descriptor.size:
             raise DataLossError(
                 f"{source.name}: the manifest gives blob {descriptor.digest} {descriptor.size} bytes; it has "

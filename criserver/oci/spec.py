@@ -109,11 +109,18 @@ def process_args(config: ContainerConfig, image: ImageDefaults) -> list[str]:
 
 
 def environment(config: ContainerConfig, image: ImageDefaults, hostname: str) -> list[str]:
-    """The environment as NAME=VALUE lines. The image overrides the defaults, and the kubelet overrides the image."""
+    """The environment as NAME=VALUE lines. The image overrides the defaults, and the kubelet overrides the image.
+
+    An image's line without "=" takes the default away, as in containerd. A line without a name has no effect: the OCI
+    runtime would refuse it.
+    """
     variables: dict[str, str] = {}
     base = [_PATH, *(["TERM=xterm"] if config.tty else []), *([f"HOSTNAME={hostname}"] if hostname else [])]
     for line in (*base, *image.env):
-        name, _, value = line.partition("=")
-        variables[name] = value
+        name, equals, value = line.partition("=")
+        if equals and name:
+            variables[name] = value
+        else:
+            variables.pop(name, None)
     variables.update(config.envs)
     return [f"{name}={value}" for name, value in variables.items()]

@@ -130,6 +130,20 @@ def test_the_images_own_command_environment_directory_and_user(node: Node, pod: 
     assert node.log(commanded) == "mine\n"
 
 
+def test_an_image_without_layers_and_with_dockers_empty_entrypoint(node: Node, pod: str, tmp_path: Path) -> None:
+    from tests.support.fixtures import import_image
+    from tests.support.imagebuilder import build_image, write_archive
+
+    config = {"Entrypoint": [""], "Cmd": ["/bin/busybox", "ls", "-a", "/"], "Env": ["", None], "User": None}
+    write_archive(build_image([], config), str(tmp_path / "i.tar"), "localhost/empty:1")
+    import_image(node, str(tmp_path / "i.tar"))
+    busybox = cri.Mount(container_path="/bin/busybox", host_path="/bin/busybox", readonly=True)
+    container = node.run(pod, "c", image="localhost/empty:1", mounts=[busybox])
+    assert node.wait(container).exit_code == 0
+    assert {"bin", "dev", "proc"} <= set(node.log(container).split())
+    assert "usr" not in node.log(container).split()
+
+
 def test_mounts(node: Node, pod: str, tmp_path: Path) -> None:
     (tmp_path / "given").write_text("from the host\n")
     (tmp_path / "link").symlink_to(tmp_path / "given")

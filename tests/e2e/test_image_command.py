@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import glob
+import gzip
 import json
 import os
 import re
@@ -22,8 +23,18 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from criserver.images import Platform
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.imagebuilder import BuiltImage, build_image, busybox_image, write_archive
+from tests.support.imagebuilder import (
+    BuiltImage,
+    Dir,
+    File,
+    Link,
+    build_image,
+    busybox_image,
+    tar_of,
+    write_archive,
+)
 from tests.support.node import Node
 from tests.support.ownregistry import Server
 from tests.support.registry import HTPASSWD, Registry, registry, running
@@ -297,6 +308,27 @@ def test_an_export_loads_with_skopeo_and_comes_back(node: Node, registry: Regist
     assert {digest[7:] for digest in image.blobs if digest != image.digest} <= set(os.listdir(tmp_path / "oci-archive"))
     command(node, "remove", name)
     assert command(node, "import", path).stdout.split() == [image.id, name, f"{name.rpartition(':')[0]}@{image.digest}"]
+
+
+def test_an_import_tells_what_it_leaves_out(node: Node, tmp_path: Path) -> None:
+    images = {"1": made(100), "2": made(100), "other": build_image([{"a": b"1"}], platform=Platform("linux", "s390x"))}
+    entries = [
+        {**image.descriptor, "annotations": {"org.opencontainers.image.ref.name": tag}} for tag, image in images.items()
+    ]
+    members: dict[str, bytes | File | Dir | Link] = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}'}
+    members["index.json"] = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+    for image in images.values():
+        members |= {f"blobs/{digest.replace(':', '/')}": blob for digest, blob in image.blobs.items()}
+    path = tmp_path / "several.tar.gz"
+    path.write_bytes(gzip.compress(tar_of(members)))
+    for options, repository in ([], "docker.io/library/several"), (["--name", "localhost/mine"], "localhost/mine"):
+        done = command(node, "import", str(path), *options, code=1)
+        for line, tag in zip(done.stdout.splitlines(), ("1", "2"), strict=True):
+            assert line.split()[:1] == [images[tag].id]
+            assert {f"{repository}:{tag}", f"{repository}@{images[tag].digest}"} <= set(line.split())
+        assert done.stderr.startswith("criserver: left out image other: ")
+        assert "linux/s390x" in done.stderr
+    assert "has a digest" in command(node, "import", str(path), "--name", f"a@{images['1'].digest}", code=1).stderr
 
 
 def test_images_of_one_archive_share_their_blobs(node: Node, registry: Registry, tmp_path: Path) -> None:

@@ -489,15 +489,12 @@ async def test_damaged_archives(rooms: Rooms, tmp_path: Path, damage: str) -> No
         case "cut":
             os.truncate(path, os.path.getsize(path) // 2)
         case "gzip":
-            with open(path, "rb+") as f:
-                packed = gzip.compress(f.read())
-                f.seek(0)
-                f.write(packed)
+            Path(path).write_bytes(gzip.compress(Path(path).read_bytes())[:-20])
         case "missing":
             os.unlink(path)
     expected = {
         "cut": "is damaged: ",
-        "gzip": "is compressed",
+        "gzip": "its compressed data is invalid, or ends early",
         "missing": "No such file",
         "blob": f"blob {layer}: the content received has digest",
         "size": "bytes, and its manifest says",

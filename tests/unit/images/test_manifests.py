@@ -17,6 +17,7 @@ from criserver.images.manifests import (
     DOCKER_LAYER_ZSTD,
     DOCKER_LIST,
     DOCKER_MANIFEST,
+    EMPTY_LAYER,
     OCI_CONFIG,
     OCI_INDEX,
     OCI_LAYER,
@@ -31,16 +32,19 @@ from criserver.images.manifests import (
     check_layers,
     choose,
     compression,
+    is_for,
+    layers_with_diff_ids,
     parse_config,
     parse_manifest,
 )
 from criserver.images.platforms import Platform, amd64_variant, host_platform, rank, runs_on
 
 A, B, C = ("sha256:" + c * 64 for c in "abc")
+VOLUME = ImageConfig(volumes=("/v",), exposed_ports=("80/tcp",))
 AMD64 = Platform("linux", "amd64")
 
 
-def described(media_type: str, digest: str = A, size: object = 10, **more: Any) -> dict[str, Any]:
+def described(media_type: str, digest: str | None = A, size: object = 10, **more: Any) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": digest, "size": size, **more}
 
 
@@ -99,8 +103,6 @@ def test_an_index(kind: str) -> None:
         ([], "not a JSON object"),
         (manifest(schemaVersion=3), "$.schemaVersion"),
         (manifest(config=None), "'config' is a required property"),
-        (manifest(layers=None), "'layers' is a required property"),
-        (manifest(layers=[]), "$.layers"),
         (manifest(layers=[described(OCI_LAYER)] * 501), "$.layers"),
         (manifest(layers=[{"digest": A, "size": 1}]), "$.layers[0]"),
         (manifest(layers=[described(OCI_LAYER, "sha256:abc")]), "$.layers[0].digest"),
@@ -112,7 +114,11 @@ def test_an_index(kind: str) -> None:
         (manifest(manifests=[]), "at once"),
         (index(config={}), "at once"),
         (index(layers=[]), "at once"),
-        (index(described(OCI_MANIFEST, platform={"os": "linux"})), "$.manifests[0].platform"),
+        (index(described(OCI_MANIFEST, platform={"os": 1})), "$.manifests[0].platform"),
+        (manifest(layers=[described(OCI_LAYER), None]), "$.layers[1]"),
+        (manifest(layers=[described("")], Layers=[described(OCI_LAYER)]), "both layers and Layers"),
+        (manifest(MANIFESTS=[]), "at once"),
+        ({**manifest(config=None, layers=None), "Config": {}, "mediaType": OCI_INDEX}, "'manifests' is a required"),
         (index(*[described(OCI_MANIFEST)] * 1001), "$.manifests"),
     ],
 )
@@ -132,9 +138,90 @@ def test_what_is_no_json(body: bytes) -> None:
         parse_manifest(body, OCI_MANIFEST, "manifest m")
 
 
-def test_a_manifest_that_came_as_an_index() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"came as application/vnd\.oci\.image\.index"):
-        parse(manifest(), OCI_INDEX)
+@pytest.mark.parametrize("sent", [OCI_INDEX, DOCKER_LIST, f"{OCI_INDEX.upper()}; charset=utf-8"])
+@pytest.mark.parametrize("own", [OCI_MANIFEST, DOCKER_MANIFEST])
+def test_a_manifest_that_came_as_an_index(own: str, sent: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"came as application/vnd\."):
+        parse(manifest(mediaType=own), sent)
+
+
+def test_an_index_that_came_as_a_manifest() -> None:
+    for own in (OCI_INDEX, DOCKER_LIST):
+        with pytest.raises(InvalidArgumentError, match="came as"):
+            parse(index(described(OCI_MANIFEST), mediaType=own), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgumentError, match="'config' is a required property"):
+        parse({"schemaVersion": 2, "manifests": []}, OCI_MANIFEST)
+
+
+@pytest.mark.parametrize("sent", [OCI_MANIFEST, DOCKER_MANIFEST, "", "text/plain", f"{DOCKER_MANIFEST.upper()};a=b"])
+@pytest.mark.parametrize("own", [OCI_MANIFEST, DOCKER_MANIFEST, "", OCI_MANIFEST.upper()])
+def test_a_manifest_in_the_other_dialect(own: str, sent: str) -> None:
+    assert isinstance(parse(manifest(mediaType=own), sent), Manifest)
+
+
+@pytest.mark.parametrize("sent", [OCI_INDEX, DOCKER_LIST, "", "application/octet-stream"])
+@pytest.mark.parametrize("own", [OCI_INDEX, DOCKER_LIST, "", None])
+def test_an_index_in_the_other_dialect(own: str | None, sent: str) -> None:
+    assert isinstance(parse(index(described(OCI_MANIFEST), mediaType=own), sent), Index)
+
+
+LAYER = described(OCI_LAYER, B)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"config": described(OCI_CONFIG), "layers": [LAYER]},
+        {"schemaVersion": None, "mediaType": None, "config": described(OCI_CONFIG), "layers": [LAYER]},
+        {"schemaVersion": 0, "config": described(OCI_CONFIG), "layers": [LAYER], "annotations": None},
+        {"SchemaVersion": 2, "CONFIG": {k.title(): v for k, v in described(OCI_CONFIG).items()}, "Layers": [LAYER]},
+        {"config": described(OCI_CONFIG, platform=None, annotations=None), "layers": [{**LAYER, "annotations": None}]},
+        {"config": described(OCI_CONFIG, annotations={"a": None}), "layers": [LAYER], "manifests": None},
+        {"config": described(OCI_CONFIG, platform={}), "layers": [LAYER]},
+    ],
+)
+def test_what_go_reads_as_a_manifest(document: dict[str, Any]) -> None:
+    found = parse(document)
+    assert isinstance(found, Manifest)
+    assert (found.config.digest, found.config.media_type) == (A, OCI_CONFIG)
+    assert found.layers == (Descriptor(OCI_LAYER, B, 10),)
+
+
+@pytest.mark.parametrize("kind", [None, ""])
+def test_a_configuration_without_a_type(kind: str | None) -> None:
+    assert isinstance(parse(manifest(config={"mediaType": kind, "digest": A, "size": 1})), Manifest)
+    assert isinstance(parse(manifest(config={"digest": A, "size": 1})), Manifest)
+
+
+@pytest.mark.parametrize("layers", [{}, {"layers": None}, {"layers": []}])
+def test_an_image_without_layers(layers: dict[str, Any]) -> None:
+    found = parse({"schemaVersion": 2, "config": described(OCI_CONFIG), **layers})
+    assert isinstance(found, Manifest)
+    assert found.layers == ()
+    for rootfs in ({}, {"rootfs": None}, {"rootfs": {"type": "layers"}}, {"rootfs": {"type": None, "diff_ids": None}}):
+        configuration = parse_config(json.dumps({"os": "linux", **rootfs}).encode(), "c")
+        check_layers(found, configuration, "m")
+        assert layers_with_diff_ids(found, configuration) == ((EMPTY_LAYER, EMPTY_LAYER.digest),)
+    with pytest.raises(InvalidArgumentError, match="m has 0 layers, and its configuration 1"):
+        check_layers(found, parse_config(json.dumps(config()).encode(), "c"), "m")
+
+
+def test_entries_of_an_index_as_go_reads_them() -> None:
+    entries: list[Any] = [
+        None,
+        {},
+        described(OCI_MANIFEST, "sha512:" + "a" * 128, platform={"os": "linux", "architecture": "s390x"}),
+        described(OCI_MANIFEST, None, None, platform={"os": None, "architecture": "arm64"}),
+        described(OCI_MANIFEST.upper(), B, platform={"os": None, "architecture": "x86_64", "variant": None}),
+        described(OCI_MANIFEST, C, platform=None, annotations=None),
+    ]
+    found = parse({"manifests": entries, "mediaType": None}, DOCKER_LIST)
+    assert isinstance(found, Index)
+    assert choose(found, AMD64, "i") == Descriptor(OCI_MANIFEST, B, 10, AMD64)
+    assert choose(found, Platform("linux", "riscv64"), "i").digest == C
+    for other, digest in (("s390x", "sha512:a"), ("arm64", "''")):
+        with pytest.raises(InvalidArgumentError, match=f"i: the manifest for linux/{other} has digest .?{digest}"):
+            choose(found, Platform("linux", other), "i")
 
 
 @pytest.mark.parametrize(
@@ -185,13 +272,64 @@ def test_a_configuration_without_a_process(process: dict[str, None] | dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        (dict.fromkeys(("User", "WorkingDir", "StopSignal", "Env", "Cmd", "Volumes", "ExposedPorts")), ImageConfig()),
+        ({"Entrypoint": [""], "Cmd": ["/a"]}, ImageConfig(cmd=("/a",))),
+        ({"Entrypoint": [None], "Cmd": ["/a"]}, ImageConfig(cmd=("/a",))),
+        ({"Entrypoint": ["", "b"]}, ImageConfig(entrypoint=("", "b"))),
+        ({"Entrypoint": ["/a"], "Cmd": [""]}, ImageConfig(entrypoint=("/a",), cmd=("",))),
+        ({"Env": ["", None, "A=b"]}, ImageConfig(env=("", "", "A=b"))),
+        ({"Labels": {"a": None, "": "b"}}, ImageConfig(labels={"a": "", "": "b"})),
+        ({"Volumes": {"": {}, "/v": None}, "ExposedPorts": {"": {}, "80/tcp": None}}, VOLUME),
+        ({"user": "1", "ENV": ["A=b"], "workingdir": "/w"}, ImageConfig("1", ("A=b",), working_dir="/w")),
+        ({"Healthcheck": 1, "OnBuild": "x", "ArgsEscaped": None}, ImageConfig()),
+    ],
+)
+def test_a_process_as_go_reads_it(process: dict[str, Any], expected: ImageConfig) -> None:
+    for key in ("config", "Config"):
+        body = json.dumps({**config(), key: process}).encode()
+        assert parse_config(body, "c").process == expected
+
+
+def test_bytes_that_are_no_utf8_are_replaced() -> None:
+    body = json.dumps(config(config={"Labels": {"a": "XX"}})).encode().replace(b"XX", b"na\xefve")
+    assert parse_config(body, "c").process.labels == {"a": "na\ufffdve"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        ({}, "linux"),
+        ({"os": None, "architecture": None, "variant": None}, "linux"),
+        ({"os": "", "architecture": "", "variant": ""}, "linux"),
+        ({"os": "Linux", "architecture": "AMD64"}, "linux/amd64"),
+        ({"architecture": "x86_64", "variant": "v2"}, "linux/amd64/v2"),
+        ({"architecture": "x86-64"}, "linux/amd64"),
+        ({"architecture": "aarch64", "variant": "V8"}, "linux/arm64/v8"),
+        ({"architecture": "armhf"}, "linux/arm/v7"),
+        ({"architecture": "armel", "variant": "v7"}, "linux/arm/v6"),
+        ({"architecture": "armv6l"}, "linux/arm/v6"),
+        ({"architecture": "i386"}, "linux/386"),
+        ({"architecture": "i686"}, "linux/386"),
+        ({"architecture": "ppc64el"}, "linux/ppc64le"),
+        ({"os": "macOS", "architecture": "arm64"}, "darwin/arm64"),
+        ({"OS": "linux", "Architecture": "s390x"}, "linux/s390x"),
+    ],
+)
+def test_platforms_as_go_names_them(platform: dict[str, Any], expected: str) -> None:
+    body = json.dumps({"rootfs": {"diff_ids": [A]}, **platform}).encode()
+    assert str(parse_config(body, "c").platform) == expected
+
+
+@pytest.mark.parametrize(
     ("document", "where"),
     [
-        (config(os=None), "'os' is a required property"),
-        (config(architecture=None), "'architecture' is a required property"),
-        (config(rootfs=None), "'rootfs' is a required property"),
+        (config(os=1), "$.os"),
         (config(rootfs={"type": "tree", "diff_ids": [A]}), "$.rootfs.type"),
-        (config(rootfs={"type": "layers", "diff_ids": []}), "$.rootfs.diff_ids"),
+        (config(rootfs={"type": "layers", "diff_ids": [None]}), "$.rootfs.diff_ids[0]"),
+        (config(config={"User": "a", "user": "b"}), "both User and user"),
+        (config(config={"User": "4294967296"}), "is no ID"),
         (config(rootfs={"type": "layers", "diff_ids": ["x"]}), "$.rootfs.diff_ids[0]"),
         (config(config={"Cmd": "sh"}), "$.config.Cmd"),
         (config(config={"Cmd": [1]}), "$.config.Cmd[0]"),
@@ -239,6 +377,11 @@ def test_manifest_and_configuration_must_agree() -> None:
         (DOCKER_LAYER, "gzip"),  # or none: the unpacker looks
         (DOCKER_LAYER_GZIP, "gzip"),
         (DOCKER_LAYER_ZSTD, "zstd"),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar", "gzip"),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "gzip"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar", "none"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "gzip"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", "zstd"),
     ],
 )
 def test_compressions(media_type: str, expected: str) -> None:
@@ -248,9 +391,9 @@ def test_compressions(media_type: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("media_type", "message"),
     [
-        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "is foreign"),
-        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "is foreign"),
         ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "no layer of files"),
+        ("application/vnd.in-toto+json", "no layer of files"),
+        ("", "has the type no type, which"),
     ],
 )
 def test_layers_that_are_refused(media_type: str, message: str) -> None:
@@ -268,8 +411,8 @@ def test_chain_ids() -> None:
 
 
 def entry(platform: str, digest: str = A, media_type: str = OCI_MANIFEST, **annotations: str) -> Descriptor:
-    parts = platform.split("/") if platform else []
-    return Descriptor(media_type, digest, 1, Platform(*parts) if parts else None, annotations)
+    parts = [*platform.split("/"), "", ""][:3]
+    return Descriptor(media_type, digest, 1, Platform(*parts) if platform else None, annotations)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +436,16 @@ def entry(platform: str, digest: str = A, media_type: str = OCI_MANIFEST, **anno
         (["linux/386", "linux/amd64"], "linux/amd64/v2", 1),
         (["linux/s390x", "linux/386"], "linux/amd64", 1),
         (["linux/arm/v6", "linux/arm/v7"], "linux/arm64", 1),
+        (["linux/arm", "linux/arm/v6"], "linux/arm/v7", 0),
+        (["linux/amd64/v9", "linux/386"], "linux/amd64", 0),
+        (["linux/amd64/v8", "linux/amd64/v1"], "linux/amd64/v3", 1),
+        (["linux/amd64/sse4", "linux"], "linux/amd64", 0),
+        (["linux", "windows/amd64"], "linux/amd64", 0),
+        (["linux/arm64/v9", "linux/arm64/v8.1", "linux/arm64/8"], "linux/arm64", 2),
+        (["linux/arm64/v8", "linux/arm64/v8.5", "linux/arm64/v8.6"], "linux/arm64/v9", 1),
+        (["linux/arm64/v8", "linux/arm64/v9", "linux/arm64/v9.1"], "linux/arm64/v9.0", 1),
+        (["linux/ppc64le/power8", "linux/ppc64le"], "linux/ppc64le", 1),
+        (["linux/s390x", "linux/ppc64le/power9"], "linux/ppc64le", 1),
     ],
 )
 def test_choosing_by_platform(offered: list[str], host: str, chosen: int) -> None:
@@ -317,6 +470,13 @@ def test_choosing_where_nothing_fits() -> None:
         choose(index, AMD64, "i")
     with pytest.raises(NotFoundError, match="it has none at all"):
         choose(Index(()), AMD64, "i")
+
+
+def test_what_an_index_says_comes_before_the_configuration() -> None:
+    assert is_for(entry("linux/amd64"), AMD64)
+    assert not is_for(entry("linux/arm64"), AMD64)
+    assert not is_for(entry("linux"), AMD64), "it says nothing of the architecture"
+    assert not is_for(entry(""), AMD64)
 
 
 def test_what_runs_where() -> None:

@@ -102,6 +102,12 @@ def test_the_environment_is_the_images_with_the_kubelets_over_it() -> None:
     assert env == ["PATH=/own", "HOSTNAME=pod", "A=1", "B=x", "C="]
 
 
+def test_lines_of_an_image_that_set_no_variable() -> None:
+    image = ImageDefaults(env=("", "=x", "A=1", "A", "HOSTNAME", "B=", "PATH"))
+    assert build(image)["process"]["env"] == ["B="]
+    assert build(image, envs=(("PATH", "/p"),))["process"]["env"] == ["B=", "PATH=/p"]
+
+
 def test_namespaces_are_joined_made_or_the_hosts() -> None:
     own = build()["linux"]["namespaces"]
     assert {n["type"]: n.get("path") for n in own} == {
