@@ -16,10 +16,10 @@ import os
 import posixpath
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import allocator, confine, errors, file_tree, tar
+from snapshotter import allocator, confine, errors, file_tree, settling, tar
 from snapshotter.layer_stream import LayerStream, decoder
 from snapshotter.limits import LayerLimits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
@@ -65,6 +65,7 @@ def main() -> None:
     result: dict[str, Any]
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])
+        dropped = frozenset(_names_in(settling.DROPPED))
         _confine(options["daemon"])
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY)
         stream = LayerStream(sys.stdin.buffer, decode, limits)
@@ -74,7 +75,7 @@ def main() -> None:
         if stream.digest() != options["diff_id"]:
             result = {"unread": f"its content is {stream.digest()}"}
         else:
-            result = {"differences": list(_differences(root, layer))}
+            result = {"differences": list(_differences(root, layer, dropped))}
     except errors.SnapshotError as e:
         result = {"unread": str(e)}
     except OSError as e:
@@ -110,6 +111,8 @@ class _Layer:
         for piece in reader.content():
             digest.update(piece)
         # A hard link is compared with its target's entry as it is now: a later entry may replace the target.
+        if not path and entry.kind == tar.LINK:
+            return  # the root as a hard link to itself
         target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
         if target is not None:
             self.wanted[path] = target._replace(order=order)
@@ -144,10 +147,17 @@ class _Layer:
         return False
 
 
-def _differences(root: int, layer: _Layer) -> Iterator[str]:
+def _names_in(path: str) -> list[bytes]:
+    try:
+        return settling.read(path)
+    except FileNotFoundError:
+        return []
+
+
+def _differences(root: int, layer: _Layer, dropped: Collection[bytes]) -> Iterator[str]:
     """Up to ``_MOST`` differences in words, and how many more there are."""
     count = 0
-    for difference in _all_differences(root, layer):
+    for difference in _all_differences(root, layer, dropped):
         count += 1
         if count <= _MOST:
             yield difference
@@ -155,12 +165,14 @@ def _differences(root: int, layer: _Layer) -> Iterator[str]:
         yield f"{count - _MOST} more"
 
 
-def _all_differences(root: int, layer: _Layer) -> Iterator[str]:
+def _all_differences(root: int, layer: _Layer, dropped: Collection[bytes]) -> Iterator[str]:
+    """All differences in words; ``dropped`` are the directories whose whiteouts were deleted as they hide nothing."""
     alive = layer.alive()
     places = _Places(root)
     # By directory and name: several paths may lead to one place, and then the last entry counts.
     last = {places.of(path): path for path in alive if path}
-    for path, order in [*layer.hidden.items(), *layer.opaque.items()]:
+    hidden = [(path, order) for path, order in layer.hidden.items() if path.rpartition(b"/")[0] not in dropped]
+    for path, order in [*hidden, *layer.opaque.items()]:
         if path and places.of(path) not in last and _status(root, path) is None and not layer.replaced(path, order):
             yield f"{errors.shown(path)} is missing"
     for path in last.values():

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from snapshotter import implied, marks, tar
+from snapshotter import marks, settling, tar
 from snapshotter.errors import LayerError, SnapshotError, shown
 from snapshotter.layer_root import LayerRoot, is_whiteout, parts_of, split, status_of
 
@@ -61,7 +61,9 @@ def unpack(
         except (OSError, LayerError) as e:
             raise _told_of(entry, e) from e
     if layer.implied:
-        implied.write(area, layer.implied)
+        settling.write(area, settling.IMPLIED, layer.implied)
+    if layer.with_whiteouts:
+        settling.write(area, settling.WHITEOUTS, sorted(layer.with_whiteouts))
     unpacker.finish()
     return Unpacked(layer.size, layer.inodes, unpacker.opaque)
 
@@ -186,6 +188,8 @@ class _Unpacker:
             os.mknod(base, kind | entry.mode & 0o777, entry.device, dir_fd=fd)
         except PermissionError:
             return
+        if kind == stat.S_IFCHR and entry.device == 0:
+            self._root.note_whiteout()
         self._finish_special(fd, base, entry)
 
     def _link(self, fd: int, base: bytes, entry: tar.Entry) -> None:
@@ -218,8 +222,7 @@ class _Unpacker:
         parts = parts_of(name)
         if any(part.startswith(RESERVED) for part in parts):
             return True
-        if any(part.startswith(WHITEOUT) for part in parts[:-1]):
-            raise LayerError("has a whiteout among its parents")
+        # A whiteout is told by its last component alone: an entry below a name with ".wh." is an ordinary one.
         if not base.startswith(WHITEOUT):
             return False
         hidden = base.removeprefix(WHITEOUT)
@@ -228,6 +231,7 @@ class _Unpacker:
         fd = self._root.open_parent(parent)
         try:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=fd)
+            self._root.note_whiteout()
             self._root.account(0)
         except FileExistsError:
             # A whiteout hides the layers below. A file of this layer hides them too, so it stays.
@@ -237,6 +241,8 @@ class _Unpacker:
         return True
 
     def _change_root(self, entry: tar.Entry) -> None:
+        if entry.kind is tar.LINK and not parts_of(entry.link):
+            return  # the root as a hard link to itself, as some builders write it: it is there already
         if entry.kind is not tar.DIRECTORY:
             raise LayerError("stands for the layer's root and is no directory")
         self._set_attributes(self._root.fd, entry, fresh=False)
