@@ -40,7 +40,10 @@ class Decoder:
 
 
 def decoded(body: bytes, coding: str, limit: int, what: str) -> bytes:
-    """A small body without its coding; as it is, if it has not that coding. Raises InvalidArgumentError beyond ``limit``."""
+    """A small body without its coding; as it is, if it has not that coding.
+
+    Raises InvalidArgumentError if it is larger than ``limit`` bytes.
+    """
     found = bytearray()
     try:
         for piece in Decoder(coding).pieces(body):

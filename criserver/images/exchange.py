@@ -115,7 +115,7 @@ def _refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost) 
     match response.status:
         case 401 if server.anonymous:
             return UnauthenticatedError(
-                f"{answer}; the pull secret is not sent there, and there is no anonymous access"
+                f"{answer}; the pull secret is not sent there, and it gives no anonymous access"
             )
         case 403 if server.anonymous:
             return PermissionDeniedError(answer)

@@ -42,7 +42,7 @@ class RegistryHost:
       go to it, and not to mirrors.
     - ``dial_timeout`` is in seconds.
     - ``fallback`` says that it is the host before it without TLS. It is asked only if that host does not support TLS.
-    - ``anonymous`` says that it was found by a redirect: it gets no credentials and nothing else that is the operator's.
+    - ``anonymous`` says that it was found by a redirect: it gets no credentials, headers or client certificates.
     """
 
     url: str

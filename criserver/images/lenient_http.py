@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -49,7 +50,7 @@ class LenientConnector(aiohttp.TCPConnector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._factory = functools.partial(LenientHandler, loop=self._loop)
+        self._factory: functools.partial[ResponseHandler] = functools.partial(LenientHandler, loop=self._loop)
 
 
 class LenientHandler(ResponseHandler):
@@ -57,10 +58,10 @@ class LenientHandler(ResponseHandler):
 
     _head: bytearray | None = None
 
-    def set_response_params(self, **options: object) -> None:  # type: ignore[override]
+    def set_response_params(self, **options: Any) -> None:
         """Expect a response."""
         self._head = bytearray()
-        super().set_response_params(**options)  # type: ignore[arg-type]
+        super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes of the response. Its head is kept until it is whole, up to the bound of the parser."""

@@ -120,7 +120,7 @@ class Transport:
         except aiohttp.ClientResponseError as e:
             reason = " ".join(e.message.split())[:_MAX_REASON] or type(e).__name__
             raise UnavailableError(
-                f"{what}: criserver cannot read the HTTP response of {url.origin()}: {reason}"
+                f"{what}: criserver cannot read the HTTP response of {url.origin()} ({reason})"
             ) from e
         except (aiohttp.ClientError, ValueError) as e:
             raise UnavailableError(f"{what}: {str(e) or type(e).__name__}") from e
