@@ -10,6 +10,7 @@ After such a response the connection is closed, as its end may be disputed. All 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 from typing import Any
@@ -50,7 +51,11 @@ class LenientConnector(aiohttp.TCPConnector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._factory: functools.partial[ResponseHandler] = functools.partial(LenientHandler, loop=self._loop)
+        self._factory = functools.partial(_new_handler, loop=self._loop)
+
+
+def _new_handler(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
+    return LenientHandler(loop)
 
 
 class LenientHandler(ResponseHandler):
