@@ -66,11 +66,12 @@ def main() -> None:
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])
         dropped = frozenset(_names_in(settling.DROPPED))
+        left_out = frozenset(settling.left_out_of("."))
         _confine(options["daemon"])
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY)
         stream = LayerStream(sys.stdin.buffer, decode, limits)
         reader = tar.TarReader(stream.read, limits)
-        layer = _Layer(reader)
+        layer = _Layer(reader, left_out)
         reader.drain()
         if stream.digest() != options["diff_id"]:
             result = {"unread": f"its content is {stream.digest()}"}
@@ -90,7 +91,8 @@ class _Layer:
     ``hidden`` has the paths of whiteouts, ``opaque`` those of opaque directories, with their positions in the archive.
     """
 
-    def __init__(self, reader: tar.TarReader) -> None:
+    def __init__(self, reader: tar.TarReader, left_out: Collection[bytes]) -> None:
+        self._left_out = left_out  # names of extended attributes
         self.wanted: dict[bytes, _Wanted] = {}
         self.hidden: dict[bytes, int] = {}
         self.opaque: dict[bytes, int] = {}
@@ -128,7 +130,7 @@ class _Layer:
             digest.digest(),
             entry.extents,
             entry.device,
-            entry.xattrs,
+            {name: value for name, value in entry.xattrs.items() if name not in self._left_out},
         )
 
     def alive(self) -> dict[bytes, _Wanted]:

@@ -47,6 +47,7 @@ class LayerRoot:
         # Directories without an entry of their own: names by inode number.
         self._implied = {os.fstat(fd).st_ino: b""}
         self.with_whiteouts: set[bytes] = set()
+        self.left_out: set[bytes] = set()  # names of extended attributes
         self._noted_bytes = 0
 
     @property
@@ -66,6 +67,12 @@ class LayerRoot:
         name = b"/".join(parts_of(self.parent or b""))
         if name and name not in self.with_whiteouts:
             self.with_whiteouts.add(name)
+            self._count_noted(name)
+
+    def leave_out(self, name: bytes) -> None:
+        """Note that a file lacks its extended attribute ``name``, which the file system has no place for."""
+        if name not in self.left_out:
+            self.left_out.add(name)
             self._count_noted(name)
 
     def open_target(self, path: bytes) -> int:
@@ -206,7 +213,8 @@ class LayerRoot:
         self._noted_bytes += len(name)
         if self._noted_bytes > _MAX_NOTED:
             raise LimitError(
-                f"the directories with whiteouts or without an entry have names of more than {_MAX_NOTED} bytes"
+                f"directories with whiteouts or without an entry, and attributes that are left out, have names of more "
+                f"than {_MAX_NOTED} bytes"
             )
 
 

@@ -25,6 +25,7 @@ from snapshotter.mounts import RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_NO_MAGI
 IMPLIED = "implied"
 WHITEOUTS = "whiteouts"
 DROPPED = "dropped"
+LEFT_OUT = "left-out"  # the unpacker's list of extended attributes that the file system has no place for
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT = ("user.", "system.posix_acl_")
@@ -41,6 +42,14 @@ def read(path: str) -> list[bytes]:
     """The names in the list ``path``. Raises OSError."""
     with open(path, "rb") as file:
         return file.read().split(b"\0")[:-1]
+
+
+def left_out_of(path: str) -> list[bytes]:
+    """The names of extended attributes that files of the layer at ``path`` lack. Raises OSError."""
+    try:
+        return read(os.path.join(path, LEFT_OUT))
+    except FileNotFoundError:
+        return []
 
 
 def is_needed(path: str) -> bool:
