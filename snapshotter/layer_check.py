@@ -16,10 +16,10 @@ import os
 import posixpath
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from snapshotter import allocator, confine, errors, file_tree, tar
+from snapshotter import allocator, confine, errors, file_tree, settling, tar
 from snapshotter.layer_stream import LayerStream, decoder
 from snapshotter.limits import LayerLimits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
@@ -65,16 +65,18 @@ def main() -> None:
     result: dict[str, Any]
     try:
         decode = decoder(sys.stdin.buffer, options["compression"])
+        dropped = frozenset(_names_in(settling.DROPPED))
+        left_out = frozenset(settling.left_out_of("."))
         _confine(options["daemon"])
         root = os.open("fs", os.O_RDONLY | os.O_DIRECTORY)
         stream = LayerStream(sys.stdin.buffer, decode, limits)
         reader = tar.TarReader(stream.read, limits)
-        layer = _Layer(reader)
+        layer = _Layer(reader, left_out)
         reader.drain()
         if stream.digest() != options["diff_id"]:
             result = {"unread": f"its content is {stream.digest()}"}
         else:
-            result = {"differences": list(_differences(root, layer))}
+            result = {"differences": list(_differences(root, layer, dropped))}
     except errors.SnapshotError as e:
         result = {"unread": str(e)}
     except OSError as e:
@@ -89,7 +91,8 @@ class _Layer:
     ``hidden`` has the paths of whiteouts, ``opaque`` those of opaque directories, with their positions in the archive.
     """
 
-    def __init__(self, reader: tar.TarReader) -> None:
+    def __init__(self, reader: tar.TarReader, left_out: Collection[bytes]) -> None:
+        self._left_out = left_out  # names of extended attributes
         self.wanted: dict[bytes, _Wanted] = {}
         self.hidden: dict[bytes, int] = {}
         self.opaque: dict[bytes, int] = {}
@@ -110,6 +113,8 @@ class _Layer:
         for piece in reader.content():
             digest.update(piece)
         # A hard link is compared with its target's entry as it is now: a later entry may replace the target.
+        if not path and entry.kind == tar.LINK:
+            return  # the root as a hard link to itself
         target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
         if target is not None:
             self.wanted[path] = target._replace(order=order)
@@ -125,7 +130,7 @@ class _Layer:
             digest.digest(),
             entry.extents,
             entry.device,
-            entry.xattrs,
+            {name: value for name, value in entry.xattrs.items() if name not in self._left_out},
         )
 
     def alive(self) -> dict[bytes, _Wanted]:
@@ -144,10 +149,17 @@ class _Layer:
         return False
 
 
-def _differences(root: int, layer: _Layer) -> Iterator[str]:
+def _names_in(path: str) -> list[bytes]:
+    try:
+        return settling.read(path)
+    except FileNotFoundError:
+        return []
+
+
+def _differences(root: int, layer: _Layer, dropped: Collection[bytes]) -> Iterator[str]:
     """Up to ``_MOST`` differences in words, and how many more there are."""
     count = 0
-    for difference in _all_differences(root, layer):
+    for difference in _all_differences(root, layer, dropped):
         count += 1
         if count <= _MOST:
             yield difference
@@ -155,12 +167,14 @@ def _differences(root: int, layer: _Layer) -> Iterator[str]:
         yield f"{count - _MOST} more"
 
 
-def _all_differences(root: int, layer: _Layer) -> Iterator[str]:
+def _all_differences(root: int, layer: _Layer, dropped: Collection[bytes]) -> Iterator[str]:
+    """All differences in words; ``dropped`` are the directories whose whiteouts were deleted as they hide nothing."""
     alive = layer.alive()
     places = _Places(root)
     # By directory and name: several paths may lead to one place, and then the last entry counts.
     last = {places.of(path): path for path in alive if path}
-    for path, order in [*layer.hidden.items(), *layer.opaque.items()]:
+    hidden = [(path, order) for path, order in layer.hidden.items() if path.rpartition(b"/")[0] not in dropped]
+    for path, order in [*hidden, *layer.opaque.items()]:
         if path and places.of(path) not in last and _status(root, path) is None and not layer.replaced(path, order):
             yield f"{errors.shown(path)} is missing"
     for path in last.values():

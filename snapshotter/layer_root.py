@@ -21,7 +21,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACCOUNTED = 4096
 _IMPLICIT_MODE = 0o755
 _MAX_PATH = 4095
-_MAX_IMPLIED = 16 << 20  # bytes of the names of directories that have no entry
+_MAX_NOTED = 16 << 20  # bytes of the names of directories that are noted for snapshotter.settling
 _MAX_LINKS = 40  # on one path, as in the kernel
 
 
@@ -46,16 +46,34 @@ class LayerRoot:
         self._parent_fd = -1
         # Directories without an entry of their own: names by inode number.
         self._implied = {os.fstat(fd).st_ino: b""}
-        self._implied_bytes = 0
+        self.with_whiteouts: set[bytes] = set()
+        self.left_out: set[bytes] = set()  # names of extended attributes
+        self._noted_bytes = 0
 
     @property
     def implied(self) -> Collection[bytes]:
-        """The names of the directories that have no entry of their own; see snapshotter.implied."""
+        """The names of the directories that have no entry of their own; see snapshotter.settling."""
         return self._implied.values()
 
     def has_entry(self, directory: int) -> None:
         """Note that a directory is not implied any more: it has an entry, or it is opaque."""
         self._implied.pop(os.fstat(directory).st_ino, None)
+
+    def note_whiteout(self) -> None:
+        """Note that a whiteout was made in the directory that :meth:`open_parent` has opened: it may hide nothing.
+
+        The root is not noted: overlayfs merges it always with the root of the snapshot.
+        """
+        name = b"/".join(parts_of(self.parent or b""))
+        if name and name not in self.with_whiteouts:
+            self.with_whiteouts.add(name)
+            self._count_noted(name)
+
+    def leave_out(self, name: bytes) -> None:
+        """Note that a file lacks its extended attribute ``name``, which the file system has no place for."""
+        if name not in self.left_out:
+            self.left_out.add(name)
+            self._count_noted(name)
 
     def open_target(self, path: bytes) -> int:
         """A descriptor of the directory ``path``, which is there already; the caller closes it. Raises OSError."""
@@ -189,9 +207,15 @@ class LayerRoot:
         if len(name) > _MAX_PATH:
             return
         self._implied[os.fstat(directory).st_ino] = name
-        self._implied_bytes += len(name)
-        if self._implied_bytes > _MAX_IMPLIED:
-            raise LimitError(f"the directories without an entry have names of more than {_MAX_IMPLIED} bytes")
+        self._count_noted(name)
+
+    def _count_noted(self, name: bytes) -> None:
+        self._noted_bytes += len(name)
+        if self._noted_bytes > _MAX_NOTED:
+            raise LimitError(
+                f"directories with whiteouts or without an entry, and attributes that are left out, have names of more "
+                f"than {_MAX_NOTED} bytes"
+            )
 
 
 def _link_target(fd: int, base: bytes) -> bytes | None:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import structlog
 
-from snapshotter import file_tree, implied, metadata
+from snapshotter import file_tree, metadata, settling
 from snapshotter.arrival import Arrival
 from snapshotter.errors import LayerError, SnapshotError, SnapshotNotFoundError
 from snapshotter.file_tree import TreeUsage
@@ -56,7 +56,7 @@ class Snapshotter:
         self.commits = 0  # layers committed by this object
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
-        self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
+        self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
         self._settling = asyncio.Lock()
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
         for name in ("", "layers", "active", "staging", "empty"):
@@ -244,8 +244,8 @@ class Snapshotter:
         """What is wrong with a layer on disk, whatever is below it; "" if nothing is, or if it has been removed.
 
         ``blob`` is the file that the layer came from, and is sound. As the cheapest comes first: the metadata, the
-        list of implied directories, and at last all files. There is no other copy of that list, so a layer that still
-        has one counts as damaged. So does a layer for which the comparison fails. Raises OSError if the comparison
+        lists for settling it, and at last all files. There is no other copy of these lists, so a layer that still has
+        one counts as damaged. So does a layer for which the comparison fails. Raises OSError if the comparison
         cannot be started, such as for a limit of processes.
         """
         layer = self._layers.get(chain_id)
@@ -253,7 +253,7 @@ class Snapshotter:
             return ""
         wrong = await asyncio.to_thread(metadata.check, layer)
         if not wrong and chain_id in self._unsettled:
-            wrong = "its list of implied directories cannot be checked"
+            wrong = "its lists of implied directories and whiteouts cannot be checked"
         if not wrong:
             try:
                 wrong = await compare(layer, blob, compression, self.limits)
@@ -304,7 +304,7 @@ class Snapshotter:
         return chain
 
     async def _settle(self, chain_id: str) -> None:
-        """Make a chain of layers ready to be mounted: see snapshotter.implied. Raises SnapshotNotFoundError."""
+        """Make a chain of layers ready to be mounted: see snapshotter.settling. Raises SnapshotNotFoundError."""
         chain = self._chain(chain_id)
         if self._unsettled.isdisjoint(layer.chain_id for layer in chain):
             return
@@ -314,7 +314,7 @@ class Snapshotter:
                 if layer.chain_id in self._unsettled:
                     paths = [] if layer.opaque else [lower.path for lower in below]
                     try:
-                        await self._mounter.run(implied.settle, layer.path, paths)
+                        await self._mounter.run(settling.settle, layer.path, paths)
                     except OSError as e:
                         self._chain(chain_id)  # raises if it has been removed meanwhile
                         raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
@@ -340,7 +340,7 @@ class Snapshotter:
                 log.warning("a layer cannot be read and is left as it is", path=path, error=str(e))
             else:
                 self._layers[layer.chain_id] = layer
-                if implied.are_in(path):
+                if settling.is_needed(path):
                     self._unsettled.add(layer.chain_id)
 
     def _load_snapshots(self) -> None:
@@ -374,6 +374,6 @@ class Snapshotter:
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
         layer = self._layers[chain_id] = Layer(**meta, path=path)
         self.commits += 1
-        if implied.are_in(path):
+        if settling.is_needed(path):
             self._unsettled.add(chain_id)
         return layer

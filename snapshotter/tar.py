@@ -157,6 +157,13 @@ class TarReader:
             raise TruncatedLayerError("the layer ends in the middle of an entry")
 
     def _take(self, size: int) -> bytes:
+        taken = self._take_at_most(size)
+        if len(taken) < size:
+            raise TruncatedLayerError("the layer ends in the middle of an entry")
+        return taken
+
+    def _take_at_most(self, size: int) -> bytes:
+        """The next ``size`` bytes; fewer at the end of the stream."""
         end = self._at + size
         if end <= len(self._piece):
             taken = self._piece[self._at : end]
@@ -165,7 +172,10 @@ class TarReader:
         parts = []
         while size:
             if self._at == len(self._piece):
-                self._refill()
+                self._piece = self._read()
+                self._at = 0
+                if not self._piece:
+                    break
             part = self._piece[self._at : self._at + size]
             self._at += len(part)
             size -= len(part)
@@ -175,19 +185,19 @@ class TarReader:
     def _next_header(self) -> bytes | None:
         for _ in self.content():
             pass
-        if self._padding:
-            self._take(self._padding)
-            self._padding = 0
-        if self._at == len(self._piece):
-            self._piece = self._read()
-            self._at = 0
-            if not self._piece:
-                return None
-        header = self._take(BLOCK)
-        if header == _ZEROS:
-            if self._take(BLOCK) != _ZEROS:
+        padding, self._padding = self._padding, 0
+        # Some writers leave out the last padding, and one or both of the blocks of zeros at the end. Go's reader takes
+        # such archives.
+        if len(self._take_at_most(padding)) < padding:
+            return None
+        header = self._take_at_most(BLOCK)
+        if not header.strip(b"\0"):
+            # The stream is not read again behind its end.
+            if len(header) == BLOCK and self._take_at_most(BLOCK).strip(b"\0"):
                 raise LayerError("a block of zeros stands among the layer's entries")
             return None
+        if len(header) < BLOCK:
+            raise TruncatedLayerError("the layer ends in the middle of an entry")
         verify_checksum(header)
         return header
 

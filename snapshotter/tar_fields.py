@@ -6,14 +6,18 @@ Formats: ustar, GNU's base-256 numbers, and PAX (POSIX.1-2001 pax interchange fo
 from __future__ import annotations
 
 import os
+import re
 
 from snapshotter.errors import LayerError, shown
 
 SPARSE_MAP = b"GNU.sparse.map"
 _SPARSE_PAIR = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+_DECIMAL = re.compile(rb"\+?[0-9]{1,20}")
+_SIGNED = re.compile(rb"[+-]?[0-9]{1,20}")
 _CHECKSUM = slice(148, 156)
 _MAX_DEVICE = (1 << 12) - 1, (1 << 20) - 1  # major and minor, as the kernel keeps them
-_MAX_ID = (1 << 32) - 2  # chown(2) takes the number after it for "unchanged"
+_IDS = 1 << 32
+_UNCHANGED = _IDS - 1  # chown(2) takes this number for "leave the owner as it is"
 _MAX_SECONDS = 1 << 55
 
 
@@ -31,12 +35,15 @@ def verify_checksum(header: bytes) -> None:
 
 
 def parse_number(field: bytes, what: str) -> int:
-    """A header's number: octal digits, or base-256 (two's complement) where the first bit is set."""
+    """A header's number: octal digits, or base-256 (two's complement) where the first bit is set.
+
+    A zero byte ends the digits. Some writers leave rubbish behind it.
+    """
     if field[0] & 0x80:
         bits = 8 * len(field) - 1
         value = int.from_bytes(field, "big") - (1 << bits)
         return value - (1 << bits) if field[0] & 0x40 else value
-    digits = field.strip(b" \0")
+    digits = field.strip(b" \0").partition(b"\0")[0].rstrip(b" ")
     if not digits:
         return 0
     try:
@@ -48,9 +55,9 @@ def parse_number(field: bytes, what: str) -> int:
 
 
 def parse_decimal(value: bytes, what: str) -> int:
-    """A PAX record's number, in decimal digits."""
-    if not value.isdigit() or len(value) > 20:
-        raise LayerError(f"its {what} {shown(value)} is not a number of bytes or an identity")
+    """A PAX record's number of bytes, in decimal digits. As for Go, a plus sign may stand before them."""
+    if _DECIMAL.fullmatch(value) is None:
+        raise LayerError(f"its {what} {shown(value)} is not a number of bytes")
     return int(value)
 
 
@@ -63,11 +70,18 @@ def parse_size(field: bytes, record: bytes | None) -> int:
 
 
 def parse_identity(field: bytes, record: bytes | None, what: str) -> int:
-    """The number of a user or group."""
-    number = parse_decimal(record, what) if record else parse_number(field, what)
-    if not 0 <= number <= _MAX_ID:
+    """The number of a user or group.
+
+    A negative number means what chown(2) makes of it: its 32 bits without a sign. The number -1, "unchanged", leaves a
+    new file to root.
+    """
+    if record and _SIGNED.fullmatch(record) is None:
+        raise LayerError(f"its {what} {shown(record)} is not the number of a user or group")
+    number = int(record) if record else parse_number(field, what)
+    if number >= _IDS:
         raise LayerError(f"its {what} {number} is out of range")
-    return number
+    number %= _IDS
+    return 0 if number == _UNCHANGED else number
 
 
 def parse_device(major: bytes, minor: bytes) -> int:
@@ -79,13 +93,12 @@ def parse_device(major: bytes, minor: bytes) -> int:
 
 
 def parse_time(field: bytes, record: bytes | None) -> int:
-    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25``."""
+    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25`` or ``+17``."""
     if record:
         whole, _, fraction = record.partition(b".")
-        digits = whole.removeprefix(b"-")
-        if not digits.isdigit() or len(digits) > 20 or (fraction and not fraction.isdigit()):
+        if _SIGNED.fullmatch(whole) is None or (fraction and not fraction.isdigit()):
             raise LayerError(f"its time {shown(record)} is not a number")
-        seconds = int(digits)
+        seconds = abs(int(whole))
         nanoseconds = seconds * 10**9 + int(fraction[:9].ljust(9, b"0"))
         nanoseconds = -nanoseconds if whole.startswith(b"-") else nanoseconds
     else:

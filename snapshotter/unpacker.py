@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from snapshotter import implied, marks, tar
+from snapshotter import marks, settling, tar
 from snapshotter.errors import LayerError, SnapshotError, shown
 from snapshotter.layer_root import LayerRoot, is_whiteout, parts_of, split, status_of
 
@@ -21,6 +21,7 @@ WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 RESERVED = b".wh..wh."
 ACCESS_LIST = b"system.posix_acl_access"
+CAPABILITY = b"security.capability"
 _DEFAULT_LIST = b"system.posix_acl_default"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -31,6 +32,8 @@ _REASONS = {
     errno.ENOTDIR: "has a parent that is not a directory",
     errno.ENAMETOOLONG: "has a name that is too long for the file system",
 }
+# Errors of setxattr(2) for an attribute that the file system cannot keep.
+_NO_PLACE = frozenset({errno.EOPNOTSUPP, errno.E2BIG, errno.ERANGE})
 # Errors that no content of a layer can cause: the node is at fault.
 _HOST_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
@@ -61,7 +64,11 @@ def unpack(
         except (OSError, LayerError) as e:
             raise _told_of(entry, e) from e
     if layer.implied:
-        implied.write(area, layer.implied)
+        settling.write(area, settling.IMPLIED, layer.implied)
+    if layer.with_whiteouts:
+        settling.write(area, settling.WHITEOUTS, sorted(layer.with_whiteouts))
+    if layer.left_out:
+        settling.write(area, settling.LEFT_OUT, sorted(layer.left_out))
     unpacker.finish()
     return Unpacked(layer.size, layer.inodes, unpacker.opaque)
 
@@ -186,6 +193,8 @@ class _Unpacker:
             os.mknod(base, kind | entry.mode & 0o777, entry.device, dir_fd=fd)
         except PermissionError:
             return
+        if kind == stat.S_IFCHR and entry.device == 0:
+            self._root.note_whiteout()
         self._finish_special(fd, base, entry)
 
     def _link(self, fd: int, base: bytes, entry: tar.Entry) -> None:
@@ -218,8 +227,7 @@ class _Unpacker:
         parts = parts_of(name)
         if any(part.startswith(RESERVED) for part in parts):
             return True
-        if any(part.startswith(WHITEOUT) for part in parts[:-1]):
-            raise LayerError("has a whiteout among its parents")
+        # A whiteout is told by its last component alone: an entry below a name with ".wh." is an ordinary one.
         if not base.startswith(WHITEOUT):
             return False
         hidden = base.removeprefix(WHITEOUT)
@@ -228,6 +236,7 @@ class _Unpacker:
         fd = self._root.open_parent(parent)
         try:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=fd)
+            self._root.note_whiteout()
             self._root.account(0)
         except FileExistsError:
             # A whiteout hides the layers below. A file of this layer hides them too, so it stays.
@@ -237,6 +246,8 @@ class _Unpacker:
         return True
 
     def _change_root(self, entry: tar.Entry) -> None:
+        if entry.kind is tar.LINK and not parts_of(entry.link):
+            return  # the root as a hard link to itself, as some builders write it: it is there already
         if entry.kind is not tar.DIRECTORY:
             raise LayerError("stands for the layer's root and is no directory")
         self._set_attributes(self._root.fd, entry, fresh=False)
@@ -261,11 +272,25 @@ class _Unpacker:
             # 2. An access list is kept. With one, the mode's group bits are the mask, and without it they would give
             #    the group more than the image does.
             if is_kept(name):
-                os.setxattr(fd, name, value)
+                self._set_kept(fd, name, value)
             elif name == ACCESS_LIST:
                 self._set_access_list(fd, name, value)
             elif name == _DEFAULT_LIST:
                 self._default_lists[entry.name] = value
+
+    def _set_kept(self, fd: int, name: bytes, value: bytes) -> None:
+        """Set an attribute, or leave it out if the file system has no place for it, such as tmpfs before Linux 6.6.
+
+        A capability is not left out: without it a program fails in the container, far from the cause.
+        """
+        try:
+            os.setxattr(fd, name, value)
+        except OSError as e:
+            # ext4 answers ENOSPC for attributes that do not fit beside an inode.
+            too_large = e.errno == errno.ENOSPC and os.fstatvfs(fd).f_bavail
+            if name == CAPABILITY or not (e.errno in _NO_PLACE or too_large):
+                raise
+            self._root.leave_out(name)
 
     def _set_access_list(self, fd: int, name: bytes, value: bytes) -> None:
         try:
@@ -285,4 +310,4 @@ class _Unpacker:
 
 def is_kept(name: bytes) -> bool:
     """Whether an extended attribute of a layer is set as it is. Access lists are handled apart."""
-    return name.startswith(b"user.") or name == b"security.capability"
+    return name.startswith(b"user.") or name == CAPABILITY

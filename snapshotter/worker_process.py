@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from typing import Any, BinaryIO
 
 import isal
+import structlog
 
-from snapshotter import errors, marks
+from snapshotter import errors, marks, settling
 from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError
 from snapshotter.limits import LayerLimits
@@ -25,7 +26,10 @@ from snapshotter.metadata import Layer
 from snapshotter.staging import Staging
 from snapshotter.threads import in_thread
 
+_log = structlog.get_logger(__name__)
+
 _MAX_ARRIVALS = 3  # beside the workers whose blobs are whole: a slow registry must not hold those up
+_MOST_TOLD = 20  # names of attributes
 _MAX_OUTPUT = 64 << 10
 
 # The worker imports neither this package's __init__ nor site, which saves half of its start-up time.
@@ -106,7 +110,14 @@ class Workers:
                 "told": told,
             }
             try:
-                return area, await _run_worker(area, blob, options, self.limits)
+                made = await _run_worker(area, blob, options, self.limits)
+                if names := settling.left_out_of(area):
+                    _log.warning(
+                        "extended attributes of a layer are left out: the file system below root has no place for them",
+                        layer=diff_id,
+                        attributes=[errors.shown(name) for name in names[:_MOST_TOLD]],
+                    )
+                return area, made
             except SnapshotError as e:
                 raise type(e)(f"layer {diff_id}: {e}") from e
             except OSError as e:

@@ -4,6 +4,7 @@
 2. Credentials from the kubelet are for the registry in the image's name, or for the server that the operator has put in
    its place. Mirrors do not get them.
 3. Credentials in the node's docker config file are for the servers that the file names.
+4. A server to which another one redirects gets none. It is asked with an anonymous token, if it wants one.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Keyring:
         return self._found[host]
 
     def _find(self, host: RegistryHost) -> Credentials | None:
+        if host.anonymous:
+            return None
         names = {canonical_server(host.authority)}
         if host.origin:
             names.add(canonical_server(self._reference.domain))
@@ -117,6 +120,8 @@ class Authorizer:
             sent, identity.header = identity.header, f"Bearer {credentials.registry_token}"
             return identity.header != sent
         scopes = {self._scope, *(identity.wanted.scopes if identity.wanted else ())}
+        if host.anonymous and challenge.parameters.get("scope"):
+            scopes.discard(self._scope)  # the repository may have another name there
         await self._fetch(host, identity, wanted_by(challenge, host, scopes))
         return True
 

@@ -9,6 +9,7 @@ import aiohttp
 
 from criserver.errors import DataLossError
 from criserver.images.content import Ingest
+from criserver.images.content_codings import Decoder, coding_of
 from criserver.images.exchange import Exchange
 from criserver.images.hosts import RegistryHost
 from criserver.images.manifests import Descriptor
@@ -33,6 +34,7 @@ class Download:
         self._ingest = ingest
         self._idle = idle
         self._best = 0
+        self._coded = False  # whether a response of the present attempt had a Content-Encoding
 
     def progressed(self) -> bool:
         """Whether there was progress since the last call."""
@@ -47,28 +49,42 @@ class Download:
         Raises as Exchange.get, DataLossError if the host has other content, ResourceExhaustedError.
         """
         resumed = self._ingest.size > 0
+        self._coded = False
         try:
             await self._fetch(host)
         except DataLossError:
             self._ingest.reset()
-            if not resumed:
+            if not resumed and not self._coded:
                 raise
-            # The part that an earlier attempt has brought, from another host, may be the wrong one.
-            await self._fetch(host)
+            # 1. The part that an earlier attempt has brought, from another host, may be the wrong one.
+            # 2. A body with a Content-Encoding is taken the other way: as it is, or decoded.
+            await self._fetch(host, other_way=self._coded)
+        except BaseException:
+            if self._coded:
+                self._ingest.reset()  # a range would be one of the encoded bytes
+            raise
 
-    async def _fetch(self, host: RegistryHost) -> None:
+    async def _fetch(self, host: RegistryHost, *, other_way: bool = False) -> None:
         digest, size, offset = self._descriptor.digest, self._descriptor.size, self._ingest.size
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         async with self._exchange.get(host, f"blobs/{digest}", headers, idle=self._idle) as response:
-            await self._receive(response, offset)
+            coding = coding_of(response.headers)
+            self._coded = self._coded or bool(coding)
+            if coding and offset and response.status == 206:
+                raise DataLossError(f"blob {digest}: the server sends a range of a compressed body")
+            # A body of the blob's own size is the blob itself.
+            decode = bool(coding) and (response.content_length != size) != other_way
+            await self._receive(response, offset, Decoder(coding) if decode else None)
         if self._ingest.size < size:
+            if self._coded:
+                raise DataLossError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
             raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
         self._ingest.commit(digest)
 
-    async def _receive(self, response: aiohttp.ClientResponse, offset: int) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, offset: int, decoder: Decoder | None) -> None:
         digest, size = self._descriptor.digest, self._descriptor.size
         skip = 0
-        if response.status == 206:
+        if response.status == 206 and (offset or "Content-Range" in response.headers):
             self._check_range(response, offset)
         else:
             skip = offset  # the server does not support ranges
@@ -77,12 +93,12 @@ class Download:
         async with asyncio.timeout(self._idle) as timer:
             async for chunk in response.content.iter_any():
                 taken += len(chunk)
-                if skip:
-                    chunk, skip = chunk[skip:], max(0, skip - len(chunk))
-                if self._ingest.size + len(chunk) > size:
-                    raise DataLossError(f"blob {digest} is longer than its {size} bytes")
-                if chunk:
-                    await self._ingest.write(chunk)
+                for piece in decoder.pieces(chunk) if decoder else (chunk,):
+                    wanted, skip = piece[skip:], max(0, skip - len(piece))
+                    if self._ingest.size + len(wanted) > size:
+                        raise DataLossError(f"blob {digest} is longer than its {size} bytes")
+                    if wanted:
+                        await self._ingest.write(wanted)
                 if taken >= mark:
                     mark = taken + MIN_PROGRESS
                     timer.reschedule(loop.time() + self._idle)

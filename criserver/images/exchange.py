@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,8 +22,10 @@ from criserver.images.hosts import RegistryHost
 from criserver.images.retries import TryAgainError, retry_after
 from criserver.images.transport import Transport
 
-_MAX_REDIRECTS = 5
-_MAX_ANSWERS = 2  # to 401s: the first says what the host wants, the second may be for a token that has expired
+_MAX_REDIRECTS = 10
+# To the 401s of a server: the first says what the server wants, the second may be for a token that has expired.
+_MAX_ANSWERS = 2
+_SUCCESS = frozenset({200, 201, 202, 203, 206})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -46,36 +49,43 @@ class Exchange:
         trusted: bool = False,
         method: str = "GET",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A response with status 200, or 206 if a range was asked for. See Transport.send for ``idle`` and ``total``.
+        """A response with a status of success (2xx). See Transport.send for ``idle`` and ``total``.
 
         1. ``trusted`` content has no digest that proves it. So a redirect from HTTPS to plain HTTP is refused for it.
-        2. Redirects are followed here. Credentials go to the configured host only.
+        2. Redirects are followed here. Credentials go to the configured host only. Another server that answers 401 to
+           a redirected request is asked with an anonymous token of its own.
 
         Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError for a missing
         range, and TryAgainError for a failure that may be over soon.
         """
         asked = url = self._url(host, path)
-        redirects = answers = 0
+        redirects = 0
+        answers: Counter[RegistryHost] = Counter()
         while True:
             own = url.origin() == asked.origin()
-            authorization = await self._authorizer.header(host) if own else ""
-            sent = [*headers.items(), *(_identity(host, authorization) if own else ())]
+            server = host if own else host.redirected_to(str(url.origin()))
+            authorization = await self._authorizer.header(server)
+            sent = [*headers.items(), *_identity(server, authorization)]
             async with self._transport.send(
                 host, url, sent, path, identified=own, idle=idle, total=total, method=method
             ) as response:
-                if response.status == 200 or (response.status == 206 and "Range" in headers):
+                if response.status in _SUCCESS:
                     yield response
                     return
-                if response.status in _REDIRECTS and redirects < _MAX_REDIRECTS:
+                if response.status in _REDIRECTS and "Location" in response.headers:
                     redirects += 1
+                    if redirects > _MAX_REDIRECTS:
+                        raise UnavailableError(
+                            f"{path}: {response.status} after {_MAX_REDIRECTS} redirects; no more are followed"
+                        )
                     url = _redirected(url, response, trusted)
                     continue
-                if response.status != 401 or not own or answers >= _MAX_ANSWERS:
-                    raise _refusal(response, path)
-                answers += 1
+                if response.status != 401 or answers[server] >= _MAX_ANSWERS:
+                    raise _refusal(response, path, server)
+                answers[server] += 1
                 challenges = response.headers.getall("WWW-Authenticate", ())
-                refusal = _refusal(response, path)
-            if not await self._authorizer.answer(host, challenges, authorization):
+                refusal = _refusal(response, path, server)
+            if not await self._authorizer.answer(server, challenges, authorization):
                 raise refusal
 
     def _url(self, host: RegistryHost, path: str) -> URL:
@@ -98,9 +108,17 @@ def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> UR
     return target
 
 
-def _refusal(response: aiohttp.ClientResponse, path: str) -> CriError:
+def _refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost) -> CriError:
     answer = f"{path}: {response.status} {response.reason or ''}".rstrip()
+    if server.anonymous:
+        answer += f" from {server.url}, to which the registry redirects"
     match response.status:
+        case 401 if server.anonymous:
+            return UnauthenticatedError(
+                f"{answer}; the pull secret is not sent there, and it gives no anonymous access"
+            )
+        case 403 if server.anonymous:
+            return PermissionDeniedError(answer)
         case 401:
             return UnauthenticatedError(f"{answer}; the image is private or does not exist: check the pull secret")
         case 403:

@@ -42,6 +42,7 @@ class RegistryHost:
       go to it, and not to mirrors.
     - ``dial_timeout`` is in seconds.
     - ``fallback`` says that it is the host before it without TLS. It is asked only if that host does not support TLS.
+    - ``anonymous`` says that it was found by a redirect: it gets no credentials, headers or client certificates.
     """
 
     url: str
@@ -55,11 +56,16 @@ class RegistryHost:
     namespace: str = ""
     origin: bool = False
     fallback: bool = False
+    anonymous: bool = False
 
     @property
     def authority(self) -> str:
         """host[:port], as in the URL."""
         return urlsplit(self.url).netloc
+
+    def redirected_to(self, url: str) -> RegistryHost:
+        """The server with the origin ``url`` to which this host redirects: it gets no secret of this host."""
+        return replace(self, url=url, client=(), headers=(), namespace="", origin=False, anonymous=True)
 
 
 def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:

@@ -327,7 +327,7 @@ class Images:
         keyring = Keyring(reference, credentials, file)
         async with self._kept(lease):
             async with RegistryClient(
-                reference, hosts, keyring, self._downloads, registries.progress_timeout
+                reference, hosts, keyring, self._downloads, registries.progress_timeout, self._platform
             ) as client:
                 if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
                     return image

@@ -15,14 +15,32 @@ from typing import Self, TypeVar
 import aiohttp
 import structlog
 
-from criserver.errors import CriError, DataLossError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from criserver.errors import (
+    CriError,
+    DataLossError,
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from criserver.images.auth import Authorizer, Keyring
 from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.credentials import Credentials
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
 from criserver.images.hosts import PULL, RESOLVE, RegistryHost
-from criserver.images.manifests import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor
+from criserver.images.manifests import (
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    MAX_CONFIG,
+    MAX_MANIFEST,
+    Descriptor,
+    Index,
+    choose,
+    parse_config,
+    parse_manifest,
+)
+from criserver.images.platforms import Platform, runs_on
 from criserver.images.references import Reference, is_digest
 from criserver.images.retries import MAX_WAIT, Retries, TryAgainError
 from criserver.images.tokens import Token, TokenRequest, fetch_token
@@ -53,7 +71,9 @@ class RegistryClient:
         keyring: Keyring,
         downloads: asyncio.Semaphore,
         patience: float,
+        platform: Platform,
     ) -> None:
+        self._platform = platform
         self.name = f"image {reference}"
         self.origin = reference.domain
         self._reference = reference
@@ -114,7 +134,10 @@ class RegistryClient:
         capabilities = {PULL} if wanted else {PULL, RESOLVE}
 
         async def attempt(host: RegistryHost) -> tuple[Descriptor, bytes]:
-            return await self._fetch_manifest(host, wanted or f"{self._reference.tag}", wanted)
+            found, body = await self._fetch_manifest(host, wanted or f"{self._reference.tag}", wanted)
+            if wanted is None:
+                await self._check_usable(host, found, body)
+            return found, body
 
         descriptor, body = await self._from_any(capabilities, attempt)
         self._resolved[descriptor.digest] = body
@@ -223,6 +246,32 @@ class RegistryClient:
             if found != stated and is_digest(stated):
                 raise DataLossError(f"manifest {name}: the content received has digest {found}, not {stated}")
             return Descriptor(_media_type(response), found, len(body)), body
+
+    async def _check_usable(self, host: RegistryHost, found: Descriptor, body: bytes) -> None:
+        """Check what a host has sent for a tag: no digest proves it, and another host may have the image.
+
+        1. It must be a manifest, or an index with this node's platform.
+        2. A mirror's manifest must be of an image for this node's platform.
+
+        Raises InvalidArgumentError, UnimplementedError, NotFoundError.
+        """
+        what = f"manifest {found.digest}"
+        parsed = parse_manifest(body, found.media_type, what)
+        if isinstance(parsed, Index):
+            choose(parsed, self._platform, what)
+            return
+        config = parsed.config
+        if host == self._hosts[-1] or config.size > MAX_CONFIG:
+            return
+        async with self._exchange.get(
+            host, f"blobs/{config.digest}", {}, idle=self._idle, total=self._patience
+        ) as response:
+            sent = await read_bounded(response, MAX_CONFIG, f"configuration {config.digest}")
+        if digest_of(sent) != config.digest:
+            return  # it is fetched again from all hosts, and checked then
+        platform = parse_config(sent, f"configuration {config.digest}").platform
+        if not runs_on(platform, self._platform):
+            raise NotFoundError(f"{what} is for {platform}; this node runs {self._platform}")
 
     async def _fetch_token(self, host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None) -> Token:
         return await fetch_token(self._transport, host, wanted, credentials)

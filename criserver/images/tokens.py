@@ -136,7 +136,7 @@ async def fetch_token(
     ) as response:
         answer = f"{what}: {response.status} {response.reason or ''}".rstrip()
         match response.status:
-            case 200:
+            case status if 200 <= status < 300:
                 body = await read_bounded(response, _MAX_ANSWER, what)
             case 400 | 401 | 403:
                 known = (
@@ -144,6 +144,9 @@ async def fetch_token(
                     if credentials
                     else "the server gives no token without credentials"
                 )
+                if host.anonymous:
+                    known += f", and {host.url}, which is asked after a redirect, must get none of ours"
+                    raise UnauthenticatedError(f"{answer}; {known}")
                 raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
             case 408 | 429 | 500 | 502 | 503 | 504:
                 raise TryAgainError(answer, retry_after(response.headers))

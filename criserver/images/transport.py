@@ -17,13 +17,16 @@ from yarl import URL
 
 import criserver
 from criserver.errors import InvalidArgumentError, UnavailableError
+from criserver.images.content_codings import coding_of, decoded
 from criserver.images.hosts import RegistryHost
+from criserver.images.lenient_http import MAX_HEAD, LenientConnector
 from criserver.images.proxies import Proxies
 from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
 _READ_BUFFER = 1 << 20
-_MAX_HEADER = 64 << 10  # the signed URLs of redirects may be long
+_MAX_REASON = 200
+_MAX_HEADERS = 20_000
 # OpenSSL's errors for a server that answers TLS with plain text; the second is since version 3.2.
 _PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
 
@@ -49,8 +52,10 @@ class Transport:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
             read_bufsize=_READ_BUFFER,
-            max_line_size=_MAX_HEADER,
-            max_field_size=_MAX_HEADER,
+            connector=LenientConnector(),
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+            max_headers=_MAX_HEADERS,
         )
         return self
 
@@ -112,6 +117,11 @@ class Transport:
             raise TryAgainError(f"{what}: the connection ended in the middle of the content") from e
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
             raise TryAgainError(f"{what}: the connection ended: {str(e) or type(e).__name__}") from e
+        except aiohttp.ClientResponseError as e:
+            reason = " ".join(e.message.split())[:_MAX_REASON] or type(e).__name__
+            raise UnavailableError(
+                f"{what}: criserver cannot read the HTTP response of {url.origin()} ({reason})"
+            ) from e
         except (aiohttp.ClientError, ValueError) as e:
             raise UnavailableError(f"{what}: {str(e) or type(e).__name__}") from e
 
@@ -128,7 +138,8 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) 
         body += chunk
         if len(body) > limit:
             raise InvalidArgumentError(f"{what} is larger than {limit} bytes")
-    return bytes(body)
+    coding = coding_of(response.headers)
+    return decoded(bytes(body), coding, limit, what) if coding else bytes(body)
 
 
 def _not_connected(host: RegistryHost, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:

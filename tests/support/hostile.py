@@ -175,7 +175,7 @@ def refused_layers(canary: str) -> Iterator[tuple[str, Refused]]:
     yield "whiteout of dotdot", refused(file(b"d/.wh..."), words="names no file")
     yield "whiteout outside", refused(file(UP + b"/.wh.file"), words="leads out of the layer")
     yield "opaque mark outside", refused(file(UP + b"/.wh..wh..opq"), words="leads out of the layer")
-    yield "file below a whiteout", refused(file(b".wh.d/f"), words="whiteout among its parents")
+    yield "the root as a hard link elsewhere", refused(header(b"/", b"1", link=b"f"), words="no directory")
     for name in (b"opaque", b"redirect", b"metacopy", b"origin"):
         key = "SCHILY__xattr__trusted__overlay__" + name.decode()
         yield f"overlayfs's own {name.decode()}", refused(pax(**{key: outside}), file(b"f"), words="overlayfs's own")

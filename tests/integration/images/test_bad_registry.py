@@ -221,7 +221,7 @@ async def test_redirects_that_lead_nowhere(server: Server, rooms: Rooms, locatio
     headers = {} if location is None else {"Location": location}
     server.answers["1"] = lambda _: web.Response(status=302, headers=headers)
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "manifests/1")
-    assert len(server.requests) <= 10
+    assert len(server.requests) <= 11
 
 
 async def test_a_policy_refuses_an_image_before_it_is_downloaded(

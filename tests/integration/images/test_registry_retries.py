@@ -421,4 +421,4 @@ async def test_a_registry_that_stalls_does_not_hold_up_another(server: Server, r
 async def test_redirects_in_a_circle_end(server: Server, rooms: Rooms, location: str) -> None:
     server.answers["1"] = lambda _: web.Response(status=307, headers={"Location": location})
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "manifests/1: 307")
-    assert len(server.requests) == 6
+    assert len(server.requests) == 11

@@ -125,7 +125,7 @@ TRICKS = {
     "whiteout of the parent": ([item(".wh...")], "names no file"),
     "whiteout outside": ([item(f"{OUT}/.wh.canary")], "leads out of the layer"),
     "opaque mark outside": ([item(f"{OUT}/.wh..wh..opq")], "leads out of the layer"),
-    "file below a whiteout": ([item(".wh.d/file")], "whiteout among its parents"),
+    "hard link elsewhere as the root": ([hardlink("/", "../outside")], "leads out of the layer"),
     "attribute of overlayfs": (
         [item("f", pax_headers={"SCHILY.xattr.trusted.overlay.redirect": "/outside"})],
         "overlayfs's own",

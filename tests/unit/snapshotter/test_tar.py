@@ -20,7 +20,16 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 def pieces(data: bytes, size: int) -> Callable[[], bytes]:
     file = io.BytesIO(data)
-    return lambda: file.read(size)
+    ended = False
+
+    def piece() -> bytes:
+        nonlocal ended
+        assert not ended, "read behind the end"
+        found = file.read(size)
+        ended = not found
+        return found
+
+    return piece
 
 
 def read(data: bytes, size: int = 10_000, limits: LayerLimits | None = None) -> list[tuple[Entry, bytes]]:
@@ -179,6 +188,42 @@ def test_base_256_numbers() -> None:
     assert (entry.uid, entry.mtime) == (2**31, -5 * 10**9)
 
 
+@pytest.mark.parametrize(
+    ("field", "uid"),
+    [
+        (b"0000017\0", 0o17),
+        (b"    17 \0", 0o17),
+        (b"17\0junk!", 0o17),
+        (b"17 \0\xff\x01", 0o17),
+        (b"\0\x0017 \0 ", 0o17),
+        (b"\0" * 8, 0),
+        (b"\xff" * 8, 0),  # -1: chown(2) would leave a new file to root
+        (b"\xff" * 7 + b"\xfe", 2**32 - 2),
+        (b"\x80\0\0\0\xff\xff\xff\xff", 0),
+    ],
+)
+def test_numbers_as_go_reads_them(field: bytes, uid: int) -> None:
+    # The last byte is not the end of the field: rubbish may follow the zero byte.
+    assert read(patched(archive((member("x"), b"")), 108, field.ljust(8, b"\0")[:8]))[0][0].uid == uid
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "wanted"),
+    [
+        ("mtime", "+17", "mtime", 17 * 10**9),
+        ("mtime", "+17.5", "mtime", 17_500_000_000),
+        ("mtime", "-0.5", "mtime", -500_000_000),
+        ("mtime", "17.", "mtime", 17 * 10**9),
+        ("uid", "-2", "uid", 2**32 - 2),
+        ("gid", "-1", "gid", 0),
+        ("uid", "+5", "uid", 5),
+    ],
+)
+def test_numbers_of_records_may_have_a_sign(key: str, value: str, name: str, wanted: int) -> None:
+    entry = read(archive((member("x", pax_headers={key: value}), b"")))[0][0]
+    assert getattr(entry, name) == wanted
+
+
 def test_directory_of_before_ustar() -> None:
     assert read(patched(archive((member("old/"), b"")), 156, b"\0"))[0][0].kind == DIRECTORY
 
@@ -212,8 +257,8 @@ def test_truncation_within_an_entry_is_told_at_every_block() -> None:
             continue
         boundaries.add(at)
         assert sum(512 + -(-len(content) // 512) * 512 for _, content in found) <= at
-    # After each of the three entries a stream may end; nowhere else.
-    assert len(boundaries) == 3
+    # After each of the three entries a stream may end, and between the two blocks of zeros; nowhere else.
+    assert len(boundaries) == 4
     for at in range(1, 512, 73):
         with pytest.raises(TruncatedLayerError):
             read(data[:at])
@@ -227,6 +272,8 @@ def test_truncation_within_an_entry_is_told_at_every_block() -> None:
         (124, b"00000000089\0", "octal"),
         (124, b"0o000000017\0", "octal"),
         (108, b"\x80" + b"\xff" * 7, "owner .* out of range"),
+        (108, b"644 x\0\0\0", "octal"),
+        (108, b"+000644\0", "octal"),
         (136, b"\x80" + b"\xff" * 11, "time .* out of range"),
         (156, b"V", "unknown type"),
     ],
@@ -248,6 +295,9 @@ def test_a_field_out_of_its_range_is_refused(start: int, field: bytes, told: str
         (b"path=x\n", "length"),
         (b"12 path=a\0b\n", "zero byte"),
         (b"15 mtime=noon!\n", "time"),
+        (b"12 mtime=++1\n", "time"),
+        (b"14 mtime=1_000\n", "time"),
+        (b"10 mtime=+\n", "time"),
         (b"22 GNU.sparse.major=2\n", "unknown format"),
     ],
 )
@@ -286,6 +336,20 @@ def test_a_lone_block_of_zeros_is_refused() -> None:
     one = archive((member("a"), b""))[:512]
     with pytest.raises(LayerError, match="zeros"):
         read(one + bytes(512) + one)
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 10_000])
+@pytest.mark.parametrize("content", [b"", b"x", b"x" * 511, b"x" * 512, b"x" * 700])
+def test_an_archive_may_end_anywhere_behind_its_last_content(content: bytes, size: int) -> None:
+    data = archive((member("first"), b"1"), (member("last"), content))
+    end = 1024 + 512 + len(content)
+    for at in {end, end + 1, -(-end // 512) * 512, -(-end // 512) * 512 + 100, -(-end // 512) * 512 + 512, end + 1000}:
+        assert [entry.name for entry, _ in read(data[:at], size)] == [b"first", b"last"]
+    if content:
+        with pytest.raises(TruncatedLayerError):
+            read(data[: end - 1], size)
+    with pytest.raises(TruncatedLayerError):
+        read(data[: -(-end // 512) * 512] + b"next" + bytes(100), size)
 
 
 def test_nothing_is_read_as_an_entry_after_the_end() -> None:

@@ -1,0 +1,102 @@
+"""The heads of HTTP responses that Go's client takes and aiohttp's parser refuses, made regular before it reads them.
+
+A registry is used by clients in Go, so its faults that Go does not mind stay. What is changed (RFC 9112, section 6.3):
+
+1. Equal Content-Length headers become one.
+2. A Content-Length beside "Transfer-Encoding: chunked" is left out: the chunks count.
+
+After such a response the connection is closed, as its end may be disputed. All else is left to the parser.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from typing import Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+
+MAX_HEAD = 2 << 20  # Go's client takes 10 MiB; proxies and signed URLs make a few hundred KiB at most
+_END = re.compile(rb"\r?\n\r?\n")
+_INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d")
+_FOLDED = (b" ", b"\t")
+
+
+def regular_head(head: bytes) -> tuple[bytes, bool]:
+    """A response's head, without the empty line after it, as a parser wants it, and whether anything was changed."""
+    lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
+    names = [line.partition(b":")[0].strip().lower() for line in lines]
+    lengths = [n for n, name in enumerate(names) if name == b"content-length"]
+    codings = [n for n, name in enumerate(names) if name == b"transfer-encoding"]
+    if not lengths or any(line.startswith(_FOLDED) for line in lines):
+        return head, False
+    left_out: set[int] = set()
+    if len(codings) == 1 and _value(lines[codings[0]]).lower() == b"chunked" and lines[0].startswith(b"HTTP/1.1"):
+        left_out.update(lengths)
+    elif len({_value(lines[n]) for n in lengths}) == 1:
+        left_out.update(lengths[1:])
+    if not left_out:
+        return head, False
+    return b"\r\n".join(line for n, line in enumerate(lines) if n not in left_out), True
+
+
+def _value(line: bytes) -> bytes:
+    return line.partition(b":")[2].strip()
+
+
+class LenientConnector(aiohttp.TCPConnector):
+    """Makes connections that are LenientHandlers. aiohttp has no public parameter for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._factory = functools.partial(_new_handler, loop=self._loop)
+
+
+def _new_handler(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
+    return LenientHandler(loop)
+
+
+class LenientHandler(ResponseHandler):
+    """A connection whose responses' heads are made regular. There is one response at a time."""
+
+    _head: bytearray | None = None
+
+    def set_response_params(self, **options: Any) -> None:
+        """Expect a response."""
+        self._head = bytearray()
+        super().set_response_params(**options)
+
+    def data_received(self, data: bytes) -> None:
+        """Take the next bytes of the response. Its head is kept until it is whole, up to the bound of the parser."""
+        if self._head is None or not data:
+            super().data_received(data)
+            return
+        at = max(0, len(self._head) - 3)
+        self._head += data
+        while (end := _END.search(self._head, at)) is not None:
+            head, rest = bytes(self._head[: end.start()]), bytes(self._head[end.start() :])
+            if not _INFORMATIONAL.match(head):
+                self._head = None
+                regular, changed = regular_head(head)
+                if changed:
+                    self.force_close()
+                super().data_received(regular + rest)
+                return
+            # Another head comes after this one.
+            at = 0
+            self._head = self._head[end.end() :]
+            super().data_received(head + end[0])
+        if len(self._head) > MAX_HEAD:
+            kept, self._head = bytes(self._head), None
+            super().data_received(kept)
+            return
+        self._reschedule_timeout()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Give the parser what has come of a head that is not whole: it says what is wrong."""
+        if self._head:
+            kept, self._head = bytes(self._head), None
+            super().data_received(kept)
+        super().connection_lost(exc)
