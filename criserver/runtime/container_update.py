@@ -10,12 +10,14 @@ import os
 import structlog
 
 from criserver.errors import FailedPreconditionError
+from criserver.model import PodConfig
 from criserver.oci.spec_inputs import Spec
 from criserver.oci.spec_resources import merge_limits, resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
+from criserver.runtime.node_plugins import Limits
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container
 
@@ -32,28 +34,53 @@ async def update_container(node: Node, id_or_prefix: str, asked: cri.LinuxContai
     await node.finish(_update(node, container_id, asked))
 
 
+async def set_limits(node: Node, container_id: str, limits: Limits) -> None:
+    """Set limits that plugins ask for; no plugin is told. Raises as :func:`update_container` does."""
+    await node.finish(_set_limits(node, container_id, limits))
+
+
 async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
     async with node.lock(container_id):
-        container = node.records.container(container_id)
-        if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
-            raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
-        sent = cri.ContainerConfig.FromString(container.sent)
-        _merge(sent.linux.resources, asked)
-        sandbox = node.records.sandbox(container.sandbox_id)
-        changed = dataclasses.replace(
-            container,
-            config=container_config(sent, sandbox.config),
-            sent=sent.SerializeToString(deterministic=True),
-        )
-        limits = _limits(asked, changed)
-        if container.state is ContainerState.RUNNING:
-            await node.oci_runtime(sandbox.runtime).update(container.id, sandbox.cgroup_parent, limits)
-            if asked.oom_score_adj:
-                await asyncio.to_thread(_set_oom_score, node, changed, asked.oom_score_adj)
-        _rewrite(node, container.id, limits, asked.oom_score_adj)
-        # The container may have exited meanwhile. Only the limits in its record are replaced.
-        current = node.records.container(container_id)
-        await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+        container = _alterable(node, container_id)
+        limits = Limits(asked, resource_limits(resources(asked), host.facts()))
+        limits = await node.plugins.update_container(container, limits)
+        await _change(node, container, limits)
+        await node.plugins.container_updated(node.records.container(container_id))
+    await node.plugins.apply(limits.after)
+
+
+async def _set_limits(node: Node, container_id: str, limits: Limits) -> None:
+    async with node.lock(container_id):
+        await _change(node, _alterable(node, container_id), limits)
+
+
+def _alterable(node: Node, container_id: str) -> Container:
+    container = node.records.container(container_id)
+    if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+        raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
+    return container
+
+
+async def _change(node: Node, container: Container, limits: Limits) -> None:
+    sandbox, asked = node.records.sandbox(container.sandbox_id), limits.asked
+    changed = with_resources(container, sandbox.config, asked)
+    limits = limits._replace(oci=_with_period(limits.oci, changed))
+    if container.state is ContainerState.RUNNING:
+        await node.oci_runtime(sandbox.runtime).update(container.id, sandbox.cgroup_parent, limits.oci)
+        if asked.oom_score_adj:
+            await asyncio.to_thread(_set_oom_score, node, changed, asked.oom_score_adj)
+    _rewrite(node, container.id, limits.oci, asked.oom_score_adj)
+    # The container may have exited meanwhile. Only the limits in its record are replaced.
+    current = node.records.container(container.id)
+    await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+
+
+def with_resources(container: Container, pod: PodConfig, asked: cri.LinuxContainerResources) -> Container:
+    """The record with what ``asked`` sets."""
+    sent = cri.ContainerConfig.FromString(container.sent)
+    _merge(sent.linux.resources, asked)
+    config, message = container_config(sent, pod), sent.SerializeToString(deterministic=True)
+    return dataclasses.replace(container, config=config, sent=message)
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
@@ -64,12 +91,12 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
     into.MergeFrom(asked)
 
 
-def _limits(asked: cri.LinuxContainerResources, changed: Container) -> Spec:
-    """The OCI limits that ``asked`` sets. A quota needs the period that is in force."""
-    limits = resources(asked)
-    if limits.cpu_quota and not limits.cpu_period:
-        limits = dataclasses.replace(limits, cpu_period=changed.config.resources.cpu_period)
-    return resource_limits(limits, host.facts())
+def _with_period(limits: Spec, changed: Container) -> Spec:
+    """The OCI limits with the period that is in force, which a quota needs."""
+    cpu, period = limits.get("cpu", {}), changed.config.resources.cpu_period
+    if not cpu.get("quota") or cpu.get("period") or not period:
+        return limits
+    return {**limits, "cpu": {**cpu, "period": period}}
 
 
 def _set_oom_score(node: Node, container: Container, score: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from google.protobuf.message import DecodeError
+
 from criserver.ttrpc.call_streams import (
     CallStreams,
     Oversized,
@@ -40,10 +42,10 @@ class TtrpcClient:
         request = encode_call(Call(service, method, payload, timeout), self._metadata)
         try:
             async with asyncio.timeout(timeout):
-                return decode_answer(await self._response(request))
+                return await self._response(request)
         except TimeoutError as error:
             late = f"{service}/{method} was not answered within {timeout} s"
-            raise CallError(StatusCode.DEADLINE_EXCEEDED, late) from error
+            raise CallError(StatusCode.DEADLINE_EXCEEDED, late, late=True) from error
 
     async def wait_closed(self) -> str:
         """Wait until the connection has ended, and return the reason."""
@@ -68,7 +70,7 @@ class TtrpcClient:
                 self._channel.write(self._streams.take())
             return await answer
         except OversizedMessageError as error:
-            raise CallError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+            raise CallError(StatusCode.RESOURCE_EXHAUSTED, str(error), oversized=True) from error
         except StreamMisuseError as error:
             self._end(str(error))
             raise self._lost() from error
@@ -87,7 +89,7 @@ class TtrpcClient:
                 for event in self._streams.receive(data):
                     match event:
                         case Responded(stream, payload):
-                            self._settle(stream, payload)
+                            self._settle(stream, decode_answer(payload))
                         case Oversized(stream, size):
                             message = f"the server sent a message of {size} bytes"
                             self._settle(stream, CallError(StatusCode.RESOURCE_EXHAUSTED, message))
@@ -95,6 +97,8 @@ class TtrpcClient:
                             self._end(f"the server broke the protocol: {reason}")
                             return
             self._end("the server closed it")
+        except DecodeError:
+            self._end("the server broke the protocol: a response that is no message")
         except OSError as error:
             self._end(f"reading failed: {error}")
 

@@ -54,20 +54,17 @@ def encode_failure(code: StatusCode, message: str) -> bytes:
     return Response(status=Status(code=code, message=message)).SerializeToString()
 
 
-def decode_answer(payload: bytes) -> bytes:
-    """The answer in a response's payload. Raises CallError: the server's status, or INTERNAL for no message.
+def decode_answer(payload: bytes) -> bytes | CallError:
+    """The answer in a response's payload, or the server's status. Raises DecodeError.
 
     A code that gRPC does not have is UNKNOWN.
     """
-    try:
-        response = Response.FromString(payload)
-    except DecodeError as error:
-        raise CallError(StatusCode.INTERNAL, "the response is no message") from error
+    response = Response.FromString(payload)
     code = response.status.code
     if code == StatusCode.OK:
         return response.payload
     known = StatusCode(code) if code in _CODES else StatusCode.UNKNOWN
-    raise CallError(known, response.status.message)
+    return CallError(known, response.status.message)
 
 
 _CODES = frozenset(StatusCode)

@@ -32,15 +32,19 @@ class CallError(Exception):
 
     ``code`` is the status of the server, or one of these cases:
 
-    1. DEADLINE_EXCEEDED: the answer did not come in time.
+    1. DEADLINE_EXCEEDED: the answer did not come in time. ``late`` is true then.
     2. UNAVAILABLE: the connection has ended. ``lost`` is true then, and no later call on it can succeed.
-    3. RESOURCE_EXHAUSTED: a message is larger than the protocol allows.
+    3. RESOURCE_EXHAUSTED: a message is larger than the protocol allows. ``oversized`` is true where nothing was sent.
 
-    A server may send any of these codes itself.
+    A server may send any of these codes itself; none of the three is true then.
     """
 
-    def __init__(self, code: StatusCode, message: str, *, lost: bool = False) -> None:
+    def __init__(
+        self, code: StatusCode, message: str, *, late: bool = False, lost: bool = False, oversized: bool = False
+    ) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code = code
         self.message = message
+        self.late = late
         self.lost = lost
+        self.oversized = oversized

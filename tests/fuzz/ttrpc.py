@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from criserver.errors import CriError
+from google.protobuf.message import DecodeError
+
 from criserver.ttrpc.call_streams import (
     MAX_STREAMS,
     CallStreams,
@@ -57,7 +58,7 @@ class Session:
         for decode in (decode_call, decode_answer):
             try:
                 decode(payload)
-            except (CallError, CriError):
+            except (CallError, DecodeError):
                 pass
 
     def act(self, what: int, stream: int, payload: bytes) -> None:

@@ -181,6 +181,10 @@ async def test_calls_that_wait_for_room_send_nothing_when_they_are_given_up() ->
     [
         (b"", "the server closed it"),
         (message_frame(MessageType.DATA, 1, b""), "the server broke the protocol: stream 1: data"),
+        (
+            message_frame(MessageType.RESPONSE, 1, b"\xff"),
+            "the server broke the protocol: a response that is no message",
+        ),
         (message_frame(MessageType.REQUEST, 2, b""), "the server broke the protocol: a request of a server"),
     ],
 )
