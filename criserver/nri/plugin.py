@@ -133,7 +133,11 @@ class Plugin:
         if self._registered.done():
             raise FailedPreconditionError(f"NRI plugin {self.name} has registered already")
         if self._file is None:
-            check_name(request.plugin_idx, request.plugin_name)
+            try:
+                check_name(request.plugin_idx, request.plugin_name)
+            except CriError as e:
+                self._registered.set_exception(e)
+                raise
             self.index, self.base = request.plugin_idx, request.plugin_name
         log.info("NRI plugin registered", plugin=self.name, nri_version=shown(request.NRI_version))
         self._registered.set_result(None)

@@ -1,11 +1,11 @@
-"""A plugin of the node (NRI) in Python: it connects to the real socket, keeps what it is told, and answers as a test says."""
+"""A plugin of the node (NRI): it connects to the real socket, keeps what it is told, and answers as a test says."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from criserver.nri.multiplexer import PLUGIN_SERVICE, RUNTIME_SERVICE, Multiplexer
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
-from criserver.ttrpc import TtrpcClient, TtrpcServer
+from criserver.ttrpc import CallError, TtrpcClient, TtrpcServer
 from tests.support.waiting import SLOWNESS, eventually
 
 SERVICE = nri.DESCRIPTOR.services_by_name["Plugin"]
@@ -31,20 +31,22 @@ class Told:
     request: Any
 
     @property
-    def container(self) -> str:
-        """The name of the container, "" for an event of a pod."""
-        return str(self.request.container.name) if "container" in self.request.DESCRIPTOR.fields_by_name else ""
+    def pod(self) -> str:
+        """The name of the pod, "" for a method that is of none."""
+        return str(self.request.pod.name) if "pod" in self.request.DESCRIPTOR.fields_by_name else ""
 
 
 class TestPlugin:
-    """A plugin with its event loop in a thread. ``answers`` has a function for each method that has more to say."""
+    """A plugin with its event loop in a thread. ``answers`` has a function for each method that says more."""
 
     __test__ = False
 
-    def __init__(self, socket: str, index: str, name: str, events: int = 0, **answers: Answer) -> None:
+    def __init__(
+        self, socket: str, index: str, name: str, events: int = 0, answers: Mapping[str, Answer] | None = None
+    ) -> None:
         self._socket = socket
         self._index, self._name, self._events = index, name, events
-        self.answers: dict[str, Answer] = dict(answers)
+        self.answers = dict(answers or {})
         self.told: list[Told] = []
         self.closed = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -68,9 +70,7 @@ class TestPlugin:
 
     def methods(self, pod: str = "") -> list[str]:
         """The methods that were called, of one pod by its name."""
-        return [
-            t.method for t in self.told if not pod or (getattr(t.request, "pod", None) and t.request.pod.name == pod)
-        ]
+        return [told.method for told in self.told if not pod or told.pod == pod]
 
     def requests(self, method: str) -> list[Any]:
         """The requests of one method."""
@@ -93,13 +93,15 @@ class TestPlugin:
         reading = asyncio.create_task(self._multiplexer.run())
         if self._register:
             request = nri.RegisterPluginRequest(plugin_name=self._name, plugin_idx=self._index)
-            await self._client.call(RUNTIME, "RegisterPlugin", request.SerializeToString())
+            with suppress(CallError):  # the runtime has closed the connection
+                await self._client.call(RUNTIME, "RegisterPlugin", request.SerializeToString())
         await reading
         await asyncio.gather(serving, self._client.wait_closed(), return_exceptions=True)
         self.closed.set()
 
     def _handler(self, method: Any) -> Callable[[bytes], Awaitable[bytes]]:
-        request_class, response_class = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        request_class: Any = GetMessageClass(method.input_type)
+        response_class = GetMessageClass(method.output_type)
 
         async def handle(payload: bytes) -> bytes:
             request = request_class.FromString(payload)
@@ -122,7 +124,7 @@ class TestPlugin:
 @contextmanager
 def plugged(socket: str, index: str = "10", name: str = "test", **answers: Answer) -> Iterator[TestPlugin]:
     """A connected plugin, which is told of all events."""
-    plugin = TestPlugin(socket, index, name, **answers)
+    plugin = TestPlugin(socket, index, name, answers=answers)
     plugin.start()
     try:
         yield plugin
