@@ -17,12 +17,18 @@ from criserver.nri.spec_values import oci_resources, spec_adjustment, unsupporte
 from criserver.oci.spec_inputs import Spec
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 from criserver.runtime import cgroups, container_stop, container_update
-from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.node_plugins import Adjusted, Known, Limits
-from criserver.runtime.plugin_views import asked_resources, container_view, cri_resources, namespace_pins, pod_view
+from criserver.runtime.plugin_views import (
+    asked_resources,
+    container_view,
+    cri_resources,
+    namespace_pins,
+    pod_view,
+    set_status,
+)
 from criserver.runtime.pod_namespaces import pod_facts
-from criserver.runtime.records import Container, Sandbox
+from criserver.runtime.records import Container, Record, Sandbox
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +39,9 @@ class PluginCalls:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._known = node.plugins.known
+        # The views of containers, with what tells whether the spec's file is another by now.
+        self._views: dict[str, tuple[tuple[int, int, int], bytes]] = {}
+        node.records.watch(self._changed)
         self.plugins = Plugins(node.config.nri, self)
 
     @property
@@ -191,16 +200,32 @@ class PluginCalls:
 
     async def _view(self, container: Container) -> nri.Container:
         current = self._node.records.containers.get(container.id, container)
-        path = os.path.join(self._node.container_dir(container.id), "config.json")
-        spec = await asyncio.to_thread(_read, path)
-        view = container_view(current, spec, self._digest(current))
+        view = nri.Container.FromString(await self._made(current))
+        set_status(view, current)
         # A process that starts is known before its record says so.
         process = self._node.processes.get(container.id)
         if not view.pid and process is not None and process.started is not None:
             view.pid = process.started.pid
-        if current.state is ContainerState.CREATING:
-            view.state = nri.CONTAINER_CREATED
         return view
+
+    async def _made(self, container: Container) -> bytes:
+        """The view of a container with its spec, which is read again once it changes."""
+        path = os.path.join(self._node.container_dir(container.id), "config.json")
+        try:
+            found = os.stat(path)
+        except OSError:  # it could not be made
+            return container_view(container, {}).SerializeToString()
+        version = found.st_ino, found.st_mtime_ns, found.st_size
+        known = self._views.get(container.id)
+        if known is None or known[0] != version:
+            spec = await asyncio.to_thread(_read, path)
+            view = container_view(container, spec, self._digest(container))
+            known = self._views[container.id] = version, view.SerializeToString()
+        return known[1]
+
+    def _changed(self, old: Record | None, new: Record | None) -> None:
+        if new is None and old is not None:
+            self._views.pop(old.id, None)
 
     def _sandbox(self, container: Container) -> Sandbox:
         return self._node.records.sandboxes[container.sandbox_id]
@@ -219,13 +244,9 @@ class PluginCalls:
 
 
 def _read(path: str) -> Spec:
-    """A container's spec; {} where it has none, as one that could not be made."""
-    try:
-        with open(path, "rb") as f:
-            spec: Spec = json.load(f)
-            return spec
-    except FileNotFoundError:
-        return {}
+    with open(path, "rb") as f:
+        spec: Spec = json.load(f)
+    return spec
 
 
 def _limits(container_id: str, resources: nri.LinuxResources) -> Spec:

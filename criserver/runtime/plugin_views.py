@@ -12,6 +12,8 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.records import Container, Sandbox
 
 _STATES = {
+    # Only plugins see one that is being made, as what it will be.
+    ContainerState.CREATING: nri.CONTAINER_CREATED,
     ContainerState.CREATED: nri.CONTAINER_CREATED,
     ContainerState.STARTING: nri.CONTAINER_CREATED,
     ContainerState.RUNNING: nri.CONTAINER_RUNNING,
@@ -79,7 +81,6 @@ def container_view(container: Container, spec: Spec, image_digest: str = "") -> 
         id=container.id,
         pod_sandbox_id=container.sandbox_id,
         name=config.name,
-        state=_STATES.get(container.state, nri.CONTAINER_UNKNOWN),
         labels=config.labels,
         annotations={**config.annotations, **spec.get("annotations", {})},
         args=process.get("args", ()),
@@ -95,21 +96,27 @@ def container_view(container: Container, spec: Spec, image_digest: str = "") -> 
         ],
         hooks=_hooks(spec.get("hooks", {})),
         linux=_linux(container, spec),
-        pid=container.pid,
         rlimits=[nri.POSIXRlimit(type=r["type"], hard=r["hard"], soft=r["soft"]) for r in process.get("rlimits", ())],
-        created_at=container.created_at,
-        started_at=container.started_at,
-        finished_at=container.finished_at,
-        exit_code=container.exit_code,
-        status_reason=container.reason,
-        status_message=container.message,
         CDI_devices=[nri.CDIDevice(name=name) for name in config.cdi_devices],
         image=nri.Image(name=config.image, digest=image_digest, config_digest=container.image_id),
     )
     if "user" in process:
         user = process["user"]
         view.user.CopyFrom(nri.User(uid=user["uid"], gid=user["gid"], additional_gids=user.get("additionalGids", ())))
+    set_status(view, container)
     return view
+
+
+def set_status(view: nri.Container, container: Container) -> None:
+    """Set what changes in the life of a container."""
+    view.state = _STATES[container.state]
+    view.pid = container.pid
+    view.created_at = container.created_at
+    view.started_at = container.started_at
+    view.finished_at = container.finished_at
+    view.exit_code = container.exit_code
+    view.status_reason = container.reason
+    view.status_message = container.message
 
 
 def _linux(container: Container, spec: Spec) -> nri.LinuxContainer:

@@ -126,8 +126,11 @@ def test_what_plugins_adjust_is_what_the_container_gets(node: Node) -> None:
         pod = node.run_pod("adjusted")
         container = node.run(pod, "c", ["sleep", "1000"])
     assert "FROM=plugin" in seen[0].container.env, "the second plugin sees what the first has changed"
-    printed = node.sh(container, "echo $FROM; ulimit -n; ls -d /extra; cat /proc/1/oom_score_adj")
-    assert printed.split() == ["plugin", "555", "/extra", "555"]
+    printed = node.sh(container, "echo $FROM; ls -d /extra; cat /proc/1/oom_score_adj")
+    assert printed.split() == ["plugin", "/extra", "555"]
+    with open(f"/proc/{node.pid(container)}/limits") as f:
+        (limit,) = [line.split() for line in f if line.startswith("Max open files")]
+    assert limit[3:5] == ["555", "777"]
     assert spec_of(node, container)["annotations"]["note"] == "here"
     controller, file = ("memory", "memory.limit_in_bytes") if "memory" in cgroups.roots() else ("", "memory.max")
     assert limit_of(pod, container, controller, file) == str(96 << 20)
