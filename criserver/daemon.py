@@ -35,6 +35,7 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.plugin_service import PluginService
 from criserver.runtime.record_store import RecordStore
 from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
@@ -81,12 +82,14 @@ async def serve(settings: Settings, path: str) -> None:
         runtimes = os.path.join(config.state, "runtimes")
         features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
         node = assemble(config, store, snapshotter, features)
+    plugins = PluginService(node)
     try:
         with told_in_words(_NO_START):
             await node.nursery.start()
             await apparmor.load()
             recovery.begin(node)
             await node.streaming.start()
+            await plugins.start()
             server = await listen(config.grpc_address, _services(node))
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
@@ -108,6 +111,7 @@ async def serve(settings: Settings, path: str) -> None:
             log.info("stopping")
             notify("STOPPING=1")
             await server.stop(STOP_GRACE)
+            await plugins.stop()
             await node.streaming.stop()
             await upkeep.finish(node.settle(), STOP_GRACE)
             await upkeep.finish(node.images.sync(), SYNC_GRACE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from criserver.config.load import Config, RuntimeHandler, config_of, load
+from criserver.config.load import Config, Nri, RuntimeHandler, config_of, load
 from criserver.config.settings import Settings, default_text, dotted, read, text
 
-__all__ = ["Config", "RuntimeHandler", "Settings", "config_of", "default_text", "dotted", "load", "read", "text"]
+__all__ = ["Config", "Nri", "RuntimeHandler", "Settings", "config_of", "default_text", "dotted", "load", "read", "text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from criserver.config import system_directories
 from criserver.config.settings import Settings, read
@@ -42,6 +43,20 @@ class ImageLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Nri:
+    """The plugins of the Node Resource Interface. ``default_validator`` has its keys as they are in the file."""
+
+    disable: bool
+    socket_path: str
+    plugin_path: str
+    plugin_config_path: str
+    plugin_registration_timeout: float
+    plugin_request_timeout: float
+    disable_connections: bool
+    default_validator: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration. default.toml explains each field. Times are in seconds."""
 
@@ -65,6 +80,7 @@ class Config:
     enable_unprivileged_icmp: bool
     cdi_dirs: tuple[str, ...]
     streaming: Streaming
+    nri: Nri
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
 
 
@@ -108,6 +124,7 @@ def config_of(settings: Settings) -> Config:
         enable_unprivileged_icmp=runtime["enable_unprivileged_icmp"],
         cdi_dirs=tuple(tables["cdi"]["dirs"]),
         streaming=_streaming(settings),
+        nri=Nri(**tables["nri"]),
         runtimes=runtimes,
     )
 

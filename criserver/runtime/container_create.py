@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import errno
 import io
-import json
 import os
 import secrets
 import signal
@@ -27,7 +26,7 @@ from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec
 from criserver.oci.spec_mounts import check_mounts
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, filesystems, host, pidfd, selinux
+from criserver.runtime import apparmor, bundle, cgroups, filesystems, host, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
 from criserver.runtime.ignored import log_ignored
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -96,11 +95,18 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         await node.records.add(container)
     async with node.lock(container.id):
         try:
-            user = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
-            await node.records.save(dataclasses.replace(container, state=ContainerState.CREATED, user=user))
+            user, document = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
+            adjusted = await node.plugins.create_container(container, document)
+            if adjusted is not None:
+                container = await bundle.adjust(node, sandbox, container, document, adjusted)
+            created = dataclasses.replace(container, state=ContainerState.CREATED, user=user)
+            created = await node.records.save(created)
+            await node.plugins.container_created(created)
         except BaseException as e:
             await undo(node, container, f"it cannot be made: {e}")
             raise
+    if adjusted is not None:
+        await node.plugins.apply(adjusted.after)
     log.info("container created", **sandbox.named, **container.named, seconds=logs.elapsed())
     return container.id
 
@@ -147,7 +153,8 @@ async def _prepare(
     filter_: Spec | None,
     profile: str,
     edits: cdi.ContainerEdits,
-) -> User:
+) -> tuple[User, Spec]:
+    """Make the container's files, and its bundle. Returns the user and the spec that the bundle has."""
     config = container.config
     target = _target(node, container)
     await prepare_log(node, container)
@@ -180,14 +187,13 @@ async def _prepare(
         mount_label=labels.files,
         annotations=_annotations(sandbox, container),
     )
-    path = os.path.join(node.container_dir(container.id), "config.json")
 
-    def write() -> User:
+    def write() -> tuple[User, Spec]:
         _check_dev(config, rootfs)
         user = _user(config, image, rootfs)
-        with open(path, "w") as f:
-            f.write(json.dumps(cdi.apply(build(user=user), edits)))
-        return user
+        document = cdi.apply(build(user=user), edits)
+        bundle.write_spec(node, container.id, document)
+        return user, document
 
     # In a thread, as an image may have megabytes of accounts and of environment variables.
     return await asyncio.to_thread(write)
@@ -257,6 +263,7 @@ async def undo(node: Node, container: Container, reason: str) -> None:
     """Undo the making of a container. If that fails, the container is shown as exited, and the kubelet removes it."""
     try:
         await filesystems.discard(node, container.id)
+        await node.plugins.container_removed(container)
         await node.records.forget(container)
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)

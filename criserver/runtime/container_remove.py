@@ -29,6 +29,7 @@ async def remove_container(node: Node, id_or_prefix: str) -> None:
 async def remove_locked(node: Node, container: Container) -> None:
     """Remove a container. The caller may hold the lock of its sandbox, but not the container's own."""
     await kill(node, container)
+    await node.plugins.container_stopped(container)
     async with node.lock(container.id):
         found = node.records.containers.get(container.id)
         if found is None:
@@ -40,6 +41,7 @@ async def remove_locked(node: Node, container: Container) -> None:
         await process.wait_cleaned_up()
         await process.destroy()
         await filesystems.discard(node, found.id)
+        await node.plugins.container_removed(found)
         await node.records.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
             node.attempts.drop(attempt)

@@ -48,6 +48,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
         await node.records.save(container)
         try:
             _check_target(node, container)
+            await node.plugins.start_container(container)
             await process.start(
                 log_path=await prepare_log(node, container),
                 tty=container.config.tty,
@@ -65,6 +66,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             await process.end_start()
             process.start_failed(str(e))
             raise
+        await node.plugins.container_started(container)
     return container_id
 
 

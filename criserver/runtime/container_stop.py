@@ -24,7 +24,14 @@ async def stop_container(node: Node, id_or_prefix: str, grace: float) -> None:
         container = node.records.container(id_or_prefix)
     except NotFoundError:
         return
-    await node.finish(_stop(node, container.id, grace))
+    await node.finish(_stop_and_tell(node, container, grace))
+
+
+async def _stop_and_tell(node: Node, container: Container, grace: float) -> None:
+    await _stop(node, container.id, grace)
+    stopped = node.records.containers.get(container.id)
+    if stopped is not None and stopped.state is ContainerState.EXITED:
+        await node.plugins.container_stopped(stopped)
 
 
 async def kill(node: Node, container: Container) -> None:

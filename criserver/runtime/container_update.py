@@ -8,13 +8,14 @@ import json
 import os
 
 from criserver.errors import FailedPreconditionError
-from criserver.model import Resources
+from criserver.model import PodConfig
 from criserver.oci.spec_inputs import Spec
-from criserver.oci.spec_resources import merge_limits, resource_limits
+from criserver.oci.spec_resources import complete_limits, merge_limits, resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host, pidfd
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
+from criserver.runtime.node_plugins import Limits
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container, Sandbox
 from criserver.stats import CgroupUsage
@@ -31,27 +32,57 @@ async def update_container(node: Node, id_or_prefix: str, asked: cri.LinuxContai
     await node.finish(_update(node, container_id, asked))
 
 
+async def set_limits(node: Node, container_id: str, limits: Limits) -> None:
+    """Set limits that plugins ask for; no plugin is told. Raises as :func:`update_container` does."""
+    await node.finish(_set_limits(node, container_id, limits))
+
+
 async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
     async with node.lock(container_id):
-        container = node.records.container(container_id)
-        if container.state not in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED):
-            raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
-        sent = cri.ContainerConfig.FromString(container.sent)
-        _merge(sent.linux.resources, asked)
-        sandbox = node.records.sandbox(container.sandbox_id)
-        changed = dataclasses.replace(
-            container,
-            config=container_config(sent, sandbox.config),
-            sent=sent.SerializeToString(deterministic=True),
-        )
-        limits = _limits(asked, changed)
-        if container.state is ContainerState.RUNNING:
-            await _apply(node, sandbox, changed, limits)
+        container = _alterable(node, container_id)
+        limits = Limits(asked, resource_limits(resources(asked), host.facts()))
         if container.state is not ContainerState.EXITED:
-            _rewrite(node, container.id, resource_limits(limits, host.facts()), asked.oom_score_adj)
-        # The container may have exited meanwhile. Only the limits in its record are replaced.
-        current = node.records.container(container_id)
-        await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+            limits = await node.plugins.update_container(container, limits)
+        await _change(node, container, limits)
+        if container.state is not ContainerState.EXITED:
+            await node.plugins.container_updated(node.records.container(container_id))
+    await node.plugins.apply(limits.after)
+
+
+async def _set_limits(node: Node, container_id: str, limits: Limits) -> None:
+    async with node.lock(container_id):
+        await _change(node, _alterable(node, container_id), limits)
+
+
+def _alterable(node: Node, container_id: str) -> Container:
+    container = node.records.container(container_id)
+    if container.state not in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED):
+        raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
+    return container
+
+
+async def _change(node: Node, container: Container, limits: Limits) -> None:
+    sandbox, asked = node.records.sandbox(container.sandbox_id), limits.asked
+    changed = with_resources(container, sandbox.config, asked)
+    in_force = resource_limits(changed.config.resources, host.facts())
+    oci = complete_limits(limits.oci, in_force, host.facts())
+    if container.state is ContainerState.RUNNING:
+        await _apply(node, sandbox, changed, oci)
+        if asked.oom_score_adj:
+            await asyncio.to_thread(_set_oom_score, node, changed, asked.oom_score_adj)
+    if container.state is not ContainerState.EXITED:
+        _rewrite(node, container.id, oci, asked.oom_score_adj)
+    # The container may have exited meanwhile. Only the limits in its record are replaced.
+    current = node.records.container(container.id)
+    await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
+
+
+def with_resources(container: Container, pod: PodConfig, asked: cri.LinuxContainerResources) -> Container:
+    """The record with what ``asked`` sets."""
+    sent = cri.ContainerConfig.FromString(container.sent)
+    _merge(sent.linux.resources, asked)
+    config, message = container_config(sent, pod), sent.SerializeToString(deterministic=True)
+    return dataclasses.replace(container, config=config, sent=message)
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
@@ -67,36 +98,23 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
     into.MergeFrom(asked)
 
 
-def _limits(asked: cri.LinuxContainerResources, changed: Container) -> Resources:
-    """The limits that ``asked`` sets, with those in force that they need beside them."""
-    limits, merged = resources(asked), changed.config.resources
-    if limits.cpu_quota and not limits.cpu_period:
-        limits = dataclasses.replace(limits, cpu_period=merged.cpu_period)
-    if limits.memory_swap_limit and not limits.memory_limit:  # version 2 needs the difference of both
-        limits = dataclasses.replace(limits, memory_limit=merged.memory_limit)
-    return limits
-
-
-async def _apply(node: Node, sandbox: Sandbox, container: Container, limits: Resources) -> None:
+async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) -> None:
+    limit = oci.get("memory", {}).get("limit", 0)
     usage = node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, container.id)).usage
     if host.facts().unified_cgroups:
-        _check_memory(container.id, limits, usage())
+        _check_memory(container.id, limit, usage())
     try:
-        await node.oci_runtime(sandbox.runtime).update(
-            container.id, sandbox.cgroup_parent, resource_limits(limits, host.facts())
-        )
+        await node.oci_runtime(sandbox.runtime).update(container.id, sandbox.cgroup_parent, oci)
     except FailedPreconditionError as e:
         if _has_ended(container):
             return
         memory = usage().memory
-        if memory is not None and 0 < limits.memory_limit < memory.usage:
-            raise _below_use(container.id, limits.memory_limit, memory.usage) from e
+        if memory is not None and 0 < limit < memory.usage:
+            raise _below_use(container.id, limit, memory.usage) from e
         raise
-    if limits.oom_score_adj:
-        await asyncio.to_thread(_set_oom_score, node, container, limits.oom_score_adj)
 
 
-def _check_memory(container_id: str, limits: Resources, usage: CgroupUsage) -> None:
+def _check_memory(container_id: str, limit: int, usage: CgroupUsage) -> None:
     """Refuse a memory limit below the anonymous memory of a container that may not swap.
 
     The kernel of cgroup version 1 itself refuses such a limit. That of version 2 would kill processes of the container.
@@ -105,8 +123,8 @@ def _check_memory(container_id: str, limits: Resources, usage: CgroupUsage) -> N
     memory, swap = usage.memory, usage.swap
     if memory is None or memory.rss is None or (swap is not None and swap.limit != 0):
         return
-    if 0 < limits.memory_limit < memory.rss:
-        raise _below_use(container_id, limits.memory_limit, memory.rss)
+    if 0 < limit < memory.rss:
+        raise _below_use(container_id, limit, memory.rss)
 
 
 def _below_use(container_id: str, limit: int, used: int) -> FailedPreconditionError:

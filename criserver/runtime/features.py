@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from criserver.errors import FailedPreconditionError
+from criserver.oci.adjustment_faults import RuntimeFacts, runtime_facts
 from criserver.runtime.oci_runtime import OciRuntime
 from snapshotter import Snapshotter
 
@@ -19,18 +20,19 @@ _SYS_MOUNT_SETATTR = 442  # the same on every architecture
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The optional features of a handler (CRI RuntimeHandlerFeatures)."""
+    """The optional features of a handler (CRI RuntimeHandlerFeatures), and what plugins may ask of it (``facts``)."""
 
     recursive_readonly_mounts: bool = False
     idmapped_mounts: bool = False
     user_namespaces: bool = False
+    facts: RuntimeFacts = field(default_factory=RuntimeFacts)
 
 
 async def probe(runtime: OciRuntime, snapshotter: Snapshotter) -> Features:
     """The features of a handler on this node; none of them if its runtime does not report its features."""
     features = await ask(runtime)
     if features is None or not _kernel_has_mount_setattr():
-        return Features()
+        return Features() if features is None else Features(facts=features.facts)
     if features.user_namespaces and (error := await snapshotter.idmap_trouble()):
         log.warning("pods of a runtime handler cannot have user namespaces", handler=runtime.handler, error=error)
         return replace(features, user_namespaces=False)
@@ -53,6 +55,7 @@ async def ask(runtime: OciRuntime) -> Features | None:
         recursive_readonly_mounts="rro" in report.get("mountOptions", ()),
         idmapped_mounts=idmap,
         user_namespaces=idmap and "user" in linux.get("namespaces", ()),
+        facts=runtime_facts(report),
     )
 
 

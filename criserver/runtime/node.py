@@ -22,6 +22,7 @@ from criserver.runtime.attempts import Attempts
 from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
+from criserver.runtime.node_plugins import NodePlugins
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.output_room import OutputRoom
@@ -68,6 +69,7 @@ class Node:
     features: Mapping[str, Features]
     # As last read, so that only what has changed is read again.
     cdi: cdi.CdiCatalog | None = None
+    plugins: NodePlugins = field(default_factory=NodePlugins)
     attempts: Attempts = field(default_factory=Attempts)
     # By the ID of a container, or of the pod sandbox whose infra process it is; see process_records.py.
     processes: dict[str, ContainerProcess] = field(default_factory=dict)

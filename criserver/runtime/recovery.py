@@ -71,8 +71,8 @@ def begin(node: Node) -> None:
 
 async def finish(node: Node, *, end_living: bool = False) -> None:
     """Wait for the recovery of all pods, and then remove what has no record."""
-    node.background(strays.end_orphans(), "programs of an earlier daemon cannot be ended")
-    await asyncio.gather(*node.recovering.values())
+    orphans = node.background(strays.end_orphans(), "programs of an earlier daemon cannot be ended")
+    await asyncio.gather(orphans, *node.recovering.values())
     await _sweep(node, end_living=end_living)
 
 

@@ -47,6 +47,7 @@ async def _remove(node: Node, sandbox_id: str, left: list[str] | None) -> None:
         sandbox = await stop_locked(node, sandbox, left)
         for container in node.records.containers_of(sandbox_id):
             await remove_locked(node, container)
+        await node.plugins.sandbox_removed(sandbox)
         await node.records.forget(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     log.info("pod sandbox removed", sandbox=sandbox_id, seconds=logs.elapsed())

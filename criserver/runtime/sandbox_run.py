@@ -94,6 +94,7 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
         if before is not None:
             await before
         await release(node, sandbox)
+        await node.plugins.sandbox_removed(sandbox)
         await node.records.forget(sandbox)
     except Exception:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
@@ -133,6 +134,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         await asyncio.to_thread(sandbox_files.write_hosts, files, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
+    await node.plugins.run_sandbox(sandbox)
     sandbox = await node.records.save(dataclasses.replace(sandbox, state=SandboxState.READY))
     if infra is not None and infra.result().is_set():
         # It ended while the record was written, when the sandbox was not yet ready.

@@ -51,6 +51,7 @@ async def stop_locked(node: Node, sandbox: Sandbox, left: list[str] | None = Non
         await node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     await asyncio.gather(*(_end(node, c) for c in node.records.containers_of(sandbox.id)))
+    await node.plugins.sandbox_stopped(sandbox)
     await release(node, sandbox, left)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
@@ -67,6 +68,8 @@ async def _end(node: Node, container: Container) -> None:
             process = process_records.of_container(node, ended)
             await process.wait_cleaned_up()
             await process.destroy()
+    if ended is not None and ended.state is ContainerState.EXITED:
+        await node.plugins.container_stopped(ended)
 
 
 async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -> None:

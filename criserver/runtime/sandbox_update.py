@@ -10,19 +10,23 @@ import dataclasses
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.node import Node
-from criserver.runtime.records import Sandbox
 
 
 async def update_sandbox(
     node: Node, id_or_prefix: str, overhead: cri.LinuxContainerResources, resources: cri.LinuxContainerResources
 ) -> None:
-    """Record the pod's new resources and overhead, as a verbose status shows them. Raises NotFoundError."""
+    """Record the pod's new resources and overhead, as a verbose status shows them.
+
+    Raises NotFoundError, and the error of a plugin; nothing has changed then.
+    """
     sandbox = node.records.sandbox(id_or_prefix)
     sent = cri.PodSandboxConfig.FromString(sandbox.sent)
     sent.linux.resources.CopyFrom(resources)
     sent.linux.overhead.CopyFrom(overhead)
-    await node.finish(_save(node, dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True))))
+    changed = dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True))
 
+    async def update() -> None:
+        await node.plugins.update_sandbox(sandbox, overhead, resources)
+        await node.plugins.sandbox_updated(await node.records.save(changed))
 
-async def _save(node: Node, sandbox: Sandbox) -> None:
-    await node.records.save(sandbox)
+    await node.finish(update())

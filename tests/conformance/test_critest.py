@@ -23,8 +23,8 @@ from tests.support.waiting import SLOWNESS
 RUNTIME = os.environ.get("CRITEST_RUNTIME", "runc")
 CERTS = os.environ.get("CRITEST_CERTS", "")
 REGISTRIES = ("registry.k8s.io", "k8s.gcr.io", "gcr.io")
-# NRI is not in this version; benchmarks are not conformance.
-SKIP = "NRI|benchmark"
+# Benchmarks are not conformance.
+SKIP = "benchmark"
 WEBSOCKET = ["--websocket-exec", "--websocket-attach", "--websocket-portforward", "--ginkgo.focus=Streaming"]
 
 pytestmark = [
@@ -61,6 +61,7 @@ def test_no_spec_fails(node: Node, tmp_path: Path, capsys: pytest.CaptureFixture
     done = subprocess.run(
         [
             *("critest", "--runtime-endpoint", endpoint, "--image-endpoint", endpoint),
+            *("-nri-socket", f"{node.base}/nri/nri.sock"),
             *("--ginkgo.no-color", "--ginkgo.skip", SKIP, f"--ginkgo.json-report={report}", *more),
         ],
         capture_output=True,

@@ -92,6 +92,8 @@ class Node:
                 f'[log]\nformat = "json"\nlevel = "debug"\n'
                 f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\n'
                 f"timeout = {int(10 * SLOWNESS)}\n"
+                f'[nri]\nsocket_path = "{self.base}/nri/nri.sock"\nplugin_path = "{self.base}/nri/plugins"\n'
+                f'plugin_config_path = "{self.base}/nri/conf.d"\n'
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n'
                 f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n'

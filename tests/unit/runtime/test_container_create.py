@@ -10,8 +10,10 @@ import pytest
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.images.manifests import ImageConfig
+from criserver.oci.spec_inputs import Spec
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
+from criserver.runtime.node_plugins import NodePlugins
 from criserver.runtime.record_store import RecordStore
 from criserver.store import Change
 from tests.support.records import container, sandbox
@@ -27,6 +29,7 @@ class FakeNode(SimpleNamespace):
             store=(store := FakeStore()),
             records=(records := RecordStore(store)),
             images=Mock(checked=AsyncMock()),
+            plugins=NodePlugins(),
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
         )
@@ -52,8 +55,9 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
             raise ResourceExhaustedError("the disk is full")
         write_now(*changes)
 
-    async def prepare(*arguments: object) -> None:
+    async def prepare(*arguments: object) -> tuple[None, Spec]:
         monkeypatch.setattr(node.store, "write_now", only_delete)
+        return None, {}
 
     monkeypatch.setattr(container_create, "_check_features", Mock())
     monkeypatch.setattr(container_create, "_prepare", prepare)

@@ -7,7 +7,6 @@ import contextlib
 import pytest
 
 from criserver.errors import FailedPreconditionError
-from criserver.model import Resources
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import container_update
 from criserver.stats import CgroupUsage, Memory, Swap
@@ -41,7 +40,7 @@ def test_a_limit_by_which_version_2_would_kill(limit: int, rss: int | None, swap
         if refused
         else (contextlib.nullcontext())
     ):
-        container_update._check_memory("c", Resources(memory_limit=limit), usage(rss, swap))
+        container_update._check_memory("c", limit, usage(rss, swap))
 
 
 def test_new_limits_are_merged() -> None:

@@ -1,0 +1,35 @@
+"""The OCI spec of a container in its bundle: how it is written, and how plugins of the node adjust it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+
+from criserver.oci import cdi, spec_adjustment
+from criserver.oci.spec_inputs import Spec
+from criserver.runtime import host
+from criserver.runtime.container_update import with_resources
+from criserver.runtime.node import Node
+from criserver.runtime.node_plugins import Adjusted
+from criserver.runtime.records import Container, Sandbox
+
+
+def write_spec(node: Node, container_id: str, document: Spec) -> None:
+    """Write a container's spec. Blocks."""
+    with open(os.path.join(node.container_dir(container_id), "config.json"), "w") as f:
+        f.write(json.dumps(document))
+
+
+async def adjust(node: Node, sandbox: Sandbox, container: Container, document: Spec, adjusted: Adjusted) -> Container:
+    """Make what plugins change of a container to its spec, and to its record, which a status shows.
+
+    Raises FailedPreconditionError for what this node or its OCI runtime cannot give, with the plugin's name.
+    """
+    if adjusted.spec.cdi_devices:
+        node.cdi = await asyncio.to_thread(cdi.load, node.config.cdi_dirs, node.cdi)
+    facts = node.features[sandbox.runtime].facts
+    changed = spec_adjustment.adjust(document, adjusted.spec, host.facts(), facts, node.cdi)
+    if changed != document:
+        await asyncio.to_thread(write_spec, node, container.id, changed)
+    return with_resources(container, sandbox.config, adjusted.resources)

@@ -1,0 +1,256 @@
+"""The events of operations as calls to the plugins of the node (NRI), and what plugins ask of the runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from criserver.errors import CriError, FailedPreconditionError, NotFoundError
+from criserver.nri.plugins import Plugins
+from criserver.nri.resource_updates import ResourceUpdates
+from criserver.nri.spec_values import oci_resources, spec_adjustment, unsupported_classes
+from criserver.oci.spec_inputs import Spec
+from criserver.pb.nri.v1alpha1 import api_pb2 as nri
+from criserver.runtime import cgroups, container_stop, container_update
+from criserver.runtime.node import Node
+from criserver.runtime.node_plugins import Adjusted, Known, Limits
+from criserver.runtime.plugin_views import (
+    asked_resources,
+    container_view,
+    cri_resources,
+    namespace_pins,
+    pod_view,
+    set_status,
+)
+from criserver.runtime.pod_namespaces import pod_facts
+from criserver.runtime.records import Container, Record, Sandbox
+
+log = structlog.get_logger(__name__)
+
+
+class PluginCalls:
+    """:class:`criserver.runtime.node_plugins.PluginEvents`, with plugins. It also is their runtime side."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._known = node.plugins.known
+        # The views of containers, with what tells whether the spec's file is another by now.
+        self._views: dict[str, tuple[tuple[int, int, int], bytes]] = {}
+        node.records.watch(self._changed)
+        self.plugins = Plugins(node.config.nri, self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no plugin to tell, and none that is being told of everything."""
+        return self.plugins.idle
+
+    async def run_sandbox(self, sandbox: Sandbox) -> None:
+        """Raises CriError."""
+        async with self.plugins.turn:
+            self._known[sandbox.id] = Known.MADE
+            await self.plugins.tell("RunPodSandbox", nri.RunPodSandboxRequest(pod=self._pod(sandbox)))
+
+    async def update_sandbox(self, sandbox: Sandbox, overhead: Any, resources: Any) -> None:
+        """Raises CriError."""
+        request = nri.UpdatePodSandboxRequest(
+            pod=self._pod(sandbox),
+            overhead_linux_resources=asked_resources(overhead),
+            linux_resources=asked_resources(resources),
+        )
+        async with self.plugins.turn:
+            await self.plugins.tell("UpdatePodSandbox", request)
+
+    async def sandbox_updated(self, sandbox: Sandbox) -> None:
+        """The update is done."""
+        async with self.plugins.turn:
+            request = nri.PostUpdatePodSandboxRequest(pod=self._pod(sandbox))
+            await self.plugins.tell_all("PostUpdatePodSandbox", request)
+
+    async def sandbox_stopped(self, sandbox: Sandbox) -> None:
+        """Its containers have ended, and its network is still there."""
+        async with self.plugins.turn:
+            await self._stop_sandbox(sandbox)
+
+    async def _stop_sandbox(self, sandbox: Sandbox) -> None:
+        if self._known.get(sandbox.id) is Known.MADE:
+            self._known[sandbox.id] = Known.STOPPED
+            await self.plugins.tell_all("StopPodSandbox", nri.StopPodSandboxRequest(pod=self._pod(sandbox)))
+
+    async def sandbox_removed(self, sandbox: Sandbox) -> None:
+        """Nothing of it is left but its record."""
+        async with self.plugins.turn:
+            await self._stop_sandbox(sandbox)
+            if self._known.pop(sandbox.id, None) is not None:
+                await self.plugins.tell_all("RemovePodSandbox", nri.RemovePodSandboxRequest(pod=self._pod(sandbox)))
+
+    async def create_container(self, container: Container, spec: Spec) -> Adjusted:
+        """Raises CriError."""
+        async with self.plugins.turn:
+            self._known[container.id] = Known.MADE
+            request = nri.CreateContainerRequest(
+                pod=self._pod(self._sandbox(container)),
+                container=container_view(container, spec, self._digest(container)),
+            )
+            found = await self.plugins.create_container(request)
+        asked = found.adjustment.linux.resources
+        value = spec_adjustment(container.id, found.adjustment, found.owners)
+        return Adjusted(value, cri_resources(asked), found.updates)
+
+    async def container_created(self, container: Container) -> None:
+        """The container is visible."""
+        await self._tell_all("PostCreateContainer", container, nri.PostCreateContainerRequest)
+
+    async def start_container(self, container: Container) -> None:
+        """Raises CriError."""
+        async with self.plugins.turn:
+            await self.plugins.tell("StartContainer", await self._request(container, nri.StartContainerRequest))
+
+    async def container_started(self, container: Container) -> None:
+        """Its process runs."""
+        await self._tell_all("PostStartContainer", container, nri.PostStartContainerRequest)
+
+    async def update_container(self, container: Container, limits: Limits) -> Limits:
+        """Raises CriError."""
+        async with self.plugins.turn:
+            request = await self._request(container, nri.UpdateContainerRequest)
+            request.linux_resources.CopyFrom(asked_resources(limits.asked))
+            asked = request.linux_resources.SerializeToString(deterministic=True)
+            updates = await self.plugins.update_container(request)
+        changed = updates.resources
+        if changed.SerializeToString(deterministic=True) == asked:
+            return Limits(limits.asked, limits.oci, updates)
+        wanted = cri_resources(changed)
+        wanted.oom_score_adj = limits.asked.oom_score_adj
+        return Limits(wanted, _limits(container.id, changed), updates)
+
+    async def container_updated(self, container: Container) -> None:
+        """The update is done."""
+        await self._tell_all("PostUpdateContainer", container, nri.PostUpdateContainerRequest)
+
+    async def container_stopped(self, container: Container) -> None:
+        """Its process has ended. May change others; the caller holds no container's lock."""
+        updates = ResourceUpdates()
+        async with self.plugins.turn:
+            await self._stop_container(container, updates)
+        await self.apply(updates)
+
+    async def _stop_container(self, container: Container, updates: ResourceUpdates | None = None) -> None:
+        if self._known.get(container.id) is Known.MADE:
+            self._known[container.id] = Known.STOPPED
+            request = await self._request(container, nri.StopContainerRequest)
+            await self.plugins.tell_all("StopContainer", request, updates)
+
+    async def container_removed(self, container: Container) -> None:
+        """Nothing of it is left but its record."""
+        async with self.plugins.turn:
+            await self._stop_container(container)
+            if self._known.pop(container.id, None) is not None:
+                request = await self._request(container, nri.RemoveContainerRequest)
+                await self.plugins.tell_all("RemoveContainer", request)
+
+    async def everything(self) -> tuple[list[nri.PodSandbox], list[nri.Container]]:
+        """All pods that plugins know of, and the containers that have not ended."""
+        records, known = self._node.records, self._known
+        pods = [self._pod(s) for s in records.sandboxes.values() if s.id in known]
+        alive = [c for c in records.containers.values() if known.get(c.id) is Known.MADE]
+        return pods, [await self._view(c) for c in alive]
+
+    async def apply(self, after: Any) -> list[nri.ContainerUpdate]:
+        """Update and evict containers. A failure is logged, as the operation of another container has no use of it."""
+        updates: ResourceUpdates = after
+        failed = []
+        for update in updates.updates:
+            try:
+                await self._update(update)
+            except CriError as e:
+                failed.append(update)
+                log.warning("an NRI plugin's update failed", container=update.container_id, error=str(e))
+        for eviction in updates.evictions:
+            await self._evict(eviction)
+        return failed
+
+    async def _update(self, update: nri.ContainerUpdate) -> None:
+        resources = update.linux.resources
+        container = self._node.records.visible_container(update.container_id)
+        limits = Limits(cri_resources(resources), _limits(container.id, resources), None)
+        await container_update.set_limits(self._node, container.id, limits)
+
+    async def _evict(self, eviction: nri.ContainerEviction) -> None:
+        try:
+            container = self._node.records.visible_container(eviction.container_id)
+        except NotFoundError as e:
+            log.warning("an NRI plugin evicts a container that is not there", error=str(e))
+            return
+        log.info("an NRI plugin evicts a container", container=container.id, reason=eviction.reason)
+        self._node.background(
+            container_stop.stop_container(self._node, container.id, 0), "a container cannot be evicted"
+        )
+
+    async def _tell_all(self, method: str, container: Container, kind: Callable[..., Any]) -> None:
+        async with self.plugins.turn:
+            await self.plugins.tell_all(method, await self._request(container, kind))
+
+    async def _request(self, container: Container, kind: Callable[..., Any]) -> Any:
+        return kind(pod=self._pod(self._sandbox(container)), container=await self._view(container))
+
+    async def _view(self, container: Container) -> nri.Container:
+        current = self._node.records.containers.get(container.id, container)
+        view = nri.Container.FromString(await self._made(current))
+        set_status(view, current)
+        # A process that starts is known before its record says so.
+        process = self._node.processes.get(container.id)
+        if not view.pid and process is not None and process.started is not None:
+            view.pid = process.started.pid
+        return view
+
+    async def _made(self, container: Container) -> bytes:
+        """The view of a container with its spec, which is read again once it changes."""
+        path = os.path.join(self._node.container_dir(container.id), "config.json")
+        try:
+            found = os.stat(path)
+        except OSError:  # it could not be made
+            return container_view(container, {}).SerializeToString()
+        version = found.st_ino, found.st_mtime_ns, found.st_size
+        known = self._views.get(container.id)
+        if known is None or known[0] != version:
+            spec = await asyncio.to_thread(_read, path)
+            view = container_view(container, spec, self._digest(container))
+            known = self._views[container.id] = version, view.SerializeToString()
+        return known[1]
+
+    def _changed(self, old: Record | None, new: Record | None) -> None:
+        if new is None and old is not None:
+            self._views.pop(old.id, None)
+
+    def _sandbox(self, container: Container) -> Sandbox:
+        return self._node.records.sandboxes[container.sandbox_id]
+
+    def _digest(self, container: Container) -> str:
+        return container.image_ref.rpartition("@")[2]
+
+    def _pod(self, sandbox: Sandbox) -> nri.PodSandbox:
+        infra = self._node.processes.get(sandbox.id)
+        return pod_view(
+            sandbox,
+            pid=infra.started.pid if infra is not None and infra.started is not None else 0,
+            cgroups_path="" if infra is None else cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
+            namespaces=[pin for pin in namespace_pins(pod_facts(self._node, sandbox)) if os.path.exists(pin[1])],
+        )
+
+
+def _read(path: str) -> Spec:
+    with open(path, "rb") as f:
+        spec: Spec = json.load(f)
+    return spec
+
+
+def _limits(container_id: str, resources: nri.LinuxResources) -> Spec:
+    """The OCI limits. Raises FailedPreconditionError for what no running container can be given."""
+    for reason in unsupported_classes(resources).values():
+        raise FailedPreconditionError(f"container {container_id}: {reason}")
+    return oci_resources(resources)

@@ -1,0 +1,164 @@
+"""A plugin's connection against a peer in the same process: registration, the split of Synchronize, and partings."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from criserver.config import Nri, load
+from criserver.errors import FailedPreconditionError
+from criserver.nri.multiplexer import PLUGIN_SERVICE, RUNTIME_SERVICE, Multiplexer
+from criserver.nri.plugin import Plugin, PluginGoneError
+from criserver.pb.nri.v1alpha1 import api_pb2 as nri
+from criserver.ttrpc import CallError, Handler, TtrpcClient, TtrpcServer
+
+SERVICE, RUNTIME = "nri.pkg.api.v1alpha1.Plugin", "nri.pkg.api.v1alpha1.Runtime"
+
+
+def settings(**changes: Any) -> Nri:
+    given = load(None).nri
+    fields = {name: getattr(given, name) for name in Nri.__slots__}
+    return Nri(**{**fields, **changes})
+
+
+class Peer:
+    """The plugin's side."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.multiplexer = Multiplexer(reader, writer)
+        self.handlers: dict[tuple[str, str], Handler] = {}
+        self.server = TtrpcServer(self.multiplexer.open(PLUGIN_SERVICE), self.handlers)
+        self.client = TtrpcClient(self.multiplexer.open(RUNTIME_SERVICE))
+        self.asked: list[Any] = []
+
+    def answer(self, method: str, kind: Any, answer: Callable[[Any], Any]) -> None:
+        async def handle(payload: bytes) -> bytes:
+            request = kind.FromString(payload)
+            self.asked.append(request)
+            response = answer(request)
+            return response if isinstance(response, bytes) else response.SerializeToString()
+
+        self.handlers[SERVICE, method] = handle
+
+    async def register(self, index: str = "10", name: str = "peer") -> None:
+        request = nri.RegisterPluginRequest(plugin_idx=index, plugin_name=name)
+        await self.client.call(RUNTIME, "RegisterPlugin", request.SerializeToString())
+
+
+async def no_update(plugin: Plugin, request: nri.UpdateContainersRequest) -> nri.UpdateContainersResponse:
+    return nri.UpdateContainersResponse()
+
+
+@asynccontextmanager
+async def connected(**changes: Any) -> AsyncIterator[tuple[Plugin, Peer, asyncio.Task[None], asyncio.Event]]:
+    ours, theirs = socket.socketpair()
+    plugin = Plugin(*await asyncio.open_connection(sock=ours), settings(**changes), no_update)
+    peer = Peer(*await asyncio.open_connection(sock=theirs))
+    peer.answer("Configure", nri.ConfigureRequest, lambda _: nri.ConfigureResponse())
+    started = asyncio.Event()
+
+    async def join(_plugin: Plugin) -> None:
+        started.set()
+
+    serving = asyncio.create_task(plugin.serve(join))
+    tasks = [asyncio.create_task(peer.server.serve()), asyncio.create_task(peer.multiplexer.run())]
+    try:
+        yield plugin, peer, serving, started
+    finally:
+        peer.multiplexer.close()
+        await asyncio.wait([serving, *tasks])
+        await peer.client.wait_closed()
+
+
+async def test_registration_and_configuration() -> None:
+    async with connected(plugin_registration_timeout=7, plugin_request_timeout=3) as (plugin, peer, _, started):
+        await peer.register()
+        await started.wait()
+        (request,) = peer.asked
+        assert plugin.name == "10-peer"
+        assert (request.registration_timeout, request.request_timeout) == (7000, 3000)
+        assert request.runtime_name == "criserver"
+        assert plugin.subscribed("CreateContainer"), "no events mean all"
+        with pytest.raises(CallError, match="registered already"):
+            await peer.register()
+
+
+async def test_only_events_that_were_subscribed() -> None:
+    async with connected() as (plugin, peer, _, started):
+        events = 1 << (nri.STOP_CONTAINER - 1)
+        peer.answer("Configure", nri.ConfigureRequest, lambda _: nri.ConfigureResponse(events=events))
+        await peer.register()
+        await started.wait()
+        assert plugin.subscribed("StopContainer")
+        assert not plugin.subscribed("CreateContainer")
+
+
+async def test_a_plugin_that_does_not_register_is_parted_with() -> None:
+    async with connected(plugin_registration_timeout=0.01) as (plugin, _, serving, _started):
+        await serving
+        assert plugin.closed
+        assert "did not register within" in plugin._reason
+
+
+async def test_a_wrong_name_is_answered_and_parted_with() -> None:
+    async with connected() as (plugin, peer, serving, _started):
+        with pytest.raises(CallError, match="not two digits"):
+            await peer.register(index="1")
+        await serving
+        assert plugin.closed
+
+
+def objects() -> tuple[list[nri.PodSandbox], list[nri.Container]]:
+    """More than one message can have."""
+    pods = [nri.PodSandbox(id=str(number)) for number in range(3)]
+    return pods, [nri.Container(id=str(number), args=["x" * 300_000]) for number in range(30)]
+
+
+async def test_a_large_synchronize_is_split() -> None:
+    async with connected() as (plugin, peer, _, started):
+        peer.answer("Synchronize", nri.SynchronizeRequest, lambda r: nri.SynchronizeResponse(more=r.more))
+        await peer.register()
+        await started.wait()
+        peer.asked.clear()
+        pods, containers = objects()
+        await plugin.synchronize(pods, containers)
+        assert len(peer.asked) > 2
+        assert [request.more for request in peer.asked] == [True] * (len(peer.asked) - 1) + [False]
+        assert [c.id for request in peer.asked for c in request.containers] == [c.id for c in containers]
+        assert [p.id for request in peer.asked for p in request.pods] == [p.id for p in pods]
+
+
+async def test_a_plugin_that_cannot_take_parts_is_parted_with() -> None:
+    async with connected() as (plugin, peer, serving, started):
+        peer.answer("Synchronize", nri.SynchronizeRequest, lambda r: nri.SynchronizeResponse())
+        await peer.register()
+        await started.wait()
+        with pytest.raises(FailedPreconditionError, match="several messages"):
+            await plugin.synchronize(*objects())
+        await serving
+
+
+async def test_what_is_no_message_parts_with_the_plugin() -> None:
+    async with connected() as (plugin, peer, serving, started):
+        peer.answer("CreateContainer", nri.CreateContainerRequest, lambda r: b"\xff")
+        await peer.register()
+        await started.wait()
+        with pytest.raises(PluginGoneError, match="what is no message"):
+            await plugin.call("CreateContainer", nri.CreateContainerRequest(), nri.CreateContainerResponse)
+        await serving
+
+
+async def test_a_plugin_that_goes_fails_the_call_under_way() -> None:
+    async with connected() as (plugin, peer, serving, started):
+        peer.answer("StopContainer", nri.StopContainerRequest, lambda r: peer.multiplexer.close() or b"")
+        await peer.register()
+        await started.wait()
+        with pytest.raises(PluginGoneError, match="10-peer"):
+            await plugin.call("StopContainer", nri.StopContainerRequest(), nri.StopContainerResponse)
+        await serving
+        assert not plugin.subscribed("StopContainer")
