@@ -27,7 +27,7 @@ from criserver.images import ContentStore, Images, RegistrySettings, host_platfo
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, host, recovery
+from criserver.runtime import apparmor, cgroups, host, node_readings, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -39,6 +39,7 @@ from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
+from criserver.telemetry import families
 from criserver.upkeep import Task
 from snapshotter import LayerLimits, Snapshotter, allocator, files
 from snapshotter.threads import Threads
@@ -68,11 +69,13 @@ async def serve(config: Config) -> None:
     upkeep.hear_the_rest()
     locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
     host.raise_open_files()
+    metrics = _metrics(config)
     store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
     snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
     runtimes = os.path.join(config.state, "runtimes")
     features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
     node = assemble(config, store, snapshotter, features)
+    node_readings.read_from(node)
     try:
         await node.nursery.start()
         await apparmor.load()
@@ -93,7 +96,7 @@ async def serve(config: Config) -> None:
         notify("READY=1")
         node.background(_finish_recovery(node), "the end of recovery failed")
         try:
-            await upkeep.keep(_tasks(node, store, server), stop)
+            await upkeep.keep([*_tasks(node, store, server), *metrics], stop)
         finally:
             log.info("stopping")
             notify("STOPPING=1")
@@ -115,7 +118,9 @@ async def serve(config: Config) -> None:
 async def _finish_recovery(node: Node) -> None:
     began = time.monotonic()
     await recovery.finish(node)
-    log.info("recovered", seconds=round(time.monotonic() - began, 3))
+    seconds = time.monotonic() - began
+    families.RECOVERY_DURATION.set(seconds)
+    log.info("recovered", seconds=round(seconds, 3))
     await node.images.collect()
 
 
@@ -187,6 +192,21 @@ def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
         Task("the measuring of writable layers", node.stats.disk.run),
         # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),
+    ]
+
+
+def _metrics(config: Config) -> list[Task]:
+    """Turn the metrics on if they are configured. Returns the tasks that serve them."""
+    if not config.metrics_address:
+        return []
+    # Imported here: most nodes have no metrics, and save the memory of prometheus-client.
+    from criserver.telemetry.exposition import CONTENT_TYPE, Exposition, measure_lag
+    from criserver.telemetry.scrape_server import ScrapeServer
+
+    endpoint = ScrapeServer(config.metrics_address, Exposition().render, CONTENT_TYPE)
+    return [
+        Task("the endpoint of metrics", endpoint.run),
+        Task("the measuring of the event loop's lag", measure_lag),
     ]
 
 

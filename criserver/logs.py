@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from criserver import journal
+from criserver.telemetry import families
 
 
 def set_up(level: str, form: str) -> None:
@@ -67,6 +68,7 @@ class _Lines:
             written = os.write(self._fd, data)
         except OSError:
             self.dropped += 1
+            families.LOG_DROPPED.add(1)
             return
         self._torn = written < len(data)
         self.dropped = self.dropped + 1 if self._torn else 0

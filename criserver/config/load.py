@@ -54,6 +54,7 @@ class Config:
     grpc_address: str
     log_level: str
     log_format: str
+    metrics_address: str
     cni_bin_dirs: tuple[str, ...]
     cni_conf_dir: str
     cni_timeout: float
@@ -98,6 +99,7 @@ def load(path: str | None) -> Config:
         grpc_address=merged["grpc"]["address"],
         log_level=merged["log"]["level"],
         log_format=merged["log"]["format"],
+        metrics_address=_metrics_address(path, merged["metrics"]["address"]),
         cni_bin_dirs=tuple(cni["bin_dirs"]),
         cni_conf_dir=cni["conf_dir"],
         cni_timeout=float(cni["timeout"]),
@@ -113,6 +115,31 @@ def load(path: str | None) -> Config:
         streaming=_streaming(path, merged["streaming"]),
         runtimes=runtimes,
     )
+
+
+def _metrics_address(path: str | None, address: str) -> str:
+    """The address as it is. The endpoint asks nobody who they are, so no other node may reach it."""
+    if not address or address.startswith("unix://"):
+        return address
+    host, _, port = address.rpartition(":")
+    if int(port) >= 1 << 16:
+        raise InvalidArgumentError(f"configuration {path}: metrics.address = {address!r}: {port} is not a port")
+    if host != "localhost" and not _is_loopback(host.strip("[]")):
+        raise InvalidArgumentError(
+            f"configuration {path}: metrics.address = {address!r}: {host} is not a loopback address; the metrics have "
+            "no authentication, so put a proxy such as kube-rbac-proxy before 127.0.0.1"
+        )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    # Imported here: most nodes have no metrics, and save its memory.
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _streaming(path: str | None, table: Mapping[str, Any]) -> Streaming:
@@ -166,6 +193,8 @@ def _explain(schema: dict[str, Any], error: Any) -> str:
             return f"{where} = {error.instance!r}; it must be an absolute path"
         case "pattern" if error.validator_value == schema["$defs"]["path_or_none"]["pattern"]:
             return f"{where} = {error.instance!r}; it must be an absolute path, or empty"
+        case "pattern" if where == "metrics.address":
+            return f"{where} = {error.instance!r}; it must be HOST:PORT, unix:///PATH, or empty"
         case "pattern" if where == "streaming.address":
             return f"{where} = {error.instance!r}; it must be HOST:PORT, with an IPv6 address in brackets"
         case _:

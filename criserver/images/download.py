@@ -14,6 +14,7 @@ from criserver.images.hosts import RegistryHost
 from criserver.images.manifests import Descriptor
 from criserver.images.retries import TryAgainError
 from criserver.numbers import decimal
+from criserver.telemetry import families
 
 # Fewer bytes are no progress: a server that sends a byte a second must not keep a download going.
 MIN_PROGRESS = 16 << 10
@@ -60,12 +61,12 @@ class Download:
         digest, size, offset = self._descriptor.digest, self._descriptor.size, self._ingest.size
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         async with self._exchange.get(host, f"blobs/{digest}", headers, idle=self._idle) as response:
-            await self._receive(response, offset)
+            await self._receive(response, offset, host.authority)
         if self._ingest.size < size:
             raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
         self._ingest.commit(digest)
 
-    async def _receive(self, response: aiohttp.ClientResponse, offset: int) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, offset: int, host: str) -> None:
         digest, size = self._descriptor.digest, self._descriptor.size
         skip = 0
         if response.status == 206:
@@ -77,6 +78,7 @@ class Download:
         async with asyncio.timeout(self._idle) as timer:
             async for chunk in response.content.iter_any():
                 taken += len(chunk)
+                families.DOWNLOADED.add(len(chunk), host)
                 if skip:
                     chunk, skip = chunk[skip:], max(0, skip - len(chunk))
                 if self._ingest.size + len(chunk) > size:

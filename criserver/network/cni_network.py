@@ -21,6 +21,7 @@ from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 from criserver.network.cni_result import CniResult, decode, excerpt, parse, stored
 from criserver.network.namespace_calls import is_pinned
 from criserver.network.pod_network import PodNetwork
+from criserver.telemetry import families
 from snapshotter.tasks import outlive
 
 # Seconds for the plugins' answers to the kubelet's Status call: the kubelet's node status waits for them.
@@ -228,21 +229,22 @@ class Network:
             env["CNI_NETNS"] = attachment.netns
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
-        reply = await cni_plugin.run(
-            path,
-            run_name=run_name,
-            env=env,
-            request=_request(config, plugin, attachment, prev),
-            timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
-        )
-        if reply.returncode == 0:
-            if reply.stderr:
-                _log.debug("CNI plugin's standard error", plugin=run_name, text=excerpt(reply.stderr))
-            return reply.stdout
-        code, message = cni_plugin.failure(reply)
-        if verb == "DEL" and code == _UNKNOWN_CONTAINER:
-            return b""
-        raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
+        with families.CNI_DURATION.timed(plugin["type"], verb, failures=families.CNI_FAILURES):
+            reply = await cni_plugin.run(
+                path,
+                run_name=run_name,
+                env=env,
+                request=_request(config, plugin, attachment, prev),
+                timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
+            )
+            if reply.returncode == 0:
+                if reply.stderr:
+                    _log.debug("CNI plugin's standard error", plugin=run_name, text=excerpt(reply.stderr))
+                return reply.stdout
+            code, message = cni_plugin.failure(reply)
+            if verb == "DEL" and code == _UNKNOWN_CONTAINER:
+                return b""
+            raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
 
     def _find(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> str:
         for directory in self._bin_dirs:
