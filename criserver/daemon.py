@@ -18,7 +18,7 @@ import grpc
 import structlog
 
 from criserver import __version__, upkeep
-from criserver.api import admin_service, image_service, runtime_service
+from criserver.api import admin_service, containerd_service, image_service, runtime_service
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.api.recovery_gate import pod_recovered
 from criserver.config import Config
@@ -27,7 +27,7 @@ from criserver.images import ContentStore, Images, RegistrySettings, host_platfo
 from criserver.network import Network
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, cgroups, host, node_readings, recovery
+from criserver.runtime import apparmor, cadvisor_cgroup, cgroups, host, node_readings, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -76,6 +76,7 @@ async def serve(config: Config) -> None:
     features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
     node = assemble(config, store, snapshotter, features)
     node_readings.read_from(node)
+    cadvisor_cgroup.watch(node)
     try:
         await node.nursery.start()
         await apparmor.load()
@@ -184,12 +185,14 @@ def _streaming(config: Config) -> StreamingServer:
 
 def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
     """The tasks that run for as long as the daemon serves."""
+    for_cadvisor = node.config.containerd_address
     return [
         Task("the CRI server", lambda: ended(server), vital=True),
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
         Task("the check of images after an unclean boot", node.images.check_suspects),
         Task("the sync of new images", node.images.sync, every=SYNC_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
+        *([Task("containerd's socket", lambda: containerd_service.serve(for_cadvisor, node))] if for_cadvisor else []),
         # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),
     ]
@@ -230,6 +233,7 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
         node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
     )
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
+    handlers += containerd_service.handlers(node)
     before = partial(pod_recovered, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):

@@ -52,6 +52,7 @@ class Config:
     root: str
     state: str
     grpc_address: str
+    containerd_address: str
     log_level: str
     log_format: str
     metrics_address: str
@@ -97,6 +98,7 @@ def load(path: str | None) -> Config:
         root=os.path.normpath(merged["root"]),
         state=os.path.normpath(merged["state"]),
         grpc_address=merged["grpc"]["address"],
+        containerd_address=merged["grpc"]["containerd_address"],
         log_level=merged["log"]["level"],
         log_format=merged["log"]["format"],
         metrics_address=_metrics_address(path, merged["metrics"]["address"]),
