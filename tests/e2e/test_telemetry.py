@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import shutil
+import subprocess
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -22,11 +28,11 @@ class Scrapes:
     """Scrapes of a node's metrics."""
 
     def __init__(self, port: int) -> None:
-        self._address = f"http://127.0.0.1:{port}/metrics"
+        self.address = f"127.0.0.1:{port}"
 
     def all(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """Every sample, by its name and its labels."""
-        with urllib.request.urlopen(self._address, timeout=30) as answer:
+        with urllib.request.urlopen(f"http://{self.address}/metrics", timeout=30) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             families = text_string_to_metric_families(answer.read().decode())
             return {(s.name, frozenset(s.labels.items())): s.value for f in families for s in f.samples}
@@ -46,7 +52,7 @@ def node(nothing_left: None, busybox_archive: str, scrapes: Scrapes) -> Iterator
     node = Node()
     try:
         with open(node.config, "a") as f:
-            f.write(f'[metrics]\naddress = "{scrapes._address.split("/")[2]}"\n')
+            f.write(f'[metrics]\naddress = "{scrapes.address}"\n')
         node.start()
         import_image(node, busybox_archive)
         yield node
@@ -134,3 +140,39 @@ def test_recovery_at_the_start_and_the_process(node: Node, scrapes: Scrapes) -> 
     assert scrapes.value("asyncio_tasks") > 0
     assert scrapes.all()["process_open_fds", frozenset()] > 5
     node.client.StopContainer(container_id=container, timeout=0)
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH")
+def test_a_prometheus_scrapes_the_node_and_an_alert_fires(node: Node, scrapes: Scrapes, tmp_path: Path) -> None:
+    rules, address = Path(__file__).parents[2] / "contrib/prometheus/criserver.rules.yml", f"127.0.0.1:{free_port()}"
+    configuration = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(rules)],
+        "scrape_configs": [{"job_name": "criserver", "static_configs": [{"targets": [scrapes.address]}]}],
+    }
+    (tmp_path / "prometheus.yml").write_text(json.dumps(configuration))
+    node.run(node.run_pod(), "c", ["sleep", "1000"])
+    words = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    process = subprocess.Popen(
+        [*words, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def asked(path: str) -> Any:
+        with suppress(OSError), urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def value(expression: str) -> str | None:
+        found = asked(f"query?query={expression}")
+        return found["result"][0]["value"][1] if found and found["result"] else None
+
+    try:
+        eventually(lambda: value("criserver_sandboxes%7Bstate=%22ready%22%7D") == "1")
+        eventually(lambda: value("instance:criserver_event_loop_lag_seconds:p99_rate5m"))
+        groups = asked("rules")["groups"]
+        assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+        node.stop()
+        eventually(lambda: "CriserverDown" in {alert["labels"]["alertname"] for alert in asked("alerts")["alerts"]})
+    finally:
+        process.terminate()
+        process.wait(30)
+        node.start()
