@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import fcntl
 import gc
 import os
 import signal
@@ -17,16 +16,18 @@ from functools import partial
 import grpc
 import structlog
 
-from criserver import __version__, upkeep
+from criserver import __version__, upkeep, work_under_way
 from criserver.api import admin_service, containerd_service, image_service, runtime_service
+from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
-from criserver.api.recovery_gate import pod_recovered
-from criserver.config import Config
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.config import Config, Settings, config_of
+from criserver.errors import CriError, FailedPreconditionError, told_in_words
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
+from criserver.own_directories import DATABASE, ROOT, STATE, hold
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.reload import Reloads, reload_at
 from criserver.runtime import apparmor, cadvisor_cgroup, cgroups, host, node_readings, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
@@ -41,7 +42,7 @@ from criserver.store import Store
 from criserver.streaming import StreamingServer
 from criserver.telemetry import families
 from criserver.upkeep import Task
-from snapshotter import LayerLimits, Snapshotter, allocator, files
+from snapshotter import LayerLimits, Snapshotter, allocator
 from snapshotter.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -52,37 +53,45 @@ CHECKPOINT_INTERVAL = 60.0
 # Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
 SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
+_NO_START = "the daemon cannot start"
 
 
-async def serve(config: Config) -> None:
+async def serve(settings: Settings, path: str) -> None:
     """Serve until SIGTERM or SIGINT. Containers go on without the daemon.
+
+    SIGHUP reads the configuration file ``path`` anew, and SIGUSR1 logs the work under way.
 
     Raises FailedPreconditionError if another daemon uses the directories, and CriError if the host refuses something
     that the start needs or if a task fails that the daemon cannot work without.
     """
     began = time.monotonic()
-    stop = asyncio.Event()
+    config = config_of(settings)
+    stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    loop.add_signal_handler(signal.SIGUSR1, work_under_way.log_it)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.set_default_executor(Threads())
     upkeep.hear_the_rest()
-    locks = [hold(directory) for directory in dict.fromkeys((config.root, config.state))]
+    locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()
     metrics = _metrics(config)
-    store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
-    snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
-    runtimes = os.path.join(config.state, "runtimes")
-    features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
-    node = assemble(config, store, snapshotter, features)
+    with told_in_words(_NO_START):
+        store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
+        snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
+        runtimes = os.path.join(config.state, "runtimes")
+        features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
+        node = assemble(config, store, snapshotter, features)
     node_readings.read_from(node)
     cadvisor_cgroup.watch(node)
     try:
-        await node.nursery.start()
-        await apparmor.load()
-        recovery.begin(node)
-        await node.streaming.start()
-        server = await listen(config.grpc_address, _services(node))
+        with told_in_words(_NO_START):
+            await node.nursery.start()
+            await apparmor.load()
+            recovery.begin(node)
+            await node.streaming.start()
+            server = await listen(config.grpc_address, _services(node))
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
@@ -97,7 +106,8 @@ async def serve(config: Config) -> None:
         notify("READY=1")
         node.background(_finish_recovery(node), "the end of recovery failed")
         try:
-            await upkeep.keep([*_tasks(node, store, server), *metrics], stop)
+            reloads = Task("the reload", partial(reload_at, hangup, Reloads(node, settings, path)))
+            await upkeep.keep([*_tasks(node, store, server), reloads, *metrics], stop)
         finally:
             log.info("stopping")
             notify("STOPPING=1")
@@ -144,12 +154,7 @@ def assemble(
             store,
             ContentStore(os.path.join(config.root, "content")),
             snapshotter,
-            RegistrySettings(
-                config.registry_config_path,
-                config.registry_auth_file,
-                config.registry_max_downloads,
-                config.registry_progress_timeout,
-            ),
+            RegistrySettings.of(config),
             host_platform(),
             note=os.path.join(config.root, "synced.json"),
         ),
@@ -227,14 +232,12 @@ def _writable_layers(records: RecordStore) -> dict[str, bool]:
 
 
 def _services(node: Node) -> list[grpc.GenericRpcHandler]:
-    root, containers = node.config.root, node.records.containers
-    images = image_service.ImageService(node.images, os.path.join(root, "snapshots"), node.stats.disk.total)
-    operator = admin_service.AdminService(
-        node.images, os.path.join(root, "spool"), lambda: {c.image_id for c in containers.values()}
-    )
+    snapshots = os.path.join(node.config.root, "snapshots")
+    images = image_service.ImageService(node.images, snapshots, node.stats.disk.total)
+    operator = admin_service.AdminService(node)
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
     handlers += containerd_service.handlers(node)
-    before = partial(pod_recovered, node)
+    before = partial(prepare, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):
         runtime = runtime_service.RuntimeService(node, version)
@@ -246,34 +249,13 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
     return handlers
 
 
-def hold(directory: str, advice: str = "stop it, or give this one another root and state") -> int:
-    """Make a directory that only root can enter, and lock it. The kernel unlocks it however this process ends.
-
-    Raises FailedPreconditionError with ``advice`` if another process has locked it.
-    """
-    files.make_private(directory)
-    path = os.path.join(directory, "criserver.lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise FailedPreconditionError(f"another criserver (PID {holder}) uses {directory}; {advice}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    # Releases before 0.2 let other users pass.
-    files.close_to_others(directory)
-    return fd
-
-
 def watch_children() -> None:
     """Let the event loop watch its children by pidfd. Before Python 3.12 its default is a thread for each child."""
     if sys.version_info < (3, 12):
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
 
 
-def run(config: Config) -> int:
+def run(settings: Settings, path: str) -> int:
     """Run :func:`serve` in an event loop of its own. Returns the process's exit code."""
     if os.geteuid() != 0:
         print(
@@ -286,7 +268,7 @@ def run(config: Config) -> int:
     allocator.return_memory()
     watch_children()
     try:
-        asyncio.run(serve(config))
+        asyncio.run(serve(settings, path))
     except CriError as e:
         print(f"criserver: {e}", file=sys.stderr)
         return 1

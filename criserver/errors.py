@@ -7,6 +7,8 @@ name. The message says what was wrong, with which name, and what to do about it.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -82,6 +84,21 @@ class UnimplementedError(CriError):
     code = "UNIMPLEMENTED"
 
 
+def os_words(error: OSError) -> str:
+    """What a system call that fails says, without its number: the path, where it is known, and the reason."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+@contextmanager
+def told_in_words(what: str) -> Iterator[None]:
+    """Turn an OSError of the block into a FailedPreconditionError: ``what`` cannot be done, on which path, and why."""
+    try:
+        yield
+    except OSError as e:
+        raise FailedPreconditionError(f"{what}: {os_words(e)}") from e
+
+
 # What the node has run out of, and which limits say so.
 _EXHAUSTED = {
     errno.EAGAIN: "no process or thread can be started now: TasksMax of the service, a pids limit or kernel.pid_max",
@@ -92,6 +109,8 @@ _EXHAUSTED = {
     errno.EDQUOT: "the disk quota is used up",
 }
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
+# A disk cannot be read or written, its file system is damaged or has become read-only, or it is gone.
+_DISK_FAULTS = (errno.EIO, errno.EUCLEAN, errno.EROFS, errno.ENXIO, errno.ESTALE, errno.EREMOTEIO)
 
 
 def exhaustion(error: BaseException) -> str:
@@ -99,13 +118,26 @@ def exhaustion(error: BaseException) -> str:
 
     An error of a class with a code of its own says itself that a disk is full.
     """
-    cause: BaseException | None = error
-    seen: set[int] = set()
-    # A chain of causes may have a circle: ``raise e from e`` makes one, also in a library.
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
             told = isinstance(error, CriError) and error.code != CriError.code
             return "" if told and cause.errno in _SPACE else _EXHAUSTED[cause.errno]
-        cause = cause.__cause__
     return _EXHAUSTED[errno.ENOMEM] if isinstance(error, MemoryError) else ""
+
+
+def disk_fault(error: BaseException) -> str:
+    """Which path a failing disk or file system has kept from being used, "" for an error of any other cause."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in _DISK_FAULTS:
+            return f"{os_words(cause)}: a disk or its file system has failed; the kernel's log (dmesg) says more"
+    return ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and its causes. The chain may have a circle: ``raise e from e`` makes one, also in a library."""
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 import structlog
 
 from criserver.config import Config
-from criserver.daemon import assemble, hold, watch_children
-from criserver.errors import CriError
+from criserver.daemon import assemble, watch_children
+from criserver.errors import CriError, NotFoundError, told_in_words
+from criserver.own_directories import DATABASE, OF_THE_DISK, ROOT, STATE, Kind, foreign, hold, is_ours
 from criserver.runtime import cgroups, service_manager
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.features import Features
@@ -25,7 +26,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
 from criserver.runtime.recovery import entries, recover
-from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.runtime.sandbox_remove import remove_sandbox_by_force
 from criserver.store import Store
 from snapshotter import Snapshotter, mounts, removal
 
@@ -59,32 +60,40 @@ def run(config: Config, *, grace: float, everything: bool, agreed: Callable[[int
     3. A network plugin that fails does not keep its pod from being removed.
     4. A record that cannot be read is deleted. Its pod or container is cleared like one without a record.
 
-    Raises FailedPreconditionError while a daemon runs, and CriError if the database cannot be read.
+    5. Only what criserver has made is deleted. Other files in the directories stay, and the outcome names them.
+
+    Raises FailedPreconditionError while a daemon runs and if one of the directories is not ours, and CriError if the
+    database cannot be read.
     """
     watch_children()
     return asyncio.run(_reset(config, grace, everything, agreed))
 
 
 async def _reset(config: Config, grace: float, everything: bool, agreed: Callable[[int, int], bool]) -> Outcome | None:
-    directories = tuple(dict.fromkeys((config.root, config.state)))
-    if not any(map(os.path.isdir, directories)):
-        return Outcome(0, 0)
+    directories = ((config.root, ROOT), (config.state, STATE))
+    if not any(os.path.isdir(directory) and is_ours(directory, kind) for directory, kind in directories):
+        # No daemon has used this configuration, so there are no pods of it.
+        reasons = [foreign(directory, kind, config.grpc_address) for directory, kind in directories]
+        return Outcome(0, 0, tuple(f"{words}; nothing was deleted there" for words in reasons if words))
     with contextlib.ExitStack() as held:
-        for directory in directories:
-            held.callback(os.close, hold(directory, _ADVICE))
-        outcome = await _take_down(config, grace, agreed)
+        for directory, kind in directories:
+            held.callback(os.close, hold(directory, kind, config.grpc_address, _ADVICE))
+        with told_in_words("the node cannot be reset"):
+            outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:
-            undeleted = await asyncio.to_thread(_delete, config.state, config.grpc_address)
+            deleted = [await asyncio.to_thread(_delete, config.state, STATE, config.grpc_address)]
             if everything:
-                undeleted += await asyncio.to_thread(_delete, config.root)
-            outcome = dataclasses.replace(outcome, left=tuple(undeleted))
+                deleted.append(await asyncio.to_thread(_delete, config.root, ROOT, config.grpc_address))
+            kept = tuple(words for foreign_names, _ in deleted for words in foreign_names)
+            left = tuple(words for _, undeleted in deleted for words in undeleted)
+            outcome = dataclasses.replace(outcome, failures=(*outcome.failures, *kept), left=left)
     return outcome
 
 
 async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], bool]) -> Outcome | None:
     # A reset serves no streams, so a missing certificate must not prevent it.
     config = dataclasses.replace(config, streaming=dataclasses.replace(config.streaming, tls_cert="", tls_key=""))
-    store = Store(os.path.join(config.root, "criserver.db"), os.path.join(config.state, "records"))
+    store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
     try:
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"))
         node = assemble(config, store, snapshotter, dict.fromkeys(config.runtimes, Features()), skip_unreadable=True)
@@ -136,28 +145,20 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
     name = f"pod {sandbox.config.namespace}/{sandbox.config.name} ({sandbox.id})"
     async with turn:
         try:
-            await remove_sandbox(node, sandbox.id)
-            return None
-        except (CriError, OSError) as e:
-            failure = str(e)
-        current = node.records.sandboxes.get(sandbox.id)
-        if current is None or not current.attachment:
-            return True, f"{name}: {failure}"
-        # The plugin has failed, so go on without it. The namespace and its interfaces end with the pod. The cluster's
-        # operator must clean up what the network keeps elsewhere, such as a lease.
-        await node.records.observe(dataclasses.replace(current, attachment=""))
-        try:
-            await remove_sandbox(node, sandbox.id)
+            left = await remove_sandbox_by_force(node, sandbox.id)
+        except NotFoundError:
+            return None  # its recovery has removed it
         except (CriError, OSError) as e:
             return True, f"{name}: {e}"
-        return False, f"{name}: its network plugins did not clean up: {failure}"
+    return (False, f"{name}: its network plugins did not clean up: {'; '.join(left)}") if left else None
 
 
 def _left(config: Config) -> Iterator[str]:
     """Mounts and shims of pods that are still on this node, whatever the records say."""
-    for directory in dict.fromkeys((config.state, config.root)):
+    for directory, kind in ((config.state, STATE), (config.root, ROOT)):
+        ours = tuple(os.path.join(directory, name, "") for name in kind.names)
         for point in mounts.mounts_below(directory):
-            if point not in (config.root, config.state):
+            if f"{point}/".startswith(ours):
                 yield f"mount {point}"
     below = os.path.join(config.state, "containers") + "/"
     for name in os.listdir("/proc"):
@@ -168,16 +169,29 @@ def _left(config: Config) -> Iterator[str]:
             continue  # it has ended
 
 
-def _delete(directory: str, *others: str) -> list[str]:
-    """Delete a directory, or only its contents if it is a mount point. Returns what is left, in words."""
+def _delete(directory: str, kind: Kind, socket: str) -> tuple[list[str], list[str]]:
+    """Delete what we have made in a directory, and the directory itself if it is empty then and no mount point.
+
+    Returns what is not ours and stays, and what cannot be deleted, both in words.
+    """
     left = []
-    for path in (*others, *(os.path.join(directory, name) for name in os.listdir(directory))):
+    ours = [os.path.join(directory, name) for name in kind.names]
+    if kind is STATE:
+        ours.append(socket)
+    for path in ours:
         try:
             removal.remove_path(path)
         except OSError as e:
             left.append(f"{path}, which cannot be deleted: {e}")
+    if left:
+        return [], left
+    kept = [name for name in sorted(os.listdir(directory)) if name not in (kind.marker, OF_THE_DISK)]
+    if kept:
+        # With its marker, so that a later daemon can use it.
+        return [f"{os.path.join(directory, name)} stays: criserver did not make it" for name in kept], []
+    removal.remove_path(os.path.join(directory, kind.marker))
     try:
         os.rmdir(directory)
     except OSError as e:
         log.debug("the directory stays", path=directory, error=str(e))
-    return left
+    return [], []

@@ -6,6 +6,7 @@ import os
 import select
 
 from .lean import AF_UNIX, SOCK_STREAM, Socket, accept
+from .shim_config import reason
 from .wire import Channel, ProtocolError
 
 TYPE_CHECKING = False
@@ -109,7 +110,7 @@ class Connections:
         try:
             return self._answer(channel, message, fds)
         except Exception as error:  # noqa: BLE001 - no request may end the process that holds a container
-            return {"error": str(error) or type(error).__name__}, ()
+            return {"error": reason(error)}, ()
         finally:
             for fd in fds:
                 os.close(fd)

@@ -7,7 +7,7 @@ import os
 from .exit_record import exit_code
 from .lean import SIGKILL
 from .runtime import LateError, read_small
-from .shim_config import RequestError, text
+from .shim_config import RequestError, reason, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Execs:
                 "event": "exec-failed",
                 "exec_id": execution.id,
                 "exec": execution.id,
-                "error": str(error),
+                "error": reason(error),
                 "late": isinstance(error, LateError),
             }
         else:

@@ -14,7 +14,7 @@ import select
 from .lean import ENDING_SIGNALS, SIGCHLD, Socket, ignore_signal, on_signal
 from .loop import Loop, wake
 from .shim import Shim
-from .shim_config import RequestError, ShimConfig
+from .shim_config import RequestError, ShimConfig, reason
 from .wire import VERSION, Channel, ProtocolError
 
 TYPE_CHECKING = False
@@ -79,9 +79,9 @@ class _NurseryProcess:
             if os.fork() == 0:
                 self._become_shim(config, fds[0])
         except RequestError as error:
-            return {"error": str(error)}
+            return {"error": reason(error)}
         except OSError as error:
-            return {"error": str(error), "errno": error.errno or 0}
+            return {"error": reason(error), "errno": error.errno or 0}
         finally:
             for fd in fds:
                 os.close(fd)

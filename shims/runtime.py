@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from .lean import loads
-from .shim_config import RequestError
+from .shim_config import RequestError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,14 +54,20 @@ class Runtime:
     def started_pid(self, verb: str, call: Call | None, code: int, pid_file: str, log: str) -> int:
         """The process that a run or an exec has started, once it has ended itself with `code`.
 
-        Raises RequestError (LateError where it was killed at its limit: its log does not say why it failed), and
-        OSError or ValueError where there is no good PID file.
+        Raises RequestError, also where there is no good PID file; LateError where it was killed at its limit: its log
+        does not say why it failed.
         """
         if code and call is not None and call.late:
             raise LateError(f"{self._path} {verb} did not come back within {call.limit:g} s")
         if code:
             raise RequestError(self.last_error(log, code))
-        return int(read_small(pid_file))
+        try:
+            return int(read_small(pid_file))
+        except (OSError, ValueError) as error:
+            raise RequestError(
+                f"{self._path} {verb} ended as if it had succeeded, but there is no process ID in {pid_file}: "
+                f"{reason(error)}"
+            ) from None
 
     def last_error(self, log: str, code: int) -> str:
         """Why a call failed: the last error in its log, else how it ended.

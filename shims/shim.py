@@ -19,7 +19,7 @@ from .loop import Loop
 from .oom_watch import OomWatch
 from .output import Output
 from .runtime import LateError, Runtime, start_ticks
-from .shim_config import RequestError, text, texts
+from .shim_config import RequestError, reason, text, texts
 from .wire import VERSION, receive_once
 
 TYPE_CHECKING = False
@@ -83,7 +83,7 @@ class Shim:
             listening = True
             self._start()
         except (OSError, RequestError) as error:
-            failed: FailedEvent = {"event": "failed", "error": str(error), "late": isinstance(error, LateError)}
+            failed: FailedEvent = {"event": "failed", "error": reason(error), "late": isinstance(error, LateError)}
             self._connections.tell(failed)
         else:
             self._loop.until(lambda: self._status is not None)
@@ -142,7 +142,7 @@ class Shim:
             self._failure = error
             return
         except (OSError, ValueError) as error:
-            self._failure = RequestError(str(error) or type(error).__name__)
+            self._failure = RequestError(reason(error))
             return
         self._init = pid
         self._oom.start()
@@ -209,7 +209,7 @@ class Shim:
             try:
                 self._loop.spawn(self._runtime.delete(self._path(_LOG)), (0, 1, 2), _DELETE_LIMIT, codes.append)
             except OSError as error:
-                return str(error)
+                return reason(error)
             self._loop.until(lambda: bool(codes))
             self._deleted = codes == [0]
         return "" if self._deleted else self._runtime.last_error(self._path(_LOG), codes[0])

@@ -11,6 +11,13 @@ class RequestError(Exception):
     """A request, or the start itself, cannot be carried out. The daemon gets the text."""
 
 
+def reason(error: Exception) -> str:
+    """What an error says, for the daemon; of a system call that fails: on which path, and why."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 class ShimConfig:
     """A checked `shims.messages.ForkConfig`. Raises RequestError for a key that is missing or wrong."""
 

@@ -54,7 +54,6 @@ class Snapshotter:
     def __init__(self, root: str, *, limits: LayerLimits | None = None, workers: int | None = None) -> None:
         self.root = os.path.abspath(root)
         self.commits = 0  # layers committed by this object
-        self.limits = limits or LayerLimits()
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
         self._unsettled: set[str] = set()  # layers that have implied directories, by chain ID
@@ -69,7 +68,16 @@ class Snapshotter:
         used = (int(name) for name in os.listdir(self._path("layers")) if _NUMBER.fullmatch(name))
         self._numbers = itertools.count(max(used, default=0) + 1)
         self._mounter = OverlayMounter(self.root, self._staging)
-        self._workers = Workers(self._staging, self.limits, workers or max(2, os.cpu_count() or 1))
+        self._workers = Workers(self._staging, limits or LayerLimits(), workers or max(2, os.cpu_count() or 1))
+
+    @property
+    def limits(self) -> LayerLimits:
+        """The limits of layers. New ones hold for the layers that are unpacked from then on."""
+        return self._workers.limits
+
+    @limits.setter
+    def limits(self, limits: LayerLimits) -> None:
+        self._workers.limits = limits
 
     def close(self) -> None:
         """End the threads. What is mounted stays mounted."""

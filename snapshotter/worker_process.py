@@ -57,7 +57,7 @@ class Workers:
 
     def __init__(self, staging: Staging, limits: LayerLimits, count: int) -> None:
         self._staging = staging
-        self._limits = limits
+        self.limits = limits  # for the layers that are unpacked from now on
         self._slots = asyncio.Semaphore(count)
         self._arrivals = 0
 
@@ -101,12 +101,12 @@ class Workers:
             options = {
                 "compression": compression,
                 "diff_id": diff_id,
-                "limits": self._limits._asdict(),
+                "limits": self.limits._asdict(),
                 "daemon": os.getpid(),
                 "told": told,
             }
             try:
-                return area, await _run_worker(area, blob, options, self._limits)
+                return area, await _run_worker(area, blob, options, self.limits)
             except SnapshotError as e:
                 raise type(e)(f"layer {diff_id}: {e}") from e
             except OSError as e:

@@ -1,15 +1,18 @@
-"""The RPCs of ``criserver image`` that CRI does not have."""
+"""The RPCs of ``criserver image`` and ``criserver pod`` that CRI does not have."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+import os
+from collections.abc import AsyncIterator
 
 import aiofiles.tempfile
 
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images import Credentials, Damage, Image, Images, LayerProgress, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.runtime.node import Node
+from criserver.runtime.sandbox_remove import remove_sandbox, remove_sandbox_by_force
 from snapshotter.files import make_private
 
 # Seconds between two progress reports of a pull.
@@ -23,15 +26,12 @@ _STAGES = {
 
 
 class AdminService:
-    """The methods have the names of the RPCs in admin.proto, which documents them.
+    """The methods have the names of the RPCs in admin.proto, which documents them."""
 
-    ``used`` returns the IDs of the images of all containers.
-    """
-
-    def __init__(self, images: Images, spool_directory: str, used: Callable[[], Collection[str]]) -> None:
-        self._images = images
-        self._spool = spool_directory
-        self._used = used
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._images: Images = node.images
+        self._spool = os.path.join(node.config.root, "spool")
 
     async def import_image(self, request: AsyncIterator[admin.ImportImageRequest]) -> admin.ImportImageResponse:
         make_private(self._spool)
@@ -101,12 +101,24 @@ class AdminService:
             )
 
     async def prune_images(self, request: admin.PruneImagesRequest) -> admin.PruneImagesResponse:
-        pruned = await self._images.prune(unused=request.all, used=self._used())
+        pruned = await self._images.prune(
+            unused=request.all, used={c.image_id for c in self._node.records.containers.values()}
+        )
         return admin.PruneImagesResponse(
             images=[_image(image) for image in pruned.images],
             freed_bytes=pruned.freed.bytes,
             freed_inodes=pruned.freed.inodes,
         )
+
+    async def remove_pod(self, request: admin.RemovePodRequest) -> admin.RemovePodResponse:
+        sandbox = self._node.records.sandbox(request.id)
+        await self._node.recovered(sandbox.id)
+        left: list[str] = []
+        if request.force:
+            left = await remove_sandbox_by_force(self._node, sandbox.id)
+        else:
+            await remove_sandbox(self._node, sandbox.id)
+        return admin.RemovePodResponse(id=sandbox.id, left=left)
 
     def _damage(self, damage: Damage) -> admin.Damage:
         if not damage.images:

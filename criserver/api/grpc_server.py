@@ -16,8 +16,9 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from criserver import logs
 from criserver.api import bounds
-from criserver.errors import CriError, UnimplementedError, exhaustion
+from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, os_words
 from criserver.runtime.attempts import deadline
 from criserver.telemetry import families
 from criserver.text import status
@@ -26,6 +27,9 @@ log = structlog.get_logger(__name__)
 
 # The kubelet's limit for an answer.
 MAX_MESSAGE = 16 << 20
+
+# Codes of errors that are no fault of the node.
+_ROUTINE = ("ALREADY_EXISTS", "CANCELLED", "NOT_FOUND", "UNIMPLEMENTED")
 
 Handler = Callable[[Any], Awaitable[Any]]
 _Call = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
@@ -108,21 +112,24 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
-        with _Counted(method, timed=True) as counted:
+        with logs.call(method.name), _Counted(method, timed=True) as counted:
             try:
                 if isinstance(request, Message):  # not for a stream of requests
                     bounds.check(request)
                     await before(request)
-                return await implementation(request)
+                answer = await implementation(request)
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
                 counted.code, text = _status(method.name, e)
                 await context.abort(counted.code, text)
+            log.debug("call done", seconds=logs.elapsed())
+            return answer
 
     return call
 
 
 def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # No block of logs.call: the generator may be closed in another context.
         with _Counted(method, timed=False) as counted:
             try:
                 bounds.check(request)
@@ -141,15 +148,23 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, ExceptionGroup):
         return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
     if reason := exhaustion(error):
-        message = status(f"{rpc}: {error} ({reason})")
-        log.warning("call failed, as the node has run out of something", rpc=rpc, error=message)
+        message = status(f"{rpc}: {os_words(error) if isinstance(error, OSError) else error} ({reason})")
+        log.warning("call failed: the node has run out of something", error=message, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode.RESOURCE_EXHAUSTED, message
+    if reason := disk_fault(error):
+        code = error.code if isinstance(error, CriError) else CriError.code
+        message = status(f"{rpc}: {error} ({reason})" if isinstance(error, CriError) else f"{rpc}: {reason}")
+        log.error("call failed: a disk or file system does not work", error=message, rpc=rpc, seconds=logs.elapsed())
+        return grpc.StatusCode[code], message
     if isinstance(error, CriError):
         message = status(str(error))
-        log.info("call refused", rpc=rpc, code=error.code, error=message)
+        # A kubelet asks for what is gone as a matter of routine.
+        tell = log.info if error.code in _ROUTINE else log.warning
+        tell("call failed", error=message, code=error.code, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode[error.code], message
-    log.error("call failed", rpc=rpc, exc_info=error)
-    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {error}")
+    log.error("call failed", rpc=rpc, exc_info=error, seconds=logs.elapsed())
+    words = os_words(error) if isinstance(error, OSError) else error
+    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {words}")
 
 
 def _absent(rpc: str, feature: str, *, streams: bool) -> Any:

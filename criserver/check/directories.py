@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.config import Config
+from criserver.own_directories import ROOT, STATE, foreign
 
 # The kubelet's defaults: below these shares of free space it removes images, and later evicts pods.
 _SPACE, _INODES = 0.15, 0.05
@@ -15,6 +16,12 @@ _SPACE, _INODES = 0.15, 0.05
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """The root and the state directory."""
+    for directory, kind in ((config.root, ROOT), (config.state, STATE)):
+        # Only root can look into the directories of a daemon.
+        if host.privileged and (unfit := foreign(host.path(directory), kind, host.path(config.grpc_address))):
+            fault, _, advice = unfit.partition("; ")
+            yield missing(fault, advice)
+            return
     root = host.nearest(config.root)
     mount = host.mount_of(root)
     where = f"root = {config.root}" + (f", on {mount.kind} ({mount.point})" if mount else "")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.config import Config
+from criserver.own_directories import LOCK
 
 _OTHERS = {
     "containerd": "/run/containerd/containerd.sock",
@@ -43,7 +44,7 @@ def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
 
 def _holder(host: ExaminedNode, config: Config) -> int:
     """The PID of the daemon that uses the state directory, 0 if none does."""
-    path = os.path.join(config.state, "criserver.lock")
+    path = os.path.join(config.state, LOCK)
     held = host.read(path)
     if not held or not held.isdecimal():
         return 0

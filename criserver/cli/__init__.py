@@ -1,4 +1,4 @@
-"""The command line: serve, check, config, image, reset."""
+"""The command line: serve, check, config, image, pod, reset."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from criserver import __version__
-from criserver.config import default_text, load
+from criserver.cli.options import add_config, config_path, configuration, settings
+from criserver.config import config_of, default_text, text
 from criserver.errors import CriError
-
-# The configuration file of the package's service.
-NODES_CONFIG = "/etc/criserver/config.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,24 +31,37 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the daemon")
-    serve.add_argument("--config", metavar="FILE", help="TOML file; without it the defaults are used")
+    add_config(serve)
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
         "check", help="report what this node lacks before pods can run; exits with 1 if they cannot"
     )
-    _add_config(check)
+    add_config(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
     config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="ACTION")
     default = config.add_parser("default", help="print every key with its default and its meaning")
     default.set_defaults(run=_config_default)
+    show = config.add_parser("show", help="print every key with its value here, and the file that set it")
+    add_config(show)
+    show.set_defaults(run=_config_show)
+    sound = config.add_parser("check", help="exit with 1 if the daemon would refuse the configuration, and say why")
+    add_config(sound)
+    sound.set_defaults(run=_config_check)
 
     _add_image(commands.add_parser("image", help="images of a running daemon"))
 
+    pod = commands.add_parser("pod", help="pods of a running daemon").add_subparsers(required=True, metavar="ACTION")
+    remove = pod.add_parser("remove", help="end and remove a pod with its containers")
+    add_config(remove)
+    remove.add_argument("--force", action="store_true", help="also if its network plugins fail; it says what is left")
+    remove.add_argument("id", metavar="ID", help="the pod's ID, or the first characters of it")
+    remove.set_defaults(run=_pod_remove)
+
     reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
-    _add_config(reset)
+    add_config(reset)
     reset.add_argument("--yes", action="store_true", help="do not ask")
     reset.add_argument(
         "--grace", metavar="SECONDS", type=float, default=10, help="between stop signal and SIGKILL (10)"
@@ -60,19 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    """The option for the configuration of this node's daemon."""
-    there = NODES_CONFIG if os.path.exists(NODES_CONFIG) else None
-    words = f"the daemon's configuration; by default {NODES_CONFIG}, if it exists"
-    parser.add_argument("--config", metavar="FILE", default=there, help=words)
-
-
 def _add_image(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     def add(name: str, function: str, words: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
-        _add_config(action)
+        add_config(action)
         action.set_defaults(run=_image, function=function)
         return action
 
@@ -117,7 +121,8 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = load(options.config)
+    given = settings(options)
+    config = config_of(given)
     # gRPC reads this when it is imported. After a fork that fails because the node has no process left, gRPC's fork
     # handlers would leave its server unable to take calls. No child of the daemon uses gRPC, so it needs no handlers.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -125,17 +130,27 @@ def _serve(options: argparse.Namespace) -> int:
     from criserver import daemon, logs
 
     logs.set_up(config.log_level, config.log_format)
-    return daemon.run(config)
+    return daemon.run(given, config_path(options))
 
 
 def _check(options: argparse.Namespace) -> int:
     from criserver.cli.check import check
 
-    return check(load(options.config), as_json=options.json)
+    return check(configuration(options), as_json=options.json)
 
 
 def _config_default(_: argparse.Namespace) -> int:
     print(default_text(), end="")
+    return 0
+
+
+def _config_show(options: argparse.Namespace) -> int:
+    print(text(settings(options)), end="")
+    return 0
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    configuration(options)
     return 0
 
 
@@ -145,7 +160,13 @@ def _image(options: argparse.Namespace) -> int:
     return int(getattr(image_commands, options.function)(options))
 
 
+def _pod_remove(options: argparse.Namespace) -> int:
+    from criserver.cli import pod_commands
+
+    return pod_commands.remove(options)
+
+
 def _reset(options: argparse.Namespace) -> int:
     from criserver.cli.reset import reset
 
-    return reset(load(options.config), grace=options.grace, everything=options.images, yes=options.yes)
+    return reset(configuration(options), grace=options.grace, everything=options.images, yes=options.yes)

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import grpc
 
 from criserver.cli.client import connected, method, words
+from criserver.cli.options import configuration
 from criserver.cli.progress_display import display, short, size_words
-from criserver.config import load
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -141,7 +141,7 @@ def prune(options: argparse.Namespace) -> int:
 
 
 def _address(options: argparse.Namespace) -> str:
-    return load(options.config).grpc_address
+    return configuration(options).grpc_address
 
 
 def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None]) -> int:

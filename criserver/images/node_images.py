@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from criserver import logs
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.images import references
 from criserver.images.archive import open_archive
@@ -69,13 +70,17 @@ class Images:
         self._garbage = GarbageCollector(self._images, content, snapshotter)
         self._content = content
         self._snapshotter = snapshotter
-        self._registries = registries
         self._policy = policy or AcceptAll()
         self._platform = platform
         self._loader = Loader(content, snapshotter, platform, self._suspects)
-        self._downloads = asyncio.Semaphore(registries.max_downloads)
+        self.configure(registries)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
         self._verifying = False
+
+    def configure(self, registries: RegistrySettings) -> None:
+        """Take over settings for the pulls that begin from now on."""
+        self._registries = registries
+        self._downloads = asyncio.Semaphore(registries.max_downloads)
 
     async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
         """Pull the image that ``ref`` means at its registry now, and give it that name.
@@ -331,7 +336,7 @@ class Images:
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
             image = await self._images.record(descriptor, names, pinned=False)
-        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size)
+        _log.info("image pulled", reference=str(reference), image=image.id, size=image.size, seconds=logs.elapsed())
         return image, True
 
     async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:

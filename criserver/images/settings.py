@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from criserver.config import Config
+
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
@@ -13,3 +15,13 @@ class RegistrySettings:
     auth_file: str = ""
     max_downloads: int = 10
     progress_timeout: float = 180.0
+
+    @classmethod
+    def of(cls, config: Config) -> RegistrySettings:
+        """The table in the daemon's configuration."""
+        return cls(
+            config.registry_config_path,
+            config.registry_auth_file,
+            config.registry_max_downloads,
+            config.registry_progress_timeout,
+        )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
 
-from criserver.errors import CriError, FailedPreconditionError, UnavailableError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.network import cni_plugin
 from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 from criserver.network.cni_result import CniResult, decode, excerpt, parse, stored
@@ -109,11 +110,15 @@ class Network:
 
     def __init__(self, *, conf_dir: str, bin_dirs: Sequence[str], timeout: float = 60.0) -> None:
         self._directory = CniConfigDirectory(conf_dir)
-        self._bin_dirs = tuple(bin_dirs)
-        self._timeout = timeout
+        self.configure(bin_dirs=bin_dirs, timeout=timeout)
         # By plugin path: the file's identity, and the versions that the plugin supports (None if it tells none).
         self._versions: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
         self._undoing: set[asyncio.Task[None]] = set()
+
+    def configure(self, *, bin_dirs: Sequence[str], timeout: float) -> None:
+        """Take over settings for the plugins that are started from now on."""
+        self._bin_dirs = tuple(bin_dirs)
+        self._timeout = timeout
 
     def config(self) -> NetworkConfig:
         """The network of the node now. Raises FailedPreconditionError where none is configured."""
@@ -151,22 +156,34 @@ class Network:
             capabilities={k: v for k, v in pod.capability_args().items() if k in declared},
         )
 
-    async def add(self, attachment: Attachment) -> Attachment:
+    async def add(self, attachment: Attachment, left: Callable[[Attachment], object] = lambda _: None) -> Attachment:
         """Run ADD of all plugins, and return the attachment with its result.
 
         Raises UnavailableError where a plugin asks to try later, DeadlineExceededError, FailedPreconditionError or
-        CriError. When it raises, also when it is cancelled, DEL of all plugins has run. A failed DEL is logged, and
-        :meth:`delete` may be called again.
+        CriError. When it raises, also when it is cancelled:
+
+        1. DEL of the plugins whose ADD has begun has run. A failed DEL is logged.
+        2. ``left`` was called with the attachment that is still to be given to :meth:`delete`. It has only the plugins
+           whose DEL has failed.
+        3. A plugin that refused ADD is not among them if it refuses DEL too: it may refuse it for ever, as where its
+           configuration has a mistake. It is among them if it may succeed later.
         """
         result: CniResult | None = None
+        begun: list[Mapping[str, Any]] = []
+        refused = False
         try:
             for plugin in attachment.network.plugins:
-                output = await self._call("ADD", attachment.network, plugin, attachment, result)
+                begun.append(plugin)
+                try:
+                    output = await self._call("ADD", attachment.network, plugin, attachment, result)
+                except CriError as e:
+                    refused = not isinstance(e, DeadlineExceededError)
+                    raise
                 result = _parse_result(output, attachment, plugin)
             _require_address(attachment, result)
         except BaseException:
             # A task of its own: a second cancellation must not stop the clean-up in the middle.
-            undo = asyncio.create_task(self._undo(replace(attachment, result=result)))
+            undo = asyncio.create_task(self._undo(replace(attachment, result=result), begun, refused, left))
             self._undoing.add(undo)
             undo.add_done_callback(self._undoing.discard)
             await outlive(undo)
@@ -176,11 +193,24 @@ class Network:
     async def delete(self, attachment: Attachment) -> None:
         """Run DEL of all plugins, in reverse order. It is allowed for an attachment whose ADD may not have ended.
 
-        Does nothing where nothing is left. It stops at the first plugin that fails, and raises as :meth:`add` does: an
-        address must not be given to another pod while rules of another plugin still lead to it. Call it again then.
+        1. Does nothing where nothing is left.
+        2. A plugin that fails is run again with the present configuration of the network, if that is another one: it
+           may have been repaired.
+        3. It stops at the first plugin that fails, and raises as :meth:`add` does: an address must not be given to
+           another pod while rules of another plugin still lead to it. Call it again then.
         """
         for plugin in reversed(attachment.network.plugins):
             await self._delete_from(plugin, attachment)
+
+    async def delete_by_force(self, attachment: Attachment) -> list[str]:
+        """As :meth:`delete`, and goes on after a plugin that fails. Returns the failures, in words."""
+        failures = []
+        for plugin in reversed(attachment.network.plugins):
+            try:
+                await self._delete_from(plugin, attachment)
+            except (CriError, OSError) as e:
+                failures.append(str(e))
+        return failures
 
     async def check(self, attachment: Attachment) -> None:
         """Run CHECK of all plugins. Does nothing where the network's version has no CHECK, or its file disables it.
@@ -195,14 +225,55 @@ class Network:
         for plugin in attachment.network.plugins:
             await self._call("CHECK", attachment.network, plugin, attachment, attachment.result)
 
-    async def _undo(self, attachment: Attachment) -> None:
-        for plugin in reversed(attachment.network.plugins):
+    async def _undo(
+        self,
+        attachment: Attachment,
+        begun: Sequence[Mapping[str, Any]],
+        refused: bool,
+        left: Callable[[Attachment], object],
+    ) -> None:
+        """Run DEL after a failed ADD. ``refused`` says that the last one of the plugins ``begun`` refused ADD."""
+        owed: list[Mapping[str, Any]] = []
+        for plugin in reversed(begun):
             try:
                 await self._delete_from(plugin, attachment)
             except Exception as e:  # noqa: BLE001 - DEL of the other plugins must run too
                 _log.exception("CNI DEL after a failed ADD", sandbox=attachment.container_id, error=str(e))
+                for_ever = isinstance(e, CriError) and not isinstance(e, DeadlineExceededError | UnavailableError)
+                if not (refused and plugin is begun[-1] and for_ever):
+                    owed.insert(0, plugin)
+        left(replace(attachment, network=replace(attachment.network, plugins=tuple(owed))))
 
     async def _delete_from(self, plugin: Mapping[str, Any], attachment: Attachment) -> None:
+        try:
+            await self._delete_as(plugin, attachment)
+        except CriError as e:
+            present = self._present(plugin, attachment.network)
+            if present is None:
+                raise
+            try:
+                await self._delete_as(present, attachment)
+            except CriError as again:
+                raise type(e)(f"{e}; and with the present configuration of the network: {again}") from e
+            _log.warning("CNI DEL needed the present configuration", sandbox=attachment.container_id, error=str(e))
+
+    def _present(self, plugin: Mapping[str, Any], recorded: NetworkConfig) -> Mapping[str, Any] | None:
+        """A plugin as the network's configuration has it now; None if it is not another one, or cannot be told.
+
+        A plugin is known by its type. If its type is not installed (a misspelt one), it is known by its place.
+        """
+        try:
+            now = self.config()
+        except CriError:
+            return None
+        if now.name != recorded.name:
+            return None
+        found = [other for other in now.plugins if other["type"] == plugin["type"]]
+        if not found and self._program(plugin) is None and len(now.plugins) == len(recorded.plugins):
+            found = [now.plugins[recorded.plugins.index(plugin)]]
+        return found[0] if len(found) == 1 and found[0] != plugin else None
+
+    async def _delete_as(self, plugin: Mapping[str, Any], attachment: Attachment) -> None:
         # An empty CNI_NETNS means "already gone". For some plugins a path that does not exist is an error.
         netns = attachment.netns if is_pinned(attachment.netns) else ""
         prev = attachment.result if attachment.network.has_version("0.4.0") else None
@@ -229,6 +300,7 @@ class Network:
             env["CNI_NETNS"] = attachment.netns
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
+        began = time.monotonic()
         with families.CNI_DURATION.timed(plugin["type"], verb, failures=families.CNI_FAILURES):
             reply = await cni_plugin.run(
                 path,
@@ -237,20 +309,33 @@ class Network:
                 request=_request(config, plugin, attachment, prev),
                 timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
             )
+            _log.debug(
+                "CNI plugin done",
+                plugin=plugin["type"],
+                verb=verb,
+                network=config.name,
+                code=reply.returncode,
+                stderr=excerpt(reply.stderr),
+                seconds=round(time.monotonic() - began, 3),
+            )
             if reply.returncode == 0:
-                if reply.stderr:
-                    _log.debug("CNI plugin's standard error", plugin=run_name, text=excerpt(reply.stderr))
                 return reply.stdout
             code, message = cni_plugin.failure(reply)
             if verb == "DEL" and code == _UNKNOWN_CONTAINER:
                 return b""
             raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
 
-    def _find(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> str:
+    def _program(self, plugin: Mapping[str, Any]) -> str | None:
         for directory in self._bin_dirs:
             path = os.path.join(directory, plugin["type"])
             if os.path.isfile(path) and os.access(path, os.X_OK):
                 return path
+        return None
+
+    def _find(self, config: NetworkConfig, plugin: Mapping[str, Any]) -> str:
+        path = self._program(plugin)
+        if path is not None:
+            return path
         raise FailedPreconditionError(
             f"CNI plugin {plugin['type']} of network {config.name} ({config.source}) is not in "
             f"{', '.join(self._bin_dirs)}: install it there, or name its directory in the daemon's [cni] bin_dirs"

@@ -10,6 +10,7 @@ from typing import Any
 
 from criserver.errors import FailedPreconditionError
 from criserver.oci.spec_inputs import Spec
+from criserver.oci.spec_mounts import in_mount_order, normal_path
 
 StatCall = Callable[[str], os.stat_result]
 
@@ -73,11 +74,10 @@ def apply(spec: Spec, edits: ContainerEdits, stat_of: StatCall = os.stat) -> Spe
     if edits.nodes:
         _add_nodes(process["user"], linux, edits.nodes, stat_of)
     if edits.mounts:
-        replaced = {_normal(m["destination"]) for m in edits.mounts}
-        last = {_normal(m["destination"]): dict(m) for m in edits.mounts}
-        mounts = [m for m in spec.get("mounts", ()) if _normal(m["destination"]) not in replaced]
-        # A mount must come after the mounts of its parent directories.
-        edited["mounts"] = sorted([*mounts, *last.values()], key=lambda m: _normal(m["destination"]).count("/"))
+        replaced = {normal_path(m["destination"]) for m in edits.mounts}
+        last = {normal_path(m["destination"]): dict(m) for m in edits.mounts}
+        mounts = [m for m in spec.get("mounts", ()) if normal_path(m["destination"]) not in replaced]
+        edited["mounts"] = in_mount_order([*mounts, *last.values()])
     if edits.hooks:
         hooks = {name: list(listed) for name, listed in spec.get("hooks", {}).items()}
         for name, hook in edits.hooks:
@@ -96,13 +96,13 @@ def _environment(lines: Iterable[str], more: Iterable[str]) -> list[str]:
 
 
 def _add_nodes(user: Mapping[str, Any], linux: Spec, nodes: Iterable[CdiDeviceNode], stat_of: StatCall) -> None:
-    devices = {_normal(d["path"]): d for d in linux.get("devices", ())}
+    devices = {normal_path(d["path"]): d for d in linux.get("devices", ())}
     limits = dict(linux.get("resources", {}))
     rules = list(limits.get("devices", ()))
     for node in nodes:
         device = _device(node, user, stat_of)
-        devices.pop(_normal(node.path), None)
-        devices[_normal(node.path)] = device
+        devices.pop(normal_path(node.path), None)
+        devices[normal_path(node.path)] = device
         if device["type"] != "p" and node.permissions:
             numbers = {key: device[key] for key in ("type", "major", "minor")}
             rule = {"allow": True, **numbers, "access": node.permissions}
@@ -146,7 +146,3 @@ def _numbers(node: CdiDeviceNode, host: os.stat_result) -> Spec:
     if kind == "p":
         return {"type": kind}
     return {"type": kind, "major": os.major(host.st_rdev), "minor": os.minor(host.st_rdev)}
-
-
-def _normal(path: str) -> str:
-    return os.path.normpath(path).rstrip("/")

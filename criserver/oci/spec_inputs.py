@@ -39,6 +39,7 @@ class HostFacts:
     descriptors; with None the container inherits the limits of its shim, which some builds of runc raise.
     ``oom_score_adj_floor``: the lowest value that the daemon may set; without CAP_SYS_RESOURCE it is the daemon's own.
     ``hugepage_sizes``: the page sizes that cgroups can limit, such as "2MB".
+    ``resctrl``: whether the kernel's file system for classes of RDT is mounted.
     """
 
     capabilities: tuple[str, ...]
@@ -47,6 +48,7 @@ class HostFacts:
     unified_cgroups: bool = False
     swap_accounting: bool = False
     hugepage_sizes: frozenset[str] = frozenset()
+    resctrl: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import ContainerConfig, IdMapping, Mount, Propagation
@@ -54,10 +55,20 @@ def _is_in(path: str, top: str) -> bool:
 
 
 def container_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
-    """All mounts of a container. A mount is behind those of its parent directories: runc mounts in this order."""
+    """All mounts of a container."""
     own = (*_base_mounts(config, pod), *_sandbox_files(config, pod))
     mounts = [*(m for m in own if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
-    return sorted(mounts, key=lambda m: m["destination"].rstrip("/").count("/"))
+    return in_mount_order(mounts)
+
+
+def in_mount_order(mounts: Iterable[Mapping[str, Any]]) -> list[Spec]:
+    """The mounts with each one behind those of its parent directories: runc mounts in this order."""
+    return [dict(m) for m in sorted(mounts, key=lambda m: normal_path(m["destination"]).count("/"))]
+
+
+def normal_path(path: str) -> str:
+    """A path of a container by which two of them can be compared; "" for the root."""
+    return os.path.normpath(path).rstrip("/")
 
 
 def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:

@@ -34,18 +34,58 @@ def resource_limits(resources: Resources, host: HostFacts) -> Spec:
         "mems": resources.cpuset_mems,
     }
     memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
-    if host.swap_accounting and not resources.memory_swap_limit:
-        memory["swap"] = resources.memory_limit  # without it a container could use swap beyond its memory limit
-    unified = dict(resources.unified)
-    if host.unified_cgroups and host.swap_accounting and memory["limit"] > 0 and memory["swap"]:
-        # cgroup v2 has a limit for swap alone. crun would pass the sum of both to systemd.
-        swap = memory.pop("swap")
-        unified.setdefault("memory.swap.max", "max" if swap < 0 else str(max(swap - memory["limit"], 0)))
-    limits: Spec = {"cpu": _without_unset(cpu), "memory": _without_unset(memory), "unified": unified}
+    limits: Spec = {"cpu": _without_unset(cpu), "memory": _without_unset(memory), "unified": dict(resources.unified)}
     limits["hugepageLimits"] = [
         {"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits if size in host.hugepage_sizes
     ]
-    return _without_unset(limits)
+    return _without_unset(_with_swap_limit(limits, host))
+
+
+def complete_limits(asked: Spec, limits: Spec, host: HostFacts) -> Spec:
+    """What ``asked`` sets, with the limits that it needs beside ``limits``, which are in force.
+
+    A quota of CPU time needs its period, and a limit of memory one for swap.
+    """
+    if asked.get("cpu", {}).get("quota") and not asked["cpu"].get("period"):
+        period = limits.get("cpu", {}).get("period", _CPU_PERIOD)
+        asked = {**asked, "cpu": {**asked["cpu"], "period": period}}
+    asks_swap = bool(asked.get("memory", {}).get("swap"))
+    if asks_swap or "memory.swap.max" not in limits.get("unified", {}):
+        asked = _with_swap_limit(asked, host, limits.get("memory", {}).get("limit", 0))
+    return asked
+
+
+def merge_limits(limits: Spec, asked: Spec, host: HostFacts) -> Spec:
+    """The ``resources`` of a spec with what ``asked`` sets. The rules of devices are those of both.
+
+    A limit of huge pages replaces the one of its page size, a key of ``unified`` its value.
+    """
+    asked = complete_limits(asked, limits, host)
+    merged = {**limits, **asked}
+    for table in ("cpu", "memory", "unified"):
+        if table in asked:
+            merged[table] = {**limits.get(table, {}), **asked[table]}
+    if "hugepageLimits" in asked:
+        sizes = {one["pageSize"] for one in asked["hugepageLimits"]}
+        kept = [one for one in limits.get("hugepageLimits", ()) if one["pageSize"] not in sizes]
+        merged["hugepageLimits"] = [*kept, *asked["hugepageLimits"]]
+    if "devices" in asked:
+        merged["devices"] = [*limits.get("devices", ()), *asked["devices"]]
+    return merged
+
+
+def _with_swap_limit(limits: Spec, host: HostFacts, limit_in_force: int = 0) -> Spec:
+    """The limits with one for swap, which a limit of memory needs: the container could use swap beyond it otherwise."""
+    memory, unified = dict(limits.get("memory", {})), dict(limits.get("unified", {}))
+    limit = memory.get("limit", 0)
+    if host.swap_accounting and limit and not memory.get("swap"):
+        memory["swap"] = limit
+    limit = limit or limit_in_force
+    if host.unified_cgroups and host.swap_accounting and limit > 0 and memory.get("swap"):
+        # cgroup v2 has a limit for swap alone. crun would pass the sum of both to systemd.
+        swap = memory.pop("swap")
+        unified.setdefault("memory.swap.max", "max" if swap < 0 else str(max(swap - limit, 0)))
+    return _without_unset({**limits, "memory": memory, "unified": unified})
 
 
 def _without_unset(table: Mapping[str, Any]) -> Spec:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import structlog
 
+from criserver import logs
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
@@ -88,6 +89,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         log_path=config.log_path,
         stop_signal=signal_number(config.stop_signal or image.config.stop_signal or "SIGTERM"),
     )
+    logs.about(container=container.id)
     # No sandbox is stopped or removed between this check and the container's record.
     async with node.lock(sandbox_id):
         if node.records.sandbox(sandbox_id).state is not SandboxState.READY:
@@ -100,7 +102,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         except BaseException as e:
             await undo(node, container, f"it cannot be made: {e}")
             raise
-    log.info("container created", container=container.id, name=config.name, sandbox=sandbox.id)
+    log.info("container created", **sandbox.named, **container.named, seconds=logs.elapsed())
     return container.id
 
 

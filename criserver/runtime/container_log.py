@@ -16,42 +16,45 @@ from criserver.runtime.records import Container
 from shims import log_writer
 
 
-async def prepare_log(node: Node, container: Container) -> None:
-    """Make the directories of a container's log. Raises FailedPreconditionError where there can be no log file."""
-    if container.log_path:
-        directory = node.records.sandbox(container.sandbox_id).config.log_directory
-        await asyncio.to_thread(_prepare, directory, container.log_path)
+async def prepare_log(node: Node, container: Container) -> str:
+    """Make the directories of a container's log. Somebody may delete them at any time.
+
+    Returns the log's path, "" for a container without a log. The links that lead to the pod's log directory are
+    resolved in it. Those below that directory stay as they are. Raises FailedPreconditionError where there can be no
+    log file.
+    """
+    if not container.log_path:
+        return ""
+    directory = node.records.sandbox(container.sandbox_id).config.log_directory
+    return await asyncio.to_thread(_prepare, directory, container.log_path)
 
 
-def _prepare(directory: str, path: str) -> None:
+def _prepare(directory: str, path: str) -> str:
     try:
         os.makedirs(directory, mode=0o755, exist_ok=True)
         log_writer.make_room(path, directory, 0o755)
     except OSError as e:
         raise FailedPreconditionError(f"there can be no log at {path}: {e.strerror}") from e
-
-
-async def resolved_log(node: Node, container: Container) -> str:
-    """The log's path with the links resolved that lead to the pod's log directory. Those below it stay as they are."""
-    if not container.log_path:
-        return ""
-    directory = node.records.sandbox(container.sandbox_id).config.log_directory
-    real = await asyncio.to_thread(os.path.realpath, directory)
-    return os.path.join(real, os.path.relpath(container.log_path, directory))
+    return os.path.join(os.path.realpath(directory), os.path.relpath(path, directory))
 
 
 async def reopen_log(node: Node, id_or_prefix: str) -> None:
     """Have the container's shim open its log path again.
 
-    Raises FailedPreconditionError where the container does not run, and where the log cannot be opened. The shim then
-    goes on with the old file.
+    Raises FailedPreconditionError where the container does not run, where it has no shim, and where the log cannot be
+    opened. The shim then goes on with the old file.
     """
     container = node.records.container(id_or_prefix)
-    process = node.processes.get(container.id)
-    if container.state is not ContainerState.RUNNING or process is None:
+    if container.state is not ContainerState.RUNNING:
         raise FailedPreconditionError(
             f"container {container.id} is {container.state.value}; only a running one has a log to reopen"
         )
+    process = node.processes.get(container.id)
+    if process is None or not process.has_shim:
+        raise FailedPreconditionError(
+            f"container {container.id} runs, but its shim is gone or cannot be reached: its log cannot be reopened"
+        )
+    await prepare_log(node, container)
     try:
         await process.request({"op": "reopen"})
     except CriError as e:

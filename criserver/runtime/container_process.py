@@ -266,17 +266,17 @@ class ContainerProcess:
                 continue
             return
 
-    @property
-    def has_shim(self) -> bool:
-        """Whether there is a connection to a shim."""
-        return self._link is not None
-
     async def open_link(self, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
         """One more connection to the shim. When it closes, the shim ends what was asked for on it.
 
         Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
         """
         return await connect_in_turn(self._socket, on_event, on_close)
+
+    @property
+    def has_shim(self) -> bool:
+        """Whether there is a connection to the shim."""
+        return self._link is not None
 
     async def request(self, message: Request) -> None:
         """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""

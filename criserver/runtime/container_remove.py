@@ -6,6 +6,7 @@ import dataclasses
 
 import structlog
 
+from criserver import logs
 from criserver.errors import NotFoundError
 from criserver.runtime import filesystems, process_records
 from criserver.runtime.container_stop import kill
@@ -45,4 +46,4 @@ async def remove_locked(node: Node, container: Container) -> None:
         node.let_go_of_process(found.id)
     # Its image, or an image that it had as a volume, may have been removed before the container.
     node.background(node.images.collect(), "garbage collection after a container's removal failed")
-    log.info("container removed", container=container.id)
+    log.info("container removed", container=container.id, seconds=logs.elapsed())

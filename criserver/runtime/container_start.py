@@ -9,7 +9,7 @@ import structlog
 
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.runtime import pidfd, process_records
-from criserver.runtime.container_log import resolved_log
+from criserver.runtime.container_log import prepare_log
 from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
@@ -49,7 +49,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
         try:
             _check_target(node, container)
             await process.start(
-                log_path=await resolved_log(node, container),
+                log_path=await prepare_log(node, container),
                 tty=container.config.tty,
                 stdin=container.config.stdin,
             )

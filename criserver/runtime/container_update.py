@@ -10,7 +10,8 @@ import os
 import structlog
 
 from criserver.errors import FailedPreconditionError
-from criserver.oci.spec_resources import resource_limits
+from criserver.oci.spec_inputs import Spec
+from criserver.oci.spec_resources import merge_limits, resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, host
 from criserver.runtime.lifecycle import ContainerState
@@ -44,9 +45,12 @@ async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResour
             config=container_config(sent, sandbox.config),
             sent=sent.SerializeToString(deterministic=True),
         )
+        limits = _limits(asked, changed)
         if container.state is ContainerState.RUNNING:
-            await _apply(node, sandbox.runtime, changed, asked)
-        _rewrite(node, changed)
+            await node.oci_runtime(sandbox.runtime).update(container.id, sandbox.cgroup_parent, limits)
+            if asked.oom_score_adj:
+                await asyncio.to_thread(_set_oom_score, node, changed, asked.oom_score_adj)
+        _rewrite(node, container.id, limits, asked.oom_score_adj)
         # The container may have exited meanwhile. Only the limits in its record are replaced.
         current = node.records.container(container_id)
         await node.records.save(dataclasses.replace(current, config=changed.config, sent=changed.sent))
@@ -60,14 +64,12 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
     into.MergeFrom(asked)
 
 
-async def _apply(node: Node, handler: str, container: Container, asked: cri.LinuxContainerResources) -> None:
-    parent = node.records.sandbox(container.sandbox_id).cgroup_parent
+def _limits(asked: cri.LinuxContainerResources, changed: Container) -> Spec:
+    """The OCI limits that ``asked`` sets. A quota needs the period that is in force."""
     limits = resources(asked)
-    if limits.cpu_quota and not limits.cpu_period:  # a quota needs the period that is in force
-        limits = dataclasses.replace(limits, cpu_period=container.config.resources.cpu_period)
-    await node.oci_runtime(handler).update(container.id, parent, resource_limits(limits, host.facts()))
-    if asked.oom_score_adj:
-        await asyncio.to_thread(_set_oom_score, node, container, asked.oom_score_adj)
+    if limits.cpu_quota and not limits.cpu_period:
+        limits = dataclasses.replace(limits, cpu_period=changed.config.resources.cpu_period)
+    return resource_limits(limits, host.facts())
 
 
 def _set_oom_score(node: Node, container: Container, score: int) -> None:
@@ -81,14 +83,14 @@ def _set_oom_score(node: Node, container: Container, score: int) -> None:
             continue
 
 
-def _rewrite(node: Node, container: Container) -> None:
+def _rewrite(node: Node, container_id: str, limits: Spec, oom_score_adj: int) -> None:
     """Write the new limits into the bundle: the container may be started from it, and an exec reads it."""
-    path = os.path.join(node.container_dir(container.id), "config.json")
+    path = os.path.join(node.container_dir(container_id), "config.json")
     with open(path) as f:
         document = json.load(f)
-    linux, asked = document["linux"], container.config.resources
-    linux["resources"] = {**resource_limits(asked, host.facts()), "devices": linux["resources"]["devices"]}
-    document["process"]["oomScoreAdj"] = max(asked.oom_score_adj, host.facts().oom_score_adj_floor)
+    document["linux"]["resources"] = merge_limits(document["linux"]["resources"], limits, host.facts())
+    if oom_score_adj:
+        document["process"]["oomScoreAdj"] = max(oom_score_adj, host.facts().oom_score_adj_floor)
     with open(path + ".new", "w") as f:
         json.dump(document, f)
     os.rename(path + ".new", path)

@@ -71,6 +71,7 @@ def facts() -> HostFacts:
         unified_cgroups=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
         swap_accounting=_has_swap_accounting(),
         hugepage_sizes=frozenset(huge_page_sizes() if _can_limit_hugepages() else ()),
+        resctrl=os.path.exists("/sys/fs/resctrl/schemata"),
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import structlog
@@ -32,6 +33,22 @@ from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
+
+
+class _RecordLock(asyncio.Lock):
+    """A lock that logs how long somebody waited for it."""
+
+    def __init__(self, record_id: str) -> None:
+        super().__init__()
+        self._id = record_id
+
+    async def acquire(self) -> Literal[True]:
+        if not self.locked():
+            return await super().acquire()
+        began = time.monotonic()
+        taken = await super().acquire()
+        log.debug("waited for another operation", id=self._id, seconds=round(time.monotonic() - began, 3))
+        return taken
 
 
 @dataclass(slots=True)
@@ -112,7 +129,7 @@ class Node:
         """The lock of a sandbox or container: one operation at a time. It exists while an operation refers to it."""
         lock = self._locks.get(record_id)
         if lock is None:
-            lock = self._locks[record_id] = asyncio.Lock()
+            lock = self._locks[record_id] = _RecordLock(record_id)
         return lock
 
     async def recovered(self, sandbox_id: str) -> None:

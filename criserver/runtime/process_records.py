@@ -6,6 +6,7 @@ import dataclasses
 
 import structlog
 
+from criserver import logs
 from criserver.runtime import filesystems
 from criserver.runtime.container_process import ContainerProcess, ExitRecord, Observer, Started
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -64,6 +65,7 @@ class _ContainerRecord(Observer):
         container = self._in_state(ContainerState.STARTING)
         if container is not None:
             self._node.records.observe(container.ended(128, "StartError", message))
+            log.warning("container not started", **self._named(container), error=message)
 
     def exited(self, record: ExitRecord) -> None:
         container = self._in_state(*_ALIVE)
@@ -76,19 +78,23 @@ class _ContainerRecord(Observer):
             container = self._run(container, Started(pid, ticks, record.get("started_at") or finished_at))
         reason = "OOMKilled" if record.get("oom_killed") else "Completed" if code == 0 else "Error"
         self._node.records.observe(container.ended(code, reason, finished_at=finished_at))
-        log.info("container exited", container=self._id, code=code, reason=reason)
+        log.info("container exited", **self._named(container), code=code, reason=reason)
 
     def lost(self) -> None:
         container = self._in_state(*_ALIVE)
         if container is not None:
             message = "the container's shim ended without a record of its exit"
             self._node.records.observe(container.ended(255, "Unknown", message))
+            log.error("container lost", **self._named(container), error=message)
 
     def cleaned_up(self) -> None:
         if self._id in self._node.records.containers:
             self._node.background(
                 filesystems.unmount(self._node, self._id), "unmount of an exited container's files failed"
             )
+
+    def _named(self, container: Container) -> dict[str, object]:
+        return {**self._node.records.sandbox(container.sandbox_id).named, **container.named}
 
     def _in_state(self, *states: ContainerState) -> Container | None:
         container = self._node.records.containers.get(self._id)
@@ -104,7 +110,7 @@ class _ContainerRecord(Observer):
         )
         self._node.records.observe(container)
         self._node.stats.disk.nudge()
-        log.info("container started", container=self._id, pid=started.pid)
+        log.info("container started", **self._named(container), pid=started.pid, seconds=logs.elapsed())
         return container
 
 

@@ -50,6 +50,11 @@ class Sandbox:
     ips: tuple[str, ...] = ()
     selinux_level: str = ""
 
+    @property
+    def named(self) -> dict[str, object]:
+        """The fields by which a line of the log names the pod."""
+        return {"pod": f"{self.config.namespace}/{self.config.name}", "sandbox": self.id}
+
 
 @dataclass(frozen=True, slots=True)
 class Container:
@@ -77,6 +82,11 @@ class Container:
     exit_code: int = 0
     reason: str = ""
     message: str = ""
+
+    @property
+    def named(self) -> dict[str, object]:
+        """The fields by which a line of the log names the container."""
+        return {"name": self.config.name, "container": self.id}
 
     def ended(self, code: int, reason: str, message: str = "", *, finished_at: int = 0) -> Container:
         """The record after the container's end, which is now if ``finished_at`` is 0; ``reason`` is a term of CRI."""

@@ -18,6 +18,7 @@ from typing import assert_never
 
 import structlog
 
+from criserver import logs
 from criserver.errors import CriError
 from criserver.model import NamespaceMode
 from criserver.network import namespaces
@@ -73,12 +74,14 @@ def begin(node: Node) -> None:
 
 async def finish(node: Node, *, end_living: bool = False) -> None:
     """Wait for the recovery of all pods, and then remove what has no record."""
+    node.background(strays.end_orphans(), "programs of an earlier daemon cannot be ended")
     await asyncio.gather(*node.recovering.values())
     await _sweep(node, end_living=end_living)
 
 
 async def _pod(node: Node, sandbox: Sandbox) -> None:
     """Make the records of a pod and the node agree. A failure is logged, and the rest goes on."""
+    logs.about(**sandbox.named)
     await asyncio.gather(*(_container(node, c) for c in node.records.containers_of(sandbox.id)))
     await _sandbox(node, sandbox)
 

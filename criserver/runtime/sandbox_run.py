@@ -12,6 +12,7 @@ from collections.abc import Awaitable
 
 import structlog
 
+from criserver import logs
 from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, namespaces
@@ -48,6 +49,7 @@ async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) 
 
 async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
     sandbox_id = secrets.token_hex(32)
+    logs.about(sandbox=sandbox_id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     sandbox = Sandbox(
         id=sandbox_id,
@@ -76,7 +78,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         except BaseException:
             await undo(node, node.records.sandboxes[sandbox_id])
             raise
-    log.info("pod sandbox runs", sandbox=sandbox_id, pod=f"{config.namespace}/{config.name}", ips=sandbox.ips)
+    log.info("pod sandbox runs", **sandbox.named, ips=sandbox.ips, seconds=logs.elapsed())
     return sandbox_id
 
 
@@ -134,11 +136,14 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
-    attachment = await node.network.add(Attachment.from_json(sandbox.attachment))
+    def left(attachment: Attachment) -> None:
+        node.records.observe(dataclasses.replace(sandbox, attachment=attachment.to_json()))
+
+    attachment = await node.network.add(Attachment.from_json(sandbox.attachment), left)
     # Stored at once, so that CNI DEL is given the result of ADD whatever happens next. Nothing needs to wait for it.
-    sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
-    node.records.observe(sandbox)
-    return sandbox
+    attached = dataclasses.replace(sandbox, attachment=attachment.to_json(), ips=attachment.ips)
+    node.records.observe(attached)
+    return attached
 
 
 async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:

@@ -39,8 +39,11 @@ async def _stop(node: Node, sandbox_id: str) -> None:
             await stop_locked(node, sandbox)
 
 
-async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
-    """Stop the sandbox; the caller holds its lock. Every step succeeds where nothing is left to do."""
+async def stop_locked(node: Node, sandbox: Sandbox, left: list[str] | None = None) -> Sandbox:
+    """Stop the sandbox; the caller holds its lock. Every step succeeds where nothing is left to do.
+
+    :func:`release` says what ``left`` is.
+    """
     if sandbox.state is SandboxState.READY:
         # This comes first: from now on no container is made or started in it, even if a step below fails. A full disk
         # must not prevent it, as stopping and removing pods is what frees the disk.
@@ -48,7 +51,7 @@ async def stop_locked(node: Node, sandbox: Sandbox) -> Sandbox:
         await node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     await asyncio.gather(*(_end(node, c) for c in node.records.containers_of(sandbox.id)))
-    await release(node, sandbox)
+    await release(node, sandbox, left)
     if sandbox.attachment:
         sandbox = dataclasses.replace(sandbox, attachment="")
         await node.records.observe(sandbox)
@@ -66,11 +69,18 @@ async def _end(node: Node, container: Container) -> None:
             await process.destroy()
 
 
-async def release(node: Node, sandbox: Sandbox) -> None:
-    """Undo what RunPodSandbox did, in reverse order. It is no error where a part is gone or was never made."""
+async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -> None:
+    """Undo what RunPodSandbox did, in reverse order. It is no error where a part is gone or was never made.
+
+    Raises CriError where a network plugin fails. With a list ``left`` its failure goes there, and the rest goes on.
+    """
     await stop_infra(node, sandbox)
     if sandbox.attachment:
-        await node.network.delete(Attachment.from_json(sandbox.attachment))
+        attachment = Attachment.from_json(sandbox.attachment)
+        if left is None:
+            await node.network.delete(attachment)
+        else:
+            left += await node.network.delete_by_force(attachment)
     node.stats.networks.forget(pod_namespaces.network_pin(node, sandbox.id))
     await asyncio.to_thread(namespaces.unpin, node.namespaces_dir(sandbox.id))
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
@@ -97,6 +107,10 @@ async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     if not os.path.lexists(directory):
         return
     process = process_records.of_infra(node, sandbox)
+    if process.started is not None:
+        # The runtime's own delete polls for the end of the process, ten times a second.
+        await process.kill()
+        await process.wait_cleaned_up()
     await process.destroy()
     await process.wait_cleaned_up()
     node.let_go_of_process(sandbox.id)

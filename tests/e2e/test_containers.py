@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,31 @@ def test_a_rotated_log_goes_on_in_a_new_file(node: Node, pod: str) -> None:
     for name in (path, path + ".1"):
         with open(name) as f:
             assert all(pattern.match(line) for line in f)
+
+
+def test_a_log_directory_that_was_deleted_is_made_again(node: Node) -> None:
+    pod = node.run_pod("deleted")
+    directory = f"{node.logs}/deleted"
+    script = ["sh", "-c", "while :; do echo tick; sleep 0.05; done"]
+    created = node.create(pod, "later", script)
+    running = node.run(pod, "running", script)
+    shutil.rmtree(directory)
+    node.client.StartContainer(container_id=created)
+    eventually(lambda: os.path.getsize(f"{directory}/later.log") > 0)
+    assert not os.path.exists(f"{directory}/running.log")
+    shutil.rmtree(directory)
+    for container in (created, running):
+        node.client.ReopenContainerLog(container_id=container)
+    for name in ("later", "running"):
+        eventually(lambda path=f"{directory}/{name}.log": os.path.getsize(path) > 0)  # type: ignore[misc]
+    # What is in the place of the directory is neither followed nor replaced.
+    shutil.rmtree(directory)
+    with open(directory, "w"):
+        pass
+    with pytest.raises(grpc.RpcError, match="there can be no log at"):
+        node.client.ReopenContainerLog(container_id=running)
+    assert os.path.getsize(directory) == 0
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
 
 
 def test_a_long_log_is_whole(node: Node, pod: str) -> None:

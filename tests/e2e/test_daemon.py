@@ -272,6 +272,8 @@ def test_a_container_whose_shim_was_killed_is_watched_and_ends_as_unknown(node: 
     os.kill(shim, signal.SIGKILL)
     eventually(lambda: "a container's shim is gone" in node.daemon_log())
     assert node.status(container).state == cri.CONTAINER_RUNNING
+    with pytest.raises(grpc.RpcError, match="runs, but its shim is gone or cannot be reached"):
+        node.client.ReopenContainerLog(container_id=container)
     node.client.StopContainer(container_id=container, timeout=0)
     ended = node.status(container)
     assert (ended.state, ended.exit_code, ended.reason) == (cri.CONTAINER_EXITED, 255, "Unknown")

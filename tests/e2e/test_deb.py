@@ -201,6 +201,9 @@ def test_pods_outlive_an_upgrade_and_end_with_the_removal(
     assert status(root).startswith("installed")
     daemon.terminate()
     daemon.wait(30)
+    # A configuration that cannot be read does not keep the package: the pods of the default directories are removed.
+    with open(configuration, "a") as f:
+        f.write("state = \n")
     inside(root, "dpkg", "--remove", "criserver", network=True)
     assert status(root).startswith("config-files")
     assert [path for path in own_cgroups() if pod in path] == []
@@ -212,10 +215,14 @@ def test_pods_outlive_an_upgrade_and_end_with_the_removal(
     assert os.path.exists(configuration)
     assert os.listdir(f"{root}/var/lib/criserver") != []
 
-    mounts.unmount(f"{root}/var/lib/criserver")
+    # The purge deletes what criserver has made. It is a file system of its own here, so the directory stays.
+    with open(f"{root}/var/lib/criserver/theirs", "w"):
+        pass
+    os.makedirs(f"{root}/run/criserver/theirs")
     inside(root, "dpkg", "--purge", "criserver")
     assert not os.path.exists(f"{root}/etc/criserver")
-    assert not os.path.exists(f"{root}/var/lib/criserver")
+    assert sorted(os.listdir(f"{root}/var/lib/criserver")) == ["criserver.root", "theirs"]
+    assert os.path.isdir(f"{root}/run/criserver/theirs")
 
 
 def cgroup_of(pid: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import shutil
 import signal
@@ -234,3 +235,103 @@ def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:
     assert node.status(container).state == node.status(before).state == cri.CONTAINER_RUNNING
     with within(5):
         node.run(pod, "d", ["true"])
+
+
+def command(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "criserver", *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60 * SLOWNESS, check=False)
+
+
+@contextlib.contextmanager
+def network_of(node: Node, script: str) -> Iterator[None]:
+    """The network of new pods is one plugin of a shell script."""
+    os.makedirs(f"{node.base}/bin", exist_ok=True)
+    with open(f"{node.base}/bin/stuck", "w") as f:
+        f.write(f"#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n{script}\nesac\n")
+        os.fchmod(f.fileno(), 0o755)
+    path = f"{node.cni}/05-stuck.conflist"
+    with open(path, "w") as f:
+        json.dump({"cniVersion": "1.0.0", "name": "stuck", "plugins": [{"type": "stuck"}]}, f)
+    try:
+        yield
+    finally:
+        os.unlink(path)
+
+
+REFUSES = """echo '{"code": 999, "msg": "the cluster does not answer"}'; exit 1;;"""
+
+
+def test_a_pod_whose_network_can_never_be_undone_is_removed_by_force(node: Node) -> None:
+    result = json.dumps({"cniVersion": "1.0.0", "ips": [{"address": "10.9.9.9/24"}]})
+    with network_of(node, f"ADD) echo '{result}';;\nDEL) {REFUSES}"):
+        pod = node.run_pod("stuck")
+        node.run(pod, "c", ["sleep", "1000"])
+        refused = command(node, "pod", "remove", "--config", node.config, pod)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "the cluster does not answer" in refused.stderr
+        assert [p.id for p in node.client.ListPodSandbox().items] == [pod]
+        done = command(node, "pod", "remove", "--config", node.config, "--force", pod[:12])
+        assert (done.returncode, done.stdout) == (0, f"removed {pod}\n")
+        assert "warning: its network plugins did not clean up: CNI plugin stuck (DEL, network stuck)" in done.stderr
+        assert node.client.ListPodSandbox().items == []
+        assert node.client.ListContainers().containers == []
+        assert node.leftovers() == []
+        unknown = command(node, "pod", "remove", "--config", node.config, "--force", pod)
+        assert unknown.returncode == 1
+        assert pod in unknown.stderr
+
+
+def test_a_pod_whose_plugin_refuses_all_leaves_nothing(node: Node) -> None:
+    with network_of(node, f"*) {REFUSES}"):
+        with pytest.raises(grpc.RpcError, match="the cluster does not answer"):
+            node.run_pod("never")
+        assert node.client.ListPodSandbox().items == []
+        assert node.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def unstarted() -> Iterator[Node]:
+    """A node whose daemon does not run."""
+    node = Node()
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.mark.parametrize("words", [("serve",), ("reset", "--yes")])
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("root/criserver.db", "root/criserver.db: Is a directory"),
+        ("root/content", "root/content/blobs: Not a directory"),
+        ("root/snapshots", "root/snapshots/layers: Not a directory"),
+        ("state/records", "state/records: File exists"),
+        ("root", "root/criserver.root: Read-only file system"),
+    ],
+)
+def test_what_keeps_a_daemon_from_starting_is_told_in_words(
+    unstarted: Node, words: tuple[str, ...], path: str, told: str
+) -> None:
+    node = unstarted
+    for directory in (node.root, node.state):
+        for name in os.listdir(directory):
+            subprocess.run(["rm", "-rf", f"{directory}/{name}"], check=True)
+        with open(f"{directory}/criserver.lock", "w"):
+            pass
+    wrong = f"{node.base}/{path}"
+    if path == "root":
+        subprocess.run(["mount", "-o", "remount,ro", node.root], check=True)
+    elif path.endswith(".db"):
+        os.mkdir(wrong)
+    else:
+        with open(wrong, "w"):
+            pass
+    try:
+        done = command(node, *words, "--config", node.config)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", node.root], check=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("criserver: ")

@@ -143,8 +143,8 @@ def test_a_pod_that_cannot_be_ended_is_named_and_what_it_needs_is_kept(own_node:
     pod = node.run_pod("busy")
     node.run(pod, "c", ["sleep", "1000"])
     node.kill()
-    # Something else of the node in the state directory, which nobody may delete through.
-    mine = f"{node.state}/mine"
+    # Something else of the node in one of our directories, which nobody may delete through.
+    mine = f"{node.state}/records/mine"
     os.mkdir(mine)
     subprocess.run(["mount", "-t", "tmpfs", "mine", mine], check=True)
     with open(f"{mine}/precious", "w"):
@@ -167,6 +167,52 @@ def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n")
     assert os.listdir(tmp_path) == ["config.toml"]
+
+
+def test_what_criserver_did_not_make_is_neither_used_nor_deleted(own_node: Node) -> None:
+    node = own_node
+    node.run(node.run_pod("guest"), "c", ["sleep", "1000"])
+    node.kill()
+    # Files of somebody else that came later: they stay.
+    for directory in (node.state, node.root):
+        os.makedirs(f"{directory}/theirs/below")
+        with open(f"{directory}/theirs/below/precious", "w"):
+            pass
+    mounted = f"{node.state}/theirs/mounted"
+    os.mkdir(mounted)
+    subprocess.run(["mount", "-t", "tmpfs", "theirs", mounted], check=True)
+    try:
+        done = reset(node, "--yes", "--images", "--grace", "0")
+    finally:
+        mounts.unmount(mounted)
+    assert (done.returncode, done.stdout) == (0, "removed 1 pod and 1 container\n"), done.stderr
+    for directory, marker in ((node.state, "criserver.state"), (node.root, "criserver.root")):
+        assert f"warning: {directory}/theirs stays: criserver did not make it" in done.stderr
+        assert sorted(os.listdir(directory)) == [marker, "theirs"]
+        assert os.path.exists(f"{directory}/theirs/below/precious")
+    # A directory that never was ours: nothing is made or deleted in it.
+    for directory, marker in ((node.state, "criserver.state"), (node.root, "criserver.root")):
+        os.unlink(f"{directory}/{marker}")
+    done = reset(node, "--yes", "--images")
+    assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n"), done.stderr
+    assert f"state = {node.state}: it has files that criserver did not make (theirs)" in done.stderr
+    assert f"root = {node.root}: it has files that criserver did not make (theirs)" in done.stderr
+    assert os.listdir(node.root) == os.listdir(node.state) == ["theirs"]
+    with pytest.raises(AssertionError, match=f"root = {node.root}: it has files that criserver did not make"):
+        node.start()
+    assert "Traceback" not in node.daemon_log()
+    assert os.listdir(node.root) == os.listdir(node.state) == ["theirs"]
+    # Directories of a release without markers are known by the lock file.
+    for directory in (node.root, node.state):
+        shutil.rmtree(f"{directory}/theirs")
+    node.start()
+    node.stop()
+    for directory, marker in ((node.state, "criserver.state"), (node.root, "criserver.root")):
+        os.unlink(f"{directory}/{marker}")
+    node.start()
+    node.stop()
+    assert os.path.exists(f"{node.root}/criserver.root")
+    assert os.path.exists(f"{node.state}/criserver.state")
 
 
 def test_records_that_are_lost_do_not_keep_their_containers(own_node: Node) -> None:

@@ -26,15 +26,25 @@ case " $* " in
 *" delete "*)
     case $(cat {base}/fault) in
     fails) echo "no such luck" >&2; exit 1;;
-    hangs) exec sleep 600;;
+    hangs) exec {hanging};;
     lies) exit 0;;
     esac;;
+*" run "*) [ $(cat {base}/fault)x != idlesx ] || exit 0;;
 esac
 exec {runtime} "$@"
 """
 
+# Shorter here: a kernel or a runtime that holds on uses each of them up several times.
+DEADLINES = {
+    "oci_runtime._DELETE_TIMEOUT": 3,
+    "container_process._GONE_TIMEOUT": 3,
+    "container_process.END_TIMEOUT": 3,
+    "container_process.KILL_TIMEOUT": 10,
+}
+
 # Of this run alone: other containers sleep too.
 SLEEP = f"sleep {90_000_000 + os.getpid()}"
+HANGING = f"sleep {91_000_000 + os.getpid()}"
 # A container whose background process ignores SIGTERM and has a session of its own.
 STUBBORN = f"setsid sh -c 'trap : TERM; while true; do {SLEEP}; done' & "
 
@@ -46,9 +56,10 @@ def faulty(busybox_archive: str) -> Iterator[Node]:
     config = Path(node.config)
     config.write_text(config.read_text().replace("BASE", node.base))
     runtime = Path(node.base) / "runtime"
-    runtime.write_text(FAULTY.format(base=node.base, runtime=shutil.which(RUNTIME)))
+    runtime.write_text(FAULTY.format(base=node.base, hanging=HANGING, runtime=shutil.which(RUNTIME)))
     runtime.chmod(0o755)
     set_fault(node, "")
+    node.program = ["-m", "tests.support.hurried", *(f"criserver.runtime.{d}={s}" for d, s in DEADLINES.items())]
     try:
         node.start()
         import_image(node, busybox_archive)
@@ -197,3 +208,36 @@ def test_processes_without_a_record_are_left_alone_until_a_reset_ends_them(fault
     assert alive() == []
     # The address is known to the plugin alone: the record had the result of ADD.
     assert [left for left in node.leftovers() if not left.startswith("ipam")] == []
+
+
+def test_a_hanging_delete_of_a_killed_daemon_is_ended_by_the_next_one(faulty: Node) -> None:
+    node = faulty
+    container = node.run(node.run_pod("orphaned"), "c", ["sleep", "1000"])
+    # Without its shim, the daemon itself runs the OCI runtime's delete.
+    for pid in pidfd.processes_in(f"{node.state}/containers/{container}"):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: "a container's shim is gone" in node.daemon_log())
+    set_fault(node, "hangs")
+    os.kill(node.pid(container), signal.SIGKILL)
+    eventually(lambda: hanging() != [])
+    node.kill()
+    assert hanging() != []
+    set_fault(node, "")
+    node.start()
+    eventually(lambda: hanging() == [])
+    eventually(lambda: "killed programs that an earlier daemon was running" in node.daemon_log())
+
+
+def test_a_runtime_that_starts_nothing_is_told_in_words(faulty: Node) -> None:
+    set_fault(faulty, "idles")
+    container = faulty.create(faulty.run_pod("idle"), "c", ["true"])
+    with pytest.raises(
+        grpc.RpcError, match=r"/runtime run ended as if it had succeeded, but there is no process ID in"
+    ) as e:
+        faulty.client.StartContainer(container_id=container)
+    assert "init.pid: No such file or directory" in str(e.value)
+    assert "[Errno" not in str(e.value)
+
+
+def hanging() -> list[int]:
+    return [pid for pid, words in processes() if HANGING in words]

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
-from criserver.errors import CriError, FailedPreconditionError, ResourceExhaustedError, exhaustion
+from criserver.errors import (
+    CriError,
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    disk_fault,
+    exhaustion,
+    os_words,
+    told_in_words,
+)
 
 
 def caused(error: Exception, *causes: BaseException) -> Exception:
@@ -44,3 +53,27 @@ def test_a_circle_of_causes_has_an_end() -> None:
         assert cause is not None
         cause.__cause__ = error
     assert exhaustion(error) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/disk/f"), "/disk/f: Input/output error: a disk"),
+        (caused(CriError("x"), OSError(errno.EROFS, "Read-only file system", "/disk")), "/disk: Read-only"),
+        (caused(FailedPreconditionError("x"), ValueError(), OSError(errno.EIO, "Input/output error")), "Input/output"),
+        (OSError(errno.ENOENT, "", "/disk/f"), ""),
+        (CriError("x"), ""),
+    ],
+)
+def test_a_failing_disk_is_told_with_its_path(error: Exception, words: str) -> None:
+    assert disk_fault(error).startswith(words)
+    assert bool(words) == bool(disk_fault(error))
+
+
+def test_an_error_of_the_system_is_told_without_its_number() -> None:
+    assert os_words(OSError(errno.ENOENT, "No such file or directory", "/f")) == "/f: No such file or directory"
+    assert os_words(OSError(errno.EIO, "Input/output error")) == "Input/output error"
+    assert os_words(TimeoutError()) == "TimeoutError"
+    found = pytest.raises(FailedPreconditionError, match=r"^it failed: /nowhere/f: No such file or directory$")
+    with found, told_in_words("it failed"):
+        os.stat("/nowhere/f")

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from criserver import reset
+from criserver.own_directories import STATE
 
 
 def test_what_cannot_be_deleted_is_told_of_and_the_rest_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, socket = tmp_path / "state", tmp_path / "sock"
-    for name in ("a", "b", "c"):
+    for name in STATE.names:
         (state / name).mkdir(parents=True)
         (state / name / "f").touch()
-    (state / "b/stays").touch()
+    (state / "ns/stays").touch()
+    (state / STATE.marker).touch()
     socket.touch()
     real = os.unlink
 
@@ -26,10 +28,11 @@ def test_what_cannot_be_deleted_is_told_of_and_the_rest_goes(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refused)
-        (left,) = reset._delete(str(state), str(socket))
-    assert left.startswith(f"{state}/b, which cannot be deleted: ")
-    assert left.endswith(f"Input/output error: '{state}/b/stays'")
-    assert os.listdir(state) == ["b"]
+        kept, (left,) = reset._delete(str(state), STATE, str(socket))
+    assert kept == []
+    assert left.startswith(f"{state}/ns, which cannot be deleted: ")
+    assert left.endswith(f"Input/output error: '{state}/ns/stays'")
+    assert sorted(os.listdir(state)) == [STATE.marker, "ns"]
     assert not socket.exists()
-    assert reset._delete(str(state), str(socket)) == []
+    assert reset._delete(str(state), STATE, str(socket)) == ([], [])
     assert not state.exists()

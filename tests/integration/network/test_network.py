@@ -364,6 +364,103 @@ async def test_a_chain_that_fails_at_its_end_leaves_nothing(host: Host) -> None:
     assert "eth0" not in inside(pin, "ip", "link")
 
 
+def misspell(host: Host, recorded: str, wanted: str) -> None:
+    path = f"{host.conf}/10-crinet.conflist"
+    with open(path) as f:
+        text = f.read()
+    assert recorded in text
+    with open(path, "w") as f:
+        f.write(text.replace(recorded, wanted))
+
+
+async def test_a_plugin_that_refuses_add_and_del_owes_nothing(host: Host) -> None:
+    misspell(host, '"host-local"', '"host-locl"')
+    _, plan = await host.pod()
+    left: list[Attachment] = []
+    with pytest.raises(CriError, match=r"CNI plugin bridge \(ADD, network crinet\).*host-locl"):
+        await host.network.add(plan, left.append)
+    # Neither the plugin that can never succeed, nor the one behind it that never ran.
+    assert [attachment.network.plugins for attachment in left] == [()]
+    await host.network.delete(Attachment.from_json(left[0].to_json()))
+    assert host.left("sandbox-1") == []
+
+
+def stub(host: Host, name: str, cases: str) -> str:
+    """A plugin of a shell script; its calls are lines of the file that is returned."""
+    with open(f"{host.bin}/{name}", "w") as f:
+        f.write(
+            f"#!/bin/sh\ncat >/dev/null\necho $CNI_COMMAND >>{host.base}/{name}\ncase $CNI_COMMAND in\n{cases}\nesac\n"
+        )
+    os.chmod(f"{host.bin}/{name}", 0o755)
+    return f"{host.base}/{name}"
+
+
+def failing(code: int) -> str:
+    return f'echo \'{{"code": {code}, "msg": "no"}}\'; exit 1'
+
+
+@pytest.mark.parametrize(
+    ("cases", "owed"),
+    [
+        (f"*) {failing(999)};;", []),
+        # It asks to try again later.
+        (f"ADD) {failing(999)};; DEL) {failing(11)};;", ["stub"]),
+        # It printed no result, so nobody knows what it did.
+        (f"ADD) ;; DEL) {failing(999)};;", ["stub"]),
+    ],
+)
+async def test_what_is_owed_after_a_failed_add(host: Host, cases: str, owed: list[str]) -> None:
+    calls, never = stub(host, "stub", cases), stub(host, "never", "")
+    host.configure({"type": "stub"}, {"type": "never"})
+    _, plan = await host.pod()
+    left: list[Attachment] = []
+    with pytest.raises(CriError, match="CNI plugin stub"):
+        await host.network.add(plan, left.append)
+    assert [plugin["type"] for plugin in left[0].network.plugins] == owed
+    with open(calls) as f:
+        assert f.read() == "ADD\nDEL\n"
+    assert not os.path.exists(never)
+    assert host.left("sandbox-1") == []
+
+
+async def test_a_failed_del_is_tried_with_the_repaired_configuration(host: Host) -> None:
+    _, plan = await host.pod()
+    attachment = await host.network.add(plan)
+    # As an earlier daemon has recorded it that was killed during ADD.
+    recorded = json.loads(attachment.to_json())
+    recorded["result"] = None
+    recorded["network"]["plugins"][0]["ipam"]["type"] = "host-locl"
+    broken = Attachment.from_json(json.dumps(recorded))
+    misspell(host, '"crinet"', '"another"')
+    with pytest.raises(CriError, match="host-locl"):
+        await host.network.delete(broken)
+    assert host.leases()
+    misspell(host, '"another"', '"crinet"')
+    await host.network.delete(broken)
+    # The bridge plugin takes back its masquerading rules through the interface only, which the failed DEL has deleted.
+    assert host.leases() == []
+    assert host.ports() == []
+
+
+async def test_a_misspelt_plugin_is_repaired_too_and_both_failures_are_told(host: Host) -> None:
+    _, plan = await host.pod()
+    attachment = await host.network.add(plan)
+    recorded = json.loads(attachment.to_json())
+    recorded["network"]["plugins"][0]["type"] = "bridge-x"
+    broken = Attachment.from_json(json.dumps(recorded))
+    misspell(host, '"host-local"', '"host-locl"')
+    with pytest.raises(
+        CriError, match=r"plugin bridge-x .* is not in .*; and with the present configuration .*host-locl"
+    ):
+        await host.network.delete(broken)
+    assert len(await host.network.delete_by_force(broken)) == 1
+    misspell(host, '"host-locl"', '"host-local"')
+    await host.network.delete(broken)
+    # The bridge plugin takes back its masquerading rules through the interface only, which the failed DEL has deleted.
+    assert host.leases() == []
+    assert host.ports() == []
+
+
 async def test_a_cancelled_add_leaves_nothing(host: Host) -> None:
     _, plan = await host.pod(port_mappings=(PortMapping("tcp", 8080, PORT, ""),))
     task = asyncio.create_task(host.network.add(plan))

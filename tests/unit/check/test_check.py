@@ -178,6 +178,8 @@ def test_what_is_not_there(node: Fake, path: str, level: Level, words: str) -> N
             "root = /var/lib/criserver, on ext4",
         ),
         ("proc/self/mountinfo", MOUNTS.replace("tmpfs", "ext4"), Level.WARNING, "state = /run/criserver, on ext4"),
+        ("var/lib/criserver/notes", "", Level.MISSING, "files that criserver did not make (notes)"),
+        ("run/criserver/notes", "", Level.MISSING, "no marker (criserver.state)"),
         ("run/containerd/containerd.sock", "", Level.WARNING, "containerd is here too"),
         ("etc/cni/net.d/10-pods.conflist", "{", Level.MISSING, "is not valid JSON"),
         ("run/criserver/criserver.sock", "", Level.MISSING, "is not a socket"),

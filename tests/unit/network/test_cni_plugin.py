@@ -361,7 +361,8 @@ async def test_a_clean_up_that_cannot_even_begin_is_told_of_for_each_plugin(
     monkeypatch.setattr(cni_plugin, "run", refuse)
     with capture_logs() as logs, pytest.raises(UnavailableError, match="the cause"):
         await node.network.add(node.plan())
-    assert [line["error"] for line in logs] == ["[Errno 24] Too many open files"] * 2
+    errors = [line["error"] for line in logs if line["log_level"] == "error"]
+    assert errors == ["[Errno 24] Too many open files"] * 2
 
 
 async def test_a_plugin_that_cannot_be_executed(node: Node) -> None:
@@ -405,7 +406,8 @@ async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node) -> N
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (node.log / "finished").exists()
-    assert node.calls() == ["ADD one", "DEL two", "DEL one"]
+    # The second plugin has never run, so there is nothing of it to undo.
+    assert node.calls() == ["ADD one", "DEL one"]
 
 
 async def test_a_second_cancellation_does_not_stop_the_clean_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

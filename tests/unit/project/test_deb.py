@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from criserver import cli
+from criserver import cli, own_directories
+from criserver.cli.options import configuration
 from criserver.config import load
 
 ROOT = Path(__file__).parents[3]
@@ -99,13 +100,21 @@ def test_the_manual_page_has_every_command_and_option() -> None:
     walk(cli._parser(), "criserver")
 
 
-def test_commands_go_by_the_nodes_configuration_and_the_daemon_is_told_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def configs() -> list[str | None]:
-        return [cli._parser().parse_args(c.split()).config for c in ("check", "reset", "image list", "serve")]
+def test_all_commands_go_by_the_nodes_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def levels() -> set[str]:
+        words = ("check", "reset", "image list", "serve", "config show", "config check")
+        return {configuration(cli._parser().parse_args(command.split())).log_level for command in words}
 
-    monkeypatch.setattr(cli, "NODES_CONFIG", str(tmp_path / "config.toml"))
-    assert configs() == [None] * 4
-    (tmp_path / "config.toml").write_text("")
-    assert configs() == [str(tmp_path / "config.toml")] * 3 + [None]
+    monkeypatch.setattr("criserver.cli.options.NODES_CONFIG", str(tmp_path / "config.toml"))
+    assert levels() == {"info"}
+    (tmp_path / "config.toml").write_text('[log]\nlevel = "error"')
+    assert levels() == {"error"}
+
+
+def test_the_removal_deletes_the_names_that_the_daemon_makes() -> None:
+    script = (ROOT / "contrib/deb/postrm.in").read_text().replace("\\\n", " ")
+    found = {line.split()[2]: set(line.split()[3:]) for line in script.splitlines() if line.startswith("\tclear /")}
+    assert found == {
+        own_directories.ROOT.marker: set(own_directories.ROOT.names),
+        own_directories.STATE.marker: {*own_directories.STATE.names, "criserver.sock"},
+    }

@@ -82,7 +82,7 @@ def test_promtool_finds_no_fault(words: tuple[str, str]) -> None:
 
 
 def test_panels_do_not_overlap_and_each_has_a_query() -> None:
-    cells = set()
+    cells: set[tuple[int, int]] = set()
     for panel in BOARD["panels"]:
         grid = panel["gridPos"]
         own = {(x, y) for x in range(grid["x"], grid["x"] + grid["w"]) for y in range(grid["y"], grid["y"] + grid["h"])}

@@ -1,0 +1,44 @@
+"""The pod and the container that a call is for.
+
+The lines that the call logs name them. And the call waits while the daemon recovers that pod after a start. Lists, and
+calls for other pods, do not wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from criserver import logs
+from criserver.errors import CriError
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime.node import Node
+from criserver.runtime.parse import pod_config
+
+
+async def prepare(node: Node, request: Any) -> None:
+    """Name the subject of a request in the log, and wait for its pod's recovery if that is under way."""
+    try:
+        sandbox_id = _name(node, request)
+    except CriError:
+        return  # the RPC raises it too, with its own words
+    if sandbox_id in node.recovering:
+        await node.recovered(sandbox_id)
+
+
+def _name(node: Node, request: Any) -> str:
+    """The ID of the sandbox; "" for a request that names none. Raises NotFoundError for one that does not exist."""
+    if isinstance(request, cri.RunPodSandboxRequest):
+        config = pod_config(request.config)
+        logs.about(pod=f"{config.namespace}/{config.name}")
+        return node.records.holder(config.full_name) if node.recovering else ""
+    if sandbox_id := getattr(request, "pod_sandbox_id", ""):
+        sandbox = node.records.sandbox(sandbox_id)
+        logs.about(**sandbox.named)
+        if isinstance(request, cri.CreateContainerRequest):
+            logs.about(name=request.config.metadata.name)
+        return sandbox.id
+    if container_id := getattr(request, "container_id", ""):
+        container = node.records.container(container_id)
+        logs.about(**node.records.sandbox(container.sandbox_id).named, **container.named)
+        return container.sandbox_id
+    return ""

@@ -1,0 +1,31 @@
+"""The options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+from criserver.config import Config, Settings, config_of, read
+
+# The configuration file of the package's service.
+NODES_CONFIG = "/etc/criserver/config.toml"
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option for the configuration of this node's daemon."""
+    words = f"the daemon's configuration, with conf.d/*.toml beside it; by default {NODES_CONFIG}, if it exists"
+    parser.add_argument("--config", metavar="FILE", help=words)
+
+
+def config_path(options: argparse.Namespace) -> str:
+    """The configuration file, which need not exist where no option names it."""
+    return options.config or NODES_CONFIG
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """The settings of this node's daemon. Raises InvalidArgumentError."""
+    return read(config_path(options), optional=options.config is None)
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """The configuration of this node's daemon. Raises InvalidArgumentError."""
+    return config_of(settings(options))

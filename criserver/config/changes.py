@@ -1,0 +1,68 @@
+"""What a running daemon takes over of a changed configuration, and what waits for its next start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from criserver.config.settings import Key, Settings
+
+# Keys, and tables with all their keys. Pods that are there keep what they were made with.
+_RELOADED: tuple[Key, ...] = (
+    ("cdi",),
+    ("cni", "bin_dirs"),
+    ("cni", "timeout"),
+    ("images",),
+    ("log", "level"),
+    ("registry",),
+    ("runtime", "default"),
+    ("runtimes",),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key whose value differs. ``old`` or ``new`` is None where the key is not there. ``file`` set the new value."""
+
+    key: Key
+    old: Any
+    new: Any
+    file: str
+
+    @property
+    def reloaded(self) -> bool:
+        """Whether a running daemon takes it over."""
+        return any(self.key[: len(known)] == known for known in _RELOADED)
+
+
+def changes(old: Settings, new: Settings) -> Iterator[Change]:
+    """The keys whose values differ."""
+    before, after = old.flat(), new.flat()
+    for key in dict.fromkeys((*before, *after)):
+        if before.get(key) != after.get(key):
+            yield Change(key, before.get(key), after.get(key), new.origin(*key))
+
+
+def reloaded(old: Settings, new: Settings) -> Settings:
+    """The old settings with the changes that a running daemon takes over."""
+    flat, origins = old.flat(), dict(old.origins)
+    for change in changes(old, new):
+        if change.reloaded:
+            flat.pop(change.key, None)
+            origins.pop(change.key, None)
+            if change.new is not None:
+                flat[change.key] = change.new
+            if change.key in new.origins:
+                origins[change.key] = new.origins[change.key]
+    return Settings(_tables(flat), origins)
+
+
+def _tables(flat: dict[Key, Any]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        table = tables
+        for name in key[:-1]:
+            table = table.setdefault(name, {})
+        table[key[-1]] = value
+    return tables
