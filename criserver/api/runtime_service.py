@@ -15,9 +15,9 @@ from criserver.api import views
 from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
+from criserver.api.status_info import status_info
 from criserver.errors import InvalidArgumentError
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, host, selinux
 from criserver.runtime.container_checkpoint import checkpoint_container
 from criserver.runtime.container_create import create_container
 from criserver.runtime.container_exec import exec_sync
@@ -27,6 +27,7 @@ from criserver.runtime.container_start import start_container
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.container_stream import attach_address, exec_address, forward_address
 from criserver.runtime.container_update import update_container
+from criserver.runtime.ignored import ignored
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Sandbox
@@ -76,7 +77,7 @@ class RuntimeService(StatsRpcs):
         handlers = {"": features[self._node.config.default_runtime], **features}
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=[cri.RuntimeCondition(type="RuntimeReady", status=True), network]),
-            info=self._info() if request.verbose else {},
+            info=status_info(self._node) if request.verbose else {},
             runtime_handlers=[
                 cri.RuntimeHandler(
                     name=name,
@@ -229,18 +230,6 @@ class RuntimeService(StatsRpcs):
         await reopen_log(self._node, request.container_id)
         return cri.ReopenContainerLogResponse()
 
-    def _info(self) -> dict[str, str]:
-        config, loaded = self._node.config, host.apparmor_profiles()
-        default = apparmor.DEFAULT if loaded and apparmor.DEFAULT in loaded else apparmor.UNCONFINED
-        return views.info(
-            root=config.root,
-            state=config.state,
-            cgroupDriver=config.cgroup_driver,
-            # None where the kernel has no AppArmor.
-            defaultAppArmorProfile=None if loaded is None else default,
-            selinux=selinux.is_enabled(),
-        )
-
     def _sandbox_info(self, sandbox: Sandbox) -> dict[str, str]:
         sent = cri.PodSandboxConfig.FromString(sandbox.sent)
         return views.info(
@@ -265,7 +254,7 @@ class RuntimeService(StatsRpcs):
             rootfs=self._node.rootfs(container.id),
             runtimeSpec=runtime_spec,
             # Options that were accepted and have no effect on this node.
-            ignored={"selinux_options": options} if (options := selinux.ignored(container.config.security)) else {},
+            ignored=ignored(container.config),
         )
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from criserver.api.lists import make_each
 from criserver.images import Image
-from criserver.model import Namespaces
+from criserver.model import Namespaces, Resources
+from criserver.oci.spec_resources import in_force
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import host
 from criserver.runtime.container_exec import ExecResult
 from criserver.runtime.events import Event
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState
@@ -113,11 +115,24 @@ def container_status(record: Container) -> cri.ContainerStatus:
         stop_signal=sent.stop_signal,
     )
     if sent.linux.HasField("resources"):
-        status.resources.linux.CopyFrom(sent.linux.resources)
+        status.resources.linux.CopyFrom(_in_force(sent.linux.resources, config.resources))
     if record.user is not None:
         user = record.user
         status.user.linux.CopyFrom(cri.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups))
     return status
+
+
+def _in_force(sent: cri.LinuxContainerResources, requested: Resources) -> cri.LinuxContainerResources:
+    """The limits as they were sent, with those that this node enforces otherwise."""
+    enforced, shown = in_force(requested, host.facts()), cri.LinuxContainerResources()
+    shown.CopyFrom(sent)
+    shown.cpu_period = enforced.cpu_period
+    shown.memory_swap_limit_in_bytes = enforced.memory_swap_limit
+    shown.oom_score_adj = enforced.oom_score_adj
+    del shown.hugepage_limits[:]
+    for size, limit in enforced.hugepage_limits:
+        shown.hugepage_limits.add(page_size=size, limit=limit)
+    return shown
 
 
 def event(record: Event) -> cri.ContainerEventResponse:

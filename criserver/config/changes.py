@@ -17,6 +17,8 @@ _RELOADED: tuple[Key, ...] = (
     ("log", "level"),
     ("registry",),
     ("runtime", "default"),
+    ("runtime", "enable_unprivileged_icmp"),
+    ("runtime", "enable_unprivileged_ports"),
     ("runtimes",),
 )
 

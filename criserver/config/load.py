@@ -63,6 +63,8 @@ class Config:
     default_runtime: str
     cgroup_driver: str
     infra: str
+    enable_unprivileged_ports: bool
+    enable_unprivileged_icmp: bool
     cdi_dirs: tuple[str, ...]
     streaming: Streaming
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
@@ -106,6 +108,8 @@ def config_of(settings: Settings) -> Config:
         default_runtime=runtime["default"],
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],
+        enable_unprivileged_ports=runtime["enable_unprivileged_ports"],
+        enable_unprivileged_icmp=runtime["enable_unprivileged_icmp"],
         cdi_dirs=tuple(tables["cdi"]["dirs"]),
         streaming=_streaming(settings),
         runtimes=runtimes,

@@ -25,16 +25,18 @@ class ImageUser:
 def parse(text: str) -> ImageUser:
     """The user of an image's configuration: "user" or "user:group" (OCI image-spec, config, "User").
 
-    All digits are a number and never a name, so a check for root and the runtime see the same number. Raises
-    InvalidArgumentError for a number that is no ID, and for a name that is too long for an account.
+    All digits, also with a "+" before them, are a number and never a name, so a check for root and the runtime see the
+    same number. An empty group after a colon is 0, as in containerd. Raises InvalidArgumentError for a number that is
+    no ID, and for a name that is too long for an account.
     """
     user, colon, group = text.partition(":")
-    return ImageUser(_part(user, "user"), _part(group, "group") if colon else "")
+    return ImageUser(_part(user, "user"), _part(group or "0", "group") if colon else "")
 
 
 def _part(text: str, what: str) -> int | str:
-    if text.isascii() and text.isdigit():
-        number = decimal(text, MAX_ID)
+    digits = text.removeprefix("+")
+    if digits.isascii() and digits.isdigit():
+        number = decimal(digits, MAX_ID)
         if number is None:
             raise InvalidArgumentError(f"the image's {what} {quoted(text, _SHOWN)} is no ID: the largest is {MAX_ID}")
         return number

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from criserver.network.cni_config import NetworkConfig
 from criserver.network.cni_network import Attachment, Network
 from criserver.network.pod_network import PodNetwork
 
-__all__ = ["Attachment", "Network", "PodNetwork"]
+__all__ = ["Attachment", "Network", "NetworkConfig", "PodNetwork"]

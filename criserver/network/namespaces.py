@@ -11,8 +11,9 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from criserver.errors import (
     CriError,
@@ -22,13 +23,15 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.network.namespace_calls import KINDS, bind_mount, enter, is_pinned, unmount, unshare
-from criserver.network.sysctls import sysctl_path, write_sysctl
-from criserver.network.user_namespace import UserMapping, make_user_namespace
+from criserver.network.sysctls import Sysctl, requested
+from criserver.network.user_namespace import UserMapping, make_user_namespace, write_as_pods_root
 from criserver.text import quoted
 from snapshotter import files, removal
 from snapshotter.threads import start_thread
 
-__all__ = ["PinnedNamespaces", "UserMapping", "is_pinned", "make", "unpin"]
+__all__ = ["PinnedNamespaces", "UserMapping", "is_pinned", "make", "set_sysctls", "unpin"]
+
+T = TypeVar("T")
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
@@ -56,12 +59,15 @@ async def make(
     uts: bool,
     hostname: str = "",
     sysctls: Mapping[str, str] | None = None,
+    defaults: Mapping[str, str] | None = None,
     user: UserMapping | None = None,
 ) -> PinnedNamespaces:
     """Make the requested namespaces, set them up and pin them in ``directory``, which must not exist yet.
 
-    The loopback interface of a new network namespace is up. ``sysctls`` are named with dots or slashes. With ``user`` a
-    user namespace with those IDs is made as well, and it owns the others.
+    The loopback interface of a new network namespace is up. ``sysctls`` are named with dots or slashes. One of an
+    interface that does not exist is left to :func:`set_sysctls`. ``defaults`` are sysctls by their paths; they are set
+    where ``sysctls`` do not name them and the kernel takes them. With ``user`` a user namespace with those IDs is made
+    as well, and it owns the others.
 
     When it raises, also when it is cancelled, nothing is left. It raises:
 
@@ -71,47 +77,97 @@ async def make(
     3. ResourceExhaustedError at a limit of the kernel.
     4. DeadlineExceededError and CriError.
     """
-    kinds = [kind for kind, requested in (("net", net), ("ipc", ipc), ("uts", uts)) if requested]
+    kinds = [kind for kind, wanted in (("net", net), ("ipc", ipc), ("uts", uts)) if wanted]
     if hostname and not uts:
         raise InvalidArgumentError(
             f"hostname {quoted(hostname)} cannot be set: the pod shares the node's UTS namespace"
         )
-    settings = {sysctl_path(name, kinds): value for name, value in (sysctls or {}).items()}
+    settings = requested(sysctls or {}, kinds)
+    named = {sysctl.path for sysctl in settings}
+    settings += [Sysctl(path, value, optional=True) for path, value in (defaults or {}).items() if path not in named]
     made: dict[str, int] = {}
     if user is not None:
         made, settings = await make_user_namespace(user, kinds, settings)
 
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[PinnedNamespaces] = loop.create_future()
-
-    def work() -> None:
-        try:
-            pinned = _build(directory, kinds, hostname, settings, made)
-        except BaseException as e:  # noqa: BLE001 - passed to the waiting coroutine, which raises it
-            loop.call_soon_threadsafe(outcome.set_exception, e)
-        else:
-            loop.call_soon_threadsafe(outcome.set_result, pinned)
+    def work() -> PinnedNamespaces:
+        return _build(directory, kinds, hostname, settings, made)
 
     def undo(late: asyncio.Future[PinnedNamespaces]) -> None:
         if late.exception() is None:
             unpin(directory)
 
-    # A thread of its own, not a pooled one: it cannot leave the namespaces that it enters.
     try:
-        start_thread(work, "namespaces")
-    except OSError as e:
+        outcome = _in_thread(work, f"no namespaces can be made in {directory}")
+    except ResourceExhaustedError:
         for fd in made.values():
             os.close(fd)
-        raise ResourceExhaustedError(f"no namespaces can be made in {directory}: {e.strerror}") from e
+        raise
+    return await _in_time(outcome, undo, f"make the namespaces in {directory}")
+
+
+async def set_sysctls(pinned: PinnedNamespaces, sysctls: Mapping[str, str]) -> None:
+    """Set the network sysctls of ``sysctls``, those of :func:`make`, after the CNI plugins have made the interfaces.
+
+    A plugin may have changed one that was set before. Raises InvalidArgumentError for one that the kernel refuses,
+    ResourceExhaustedError, DeadlineExceededError and CriError.
+    """
+    settings = [sysctl for sysctl in requested(sysctls, KINDS) if sysctl.path.startswith("net/")]
+    net = pinned.net
+    if net is None or not settings:
+        return
+    if pinned.user is not None:
+        settings = await write_as_pods_root(pinned.user, net, settings)
+
+    def work() -> None:
+        fd = os.open(net, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            enter([fd])
+        finally:
+            os.close(fd)
+        for sysctl in settings:
+            sysctl.write(final=True)
+
+    try:
+        outcome = _in_thread(work, f"no sysctls can be set in {net}")
+        await _in_time(outcome, asyncio.Future.exception, f"set the sysctls of the network namespace {net}")
+    except OSError as e:
+        raise CriError(f"the sysctls of the network namespace {net} cannot be set: {e}") from e
+
+
+def _in_thread(work: Callable[[], T], refusal: str) -> asyncio.Future[T]:
+    """The outcome of ``work`` in a thread of its own, which cannot leave the namespaces that it enters.
+
+    Raises ResourceExhaustedError, with ``refusal``, where no thread can be started.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as e:  # noqa: BLE001 - passed to the waiting coroutine, which raises it
+            loop.call_soon_threadsafe(outcome.set_exception, e)
+        else:
+            loop.call_soon_threadsafe(outcome.set_result, result)
+
+    try:
+        start_thread(run, "namespaces")
+    except OSError as e:
+        raise ResourceExhaustedError(f"{refusal}: {e.strerror}") from e
+    return outcome
+
+
+async def _in_time(outcome: asyncio.Future[T], late: Callable[[asyncio.Future[T]], object], what: str) -> T:
+    """Wait for the outcome. One that nobody waits for any more is given to ``late``."""
     try:
         done, _ = await asyncio.wait({outcome}, timeout=_DEADLINE)
     except asyncio.CancelledError:
-        outcome.add_done_callback(undo)
+        outcome.add_done_callback(late)
         await asyncio.wait({outcome}, timeout=_GRACE)
         raise
     if not done:
-        outcome.add_done_callback(undo)
-        raise DeadlineExceededError(f"the kernel did not make the namespaces in {directory} within {_DEADLINE:g} s")
+        outcome.add_done_callback(late)
+        raise DeadlineExceededError(f"the kernel did not {what} within {_DEADLINE:g} s")
     return outcome.result()
 
 
@@ -131,7 +187,7 @@ def unpin(directory: str) -> None:
 
 
 def _build(
-    directory: str, kinds: list[str], hostname: str, settings: Mapping[str, str], made: Mapping[str, int]
+    directory: str, kinds: list[str], hostname: str, settings: list[Sysctl], made: Mapping[str, int]
 ) -> PinnedNamespaces:
     """The work of the thread. Once it is in the pod's namespaces, it sees /proc/sys as the pod does.
 
@@ -147,8 +203,8 @@ def _build(
                 unshare(kinds)
             if hostname:
                 socket.sethostname(hostname)
-            for path, value in settings.items():
-                write_sysctl(path, value)
+            for sysctl in settings:
+                sysctl.write(final=False)
             if "net" in kinds:
                 _raise_loopback()
             # Not /proc/self/ns: that is the main thread's.

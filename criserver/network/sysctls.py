@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from criserver.errors import InvalidArgumentError
 from criserver.text import quoted
@@ -33,17 +36,40 @@ def sysctl_path(name: str, kinds: list[str]) -> str:
     return path
 
 
-def write_sysctl(path: str, value: str) -> None:
-    """Write a sysctl of the calling thread's namespaces. Raises InvalidArgumentError."""
-    try:
-        write_once(f"/proc/sys/{path}", value)
-    except OSError as e:
-        raise sysctl_error(path, value, e.errno or 0) from e
+@dataclass(frozen=True, slots=True)
+class Sysctl:
+    """A sysctl of a pod. ``path`` is below /proc/sys.
+
+    An ``optional`` one is a default of this runtime: where the kernel refuses it, the pod runs without it.
+    """
+
+    path: str
+    value: str
+    optional: bool = False
+
+    def write(self, *, final: bool) -> None:
+        """Write it in the calling thread's namespaces. Raises as :meth:`refused` does."""
+        try:
+            write_once(f"/proc/sys/{self.path}", self.value)
+        except OSError as e:
+            self.refused(e.errno or 0, final=final)
+
+    def refused(self, number: int, *, final: bool) -> None:
+        """Note that the kernel refuses it with this error number. Raises InvalidArgumentError if that is an error.
+
+        It is no error for an optional one, nor before the ``final`` attempt for a network sysctl that does not exist: a
+        CNI plugin may make its interface.
+        """
+        early = not final and number == errno.ENOENT and self.path.startswith("net/")
+        if not self.optional and not early:
+            raise InvalidArgumentError(
+                f"sysctl {self.path} = {quoted(self.value)} is refused by the kernel: {os.strerror(number)}"
+            )
 
 
-def sysctl_error(path: str, value: str, number: int) -> InvalidArgumentError:
-    """The exception for a sysctl that the kernel refuses with this error number."""
-    return InvalidArgumentError(f"sysctl {path} = {quoted(value)} is refused by the kernel: {os.strerror(number)}")
+def requested(sysctls: Mapping[str, str], kinds: Iterable[str]) -> list[Sysctl]:
+    """The sysctls that a pod requests by names. Raises as :func:`sysctl_path` does."""
+    return [Sysctl(sysctl_path(name, list(kinds)), value) for name, value in sysctls.items()]
 
 
 def write_once(path: str, text: str) -> None:

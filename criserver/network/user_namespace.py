@@ -10,14 +10,14 @@ import errno
 import itertools
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError
 from criserver.model import IdMapping
 from criserver.network.namespace_calls import clone_flags, unshare_error
-from criserver.network.sysctls import sysctl_error, write_once
+from criserver.network.sysctls import Sysctl, write_once
 from criserver.text import quoted
 
 # Seconds for the helper process, which takes milliseconds, and for its end after a kill.
@@ -25,34 +25,56 @@ _DEADLINE = 10.0
 _GRACE = 1.0
 _MAX_STDERR = 2000
 
-# The helper process:
-# 1. It unshares the user namespace. The daemon then maps its IDs, and writes a line to it.
-# 2. It becomes root of the user namespace, and unshares the namespaces that the user namespace is to own.
-# 3. It writes their sysctls.
-# 4. It waits until it is killed, or until the daemon is gone.
-# After each step it prints the error number, 0 for none.
-_HELPER = """
+# Both helper processes print the error number of each of their steps, 0 for none.
+_STEPS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
-def unshare(flags):
-    return ctypes.get_errno() if libc.unshare(flags) else 0
+def report(number):
+    os.write(1, b"%d\\n" % number)
+def call(function, *arguments):
+    report(ctypes.get_errno() if function(*arguments) else 0)
+def become_root():
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
 def write(path, value):
     try:
         os.write(os.open("/proc/sys/" + path, os.O_WRONLY), os.fsencode(value))
     except OSError as e:
         return e.errno
     return 0
-def report(number):
-    os.write(1, b"%d\\n" % number)
-report(unshare(int(sys.argv[1])))
-if os.read(0, 1):
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
-    report(unshare(int(sys.argv[2])))
-    for path, value in zip(sys.argv[3::2], sys.argv[4::2]):
+def write_all(arguments):
+    for path, value in zip(arguments[::2], arguments[1::2]):
         report(write(path, value))
+"""
+
+# The process that makes the namespaces:
+# 1. It unshares the user namespace. The daemon then maps its IDs, and writes a line to it.
+# 2. It becomes root of the user namespace, and unshares the namespaces that the user namespace is to own.
+# 3. It writes their sysctls.
+# 4. It waits until it is killed, or until the daemon is gone.
+_MAKER = (
+    _STEPS
+    + """
+call(libc.unshare, int(sys.argv[1]))
+if os.read(0, 1):
+    become_root()
+    call(libc.unshare, int(sys.argv[2]))
+    write_all(sys.argv[3:])
     os.read(0, 1)
 """
+)
+
+# The process that writes sysctls in namespaces that exist. It enters them by their paths, and becomes root of them.
+_WRITER = (
+    _STEPS
+    + """
+user, net = (os.open(path, os.O_RDONLY) for path in sys.argv[1:3])
+call(libc.setns, user, 0)
+call(libc.setns, net, 0)
+become_root()
+write_all(sys.argv[3:])
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +86,8 @@ class UserMapping:
 
 
 async def make_user_namespace(
-    user: UserMapping, kinds: list[str], sysctls: Mapping[str, str]
-) -> tuple[dict[str, int], dict[str, str]]:
+    user: UserMapping, kinds: list[str], sysctls: list[Sysctl]
+) -> tuple[dict[str, int], list[Sysctl]]:
     """Make a user namespace, and namespaces of ``kinds`` that it owns.
 
     Returns two things:
@@ -80,19 +102,17 @@ async def make_user_namespace(
     for name, ids in (("user", user.uids), ("group", user.gids)):
         if not any(r.container_id == 0 and r.length > 0 for r in ids):
             raise InvalidArgumentError(f"the pod's user namespace needs a mapping of {name} ID 0")
-    for path, value in sysctls.items():
-        if "\0" in value:
-            raise InvalidArgumentError(f"sysctl {path} = {quoted(value)} has a zero byte")
     opened: dict[str, int] = {}
     try:
-        async with asyncio.timeout(_DEADLINE), _helper(kinds, sysctls) as helper:
+        flags = (str(clone_flags(["user"])), str(clone_flags(kinds)))
+        async with asyncio.timeout(_DEADLINE), _helper(_MAKER, flags, sysctls) as helper:
             assert helper.stdin is not None
             await _check_unshared(helper, ["user"])
             _write_map(helper.pid, "uid_map", user.uids)
             _write_map(helper.pid, "gid_map", user.gids)
             helper.stdin.write(b"\n")
             await _check_unshared(helper, kinds)
-            remaining = {path: value for path, value in sysctls.items() if not await _written(helper, path, value)}
+            remaining = [sysctl for sysctl in sysctls if not await _written(helper, sysctl, final=False)]
             for kind in ("user", *kinds):
                 opened[kind] = os.open(f"/proc/{helper.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
     except BaseException as e:
@@ -106,12 +126,35 @@ async def make_user_namespace(
     return opened, remaining
 
 
+async def write_as_pods_root(user: str, net: str, sysctls: list[Sysctl]) -> list[Sysctl]:
+    """Write network sysctls as root of a user namespace: IDs in their values are IDs of that namespace.
+
+    ``user`` and ``net`` are the paths of pinned namespaces. Returns the sysctls that the node's root still has to
+    write. Raises InvalidArgumentError for a sysctl that the kernel refuses, DeadlineExceededError and CriError.
+    """
+    try:
+        async with asyncio.timeout(_DEADLINE), _helper(_WRITER, (user, net), sysctls) as helper:
+            for path in (user, net):
+                if number := await _error_number(helper):
+                    raise CriError(f"cannot enter the namespace {path}: {os.strerror(number)}")
+            return [sysctl for sysctl in sysctls if not await _written(helper, sysctl, final=True)]
+    except TimeoutError as e:
+        raise DeadlineExceededError(f"the kernel did not set the pod's sysctls within {_DEADLINE:g} s") from e
+    except OSError as e:
+        raise CriError(f"cannot set the pod's sysctls: {e}") from e
+
+
 @asynccontextmanager
-async def _helper(kinds: list[str], sysctls: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _helper(
+    script: str, arguments: Iterable[str], sysctls: list[Sysctl]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    for sysctl in sysctls:
+        if "\0" in sysctl.value:
+            raise InvalidArgumentError(f"sysctl {sysctl.path} = {quoted(sysctl.value)} has a zero byte")
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-I", "-S", "-c", _HELPER, str(clone_flags(["user"])), str(clone_flags(kinds))),
-        *itertools.chain.from_iterable(sysctls.items()),
+        *("-I", "-S", "-c", script, *arguments),
+        *itertools.chain.from_iterable((sysctl.path, sysctl.value) for sysctl in sysctls),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -133,12 +176,14 @@ async def _check_unshared(helper: asyncio.subprocess.Process, kinds: list[str]) 
         raise unshare_error(kinds, number)
 
 
-async def _written(helper: asyncio.subprocess.Process, path: str, value: str) -> bool:
-    """Whether the helper wrote a sysctl; False where it is not allowed to."""
+async def _written(helper: asyncio.subprocess.Process, sysctl: Sysctl, *, final: bool) -> bool:
+    """Whether the helper is done with a sysctl; False where it is not allowed to write it."""
     number = await _error_number(helper)
-    if number and number not in (errno.EACCES, errno.EPERM):
-        raise sysctl_error(path, value, number)
-    return number == 0
+    if number in (errno.EACCES, errno.EPERM):
+        return False
+    if number:
+        sysctl.refused(number, final=final)
+    return True
 
 
 async def _error_number(helper: asyncio.subprocess.Process) -> int:
@@ -148,7 +193,7 @@ async def _error_number(helper: asyncio.subprocess.Process) -> int:
     line = await helper.stdout.readline()
     if not line:
         reason = (await helper.stderr.read(_MAX_STDERR)).decode(errors="replace").strip()
-        raise CriError(f"the process that makes a user namespace ended early: {reason or 'without a message'}")
+        raise CriError(f"the process in the pod's user namespace ended early: {reason or 'without a message'}")
     return int(line)
 
 

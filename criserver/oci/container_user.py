@@ -28,15 +28,19 @@ def resolve(
 ) -> User:
     """The numbers for one container.
 
-    ``user`` and ``group`` are numbers or names. With "" the user is root, and the group is the one of the user's
-    account. ``passwd`` and ``groups`` are the image's files, empty where it has none. A name must be in them, a number
-    need not be. With ``strict`` the process has the groups ``supplemental`` alone. Without it the process also has all
-    groups of the user in the image.
+    ``user`` and ``group`` are numbers or names. With "" the user is root, and the group is that of the user's account,
+    or 0 without a user. ``passwd`` and ``groups`` are the image's files, empty where it has none. A name must be in
+    them, a number need not be. With ``strict`` the process has the groups ``supplemental`` alone. Without it the
+    process also has all groups of the user in the image.
 
     Raises FailedPreconditionError for a user or group that is missing, and for more groups than the kernel allows.
     """
-    account = _account(user or 0, passwd)
-    gid = account.gid if group == "" else _gid(group, groups)
+    # A group without a user: root with this group, and without those of root's account.
+    account = Account(b"", 0, 0) if user == "" and group != "" else _account(user or 0, passwd)
+    if group == "":
+        gid = 0 if user == "" else account.gid
+    else:
+        gid = _gid(group, groups)
     gids = {gid, *supplemental}
     if account.name and not strict:
         groups.seek(0)

@@ -13,7 +13,7 @@ from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, Spec
 from criserver.oci.spec_mounts import container_mounts
 from criserver.oci.spec_namespaces import container_namespaces
-from criserver.oci.spec_resources import device_rules, oci_device, resource_limits
+from criserver.oci.spec_resources import device_rules, in_force, oci_device, resource_limits
 
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -40,7 +40,6 @@ def build(
     of the host come before them. ``seccomp`` is the filter (config-linux.md, "Seccomp") or None.
 
     Raises InvalidArgumentError for a container without a command, and for an unknown capability.
-    Raises FailedPreconditionError for huge pages that the node cannot limit.
     """
     security, resources = config.security, config.resources
     nodes = list(devices)
@@ -54,7 +53,7 @@ def build(
             "cwd": config.working_dir or image.working_dir or "/",
             "capabilities": capability_sets(config, host),
             "noNewPrivileges": security.no_new_privs,
-            "oomScoreAdj": max(resources.oom_score_adj, host.oom_score_adj_floor),
+            "oomScoreAdj": in_force(resources, host).oom_score_adj,
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
         "mounts": container_mounts(config, pod),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
-from criserver.model import ContainerConfig, IdMapping, Mount, Propagation
+from criserver.model import ContainerConfig, IdMapping, Mount, NamespaceMode, Propagation
 from criserver.oci.spec_inputs import PodFacts, Spec
 
 
@@ -75,6 +75,8 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     privileged = config.security.privileged
     writable = "rw" if privileged else "ro"
     quiet = ["nosuid", "noexec", "nodev"]
+    # A bind mount without options of its own keeps those of the node's /dev/shm, where programs may be executable.
+    shm = [] if config.namespaces.ipc is NamespaceMode.NODE else ["rw", *quiet]
     return [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": quiet},
         {
@@ -101,7 +103,7 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
             "destination": "/dev/shm",  # noqa: S108 - the container's
             "type": "bind",
             "source": pod.shm,
-            "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
+            "options": ["bind", *shm],
         },
     ]
 

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 from collections.abc import Mapping
 from typing import Any
 
-from criserver.errors import FailedPreconditionError
 from criserver.model import ContainerConfig, Resources
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, Spec
 
 _CPU_PERIOD = 100_000  # microseconds: the kernel's default
 
 
-def resource_limits(resources: Resources, host: HostFacts) -> Spec:
-    """The ``resources`` of a spec (config-linux.md), without devices and without unset values.
+def in_force(resources: Resources, host: HostFacts) -> Resources:
+    """The limits that this node enforces where ``resources`` are requested.
 
-    Raises FailedPreconditionError for a limit of huge pages that this node cannot enforce. The kubelet sends a limit of
-    0 for each page size of the node: a 0 that cannot be enforced is left out.
+    1. Limits of page sizes that cgroups cannot limit are left out.
+    2. Without accounting of swap there is no limit of swap. With it, a container without a limit of its own has its
+       memory limit, because it could use swap beyond that.
+    3. A CPU quota has its period also if that is the kernel's default: under systemd, crun ignores a quota without one.
+    4. The OOM score is not lower than the daemon may set it.
     """
-    for size, limit in resources.hugepage_limits:
-        if limit and size not in host.hugepage_sizes:
-            supported = ", ".join(sorted(host.hugepage_sizes)) or "none: there is no hugetlb cgroup controller"
-            raise FailedPreconditionError(
-                f"hugepage_limits: {size} = {limit} cannot be enforced; this node can limit page sizes: {supported}"
-            )
+    swap = resources.memory_swap_limit or resources.memory_limit
+    return dataclasses.replace(
+        resources,
+        cpu_period=resources.cpu_period or (_CPU_PERIOD if resources.cpu_quota else 0),
+        memory_swap_limit=swap if host.swap_accounting else 0,
+        oom_score_adj=max(resources.oom_score_adj, host.oom_score_adj_floor),
+        hugepage_limits=tuple(limit for limit in resources.hugepage_limits if limit[0] in host.hugepage_sizes),
+    )
+
+
+def unenforced(resources: Resources, host: HostFacts) -> dict[str, str]:
+    """The limits that are requested and have no effect on this node, by the names of their fields in CRI.
+
+    The kubelet sends a limit of 0 for each page size of the node; it is not among them.
+    """
+    pages = ", ".join(
+        f"{n} = {limit}" for n, limit in resources.hugepage_limits if limit and n not in host.hugepage_sizes
+    )
+    swap = str(resources.memory_swap_limit) if resources.memory_swap_limit and not host.swap_accounting else ""
+    return {name: text for name, text in (("hugepage_limits", pages), ("memory_swap_limit_in_bytes", swap)) if text}
+
+
+def resource_limits(resources: Resources, host: HostFacts) -> Spec:
+    """The ``resources`` of a spec (config-linux.md), without devices and without unset values."""
+    enforced = in_force(resources, host)
     cpu = {
-        # Always set with a quota, also to the kernel's default: under systemd, crun ignores a quota without a period.
-        "period": resources.cpu_period or (_CPU_PERIOD if resources.cpu_quota else 0),
-        "quota": resources.cpu_quota,
-        "shares": resources.cpu_shares,
-        "cpus": resources.cpuset_cpus,
-        "mems": resources.cpuset_mems,
+        "period": enforced.cpu_period,
+        "quota": enforced.cpu_quota,
+        "shares": enforced.cpu_shares,
+        "cpus": enforced.cpuset_cpus,
+        "mems": enforced.cpuset_mems,
     }
-    memory = {"limit": resources.memory_limit, "swap": resources.memory_swap_limit}
-    limits: Spec = {"cpu": _without_unset(cpu), "memory": _without_unset(memory), "unified": dict(resources.unified)}
-    limits["hugepageLimits"] = [
-        {"pageSize": size, "limit": limit} for size, limit in resources.hugepage_limits if size in host.hugepage_sizes
-    ]
+    memory = {"limit": enforced.memory_limit, "swap": enforced.memory_swap_limit}
+    limits: Spec = {"cpu": _without_unset(cpu), "memory": _without_unset(memory), "unified": dict(enforced.unified)}
+    limits["hugepageLimits"] = [{"pageSize": size, "limit": limit} for size, limit in enforced.hugepage_limits]
     return _without_unset(_with_swap_limit(limits, host))
 
 

@@ -26,10 +26,10 @@ from criserver.oci import cdi, container_user, seccomp, spec
 from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec
 from criserver.oci.spec_mounts import check_mounts
-from criserver.oci.spec_resources import resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, cgroups, filesystems, host, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
+from criserver.runtime.ignored import log_ignored
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts
@@ -72,7 +72,6 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     # These raise errors that would come up later anyway. Here nothing has been made yet.
     spec.process_args(config, defaults)
     check_mounts(config)
-    resource_limits(config.resources, host.facts())
     _check_features(node, sandbox, config)
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
@@ -116,9 +115,7 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
         raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
     selinux.check(config.security, sandbox.selinux_level, f"container {config.name}")
-    others = (c.config.security for c in node.records.containers_of(sandbox.id))
-    if (options := selinux.ignored(config.security)) and not any(map(selinux.ignored, others)):
-        log.warning("selinux_options have no effect: this node has no policy", sandbox=sandbox.id, options=options)
+    log_ignored(config, (c.config for c in node.records.containers_of(sandbox.id)), sandbox.id)
 
 
 async def _seccomp(config: ContainerConfig) -> Spec | None:
@@ -154,7 +151,8 @@ async def _prepare(
     config = container.config
     target = _target(node, container)
     await prepare_log(node, container)
-    devices = [host.device_node(d.host_path, d.container_path) for d in config.devices]
+    granted = await filesystems.device_nodes(config.devices)
+    config, devices = dataclasses.replace(config, devices=tuple(granted)), list(granted.values())
     if config.security.privileged:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)

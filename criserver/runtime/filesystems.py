@@ -11,8 +11,10 @@ import dataclasses
 import os
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
 
 from criserver.errors import (
     CriError,
@@ -22,14 +24,17 @@ from criserver.errors import (
     NotFoundError,
 )
 from criserver.images import Image
-from criserver.model import Mount, PodConfig, Propagation
-from criserver.runtime import selinux
+from criserver.model import Device, Mount, PodConfig, Propagation
+from criserver.oci.spec_inputs import DeviceNode
+from criserver.runtime import host, selinux
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import user_pin
 from criserver.runtime.records import Container
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, removal
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
+
+T = TypeVar("T")
 
 # Seconds that looking up a host path may take.
 HOST_PATH_TIMEOUT = 20.0
@@ -97,7 +102,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
             path = await _mount_image(node, container, number, mount)
             resolved.append(dataclasses.replace(mount, host_path=path, guarded=True))
         else:
-            resolved.append(await _resolved_in_time(mount))
+            what = f"mount {mount.container_path}: host path {mount.host_path}"
+            resolved.append(await _in_time(partial(_resolved, mount), what))
     covered = {mount.container_path for mount in resolved}
     volumes = []
     for number, volume in enumerate(sorted({resolved_paths[volume] for volume in image.config.volumes} - covered)):
@@ -196,16 +202,28 @@ def _volumes_dir(node: Node, container_id: str) -> str:
     return os.path.join(volumes_root(node), container_id)
 
 
-async def _resolved_in_time(mount: Mount) -> Mount:
-    """Call :func:`_resolved` in a thread, with a timeout: a dead network file system never answers."""
+async def _in_time(work: Callable[[], T], what: str) -> T:
+    """Look up a host path in a thread, with a timeout: a dead network file system never answers."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(HOST_PATH_TIMEOUT):
-            return await loop.run_in_executor(_host_paths, _resolved, mount)
+            return await loop.run_in_executor(_host_paths, work)
     except TimeoutError:
-        raise DeadlineExceededError(
-            f"mount {mount.container_path}: host path {mount.host_path} does not answer within {HOST_PATH_TIMEOUT:g} s"
-        ) from None
+        raise DeadlineExceededError(f"{what} does not answer within {HOST_PATH_TIMEOUT:g} s") from None
+
+
+async def device_nodes(devices: Iterable[Device]) -> dict[Device, DeviceNode]:
+    """The node of each device. A device that is a directory is replaced by one for each node in it.
+
+    Raises InvalidArgumentError as :func:`criserver.runtime.host.device_nodes` does.
+    """
+    nodes = {}
+    for device in devices:
+        found = await _in_time(
+            partial(host.device_nodes, device.host_path, device.container_path), f"device {device.host_path}"
+        )
+        nodes.update({Device(node.path, path, device.permissions): node for path, node in found.items()})
+    return nodes
 
 
 def _resolved(mount: Mount) -> Mount:

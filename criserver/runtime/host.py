@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import sys
+from collections.abc import Iterator
 from functools import cache
 
 from criserver.errors import InvalidArgumentError
+from criserver.oci.capabilities import CAPABILITIES
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.huge_pages import huge_page_sizes
 
-# In the order of their numbers, from 0 (capabilities(7), linux/capability.h).
-_CAPABILITIES = (
-    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE "
-    "NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT "
-    "SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE "
-    "AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ "
-    "PERFMON BPF CHECKPOINT_RESTORE "
-).split()
+# Of a directory that is requested as a device, with all that is below it. A large /dev has some hundred.
+_MAX_DEVICE_ENTRIES = 4096
 
 # Entries of /dev that a privileged container does not get from the host: it has its own, or only the host uses them.
 _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc", ".lxd-mounts"})
@@ -59,9 +56,9 @@ def facts() -> HostFacts:
     then ends without a message. So the daemon's own score is the lowest that containers get in this case.
     """
     bounding = _status_mask("CapBnd")
-    known = tuple(f"CAP_{name}" for bit, name in enumerate(_CAPABILITIES) if bounding >> bit & 1)
+    known = tuple(name for bit, name in enumerate(CAPABILITIES) if bounding >> bit & 1)
     floor = -1000
-    if not _status_mask("CapEff") >> _CAPABILITIES.index("SYS_RESOURCE") & 1:
+    if not _status_mask("CapEff") >> CAPABILITIES.index("CAP_SYS_RESOURCE") & 1:
         with open("/proc/self/oom_score_adj") as f:
             floor = int(f.read())
     return HostFacts(
@@ -100,24 +97,45 @@ def _status_mask(field: str) -> int:
     return 0
 
 
-def device_node(host_path: str, container_path: str) -> DeviceNode:
-    """The host's node at ``host_path``, for ``container_path``. Raises InvalidArgumentError if it is no device node."""
+def device_nodes(host_path: str, container_path: str) -> dict[str, DeviceNode]:
+    """The host's node at ``host_path``, by its path on the host, for ``container_path``. Blocks.
+
+    Of a directory these are all nodes in it and below it, for the same paths below ``container_path``. Raises
+    InvalidArgumentError for a path that does not exist, for one that is neither a device node nor a directory, and for
+    a directory with more than 4096 entries.
+    """
     try:
         status = os.stat(host_path)
+        if stat.S_ISDIR(status.st_mode):
+            top = os.path.realpath(host_path)
+            return {
+                path: _node(found, container_path.rstrip("/") + path[len(top.rstrip("/")) :])
+                for path, found in _nodes_below(top, _MAX_DEVICE_ENTRIES)
+            }
     except OSError as e:
         raise InvalidArgumentError(f"device {host_path}: {e.strerror}") from e
-    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        raise InvalidArgumentError(f"device {host_path} is not a device node")
-    return _node(status, container_path)
+    if not _is_node(status):
+        raise InvalidArgumentError(f"device {host_path} is neither a device node nor a directory of device nodes")
+    return {host_path: _node(status, container_path)}
 
 
 def all_devices() -> list[DeviceNode]:
     """Every device node of the host's /dev, for a privileged container."""
-    nodes = []
-    pending = ["/dev"]
+    return [_node(status, path) for path, status in _nodes_below("/dev", sys.maxsize)]
+
+
+def _nodes_below(top: str, most: int) -> Iterator[tuple[str, os.stat_result]]:
+    """Path and status of each device node below a directory. No link is followed, and no directory twice.
+
+    Raises OSError, and InvalidArgumentError for a directory with more than ``most`` entries.
+    """
+    pending, entries_seen = [top], 0
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
+                entries_seen += 1
+                if entries_seen > most:
+                    raise InvalidArgumentError(f"device {top} is a directory with more than {most} entries")
                 if entry.name in _OWN_DEVICES:
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -127,9 +145,12 @@ def all_devices() -> list[DeviceNode]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue  # a device may be removed at any moment
-                if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
-                    nodes.append(_node(status, entry.path))
-    return nodes
+                if _is_node(status):
+                    yield entry.path, status
+
+
+def _is_node(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
 
 
 def _node(status: os.stat_result, path: str) -> DeviceNode:

@@ -27,6 +27,9 @@ from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
 
+# The largest group ID that every kernel takes in net.ipv4.ping_group_range (ip-sysctl.rst, "ping_group_range").
+_MAX_PING_GROUP = 2**31 - 1
+
 
 async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
     """Make a pod sandbox and return its ID.
@@ -109,13 +112,14 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     if config.namespaces.user is not None:
         passage.update(node)
     await asyncio.to_thread(sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label)
-    await namespaces.make(
+    pinned = await namespaces.make(
         node.namespaces_dir(sandbox.id),
         net=own_network,
         uts=own_network,
         ipc=config.namespaces.ipc is not NamespaceMode.NODE,
         hostname=sandbox_files.hostname(config) if own_network else "",
         sysctls=config.sysctls,
+        defaults=_default_sysctls(node, config) if own_network else {},
         user=_user_mapping(config),
     )
     # Both at once: the infra process takes about as long as one CNI plugin. If one fails, the other is still awaited: a
@@ -125,6 +129,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
         sandbox = network.result()
+        await namespaces.set_sysctls(pinned, config.sysctls)
         await asyncio.to_thread(sandbox_files.write_hosts, files, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
@@ -177,6 +182,19 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
 
 def _infra_ended(node: Node) -> FailedPreconditionError:
     return FailedPreconditionError(f"the pod's infra process ended at once: is {node.config.infra} a catatonit?")
+
+
+def _default_sysctls(node: Node, config: PodConfig) -> dict[str, str]:
+    """The sysctls of a pod's network namespace that the configuration asks for, by their paths."""
+    defaults = {}
+    if node.config.enable_unprivileged_ports:
+        defaults["net/ipv4/ip_unprivileged_port_start"] = "0"
+    if node.config.enable_unprivileged_icmp:
+        # The kernel takes only group IDs that the pod's user namespace has.
+        user = config.namespaces.user
+        last = _MAX_PING_GROUP if user is None else min(user.gids.length - 1, _MAX_PING_GROUP)
+        defaults["net/ipv4/ping_group_range"] = f"0 {last}"
+    return defaults
 
 
 def _user_mapping(config: PodConfig) -> namespaces.UserMapping | None:

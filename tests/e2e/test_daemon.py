@@ -25,7 +25,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.support.node import DRIVER, Node, filled, processes
+from tests.support.node import DRIVER, NETWORK, Node, filled, processes
 from tests.support.waiting import SLOWNESS, eventually, within
 
 
@@ -98,6 +98,9 @@ def test_status_and_version(node: Node) -> None:
     assert node.client.RuntimeConfig().linux.cgroup_driver == driver
     info = json.loads(status.info["info"])
     assert info["cgroupDriver"] == DRIVER
+    assert json.loads(status.info["config"])["cni"]["confDir"] == node.cni
+    assert json.loads(status.info["cniconfig"])["Networks"][0]["Config"]["Name"] == NETWORK
+    assert status.info["lastCNILoadStatus"] == "OK"
     assert info["defaultAppArmorProfile"] == (None if host.apparmor_profiles() is None else "criserver-default")
 
 

@@ -229,9 +229,24 @@ def test_a_device_keeps_to_its_permissions(node: Node, pod: str) -> None:
     node.sh(container, "exec 3</dev/reader")
     assert "not permitted" in node.sh(container, "(exec 3>/dev/reader) 2>&1 || true")
     node.sh(container, "exec 3<>/dev/net/tun")
-    for path, words in (("/dev/nothing", "No such file"), ("/etc/passwd", "not a device node")):
+    for path, words in (("/dev/nothing", "No such file"), ("/etc/passwd", "neither a device node nor a directory")):
         with refused(grpc.StatusCode.INVALID_ARGUMENT, path, words):
             node.create(pod, "none", ["true"], devices=[cri.Device(host_path=path)])
+
+
+def test_a_device_that_is_a_directory_is_all_nodes_below_it(node: Node, pod: str, tmp_path: Path) -> None:
+    things = tmp_path / "things"
+    (things / "sub/pts").mkdir(parents=True)
+    for name, like in (("fuse", "/dev/fuse"), ("sub/zero", "/dev/zero"), ("sub/pts/0", "/dev/zero")):
+        os.mknod(things / name, 0o666 | stat.S_IFCHR, os.stat(like).st_rdev)
+    (things / "file").write_text("no device")
+    (things / "link").symlink_to("/dev/mem")
+    (tmp_path / "alias").symlink_to(things)
+    devices = [cri.Device(container_path="/dev/those", host_path=str(tmp_path / "alias"), permissions="r")]
+    container = node.run(pod, "c", ["sleep", "1000"], devices=devices)
+    assert sorted(node.sh(container, "find /dev/those ! -type d").split()) == ["/dev/those/fuse", "/dev/those/sub/zero"]
+    assert node.sh(container, "head -c 3 /dev/those/sub/zero | wc -c").strip() == "3"
+    assert "not permitted" in node.sh(container, "(exec 3>/dev/those/fuse) 2>&1 || true")
 
 
 @ON_CGROUP_V1
@@ -256,13 +271,14 @@ def test_huge_pages(node: Node, pod: str) -> None:
     "hugetlb" in cgroups.roots() or "memory" not in cgroups.roots(), reason="this node can limit huge pages"
 )
 def test_huge_pages_on_a_node_that_cannot_limit_them(node: Node, pod: str) -> None:
-    limit = cri.HugepageLimit(page_size="2MB", limit=4 << 20)
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "2MB", "hugetlb"):
-        node.create(pod, "c", ["sleep", "1000"], **limited(hugepage_limits=[limit]))
-    # What a kubelet may send for every size that the kernel has.
-    none = [cri.HugepageLimit(page_size=size, limit=0) for size in ("2MB", "1GB")]
-    container = node.run(pod, "none", ["sleep", "1000"], **limited(hugepage_limits=none))
-    assert node.status(container).state == cri.CONTAINER_RUNNING
+    logged = len(node.daemon_log())
+    limits = [cri.HugepageLimit(page_size="2MB", limit=4 << 20), cri.HugepageLimit(page_size="1GB", limit=0)]
+    for name in ("c", "d"):
+        container = node.run(pod, name, ["sleep", "1000"], **limited(hugepage_limits=limits))
+        status = node.client.ContainerStatus(container_id=container, verbose=True)
+        assert json.loads(status.info["info"])["ignored"] == {"hugepage_limits": f"2MB = {4 << 20}"}
+        assert list(status.status.resources.linux.hugepage_limits) == []
+    assert node.daemon_log()[logged:].count("hugepage_limits have no effect") == 1
 
 
 @pytest.mark.skipif("memory" in cgroups.roots(), reason="writes files of cgroup version 2")

@@ -15,7 +15,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
-from tests.support.node import DRIVER, SUBNET, Node
+from tests.support.node import DRIVER, SUBNET, Node, refused
 from tests.support.pods import shared
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -149,6 +149,11 @@ def test_a_pod_that_shares_its_pid_namespace(node: Node) -> None:
     assert node.status(two).state == cri.CONTAINER_RUNNING
 
 
+def flags_of_shm(mountinfo: str) -> list[str]:
+    """The options of the topmost mount at /dev/shm, "rw" or "ro" first."""
+    return [line.split()[5].split(",") for line in mountinfo.splitlines() if line.split()[4] == "/dev/shm"][-1]
+
+
 def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
     pod = node.run_pod("host", hostname="", linux=shared(network=cri.NODE, pid=cri.NODE, ipc=cri.NODE))
     container = node.run(pod, "c", ["sleep", "1003"])
@@ -158,17 +163,46 @@ def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
         )
     assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip == ""
     assert node.sh(container, "hostname").strip() == os.uname().nodename
+    # Programs in the node's /dev/shm may be executable; those in a pod's own are not.
+    nodes = Path("/proc/self/mountinfo").read_text()
+    assert flags_of_shm(node.sh(container, "cat /proc/self/mountinfo")) == flags_of_shm(nodes)
 
 
 def test_sysctls_are_the_pods_own(node: Node) -> None:
     linux = shared()
-    linux.sysctls.update({"net.ipv4.ip_unprivileged_port_start": "77", "kernel.shm_rmid_forced": "1"})
+    linux.sysctls.update(
+        {
+            "net.ipv4.ip_unprivileged_port_start": "77",
+            "kernel.shm_rmid_forced": "1",
+            "net.ipv4.conf.eth0.arp_filter": "1",
+        }
+    )
     before = Path("/proc/sys/kernel/shm_rmid_forced").read_text()
     pod = node.run_pod("sysctl", linux=linux)
     container = node.run(pod, "c", ["sleep", "1000"])
-    seen = node.sh(container, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced")
-    assert seen == "77\n1\n"
+    names = ("net/ipv4/ip_unprivileged_port_start", "kernel/shm_rmid_forced", "net/ipv4/conf/eth0/arp_filter")
+    seen = node.sh(container, "cat " + " ".join(f"/proc/sys/{name}" for name in names))
+    assert seen == "77\n1\n1\n"
     assert Path("/proc/sys/kernel/shm_rmid_forced").read_text() == before
+
+
+def test_a_sysctl_that_does_not_exist_after_the_plugins_either(node: Node) -> None:
+    linux = shared()
+    linux.sysctls["net.ipv4.conf.eth1.arp_filter"] = "1"
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "conf/eth1/arp_filter", "No such file"):
+        node.run_pod("sysctl", linux=linux)
+    assert node.settled() == []
+
+
+def test_low_ports_and_ping_are_for_any_user(node: Node) -> None:
+    pod = node.run_pod("ping")
+    files = "/proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range"
+    user = cri.LinuxContainerSecurityContext(run_as_user=cri.Int64Value(value=1000))
+    user.capabilities.drop_capabilities.append("ALL")
+    linux = cri.LinuxContainerConfig(security_context=user)
+    container = node.run(pod, "c", ["sleep", "1000"], linux=linux)
+    assert node.sh(container, f"cat {files}").split() == ["0", "0", "2147483647"]
+    node.sh(container, "httpd -p 80")  # it ends with an error where it cannot listen
 
 
 def test_a_host_port_leads_to_the_pod(node: Node) -> None:

@@ -10,9 +10,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups
+from criserver.runtime import cgroups, host
 from tests.support.node import DRIVER, Node, limit_of, refused
 from tests.support.pods import limited
+from tests.support.waiting import eventually
 
 ON_V1 = "memory" in cgroups.roots()
 
@@ -136,9 +137,45 @@ def test_refusals(node: Node, pod: str) -> None:
             node.create(pod, "v2", ["true"], **limited(unified={"memory.high": "1"}))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "oom_score_adj"):
         node.create(pod, "score", ["true"], **limited(oom_score_adj=1001))
-    node.client.StopContainer(container_id=container, timeout=0)
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "exited"):
-        node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=2))
+
+
+def test_a_container_that_has_exited_takes_new_limits(node: Node, pod: str) -> None:
+    """The kubelet may ask for them as the container ends."""
+    container = node.run(pod, "c", ["true"], **limited(memory_limit_in_bytes=64 << 20))
+    node.wait(container)
+    node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=2))
+    status = node.status(container)
+    assert (status.state, status.resources.linux.cpu_shares) == (cri.CONTAINER_EXITED, 2)
+
+
+@pytest.mark.skipif(not host.facts().swap_accounting, reason="this node does not count swap")
+def test_the_status_has_the_swap_limit_in_force(node: Node, pod: str) -> None:
+    def swap() -> int:
+        return node.status(container).resources.linux.memory_swap_limit_in_bytes
+
+    container = node.run(pod, "c", ["sleep", "1000"], **limited(memory_limit_in_bytes=64 << 20))
+    assert swap() == 64 << 20
+    for asked, expected in (((64, 80), 80), ((72, 0), 72), ((96, 0), 96)):
+        limits = cri.LinuxContainerResources(
+            memory_limit_in_bytes=asked[0] << 20, memory_swap_limit_in_bytes=asked[1] << 20
+        )
+        node.client.UpdateContainerResources(container_id=container, linux=limits)
+        assert swap() == expected << 20
+        if ON_V1:
+            assert limit_of(pod, container, "memory", "memory.memsw.limit_in_bytes") == str(expected << 20)
+
+
+def test_a_memory_limit_below_the_present_use(node: Node, pod: str) -> None:
+    """The container keeps its limit, and its life: cgroup version 2 alone would kill it."""
+    fill = "x=$(head -c 33554432 /dev/zero | tr '\\0' x); echo full; sleep 1000; echo $x"
+    container = node.run(pod, "c", ["sh", "-c", fill], **limited(memory_limit_in_bytes=256 << 20))
+    eventually(lambda: "full" in node.log(container))
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, container, f"{8 << 20} bytes is below its present use of"):
+        node.client.UpdateContainerResources(
+            container_id=container, linux=cri.LinuxContainerResources(memory_limit_in_bytes=8 << 20)
+        )
+    status = node.status(container)
+    assert (status.state, status.resources.linux.memory_limit_in_bytes) == (cri.CONTAINER_RUNNING, 256 << 20)
 
 
 def test_a_pods_resources_are_kept_and_shown(node: Node, pod: str) -> None:

@@ -53,6 +53,7 @@ def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path) -> N
     os.chmod(tmp_path, 0o755)
     pod, container = run(newer, "userns", userns(), mounts=mounts)
     assert newer.sh(container, "cat /proc/self/uid_map").split() == ["0", str(BASE), "65536"]
+    assert newer.sh(container, "cat /proc/sys/net/ipv4/ping_group_range").split() == ["0", "65535"]
     assert newer.sh(container, "id -u; stat -c %u /bin /etc/passwd /") == "0\n0\n0\n0\n"
     assert newer.sh(container, "echo x > /etc/new && stat -c %u /etc/new") == "0\n"
     upper = Path(f"{newer.root}/snapshots/active/{container}/fs/etc/new")

@@ -133,10 +133,33 @@ async def test_only_what_is_asked_for_is_made(base: str) -> None:
 
 
 async def test_a_sysctl_that_the_kernel_refuses_undoes_everything(base: str) -> None:
-    for name, value in (("net.ipv4.ip_forward", "many"), ("net.ipv4.no_such_thing", "1")):
+    for name, value in (("net.ipv4.ip_forward", "many"), ("kernel.shm_no_such_thing", "1")):
         with pytest.raises(InvalidArgumentError, match="is refused by the kernel"):
             await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, sysctls={name: value})
         assert not os.path.exists(f"{base}/ns")
+
+
+async def test_sysctls_are_set_again_after_the_plugins(base: str) -> None:
+    """One of an interface waits for the interface; one that a plugin has changed is set again."""
+    sysctls = {"net.ipv4.conf.eth0.rp_filter": "1", "net.ipv4.conf.default.arp_filter": "1"}
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, sysctls=sysctls)
+    inside(pin, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "v1")
+    files = [f"/proc/sys/net/ipv4/conf/{name}" for name in ("eth0/arp_filter", "default/arp_filter", "eth0/rp_filter")]
+    assert inside(pin, "cat", files[0]).strip() == "1", "the interface begins with what was set before"
+    inside(pin, "sh", "-c", f"echo 0 > {files[1]}; echo 0 > {files[2]}")
+    await namespaces.set_sysctls(pin, {**sysctls, "kernel.shm_rmid_forced": "1"})
+    assert inside(pin, "cat", *files[1:]).split() == ["1", "1"]
+    with pytest.raises(InvalidArgumentError, match=r"no_such_thing = '1' is refused .* No such file"):
+        await namespaces.set_sysctls(pin, {"net.ipv4.no_such_thing": "1"})
+    namespaces.unpin(f"{base}/ns")
+
+
+async def test_defaults_are_set_where_the_pod_names_no_value(base: str) -> None:
+    defaults = {"net/ipv4/ip_unprivileged_port_start": "0", "net/ipv4/ping_group_range": "0 7", "net/no/such": "1"}
+    sysctls = {"net.ipv4.ip_unprivileged_port_start": "77"}
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=False, uts=False, sysctls=sysctls, defaults=defaults)
+    assert inside(pin, "cat", *(f"/proc/sys/{path}" for path in list(defaults)[:2])).split() == ["77", "0", "7"]
+    namespaces.unpin(f"{base}/ns")
 
 
 async def test_a_pin_that_fails_undoes_the_ones_before(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,21 @@ async def test_namespaces_are_owned_by_the_pods_user_namespace(base: str) -> Non
     assert os.listdir(base) == []
 
 
+async def test_sysctls_are_set_again_as_the_pods_root(base: str) -> None:
+    """Group IDs in a value are the pod's own, before and after the plugins."""
+    sysctls = {"net.ipv4.conf.eth0.rp_filter": "1", "net.ipv4.ping_group_range": "0 1000"}
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=False, uts=False, sysctls=sysctls, user=USER)
+    written, interface = (f"/proc/sys/net/ipv4/{name}" for name in ("ping_group_range", "conf/eth0/rp_filter"))
+    assert inside(pin, "cat", written).split() == ["0", "1000"]
+    inside(pin, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "v1")
+    inside(pin, "sh", "-c", f"echo 5 6 > {written}; echo 0 > {interface}")
+    await namespaces.set_sysctls(pin, sysctls)
+    assert inside(pin, "cat", written, interface).split() == ["0", "1000", "1"]
+    with pytest.raises(InvalidArgumentError, match=r"conf/eth1/rp_filter = '1' is refused .* No such file"):
+        await namespaces.set_sysctls(pin, {"net.ipv4.conf.eth1.rp_filter": "1"})
+    namespaces.unpin(f"{base}/ns")
+
+
 async def test_a_user_namespace_can_be_made_alone(base: str) -> None:
     pin = await namespaces.make(f"{base}/ns", net=False, ipc=False, uts=False, user=USER)
     assert pin == PinnedNamespaces(None, None, None, f"{base}/ns/user")
@@ -92,7 +107,7 @@ async def test_ids_that_the_kernel_refuses_leave_nothing(base: str, uids: tuple[
 async def test_a_sysctl_that_is_refused_leaves_nothing(base: str) -> None:
     for name, value, reason in (
         ("net.ipv4.ip_forward", "many", "Invalid argument"),
-        ("net.ipv4.no_such_thing", "1", "No such file"),
+        ("kernel.shm_no_such_thing", "1", "No such file"),
         ("kernel.shm_rmid_forced", "7", "Invalid argument"),
     ):
         with pytest.raises(InvalidArgumentError, match=f"is refused by the kernel: {reason}"):
@@ -115,14 +130,14 @@ async def test_a_failed_pin_leaves_nothing(base: str, monkeypatch: pytest.Monkey
 
 
 async def test_a_maker_that_dies_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_namespace, "_HELPER", "raise ValueError('no such luck')")
+    monkeypatch.setattr(user_namespace, "_MAKER", "raise ValueError('no such luck')")
     with pytest.raises(CriError, match="no such luck"):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
     assert os.listdir(base) == []
 
 
 async def test_a_maker_that_hangs_is_killed(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_namespace, "_HELPER", "import time; time.sleep(60)")
+    monkeypatch.setattr(user_namespace, "_MAKER", "import time; time.sleep(60)")
     monkeypatch.setattr(user_namespace, "_DEADLINE", 0.1)
     with pytest.raises(DeadlineExceededError):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)

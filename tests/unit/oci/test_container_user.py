@@ -56,6 +56,67 @@ def test_numbers_and_names(asked: dict[str, Any], expected: User) -> None:
     assert resolve(**asked) == expected
 
 
+FORMS_PASSWD = b"toor:x:0:9::/:/bin/sh\nroot:x:0:0::/root:/bin/sh\napp:x:1001:1002::/:/bin/sh\n1003:x:7:7::/:/bin/sh\n"
+FORMS_GROUP = b"root:x:0:\nwheel:x:10:toor\napp:x:1002:\ndata:x:2000:app,other\nweb:x:3000:\n1004:x:8:\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "uid", "gid", "others"),
+    [
+        # The forms that Docker's documentation of USER has, with the IDs that containerd gives.
+        ("", 0, 0, {10}),
+        ("root", 0, 0, set()),
+        ("app", 1001, 1002, {2000}),
+        ("1001", 1001, 1002, {2000}),
+        ("0", 0, 9, {10}),
+        ("4242", 4242, 0, set()),
+        ("app:web", 1001, 3000, {2000}),
+        ("app:3000", 1001, 3000, {2000}),
+        ("1001:web", 1001, 3000, {2000}),
+        ("1001:3000", 1001, 3000, {2000}),
+        ("1001:4000", 1001, 4000, {2000}),
+        ("4242:4000", 4242, 4000, set()),
+        ("4242:web", 4242, 3000, set()),
+        ("0:0", 0, 0, {10}),
+        # Forms that it does not have, and that images have.
+        ("app:", 1001, 0, {2000}),
+        ("1001:", 1001, 0, {2000}),
+        (":web", 0, 3000, set()),
+        (":3000", 0, 3000, set()),
+        (":", 0, 0, set()),
+        ("01001", 1001, 1002, {2000}),
+        ("+1001:+3000", 1001, 3000, {2000}),
+        # A number is never a name.
+        ("1003", 1003, 0, set()),
+    ],
+)
+def test_the_forms_of_user(form: str, uid: int, gid: int, others: set[int]) -> None:
+    named = parse(form)
+    found = container_user.resolve(
+        user=named.user,
+        group=named.group,
+        supplemental=(),
+        strict=False,
+        passwd=io.BytesIO(FORMS_PASSWD),
+        groups=io.BytesIO(FORMS_GROUP),
+    )
+    assert found == User(uid, gid, tuple(sorted({gid} | others)))
+
+
+@pytest.mark.parametrize("form", ["nobody", "app:nogroup", "1001:nogroup", "app:web:x", "-1", "app:-1", " app", "1_0"])
+def test_a_form_of_user_that_names_nobody(form: str) -> None:
+    named = parse(form)
+    with pytest.raises(FailedPreconditionError, match="is not in the image's"):
+        container_user.resolve(
+            user=named.user,
+            group=named.group,
+            supplemental=(),
+            strict=False,
+            passwd=io.BytesIO(FORMS_PASSWD),
+            groups=io.BytesIO(FORMS_GROUP),
+        )
+
+
 def test_a_number_is_never_looked_up_as_a_name() -> None:
     """CVE-2016-3697, CVE-2026-46680: an account of root's that is named "1000" is not the user 1000."""
     assert resolve(1000) == User(1000, 0, (0,))
@@ -98,10 +159,13 @@ def test_as_many_groups_as_the_kernel_takes() -> None:
         ("01000", ImageUser(1000)),
         ("nobody", ImageUser("nobody")),
         ("nobody:50", ImageUser("nobody", 50)),
-        ("nobody:", ImageUser("nobody")),
+        ("nobody:", ImageUser("nobody", 0)),
+        ("1000:", ImageUser(1000, 0)),
         (":users", ImageUser("", "users")),
         ("-1", ImageUser("-1")),
-        ("+1000", ImageUser("+1000")),
+        ("+1000", ImageUser(1000)),
+        ("+", ImageUser("+")),
+        ("++1", ImageUser("++1")),
         (" 1000", ImageUser(" 1000")),
         ("1000\n", ImageUser("1000\n")),
         ("1_000", ImageUser("1_000")),

@@ -22,9 +22,9 @@ from criserver.model import (
     User,
 )
 from criserver.oci import spec
-from criserver.oci.capabilities import DEFAULT_CAPABILITIES
+from criserver.oci.capabilities import DEFAULT_CAPABILITIES, lacking
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts
-from criserver.oci.spec_resources import resource_limits
+from criserver.oci.spec_resources import in_force, resource_limits, unenforced
 from tests.support.samples import CONFIG
 
 HOST = HostFacts(
@@ -170,9 +170,31 @@ def test_capabilities(security: dict[str, Any], bounding: set[str], ambient: set
     assert set(found["ambient"]) == set(found["inheritable"]) == ambient
 
 
-def test_a_capability_that_the_kernel_does_not_know_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="'FLY'"):
-        build(security=Security(add_capabilities=("FLY",)))
+@pytest.mark.parametrize("field", ["add_capabilities", "drop_capabilities", "ambient_capabilities"])
+def test_what_is_no_capability_is_refused(field: str) -> None:
+    asked: dict[str, Any] = {field: ("FLY",)}
+    with pytest.raises(InvalidArgumentError, match="'FLY' is not a capability"):
+        build(security=Security(**asked))
+
+
+def test_capabilities_that_the_node_does_not_have_are_left_out() -> None:
+    security = Security(add_capabilities=("BPF", "SYS_ADMIN"), ambient_capabilities=("perfmon",))
+    found = build(security=security)["process"]["capabilities"]
+    assert set(found["bounding"]) == {*DEFAULT_CAPABILITIES, "CAP_SYS_ADMIN"}
+    assert found["ambient"] == []
+    config = dataclasses.replace(CONFIG, security=security)
+    assert lacking(config, HOST) == ["CAP_BPF", "CAP_PERFMON"]
+    dropped = build(security=Security(drop_capabilities=("BPF",)))["process"]["capabilities"]
+    assert set(dropped["bounding"]) == set(DEFAULT_CAPABILITIES)
+
+
+def test_dev_shm_of_the_node_keeps_its_mount_flags() -> None:
+    def options(ipc: NamespaceMode) -> list[str]:
+        mounts = build(namespaces=Namespaces(ipc=ipc))["mounts"]
+        return next(m["options"] for m in mounts if m["destination"] == "/dev/shm")
+
+    assert options(NamespaceMode.NODE) == ["bind"]
+    assert {"nosuid", "nodev", "noexec"} < set(options(NamespaceMode.POD))
 
 
 def test_the_oom_score_is_no_lower_than_the_daemon_may_set() -> None:
@@ -241,6 +263,35 @@ def test_the_limit_of_descriptors() -> None:
     assert "rlimits" not in build()["process"]
     limited = build(host=dataclasses.replace(HOST, open_files=(1024, 4096)))
     assert limited["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 4096}]
+
+
+SWAP = dataclasses.replace(HOST, swap_accounting=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "host", "expected"),
+    [
+        ({"memory_limit": 5}, SWAP, {"memory_limit": 5, "memory_swap_limit": 5}),
+        ({"memory_limit": 5, "memory_swap_limit": 7}, SWAP, {"memory_limit": 5, "memory_swap_limit": 7}),
+        ({"memory_limit": 5, "memory_swap_limit": -1}, SWAP, {"memory_limit": 5, "memory_swap_limit": -1}),
+        ({"memory_limit": 5, "memory_swap_limit": 7}, HOST, {"memory_limit": 5}),
+        ({"memory_limit": 5}, HOST, {"memory_limit": 5}),
+        ({"cpu_quota": 7}, HOST, {"cpu_quota": 7, "cpu_period": 100_000}),
+        ({"oom_score_adj": -998}, HOST, {"oom_score_adj": -500}),
+        ({"hugepage_limits": (("2MB", 4), ("1GB", 8))}, HOST, {"hugepage_limits": (("2MB", 4),)}),
+    ],
+)
+def test_the_limits_that_a_node_enforces(asked: dict[str, Any], host: HostFacts, expected: dict[str, Any]) -> None:
+    assert in_force(Resources(**asked), host) == Resources(**expected)
+
+
+def test_the_limits_that_a_node_cannot_enforce_are_told() -> None:
+    asked = Resources(
+        memory_limit=5, memory_swap_limit=7, hugepage_limits=(("2MB", 4), ("1GB", 8), ("64KB", 0), ("16GB", 9))
+    )
+    assert unenforced(asked, HOST) == {"memory_swap_limit_in_bytes": "7", "hugepage_limits": "1GB = 8, 16GB = 9"}
+    assert unenforced(dataclasses.replace(asked, hugepage_limits=()), SWAP) == {}
+    assert resource_limits(asked, HOST) == {"memory": {"limit": 5}, "hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}
 
 
 def test_a_quota_has_its_period_by_name() -> None:

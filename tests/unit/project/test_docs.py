@@ -66,6 +66,13 @@ def test_every_row_says_what_happens_and_names_tests_that_there_are(message: str
             assert function in functions_in(path), f"{field}: there is no {test}"
 
 
+@pytest.mark.parametrize("page", ["what-a-node-lacks.md"])
+def test_a_page_names_only_tests_that_there_are(page: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / page).read_text())
+    assert named
+    assert [f"{path}::{function}" for path, function in named if function not in functions_in(path)] == []
+
+
 def keys(table: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """The dotted names of a TOML document's keys, with their values; a handler's name is NAME."""
     found: dict[str, object] = {}

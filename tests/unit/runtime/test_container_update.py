@@ -1,0 +1,59 @@
+"""New limits of a container: which are merged, and which are refused before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from criserver.errors import FailedPreconditionError
+from criserver.model import Resources
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import container_update
+from criserver.stats import CgroupUsage, Memory, Swap
+
+
+def usage(rss: int | None, swap: Swap | None) -> CgroupUsage:
+    memory = Memory(usage=100, limit=None, working_set=90, rss=rss, page_faults=None, major_page_faults=None)
+    return CgroupUsage(0, None, memory, swap, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rss", "swap", "refused"),
+    [
+        (39, 40, Swap(0, 0), True),
+        (39, 40, None, True),
+        (40, 40, None, False),
+        # The kernel can take back the page cache.
+        (50, 40, None, False),
+        # The kernel can swap.
+        (39, 40, Swap(0, None), False),
+        (39, 40, Swap(0, 10), False),
+        # No limit, and none that is changed.
+        (-1, 40, None, False),
+        (0, 40, None, False),
+        (39, None, None, False),
+    ],
+)
+def test_a_limit_by_which_version_2_would_kill(limit: int, rss: int | None, swap: Swap | None, refused: bool) -> None:
+    with (
+        pytest.raises(FailedPreconditionError, match="below its present use of 40 bytes")
+        if refused
+        else (contextlib.nullcontext())
+    ):
+        container_update._check_memory("c", Resources(memory_limit=limit), usage(rss, swap))
+
+
+def test_new_limits_are_merged() -> None:
+    before = cri.LinuxContainerResources(cpu_shares=7, memory_limit_in_bytes=64, memory_swap_limit_in_bytes=80)
+    before.hugepage_limits.add(page_size="2MB", limit=1)
+    before.unified["pids.max"] = "7"
+    asked = cri.LinuxContainerResources(memory_limit_in_bytes=72, unified={"memory.high": "5"})
+    asked.hugepage_limits.add(page_size="1GB", limit=2)
+    container_update._merge(before, asked)
+    expected = cri.LinuxContainerResources(cpu_shares=7, memory_limit_in_bytes=72)
+    expected.hugepage_limits.add(page_size="1GB", limit=2)
+    expected.unified.update({"pids.max": "7", "memory.high": "5"})
+    assert before == expected
+    container_update._merge(before, cri.LinuxContainerResources(memory_swap_limit_in_bytes=90))
+    assert (before.memory_limit_in_bytes, before.memory_swap_limit_in_bytes) == (72, 90)
