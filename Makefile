@@ -86,7 +86,7 @@ test-packages: run-packages
 	@contrib/need.sh $(TEST_PACKAGES)
 	@contrib/newer-criu.sh $(VENV)/criu
 
-$(VENV)/ready: requirements-dev.lock pyproject.toml setup.py criserver/__init__.py proto/runtime/v1/api.proto proto/criserver/v1/admin.proto proto/nri/v1alpha1/api.proto proto/ttrpc/ttrpc.proto
+$(VENV)/ready: requirements-dev.lock pyproject.toml setup.py criserver/__init__.py $(shell find proto -name '*.proto')
 	@contrib/need.sh python3-venv
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock

@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from criserver import __version__, upkeep, work_under_way
-from criserver.api import admin_service, image_service, runtime_service
+from criserver.api import admin_service, containerd_service, image_service, runtime_service
 from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config, Settings, config_of
@@ -28,7 +28,7 @@ from criserver.own_directories import DATABASE, ROOT, STATE, hold
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.reload import Reloads, reload_at
-from criserver.runtime import apparmor, cgroups, host, recovery
+from criserver.runtime import apparmor, cadvisor_cgroup, cgroups, host, node_readings, recovery
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -41,6 +41,7 @@ from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
 from criserver.streaming import StreamingServer
+from criserver.telemetry import families
 from criserver.upkeep import Task
 from snapshotter import LayerLimits, Snapshotter, allocator
 from snapshotter.threads import Threads
@@ -76,6 +77,7 @@ async def serve(settings: Settings, path: str) -> None:
     upkeep.hear_the_rest()
     locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()
+    metrics = _metrics(config)
     with told_in_words(_NO_START):
         store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
@@ -83,6 +85,8 @@ async def serve(settings: Settings, path: str) -> None:
         features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
         node = assemble(config, store, snapshotter, features)
     plugins = PluginService(node)
+    node_readings.read_from(node)
+    cadvisor_cgroup.watch(node)
     try:
         with told_in_words(_NO_START):
             await node.nursery.start()
@@ -106,7 +110,7 @@ async def serve(settings: Settings, path: str) -> None:
         node.background(_finish_recovery(node), "the end of recovery failed")
         try:
             reloads = Task("the reload", partial(reload_at, hangup, Reloads(node, settings, path)))
-            await upkeep.keep([*_tasks(node, store, server), reloads], stop)
+            await upkeep.keep([*_tasks(node, store, server), reloads, *metrics], stop)
         finally:
             log.info("stopping")
             notify("STOPPING=1")
@@ -129,7 +133,9 @@ async def serve(settings: Settings, path: str) -> None:
 async def _finish_recovery(node: Node) -> None:
     began = time.monotonic()
     await recovery.finish(node)
-    log.info("recovered", seconds=round(time.monotonic() - began, 3))
+    seconds = time.monotonic() - began
+    families.RECOVERY_DURATION.set(seconds)
+    log.info("recovered", seconds=round(seconds, 3))
     await node.images.collect()
 
 
@@ -188,14 +194,31 @@ def _streaming(config: Config) -> StreamingServer:
 
 def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
     """The tasks that run for as long as the daemon serves."""
+    for_cadvisor = node.config.containerd_address
     return [
         Task("the CRI server", lambda: ended(server), vital=True),
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
         Task("the check of images after an unclean boot", node.images.check_suspects),
         Task("the sync of new images", node.images.sync, every=SYNC_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
+        *([Task("containerd's socket", lambda: containerd_service.serve(for_cadvisor, node))] if for_cadvisor else []),
         # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),
+    ]
+
+
+def _metrics(config: Config) -> list[Task]:
+    """Turn the metrics on if they are configured. Returns the tasks that serve them."""
+    if not config.metrics_address:
+        return []
+    # Imported here: most nodes have no metrics, and save the memory of prometheus-client.
+    from criserver.telemetry.exposition import CONTENT_TYPE, Exposition, measure_lag
+    from criserver.telemetry.scrape_server import ScrapeServer
+
+    endpoint = ScrapeServer(config.metrics_address, Exposition().render, CONTENT_TYPE)
+    return [
+        Task("the endpoint of metrics", endpoint.run),
+        Task("the measuring of the event loop's lag", measure_lag),
     ]
 
 
@@ -217,6 +240,7 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
     images = image_service.ImageService(node.images, snapshots, node.stats.disk.total)
     operator = admin_service.AdminService(node)
     handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
+    handlers += containerd_service.handlers(node)
     before = partial(prepare, node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from criserver.telemetry import families
+
 SOCKET = "/run/systemd/journal/socket"
 
 # The prefix of our fields. Other programs use names without a prefix (systemd.journal-fields(7)).
@@ -96,6 +98,7 @@ class Journal:
             self._send(data)
         except OSError:
             self._dropped += 1
+            families.LOG_DROPPED.add(1)
         else:
             self._dropped = 0
 

@@ -22,6 +22,7 @@ import structlog
 
 from criserver import journal
 from criserver.errors import CriError
+from criserver.telemetry import families
 
 _numbers = itertools.count(1)
 
@@ -163,6 +164,7 @@ class _Lines:
             written = os.write(self._fd, data)
         except OSError:
             self.dropped += 1
+            families.LOG_DROPPED.add(1)
             return
         self._torn = written < len(data)
         self.dropped = self.dropped + 1 if self._torn else 0

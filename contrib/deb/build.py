@@ -161,7 +161,7 @@ def files(options: Options, tree: Path) -> None:
     write(tree / DOC / "README.md", (SOURCE / "README.md").read_text())
     for path in sorted((SOURCE / "docs").rglob("*.md")):
         write(tree / DOC / path.relative_to(SOURCE / "docs"), path.read_text())
-    for name in ("crictl.yaml", "cni/10-bridge.conflist"):
+    for name in ("crictl.yaml", "cni/10-bridge.conflist", "prometheus/criserver.rules.yml", "grafana/criserver.json"):
         write(tree / DOC / "examples" / Path(name).name, (SOURCE / "contrib" / name).read_text())
     write(tree / "usr/share/lintian/overrides/criserver", (HERE / "lintian-overrides").read_text())
 

@@ -20,6 +20,7 @@ from criserver import logs
 from criserver.api import bounds
 from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, os_words
 from criserver.runtime.attempts import deadline
+from criserver.telemetry import families
 from criserver.text import status
 
 log = structlog.get_logger(__name__)
@@ -68,9 +69,9 @@ async def _nothing(_: Any) -> None:
 def _rpc(method: MethodDescriptor, implementation: Handler, before: Handler) -> Any:
     request = GetMessageClass(method.input_type).FromString
     if method.server_streaming:
-        streaming = _streaming_call(method.name, implementation, before)
+        streaming = _streaming_call(method, implementation, before)
         return grpc.unary_stream_rpc_method_handler(streaming, request, _serialize)
-    call = _unary_call(method.name, implementation, before)
+    call = _unary_call(method, implementation, before)
     if method.client_streaming:
         return grpc.stream_unary_rpc_method_handler(call, request, _serialize)
     return grpc.unary_unary_rpc_method_handler(call, request, _serialize)
@@ -81,36 +82,63 @@ def _serialize(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _unary_call(rpc: str, implementation: Handler, before: Handler) -> _Call:
+class _Counted:
+    """One RPC in the metrics, from its begin to its end. ``code`` is the code that it ends with."""
+
+    __slots__ = ("_began", "_labels", "_timed", "code")
+
+    def __init__(self, method: MethodDescriptor, *, timed: bool) -> None:
+        self._labels = (method.containing_service.name, method.name)
+        self._timed = timed
+        self.code = grpc.StatusCode.OK
+
+    def __enter__(self) -> _Counted:
+        families.RPCS_IN_FLIGHT.add(1, *self._labels)
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.code is grpc.StatusCode.OK:
+            self.code = grpc.StatusCode.CANCELLED  # the caller has gone: no error of the RPC passes here
+        families.RPCS_IN_FLIGHT.add(-1, *self._labels)
+        families.RPCS.add(1, *self._labels, self.code.name)
+        if self._timed:
+            families.RPC_DURATION.observe(time.monotonic() - self._began, *self._labels)
+
+
+def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handler) -> _Call:
     """The implementation; its errors become gRPC statuses."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
-        with logs.call(rpc):
+        with logs.call(method.name), _Counted(method, timed=True) as counted:
             try:
                 if isinstance(request, Message):  # not for a stream of requests
                     bounds.check(request)
                     await before(request)
                 answer = await implementation(request)
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-                await context.abort(*_status(rpc, e))
+                counted.code, text = _status(method.name, e)
+                await context.abort(counted.code, text)
             log.debug("call done", seconds=logs.elapsed())
             return answer
 
     return call
 
 
-def _streaming_call(rpc: str, implementation: Any, before: Handler) -> Any:
+def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         # No block of logs.call: the generator may be closed in another context.
-        try:
-            bounds.check(request)
-            await before(request)
-            async for response in implementation(request):
-                yield response
-        except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-            await context.abort(*_status(rpc, e))
+        with _Counted(method, timed=False) as counted:
+            try:
+                bounds.check(request)
+                await before(request)
+                async for response in implementation(request):
+                    yield response
+            except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
+                counted.code, text = _status(method.name, e)
+                await context.abort(counted.code, text)
 
     return call
 

@@ -63,8 +63,10 @@ class Config:
     root: str
     state: str
     grpc_address: str
+    containerd_address: str
     log_level: str
     log_format: str
+    metrics_address: str
     cni_bin_dirs: tuple[str, ...]
     cni_conf_dir: str
     cni_timeout: float
@@ -107,8 +109,10 @@ def config_of(settings: Settings) -> Config:
         root=root,
         state=state,
         grpc_address=tables["grpc"]["address"],
+        containerd_address=tables["grpc"]["containerd_address"],
         log_level=tables["log"]["level"],
         log_format=tables["log"]["format"],
+        metrics_address=_metrics_address(settings),
         cni_bin_dirs=tuple(cni["bin_dirs"]),
         cni_conf_dir=cni["conf_dir"],
         cni_timeout=float(cni["timeout"]),
@@ -127,6 +131,33 @@ def config_of(settings: Settings) -> Config:
         nri=Nri(**tables["nri"]),
         runtimes=runtimes,
     )
+
+
+def _metrics_address(settings: Settings) -> str:
+    """The address as it is. The endpoint asks nobody who they are, so no other node may reach it."""
+    address = str(settings.tables["metrics"]["address"])
+    if not address or address.startswith("unix://"):
+        return address
+    host, _, port = address.rpartition(":")
+    where = f"configuration {settings.origin('metrics', 'address')}: metrics.address = {address!r}"
+    if int(port) >= 1 << 16:
+        raise InvalidArgumentError(f"{where}: {port} is not a port")
+    if host != "localhost" and not _is_loopback(host.strip("[]")):
+        raise InvalidArgumentError(
+            f"{where}: {host} is not a loopback address; the metrics have no authentication, so put a proxy such as "
+            "kube-rbac-proxy before 127.0.0.1"
+        )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    # Imported here: most nodes have no metrics, and save its memory.
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _streaming(settings: Settings) -> Streaming:

@@ -15,6 +15,7 @@ from criserver.images.hosts import RegistryHost
 from criserver.images.manifests import Descriptor
 from criserver.images.retries import TryAgainError
 from criserver.numbers import decimal
+from criserver.telemetry import families
 
 # Fewer bytes are no progress: a server that sends a byte a second must not keep a download going.
 MIN_PROGRESS = 16 << 10
@@ -74,14 +75,14 @@ class Download:
                 raise DataLossError(f"blob {digest}: the server sends a range of a compressed body")
             # A body of the blob's own size is the blob itself.
             decode = bool(coding) and (response.content_length != size) != other_way
-            await self._receive(response, offset, Decoder(coding) if decode else None)
+            await self._receive(response, offset, Decoder(coding) if decode else None, host.authority)
         if self._ingest.size < size:
             if self._coded:
                 raise DataLossError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
             raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
         self._ingest.commit(digest)
 
-    async def _receive(self, response: aiohttp.ClientResponse, offset: int, decoder: Decoder | None) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, offset: int, decoder: Decoder | None, host: str) -> None:
         digest, size = self._descriptor.digest, self._descriptor.size
         skip = 0
         if response.status == 206 and (offset or "Content-Range" in response.headers):
@@ -93,6 +94,7 @@ class Download:
         async with asyncio.timeout(self._idle) as timer:
             async for chunk in response.content.iter_any():
                 taken += len(chunk)
+                families.DOWNLOADED.add(len(chunk), host)
                 for piece in decoder.pieces(chunk) if decoder else (chunk,):
                     wanted, skip = piece[skip:], max(0, skip - len(piece))
                     if self._ingest.size + len(wanted) > size:

@@ -39,6 +39,7 @@ from criserver.images.settings import RegistrySettings
 from criserver.images.suspects import Suspects
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
+from criserver.telemetry import families
 from snapshotter import Snapshotter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.threads import in_thread
@@ -97,7 +98,7 @@ class Images:
         reference = references.parse(ref)
         lease = Lease()
         return await self._pulls.run(
-            (str(reference), credentials), lease, lambda: self._pull(reference, credentials, lease)
+            (str(reference), credentials), lease, lambda: self._counted_pull(reference, credentials, lease)
         )
 
     def watch(self, ref: str, credentials: Credentials | None = None) -> Callable[[], tuple[LayerProgress, ...]]:
@@ -317,7 +318,21 @@ class Images:
             return False
         return True
 
-    async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
+    async def _counted_pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
+        result = "failed"
+        with families.PULL_DURATION.timed(reference.domain):
+            try:
+                image, is_new = await self._pull(reference, credentials, lease)
+                result = "pulled" if is_new else "unchanged"
+            except asyncio.CancelledError:
+                result = "cancelled"
+                raise
+            finally:
+                families.PULLS.add(1, reference.domain, result)
+        return image
+
+    async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> tuple[Image, bool]:
+        """The image, and whether it is new under this name."""
         from criserver.images.auth import Keyring  # with aiohttp: see transport
         from criserver.images.registry_client import RegistryClient
 
@@ -330,14 +345,14 @@ class Images:
                 reference, hosts, keyring, self._downloads, registries.progress_timeout, self._platform
             ) as client:
                 if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
-                    return image
+                    return image, False
                 target = await client.resolve()
                 await self._policy.check(reference, target)
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]
             image = await self._images.record(descriptor, names, pinned=False)
         _log.info("image pulled", reference=str(reference), image=image.id, size=image.size, seconds=logs.elapsed())
-        return image
+        return image, True
 
     async def _unchanged(self, client: RegistryClient, reference: Reference) -> Image | None:
         """The image that has this name here, if the name means the same image at the registry now."""

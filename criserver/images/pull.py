@@ -36,6 +36,7 @@ from criserver.images.manifests import (
 )
 from criserver.images.platforms import Platform, runs_on
 from criserver.images.suspects import Suspects
+from criserver.telemetry import families
 from criserver.text import shown
 from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
 
@@ -191,6 +192,7 @@ class Loader:
                 raise NotFoundError(f"{e}; {advice}") from e
             raise
         early.stop()
+        is_new = self._snapshotter.layer(chain_id) is None
         try:
             await self._snapshotter.unpack(
                 self._content.path(layer.digest),
@@ -208,6 +210,7 @@ class Loader:
             raise InvalidArgumentError(f"{source.name}: layer {layer.digest}: {e}") from e
         except SnapshotError as e:
             raise CriError(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
+        families.LAYERS_UNPACKED.add(is_new)
 
     async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
         async with self._alone(source.origin, descriptor.digest):

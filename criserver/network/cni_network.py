@@ -22,6 +22,7 @@ from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 from criserver.network.cni_result import CniResult, decode, excerpt, parse, stored
 from criserver.network.namespace_calls import is_pinned
 from criserver.network.pod_network import PodNetwork
+from criserver.telemetry import families
 from snapshotter.tasks import outlive
 
 # Seconds for the plugins' answers to the kubelet's Status call: the kubelet's node status waits for them.
@@ -300,28 +301,29 @@ class Network:
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
         began = time.monotonic()
-        reply = await cni_plugin.run(
-            path,
-            run_name=run_name,
-            env=env,
-            request=_request(config, plugin, attachment, prev),
-            timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
-        )
-        _log.debug(
-            "CNI plugin done",
-            plugin=plugin["type"],
-            verb=verb,
-            network=config.name,
-            code=reply.returncode,
-            stderr=excerpt(reply.stderr),
-            seconds=round(time.monotonic() - began, 3),
-        )
-        if reply.returncode == 0:
-            return reply.stdout
-        code, message = cni_plugin.failure(reply)
-        if verb == "DEL" and code == _UNKNOWN_CONTAINER:
-            return b""
-        raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
+        with families.CNI_DURATION.timed(plugin["type"], verb, failures=families.CNI_FAILURES):
+            reply = await cni_plugin.run(
+                path,
+                run_name=run_name,
+                env=env,
+                request=_request(config, plugin, attachment, prev),
+                timeout=min(self._timeout, _PROBE_TIMEOUT) if attachment is None else self._timeout,
+            )
+            _log.debug(
+                "CNI plugin done",
+                plugin=plugin["type"],
+                verb=verb,
+                network=config.name,
+                code=reply.returncode,
+                stderr=excerpt(reply.stderr),
+                seconds=round(time.monotonic() - began, 3),
+            )
+            if reply.returncode == 0:
+                return reply.stdout
+            code, message = cni_plugin.failure(reply)
+            if verb == "DEL" and code == _UNKNOWN_CONTAINER:
+                return b""
+            raise _ERRORS.get(code, CriError)(f"{run_name}: {message}")
 
     def _program(self, plugin: Mapping[str, Any]) -> str | None:
         for directory in self._bin_dirs:

@@ -146,6 +146,13 @@ def exists(cgroup: str) -> bool:
     return any(os.path.isdir(root + cgroup) for root in set(roots().values()))
 
 
+def make_empty(cgroup: str) -> None:
+    """Make a cgroup in each hierarchy that has its parent; it may be there already. Blocks. Raises OSError."""
+    for root in set(roots().values()):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.mkdir(root + cgroup, 0o755)
+
+
 def find(keys: Collection[str]) -> dict[str, str]:
     """The paths of the cgroups of those containers whose keys are given and that have a cgroup, by key. Blocks."""
     names = {name: key for key in keys for name in (key, f"{_PREFIX}-{key}.scope")}

@@ -26,6 +26,7 @@ from criserver.runtime.nursery import Nursery
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.shim_link import ShimLink, connect, connect_in_turn
 from criserver.runtime.start_under_way import StartUnderWay
+from criserver.telemetry import families
 
 if TYPE_CHECKING:
     from shims.messages import ForkConfig, Request, RunningGreeting, ShimMessage, StartedEvent
@@ -186,21 +187,22 @@ class ContainerProcess:
             "oom_files": cgroups.oom_files(self.cgroup),
             "pod_events": cgroups.pod_events(self._cgroup_parent),
         }
-        self._link = await self._nursery.fork(config, on_event, on_close)
-        if not await start.wait(START_TIMEOUT):
-            await self.end_start()
-            if start.is_cut:
-                raise FailedPreconditionError(STOPPED)
-            raise DeadlineExceededError(
-                f"the shim of {self.id} did not tell within {START_TIMEOUT:g} s whether {self.runtime.path} has "
-                "started the container"
-            )
-        outcome = start.outcome.result()
-        if outcome["event"] == "failed":
-            # An OCI runtime that was ended early may have left something, and a shim that died its OCI runtime.
-            await self.end_start()
-            raise (DeadlineExceededError if outcome["late"] else FailedPreconditionError)(outcome["error"])
-        return _started(outcome)
+        with families.RUNTIME_DURATION.timed(self.runtime.handler, "run", failures=families.RUNTIME_FAILURES):
+            self._link = await self._nursery.fork(config, on_event, on_close)
+            if not await start.wait(START_TIMEOUT):
+                await self.end_start()
+                if start.is_cut:
+                    raise FailedPreconditionError(STOPPED)
+                raise DeadlineExceededError(
+                    f"the shim of {self.id} did not tell within {START_TIMEOUT:g} s whether {self.runtime.path} has "
+                    "started the container"
+                )
+            outcome = start.outcome.result()
+            if outcome["event"] == "failed":
+                # An OCI runtime that was ended early may have left something, and a shim that died its OCI runtime.
+                await self.end_start()
+                raise (DeadlineExceededError if outcome["late"] else FailedPreconditionError)(outcome["error"])
+            return _started(outcome)
 
     async def end_start(self) -> None:
         """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.

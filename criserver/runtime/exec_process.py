@@ -22,6 +22,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from criserver.streaming import ready
+from criserver.telemetry import families
 from criserver.text import quoted
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ async def exec_process(
             if console:
                 request["console"] = console
             await link.request(request, stdio)
-            yield ended
+            families.EXECS.add(1)
+            families.EXECS_RUNNING.add(1)
+            try:
+                yield ended
+            finally:
+                families.EXECS_RUNNING.add(-1)
         finally:
             link.close()
             if ended.done() and not ended.cancelled():

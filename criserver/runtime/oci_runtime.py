@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ import structlog
 from criserver.config import RuntimeHandler
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, command
+from criserver.runtime.command import Done
+from criserver.telemetry import families
 from snapshotter import mounts, removal
 
 log = structlog.get_logger(__name__)
@@ -92,7 +94,7 @@ class OciRuntime:
         if not self.has(container_id):
             return True
         try:
-            done = await command.run(self.delete_command(container_id, cgroup_parent), _DELETE_TIMEOUT)
+            done = await self._call("delete", self.delete_command(container_id, cgroup_parent), _DELETE_TIMEOUT)
         except (FailedPreconditionError, OSError) as e:
             # TimeoutError is an OSError without a text.
             reason = str(e) or f"it does not end within {_DELETE_TIMEOUT:g} s"
@@ -127,7 +129,7 @@ class OciRuntime:
         """
         argv = [*self.command(cgroup_parent), "update", "--resources", "-", container_id]
         try:
-            done = await command.run(argv, _UPDATE_TIMEOUT, stdin=json.dumps(resources).encode())
+            done = await self._call("update", argv, _UPDATE_TIMEOUT, stdin=json.dumps(resources).encode())
         except TimeoutError:
             raise DeadlineExceededError(
                 f"{self.path} did not update {container_id} within {_UPDATE_TIMEOUT:g} s"
@@ -136,13 +138,25 @@ class OciRuntime:
             lines = done.message.splitlines() or ["it left no message"]
             raise FailedPreconditionError(f"container {container_id} cannot be given these limits: {lines[-1]}")
 
+    async def _call(self, verb: str, argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
+        """As :func:`command.run`."""
+        with families.RUNTIME_DURATION.timed(self.handler, verb):
+            try:
+                done = await command.run(argv, timeout, stdin=stdin)
+            except BaseException:
+                families.RUNTIME_FAILURES.add(1, self.handler, verb)
+                raise
+        if done.code:
+            families.RUNTIME_FAILURES.add(1, self.handler, verb)
+        return done
+
     async def features(self) -> dict[str, Any] | None:
         """What the runtime tells of itself (runtime specification, features.md).
 
         None where the runtime does not tell, as runc before 1.1. Raises FailedPreconditionError without a program.
         """
         try:
-            done = await command.run([self.program(), "features"], _FEATURES_TIMEOUT)
+            done = await self._call("features", [self.program(), "features"], _FEATURES_TIMEOUT)
             told = json.loads(done.stdout) if done.code == 0 else None
         except (TimeoutError, ValueError):
             return None

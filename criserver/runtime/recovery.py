@@ -42,6 +42,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
 from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.sandbox_remove import remove_sandbox
+from criserver.telemetry import families
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,8 @@ async def recover(node: Node, *, end_living: bool = False) -> None:
 
 def begin(node: Node) -> None:
     """Begin the recovery of each pod. Until it has ended, calls for the pod wait."""
+    families.RECOVERY.add(len(node.records.sandboxes), "sandbox", "found")
+    families.RECOVERY.add(len(node.records.containers), "container", "found")
     if any(s.config.namespaces.user is not None for s in node.records.sandboxes.values()):
         try:
             passage.update(node)
@@ -91,8 +94,10 @@ async def _container(node: Node, container: Container) -> None:
             case ContainerState.CREATING:
                 log.warning("rolling back a container whose making was cut off", container=container.id)
                 await container_create.undo(node, container, "the daemon ended while it was being made")
+                families.RECOVERY.add(1, "container", "rolled_back")
             case ContainerState.REMOVING:
                 await remove_locked(node, container)
+                families.RECOVERY.add(1, "container", "finished")
             case ContainerState.STARTING | ContainerState.RUNNING:
                 await _running(node, container)
             case ContainerState.CREATED:
@@ -106,6 +111,7 @@ async def _container(node: Node, container: Container) -> None:
         if left is not None and left.state is ContainerState.EXITED:
             await filesystems.unmount(node, container.id)
     except Exception:
+        families.RECOVERY.add(1, "container", "failed")
         log.exception("recovery of a container failed", container=container.id)
 
 
@@ -135,9 +141,11 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
                 await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
+                families.RECOVERY.add(1, "sandbox", "rolled_back")
             case SandboxState.REMOVING:
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
                 await remove_sandbox(node, sandbox.id)
+                families.RECOVERY.add(1, "sandbox", "finished")
             case SandboxState.READY:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
@@ -150,6 +158,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case never:
                 assert_never(never)
     except Exception:
+        families.RECOVERY.add(1, "sandbox", "failed")
         log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
 
 

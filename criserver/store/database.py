@@ -23,6 +23,7 @@ import structlog
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.store.mirror import Mirror
+from criserver.telemetry import families
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
 
@@ -156,6 +157,10 @@ class Store:
 
     def write_now(self, *changes: Change) -> None:
         """As :meth:`write`, and blocks until it is done."""
+        with families.DATABASE_DURATION.timed(failures=families.DATABASE_FAILURES):
+            self._write_both(changes)
+
+    def _write_both(self, changes: Sequence[Change]) -> None:
         mirror = self._mirror
         if mirror is None:
             self._commit(changes)

@@ -113,6 +113,11 @@ class StreamingServer:
         if self._sessions:
             await asyncio.wait(self._sessions)
 
+    @property
+    def clients(self) -> int:
+        """How many clients have taken an offer and are connected."""
+        return len(self._sessions) - len(self._pending)
+
     def offer(self, offer: Offer) -> str:
         """The URL at which one client may take the offer, once. Raises ResourceExhaustedError."""
         kind = "command" if isinstance(offer, Command) else "portforward"
@@ -207,7 +212,7 @@ class StreamingServer:
         request = await reader.request()
         if request is None:
             return
-        if len(self._sessions) - len(self._pending) >= self._max_accepted:
+        if self.clients >= self._max_accepted:
             # Before the offer is taken: the client may come again with the same address.
             link.send(handshake.refuse(503, f"{self._max_accepted} clients are being served; try again later"))
             return

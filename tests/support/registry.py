@@ -36,7 +36,7 @@ class Registry:
         auth: Mapping[str, Any] | None = None,
         tls: Mapping[str, Any] | None = None,
     ) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.log = os.path.join(directory, "registry.log")
         self._storage: str = storage._storage if storage else os.path.join(directory, "storage")
         config: dict[str, Any] = {
@@ -120,7 +120,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         yield found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

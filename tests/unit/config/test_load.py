@@ -54,6 +54,29 @@ def test_the_registry_table(tmp_path: Path) -> None:
     assert (config.registry_max_downloads, config.registry_progress_timeout) == (3, 9.0)
 
 
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9095", "localhost:0", "[::1]:80", "127.9.9.9:1", "unix:///run/m.sock", ""]
+)
+def test_addresses_for_metrics(tmp_path: Path, address: str) -> None:
+    assert load(written(tmp_path, f'[metrics]\naddress = "{address}"')).metrics_address == address
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("0.0.0.0:9095", "not a loopback address"),
+        ("[::]:9095", "not a loopback address"),
+        ("node1:9095", "not a loopback address"),
+        ("127.0.0.1:99999", "99999 is not a port"),
+        ("127.0.0.1", "it must be HOST:PORT, unix:///PATH, or empty"),
+        ("unix://run/m.sock", "it must be HOST:PORT, unix:///PATH, or empty"),
+    ],
+)
+def test_addresses_for_metrics_that_are_refused(tmp_path: Path, address: str, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"metrics.address = .*{words}"):
+        load(written(tmp_path, f'[metrics]\naddress = "{address}"'))
+
+
 def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path: Path) -> None:
     assert load(None).images == ImageLimits(*(getattr(LayerLimits(), name) for name in ImageLimits.__slots__))
     config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5"))
