@@ -64,10 +64,9 @@ SUITES = (
         seconds=600,
     ),
     Suite("systemd, AppArmor", _files("systemd", "apparmor"), _daemon("systemd", RUNC), seconds=420),
-    Suite("runc, systemd driver", _files("resources", "stats", "pods", "security"), _daemon("systemd", RUNC), 500),
-    Suite("newer runc, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", NEWER_RUNC), 420),
-    Suite("crun, systemd driver", _files("userns", "mounts", "resources"), _daemon("systemd", CRUN), 420),
-    Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC)),
+    Suite("runc, systemd driver", _files("resources", "stats"), _daemon("systemd", RUNC), 420),
+    Suite("newer runc, systemd driver", _files("userns", "mounts"), _daemon("systemd", NEWER_RUNC), 420),
+    Suite("crun, systemd driver", _files("userns"), _daemon("systemd", CRUN), 420),
     Suite(
         "attacks, runc, systemd driver",
         [
@@ -84,6 +83,11 @@ SUITES = (
     ),
     Suite("a kubelet", ["tests/node/test_kubelet.py"], seconds=420, programs=["kubelet"]),
     Suite("SELinux", _files("selinux"), _daemon("systemd", NEWER_RUNC), security="selinux"),
+    # Other combinations of the same parts, for which the budget is too small.
+    Suite("pods, systemd driver", _files("pods", "security"), _daemon("systemd", RUNC), 500, default=False),
+    Suite("runc, cgroupfs driver", _files("resources", "stats"), _daemon("cgroupfs", RUNC), default=False),
+    Suite("crun, cgroups and mounts", _files("mounts", "resources"), _daemon("systemd", CRUN), 420, default=False),
+    Suite("newer runc, cgroups", _files("resources"), _daemon("systemd", NEWER_RUNC), 420, default=False),
     CRITEST,
     replace(CRITEST, name="critest with SELinux", security="selinux"),
 )
