@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import json
 import zlib
 from collections.abc import AsyncIterator, Callable
 
@@ -12,7 +13,7 @@ import pytest
 
 from criserver.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
 from criserver.images import Credentials
-from tests.support.imagebuilder import BuiltImage
+from tests.support.imagebuilder import BuiltImage, add_blob
 from tests.support.ownregistry import image, refused, rooms
 from tests.support.rooms import Rooms
 
@@ -217,3 +218,15 @@ async def test_a_mirror_that_sends_no_manifest_for_a_tag_is_passed_over(
         rooms.configure("r.example", f'server = "http://{mirror.address}"')
         await rooms.images.remove("r.example/app:1")
         await refused(rooms, "r.example/app:1", InvalidArgumentError, f"http://{mirror.address}: manifest sha256")
+
+
+async def test_a_mirror_with_another_platforms_image_is_passed_over(rooms: Rooms, image: BuiltImage) -> None:
+    blobs = dict(image.blobs)
+    config = add_blob(blobs, image.manifest["config"]["mediaType"], blobs[image.id].replace(b"linux", b"plan9"))
+    top = add_blob(blobs, str(image.descriptor["mediaType"]), json.dumps({**image.manifest, "config": config}).encode())
+    other = BuiltImage(blobs, top)
+    async with RawServer(image, sized).running() as registry, RawServer(other, sized).running() as mirror:
+        text = f'server = "http://{registry.address}"\n[host."http://{mirror.address}"]'
+        rooms.configure("r.example", text)
+        assert (await rooms.images.pull("r.example/app:1")).id == image.id
+        assert registry.requests
