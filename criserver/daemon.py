@@ -34,9 +34,9 @@ from criserver.runtime.features import Features, probe
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
-from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.plugin_service import PluginService
 from criserver.runtime.record_store import RecordStore
+from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
@@ -81,8 +81,7 @@ async def serve(settings: Settings, path: str) -> None:
     with told_in_words(_NO_START):
         store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
-        runtimes = os.path.join(config.state, "runtimes")
-        features = {h.name: await probe(OciRuntime.of(h, runtimes), snapshotter) for h in config.runtimes.values()}
+        features = {h.name: await probe(runtime_of(h, config.state), snapshotter) for h in config.runtimes.values()}
         node = assemble(config, store, snapshotter, features)
     plugins = PluginService(node)
     node_readings.read_from(node)

@@ -40,7 +40,7 @@ ROOT = Kind(
         LOCK,
     ),
 )
-STATE = Kind("state", ("containers", "ns", "records", "runtimes", "sandboxes", LOCK))
+STATE = Kind("state", ("containers", "ns", "records", "runtimes", "sandboxes", "shims", LOCK))
 
 # mkfs makes it, so a disk of our own has it.
 OF_THE_DISK = "lost+found"

@@ -15,7 +15,7 @@ from criserver.errors import CriError
 from criserver.images import RegistrySettings
 from criserver.runtime.features import probe
 from criserver.runtime.node import Node
-from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.service_manager import notify
 from snapshotter import LayerLimits
 
@@ -56,11 +56,10 @@ class Reloads:
         settings = reloaded(self._settings, given)
         found = list(changes(self._settings, given))
         node, config = self._node, config_of(settings)
-        roots = node.runtime_roots()
         features = dict(node.features)
         for name, handler in config.runtimes.items():
             if node.config.runtimes.get(name) != handler:
-                features[name] = await probe(OciRuntime.of(handler, roots), node.snapshotter)
+                features[name] = await probe(runtime_of(handler, config.state), node.snapshotter)
         node.features = features
         node.config = config
         node.images.configure(RegistrySettings.of(config))

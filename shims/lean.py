@@ -18,6 +18,7 @@ from _socket import (
     SOL_SOCKET,
 )
 from _socket import socket as Socket  # noqa: N812 - it is a class
+from _socket import socketpair as socket_pair
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "loads",
     "on_signal",
     "signal_pidfd",
+    "socket_pair",
     "wake_by_signals",
 ]
 

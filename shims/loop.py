@@ -108,8 +108,15 @@ class Loop:
     def cancel(self, handle: object) -> None:
         self._timers.pop(handle, None)
 
-    def spawn(self, argv: list[str], stdio: Sequence[int], limit: float, ended: Callable[[int], None]) -> Call:
-        """Run a program. Processes that it leaves behind may become children of this process.
+    def spawn(
+        self,
+        argv: list[str],
+        stdio: Sequence[int],
+        limit: float,
+        ended: Callable[[int], None],
+        environment: dict[str, str] | None = None,
+    ) -> Call:
+        """Run a program; `environment` are variables beside PATH. What it leaves behind may become children here.
 
         `ended` gets its exit code, or minus the signal that ended it. `stdio` are the descriptors of its standard
         input, output and error. After `limit` seconds it is killed with all that it has started. Raises OSError if
@@ -119,7 +126,7 @@ class Loop:
         pid = os.posix_spawn(
             argv[0],
             argv,
-            _ENVIRONMENT,
+            {**_ENVIRONMENT, **(environment or {})},
             file_actions=actions,
             setsigmask=(),
             setsigdef=_DEFAULT_SIGNALS,

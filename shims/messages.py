@@ -38,7 +38,24 @@ class NurseryGreeting(TypedDict):
     version: int  # shims.wire.VERSION
 
 
-class ForkConfig(TypedDict):
+class TaskConfig(TypedDict):
+    """How a runtime's own shim is started (containerd's shim API)."""
+
+    command: list[str]  # the program, and options before those of the API
+    namespace: str  # of containerd's: part of the names of sockets and directories
+    options_type: str  # the type URL of the runtime's options; empty: it has none
+    options: str  # the options in protobuf's encoding, as hexadecimal digits
+
+
+class LaunchConfig(TypedDict):
+    """How a container's runtime is called."""
+
+    runtime_command: list[str]  # the OCI runtime's program, and its options before any verb; empty with "task"
+    task: NotRequired[TaskConfig]  # the container is started by a shim of the runtime's
+    task_of: NotRequired[str]  # path of the file that says how the shim of the pod's sandbox container is reached
+
+
+class ForkConfig(LaunchConfig):
     """All that a shim has to know of its container. All paths are absolute.
 
     No version meets another here: a daemon starts its own nursery, and that forks its shims.
@@ -47,7 +64,6 @@ class ForkConfig(TypedDict):
     id: str  # of the container, for the OCI runtime too
     bundle: str  # the directory of the OCI bundle
     directory: str  # the shim's state directory, which is its working directory
-    runtime_command: list[str]  # the OCI runtime's program, and its options before any verb
     log_path: str  # empty: no log is kept
     tty: bool  # the container has a terminal
     stdin: bool  # the container has a standard input (without a terminal; a terminal has one always)
@@ -91,6 +107,29 @@ class CloseStdinRequest(TypedDict):
     """Close the shim's end of the container's standard input: an attached client has sent all, and StdinOnce is set."""
 
     op: Literal["close-stdin"]
+
+
+class SignalRequest(TypedDict):
+    """Have the runtime's shim send a signal to the container's first process, which may be in a virtual machine."""
+
+    op: Literal["signal"]
+    signal: int
+
+
+class ResizeRequest(TypedDict):
+    """Set the size of a terminal that only the runtime's shim has: of the container, or of an exec."""
+
+    op: Literal["resize"]
+    console: str  # the console socket that the exec was given; empty: the container's own
+    width: int
+    height: int
+
+
+class UpdateRequest(TypedDict):
+    """Have the runtime's shim set limits of the container. `UpdatedEvent` tells the outcome."""
+
+    op: Literal["update"]
+    resources: dict[str, object]  # LinuxResources (runtime specification, config-linux.md)
 
 
 class ExecRequest(TypedDict):
@@ -223,10 +262,29 @@ class ExecExitedEvent(TypedDict):
     exec: NotRequired[str]  # the same as "exec_id", for daemons of 0.1.0
 
 
-Request = ForkRequest | StatusRequest | ReopenRequest | AttachRequest | CloseStdinRequest | ExecRequest
+@final
+class UpdatedEvent(TypedDict):
+    """The container has its new limits; with "error" it has not. To the connection that asked, and to no other."""
+
+    event: Literal["updated"]
+    late: bool
+    error: NotRequired[str]
+
+
+Request = (
+    ForkRequest
+    | StatusRequest
+    | ReopenRequest
+    | AttachRequest
+    | CloseStdinRequest
+    | ExecRequest
+    | SignalRequest
+    | ResizeRequest
+    | UpdateRequest
+)
 Reply = OkReply | ErrorReply
 ShimGreeting = StartingGreeting | RunningGreeting | ExitedGreeting
-ShimEvent = StartedEvent | FailedEvent | ExitedEvent | GoneEvent | ExecFailedEvent | ExecExitedEvent
+ShimEvent = StartedEvent | FailedEvent | ExitedEvent | GoneEvent | ExecFailedEvent | ExecExitedEvent | UpdatedEvent
 # All that a shim sends unasked. In full, since mypy does not tell the members of a union of unions apart by their keys.
 ShimMessage = (
     StartingGreeting
@@ -238,4 +296,5 @@ ShimMessage = (
     | GoneEvent
     | ExecFailedEvent
     | ExecExitedEvent
+    | UpdatedEvent
 )

@@ -76,8 +76,9 @@ class _NurseryProcess:
     def _answer(self, message: Message, fds: list[int]) -> Reply:
         try:
             config = _fork_request(message, fds)
+            kind = _shim_of(config)
             if os.fork() == 0:
-                self._become_shim(config, fds[0])
+                self._become_shim(kind, config, fds[0])
         except RequestError as error:
             return {"error": reason(error)}
         except OSError as error:
@@ -87,7 +88,7 @@ class _NurseryProcess:
                 os.close(fd)
         return {"ok": True}
 
-    def _become_shim(self, config: ShimConfig, fd: int) -> None:
+    def _become_shim(self, kind: type[Shim], config: ShimConfig, fd: int) -> None:
         """Be a shim, in a fork of the nursery. Does not return.
 
         Only SIGKILL ends a shim early. It ignores the other ending signals, since a service manager sends them to
@@ -104,12 +105,21 @@ class _NurseryProcess:
                 os.dup2(self._devnull, number)
             os.close(self._devnull)
             os.chdir(config.directory)
-            Shim(config, Socket(fileno=fd)).run()
+            kind(config, Socket(fileno=fd)).run()
             code = 0
         except BaseException:  # noqa: BLE001 - nobody could catch it after this
             _report_crash(config)
         finally:
             os._exit(code)
+
+
+def _shim_of(config: ShimConfig) -> type[Shim]:
+    """The class of the shim. That for a runtime's own shim is imported when the first container needs it."""
+    if config.task is None:
+        return Shim
+    from .task_shim import TaskShim
+
+    return TaskShim
 
 
 def _fork_request(message: Message, fds: list[int]) -> ShimConfig:

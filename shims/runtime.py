@@ -109,6 +109,18 @@ def read_small(path: str) -> bytes:
         os.close(fd)
 
 
+def read_all(path: str) -> bytes:
+    """A whole file, as :func:`read_small`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        blocks = []
+        while block := os.read(fd, 1 << 16):
+            blocks.append(block)
+        return b"".join(blocks)
+    finally:
+        os.close(fd)
+
+
 def start_ticks(pid: int) -> int:
     """When a process started, in clock ticks since the machine's boot (proc(5), /proc/PID/stat field 22)."""
     stat = read_small(f"/proc/{pid}/stat")

@@ -24,12 +24,13 @@ from .wire import VERSION, receive_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from .connections import Answer
     from .loop import Call
     from .messages import ExitRecord, FailedEvent, GoneEvent, OkReply, ShimGreeting, ShimMessage, StartedEvent
     from .shim_config import ShimConfig
+    from .task_execs import TaskExecs
     from .wire import Channel, Message
 
 _CONSOLE = "console.sock"
@@ -54,11 +55,10 @@ class Shim:
         """Takes over `first`, the connection of the daemon that asked for this shim."""
         self._config = config
         self._loop = Loop()
-        self._runtime = Runtime(config.runtime_command, config.id)
         self._connections = Connections(
             self._loop, self._greetings, self._answer, lambda channel: self._execs.kill(channel)
         )
-        self._execs = Execs(self._loop, self._runtime, config.directory, self._connections.send)
+        self._execs = self._make_execs()
         self._outputs: dict[str, Output] = {}
         self._input = -1
         self._pipes: list[int] = []
@@ -86,10 +86,14 @@ class Shim:
             failed: FailedEvent = {"event": "failed", "error": reason(error), "late": isinstance(error, LateError)}
             self._connections.tell(failed)
         else:
-            self._loop.until(lambda: self._status is not None)
-            self._finish()
+            if self._wait_for_end():
+                self._finish()
         if listening:
             self._connections.unlisten()
+
+    def _make_execs(self) -> Execs | TaskExecs:
+        self._runtime = Runtime(self._config.runtime_command, self._config.id)
+        return Execs(self._loop, self._runtime, self._config.directory, self._connections.send)
 
     # The start
 
@@ -160,6 +164,10 @@ class Shim:
         self._status = status
 
     # The end
+
+    def _wait_for_end(self) -> bool:
+        """Wait until the container has ended. False if nobody will know how; the daemon then looks for its process."""
+        return self._loop.until(lambda: self._status is not None)
 
     def _finish(self) -> None:
         """After the container's end: complete the log, save the exit record, tell the daemon, clean up."""
@@ -236,9 +244,11 @@ class Shim:
     def _answer(self, channel: Channel, message: Message, fds: list[int]) -> Answer:
         """Carry out one request (`shims.messages`)."""
         name = text(message, "op")
-        if name not in _OPERATIONS:
+        method = getattr(self, "_op_" + name.replace("-", "_"), None)
+        if method is None:
             raise RequestError(f"unknown operation {name!r}: this shim has version {VERSION}")
-        return _OPERATIONS[name](self, channel, message, fds)
+        answer: Answer = method(channel, message, fds)
+        return answer
 
     def _hung_up(self, channel: Channel) -> None:
         self._execs.kill(channel)
@@ -279,15 +289,6 @@ class Shim:
     def _path(self, name: str) -> str:
         """The absolute path of a file of the state directory, for the OCI runtime."""
         return f"{self._config.directory}/{name}"
-
-
-_OPERATIONS: dict[str, Callable[[Shim, Channel, Message, list[int]], Answer]] = {
-    "status": Shim._op_status,
-    "reopen": Shim._op_reopen,
-    "exec": Shim._op_exec,
-    "attach": Shim._op_attach,
-    "close-stdin": Shim._op_close_stdin,
-}
 
 
 def _receive_console(listener: Socket) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .messages import TaskConfig
     from .wire import Message
 
 
@@ -30,6 +31,8 @@ class ShimConfig:
         "pod_events",
         "runtime_command",
         "stdin",
+        "task",
+        "task_of",
         "tty",
     )
 
@@ -38,6 +41,8 @@ class ShimConfig:
         self.bundle = text(message, "bundle")
         self.directory = text(message, "directory")
         self.runtime_command = texts(message, "runtime_command")
+        self.task = _task(message["task"]) if message.get("task") else None
+        self.task_of = text(message, "task_of") if message.get("task_of") else ""
         self.oom_files = texts(message, "oom_files")
         self.pod_events = text(message, "pod_events") if message.get("pod_events") else ""
         self.log_path = text(message, "log_path") if message.get("log_path") else ""
@@ -45,11 +50,28 @@ class ShimConfig:
         self.stdin = bool(message.get("stdin"))
 
 
+def _task(message: Message) -> TaskConfig:
+    return {
+        "command": texts(message, "command"),
+        "namespace": text(message, "namespace"),
+        "options_type": str(message.get("options_type", "")),
+        "options": str(message.get("options", "")),
+    }
+
+
 def text(message: Message, key: str) -> str:
     """A string of a message. Raises RequestError."""
     value = message.get(key)
     if not isinstance(value, str) or not value or "\0" in value:
         raise RequestError(f"{key!r} must be a non-empty string without NUL, not {value!r}")
+    return value
+
+
+def whole(message: Message, key: str) -> int:
+    """A number of a message that is not negative. Raises RequestError."""
+    value = message.get(key)
+    if type(value) is not int or value < 0:
+        raise RequestError(f"{key!r} must be a whole number, not {value!r}")
     return value
 
 

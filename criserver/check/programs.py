@@ -9,6 +9,7 @@ from criserver.check import advisories
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.config import Config, RuntimeHandler
+from criserver.runtime.shim_v2 import program_name
 
 _OLDEST_RUNC = advisories.version("1.1")
 
@@ -30,13 +31,18 @@ def _handler(host: ExaminedNode, runtime: RuntimeHandler, *, default: bool) -> I
     # Only pods whose RuntimeClass names another handler need that handler.
     grave = missing if default else warning
     what = f"runtime handler {runtime.name}"
-    path = host.which(runtime.path)
+    name = program_name(runtime.shim) if runtime.shim else runtime.path
+    path = host.which(name)
     if path is None:
+        package = "the runtime that it belongs to" if runtime.shim else f"it (apt-get install {os.path.basename(name)})"
+        key = "shim" if runtime.shim else "path"
         yield grave(
-            f"{what}: the program {runtime.path} is not there",
-            f"install it (apt-get install {os.path.basename(runtime.path)}), or change path below "
-            f"[runtimes.{runtime.name}]",
+            f"{what}: the program {name} is not there",
+            f"install {package}, or change {key} below [runtimes.{runtime.name}]",
         )
+        return
+    if runtime.shim:
+        yield ok(f"{what}: {path}, a shim of containerd's kind")
         return
     told = host.version(path)
     if told is None:

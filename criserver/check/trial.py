@@ -10,9 +10,9 @@ from criserver.config import Config
 
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
-    """One container for each handler whose program exists."""
+    """One container for each handler whose program exists. A shim needs a daemon, and is not tried."""
     for runtime in config.runtimes.values():
-        if host.which(runtime.path) is None:
+        if runtime.shim or host.which(runtime.path) is None:
             continue
         words = host.container(config, runtime.name)
         if words is None:

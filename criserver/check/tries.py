@@ -27,6 +27,7 @@ from criserver.oci.spec_inputs import PodFacts
 from criserver.runtime import cgroups, host
 from criserver.runtime import features as runtime_features
 from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.runtime_choice import runtime_of
 from snapshotter import Snapshotter, mounts, removal
 
 _T = TypeVar("_T")
@@ -180,7 +181,7 @@ def network(config: Config) -> str | None:
 
 def features(runtime: RuntimeHandler) -> tuple[str, ...] | None:
     """The optional features of an OCI runtime; None if it does not report them."""
-    told = asyncio.run(runtime_features.ask(OciRuntime.of(runtime, "")))
+    told = asyncio.run(runtime_features.ask(runtime_of(runtime, "")))
     if told is None:
         return None
     found = [

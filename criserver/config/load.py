@@ -14,10 +14,24 @@ from criserver.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class RuntimeHandler:
-    """A runtime handler: an OCI runtime program, by absolute path or by a name on PATH."""
+    """A runtime handler. default.toml explains each field; ``path`` is absolute or a name on PATH."""
 
     name: str
-    path: str
+    path: str = ""
+    shim: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[str, ...] = ()
+    root: str = ""
+    sandbox: str = "namespaces"
+    pod_annotations: tuple[str, ...] = ()
+    container_annotations: tuple[str, ...] = ("*", "*/*")
+    privileged_without_host_devices: bool = False
+    cni_conf_dir: str = ""
+
+    @property
+    def sandbox_container(self) -> bool:
+        """Whether a pod is a sandbox container, which the pod's containers join."""
+        return self.sandbox == "container"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +109,7 @@ def config_of(settings: Settings) -> Config:
     """The values of all keys. Raises :class:`InvalidArgumentError` for values that do not fit together."""
     tables = settings.tables
     cni, registry, runtime = tables["cni"], tables["registry"], tables["runtime"]
-    runtimes = {name: RuntimeHandler(name, table["path"]) for name, table in tables["runtimes"].items()}
+    runtimes = {name: _handler(settings, name, table) for name, table in tables["runtimes"].items()}
     root, state = os.path.normpath(tables["root"]), os.path.normpath(tables["state"])
     if fault := system_directories.fault(root, state):
         key, words = fault
@@ -158,6 +172,20 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _handler(settings: Settings, name: str, table: Mapping[str, Any]) -> RuntimeHandler:
+    """A handler of its table, which need not have every key."""
+    files = {file: None for key, file in settings.origins.items() if key[:2] == ("runtimes", name)}
+    what = f"configuration {', '.join(files)}: runtimes.{name}"
+    if table.get("path") and table.get("shim"):
+        raise InvalidArgumentError(f"{what} has path, for an OCI runtime, and shim; give one")
+    if table.get("options") and not table.get("shim"):
+        raise InvalidArgumentError(f"{what}: options are for a shim; an OCI runtime has args")
+    if table.get("args") and table.get("shim"):
+        raise InvalidArgumentError(f"{what}: args are for an OCI runtime; a shim has options")
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return RuntimeHandler(name=name, **given)
 
 
 def _streaming(settings: Settings) -> Streaming:

@@ -155,7 +155,7 @@ def _check(path: str, given: dict[str, Any], *, complete: bool = True) -> None:
 
     schema = json.loads(files("criserver.config").joinpath("schema.json").read_text())
     for error in jsonschema.Draft202012Validator(schema).iter_errors(given):
-        if complete or error.validator != "required":
+        if complete or error.validator not in ("required", "anyOf"):
             raise InvalidArgumentError(f"configuration {path}: {_explain(schema, error)}; {_ADVICE}")
 
 
@@ -170,6 +170,8 @@ def _explain(schema: dict[str, Any], error: Any) -> str:
             return f"unknown key {unknown} at {where}; allowed: {', '.join(allowed)}"
         case "required":
             return f"{where}: {error.message}"
+        case "anyOf":
+            return f"{where} has neither path, for an OCI runtime, nor shim; give one"
         case "enum":
             return f"{where} = {error.instance!r}; allowed: {', '.join(error.validator_value)}"
         case "type":

@@ -109,7 +109,8 @@ class Network:
     """
 
     def __init__(self, *, conf_dir: str, bin_dirs: Sequence[str], timeout: float = 60.0) -> None:
-        self._directory = CniConfigDirectory(conf_dir)
+        self._conf_dir = conf_dir
+        self._directories = {conf_dir: CniConfigDirectory(conf_dir)}
         self.configure(bin_dirs=bin_dirs, timeout=timeout)
         # By plugin path: the file's identity, and the versions that the plugin supports (None if it tells none).
         self._versions: dict[str, tuple[tuple[int, int, int], frozenset[str] | None]] = {}
@@ -120,9 +121,12 @@ class Network:
         self._bin_dirs = tuple(bin_dirs)
         self._timeout = timeout
 
-    def config(self) -> NetworkConfig:
-        """The network of the node now. Raises FailedPreconditionError where none is configured."""
-        return self._directory.current()
+    def config(self, conf_dir: str = "") -> NetworkConfig:
+        """The network of the node now, or that of another directory. Raises FailedPreconditionError without one."""
+        conf_dir = conf_dir or self._conf_dir
+        if conf_dir not in self._directories:
+            self._directories[conf_dir] = CniConfigDirectory(conf_dir)
+        return self._directories[conf_dir].current()
 
     async def ready(self) -> str | None:
         """None if pods can be attached, otherwise the reason for the node's status."""
@@ -137,13 +141,13 @@ class Network:
             return str(e)
         return None
 
-    def attach_plan(self, pod: PodNetwork) -> Attachment:
-        """The attachment for :meth:`add`. This call changes nothing.
+    def attach_plan(self, pod: PodNetwork, conf_dir: str = "") -> Attachment:
+        """The attachment for :meth:`add`, to the network of ``conf_dir``, or of the node. This call changes nothing.
 
         Raises FailedPreconditionError without a network or one of its plugins, and InvalidArgumentError for a pod whose
         values cannot be passed to the plugins.
         """
-        config = self.config()
+        config = self.config(conf_dir)
         for plugin in config.plugins:
             self._find(config, plugin)
         declared = {name for plugin in config.plugins for name in plugin.get("capabilities", {})}

@@ -1,6 +1,11 @@
-"""The OCI runtime spec of the process that holds a pod's shared PID namespace, as a pure function."""
+"""The OCI runtime spec of a pod's own process, as a pure function.
+
+It holds the pod's shared PID namespace. With a handler that runs sandbox containers it is the pod's sandbox container.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from criserver.oci.spec_inputs import HostFacts, PodFacts, Spec
 from criserver.oci.spec_namespaces import pod_namespaces
@@ -15,8 +20,12 @@ def build_infra(
     cgroups_path: str,
     apparmor_profile: str = "",
     mount_label: str = "",
+    sandbox: Mapping[str, str] | None = None,
+    sysctls: Mapping[str, str] | None = None,
 ) -> Spec:
-    """The spec of the infra process. It has no capabilities, and no files except its own program.
+    """The spec of the infra process. ``sandbox`` are the annotations of a sandbox container.
+
+    It has no capabilities, and no files except its own program.
 
     It has no SELinux label of its own: a policy may forbid that a program of the node runs in a container's domain.
     """
@@ -62,6 +71,12 @@ def build_infra(
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         },
     }
+    if sandbox is not None:
+        # A guest kernel does not see what the pinned namespaces have. It takes the pod's name and sysctls from here.
+        spec["annotations"] = dict(sandbox)
+        spec["linux"]["sysctl"] = dict(sysctls or {})
+        if pod.uts_namespace:
+            spec["hostname"] = pod.hostname
     if apparmor_profile:
         spec["process"]["apparmorProfile"] = apparmor_profile
     if mount_label:

@@ -28,6 +28,7 @@ def build(
     cgroups_path: str,
     rootfs: str,
     devices: Iterable[DeviceNode] = (),
+    host_devices: bool = True,
     seccomp: Spec | None = None,
     apparmor_profile: str = "",
     selinux_label: str = "",
@@ -36,8 +37,9 @@ def build(
 ) -> Spec:
     """The whole spec.
 
-    ``devices`` are the host's nodes for ``config.devices``, in their order. For a privileged container all other nodes
-    of the host come before them. ``seccomp`` is the filter (config-linux.md, "Seccomp") or None.
+    ``devices`` are the host's nodes for ``config.devices``, in their order. A privileged container may use all devices
+    with ``host_devices``, and all other nodes of the host come before them. ``seccomp`` is the filter
+    (config-linux.md, "Seccomp") or None.
 
     Raises InvalidArgumentError for a container without a command, and for an unknown capability.
     """
@@ -61,7 +63,7 @@ def build(
         "linux": {
             "cgroupsPath": cgroups_path,
             "namespaces": container_namespaces(config, pod, host),
-            "resources": {**resource_limits(resources, host), "devices": device_rules(config, nodes)},
+            "resources": {**resource_limits(resources, host), "devices": device_rules(config, nodes, host_devices)},
             "devices": [oci_device(n) for n in nodes],
             "maskedPaths": [] if security.privileged else list(security.masked_paths),
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),

@@ -111,9 +111,9 @@ def _without_unset(table: Mapping[str, Any]) -> Spec:
     return {key: value for key, value in table.items() if value}
 
 
-def device_rules(config: ContainerConfig, nodes: list[DeviceNode]) -> list[Spec]:
+def device_rules(config: ContainerConfig, nodes: list[DeviceNode], host_devices: bool) -> list[Spec]:
     """The rules of the device cgroup: only the requested devices. runc adds those of every container."""
-    if config.security.privileged:
+    if config.security.privileged and host_devices:
         return [{"allow": True, "access": "rwm"}]
     rules: list[Spec] = [{"allow": False, "access": "rwm"}]
     for device, node in zip(config.devices, nodes, strict=True):

@@ -41,8 +41,8 @@ def owner() -> str:
     return f"{os.getpid()}.{pidfd.start_ticks(os.getpid())}"
 
 
-async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
-    """Run a program until it ends; ``timeout`` in seconds.
+async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"", cwd: str | None = None) -> Done:
+    """Run a program until it ends; ``timeout`` in seconds. It starts in ``cwd``, else where the daemon is.
 
     The program and all processes that it has started are killed at the timeout, and when the caller is cancelled.
     Raises TimeoutError, and OSError if the program cannot be started.
@@ -50,6 +50,7 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Don
     began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *argv,
+        cwd=cwd,
         stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -173,11 +173,12 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     """Write all parts of the archive but the log into the directory. The container runs afterwards."""
     directory = _directory(node, container.id)
     content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
+    sandbox = node.records.sandbox(container.sandbox_id)
+    runtime = node.runtime(sandbox.runtime)
+    command = runtime.checkpoint_command(container.id, sandbox.cgroup_parent, images=images, work=content)
     _discard(directory)
     # The container's memory is for root alone.
     make_private(images)
-    sandbox = node.records.sandbox(container.sandbox_id)
-    runtime = node.oci_runtime(sandbox.runtime)
     image = cri.ContainerConfig.FromString(container.sent).image
     name = image.user_specified_image or image.image
     config = checkpoint_archive.config_dump(container, name, runtime.handler, time.time_ns())
@@ -185,7 +186,6 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     _write_json(content, "status", checkpoint_archive.status_dump(container))
     shutil.copyfile(os.path.join(node.container_dir(container.id), "config.json"), os.path.join(content, "spec.dump"))
     _check_criu(directory, wait)
-    command = runtime.checkpoint_command(container.id, sandbox.cgroup_parent, images=images, work=content)
     upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
     diff = os.path.join(content, "rootfs-diff.tar")
     try:

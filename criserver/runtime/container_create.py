@@ -21,7 +21,7 @@ from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotF
 from criserver.images import Image, host_platform
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
-from criserver.oci import cdi, container_user, seccomp, spec
+from criserver.oci import cdi, container_user, cri_annotations, seccomp, spec
 from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec
 from criserver.oci.spec_mounts import check_mounts
@@ -155,12 +155,12 @@ async def _prepare(
     edits: cdi.ContainerEdits,
 ) -> tuple[User, Spec]:
     """Make the container's files, and its bundle. Returns the user and the spec that the bundle has."""
-    config = container.config
+    config, handler = container.config, node.handler(sandbox.runtime)
     target = _target(node, container)
     await prepare_log(node, container)
     granted = await filesystems.device_nodes(config.devices)
     config, devices = dataclasses.replace(config, devices=tuple(granted)), list(granted.values())
-    if config.security.privileged:
+    if config.security.privileged and not handler.privileged_without_host_devices:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
@@ -181,11 +181,17 @@ async def _prepare(
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, container.id),
         rootfs=rootfs,
         devices=devices,
+        host_devices=not handler.privileged_without_host_devices,
         seccomp=filter_,
         apparmor_profile=profile,
         selinux_label=labels.process,
         mount_label=labels.files,
-        annotations=_annotations(sandbox, container),
+        annotations={
+            **cri_annotations.of_container(
+                config, sandbox.config, sandbox.id, handler.pod_annotations, handler.container_annotations
+            ),
+            **node.runtime(sandbox.runtime).annotations(container.id),
+        },
     )
 
     def write() -> tuple[User, Spec]:
@@ -356,17 +362,3 @@ def _account_file(rootfs: str, path: str) -> BinaryIO:
         raise FailedPreconditionError(f"the image's /{path} cannot be used: {e.strerror}") from e
     finally:
         os.close(root)
-
-
-def _annotations(sandbox: Sandbox, container: Container) -> dict[str, str]:
-    """The annotations of the spec: the container's own, and those of containerd's names that hooks and tools read."""
-    return {
-        **container.config.annotations,
-        "io.kubernetes.cri.container-type": "container",
-        "io.kubernetes.cri.container-name": container.config.name,
-        "io.kubernetes.cri.image-name": container.config.image,
-        "io.kubernetes.cri.sandbox-id": sandbox.id,
-        "io.kubernetes.cri.sandbox-name": sandbox.config.name,
-        "io.kubernetes.cri.sandbox-namespace": sandbox.config.namespace,
-        "io.kubernetes.cri.sandbox-uid": sandbox.config.uid,
-    }

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,14 +22,14 @@ import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, pidfd
+from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
-from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.shim_link import ShimLink, connect, connect_in_turn
 from criserver.runtime.start_under_way import StartUnderWay
 from criserver.telemetry import families
 
 if TYPE_CHECKING:
-    from shims.messages import ForkConfig, Request, RunningGreeting, ShimMessage, StartedEvent
+    from shims.messages import ForkConfig, Request, RunningGreeting, ShimMessage, SignalRequest, StartedEvent
 
 log = structlog.get_logger(__name__)
 
@@ -98,7 +98,7 @@ class ContainerProcess:
     """One process with its shim. Its owner is ``id``, a container's or a pod sandbox's; ``directory`` is its bundle.
 
     Attributes:
-        runtime: the OCI runtime that starts and deletes it.
+        runtime: what starts and deletes it.
         cgroup: its cgroup below the roots of the hierarchies.
         started: which process it is, once it runs.
         exited: set once the process has ended and the observer has been told.
@@ -111,7 +111,7 @@ class ContainerProcess:
         self,
         owner_id: str,
         directory: str,
-        runtime: OciRuntime,
+        runtime: HandlerRuntime,
         cgroup_parent: str,
         nursery: Nursery,
         observer: Observer,
@@ -135,6 +135,7 @@ class ContainerProcess:
         self._gone = asyncio.Event()
         self._cleaning: asyncio.Task[None] | None = None
         self._abandoned = False
+        self._killing = False
 
     # The start
 
@@ -161,7 +162,7 @@ class ContainerProcess:
         """
         start = self._start
         assert start is not None
-        command = self.runtime.command(self._cgroup_parent)
+        launch = self.runtime.launch(self._cgroup_parent)
         if self.runtime.has(self.id):
             raise FailedPreconditionError(f"container {self.id} exists in {self.runtime.root}: delete it there first")
         if start.is_cut:
@@ -180,7 +181,7 @@ class ContainerProcess:
             "id": self.id,
             "bundle": self.directory,
             "directory": self.directory,
-            "runtime_command": command,
+            **launch,
             "log_path": log_path,
             "tty": tty,
             "stdin": stdin,
@@ -284,6 +285,37 @@ class ContainerProcess:
             raise FailedPreconditionError(f"the shim of container {self.id} is gone")
         await self._link.request(message)
 
+    async def ask(self, message: Request, event: str, seconds: float) -> ShimMessage:
+        """Have the shim do something of which an event tells the outcome, by a connection of its own.
+
+        Raises DeadlineExceededError without an event in time, CriError where the shim is gone or ends meanwhile.
+        """
+        told: asyncio.Future[ShimMessage] = asyncio.get_running_loop().create_future()
+
+        def on_event(found: ShimMessage) -> None:
+            if found.get("event") == event and not told.done():
+                told.set_result(found)
+
+        def on_close() -> None:
+            if not told.done():
+                told.set_exception(CriError(f"the shim of container {self.id} ended during a request"))
+
+        link = await self.open_link(on_event, on_close)
+        try:
+            await link.request(message)
+            async with asyncio.timeout(seconds):
+                return await told
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the shim of container {self.id} did not answer within {seconds:g} s"
+            ) from None
+        finally:
+            link.abandon()
+
+    async def update(self, resources: Mapping[str, object]) -> None:
+        """Set limits of the running container. Raises as :meth:`OciRuntime.update`."""
+        await self.runtime.update(self.id, self._cgroup_parent, resources, self.ask)
+
     def abandon(self) -> None:
         """Let go of the shim without another word: it is to be ended, or another daemon takes it over."""
         self._abandoned = True
@@ -335,6 +367,10 @@ class ContainerProcess:
 
     def _on_close(self) -> None:
         self._link = None
+        if self._killing:
+            # The shim may have ended with the signal in its hands.
+            with suppress(OSError):
+                self.signal(signal.SIGKILL)
         self.without_shim()
 
     # The end
@@ -344,7 +380,21 @@ class ContainerProcess:
 
         Raises OSError where the kernel cannot say whether it runs, as for want of a descriptor.
         """
-        if self.started is not None:
+        if self.runtime.has_signals and self._link is not None:
+            # The process may be in a virtual machine, and the PID that of the machine.
+            self._background(self._signal_by_shim(number), "a signal cannot be given to a runtime's shim")
+        elif self.started is not None:
+            pidfd.send_signal(self.started.pid, self.started.start_ticks, number)
+
+    async def _signal_by_shim(self, number: int) -> None:
+        """Have the runtime's shim send a signal. A shim that is stuck cannot hinder SIGKILL."""
+        request: SignalRequest = {"op": "signal", "signal": number}
+        try:
+            assert self._link is not None
+            await self._link.request(request, timeout=_GREETING_TIMEOUT)
+        except CriError:
+            if number != signal.SIGKILL or self.started is None:
+                raise
             pidfd.send_signal(self.started.pid, self.started.start_ticks, number)
 
     async def wait(self, seconds: float) -> bool:
@@ -358,6 +408,7 @@ class ContainerProcess:
 
     async def kill(self) -> None:
         """Send SIGKILL and wait for the end. Raises DeadlineExceededError where even that does not end it."""
+        self._killing = True
         self.signal(signal.SIGKILL)
         deadline = time.monotonic() + KILL_TIMEOUT
         while not await self.wait(_SHIM_PATIENCE):

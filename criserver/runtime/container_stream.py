@@ -15,10 +15,11 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from criserver.model import NamespaceMode
 from criserver.network.pod_socket import stream_socket
 from criserver.runtime import process_records
+from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.exec_process import Console, exec_process, running_container
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
@@ -139,7 +140,11 @@ async def _exec_on_terminal(node: Node, container: Container, command: Sequence[
             if not arrival.done():
                 return code
         terminal = arrival.result()
-        inputs = [_resize(streams, terminal), *([copy_in(streams.stdin, terminal)] if streams.stdin else [])]
+        process = process_records.of_container(node, container)
+        inputs = [
+            _resize(streams, terminal, process, console.path),
+            *([copy_in(streams.stdin, terminal)] if streams.stdin else []),
+        ]
         return await _carry(inputs, [(terminal, streams.stdout)], ended)
 
 
@@ -160,7 +165,8 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
             gone.set_result(0)
 
     async with AsyncExitStack() as stack:
-        link = await process_records.of_container(node, container).open_link(lambda _: None, on_close)
+        process = process_records.of_container(node, container)
+        link = await process.open_link(lambda _: None, on_close)
         stack.callback(link.close)
         names: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
         wanted = {name: sink for name in names if (sink := getattr(streams, name)) is not None}
@@ -174,7 +180,7 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
             os.set_blocking(stdin, False)
             if container.config.tty:
                 stack.callback(os.close, stdin)
-                inputs.append(_resize(streams, stdin))
+                inputs.append(_resize(streams, stdin, process))
                 if streams.stdin:
                     inputs.append(copy_in(streams.stdin, stdin))
             elif streams.stdin:
@@ -251,10 +257,15 @@ async def _drained(tasks: Sequence[asyncio.Task[None]], flows: Sequence[OutputCo
             return
 
 
-async def _resize(streams: CommandStreams, terminal: int) -> None:
+async def _resize(streams: CommandStreams, terminal: int, process: ContainerProcess, console: str = "") -> None:
+    """Give a terminal the client's sizes. Where a runtime's shim keeps the terminal to itself, it is asked to."""
     async for size in streams.sizes():
-        with suppress(OSError):  # a terminal that is gone has no size
-            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
+        if os.isatty(terminal):
+            with suppress(OSError):  # a terminal that is gone has no size
+                fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
+        else:
+            with suppress(CriError):
+                await process.request({"op": "resize", "console": console, "width": size.width, "height": size.height})
 
 
 def _network_of(node: Node, sandbox_id: str) -> str | None:

@@ -12,7 +12,7 @@ from criserver.model import PodConfig
 from criserver.oci.spec_inputs import Spec
 from criserver.oci.spec_resources import complete_limits, merge_limits, resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, host, pidfd
+from criserver.runtime import cgroups, host, pidfd, process_records
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.node_plugins import Limits
@@ -104,7 +104,7 @@ async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) 
     if host.facts().unified_cgroups:
         _check_memory(container.id, limit, usage())
     try:
-        await node.oci_runtime(sandbox.runtime).update(container.id, sandbox.cgroup_parent, oci)
+        await process_records.of_container(node, container).update(oci)
     except FailedPreconditionError as e:
         if _has_ended(container):
             return

@@ -10,7 +10,7 @@ import structlog
 
 from criserver.errors import FailedPreconditionError
 from criserver.oci.adjustment_faults import RuntimeFacts, runtime_facts
-from criserver.runtime.oci_runtime import OciRuntime
+from criserver.runtime.handler_runtime import HandlerRuntime
 from snapshotter import Snapshotter
 
 log = structlog.get_logger(__name__)
@@ -28,7 +28,7 @@ class Features:
     facts: RuntimeFacts = field(default_factory=RuntimeFacts)
 
 
-async def probe(runtime: OciRuntime, snapshotter: Snapshotter) -> Features:
+async def probe(runtime: HandlerRuntime, snapshotter: Snapshotter) -> Features:
     """The features of a handler on this node; none of them if its runtime does not report its features."""
     features = await ask(runtime)
     if features is None or not _kernel_has_mount_setattr():
@@ -39,7 +39,7 @@ async def probe(runtime: OciRuntime, snapshotter: Snapshotter) -> Features:
     return features
 
 
-async def ask(runtime: OciRuntime) -> Features | None:
+async def ask(runtime: HandlerRuntime) -> Features | None:
     """The features that a runtime reports, whatever the kernel has; None if it is missing or does not report any."""
     try:
         report = await runtime.features()

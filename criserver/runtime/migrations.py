@@ -16,12 +16,18 @@ from typing import Any
 Fields = dict[str, Any]
 Migration = Callable[[Fields], Fields]
 
-SANDBOX: tuple[Migration, ...] = ()
-CONTAINER: tuple[Migration, ...] = ()
-
 
 class NewerError(Exception):
     """The record has a version that only a newer criserver knows."""
+
+
+def _without_sandbox_container(fields: Fields) -> Fields:
+    """0.2 had no pods whose handler runs a sandbox container."""
+    return {**fields, "sandbox_container": False}
+
+
+SANDBOX: tuple[Migration, ...] = (_without_sandbox_container,)
+CONTAINER: tuple[Migration, ...] = ()
 
 
 def newest(migrations: Sequence[Migration]) -> int:

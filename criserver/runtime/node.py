@@ -22,11 +22,12 @@ from criserver.runtime.attempts import Attempts
 from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.events import Events
 from criserver.runtime.features import Features
+from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.node_plugins import NodePlugins
 from criserver.runtime.nursery import Nursery
-from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.record_store import RecordStore
+from criserver.runtime.runtime_choice import runtime_of
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from criserver.text import quoted
@@ -108,18 +109,16 @@ class Node:
         """Where a container's root file system is mounted."""
         return os.path.join(self.container_dir(container_id), "rootfs")
 
-    def oci_runtime(self, handler: str) -> OciRuntime:
-        """The OCI runtime of a handler, "" for the default one. Raises InvalidArgumentError for an unknown handler."""
-        return OciRuntime.of(self.handler(handler), self.runtime_roots())
+    def runtime(self, handler: str) -> HandlerRuntime:
+        """The runtime of a handler, "" for the default one. Raises InvalidArgumentError for an unknown handler."""
+        return runtime_of(self.handler(handler), self.config.state)
 
-    def cleanup_runtime(self, handler: str) -> OciRuntime:
-        """As :meth:`oci_runtime`, with the default handler's program for a handler that is not configured any more."""
-        configured = self.config.runtimes.get(handler) or self.handler("")
-        return OciRuntime.of(dataclasses.replace(configured, name=handler), self.runtime_roots())
-
-    def runtime_roots(self) -> str:
-        """The directory that has the root directory of each handler's OCI runtime."""
-        return os.path.join(self.config.state, "runtimes")
+    def cleanup_runtime(self, handler: str) -> HandlerRuntime:
+        """As :meth:`runtime`, with the default handler's program for a handler that is not configured any more."""
+        configured = self.config.runtimes.get(handler)
+        if configured is None:
+            configured = dataclasses.replace(self.handler(""), name=handler, root="")
+        return runtime_of(configured, self.config.state)
 
     def let_go_of_process(self, owner_id: str) -> None:
         """Forget the process of a container, or of a pod sandbox, of which nothing is left."""

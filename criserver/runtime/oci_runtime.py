@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -22,6 +22,10 @@ from criserver.runtime import cgroups, command
 from criserver.runtime.command import Done
 from criserver.telemetry import families
 from snapshotter import mounts, removal
+
+if TYPE_CHECKING:
+    from criserver.runtime.handler_runtime import Ask
+    from shims.messages import LaunchConfig
 
 log = structlog.get_logger(__name__)
 
@@ -37,16 +41,20 @@ class OciRuntime:
     """The OCI runtime of one handler.
 
     ``root`` is where the runtime keeps its state, apart from that of any other user of the program on this node.
+    ``args`` are the handler's own options, before any verb.
     """
 
     handler: str
     path: str
     root: str
+    args: tuple[str, ...] = ()
+    has_signals: bool = False
 
     @classmethod
     def of(cls, handler: RuntimeHandler, roots: str) -> OciRuntime:
         """The runtime of a configured handler. ``roots`` is the directory that has each handler's root."""
-        return cls(handler.name, handler.path, os.path.join(roots, handler.name))
+        root = handler.root or os.path.join(roots, handler.name)
+        return cls(handler.name, handler.path, root, handler.args)
 
     def program(self) -> str:
         """The absolute path of the program. Raises FailedPreconditionError where there is none."""
@@ -64,7 +72,19 @@ class OciRuntime:
         Raises FailedPreconditionError as :meth:`program` does.
         """
         driver = ["--systemd-cgroup"] if cgroups.is_slice(cgroup_parent) else []
-        return [self.program(), "--root", self.root, *driver]
+        return [self.program(), "--root", self.root, *driver, *self.args]
+
+    def launch(self, cgroup_parent: str) -> LaunchConfig:
+        """What a shim has to know of it. Raises FailedPreconditionError as :meth:`program` does."""
+        return {"runtime_command": self.command(cgroup_parent)}
+
+    def within(self, sandbox_directory: str) -> OciRuntime:  # noqa: ARG002 - of shims
+        """The same for a container that joins a sandbox container, which it finds by the annotations of the spec."""
+        return self
+
+    def annotations(self, container_id: str) -> Mapping[str, str]:  # noqa: ARG002 - of shims
+        """What the spec of a container has for the runtime's own shim; OCI runtimes have none."""
+        return {}
 
     def run_command(self, container_id: str, cgroup_parent: str, *, bundle: str) -> list[str]:
         """The command that runs a container and ends with it; for trials, as shims run the containers of pods."""
@@ -122,8 +142,16 @@ class OciRuntime:
         except OSError as e:
             raise CriError(f"{directory} cannot be deleted: {e}") from e
 
-    async def update(self, container_id: str, cgroup_parent: str, resources: Mapping[str, object]) -> None:
+    async def update(
+        self,
+        container_id: str,
+        cgroup_parent: str,
+        resources: Mapping[str, object],
+        ask: Ask | None = None,  # noqa: ARG002 - of shims
+    ) -> None:
         """Set limits of a running container: ``resources`` is LinuxResources of the runtime specification.
+
+        Nothing is asked of the container's shim.
 
         Raises FailedPreconditionError where the runtime refuses or fails, DeadlineExceededError where it hangs.
         """

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from criserver.errors import CriError
-from criserver.model import ContainerConfig, PodConfig, User
+from criserver.model import ContainerConfig, NamespaceMode, PodConfig, User
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -34,7 +34,8 @@ class Sandbox:
     """A sandbox's record. ``sent`` is the CRI PodSandboxConfig as the kubelet serialised it.
 
     ``handler`` is the runtime handler that the kubelet requested, "" for the default one. ``runtime`` is the name of
-    the handler that was used, as the default may change later.
+    the handler that was used, as the default may change later. ``sandbox_container`` says that the handler runs the pod
+    as a sandbox container, as the handler may be changed later.
     """
 
     id: str
@@ -49,6 +50,12 @@ class Sandbox:
     attachment: str = ""
     ips: tuple[str, ...] = ()
     selinux_level: str = ""
+    sandbox_container: bool = False
+
+    @property
+    def has_infra(self) -> bool:
+        """Whether the pod has a process of its own: a sandbox container, or the holder of a shared PID namespace."""
+        return self.sandbox_container or self.config.namespaces.pid is NamespaceMode.POD
 
     @property
     def named(self) -> dict[str, object]:

@@ -20,7 +20,6 @@ import structlog
 
 from criserver import logs
 from criserver.errors import CriError
-from criserver.model import NamespaceMode
 from criserver.network import namespaces
 from criserver.runtime import (
     cgroups,
@@ -41,6 +40,7 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
 from criserver.runtime.records import Container, Sandbox
+from criserver.runtime.runtime_choice import runtime_roots
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.telemetry import families
 
@@ -174,7 +174,7 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
     pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace, facts.user_namespace, facts.pid_namespace)
     if not all(namespaces.is_pinned(path) for path in pins if path):
         return False
-    if sandbox.config.namespaces.pid is not NamespaceMode.POD:
+    if not sandbox.has_infra:
         return True
     return await process_records.of_infra(node, sandbox).reconnect()
 
@@ -193,9 +193,10 @@ async def _sweep(node: Node, *, end_living: bool) -> None:
         *(filesystems.owner(key) for key in node.snapshotter.removable()),
         *entries(filesystems.volumes_root(node)),
     }
-    for handler in entries(node.runtime_roots()):
+    roots = runtime_roots(config.state)
+    for handler in entries(roots):
         # A name that begins with a dot is no container's: crun keeps a cache there.
-        containers.update(name for name in entries(node.runtime_roots(), handler) if not name.startswith("."))
+        containers.update(name for name in entries(roots, handler) if not name.startswith("."))
     owned = node.records.sandboxes.keys() | node.records.containers.keys()
     living, left_cgroups = set[str](), dict[str, str]()
     if unowned := (pods | containers) - owned:
@@ -255,7 +256,8 @@ async def _remove_container(node: Node, name: str, cgroup: str, turn: asyncio.Se
 
 async def _end(node: Node, name: str, cgroup: str) -> None:
     """End all processes of a container without a record, and delete what OCI runtimes keep of it. Raises CriError."""
-    runtimes = [node.cleanup_runtime(handler) for handler in entries(node.runtime_roots())]
+    handlers = {*entries(runtime_roots(node.config.state)), *node.config.runtimes}
+    runtimes = [node.cleanup_runtime(handler) for handler in handlers]
     for runtime in runtimes:
         await runtime.delete(name, "")
     if cgroup:

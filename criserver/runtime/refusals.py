@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import MAX_ID, NamespaceMode, PodConfig
@@ -23,6 +23,11 @@ _WORD_END = re.compile(r"[\s\x00-\x1f\x7f]")
 _SYSCTL = re.compile(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+")
 # Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
 _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
+# The annotations that ask for a class of resources (goresctrl, pkg/rdt and pkg/blockio): of containers, and of pods.
+_CLASSES = {
+    "RDT": ("io.kubernetes.cri.rdt-class", "rdt.resources.beta.kubernetes.io/"),
+    "block I/O": ("io.kubernetes.cri.blockio-class", "blockio.resources.beta.kubernetes.io/"),
+}
 
 
 def check_pod(sent: cri.PodSandboxConfig) -> None:
@@ -32,6 +37,7 @@ def check_pod(sent: cri.PodSandboxConfig) -> None:
         if not getattr(meta, field):
             raise InvalidArgumentError(f"the pod sandbox's metadata.{field} is empty; it must be given")
     _check_no_windows(sent, f"pod {meta.namespace}/{meta.name}")
+    _check_classes(sent.annotations, f"pod {meta.namespace}/{meta.name}")
     security = sent.linux.security_context
     _check_pod_namespaces(security.namespace_options)
     _check_words("hostname", [sent.hostname] if sent.hostname else [])
@@ -62,6 +68,7 @@ def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
         raise InvalidArgumentError("the container's metadata.name is empty; it must be given")
     what = f"container {name}"
     _check_no_windows(sent, what)
+    _check_classes(sent.annotations, what)
     if not sent.image.image:
         raise InvalidArgumentError(f"{what}: image.image is empty; an image must be named")
     security = sent.linux.security_context
@@ -111,6 +118,17 @@ def _check_words(field: str, words: Iterable[str]) -> None:
 def _check_absolute(field: str, path: str) -> None:
     if path and not path.startswith("/"):
         raise InvalidArgumentError(f"{field} = {quoted(path)} must be an absolute path")
+
+
+def _check_classes(annotations: Mapping[str, str], what: str) -> None:
+    """Refuse a class that nobody here would apply. An empty value asks for none."""
+    for name, value in annotations.items():
+        for kind, (own, of_pod) in _CLASSES.items():
+            if value and (name == own or name.startswith(of_pod)):
+                raise InvalidArgumentError(
+                    f"{what}: annotation {quoted(name)} asks for the {kind} class {quoted(value)}, and "
+                    f"criserver has no {kind} classes; remove the annotation"
+                )
 
 
 def _check_no_windows(sent: cri.PodSandboxConfig | cri.ContainerConfig, what: str) -> None:

@@ -1,4 +1,8 @@
-"""RunPodSandbox: the pod's namespaces, network and files; a process only where its containers share a PID namespace."""
+"""RunPodSandbox: the pod's namespaces, network and files.
+
+A pod has a process of its own only where its containers share a PID namespace, or where its handler runs sandbox
+containers.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from criserver import logs
 from criserver.errors import FailedPreconditionError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, namespaces
+from criserver.oci import cri_annotations
 from criserver.oci.infra_spec import build_infra
 from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
 from criserver.runtime.lifecycle import SandboxState
@@ -51,7 +56,7 @@ async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) 
 
 
 async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
-    sandbox_id = secrets.token_hex(32)
+    sandbox_id, runtime = secrets.token_hex(32), node.handler(handler)
     logs.about(sandbox=sandbox_id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
     sandbox = Sandbox(
@@ -63,15 +68,16 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         created_at=time.time_ns(),
         cgroup_parent=_cgroup_parent(node, config, sandbox_id),
         cgroup_owned=not config.cgroup_parent,
-        runtime=node.handler(handler).name,
+        runtime=runtime.name,
         selinux_level=selinux.pod_level(config.selinux, (s.selinux_level for s in node.records.sandboxes.values())),
+        sandbox_container=runtime.sandbox_container,
     )
     if own_network:
-        attachment = node.network.attach_plan(_pod_network(node, sandbox))
+        attachment = node.network.attach_plan(_pod_network(node, sandbox), runtime.cni_conf_dir)
         sandbox = dataclasses.replace(sandbox, attachment=attachment.to_json())
-    if config.namespaces.pid is NamespaceMode.POD and not os.access(node.config.infra, os.X_OK):
+    if sandbox.has_infra and not os.access(node.config.infra, os.X_OK):
         raise FailedPreconditionError(
-            f"the pod shares a PID namespace, and {node.config.infra} that holds it is not an executable; "
+            f"the pod needs a process of its own, and its program {node.config.infra} is not an executable; "
             "install catatonit or change [runtime] infra"
         )
     await node.records.add(sandbox)
@@ -125,7 +131,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     )
     # Both at once: the infra process takes about as long as one CNI plugin. If one fails, the other is still awaited: a
     # start that was cancelled could leave a process that nothing knows of.
-    infra = asyncio.create_task(_start_infra(node, sandbox)) if config.namespaces.pid is NamespaceMode.POD else None
+    infra = asyncio.create_task(_start_infra(node, sandbox)) if sandbox.has_infra else None
     network = asyncio.create_task(_connect(node, sandbox)) if own_network else None
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
@@ -154,7 +160,7 @@ async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:
 
 
 async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
-    """Start the process that holds the pod's PID namespace, and pin the namespace; returns the event of its end."""
+    """Start the pod's own process, and pin the PID namespace that it holds; returns the event of its end."""
     directory = node.container_dir(sandbox.id)
     root = filesystems.make_directory(node, sandbox.id, sandbox.config)
     for name in ("proc", "dev"):
@@ -169,17 +175,24 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
         apparmor_profile=await apparmor.default(),
         mount_label=selinux.pod_files(sandbox.selinux_level),
+        sandbox=_annotations(node, sandbox) if sandbox.sandbox_container else None,
+        sysctls=sandbox.config.sysctls,
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
     process = process_records.of_infra(node, sandbox)
     with process.start_under_way():
         started = await process.start()
-    try:
-        pin_pids(node, sandbox.id, started.pid)
-    except FileNotFoundError as e:
-        raise _infra_ended(node) from e
+    if sandbox.config.namespaces.pid is NamespaceMode.POD:
+        try:
+            pin_pids(node, sandbox.id, started.pid)
+        except FileNotFoundError as e:
+            raise _infra_ended(node) from e
     return process.exited
+
+
+def _annotations(node: Node, sandbox: Sandbox) -> dict[str, str]:
+    return cri_annotations.of_sandbox(sandbox.config, sandbox.id, node.handler(sandbox.runtime).pod_annotations)
 
 
 def _infra_ended(node: Node) -> FailedPreconditionError:

@@ -2,7 +2,8 @@
 
 Its images are pulled by their official names. CRITEST_CERTS names a certs.d directory (as [registry] config_path
 has it) whose hosts.toml files lead registry.k8s.io, k8s.gcr.io and gcr.io to a registry that has them, so that
-the run does not hang on the network. CRITEST_RUNTIME is an OCI runtime's path, runc where it is not set.
+the run does not hang on the network. CRITEST_RUNTIME is an OCI runtime's path, or a shim's name or path; runc where it
+is not set.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.node import Node
+from tests.support.node import Node, handler
 from tests.support.waiting import SLOWNESS
 
 RUNTIME = os.environ.get("CRITEST_RUNTIME", "runc")
@@ -40,7 +41,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def node(nothing_left: None) -> Iterator[Node]:
     """A daemon with the runtime to be tested, and no image."""
-    node = Node(f'[runtimes.runc]\npath = "{RUNTIME}"\n')
+    node = Node(handler("runc", RUNTIME))
     try:
         node.start()
         yield node

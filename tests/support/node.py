@@ -39,8 +39,14 @@ GATEWAY = f"10.{RUN}.0.1"
 NETWORK = f"e2e{RUN}"
 SCRATCH = f"/run/cri-e2e-{RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
-# The OCI runtime of all tests that do not name one: a path, or a name on PATH.
+# The OCI runtime of all tests that do not name one: a path, or a name on PATH; or a shim, as `handler` says.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
+
+
+def handler(name: str, runtime: str) -> str:
+    """The table of a handler: with an OCI runtime, or with a shim of containerd's kind by its name or its path."""
+    shim = runtime.startswith("io.containerd.") or os.path.basename(runtime).startswith("containerd-shim-")
+    return f'[runtimes.{name}]\n{"shim" if shim else "path"} = "{runtime}"\n'
 
 
 class Client:
@@ -96,8 +102,7 @@ class Node:
                 f'plugin_config_path = "{self.base}/nri/conf.d"\n'
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n'
-                f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n'
-                + (runtimes or f'[runtimes.runc]\npath = "{RUNTIME}"\n')
+                f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n' + (runtimes or handler("runc", RUNTIME))
             )
         self.write_network()
         self.python = sys.executable

@@ -133,7 +133,8 @@ class Host:
         argv = command(sys.executable, theirs.fileno())
         place = argv.index("-c") + 1
         for name, seconds in (limits or {}).items():
-            changed = f"import shims.shim, shims.execs; shims.{name} = {seconds}; from shims.nursery_process"
+            module = f"shims.{name.rpartition('.')[0]}"
+            changed = f"import {module}; shims.{name} = {seconds}; from shims.nursery_process"
             argv[place] = argv[place].replace("from shims.nursery_process", changed)
         if release is not None:
             argv[place] = f"import sys; sys.path.insert(0, {str(release)!r}); from shims.nursery import main; "

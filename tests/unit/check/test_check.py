@@ -225,6 +225,19 @@ def test_a_handler_that_is_not_the_default_one_is_a_warning(node: Fake) -> None:
     assert node.fault().level is Level.MISSING
 
 
+def test_a_shim_is_looked_for_by_its_program(node: Fake) -> None:
+    node.configure(runtimes={"runc": RuntimeHandler("runc", shim="io.containerd.kata.v2")})
+    words = [f.words for f in run(node.config, node.host)]
+    assert "runtime handler runc: /usr/bin/containerd-shim-kata-v2, a shim of containerd's kind" in words
+    assert not [word for word in words if "a container was run" in word]
+    node.change(which=lambda name: None if "kata" in name else f"/usr/bin/{name}")
+    fault = node.fault()
+    assert (fault.level, fault.words) == (
+        *(Level.MISSING, "runtime handler runc: the program containerd-shim-kata-v2 is not there"),
+    )
+    assert "change shim below [runtimes.runc]" in fault.advice
+
+
 def test_a_runtime_with_known_escapes_runs_pods_and_is_warned_of(node: Fake) -> None:
     node.change(version=lambda _: "runc version 1.1.5+ds1")
     found = run(node.config, node.host)

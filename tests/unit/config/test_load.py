@@ -9,7 +9,7 @@ import pytest
 
 from criserver.cli import main
 from criserver.config import default_text, load
-from criserver.config.load import ImageLimits
+from criserver.config.load import ImageLimits, RuntimeHandler
 from criserver.errors import InvalidArgumentError
 from snapshotter import LayerLimits
 
@@ -45,6 +45,14 @@ def test_a_file_needs_only_what_differs(tmp_path: Path) -> None:
     assert config.grpc_address == "/run/other.sock"
     assert list(config.runtimes) == ["crun"]
     assert config.cni_conf_dir == "/etc/cni/net.d"
+
+
+def test_a_handler_has_the_defaults_of_the_keys_that_its_table_lacks(tmp_path: Path) -> None:
+    handler = load(written(tmp_path, '[runtimes.runc]\npath = "runc"')).runtimes["runc"]
+    assert handler == load(None).runtimes["runc"] == RuntimeHandler("runc", "runc")
+    text = '[runtimes.runc]\npath = "/runsc"\nargs = ["--platform=kvm"]\nsandbox = "container"'
+    handler = load(written(tmp_path, text)).runtimes["runc"]
+    assert (handler.args, handler.sandbox_container) == (("--platform=kvm",), True)
 
 
 def test_the_registry_table(tmp_path: Path) -> None:
@@ -92,7 +100,7 @@ def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp
         ('[log]\nlevel = "loud"', ["log.level = 'loud'", "debug, info, warning, error"]),
         ("[cni]\ntimeout = 0", ["cni.timeout = 0"]),
         ('[runtime]\ndefault = "kata"', ["'kata'", "[runtimes.kata]", "runc"]),
-        ("[runtimes.runc]", ["runtimes.runc", "'path' is a required property"]),
+        ("[runtimes.runc]", ["runtimes.runc has neither path", "nor shim"]),
         ('[runtimes."Not A Name"]\npath = "x"', ["Not A Name"]),
         ('[registry]\nauth_file = "config.json"', ["registry.auth_file = 'config.json'", "absolute path, or empty"]),
         ("[registry]\nmax_downloads = 0", ["registry.max_downloads = 0"]),
@@ -102,6 +110,15 @@ def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp
         ("[images]\nmax_entries = 0", ["images.max_entries = 0"]),
         ("[images]\nmax_bytes = 9223372036854775808", ["images.max_bytes = 9223372036854775808"]),
         ("[images]\nmax_ratio = 1.5", ["images.max_ratio = 1.5", "integer"]),
+        ('[runtimes.a]\npath = "a"\nshim = "/a"', ["runtimes.a has path", "and shim"]),
+        ('[runtimes.a]\nshim = ""', ["runtimes.a has neither path", "nor shim"]),
+        ('[runtimes.a]\nshim = "kata"', ["runtimes.a.shim = 'kata'"]),
+        ('[runtimes.a]\npath = "a"\n[runtimes.a.options]\nX = 1', ["runtimes.a: options are for a shim"]),
+        ('[runtimes.a]\nshim = "/a"\nargs = ["x"]', ["runtimes.a: args are for an OCI runtime"]),
+        ('[runtimes.a]\npath = "a"\nsandbox = "vm"', ["runtimes.a.sandbox = 'vm'", "namespaces, container"]),
+        ('[runtimes.a]\npath = "a"\nroot = "a"', ["runtimes.a.root = 'a'", "absolute path, or empty"]),
+        ('[runtimes.a]\npath = "a"\npod_annotations = [""]', ["runtimes.a.pod_annotations.0 = ''"]),
+        ('[runtimes.a]\npath = "a"\nrunc = 1', ["unknown key runc at runtimes.a", "cni_conf_dir"]),
         ("root = ", ["not valid TOML"]),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_files_own_handlers_replace_the_default_one(tmp_path: Path) -> None:
     ("drop_in", "words"),
     [
         ("[log]\nlevel = 1", ["conf.d/x.toml", "log.level = 1"]),
-        ("[runtimes.kata]", ["runtimes.kata", "'path' is a required property"]),
+        ("[runtimes.kata]", ["runtimes.kata has neither path", "nor shim"]),
         ("rubbish", ["conf.d/x.toml", "not valid TOML"]),
         ('[runtime]\ndefault = "kata"', ["conf.d/x.toml", "'kata'", "runc"]),
         ('[streaming]\ntls_cert = "/c"', ["conf.d/x.toml", "streaming.tls_key"]),

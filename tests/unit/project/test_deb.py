@@ -66,10 +66,14 @@ def test_the_configuration_names_every_key_and_sets_one(build: ModuleType, tmp_p
     keys = re.findall(r"^#?(\w+) = ", text, re.MULTILINE)
     assert keys == re.findall(r"^(\w+) = ", (ROOT / "criserver/config/default.toml").read_text(), re.MULTILINE)
     assert re.findall(r"^\w.*", text, re.MULTILINE) == ['cgroup_driver = "systemd"']
-    # Each key can be had by taking its "#" away.
+    # Each key can be had by taking its "#" away; those of a handler with the lines that make the handler.
+    handler = text.splitlines().index("#[runtimes.runc]")
     for number, line in enumerate(text.splitlines()):
-        if re.match(r"#\w+ = ", line) and not line.startswith("#path"):
-            lines = text.splitlines()
+        if re.match(r"#\w+ = ", line):
+            lines = [
+                other[1:] if number > handler and other.startswith(("#[runtimes.runc]", "#path = ")) else other
+                for other in text.splitlines()
+            ]
             lines[number] = line[1:]
             (tmp_path / "config.toml").write_text("\n".join(lines))
             load(str(tmp_path / "config.toml"))

@@ -58,6 +58,12 @@ def test_every_verb_begins_with_the_root_and_the_driver(runtime: OciRuntime, par
         assert command[-1] == "c"
 
 
+def test_a_handler_may_have_a_root_and_options_of_its_own(runtime: OciRuntime, tmp_path: Path) -> None:
+    handler = RuntimeHandler("runsc", runtime.path, args=("--platform=kvm",), root=str(tmp_path / "own"))
+    command = OciRuntime.of(handler, str(tmp_path / "roots")).command("")
+    assert command == [runtime.path, "--root", str(tmp_path / "own"), "--platform=kvm"]
+
+
 def test_a_program_that_is_not_there_is_named_with_its_handler(runtime: OciRuntime) -> None:
     os.unlink(runtime.path)
     with pytest.raises(FailedPreconditionError, match=r"handler kata: .*/program is not an exec.*\[runtimes.kata\]"):

@@ -1,0 +1,60 @@
+"""The annotations of a spec: those that name the pod and the container, and those of a request that the runtime gets.
+
+The names are containerd's. gVisor (runsc/specutils) and Kata Containers (virtcontainers/pkg/oci) read them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from criserver.model import ContainerConfig, PodConfig
+
+_CRI = "io.kubernetes.cri."
+
+
+def of_container(
+    config: ContainerConfig,
+    pod: PodConfig,
+    sandbox_id: str,
+    pod_patterns: Iterable[str],
+    container_patterns: Iterable[str],
+) -> dict[str, str]:
+    """The annotations of a container's spec. The request's annotations never replace those that identify it."""
+    return {
+        **passed(pod.annotations, pod_patterns),
+        **passed(config.annotations, container_patterns),
+        f"{_CRI}container-type": "container",
+        f"{_CRI}container-name": config.name,
+        f"{_CRI}image-name": config.image,
+        **_of_pod(pod, sandbox_id),
+    }
+
+
+def of_sandbox(pod: PodConfig, sandbox_id: str, pod_patterns: Iterable[str]) -> dict[str, str]:
+    """The annotations of the spec of a pod's sandbox container."""
+    return {
+        **passed(pod.annotations, pod_patterns),
+        f"{_CRI}container-type": "sandbox",
+        f"{_CRI}sandbox-log-directory": pod.log_directory,
+        **_of_pod(pod, sandbox_id),
+    }
+
+
+def passed(annotations: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
+    """The annotations whose names match one of the patterns. "*" and "?" do not match "/", as in containerd."""
+    split = [pattern.split("/") for pattern in patterns]
+    return {name: value for name, value in annotations.items() if any(_matches(name.split("/"), p) for p in split)}
+
+
+def _matches(parts: list[str], patterns: list[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _of_pod(pod: PodConfig, sandbox_id: str) -> dict[str, str]:
+    return {
+        f"{_CRI}sandbox-id": sandbox_id,
+        f"{_CRI}sandbox-name": pod.name,
+        f"{_CRI}sandbox-namespace": pod.namespace,
+        f"{_CRI}sandbox-uid": pod.uid,
+    }
