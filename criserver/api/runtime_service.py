@@ -235,6 +235,7 @@ class RuntimeService(StatsRpcs):
         return views.info(
             sandboxID=sandbox.id,
             runtimeHandler=sandbox.runtime,
+            reason=sandbox.reason,
             namespaces=self._node.namespaces_dir(sandbox.id),
             cgroupParent=sandbox.cgroup_parent,
             resources=_document(sent.linux.resources),

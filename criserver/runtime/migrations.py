@@ -21,12 +21,12 @@ class NewerError(Exception):
     """The record has a version that only a newer criserver knows."""
 
 
-def _without_sandbox_container(fields: Fields) -> Fields:
-    """0.2 had no pods whose handler runs a sandbox container."""
-    return {**fields, "sandbox_container": False}
+def _since_0_2(fields: Fields) -> Fields:
+    """0.2 had no pods whose handler runs a sandbox container, and no reasons why a pod is not ready."""
+    return {**fields, "sandbox_container": False, "reason": ""}
 
 
-SANDBOX: tuple[Migration, ...] = (_without_sandbox_container,)
+SANDBOX: tuple[Migration, ...] = (_since_0_2,)
 CONTAINER: tuple[Migration, ...] = ()
 
 

@@ -142,5 +142,5 @@ class _InfraRecord(Observer):
     def _lose(self, record: ExitRecord) -> None:
         sandbox = self._node.records.sandboxes.get(self._id)
         if sandbox is not None and sandbox.state is SandboxState.READY:
-            log.error("a pod's infra process ended; its shared PID namespace is gone", sandbox=self._id, record=record)
-            self._node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+            log.error("a pod's own process has ended", **sandbox.named, record=record)
+            self._node.records.observe(sandbox.not_ready("its own process, which holds its namespaces, has ended"))

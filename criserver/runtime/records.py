@@ -35,7 +35,7 @@ class Sandbox:
 
     ``handler`` is the runtime handler that the kubelet requested, "" for the default one. ``runtime`` is the name of
     the handler that was used, as the default may change later. ``sandbox_container`` says that the handler runs the pod
-    as a sandbox container, as the handler may be changed later.
+    as a sandbox container, as the handler may be changed later. ``reason`` says why a pod is not ready.
     """
 
     id: str
@@ -51,6 +51,11 @@ class Sandbox:
     ips: tuple[str, ...] = ()
     selinux_level: str = ""
     sandbox_container: bool = False
+    reason: str = ""
+
+    def not_ready(self, reason: str) -> Sandbox:
+        """The record of the pod that is not ready from now on; ``reason`` is for people."""
+        return dataclasses.replace(self, state=SandboxState.NOT_READY, reason=reason)
 
     @property
     def has_infra(self) -> bool:

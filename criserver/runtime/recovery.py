@@ -10,7 +10,6 @@ Each pod is recovered by a task of its own while the daemon serves. Calls for a 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import re
 from collections.abc import Awaitable, Mapping
@@ -149,7 +148,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
             case SandboxState.READY:
                 if not await _whole(node, sandbox):
                     log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
-                    await node.records.save(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+                    await node.records.save(sandbox.not_ready("its namespaces are gone, as after a reboot of the node"))
                 else:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)

@@ -102,9 +102,9 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
         await release(node, sandbox)
         await node.plugins.sandbox_removed(sandbox)
         await node.records.forget(sandbox)
-    except Exception:
+    except Exception as e:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
-        await node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+        await node.records.observe(sandbox.not_ready(f"it could not be made, and undoing that failed: {e}"))
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
@@ -144,7 +144,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     sandbox = await node.records.save(dataclasses.replace(sandbox, state=SandboxState.READY))
     if infra is not None and infra.result().is_set():
         # It ended while the record was written, when the sandbox was not yet ready.
-        await node.records.observe(dataclasses.replace(sandbox, state=SandboxState.NOT_READY))
+        await node.records.observe(sandbox.not_ready("its own process has ended"))
     return sandbox
 
 

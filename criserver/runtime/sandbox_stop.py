@@ -47,7 +47,7 @@ async def stop_locked(node: Node, sandbox: Sandbox, left: list[str] | None = Non
     if sandbox.state is SandboxState.READY:
         # This comes first: from now on no container is made or started in it, even if a step below fails. A full disk
         # must not prevent it, as stopping and removing pods is what frees the disk.
-        sandbox = dataclasses.replace(sandbox, state=SandboxState.NOT_READY)
+        sandbox = sandbox.not_ready("it was stopped")
         await node.records.observe(sandbox)
         node.attempts.drop(f"pod sandbox {sandbox.config.full_name}")
     await asyncio.gather(*(_end(node, c) for c in node.records.containers_of(sandbox.id)))

@@ -74,7 +74,9 @@ def test_stop_and_remove_are_idempotent_and_leave_nothing(node: Node) -> None:
     pod = node.run_pod("twice")
     for _ in range(2):
         node.client.StopPodSandbox(pod_sandbox_id=pod)
-    assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY
+    stopped = node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True)
+    assert stopped.status.state == cri.SANDBOX_NOTREADY
+    assert json.loads(stopped.info["info"])["reason"] == "it was stopped"
     assert not os.path.exists(f"{node.state}/ns/{pod}")
     for _ in range(2):
         node.client.RemovePodSandbox(pod_sandbox_id=pod)

@@ -27,7 +27,7 @@ class FakeNode(SimpleNamespace):
             records=(records := RecordStore(FakeStore())),
             snapshotter=Mock(removable=list),
             lock=lambda key: asyncio.Lock(),
-            background=lambda work, what: None,
+            background=lambda work, what: asyncio.ensure_future(work),
             runtime_roots=lambda: str(directory / "runtimes"),
             recovering={},
             begin=asyncio.ensure_future,
@@ -36,7 +36,8 @@ class FakeNode(SimpleNamespace):
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> FakeNode:
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNode:
+    monkeypatch.setattr(strays, "end_orphans", AsyncMock())  # it would end those of other tests' daemons
     return FakeNode(tmp_path)
 
 
