@@ -13,9 +13,8 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -27,36 +26,36 @@ from criserver.telemetry import families
 _numbers = itertools.count(1)
 
 
-@dataclass(slots=True)
-class _Call:
-    """A call of a client. Its tasks and those that outlive it know it; ``rpc`` is "" after its end."""
+class Call:
+    """A call of a client, as a context: the lines of its block, and of the tasks it starts, name its RPC and number.
 
-    rpc: str
-    number: int
-    began: float
-    about: dict[str, object] = field(default_factory=dict)
+    Tasks that outlive the call still say what it was about.
+    """
+
+    __slots__ = ("_token", "about", "began", "number", "rpc")
+
+    def __init__(self, rpc: str) -> None:
+        self.rpc = rpc  # "" after the call's end, and for a task that is part of no call
+        self.number = next(_numbers)
+        self.began = time.monotonic()
+        self.about: dict[str, object] = {}
+
+    def __enter__(self) -> None:
+        self._token = _call.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.rpc = ""
+        _call.reset(self._token)
 
 
-_call: ContextVar[_Call | None] = ContextVar("call", default=None)
-
-
-@contextlib.contextmanager
-def call(rpc: str) -> Iterator[None]:
-    """Let all lines of this block, and of the tasks that it starts, name the RPC and the number of the call."""
-    this = _Call(rpc, next(_numbers), time.monotonic())
-    token = _call.set(this)
-    try:
-        yield
-    finally:
-        this.rpc = ""
-        _call.reset(token)
+_call: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def about(**fields: object) -> None:
     """Let the lines of the call, or of the task where there is no call, have these fields from now on."""
     this = _call.get()
     if this is None:
-        this = _Call("", 0, time.monotonic())
+        this = Call("")
         _call.set(this)
     this.about.update(fields)
 
@@ -67,14 +66,22 @@ def elapsed() -> float:
     return 0.0 if this is None else round(time.monotonic() - this.began, 3)
 
 
-# The number of the lowest level that is logged; see logging.
-_lowest = logging.INFO
+class _Logger(structlog.make_filtering_bound_logger(logging.DEBUG)):  # type: ignore[misc]
+    """The class of all loggers. Methods of levels that are not logged do nothing; :func:`set_level` sets them."""
+
+
+def _nothing(_self: object, _event: object, *_: object, **__: object) -> None:
+    """A line that is not logged costs next to nothing: most calls have one of level debug."""
 
 
 def set_level(level: str) -> None:
     """Log from this level on; "debug" to "error"."""
-    global _lowest
-    _lowest = getattr(logging, level.upper())
+    lowest = getattr(logging, level.upper())
+    for name in ("debug", "info", "warning"):
+        if getattr(logging, name.upper()) < lowest:
+            setattr(_Logger, name, _nothing)
+        elif name in vars(_Logger):
+            delattr(_Logger, name)
 
 
 def set_up(level: str, form: str) -> None:
@@ -100,23 +107,15 @@ def set_up(level: str, form: str) -> None:
             output += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[
-            _from_the_level_on,
             _add_call,
             _drop_needless_traceback,
             structlog.processors.add_log_level,
             *output,
         ],
-        # The level can change later, so each event is compared with it. Loggers keep their class.
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+        wrapper_class=_Logger,
         logger_factory=lambda *_: records,
         cache_logger_on_first_use=True,
     )
-
-
-def _from_the_level_on(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    if getattr(logging, method.upper(), logging.ERROR) < _lowest:
-        raise structlog.DropEvent
-    return event
 
 
 def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -87,8 +87,8 @@ class _Counted:
 
     __slots__ = ("_began", "_labels", "_timed", "code")
 
-    def __init__(self, method: MethodDescriptor, *, timed: bool) -> None:
-        self._labels = (method.containing_service.name, method.name)
+    def __init__(self, labels: tuple[str, str], *, timed: bool) -> None:
+        self._labels = labels
         self._timed = timed
         self.code = grpc.StatusCode.OK
 
@@ -98,6 +98,8 @@ class _Counted:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not families.RPCS.is_on:
+            return
         if kind is not None and self.code is grpc.StatusCode.OK:
             self.code = grpc.StatusCode.CANCELLED  # the caller has gone: no error of the RPC passes here
         families.RPCS_IN_FLIGHT.add(-1, *self._labels)
@@ -109,17 +111,19 @@ class _Counted:
 def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handler) -> _Call:
     """The implementation; its errors become gRPC statuses."""
 
+    labels = method.containing_service.name, method.name
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
-        with logs.call(method.name), _Counted(method, timed=True) as counted:
+        with logs.Call(labels[1]), _Counted(labels, timed=True) as counted:
             try:
                 if isinstance(request, Message):  # not for a stream of requests
                     bounds.check(request)
                     await before(request)
                 answer = await implementation(request)
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-                counted.code, text = _status(method.name, e)
+                counted.code, text = _status(labels[1], e)
                 await context.abort(counted.code, text)
             log.debug("call done", seconds=logs.elapsed())
             return answer
@@ -128,16 +132,18 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
 
 
 def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> Any:
+    labels = method.containing_service.name, method.name
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        # No block of logs.call: the generator may be closed in another context.
-        with _Counted(method, timed=False) as counted:
+        # No block of logs.Call: the generator may be closed in another context.
+        with _Counted(labels, timed=False) as counted:
             try:
                 bounds.check(request)
                 await before(request)
                 async for response in implementation(request):
                     yield response
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-                counted.code, text = _status(method.name, e)
+                counted.code, text = _status(labels[1], e)
                 await context.abort(counted.code, text)
 
     return call

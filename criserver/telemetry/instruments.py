@@ -39,6 +39,11 @@ class Instrument:
         self._real = real
         self._seen = {label: set() for label in self.bounded}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether metrics are on."""
+        return self._real is not None
+
     def _child(self, labels: Labels) -> Any:
         if not self.labels:
             return self._real
