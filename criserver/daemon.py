@@ -132,10 +132,10 @@ async def serve(settings: Settings, path: str) -> None:
 async def _finish_recovery(node: Node) -> None:
     began = time.monotonic()
     await recovery.finish(node)
+    await node.images.collect()
     seconds = time.monotonic() - began
     families.RECOVERY_DURATION.set(seconds)
     log.info("recovered", seconds=round(seconds, 3))
-    await node.images.collect()
 
 
 def assemble(
