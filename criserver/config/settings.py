@@ -122,7 +122,11 @@ def _merge(base: dict[str, Any], given: Mapping[str, Any], origins: dict[Key, st
     for name, value in given.items():
         key = (*above, name)
         if isinstance(value, dict):
-            _merge(base.setdefault(name, {}), value, origins, path, key)
+            # The options of a shim may be of any type, also of another one than in an earlier file.
+            if not isinstance(base.get(name), dict):
+                base[name] = {}
+                origins.pop(key, None)
+            _merge(base[name], value, origins, path, key)
         else:
             base[name] = value
             origins[key] = path

@@ -97,8 +97,8 @@ class Archive:
 
     def _images(self) -> list[ArchivedImage]:
         with self._readable():
-            for member in self._tar:
-                if len(self._members) >= _MAX_MEMBERS:
+            for number, member in enumerate(self._tar):
+                if number >= _MAX_MEMBERS:
                     raise InvalidArgumentError(f"{self.name} has more than {_MAX_MEMBERS} members")
                 self._members[posixpath.normpath(member.name)] = member
         docker = "manifest.json" in self._members

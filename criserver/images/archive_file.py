@@ -18,17 +18,27 @@ from snapshotter.threads import in_thread
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
 _MAX_HEADER = 1 << 20
+_MAX_HEADERS = 64 << 20  # of all members together
 _STEP = 8 << 20
 _DAMAGED = "its compressed data is invalid, or ends early"
 
 
 class BoundedFile(io.FileIO):
-    """A file that refuses large reads: tarfile would read a header of any size into memory."""
+    """A file that refuses large reads, and many of them: tarfile would read headers of any size into memory.
+
+    The content of members is read by descriptor, and not counted.
+    """
+
+    _headers = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(-1 if size is None else size)
+        data = super().read(-1 if size is None else size)
+        self._headers += len(data)
+        if self._headers > _MAX_HEADERS:
+            raise tarfile.ReadError(f"headers of more than {_MAX_HEADERS} bytes")
+        return data
 
 
 @asynccontextmanager
@@ -42,14 +52,15 @@ async def plain_file(
     Raises NotFoundError, InvalidArgumentError, ResourceExhaustedError if a limit is exceeded or the disk is full.
     """
     try:
-        file = BoundedFile(path)
+        file = io.FileIO(path)
     except OSError as e:
         raise NotFoundError(f"{what}: {e.strerror}") from e
     with file:
         start = file.read(len(ZSTD))
         file.seek(0)
         if not start.startswith(GZIP) and start != ZSTD:
-            yield file
+            with BoundedFile(os.dup(file.fileno())) as found:
+                yield found
             return
         with scratch() as plain:
             await _decompress(file, plain, what, limits)

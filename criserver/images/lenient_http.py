@@ -17,8 +17,10 @@ from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
 
 MAX_HEAD = 2 << 20  # Go's client takes 10 MiB; proxies and signed URLs make a few hundred KiB at most
+_MAX_INFORMATIONAL = 5  # before a response, as in Go's client
 _END = re.compile(rb"\r?\n\r?\n")
 _INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d")
 _FOLDED = (b" ", b"\t")
@@ -62,10 +64,12 @@ class LenientHandler(ResponseHandler):
     """A connection whose responses' heads are made regular. There is one response at a time."""
 
     _head: bytearray | None = None
+    _informational = 0
 
     def set_response_params(self, **options: Any) -> None:
         """Expect a response."""
         self._head = bytearray()
+        self._informational = 0
         super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
@@ -76,8 +80,9 @@ class LenientHandler(ResponseHandler):
         at = max(0, len(self._head) - 3)
         self._head += data
         while (end := _END.search(self._head, at)) is not None:
-            head, rest = bytes(self._head[: end.start()]), bytes(self._head[end.start() :])
+            head = bytes(self._head[: end.start()])
             if not _INFORMATIONAL.match(head):
+                rest = bytes(self._head[end.start() :])
                 self._head = None
                 regular, changed = regular_head(head)
                 if changed:
@@ -85,6 +90,10 @@ class LenientHandler(ResponseHandler):
                 super().data_received(regular + rest)
                 return
             # Another head comes after this one.
+            self._informational += 1
+            if self._informational > _MAX_INFORMATIONAL:
+                self._refuse(f"more than {_MAX_INFORMATIONAL} informational responses")
+                return
             at = 0
             self._head = self._head[end.end() :]
             super().data_received(head + end[0])
@@ -93,6 +102,12 @@ class LenientHandler(ResponseHandler):
             super().data_received(kept)
             return
         self._reschedule_timeout()
+
+    def _refuse(self, reason: str) -> None:
+        self._head = None
+        if self.transport is not None:
+            self.transport.close()
+        self.set_exception(HttpProcessingError(message=reason))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Give the parser what has come of a head that is not whole: it says what is wrong."""

@@ -54,9 +54,11 @@ class PluginSocket:
 
 def _is_served(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(1)
+        client.setblocking(False)
         try:
             client.connect(path)
+        except BlockingIOError:
+            return True  # it listens, and its queue is full
         except OSError:
             return False
         return True

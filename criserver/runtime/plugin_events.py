@@ -218,8 +218,13 @@ class PluginCalls:
         version = found.st_ino, found.st_mtime_ns, found.st_size
         known = self._views.get(container.id)
         if known is None or known[0] != version:
-            spec = await asyncio.to_thread(_read, path)
-            view = container_view(container, spec, self._digest(container))
+            try:
+                spec = await asyncio.to_thread(_read, path)
+                view = container_view(container, spec, self._digest(container))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+                # A full disk or a power failure has cut it off. The plugins are told of all others, and of its removal.
+                log.warning("plugins see a container without its spec", container=container.id, path=path, error=str(e))
+                view = container_view(container, {}, self._digest(container))
             known = self._views[container.id] = version, view.SerializeToString()
         return known[1]
 

@@ -7,7 +7,10 @@ time of each connection have limits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
+import stat
 from collections.abc import Awaitable, Callable
 
 import h11
@@ -50,18 +53,15 @@ class ScrapeServer:
         try:
             if path := self._socket_path():
                 os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-                mask = os.umask(0o177)
-                try:
-                    self._server = await asyncio.start_unix_server(self._connected, path, limit=_MAX_REQUEST)
-                finally:
-                    os.umask(mask)
+                self._server = await asyncio.start_unix_server(self._connected, sock=_bound(path), limit=_MAX_REQUEST)
             else:
                 host, _, port = self._address.rpartition(":")
                 self._server = await asyncio.start_server(
                     self._connected, host.strip("[]"), int(port), limit=_MAX_REQUEST
                 )
-        except OSError as e:
-            raise CriError(f"metrics: cannot listen on {self._address}: {e.strerror or e}") from e
+        except (OSError, OverflowError) as e:
+            reason = e.strerror if isinstance(e, OSError) else None
+            raise CriError(f"metrics: cannot listen on {self._address}: {reason or e}") from e
 
     def port(self) -> int:
         """The port that it listens on; for tests, which ask for any port by 0."""
@@ -74,10 +74,8 @@ class ScrapeServer:
             return
         self._server.close()
         if path := self._socket_path():
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            except FileNotFoundError:
-                pass
         for task in self._connections:
             task.cancel()
         if self._connections:
@@ -102,15 +100,15 @@ class ScrapeServer:
                 if request is not None:
                     status, content_type, body = await self._answer(request)
                     writer.write(_response(http, request, status, content_type, body))
-                    await writer.drain()
+                # The client has to get what was written. Until then it has its place among MAX_CONNECTIONS.
+                writer.close()
+                await writer.wait_closed()
         except (TimeoutError, ConnectionError, h11.RemoteProtocolError):
             pass  # the client is slow, gone, or speaks no HTTP
         except Exception as e:
             log.exception("metrics cannot be served", error=str(e))
         finally:
-            # Not abort: the client has to get what was written. A client that does not read is aborted by the timer.
-            writer.close()
-            asyncio.get_running_loop().call_later(_TIMEOUT, writer.transport.abort)
+            writer.transport.abort()
 
     async def _answer(self, request: h11.Request) -> tuple[int, str, bytes]:
         if request.target.partition(b"?")[0] != _PATH:
@@ -118,6 +116,22 @@ class ScrapeServer:
         if request.method not in (b"GET", b"HEAD"):
             return 405, _TEXT, b"only GET and HEAD are served\n"
         return 200, self._content_type, await self._render()
+
+
+def _bound(path: str) -> socket.socket:
+    """A unix socket at ``path`` for root alone, in the place of an old one. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        # The mode of the file that bind makes. The umask would do the same to files of other threads and tasks.
+        os.fchmod(bound.fileno(), 0o600)
+        bound.bind(path)
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 async def _request(http: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import subprocess
+import tarfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 
 from criserver.errors import CriError, InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnimplementedError
-from criserver.images import Image, LeftOut, Platform
+from criserver.images import Image, LeftOut, Platform, archive, archive_file
 from criserver.images.manifests import OCI_CONFIG, OCI_MANIFEST
 from snapshotter.limits import LayerLimits
 from tests.support.imagebuilder import (
@@ -266,3 +267,32 @@ async def test_a_bomb_ends_before_it_is_on_the_disk(rooms: Rooms, tmp_path: Path
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(30 << 20)))
     with pytest.raises(ResourceExhaustedError, match=r"more than \d{7} bytes"):
         await rooms.images.import_archive(str(tmp_path / "a.tar.gz"))
+
+
+def written(path: Path, *members: tarfile.TarInfo) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            tar.addfile(member)
+
+
+def comment(text: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo("a")
+    member.pax_headers = {"comment": text}
+    return member
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([tarfile.TarInfo("a")] * 11, "has more than 10 members"),
+        ([comment("x" * 1000)] * 9, "is damaged: headers of more than 10000 bytes"),
+    ],
+)
+async def test_the_headers_of_an_archive_have_a_limit(
+    rooms: Rooms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[tarfile.TarInfo], message: str
+) -> None:
+    monkeypatch.setattr(archive, "_MAX_MEMBERS", 10)
+    monkeypatch.setattr(archive_file, "_MAX_HEADERS", 10_000)
+    written(tmp_path / "a.tar", *members)
+    with pytest.raises(InvalidArgumentError, match=message):
+        await rooms.images.import_archive(str(tmp_path / "a.tar"))

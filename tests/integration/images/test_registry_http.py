@@ -91,6 +91,7 @@ TAKEN: dict[str, Respond] = {
         chunked(body), kind, "Content-Length: 3", "Transfer-Encoding: Chunked"
     ),
     "an early hint": lambda body, kind: b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n" + sized(body, kind),
+    "five early hints": lambda body, kind: b"HTTP/1.1 103 Early Hints\r\n\r\n" * 5 + sized(body, kind),
     "an early hint and the length twice": lambda body, kind: (
         b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n" + sized(body, kind, f"Content-Length: {len(body)}")
     ),
@@ -118,6 +119,10 @@ async def test_an_image_is_pulled(rooms: Rooms, image: BuiltImage, name: str) ->
 REFUSED: dict[str, tuple[Respond, str]] = {
     "two lengths": (lambda body, kind: sized(body, kind, "Content-Length: 3"), "cannot read the HTTP response"),
     "no HTTP": (lambda body, _: b"SSH-2.0-OpenSSH\r\n\r\n" + body, "cannot read the HTTP response"),
+    "six early hints": (
+        lambda body, kind: b"HTTP/1.1 103 Early Hints\r\n\r\n" * 6 + sized(body, kind),
+        "(more than 5 informational responses)",
+    ),
     "a head without an end": (lambda body, kind: sized(body, kind, "X: " + "x" * 3_000_000), "cannot read the HTTP"),
     "no length that is a number": (
         lambda body, kind: response(body, kind, "Content-Length: many"),

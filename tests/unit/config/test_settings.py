@@ -49,6 +49,14 @@ def test_the_files_own_handlers_replace_the_default_one(tmp_path: Path) -> None:
     assert list(load(path).runtimes) == ["crun", "kata"]
 
 
+@pytest.mark.parametrize(("first", "second"), [('"s"', "{ B = 1 }"), ("{ B = 1 }", '"s"'), ("[1]", "{ B = 1 }")])
+def test_the_options_of_a_shim_may_get_another_type(tmp_path: Path, first: str, second: str) -> None:
+    handler = '[runtime]\ndefault = "x"\n[runtimes.x]\nshim = "io.example.x.v2"\n[runtimes.x.options]\nA = '
+    path = written(tmp_path, handler + first, x=f"[runtimes.x.options]\nA = {second}")
+    assert load(path).runtimes["x"].options == tomllib.loads(f"A = {second}")
+    assert tomllib.loads(text(read(path)))["runtimes"]["x"]["options"] == tomllib.loads(f"A = {second}")
+
+
 @pytest.mark.parametrize(
     ("drop_in", "words"),
     [

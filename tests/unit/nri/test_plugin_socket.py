@@ -54,6 +54,19 @@ async def test_the_socket_of_another_runtime_is_left_alone(tmp_path: Path) -> No
     other.close()
 
 
+async def test_the_socket_of_a_busy_runtime_is_left_alone_too(tmp_path: Path) -> None:
+    path = str(tmp_path / "nri.sock")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as first:
+        busy.bind(path)
+        busy.listen(0)
+        first.connect(path)
+        before = os.stat(path).st_ino
+        with capture_logs() as logs:
+            await PluginSocket(path, connected).listen()
+        assert "another runtime serves" in logs[0]["event"]
+        assert os.stat(path).st_ino == before
+
+
 async def test_a_path_that_cannot_be_used_is_logged(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     listener = PluginSocket(str(tmp_path / "file" / "nri.sock"), connected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -79,6 +80,43 @@ async def test_connections_have_a_limit(server: ScrapeServer, monkeypatch: pytes
     first.write(b" HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (await reader.read()).endswith(b"up 1\n")
     first.close()
+
+
+async def test_a_client_that_does_not_read_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not sent yet is in memory, so more clients must not add to it."""
+    monkeypatch.setattr(scrape_server, "MAX_CONNECTIONS", 1)
+
+    async def large() -> bytes:
+        return bytes(60_000)
+
+    server = ScrapeServer("127.0.0.1:0", large, "text/plain")
+    await server.start()
+    server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    first = socket.socket()
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    await asyncio.to_thread(first.connect, ("127.0.0.1", server.port()))
+    first.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    while not server._connections:
+        await asyncio.sleep(0)
+    (serving,) = server._connections
+    assert await sent(server, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+    assert not serving.done()
+    await server.stop()
+    assert serving.done()
+    first.close()
+
+
+async def test_the_umask_of_the_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads and other tasks make files meanwhile."""
+    monkeypatch.setattr(os, "umask", None)
+    server = ScrapeServer(f"unix://{tmp_path}/metrics.sock", body, "text/plain")
+    await server.start()
+    await server.stop()
+
+
+async def test_a_port_that_is_none_is_named() -> None:
+    with pytest.raises(CriError, match=r"metrics: cannot listen on 127\.0\.0\.1:99999"):
+        await ScrapeServer("127.0.0.1:99999", body, "text/plain").start()
 
 
 async def test_a_unix_socket_is_for_root_alone_and_replaces_an_old_one(tmp_path: Path) -> None:
