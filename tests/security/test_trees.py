@@ -138,8 +138,8 @@ def test_reset_removes_a_deep_tree(own_node: Node, depth: int) -> None:
     nested(node, pod, "/layer", depth, "other")
     node.kill()
     # Beside a tree that no record has: with --images all goes.
-    os.makedirs(f"{node.root}/strange")
-    fd = os.open(f"{node.root}/strange", os.O_RDONLY)
+    os.makedirs(f"{node.root}/volumes/strange")
+    fd = os.open(f"{node.root}/volumes/strange", os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=fd)
         below = os.open("d", os.O_RDONLY, dir_fd=fd)
