@@ -85,7 +85,7 @@ class UnimplementedError(CriError):
 
 
 def os_words(error: OSError) -> str:
-    """What a system call that fails says, without its number: the path, where it is known, and the reason."""
+    """The words for a failed system call, without its number: the path, if it is known, and the reason."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else reason
 
@@ -99,7 +99,7 @@ def told_in_words(what: str) -> Iterator[None]:
         raise FailedPreconditionError(f"{what}: {os_words(e)}") from e
 
 
-# What the node has run out of, and which limits say so.
+# The resource that the node has run out of, and the limits of it.
 _EXHAUSTED = {
     errno.EAGAIN: "no process or thread can be started now: TasksMax of the service, a pids limit or kernel.pid_max",
     errno.ENOMEM: "the node or the service has no memory left",
@@ -114,7 +114,7 @@ _DISK_FAULTS = (errno.EIO, errno.EUCLEAN, errno.EROFS, errno.ENXIO, errno.ESTALE
 
 
 def exhaustion(error: BaseException) -> str:
-    """What the node has run out of where that has caused an error, "" for any other cause.
+    """The resource that the node has run out of, if that has caused an error; "" for any other cause.
 
     An error of a class with a code of its own says itself that a disk is full.
     """

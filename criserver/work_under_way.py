@@ -35,7 +35,7 @@ def log_it() -> None:
 
 
 def _awaited(task: asyncio.Task[object]) -> list[str]:
-    """What the coroutine of a task awaits, as far in as it goes. ``Task.get_stack`` has the outermost call alone."""
+    """The calls that the coroutine of a task awaits, up to the innermost. ``Task.get_stack`` has only the outermost."""
     found: list[str] = []
     awaited = getattr(task.get_coro(), "cr_await", None)
     while awaited is not None and len(found) < _MAX_FRAMES:

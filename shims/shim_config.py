@@ -13,7 +13,7 @@ class RequestError(Exception):
 
 
 def reason(error: Exception) -> str:
-    """What an error says, for the daemon; of a system call that fails: on which path, and why."""
+    """The words of an error for the daemon. For a failed system call they have the path and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

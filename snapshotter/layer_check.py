@@ -274,7 +274,7 @@ def _status(root: int, path: bytes) -> os.stat_result | None:
 
 
 class _Places:
-    """Where paths below ``root`` lead, through the layer's symbolic links: inode number of the directory, and name."""
+    """The targets of paths below ``root``, through the layer's links: inode number of the directory, and name."""
 
     def __init__(self, root: int) -> None:
         self._root = root

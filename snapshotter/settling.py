@@ -1,4 +1,4 @@
-"""What is left to do in a layer until the layers below it are there, as a layer is unpacked without them.
+"""The work in a layer that waits for the layers below it, as a layer is unpacked without them.
 
 1. Implied directories: a layer has entries in them, and no entry for the directory itself. Their owner, mode and
    attributes are those in the layer below, and overlayfs takes these from the topmost layer that has the directory. So

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
 
+import pages
+
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent.parent
 PRIVATE = "usr/lib/criserver"
@@ -58,6 +60,9 @@ UNUSED = (
     "*.dist-info/REQUESTED",
     "*.dist-info/direct_url.json",
 )
+
+# The files of contrib/ that are examples for operators.
+EXAMPLES = ("crictl.yaml", "cni/10-bridge.conflist", "prometheus/criserver.rules.yml", "grafana/criserver.json")
 
 # The places of the files in contrib/systemd and contrib/apparmor, by the end of their names.
 PLACES: Mapping[str, Mapping[str, str]] = {
@@ -156,14 +161,30 @@ def files(options: Options, tree: Path) -> None:
                 raise SystemExit(f"contrib/deb/build.py: no place is known for {path.relative_to(SOURCE)}")
             write(tree / place.format(name=path.name), path.read_text())
     compress(tree / "usr/share/man/man8/criserver.8.gz", (HERE / "criserver.8").read_text())
+    defaults = (SOURCE / "criserver/config/default.toml").read_text()
+    compress(tree / "usr/share/man/man5/criserver.toml.5.gz", pages.manual_page(defaults))
     compress(tree / DOC / "changelog.gz", (SOURCE / "CHANGELOG.md").read_text())
     compress(tree / DOC / "changelog.Debian.gz", changelog(options))
-    write(tree / DOC / "README.md", (SOURCE / "README.md").read_text())
-    for path in sorted((SOURCE / "docs").rglob("*.md")):
-        write(tree / DOC / path.relative_to(SOURCE / "docs"), path.read_text())
-    for name in ("crictl.yaml", "cni/10-bridge.conflist", "prometheus/criserver.rules.yml", "grafana/criserver.json"):
-        write(tree / DOC / "examples" / Path(name).name, (SOURCE / "contrib" / name).read_text())
+    documents(tree)
     write(tree / "usr/share/lintian/overrides/criserver", (HERE / "lintian-overrides").read_text())
+
+
+def documents(tree: Path) -> None:
+    """Put README.md, SECURITY.md, docs/ and the examples into the tree. Links lead to files of the package."""
+    texts = [SOURCE / "README.md", SOURCE / "SECURITY.md", *sorted((SOURCE / "docs").rglob("*.md"))]
+    places = {}
+    for path in texts:
+        name = str(path.relative_to(SOURCE))
+        places[name] = f"{DOC}/{name.removeprefix('docs/')}"
+    places["CHANGELOG.md"] = f"{DOC}/changelog.gz"
+    places["LICENSE"] = f"{DOC}/copyright"
+    places["contrib/systemd/criserver.service"] = "usr/lib/systemd/system/criserver.service"
+    for example in EXAMPLES:
+        places[f"contrib/{example}"] = f"{DOC}/examples/{Path(example).name}"
+        write(tree / DOC / "examples" / Path(example).name, (SOURCE / "contrib" / example).read_text())
+    for path in texts:
+        name = str(path.relative_to(SOURCE))
+        write(tree / places[name], pages.linked(path.read_text(), name, places))
 
 
 def configuration() -> str:

@@ -1,4 +1,4 @@
-"""What a running daemon takes over of a changed configuration, and what waits for its next start."""
+"""The changed keys that a running daemon takes over, and those that wait for its next start."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def config_of(settings: Settings) -> Config:
 
 
 def _metrics_address(settings: Settings) -> str:
-    """The address as it is. The endpoint asks nobody who they are, so no other node may reach it."""
+    """The address, unchanged. The endpoint has no authentication, so other nodes must not reach it."""
     address = str(settings.tables["metrics"]["address"])
     if not address or address.startswith("unix://"):
         return address

@@ -303,7 +303,7 @@ class Images:
         await self._drop_damaged()
 
     async def _drop_damaged(self) -> None:
-        # What a load has under its lease may be on its way.
+        # A load may still bring blobs and layers that its lease keeps.
         if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
             for image_id, what in broken.items():
                 _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")

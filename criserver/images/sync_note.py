@@ -46,7 +46,7 @@ def is_unclean(note: Note | None, boot: str) -> bool:
 
 
 def stamp(path: str) -> str:
-    """What tells this file from a later one of the same name, also after a boot; "" if there is no file.
+    """A stamp that differs from that of a later file with the same name, also after a boot; "" if there is no file.
 
     Stamps are only compared for equality, so a clock that was wrong or was set does no harm.
     """

@@ -27,7 +27,7 @@ _SYSCTL_NAMESPACES = (
 )
 # Options that an old OCI runtime would hand to the file system as data.
 _RUNTIME_OPTIONS = frozenset({"rro", "idmap", "ridmap"})
-# What cgroups have of version 1 alone, with the value that asks for nothing.
+# Settings that only cgroup version 1 has, with the value that asks for nothing.
 _VERSION_1_MEMORY = {"swappiness": ("MemSwappiness", None), "disableOOMKiller": ("MemDisableOomKiller", False)}
 _VERSION_1_MEMORY |= {"kernelTCP": ("MemTCPLimit", None)}
 _VERSION_1_CPU = {"realtimeRuntime": "CPURealtimeRuntime", "realtimePeriod": "CPURealtimePeriod"}
@@ -43,7 +43,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RuntimeFacts:
-    """What an OCI runtime can do of what an adjustment may ask (runtime specification, features.md).
+    """The parts of an adjustment that an OCI runtime can make (runtime specification, features.md).
 
     ``hooks``, ``namespaces``, ``mount_options`` and ``seccomp_actions`` are None if the runtime does not report them.
     ``process_priorities``: ioPriority and scheduler, which are in specification 1.1.0 and in no report of features.
@@ -89,7 +89,7 @@ def _names(value: object) -> frozenset[str] | None:
 
 
 def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[Fault]:
-    """What cannot be had of ``asked``, which makes the spec ``after`` out of ``before``."""
+    """The parts of ``asked`` that cannot be made. ``asked`` makes the spec ``after`` out of ``before``."""
     for nri_field, reason in asked.unsupported.items():
         yield Fault(nri_field, "", reason)
     yield from resource_faults(asked.resources, host)
@@ -109,7 +109,7 @@ def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, ru
 
 
 def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[Fault]:
-    """What cannot be had of the ``resources`` of an adjustment or of an update."""
+    """The parts of the ``resources`` of an adjustment or an update that cannot be set."""
     memory, cpu = asked.get("memory", {}), asked.get("cpu", {})
     if "kernel" in memory:
         yield Fault("MemKernelLimit", "", "OCI runtimes ignore a limit of the kernel's memory, which Linux has no more")

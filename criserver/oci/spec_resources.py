@@ -61,7 +61,7 @@ def resource_limits(resources: Resources, host: HostFacts) -> Spec:
 
 
 def complete_limits(asked: Spec, limits: Spec, host: HostFacts) -> Spec:
-    """What ``asked`` sets, with the limits that it needs beside ``limits``, which are in force.
+    """The limits that ``asked`` sets, with those that it needs in addition to ``limits``, which are in force.
 
     A quota of CPU time needs its period, and a limit of memory one for swap.
     """

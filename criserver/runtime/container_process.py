@@ -39,15 +39,15 @@ ExitRecord = Mapping[str, Any]
 # Seconds.
 # A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
 START_TIMEOUT = 110.0
-# What a shim needs to delete an exited container. It takes milliseconds; a slower one is asked whether it is at work.
+# The time that a shim has to delete an exited container. It takes milliseconds. A slow shim is asked whether it works.
 _GONE_TIMEOUT = 15.0
 _GONE_PATIENCE = 2.0
 _GREETING_TIMEOUT = 2.0
 # A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
 KILL_TIMEOUT = 30.0
-# What a shim may take to tell of a process that has ended. After that the daemon looks whether the shim is stuck.
+# The time that a shim has to report that its process has ended. After it the daemon checks whether the shim is stuck.
 _SHIM_PATIENCE = 5.0
-# What the kernel may take to let go of killed processes. It takes milliseconds, unless a dead disk holds them.
+# The time that the kernel has to end killed processes. It takes milliseconds, unless they wait for a dead disk.
 END_TIMEOUT = 5.0
 # How long to wait before the kernel is asked again that could not answer, for want of a descriptor or of memory.
 _ASK_AGAIN = 1.0
@@ -91,7 +91,7 @@ class Observer(Protocol):
         """The process has ended, and nobody knows how."""
 
     def cleaned_up(self) -> None:
-        """Nothing of the container runs any more, and its OCI runtime has forgotten it."""
+        """No process of the container runs any more, and its OCI runtime has deleted its state."""
 
 
 class ContainerProcess:
@@ -220,7 +220,7 @@ class ContainerProcess:
             raise cgroups.unkillable(self.id, left, END_TIMEOUT)
 
     def start_failed(self, message: str) -> None:
-        """Tell the observer that the start has failed. The caller has seen to it that nothing is left of it."""
+        """Tell the observer that the start has failed. The caller has removed everything of the start."""
         self._observer.start_failed(message)
         self.exited.set()
         self._cleaned_up()
@@ -537,7 +537,7 @@ def _started(message: StartedEvent | RunningGreeting) -> Started:
 
 
 def _exit_record(directory: str) -> ExitRecord | None:
-    """What a shim has written of the end of its process; None where there is nothing to read. Raises OSError."""
+    """The end of its process that a shim has written to disk; None if there is no file. Raises OSError."""
     try:
         with open(os.path.join(directory, "exit.json")) as f:
             record: ExitRecord = json.load(f)

@@ -14,7 +14,7 @@ from criserver.oci.capabilities import CAPABILITIES
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.huge_pages import huge_page_sizes
 
-# Of a directory that is requested as a device, with all that is below it. A large /dev has some hundred.
+# The most entries of a directory that is requested as a device, with all below it. A large /dev has some hundred.
 _MAX_DEVICE_ENTRIES = 4096
 
 # Entries of /dev that a privileged container does not get from the host: it has its own, or only the host uses them.

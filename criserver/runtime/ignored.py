@@ -1,4 +1,4 @@
-"""What a container requests and this node does without: the options are accepted, and have no effect.
+"""Options that a container requests and this node does not have: they are accepted, and have no effect.
 
 docs/cri-fields.md has the table of all that a node may lack, with the reason for each decision.
 """

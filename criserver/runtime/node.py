@@ -94,7 +94,7 @@ class Node:
         return os.path.join(self.config.state, "sandboxes", sandbox_id)
 
     def sandbox_files_dir(self, sandbox_id: str) -> str:
-        """Where a sandbox's files are that its containers may write to."""
+        """The directory of a sandbox's files that its containers may write to."""
         return os.path.join(self.config.root, "sandboxes", sandbox_id)
 
     def namespaces_dir(self, sandbox_id: str) -> str:
@@ -121,7 +121,7 @@ class Node:
         return runtime_of(configured, self.config.state)
 
     def let_go_of_process(self, owner_id: str) -> None:
-        """Forget the process of a container, or of a pod sandbox, of which nothing is left."""
+        """Forget the process of a container or pod sandbox that is completely removed."""
         process = self.processes.pop(owner_id, None)
         if process is not None:
             process.abandon()

@@ -20,7 +20,7 @@ from criserver.runtime.records import Container, Record, Sandbox
 
 
 class Known(enum.Enum):
-    """What plugins know of a pod or container; they know nothing of one that they were not told of."""
+    """What plugins know about a pod or container. Without an event they do not know that it exists."""
 
     MADE = "made"
     STOPPED = "stopped"
@@ -65,7 +65,7 @@ class PluginEvents(Protocol):
         """Its containers have ended, and its network is still there."""
 
     async def sandbox_removed(self, sandbox: Sandbox) -> None:
-        """Nothing of it is left but its record."""
+        """Everything of it is removed, except its record."""
 
     async def create_container(self, container: Container, spec: Spec) -> Adjusted:
         """Raises CriError."""
@@ -89,7 +89,7 @@ class PluginEvents(Protocol):
         """Its process has ended. May change others; the caller holds no container's lock."""
 
     async def container_removed(self, container: Container) -> None:
-        """Nothing of it is left but its record."""
+        """Everything of it is removed, except its record."""
 
     async def apply(self, after: Any) -> object:
         """Change other containers. The caller holds no container's lock."""
@@ -148,7 +148,7 @@ class NodePlugins:
             self.known[sandbox.id] = Known.STOPPED
 
     async def sandbox_removed(self, sandbox: Sandbox) -> None:
-        """Nothing of a pod is left but its record, also where it could not be made."""
+        """Everything of a pod is removed, except its record. This is also called if the pod could not be made."""
         if sandbox.id not in self.known:
             return
         if (events := self._active()) is not None:
@@ -200,7 +200,7 @@ class NodePlugins:
             self.known[container.id] = Known.STOPPED
 
     async def container_removed(self, container: Container) -> None:
-        """Nothing of a container is left but its record, also where it could not be made."""
+        """Everything of a container is removed, except its record. This is also called if it could not be made."""
         if container.id not in self.known:
             return
         if (events := self._active()) is not None:

@@ -75,7 +75,7 @@ class OciRuntime:
         return [self.program(), "--root", self.root, *driver, *self.args]
 
     def launch(self, cgroup_parent: str) -> LaunchConfig:
-        """What a shim has to know of it. Raises FailedPreconditionError as :meth:`program` does."""
+        """The values that a shim needs to call it. Raises FailedPreconditionError as :meth:`program` does."""
         return {"runtime_command": self.command(cgroup_parent)}
 
     def within(self, sandbox_directory: str) -> OciRuntime:  # noqa: ARG002 - of shims
@@ -179,7 +179,7 @@ class OciRuntime:
         return done
 
     async def features(self) -> dict[str, Any] | None:
-        """What the runtime tells of itself (runtime specification, features.md).
+        """The features that the runtime reports (runtime specification, features.md).
 
         None where the runtime does not tell, as runc before 1.1. Raises FailedPreconditionError without a program.
         """

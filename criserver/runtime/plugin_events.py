@@ -82,7 +82,7 @@ class PluginCalls:
             await self.plugins.tell_all("StopPodSandbox", nri.StopPodSandboxRequest(pod=self._pod(sandbox)))
 
     async def sandbox_removed(self, sandbox: Sandbox) -> None:
-        """Nothing of it is left but its record."""
+        """Everything of it is removed, except its record."""
         async with self.plugins.turn:
             await self._stop_sandbox(sandbox)
             if self._known.pop(sandbox.id, None) is not None:
@@ -146,7 +146,7 @@ class PluginCalls:
             await self.plugins.tell_all("StopContainer", request, updates)
 
     async def container_removed(self, container: Container) -> None:
-        """Nothing of it is left but its record."""
+        """Everything of it is removed, except its record."""
         async with self.plugins.turn:
             await self._stop_container(container)
             if self._known.pop(container.id, None) is not None:

@@ -121,7 +121,7 @@ def _check_absolute(field: str, path: str) -> None:
 
 
 def _check_classes(annotations: Mapping[str, str], what: str) -> None:
-    """Refuse a class that nobody here would apply. An empty value asks for none."""
+    """Refuse a class, as the daemon cannot apply classes. An empty value asks for no class."""
     for name, value in annotations.items():
         for kind, (own, of_pod) in _CLASSES.items():
             if value and (name == own or name.startswith(of_pod)):

@@ -92,7 +92,7 @@ class ShimV2:
         return program
 
     def launch(self, cgroup_parent: str) -> LaunchConfig:
-        """What a shim of ours has to know of it. Raises FailedPreconditionError as :meth:`program`."""
+        """The values that our shim needs to start it. Raises FailedPreconditionError as :meth:`program` does."""
         kind, value = encoded(self.path, self.options, root=self.root, systemd=cgroups.is_slice(cgroup_parent))
         return {
             "runtime_command": [],
@@ -181,7 +181,7 @@ class ShimV2:
             raise kind(f"container {container_id} cannot be given these limits: {outcome['error']}")
 
     async def features(self) -> dict[str, Any] | None:
-        """What the OCI runtime of the shim tells of itself; None for a shim without one that is known."""
+        """The features that the shim's OCI runtime reports; None if no OCI runtime of the shim is known."""
         self.program()
         binary = shutil.which(self.options.get("BinaryName") or "runc") if is_runc(self.path) else None
         if binary is None:

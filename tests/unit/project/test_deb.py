@@ -26,7 +26,12 @@ def build() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["deb_build"] = module
-    spec.loader.exec_module(module)
+    # The program finds the modules beside it, as Python puts its directory on the path.
+    sys.path.insert(0, str(ROOT / "contrib/deb"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "contrib/deb"))
     return module
 
 
@@ -86,6 +91,37 @@ def test_a_file_of_the_service_that_has_no_place_is_not_left_out_in_silence(
     options = build.parse(["--architecture", "amd64"])
     with pytest.raises(SystemExit, match=r"no place is known for contrib/systemd/criserver\.service"):
         build.files(options, tmp_path)
+
+
+def test_links_lead_to_files_of_the_package(build: ModuleType, tmp_path: Path) -> None:
+    build.files(build.parse(["--architecture", "amd64"]), tmp_path)
+    # The libraries' licences are added to this file later.
+    (tmp_path / build.DOC / "copyright").touch()
+    pages = sorted((tmp_path / build.DOC).rglob("*.md"))
+    assert {page.name for page in pages} > {path.name for path in (ROOT / "docs").rglob("*.md")}
+    for page in pages:
+        links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        ours = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
+        assert [link for link in ours if not (page.parent / link).is_file()] == [], page.name
+    readme = (tmp_path / build.DOC / "README.md").read_text()
+    assert "[Installing](install.md)" in readme
+    assert "[changelog](changelog.gz)" in readme
+    assert "program in bench/. Its" in readme, "a link to a file that is not in the package is its text"
+    service = (tmp_path / "usr/lib/systemd/system/criserver.service").read_text()
+    (named,) = re.findall(r"^Documentation=file:/(.+)$", service, re.MULTILINE)
+    assert (tmp_path / named).is_file()
+
+
+def test_the_manual_page_of_the_configuration_has_every_key(build: ModuleType, tmp_path: Path) -> None:
+    defaults = (ROOT / "criserver/config/default.toml").read_text()
+    page = tmp_path / "criserver.toml.5"
+    page.write_text(build.pages.manual_page(defaults))
+    found = re.findall(r'^\.BR ([^ ]+) " = ', page.read_text(), re.MULTILINE)
+    assert [name.rpartition(".")[2] for name in found] == re.findall(r"^(\w+) = ", defaults, re.MULTILINE)
+    assert "nri.default_validator.enable" in found
+    assert ".SS [runtimes.runc]\nOne table for each runtime handler." in page.read_text()
+    # Each line that begins with a dot is a request that roff knows.
+    assert set(re.findall(r"^\.(\w*)", page.read_text(), re.MULTILINE)) == set("TH SH SS TP BR IR I PP".split())
 
 
 def test_the_manual_page_has_every_command_and_option() -> None:

@@ -34,6 +34,9 @@ PAGES = sorted(
     path for pattern in ("*.md", "docs/**/*.md", "bench/**/*.md", "contrib/**/*.md") for path in ROOT.glob(pattern)
 )
 
+# A link to a heading of a page of ours: the path, which may be empty, and the anchor.
+ANCHORED = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)#([^)\s]+)\)")
+
 
 @cache
 def sections() -> dict[str, dict[str, list[str]]]:
@@ -101,6 +104,23 @@ def test_every_link_leads_to_a_file_that_there_is(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     ours = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in ours if not (page.parent / link).exists()] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a reader of Markdown makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_anchor_of_a_link_is_a_heading(page: Path) -> None:
+    links = [(page.parent / path if path else page, anchor) for path, anchor in ANCHORED.findall(page.read_text())]
+    assert [anchor for target, anchor in links if anchor not in anchors(target)] == []
+
+
+def test_the_readme_lists_all_pages() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"](docs/{page.name})" not in readme] == []
 
 
 def test_every_decision_is_in_the_index_and_on_the_page_of_the_architecture() -> None:
