@@ -39,7 +39,7 @@ integration: test-packages $(VENV)/ready
 	$(BIN)/pytest tests/integration
 
 e2e: test-packages $(VENV)/ready
-	$(BIN)/pytest tests/e2e tests/security tests/conformance
+	$(BIN)/pytest tests/e2e tests/field tests/security tests/conformance
 
 # Of all tests, those with a daemon too.
 coverage: test-packages $(VENV)/ready

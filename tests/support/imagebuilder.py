@@ -15,6 +15,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import zstandard
@@ -36,7 +37,8 @@ from criserver.images.manifests import (
 from criserver.images.platforms import Platform, host_platform
 
 _COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
-    "gzip": (lambda tar: gzip.compress(tar, 1, mtime=0), OCI_LAYER_GZIP, DOCKER_LAYER_GZIP),
+    # Many images of a test have the same layer of busybox.
+    "gzip": (lru_cache(4)(lambda tar: gzip.compress(tar, 1, mtime=0)), OCI_LAYER_GZIP, DOCKER_LAYER_GZIP),
     "zstd": (lambda tar: zstandard.ZstdCompressor().compress(tar), OCI_LAYER_ZSTD, DOCKER_LAYER_ZSTD),
     "none": (lambda tar: tar, OCI_LAYER, DOCKER_LAYER),
 }
@@ -105,11 +107,11 @@ def build_image(
     docker: bool = False,
     compression: str = "gzip",
 ) -> BuiltImage:
-    """An image, for this host where nothing else is said; ``docker`` makes it schema 2.
+    """An image, for this host's architecture where nothing else is said; ``docker`` makes it schema 2.
 
     A layer of bytes is a tar archive as it is. ``compression`` is gzip, zstd or none.
     """
-    platform = platform or host_platform()
+    platform = platform or Platform("linux", host_platform().architecture)  # builders give no variant for a host
     tars = [layer if isinstance(layer, bytes) else tar_of(layer) for layer in layers]
     blobs: dict[str, bytes] = {}
     configuration = {

@@ -108,6 +108,9 @@ class Node:
         self.python = sys.executable
         self.program = ["-m", "criserver"]
         self._complaints = 0  # that were told already
+        self.described: dict[
+            str, cri.PodSandboxConfig
+        ] = {}  # the pods whose containers are created with their pod's description
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Client
 
@@ -282,7 +285,8 @@ class Node:
             log_path=f"{name}.log",
             **fields,
         )
-        return self.client.CreateContainer(pod_sandbox_id=pod, config=config).container_id
+        described = self.described.get(pod)
+        return self.client.CreateContainer(pod_sandbox_id=pod, config=config, sandbox_config=described).container_id
 
     def run(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A started container's ID."""

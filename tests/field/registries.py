@@ -1,0 +1,253 @@
+"""Registries, mirrors and the HTTP that they speak."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from criserver.images import Platform
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.support.field import REFUSED, Field, FieldCase, FieldHandler
+from tests.support.imagebuilder import build_image
+
+IMAGE = build_image([{"a": b"1" * 5000}])
+LAYER = IMAGE.manifest["layers"][0]["digest"]
+SECRET = cri.AuthConfig(username="me", password="secret")
+
+
+def behind_a_redirect(field: Field) -> str:
+    """A facade redirects to another registry, which wants an anonymous token of its own."""
+    name, other = field.name, field.other
+    other.images[name] = IMAGE
+
+    def facade(handler: FieldHandler) -> None:
+        handler.answer(307, b"", [("Location", f"http://{other.address}{handler.path}")])
+
+    def gate(handler: FieldHandler) -> None:
+        if handler.headers.get("Authorization") == "Bearer anonymous":
+            handler.serve()
+            return
+        challenge = f'Bearer realm="http://{other.address}/token",service="other",scope="repository:{name}:pull"'
+        handler.answer(401, b"", [("WWW-Authenticate", challenge)])
+
+    for part in ("1", *IMAGE.blobs):
+        field.registry.answers[part] = facade
+        other.answers[part] = gate
+    other.answers["token"] = lambda handler: handler.answer(200, b'{"token": "anonymous"}', [])
+    field.pull_name(f"{field.registry.address}/{name}:1", auth=SECRET)
+    secrets = [given for _, given in other.asked if "Basic" in given or SECRET.password in given]
+    return "pulled, and the other registry got the secret" if secrets else "pulled without the secret"
+
+
+def mirror(answer: Callable[[FieldHandler], None]) -> Callable[[Field], str]:
+    """A pull from a registry whose mirror answers a tag with this."""
+
+    def pull(field: Field) -> str:
+        name, domain = field.name, f"{field.name}.example"
+        field.registry.images[name] = IMAGE
+        text = f'server = "http://{field.registry.address}"\n[host."http://{field.other.address}"]\n'
+        field.hosts(domain, text + 'capabilities = ["pull", "resolve"]\n')
+        field.other.answers["1"] = answer
+        image = field.pull_name(f"{domain}/{name}:1")
+        found = field.node.client.ImageStatus(image=cri.ImageSpec(image=image)).image
+        return "pulled from the next host" if found.id == IMAGE.id else "took the mirror's image"
+
+    return pull
+
+
+def mirror_alone(field: Field) -> str:
+    """No host has a manifest: the error must name the mirror."""
+    name, domain = field.name, f"{field.name}.example"
+    text = f'server = "http://{field.registry.address}"\n[host."http://{field.other.address}"]\n'
+    field.hosts(domain, text)
+    field.other.answers["1"] = PAGE
+    try:
+        field.pull_name(f"{domain}/{name}:1")
+    except grpc.RpcError as error:
+        named = field.other.address in (error.details() or "")
+        return "refused, and the mirror is named" if named else "refused, and the mirror is not named"
+    return "pulled"
+
+
+def no_http(field: Field) -> str:
+    """An answer that is no HTTP: the error must not say that the registry has refused."""
+
+    def garbage(handler: FieldHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nno header\r\n\r\n")
+
+    field.registry.answers["1"] = garbage
+    try:
+        field.pull(IMAGE)
+    except grpc.RpcError as error:
+        field.said = error.details() or ""
+        blamed = any(word in field.said for word in ("cannot read the HTTP response", "malformed"))
+        return "refused, and the answer is blamed" if blamed else "refused, for another reason"
+    return "pulled"
+
+
+def foreign_platform(handler: FieldHandler) -> None:
+    other = build_image([{"a": b"2"}], platform=Platform("linux", "s390x"))
+    handler.server.images[handler.path.split("/")[2]] = other
+    handler.serve()
+
+
+def text(body: bytes, kind: str) -> Callable[[FieldHandler], None]:
+    return lambda handler: handler.answer(200, body, [("Content-Type", kind)])
+
+
+def answers(status: int = 200, *headers: tuple[str, str], part: str = "1") -> Callable[[Field], str]:
+    """A pull of a manifest or a layer that is answered with this status and these headers."""
+
+    def pull(field: Field) -> str:
+        field.registry.answers[part] = lambda handler: handler.serve(status, more=headers)
+        field.pull(IMAGE)
+        return "pulled"
+
+    return pull
+
+
+def repeated_length(field: Field) -> str:
+    length = str(len(IMAGE.blobs[LAYER]))
+    return answers(200, ("Content-Length", length), ("Content-Length", length), part=LAYER)(field)
+
+
+def length_and_chunks(field: Field) -> str:
+    length = str(len(IMAGE.blobs[LAYER]))
+    return answers(200, ("Content-Length", length), ("Transfer-Encoding", "chunked"), part=LAYER)(field)
+
+
+def redirects(field: Field) -> str:
+    """A blob behind ten redirects."""
+
+    def step(handler: FieldHandler) -> None:
+        number = int(handler.path.partition("?hop=")[2] or 0)
+        if number == 10:
+            handler.serve()
+        else:
+            path = handler.path.partition("?")[0]
+            handler.answer(307, b"", [("Location", f"{path}?hop={number + 1}")])
+
+    field.registry.answers[LAYER] = step
+    field.pull(IMAGE)
+    return "pulled"
+
+
+def encoded(field: Field) -> str:
+    """A layer, compressed once more on its way."""
+    image = build_image([{"a": b"1" * 5000}, {"b": b"2" * 4000}], compression="none")
+    layer = image.manifest["layers"][0]["digest"]
+    body = gzip.compress(image.blobs[layer])
+    headers = [("Content-Encoding", "gzip"), ("Content-Type", "application/octet-stream")]
+    field.registry.answers[layer] = lambda handler: handler.answer(200, body, headers)
+    field.pull(image)
+    return "pulled"
+
+
+def created_token(field: Field) -> str:
+    """A token that is answered with 201."""
+    address, name = field.registry.address, field.name
+    field.registry.images[name] = IMAGE
+
+    def gate(handler: FieldHandler) -> None:
+        if handler.headers.get("Authorization") == "Bearer anonymous":
+            handler.serve()
+        else:
+            handler.answer(401, b"", [("WWW-Authenticate", f'Bearer realm="http://{address}/token",service="here"')])
+
+    for part in ("1", *IMAGE.blobs):
+        field.registry.answers[part] = gate
+    field.registry.answers["token"] = lambda handler: handler.answer(201, b'{"token": "anonymous"}', [])
+    field.pull_name(f"{address}/{name}:1")
+    return "pulled"
+
+
+def schema_1(field: Field) -> str:
+    body = json.dumps({"schemaVersion": 1, "name": "a", "tag": "1", "fsLayers": [], "history": []}).encode()
+    kind = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+    field.registry.answers["1"] = text(body, kind)
+    field.pull(IMAGE)
+    return "pulled"
+
+
+def unreadable_hosts(field: Field) -> str:
+    name, address = field.name, field.registry.address
+    domain = address.replace("127.0.0.1", "localhost")
+    field.registry.images[name] = IMAGE
+    field.hosts(domain, f'server = "http://{address}"\n[host."http://{address}"]\ncapabilities = "pull"\n')
+    try:
+        field.pull_name(f"{domain}/{name}:1")
+    except grpc.RpcError as error:
+        return "refused, and the file is named" if "hosts.toml" in (error.details() or "") else "the file is left out"
+    return "pulled"
+
+
+MANY: Sequence[tuple[str, str]] = [(f"X-{number}", "x") for number in range(300)]
+NEXT: dict[str, Any] = {"here": "pulled from the next host", "containerd": REFUSED}
+PAGE = text(b"<html>Log in</html>", "text/html")
+ERROR = text(b'{"errors": [{"code": "DENIED"}]}', "application/json")
+
+CASES = (
+    FieldCase(
+        4,
+        "401 behind a redirect, with a pull secret",
+        behind_a_redirect,
+        "pulled without the secret",
+        "pulled, and the other registry got the secret",
+        "containerd/containerd#5503",
+    ),
+    FieldCase(5, "A mirror answers a tag with a login page", mirror(PAGE), report="containerd/containerd#4531", **NEXT),
+    FieldCase(5, "A mirror answers a tag with 200 and an error in JSON", mirror(ERROR), **NEXT),
+    FieldCase(5, "A mirror answers a tag with an empty body", mirror(text(b"", "application/json")), **NEXT),
+    FieldCase(
+        5,
+        "A mirror answers a tag with another platform's image",
+        mirror(foreign_platform),
+        "pulled from the next host",
+        "took the mirror's image",
+    ),
+    FieldCase(
+        5,
+        "A mirror answers a tag with a login page, and the registry has no such image",
+        mirror_alone,
+        "refused, and the mirror is named",
+        "refused, and the mirror is not named",
+    ),
+    FieldCase(
+        6,
+        "An answer with a line that is no header",
+        no_http,
+        "refused, and the answer is blamed",
+        "refused, and the answer is blamed",
+    ),
+    FieldCase(6, "A blob with the status 203", answers(203, part=LAYER), "pulled", "pulled"),
+    FieldCase(
+        6,
+        "A blob with the status 206 that was asked for without `Range`",
+        answers(206, ("Content-Range", f"bytes 0-{len(IMAGE.blobs[LAYER]) - 1}/{len(IMAGE.blobs[LAYER])}"), part=LAYER),
+        "pulled",
+        "pulled",
+    ),
+    FieldCase(6, "The same `Content-Length` twice", repeated_length, "pulled", "pulled"),
+    FieldCase(6, "`Content-Length` beside chunks", length_and_chunks, "pulled", "pulled"),
+    FieldCase(6, "A header of 100 KB", answers(200, ("X-Long", "x" * 100_000)), "pulled", "pulled"),
+    FieldCase(6, "300 headers", answers(200, *MANY), "pulled", "pulled"),
+    FieldCase(6, "10 redirects", redirects, "pulled", "pulled"),
+    FieldCase(6, "A blob sent as `Content-Encoding: gzip`", encoded, "pulled", "pulled"),
+    FieldCase(6, "A token answered with 201", created_token, "pulled", "pulled"),
+    FieldCase(
+        14, "A manifest of Docker's schema 1", schema_1, REFUSED, REFUSED, differs="Manifests of Docker's schema 1"
+    ),
+    FieldCase(
+        14,
+        "A `hosts.toml` with a mistake",
+        unreadable_hosts,
+        "refused, and the file is named",
+        "the file is left out",
+        differs="A `hosts.toml` that cannot be read; a certificate that is not valid at an `http://` address; "
+        "credentials for mirrors",
+    ),
+)
