@@ -28,7 +28,7 @@ from criserver.images.credentials import Credentials, load_docker_config
 from criserver.images.export import archive_of
 from criserver.images.garbage import GarbageCollector
 from criserver.images.hosts import hosts_for
-from criserver.images.image import FsUsage, Image, LeftOut, Pruned
+from criserver.images.image import FsUsage, Image, ImageUsage, LeftOut, Pruned
 from criserver.images.image_store import ImageStore
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
@@ -279,6 +279,14 @@ class Images:
         goes on to its end if the caller is cancelled. Returns what was freed.
         """
         return await self._garbage.collect()
+
+    def usages(self) -> tuple[ImageUsage, ...]:
+        """See :meth:`ImageStore.usages`."""
+        return self._images.usages()
+
+    def blob_bytes(self) -> int:
+        """What all blobs occupy, in bytes."""
+        return self._content.usage()[0]
 
     def fs_usage(self) -> FsUsage:
         """What images occupy now, from counters, without the layers that are still being unpacked."""
