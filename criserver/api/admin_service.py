@@ -132,7 +132,7 @@ class AdminService:
         return admin.RemovePodResponse(id=sandbox.id, left=left)
 
     async def node_status(self, request: admin.NodeStatusRequest) -> admin.NodeStatusResponse:
-        return node_status(self._node)
+        return node_status(self._node, stacks=request.stacks)
 
     async def inspect(self, request: admin.InspectRequest) -> admin.InspectResponse:
         return admin.InspectResponse(document=json.dumps(inspect(self._node, request.id)))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 
-from criserver import __version__, logs
+from criserver import __version__, logs, work_under_way
 from criserver.api.inspection import container_name
 from criserver.images import Image
 from criserver.pb.criserver.v1 import admin_pb2 as admin
@@ -17,8 +17,11 @@ from criserver.runtime.node import Node
 from criserver.text import printable
 
 
-def node_status(node: Node) -> admin.NodeStatusResponse:
-    """The daemon's state at this moment. The call that asks for it is not among the calls under way."""
+def node_status(node: Node, *, stacks: bool) -> admin.NodeStatusResponse:
+    """The daemon's state at this moment. The call that asks for it is not among the calls under way.
+
+    With ``stacks`` it has what each thread and each task is doing.
+    """
     return admin.NodeStatusResponse(
         version=__version__,
         uptime_seconds=time.monotonic() - node.began,
@@ -46,6 +49,10 @@ def node_status(node: Node) -> admin.NodeStatusResponse:
         warnings=[
             admin.LastWarning(at=w.at, level=w.level, event=printable(w.event), fields=printable(w.fields))
             for w in logs.last_warnings()
+        ],
+        stacks=[
+            admin.Stack(kind=stack.kind, name=printable(stack.name), at=stack.at)
+            for stack in (work_under_way.stacks() if stacks else ())
         ],
     )
 

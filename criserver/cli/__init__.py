@@ -136,6 +136,12 @@ def _add_node(commands: Any) -> None:
     du = add("du", "node_commands.du", "show what uses the disk, by image and container")
     du.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
+    debug = commands.add_parser("debug", help="for bug reports").add_subparsers(required=True, metavar="ACTION")
+    bundle = add(
+        "bundle", "debug_bundle.bundle", "write what a bug report needs to a tar.gz, without secrets", under=debug
+    )
+    bundle.add_argument("file", metavar="FILE", nargs="?", help="a new file; by default its name has the host and time")
+
     pod = commands.add_parser("pod", help="pods of a running daemon").add_subparsers(required=True, metavar="ACTION")
     remove = add("remove", "pod_commands.remove", "end and remove a pod with its containers", under=pod)
     remove.add_argument("--force", action="store_true", help="also if its network plugins fail; it says what is left")

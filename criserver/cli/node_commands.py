@@ -35,7 +35,7 @@ def status(options: argparse.Namespace) -> int:
     """Print how the daemon and the node are. The exit code is 1 if a condition of the node is not met."""
     socket = address(options)
     with connected(socket) as channel:
-        document = status_document(channel, socket)
+        document = status_document(channel, socket, stacks=False)
     if options.json:
         print(json.dumps(document, indent=2))
     else:
@@ -43,14 +43,14 @@ def status(options: argparse.Namespace) -> int:
     return 0 if all(condition["status"] for condition in document["conditions"]) else 1
 
 
-def status_document(channel: grpc.Channel, socket: str) -> dict[str, Any]:
-    """The status as a JSON document."""
+def status_document(channel: grpc.Channel, socket: str, *, stacks: bool) -> dict[str, Any]:
+    """The status as a JSON document; with ``stacks`` also what each thread and each task of the daemon is doing."""
     conditions = method(channel, RUNTIME, "Status")(cri.StatusRequest()).status.conditions
     pods, containers = listed(channel)
-    node = method(channel, ADMIN, "NodeStatus")(admin.NodeStatusRequest())
+    node = method(channel, ADMIN, "NodeStatus")(admin.NodeStatusRequest(stacks=stacks))
     return {
         "socket": socket,
-        **as_json(node),
+        **{name: value for name, value in as_json(node).items() if stacks or name != "stacks"},
         "conditions": [as_json(condition) for condition in conditions],
         "pods": _by_state((cri.PodSandboxState.Name(pod.state) for pod in pods), cri.PodSandboxState, _POD),
         "containers": _by_state((cri.ContainerState.Name(c.state) for c in containers), cri.ContainerState, _CONTAINER),

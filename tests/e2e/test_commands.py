@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -166,16 +168,59 @@ def test_logs_are_printed_and_followed_until_the_end(node: Node) -> None:
 
 def test_du_tells_what_eats_the_disk_and_who_uses_an_image(node: Node) -> None:
     pod = node.run_pod("web")
-    container = node.run(pod, "main", ["sh", "-c", "dd if=/dev/zero of=/big bs=1M count=3; sleep 1000"])
+    container = node.run(pod, "main", ["sh", "-c", "echo hello; sleep 1000"])
 
     def use() -> Any:
         return document(node, "du", "--json")
 
-    eventually(lambda: use()["containers"][0]["writableLayer"] >= 3 << 20, 60)
+    def is_measured() -> bool:
+        (found,) = use()["containers"]
+        return bool(found["measuredAt"] and found["inodes"] and found["log"] > len("hello"))
+
+    eventually(is_measured, 60)
     (image,) = (i for i in use()["images"] if "localhost/busybox:latest" in i["image"]["names"])
     assert image["users"] == ["e2e/web/main"]
     assert image["own"] == image["blobs"] + image["layers"] > 0
     assert container[:12] in command(node, "du").stdout
+
+
+def test_a_bundle_has_all_that_a_report_needs_and_no_secret(node: Node, tmp_path: Path) -> None:
+    pod = node.run_pod("web", annotations={"db-password": "s3cret"})
+    secret = cri.KeyValue(key="NAME", value=b"s3cret")
+    container = node.run(pod, "main", ["sleep", "1000"], envs=[secret])
+    file = tmp_path / "bundle.tar.gz"
+    assert str(file) in command(node, "debug", "bundle", str(file)).stdout
+    assert file.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(file) as archive:
+        found = {
+            member.name.partition("/")[2]: (archive.extractfile(member) or pytest.fail(member.name)).read().decode()
+            for member in archive.getmembers()
+        }
+    assert {
+        "status.json",
+        "disk.json",
+        f"pods/{pod}.json",
+        f"containers/{container}.json",
+        "config/effective.toml",
+        "config/config.toml",
+        "cni/10-e2e.conflist",
+        "versions.txt",
+    } <= set(found)
+    assert "s3cret" not in "".join(found.values())
+    assert base64.b64encode(b"s3cret").decode() not in "".join(found.values())
+    assert "NAME=<removed>" in json.loads(found[f"containers/{container}.json"])["runtimeSpec"]["process"]["env"]
+    assert {"thread", "task"} == {stack["kind"] for stack in json.loads(found["status.json"])["stacks"]}
+    assert "exists already" in command(node, "debug", "bundle", str(file), code=1).stderr
+
+
+def test_a_bundle_is_made_without_a_daemon(tmp_path: Path) -> None:
+    config, file = tmp_path / "config.toml", tmp_path / "bundle.tar.gz"
+    config.write_text(f'[grpc]\naddress = "{tmp_path}/none.sock"\n')
+    arguments = ["debug", "bundle", str(file), "--config", str(config)]
+    done = subprocess.run([sys.executable, "-m", "criserver", *arguments], capture_output=True, text=True, check=True)
+    assert "left out: daemon: no daemon answers" in done.stderr
+    with tarfile.open(file) as archive:
+        assert any(name.endswith("/config/config.toml") for name in archive.getnames())
 
 
 def test_a_command_without_a_daemon_or_without_the_right_says_which(node: Node, tmp_path: Path) -> None:

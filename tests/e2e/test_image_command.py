@@ -536,6 +536,6 @@ def test_commands_without_a_daemon(tmp_path: Path) -> None:
     for words in (["list"], ["pull", "a"], ["export", "a", f"{tmp_path}/x"], ["remove", "a"], ["verify"], ["prune"]):
         arguments = [sys.executable, "-m", "criserver", "image", *words, "--config", str(tmp_path / "c.toml")]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (3, "")
         assert f"no daemon answers at {tmp_path}/none.sock" in done.stderr
     assert os.listdir(tmp_path) == ["c.toml"]
