@@ -112,9 +112,11 @@ class AdminService:
             )
 
     async def prune_images(self, request: admin.PruneImagesRequest) -> admin.PruneImagesResponse:
-        pruned = await self._images.prune(
-            unused=request.all, used={c.image_id for c in self._node.records.containers.values()}
-        )
+        used = {c.image_id for c in self._node.records.containers.values()}
+        if request.dry_run:
+            images = self._images.unused(used) if request.all else ()
+            return admin.PruneImagesResponse(images=[image_message(image) for image in images])
+        pruned = await self._images.prune(unused=request.all, used=used)
         return admin.PruneImagesResponse(
             images=[image_message(image) for image in pruned.images],
             freed_bytes=pruned.freed.bytes,

@@ -209,6 +209,9 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     add("verify", "verify", "read all stored images and report damage")
     prune = add("prune", "prune", "remove data that no image, container or pull needs")
     prune.add_argument("--all", action="store_true", help="also images that no container uses and nobody has pinned")
+    careful = prune.add_mutually_exclusive_group()
+    careful.add_argument("--yes", action="store_true", help="do not ask")
+    careful.add_argument("--dry-run", action="store_true", help="remove nothing, and print what --all would remove")
 
 
 def _serve(options: argparse.Namespace) -> int:

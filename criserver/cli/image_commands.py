@@ -19,10 +19,12 @@ from typing import Any, BinaryIO
 
 import grpc
 
-from criserver.cli.client import ADMIN, IMAGES, connected, failure, method
+from criserver.cli.client import ADMIN, IMAGES, NoAnswerError, connected, failure, method
+from criserver.cli.node_commands import users_words
 from criserver.cli.options import address
 from criserver.cli.progress_display import display, short, size_words
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.cli.table import Cell, print_table
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
@@ -34,14 +36,22 @@ def list_images(options: argparse.Namespace) -> int:
     with connected(address(options)) as channel:
         wanted = cri.ImageFilter(image=cri.ImageSpec(image=options.image or ""))
         images = list(method(channel, IMAGES, "ListImages")(cri.ListImagesRequest(filter=wanted)).images)
+        uses = {use.image.id: use for use in method(channel, ADMIN, "DiskUse")(admin.DiskUseRequest()).images}
     if options.json:
-        print(json.dumps([_as_json(image) for image in images], indent=2))
+        print(json.dumps([_as_json(image, uses.get(image.id)) for image in images], indent=2))
     elif options.quiet:
         print(*(image.id for image in images), sep="\n", end="\n" if images else "")
     else:
         rows = sorted((name, image.id, image) for image in images for name in _shown_names(image))
-        cells = [(name, short(i.id), size_words(i.size), "pinned" if i.pinned else "") for name, _, i in rows]
-        _print_table([("IMAGE", "ID", "SIZE", ""), *cells])
+        table: list[Sequence[str | Cell]] = [
+            [Cell(h, "bold") for h in ("IMAGE", "ID", "SIZE", "ON DISK", "USED BY", "")]
+        ]
+        for name, _, image in rows:
+            use = uses.get(image.id, admin.ImageUse())
+            occupied = size_words(use.blobs + use.layers)
+            sizes = (size_words(image.size), occupied, users_words(use.users))
+            table.append((name, short(image.id), *sizes, "pinned" if image.pinned else ""))
+        print_table(table, keep=(1, 2, 3, 5))
     return 0
 
 
@@ -129,13 +139,36 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Delete blobs and layers that nothing needs."""
+    """Delete blobs and layers that nothing needs; with --all also unused images, after a question.
+
+    Raises FailedPreconditionError without a terminal to ask at.
+    """
+    if options.dry_run and not options.all:
+        raise InvalidArgumentError("--dry-run is for --all: without it no image is removed")
     with connected(address(options)) as channel:
-        pruned = method(channel, ADMIN, "PruneImages")(admin.PruneImagesRequest(all=options.all))
+        call = method(channel, ADMIN, "PruneImages")
+        if options.all and not options.yes:
+            unused = call(admin.PruneImagesRequest(all=True, dry_run=True)).images
+            for image in unused:
+                _print_image(image, "unused ")
+            if options.dry_run:
+                return 0
+            if unused and not _agreed(len(unused)):
+                print("nothing was removed")
+                return 1
+        pruned = call(admin.PruneImagesRequest(all=options.all))
     for image in pruned.images:
         _print_image(image, "removed ")
     print(f"freed {size_words(pruned.freed_bytes)} ({pruned.freed_bytes} bytes), {pruned.freed_inodes} inodes")
     return 0
+
+
+def _agreed(images: int) -> bool:
+    if not sys.stdin.isatty():
+        raise FailedPreconditionError(
+            "prune --all asks before it removes images, and there is no terminal to ask at; give --yes, or --dry-run"
+        )
+    return input(f"{_count(images, 'image')} will be removed. Go on? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None]) -> int:
@@ -147,7 +180,10 @@ def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None])
             try:
                 one(channel, name)
             except grpc.RpcError as e:
-                print(f"criserver: {failure(socket, e)}", file=sys.stderr)
+                error = failure(socket, e)
+                if isinstance(error, NoAnswerError):
+                    raise error from e
+                print(f"criserver: {error}", file=sys.stderr)
                 code = 1
     return code
 
@@ -243,17 +279,14 @@ def _shown_names(image: cri.Image) -> Iterable[str]:
     return image.repo_tags or image.repo_digests or ["<none>"]
 
 
-def _as_json(image: cri.Image) -> dict[str, Any]:
+def _as_json(image: cri.Image, use: admin.ImageUse | None) -> dict[str, Any]:
+    use = use or admin.ImageUse()
     return {
         "id": image.id,
         "repoTags": list(image.repo_tags),
         "repoDigests": list(image.repo_digests),
         "size": image.size,
+        "onDisk": use.blobs + use.layers,
+        "usedBy": list(use.users),
         "pinned": image.pinned,
     }
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
