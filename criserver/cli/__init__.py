@@ -95,6 +95,10 @@ def parser() -> argparse.ArgumentParser:
     )
     reset.add_argument("--images", action="store_true", help="delete images and records too")
     reset.set_defaults(run=_reset)
+
+    completion = commands.add_parser("completion", help="print a script that completes commands and options in a shell")
+    completion.add_argument("shell", choices=("bash", "fish", "zsh"))
+    completion.set_defaults(run=_completion)
     return parser
 
 
@@ -212,6 +216,13 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     careful = prune.add_mutually_exclusive_group()
     careful.add_argument("--yes", action="store_true", help="do not ask")
     careful.add_argument("--dry-run", action="store_true", help="remove nothing, and print what --all would remove")
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from criserver.cli.completion import script
+
+    print(script(parser(), options.shell), end="")
+    return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
