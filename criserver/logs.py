@@ -13,8 +13,10 @@ import os
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import MutableMapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -22,6 +24,7 @@ import structlog
 from criserver import journal
 from criserver.errors import CriError
 from criserver.telemetry import families
+from criserver.text import shown
 
 _numbers = itertools.count(1)
 
@@ -42,13 +45,55 @@ class Call:
 
     def __enter__(self) -> None:
         self._token = _call.set(self)
+        _under_way[self.number] = self
 
     def __exit__(self, *_: object) -> None:
+        del _under_way[self.number]
         self.rpc = ""
         _call.reset(self._token)
 
 
+@dataclass(frozen=True, slots=True)
+class CallUnderWay:
+    """A call that has no answer yet: its RPC, its number, how many seconds it takes by now, and what it is for."""
+
+    rpc: str
+    number: int
+    seconds: float
+    about: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LastWarning:
+    """A warning or error of the log: its Unix nanoseconds, level and event, and its other fields as one text."""
+
+    at: int
+    level: str
+    event: str
+    fields: str
+
+
 _call: ContextVar[Call | None] = ContextVar("call", default=None)
+# The calls that have no answer yet, by number.
+_under_way: dict[int, Call] = {}
+# The newest is the last one.
+_last_warnings: deque[LastWarning] = deque(maxlen=20)
+_WARNINGS = ("warning", "error", "critical")
+_NAMES_OF_WARNINGS = {"warn": "warning", "exception": "error"}
+
+
+def calls_under_way() -> list[CallUnderWay]:
+    """The calls that have no answer yet, the oldest first."""
+    now = time.monotonic()
+    return [
+        CallUnderWay(c.rpc, c.number, now - c.began, {name: str(value) for name, value in c.about.items()})
+        for c in _under_way.values()
+    ]
+
+
+def last_warnings() -> list[LastWarning]:
+    """The last warnings and errors, the oldest first."""
+    return list(_last_warnings)
 
 
 def about(**fields: object) -> None:
@@ -109,6 +154,7 @@ def set_up(level: str, form: str) -> None:
         processors=[
             _add_call,
             _drop_needless_traceback,
+            _keep_warning,
             structlog.processors.add_log_level,
             *output,
         ],
@@ -136,6 +182,20 @@ def _drop_needless_traceback(_logger: Any, _method: str, event: MutableMapping[s
     if isinstance(error, CriError):
         del event["exc_info"]
         event.setdefault("error", str(error))
+    return event
+
+
+def _keep_warning(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keep a warning for :func:`last_warnings`. Texts of others are cut, as they may have any length."""
+    level = _NAMES_OF_WARNINGS.get(method, method)
+    if level in _WARNINGS:
+        given = event.get("exc_info")
+        error = sys.exc_info()[1] if given is True else given
+        fields = {name: value for name, value in event.items() if name not in ("event", "exc_info")}
+        if isinstance(error, BaseException):
+            fields.setdefault("error", f"{type(error).__name__}: {error}")
+        words = " ".join(f"{name}={shown(value)}" for name, value in fields.items())
+        _last_warnings.append(LastWarning(time.time_ns(), level, shown(event.get("event", "")), words))
     return event
 
 

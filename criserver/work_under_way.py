@@ -7,7 +7,9 @@ import os
 import sys
 import threading
 import traceback
+from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import structlog
 
@@ -18,20 +20,35 @@ _MAX_TASKS = 500
 _MAX_FRAMES = 12
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What a thread or a task is doing: the innermost calls, the caller before the called."""
+
+    kind: Literal["thread", "task"]
+    name: str
+    at: list[str]
+
+
 def log_it() -> None:
-    """Log the stack of each thread and each task: the innermost calls, the caller before the called."""
+    """Log the stack of each thread and each task."""
+    found = stacks()
+    for stack in found:
+        log.info(f"a {stack.kind}", **{stack.kind: stack.name}, at=stack.at)
+    log.info("work under way", threads=sum(s.kind == "thread" for s in found), tasks=len(asyncio.all_tasks()))
+
+
+def stacks() -> list[Stack]:
+    """The stacks of all threads, then those of the tasks; of at most 500 tasks."""
     frames = sys._current_frames()
-    for thread in threading.enumerate():
-        if thread.ident in frames:
-            log.info("a thread", thread=thread.name, at=_stack(frames[thread.ident]))
-    tasks = asyncio.all_tasks()
-    for task in sorted(tasks, key=lambda task: task.get_name())[:_MAX_TASKS]:
-        stack: list[str] = []
-        for frame in task.get_stack(limit=_MAX_FRAMES):
-            stack += [_place(frame, frame.f_lineno)]
-        stack += _awaited(task)
-        log.info("a task", task=task.get_name(), at=stack)
-    log.info("work under way", threads=len(frames), tasks=len(tasks))
+    found = [
+        Stack("thread", thread.name, _stack(frames[thread.ident]))
+        for thread in threading.enumerate()
+        if thread.ident in frames
+    ]
+    for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name())[:_MAX_TASKS]:
+        at = [_place(frame, frame.f_lineno) for frame in task.get_stack(limit=_MAX_FRAMES)]
+        found.append(Stack("task", task.get_name(), at + _awaited(task)))
+    return found
 
 
 def _awaited(task: asyncio.Task[object]) -> list[str]:

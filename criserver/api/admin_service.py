@@ -1,15 +1,18 @@
-"""The RPCs of ``criserver image`` and ``criserver pod`` that CRI does not have."""
+"""The RPCs of the operator's commands that CRI does not have."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 
 import aiofiles.tempfile
 
+from criserver.api.inspection import inspect
+from criserver.api.node_status import disk_use, image_message, node_status
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
-from criserver.images import Credentials, Damage, Image, Images, LayerProgress, LeftOut, Stage
+from criserver.images import Credentials, Damage, Images, LayerProgress, LeftOut, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.runtime.node import Node
 from criserver.runtime.sandbox_remove import remove_sandbox, remove_sandbox_by_force
@@ -50,7 +53,7 @@ class AdminService:
                 path, name=first.name, file=first.file, given=first.given_name, pinned=first.pin, left_out=left_out
             )
         return admin.ImportImageResponse(
-            images=[_image(image) for image in images],
+            images=[image_message(image) for image in images],
             left_out=[admin.LeftOut(what=printable(left.what), reason=printable(left.reason)) for left in left_out],
         )
 
@@ -76,7 +79,7 @@ class AdminService:
                 await asyncio.wait([pull])
         if request.pin:
             image = await self._images.pin(image.id, pinned=True)
-        yield admin.PullImageResponse(image=_image(image))
+        yield admin.PullImageResponse(image=image_message(image))
 
     async def export_images(self, request: admin.ExportImagesRequest) -> AsyncIterator[admin.ExportImagesResponse]:
         if not request.images:
@@ -91,10 +94,10 @@ class AdminService:
                 f"image {request.image} is pinned; unpin it first (`criserver image unpin`), or use --force"
             )
         await self._images.remove(image.id)
-        return admin.RemoveImageResponse(image=_image(image), snapshots=self._images.snapshots_of(image))
+        return admin.RemoveImageResponse(image=image_message(image), snapshots=self._images.snapshots_of(image))
 
     async def pin_image(self, request: admin.PinImageRequest) -> admin.PinImageResponse:
-        return admin.PinImageResponse(image=_image(await self._images.pin(request.image, pinned=request.pinned)))
+        return admin.PinImageResponse(image=image_message(await self._images.pin(request.image, pinned=request.pinned)))
 
     async def verify_images(self, request: admin.VerifyImagesRequest) -> AsyncIterator[admin.VerifyImagesResponse]:
         images = len(self._images.list())
@@ -109,11 +112,13 @@ class AdminService:
             )
 
     async def prune_images(self, request: admin.PruneImagesRequest) -> admin.PruneImagesResponse:
-        pruned = await self._images.prune(
-            unused=request.all, used={c.image_id for c in self._node.records.containers.values()}
-        )
+        used = {c.image_id for c in self._node.records.containers.values()}
+        if request.dry_run:
+            images = self._images.unused(used) if request.all else ()
+            return admin.PruneImagesResponse(images=[image_message(image) for image in images])
+        pruned = await self._images.prune(unused=request.all, used=used)
         return admin.PruneImagesResponse(
-            images=[_image(image) for image in pruned.images],
+            images=[image_message(image) for image in pruned.images],
             freed_bytes=pruned.freed.bytes,
             freed_inodes=pruned.freed.inodes,
         )
@@ -128,6 +133,15 @@ class AdminService:
             await remove_sandbox(self._node, sandbox.id)
         return admin.RemovePodResponse(id=sandbox.id, left=left)
 
+    async def node_status(self, request: admin.NodeStatusRequest) -> admin.NodeStatusResponse:
+        return node_status(self._node, stacks=request.stacks)
+
+    async def inspect(self, request: admin.InspectRequest) -> admin.InspectResponse:
+        return admin.InspectResponse(document=json.dumps(inspect(self._node, request.id)))
+
+    async def disk_use(self, request: admin.DiskUseRequest) -> admin.DiskUseResponse:
+        return await disk_use(self._node)
+
     def _damage(self, damage: Damage) -> admin.Damage:
         if not damage.images:
             advice = "no image uses it; `criserver image prune` deletes unused content"
@@ -137,13 +151,9 @@ class AdminService:
                 advice += ", after the containers that use it are removed"
         return admin.Damage(
             what=f"{damage.kind} {damage.digest}: {damage.reason}",
-            images=[_image(image) for image in damage.images],
+            images=[image_message(image) for image in damage.images],
             advice=advice,
         )
-
-
-def _image(image: Image) -> admin.Image:
-    return admin.Image(id=image.id, names=[*image.repo_tags, *image.repo_digests])
 
 
 def _layer(layer: LayerProgress) -> admin.LayerProgress:

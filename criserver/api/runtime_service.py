@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import AsyncIterator
 
 import structlog
-from google.protobuf import json_format
 
 from criserver import __version__
 from criserver.api import views
 from criserver.api.filters import batches, select_containers, select_sandboxes
+from criserver.api.inspection import container_info, sandbox_info
 from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.api.status_info import status_info
@@ -27,7 +25,6 @@ from criserver.runtime.container_start import start_container
 from criserver.runtime.container_stop import stop_container
 from criserver.runtime.container_stream import attach_address, exec_address, forward_address
 from criserver.runtime.container_update import update_container
-from criserver.runtime.ignored import ignored
 from criserver.runtime.node import Node
 from criserver.runtime.parse import container_config, pod_config
 from criserver.runtime.records import Container, Sandbox
@@ -127,7 +124,7 @@ class RuntimeService(StatsRpcs):
             timestamp=time.time_ns(),
         )
         if request.verbose:
-            response.info.update(self._sandbox_info(sandbox))
+            response.info.update(views.info(**sandbox_info(self._node, sandbox)))
         return response
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
@@ -163,7 +160,7 @@ class RuntimeService(StatsRpcs):
         container = self._node.records.visible_container(request.container_id)
         return cri.ContainerStatusResponse(
             status=views.container_status(container),
-            info=self._container_info(container) if request.verbose else {},
+            info=views.info(**container_info(self._node, container)) if request.verbose else {},
         )
 
     async def update_container_resources(
@@ -229,39 +226,6 @@ class RuntimeService(StatsRpcs):
     async def reopen_container_log(self, request: cri.ReopenContainerLogRequest) -> cri.ReopenContainerLogResponse:
         await reopen_log(self._node, request.container_id)
         return cri.ReopenContainerLogResponse()
-
-    def _sandbox_info(self, sandbox: Sandbox) -> dict[str, str]:
-        sent = cri.PodSandboxConfig.FromString(sandbox.sent)
-        return views.info(
-            sandboxID=sandbox.id,
-            runtimeHandler=sandbox.runtime,
-            reason=sandbox.reason,
-            namespaces=self._node.namespaces_dir(sandbox.id),
-            cgroupParent=sandbox.cgroup_parent,
-            resources=_document(sent.linux.resources),
-            overhead=_document(sent.linux.overhead),
-            network=json.loads(sandbox.attachment) if sandbox.attachment else None,
-        )
-
-    def _container_info(self, container: Container) -> dict[str, str]:
-        try:
-            with open(os.path.join(self._node.container_dir(container.id), "config.json")) as f:
-                runtime_spec = json.load(f)
-        except FileNotFoundError:
-            runtime_spec = None
-        return views.info(
-            sandboxID=container.sandbox_id,
-            pid=container.pid,
-            rootfs=self._node.rootfs(container.id),
-            runtimeSpec=runtime_spec,
-            # Options that were accepted and have no effect on this node.
-            ignored=ignored(container.config),
-        )
-
-
-def _document(message: cri.LinuxContainerResources) -> dict[str, object]:
-    document: dict[str, object] = json_format.MessageToDict(message, preserving_proto_field_name=True)
-    return document
 
 
 def _required(value: str, field: str) -> str:

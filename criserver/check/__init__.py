@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from criserver.check import cgroup_driver, cni, directories, kernel, permissions, programs, service, trial
+from criserver.check import cgroup_driver, cni, directories, kernel, permissions, programs, registries, service, trial
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, Level, missing
 from criserver.config import Config
@@ -26,6 +26,7 @@ _CHECKS: Sequence[tuple[str, Callable[[ExaminedNode, Config], Iterable[Finding]]
     ("runtimes", programs.check),
     ("network", cni.check),
     ("directories", directories.check),
+    ("registries", registries.check),
     ("service", service.check),
 )
 

@@ -1,38 +1,72 @@
-"""The command line: serve, check, config, image, pod, reset."""
+"""The command line: what `criserver --help` lists.
+
+The exit codes are those of the manual page: 0, 1 for a failure, 2 for a wrong command line, 3 if no daemon can be
+reached, 130 for Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from criserver import __version__
 from criserver.cli.options import add_config, config_path, configuration, settings
 from criserver.config import config_of, default_text, text
-from criserver.errors import CriError
+from criserver.errors import CriError, os_words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    options = _parser().parse_args(argv)
+    options: argparse.Namespace | None = None
+    try:
+        options = parser().parse_args(argv)
+        code = _run(options)
+        sys.stdout.flush()
+    except OSError as e:
+        if options is not None and options.run is _serve:
+            raise  # a fault of the daemon, whose log is to have the traceback
+        # Standard output is a closed pipe or a full device, or a file of the operator's cannot be used.
+        print(f"criserver: {os_words(e)}", file=sys.stderr)
+        _give_up_output()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except CriError as e:
         print(f"criserver: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        # The class is in a module that imports gRPC, which takes a while.
+        return 3 if type(e).__name__ == "NoAnswerError" else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _give_up_output() -> None:
+    """Let the interpreter's end not fail again for what standard output still has to write."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="criserver", description="A container runtime daemon for Kubernetes nodes.")
     parser.add_argument("--version", action="version", version=f"criserver {__version__}")
+    add_config(parser)
+    parser.set_defaults(config=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the daemon")
     add_config(serve)
     serve.set_defaults(run=_serve)
+
+    _add_node(commands)
 
     check = commands.add_parser(
         "check", help="report what this node lacks before pods can run; exits with 1 if they cannot"
@@ -53,13 +87,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_image(commands.add_parser("image", help="images of a running daemon"))
 
-    pod = commands.add_parser("pod", help="pods of a running daemon").add_subparsers(required=True, metavar="ACTION")
-    remove = pod.add_parser("remove", help="end and remove a pod with its containers")
-    add_config(remove)
-    remove.add_argument("--force", action="store_true", help="also if its network plugins fail; it says what is left")
-    remove.add_argument("id", metavar="ID", help="the pod's ID, or the first characters of it")
-    remove.set_defaults(run=_pod_remove)
-
     reset = commands.add_parser("reset", help="stop and remove all pods of a node whose daemon is stopped")
     add_config(reset)
     reset.add_argument("--yes", action="store_true", help="do not ask")
@@ -68,7 +95,74 @@ def _parser() -> argparse.ArgumentParser:
     )
     reset.add_argument("--images", action="store_true", help="delete images and records too")
     reset.set_defaults(run=_reset)
+
+    completion = commands.add_parser("completion", help="print a script that completes commands and options in a shell")
+    completion.add_argument("shell", choices=("bash", "fish", "zsh"))
+    completion.set_defaults(run=_completion)
     return parser
+
+
+def _add_node(commands: Any) -> None:
+    """The commands that look at a running daemon, and those for its pods."""
+
+    def add(name: str, function: str, words: str, *, under: Any = commands) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = under.add_parser(
+            name, help=words, description=f"{words[0].upper()}{words[1:]}."
+        )
+        add_config(command)
+        command.set_defaults(run=_command, function=function)
+        return command
+
+    status = add("status", "node_commands.status", "show how the daemon and the node are, and what is under way")
+    status.add_argument("--json", action="store_true", help="print JSON")
+
+    pods = add("pods", "pod_commands.pods", "list the pods")
+    pods.add_argument("--namespace", metavar="NAMESPACE", help="only those of this Kubernetes namespace")
+    _add_form(pods)
+
+    ps = add("ps", "pod_commands.ps", "list the containers that run")
+    ps.add_argument("-a", "--all", action="store_true", help="also those that do not run")
+    ps.add_argument("--pod", metavar="POD", help="only those of this pod: NAMESPACE/NAME, or the beginning of its ID")
+    _add_form(ps)
+
+    inspect = add("inspect", "pod_commands.inspect", "print all that is known of a pod or container, as JSON")
+    inspect.add_argument("id", metavar="ID", help="an ID, the first characters of it, or a pod's NAMESPACE/NAME")
+
+    events = add("events", "node_commands.events", "print the events of pods and containers as they happen")
+    events.add_argument("--json", action="store_true", help="print one JSON document a line")
+
+    logs = add("logs", "log_reader.logs", "print what a container has written")
+    logs.add_argument("id", metavar="ID", help="its ID, the first characters of it, or NAMESPACE/POD/NAME")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the container has exited")
+    logs.add_argument("-n", "--tail", metavar="LINES", type=_count, help="only the last lines")
+    logs.add_argument("-t", "--timestamps", action="store_true", help="put the time before each line")
+
+    du = add("du", "node_commands.du", "show what uses the disk, by image and container")
+    du.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+
+    debug = commands.add_parser("debug", help="for bug reports").add_subparsers(required=True, metavar="ACTION")
+    bundle = add(
+        "bundle", "debug_bundle.bundle", "write what a bug report needs to a tar.gz, without secrets", under=debug
+    )
+    bundle.add_argument("file", metavar="FILE", nargs="?", help="a new file; by default its name has the host and time")
+
+    pod = commands.add_parser("pod", help="pods of a running daemon").add_subparsers(required=True, metavar="ACTION")
+    remove = add("remove", "pod_commands.remove", "end and remove a pod with its containers", under=pod)
+    remove.add_argument("--force", action="store_true", help="also if its network plugins fail; it says what is left")
+    remove.add_argument("id", metavar="ID", help="the pod's ID, or the first characters of it")
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("-q", "--quiet", action="store_true", help="print whole IDs alone")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +171,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     def add(name: str, function: str, words: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         add_config(action)
-        action.set_defaults(run=_image, function=function)
+        action.set_defaults(run=_command, function=f"image_commands.{function}")
         return action
 
     found = add("list", "list_images", "list the images, or those that IMAGE names")
@@ -119,6 +213,16 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     add("verify", "verify", "read all stored images and report damage")
     prune = add("prune", "prune", "remove data that no image, container or pull needs")
     prune.add_argument("--all", action="store_true", help="also images that no container uses and nobody has pinned")
+    careful = prune.add_mutually_exclusive_group()
+    careful.add_argument("--yes", action="store_true", help="do not ask")
+    careful.add_argument("--dry-run", action="store_true", help="remove nothing, and print what --all would remove")
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from criserver.cli.completion import script
+
+    print(script(parser(), options.shell), end="")
+    return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -155,16 +259,10 @@ def _config_check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _image(options: argparse.Namespace) -> int:
-    from criserver.cli import image_commands
-
-    return int(getattr(image_commands, options.function)(options))
-
-
-def _pod_remove(options: argparse.Namespace) -> int:
-    from criserver.cli import pod_commands
-
-    return pod_commands.remove(options)
+def _command(options: argparse.Namespace) -> int:
+    """Run a command of a module of this package. It is imported only now, as gRPC takes a while."""
+    module, _, function = options.function.partition(".")
+    return int(getattr(importlib.import_module(f"criserver.cli.{module}"), function)(options))
 
 
 def _reset(options: argparse.Namespace) -> int:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from criserver.errors import CriError
+from criserver.errors import CriError, UnavailableError
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.pb.runtime.v1 import api_pb2 as cri
+
+ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
+IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
+RUNTIME = cri.DESCRIPTOR.services_by_name["RuntimeService"]
 
 _MAX_MESSAGE = 16 << 20
+
+
+class NoAnswerError(UnavailableError):
+    """No daemon can be reached at the socket."""
 
 
 @contextmanager
 def connected(address: str) -> Iterator[grpc.Channel]:
     """A channel to the daemon at the unix socket ``address``. Calls that are still under way at the end are cancelled.
 
-    Raises CriError with the daemon's message if it refuses a call, or if it does not answer.
+    Raises CriError with the daemon's message if it refuses a call, and NoAnswerError if it cannot be reached.
     """
     options = [("grpc.max_receive_message_length", _MAX_MESSAGE)]
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
         try:
             yield channel
         except grpc.RpcError as e:
-            raise CriError(words(address, e)) from e
+            raise failure(address, e) from e
 
 
 def method(channel: grpc.Channel, service: ServiceDescriptor, name: str) -> Any:
@@ -48,12 +60,45 @@ def _serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def words(address: str, error: grpc.RpcError) -> str:
-    """The error message for the operator."""
+def failure(address: str, error: grpc.RpcError) -> CriError:
+    """The error for the operator."""
     assert isinstance(error, grpc.Call)
     details = str(error.details())
     if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-        return f"no daemon answers at {address}; start one with `criserver serve`"
+        return NoAnswerError(_obstacle(address))
     if error.code() is grpc.StatusCode.UNIMPLEMENTED and "Method not found" in details:
-        return f"the daemon at {address} has an older version than this command; restart it"
-    return details
+        return CriError(f"the daemon at {address} has an older version than this command; restart it")
+    return CriError(details)
+
+
+def _obstacle(address: str) -> str:
+    """Why the socket cannot be connected to. gRPC does not tell the cause in a form that can be relied on."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(5)
+            probe.connect(address)
+    except PermissionError:
+        return f"the socket {address} may not be opened by this user; run the command as root"
+    except OSError:
+        pass  # there is no socket, or nobody listens at it
+    return f"no daemon answers at {address}; start one with `criserver serve`"
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """A message with all its fields, also the empty ones, under their JSON names. 64-bit numbers stay numbers."""
+    return {field.json_name: _value(field, getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+
+
+def _value(field: Any, value: Any) -> Any:
+    kind = field.message_type
+    if kind is not None and kind.GetOptions().map_entry:
+        return dict(value)
+    if field.is_repeated:
+        return [_one(field, item) for item in value]
+    return _one(field, value)
+
+
+def _one(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return as_json(value)
+    return field.enum_type.values_by_number[value].name if field.enum_type is not None else value

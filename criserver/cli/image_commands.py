@@ -19,41 +19,49 @@ from typing import Any, BinaryIO
 
 import grpc
 
-from criserver.cli.client import connected, method, words
-from criserver.cli.options import configuration
+from criserver.cli.client import ADMIN, IMAGES, NoAnswerError, connected, failure, method
+from criserver.cli.node_commands import users_words
+from criserver.cli.options import address
 from criserver.cli.progress_display import display, short, size_words
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.cli.table import Cell, print_table
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 _PIECE = 1 << 20
-_ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
-_IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
 
 
 def list_images(options: argparse.Namespace) -> int:
     """Print a table of the images, a line for each name; or their IDs; or JSON."""
-    with connected(_address(options)) as channel:
+    with connected(address(options)) as channel:
         wanted = cri.ImageFilter(image=cri.ImageSpec(image=options.image or ""))
-        images = list(method(channel, _IMAGES, "ListImages")(cri.ListImagesRequest(filter=wanted)).images)
+        images = list(method(channel, IMAGES, "ListImages")(cri.ListImagesRequest(filter=wanted)).images)
+        uses = {use.image.id: use for use in method(channel, ADMIN, "DiskUse")(admin.DiskUseRequest()).images}
     if options.json:
-        print(json.dumps([_as_json(image) for image in images], indent=2))
+        print(json.dumps([_as_json(image, uses.get(image.id)) for image in images], indent=2))
     elif options.quiet:
         print(*(image.id for image in images), sep="\n", end="\n" if images else "")
     else:
         rows = sorted((name, image.id, image) for image in images for name in _shown_names(image))
-        cells = [(name, short(i.id), size_words(i.size), "pinned" if i.pinned else "") for name, _, i in rows]
-        _print_table([("IMAGE", "ID", "SIZE", ""), *cells])
+        table: list[Sequence[str | Cell]] = [
+            [Cell(h, "bold") for h in ("IMAGE", "ID", "SIZE", "ON DISK", "USED BY", "")]
+        ]
+        for name, _, image in rows:
+            use = uses.get(image.id, admin.ImageUse())
+            occupied = size_words(use.blobs + use.layers)
+            sizes = (size_words(image.size), occupied, users_words(use.users))
+            table.append((name, short(image.id), *sizes, "pinned" if image.pinned else ""))
+        print_table(table, keep=(1, 2, 3, 5))
     return 0
 
 
 def pull(options: argparse.Namespace) -> int:
     """Pull an image and show the progress; print its ID and names."""
     request = admin.PullImageRequest(name=options.image, pin=options.pin, **_credentials(options))
-    with connected(_address(options)) as channel:
+    with connected(address(options)) as channel:
         shown = None if options.quiet else display(sys.stderr)
         response = admin.PullImageResponse()
-        for response in method(channel, _ADMIN, "PullImage")(request):
+        for response in method(channel, ADMIN, "PullImage")(request):
             if shown and response.layers:
                 shown.show(response.layers)
         _print_image(response.image, "", quiet=options.quiet)
@@ -75,8 +83,8 @@ def export(options: argparse.Namespace) -> int:
     """Write images to an archive. The file gets its name when it is complete."""
     if options.file == "-" and sys.stdout.isatty():
         raise InvalidArgumentError("an archive is not written to a terminal; give a file, or redirect standard output")
-    with connected(_address(options)) as channel, _output(options.file) as file:
-        for piece in method(channel, _ADMIN, "ExportImages")(admin.ExportImagesRequest(images=options.images)):
+    with connected(address(options)) as channel, _output(options.file) as file:
+        for piece in method(channel, ADMIN, "ExportImages")(admin.ExportImagesRequest(images=options.images)):
             file.write(piece.data)
     return 0
 
@@ -86,7 +94,7 @@ def remove(options: argparse.Namespace) -> int:
 
     def one(channel: grpc.Channel, name: str) -> None:
         request = admin.RemoveImageRequest(image=name, force=options.force)
-        removed = method(channel, _ADMIN, "RemoveImage")(request)
+        removed = method(channel, ADMIN, "RemoveImage")(request)
         _print_image(removed.image, "removed ")
         if removed.snapshots:
             print(f"  its layers stay until the containers on them are removed ({removed.snapshots})")
@@ -99,7 +107,7 @@ def pin(options: argparse.Namespace) -> int:
 
     def one(channel: grpc.Channel, name: str) -> None:
         request = admin.PinImageRequest(image=name, pinned=options.pinned)
-        pinned = method(channel, _ADMIN, "PinImage")(request)
+        pinned = method(channel, ADMIN, "PinImage")(request)
         _print_image(pinned.image, "pinned " if options.pinned else "unpinned ")
 
     return _each(options, one)
@@ -109,9 +117,9 @@ def verify(options: argparse.Namespace) -> int:
     """Have the daemon verify all blobs and layers, and print the damage. With damage the exit code is 1."""
     damaged = 0
     told = sys.stderr.isatty()
-    with connected(_address(options)) as channel:
+    with connected(address(options)) as channel:
         found = admin.VerifyImagesResponse()
-        for found in method(channel, _ADMIN, "VerifyImages")(admin.VerifyImagesRequest()):
+        for found in method(channel, ADMIN, "VerifyImages")(admin.VerifyImagesRequest()):
             if told:
                 far = f"{size_words(found.bytes)} of {size_words(found.total_bytes)}, {found.layers} layers"
                 print(f"\r\x1b[2K{far}", end="", file=sys.stderr, flush=True)
@@ -131,29 +139,51 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Delete blobs and layers that nothing needs."""
-    with connected(_address(options)) as channel:
-        pruned = method(channel, _ADMIN, "PruneImages")(admin.PruneImagesRequest(all=options.all))
+    """Delete blobs and layers that nothing needs; with --all also unused images, after a question.
+
+    Raises FailedPreconditionError without a terminal to ask at.
+    """
+    if options.dry_run and not options.all:
+        raise InvalidArgumentError("--dry-run is for --all: without it no image is removed")
+    with connected(address(options)) as channel:
+        call = method(channel, ADMIN, "PruneImages")
+        if options.all and not options.yes:
+            unused = call(admin.PruneImagesRequest(all=True, dry_run=True)).images
+            for image in unused:
+                _print_image(image, "unused ")
+            if options.dry_run:
+                return 0
+            if unused and not _agreed(len(unused)):
+                print("nothing was removed")
+                return 1
+        pruned = call(admin.PruneImagesRequest(all=options.all))
     for image in pruned.images:
         _print_image(image, "removed ")
     print(f"freed {size_words(pruned.freed_bytes)} ({pruned.freed_bytes} bytes), {pruned.freed_inodes} inodes")
     return 0
 
 
-def _address(options: argparse.Namespace) -> str:
-    return configuration(options).grpc_address
+def _agreed(images: int) -> bool:
+    if not sys.stdin.isatty():
+        raise FailedPreconditionError(
+            "prune --all asks before it removes images, and there is no terminal to ask at; give --yes, or --dry-run"
+        )
+    return input(f"{_count(images, 'image')} will be removed. Go on? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _each(options: argparse.Namespace, one: Callable[[grpc.Channel, str], None]) -> int:
     """Call ``one`` for each image in the options. A failure for one image does not stop the others."""
     code = 0
-    address = _address(options)
-    with connected(address) as channel:
+    socket = address(options)
+    with connected(socket) as channel:
         for name in options.images:
             try:
                 one(channel, name)
             except grpc.RpcError as e:
-                print(f"criserver: {words(address, e)}", file=sys.stderr)
+                error = failure(socket, e)
+                if isinstance(error, NoAnswerError):
+                    raise error from e
+                print(f"criserver: {error}", file=sys.stderr)
                 code = 1
     return code
 
@@ -197,8 +227,8 @@ def _import(options: argparse.Namespace, archive: BinaryIO, name: str) -> int:
         while piece := archive.read(_PIECE):
             yield admin.ImportImageRequest(data=piece)
 
-    with connected(_address(options)) as channel:
-        response = method(channel, _ADMIN, "ImportImage")(pieces())
+    with connected(address(options)) as channel:
+        response = method(channel, ADMIN, "ImportImage")(pieces())
     for image in response.images:
         _print_image(image, "")
     for left in response.left_out:
@@ -249,17 +279,14 @@ def _shown_names(image: cri.Image) -> Iterable[str]:
     return image.repo_tags or image.repo_digests or ["<none>"]
 
 
-def _as_json(image: cri.Image) -> dict[str, Any]:
+def _as_json(image: cri.Image, use: admin.ImageUse | None) -> dict[str, Any]:
+    use = use or admin.ImageUse()
     return {
         "id": image.id,
         "repoTags": list(image.repo_tags),
         "repoDigests": list(image.repo_digests),
         "size": image.size,
+        "onDisk": use.blobs + use.layers,
+        "usedBy": list(use.users),
         "pinned": image.pinned,
     }
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,14 +11,20 @@ NODES_CONFIG = "/etc/criserver/config.toml"
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The option for the configuration of this node's daemon."""
+    """The option for the configuration of this node's daemon. It may stand before or after the command."""
     words = f"the daemon's configuration, with conf.d/*.toml beside it; by default {NODES_CONFIG}, if it exists"
-    parser.add_argument("--config", metavar="FILE", help=words)
+    # No default: that of a command would replace what was given before the command.
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=words)
 
 
 def config_path(options: argparse.Namespace) -> str:
     """The configuration file, which need not exist where no option names it."""
     return options.config or NODES_CONFIG
+
+
+def address(options: argparse.Namespace) -> str:
+    """The socket of this node's daemon. Raises InvalidArgumentError."""
+    return configuration(options).grpc_address
 
 
 def settings(options: argparse.Namespace) -> Settings:

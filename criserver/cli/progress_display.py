@@ -8,7 +8,7 @@ from typing import Protocol, TextIO
 
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 
-_DIGEST = len("sha256:") + 12
+_DIGEST = 12
 _WORDS = {
     admin.WAITING: "waiting",
     admin.DOWNLOADING: "downloading",
@@ -106,5 +106,5 @@ def _line(layer: admin.LayerProgress, columns: int) -> str:
 
 
 def short(digest: str) -> str:
-    """The beginning of a digest, without "sha256:"."""
-    return digest[:_DIGEST].removeprefix("sha256:")
+    """The beginning of a digest or an ID, without "sha256:"."""
+    return digest.removeprefix("sha256:")[:_DIGEST]

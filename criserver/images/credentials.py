@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from criserver.errors import FailedPreconditionError
+
+_log = structlog.get_logger(__name__)
 
 _HUB_NAMES = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 _MAX_FILE = 1 << 20
@@ -86,6 +91,20 @@ def load_docker_config(path: str, what: str = "registry.auth_file") -> DockerCon
         {server: credentials for server, credentials in found.items() if credentials != Credentials()},
         frozenset([*everywhere, *map(canonical_server, helpers)]),
     )
+
+
+def node_credentials(path: str) -> DockerConfig | None:
+    """The credentials of the node for pulls that bring none. ``path`` is registry.auth_file, "" for none.
+
+    A missing file is logged, and has no credentials: images that anyone may pull need none. Raises as
+    :func:`load_docker_config` does for a file that cannot be used.
+    """
+    if not path:
+        return None
+    if not os.path.exists(path):
+        _log.warning("registry.auth_file does not exist; the pull has no credentials of the node", path=path)
+        return None
+    return load_docker_config(path)
 
 
 def decode_basic(text: str) -> tuple[str, str]:

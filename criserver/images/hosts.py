@@ -26,6 +26,7 @@ RESOLVE = "resolve"
 
 _DOCKER_HUB = "registry-1.docker.io"
 _CAPABILITIES = frozenset({PULL, RESOLVE, "push", "referrers"})
+_HOST_KEYS = frozenset({"capabilities", "ca", "client", "skip_verify", "header", "dial_timeout", "override_path"})
 _MAX_FILE = 1 << 20
 _DIAL_TIMEOUT = 30.0
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
@@ -90,6 +91,20 @@ def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:
     if not content:
         return _expanded(_default(domain, _certificate_files(directory)), domain)
     return _File(path).hosts(domain, content)
+
+
+def unknown_keys(content: bytes) -> list[str]:
+    """The keys of a hosts.toml that mean nothing, such as misspelt ones. A pull ignores them, as containerd does.
+
+    Raises ValueError if the content is not TOML.
+    """
+    root = tomllib.loads(content.decode())
+    tables = root.get("host", {})
+    found = [key for key in root if key not in _HOST_KEYS and key not in ("host", "server")]
+    for url, table in tables.items() if isinstance(tables, dict) else ():
+        if isinstance(table, dict):
+            found += [f'host."{url}".{key}' for key in table if key not in _HOST_KEYS]
+    return found
 
 
 def _directory(domain: str, config_path: str) -> str | None:

@@ -41,6 +41,16 @@ class FsUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageUsage:
+    """What one image occupies, in bytes. ``own`` is the part of both that no other image needs."""
+
+    image: Image
+    blobs: int
+    layers: int
+    own: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pruned:
     """The images that a prune removed, and what was freed by it."""
 

@@ -7,6 +7,7 @@ name. All else is read from the content store at the start, so callers see what 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotF
 from criserver.images import references
 from criserver.images.content import ContentStore
 from criserver.images.export import Export
-from criserver.images.image import Image
+from criserver.images.image import Image, ImageUsage
 from criserver.images.manifests import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -137,6 +138,20 @@ class ImageStore:
     def layers(self) -> set[str]:
         """The chain IDs of the layers that the images need."""
         return set().union(*(entry.layers for entry in self._entries.values()))
+
+    def usages(self) -> tuple[ImageUsage, ...]:
+        """What each image occupies, sorted by ID."""
+        # Counted apart: the chain ID of a lowest layer is the digest of its blob if that is not compressed.
+        blob_users = Counter(digest for entry in self._entries.values() for digest in entry.blobs)
+        layer_users = Counter(chain_id for entry in self._entries.values() for chain_id in entry.layers)
+        found = []
+        for _, entry in sorted(self._entries.items()):
+            blobs = {digest: self._content.size(digest) or 0 for digest in entry.blobs}
+            layers = {key: layer.size for key in entry.layers if (layer := self._snapshotter.layer(key)) is not None}
+            own = sum(size for digest, size in blobs.items() if blob_users[digest] == 1)
+            own += sum(size for chain_id, size in layers.items() if layer_users[chain_id] == 1)
+            found.append(ImageUsage(entry.image, sum(blobs.values()), sum(layers.values()), own))
+        return tuple(found)
 
     def owners(self, digest: str) -> tuple[Image, ...]:
         """The images that need the blob with this digest, or the layer with this chain ID."""

@@ -24,11 +24,11 @@ from criserver.images.archive import open_archive
 from criserver.images.archive_import import load_images
 from criserver.images.archive_names import Naming
 from criserver.images.content import ContentStore
-from criserver.images.credentials import Credentials, load_docker_config
+from criserver.images.credentials import Credentials, node_credentials
 from criserver.images.export import archive_of
 from criserver.images.garbage import GarbageCollector
 from criserver.images.hosts import hosts_for
-from criserver.images.image import FsUsage, Image, LeftOut, Pruned
+from criserver.images.image import FsUsage, Image, ImageUsage, LeftOut, Pruned
 from criserver.images.image_store import ImageStore
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
@@ -241,18 +241,20 @@ class Images:
 
         ``used`` are the IDs of images that are kept although they may have no snapshot yet.
         """
-        gone: list[Image] = []
-        if unused:
-            standing = {snapshot.chain_id for snapshot in self._snapshotter.snapshots().values()}
-            gone = [
-                image
-                for image in self._images.list()
-                if not image.pinned and image.id not in used and image.chain_id not in standing
-            ]
-            await self._images.drop([image.id for image in gone])
+        gone = self.unused(used) if unused else ()
+        await self._images.drop([image.id for image in gone])
         freed = await self.collect()
         _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
-        return Pruned(tuple(gone), freed)
+        return Pruned(gone, freed)
+
+    def unused(self, used: Collection[str]) -> tuple[Image, ...]:
+        """The images that :meth:`prune` would remove as unused."""
+        standing = {snapshot.chain_id for snapshot in self._snapshotter.snapshots().values()}
+        return tuple(
+            image
+            for image in self._images.list()
+            if not image.pinned and image.id not in used and image.chain_id not in standing
+        )
 
     async def verify(self) -> AsyncIterator[Verified]:
         """Verify all blobs and layers, one at a time. Yields the progress and the damage that was found.
@@ -279,6 +281,14 @@ class Images:
         goes on to its end if the caller is cancelled. Returns what was freed.
         """
         return await self._garbage.collect()
+
+    def usages(self) -> tuple[ImageUsage, ...]:
+        """See :meth:`ImageStore.usages`."""
+        return self._images.usages()
+
+    def blob_bytes(self) -> int:
+        """What all blobs occupy, in bytes."""
+        return self._content.usage()[0]
 
     def fs_usage(self) -> FsUsage:
         """What images occupy now, from counters, without the layers that are still being unpacked."""
@@ -338,7 +348,7 @@ class Images:
 
         registries = self._registries
         hosts = hosts_for(reference.domain, registries.config_path)
-        file = load_docker_config(registries.auth_file) if registries.auth_file else None
+        file = node_credentials(registries.auth_file)
         keyring = Keyring(reference, credentials, file)
         async with self._kept(lease):
             async with RegistryClient(

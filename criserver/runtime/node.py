@@ -68,6 +68,8 @@ class Node:
     streaming: StreamingServer
     # By the handler's name.
     features: Mapping[str, Features]
+    # When the daemon began, on the monotonic clock.
+    began: float = field(default_factory=time.monotonic)
     # As last read, so that only what has changed is read again.
     cdi: cdi.CdiCatalog | None = None
     plugins: NodePlugins = field(default_factory=NodePlugins)

@@ -137,14 +137,16 @@ def test_the_list_is_a_table_of_names(node: Node, registry: Registry) -> None:
     for name in names:
         command(node, "pull", name, "--pin")
     title, *lines = command(node, "list").stdout.splitlines()
-    assert title.split() == ["IMAGE", "ID", "SIZE"]
+    assert title.split() == ["IMAGE", "ID", "SIZE", "ON", "DISK", "USED", "BY"]
     rows = [line.split() for line in lines]
     size = re.compile(r"2(\.0\d)?")
     for name in names:
         (row,) = [row for row in rows if row[0] == name]
         assert row[1] == image.id[7:19]
         assert size.fullmatch(row[2])
-        assert row[3:] == ["MB", "pinned"]
+        # The blob and the unpacked layer.
+        assert re.fullmatch(r"4(\.\d+)?", row[4])
+        assert [row[3], *row[5:]] == ["MB", "MB", "-", "pinned"]
     assert ["localhost/busybox:latest"] in [row[:1] for row in rows]
     assert not any("pinned" in row for row in rows if "busybox" in row[0])
 
@@ -156,8 +158,10 @@ def test_the_list_as_json_and_as_ids(node: Node, registry: Registry) -> None:
     repository = name.rpartition(":")[0]
     for given in (name, repository, image.id, image.id[7:15]):
         (found,) = json.loads(command(node, "list", given, "--json").stdout)
+        assert found.pop("onDisk") > found["size"]
         assert found == {
             "id": image.id,
+            "usedBy": [],
             "repoTags": [name],
             "repoDigests": [f"{repository}@{image.digest}"],
             "size": sum(len(blob) for digest, blob in image.blobs.items() if digest != image.digest),
@@ -433,7 +437,7 @@ def test_what_is_pinned_stays(node: Node, registry: Registry, tmp_path: Path) ->
     node.start()
     assert status(node, image.id).pinned
     with busybox_pinned(node):
-        command(node, "prune", "--all")
+        command(node, "prune", "--all", "--yes")
     assert "is pinned; unpin it first" in command(node, "remove", "localhost/pinned:1", code=1).stderr
     assert command(node, "unpin", "localhost/pinned:1").stdout.startswith(f"unpinned {image.id}")
     assert not status(node, image.id).pinned
@@ -459,12 +463,16 @@ def test_a_prune_frees_what_no_container_uses(node: Node, registry: Registry) ->
     assert command(node, "prune").stdout == "freed 0 B (0 bytes), 0 inodes\n"
     between = used_bytes(node)
     with busybox_pinned(node):
-        removed, freed = command(node, "prune", "--all").stdout.splitlines()
+        assert command(node, "prune", "--all", "--dry-run").stdout.split()[:3] == ["unused", gone.id, names[1]]
+        refused = command(node, "prune", "--all", code=1, stdin=subprocess.DEVNULL)
+        assert "give --yes" in refused.stderr
+        assert used_bytes(node) == between
+        removed, freed = command(node, "prune", "--all", "--yes").stdout.splitlines()
         assert removed.split()[:3] == ["removed", gone.id, names[1]]
         assert freed == f"freed 6.01 MB ({between - used_bytes(node)} bytes), 4 inodes"
         assert status(node, names[0]).id == kept.id
         node.remove_pods()
-        assert command(node, "prune", "--all").stdout.startswith(f"removed {kept.id} ")
+        assert command(node, "prune", "--all", "--yes").stdout.startswith(f"removed {kept.id} ")
     assert used_bytes(node) == before
 
 
@@ -536,6 +544,6 @@ def test_commands_without_a_daemon(tmp_path: Path) -> None:
     for words in (["list"], ["pull", "a"], ["export", "a", f"{tmp_path}/x"], ["remove", "a"], ["verify"], ["prune"]):
         arguments = [sys.executable, "-m", "criserver", "image", *words, "--config", str(tmp_path / "c.toml")]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (3, "")
         assert f"no daemon answers at {tmp_path}/none.sock" in done.stderr
     assert os.listdir(tmp_path) == ["c.toml"]

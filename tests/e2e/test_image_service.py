@@ -275,5 +275,5 @@ def test_an_import_without_a_daemon(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"x")
     command = [sys.executable, "-m", "criserver", "image", "import", "--config", str(tmp_path / "c.toml")]
     done = subprocess.run([*command, str(tmp_path / "x.tar")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert f"no daemon answers at {tmp_path}/none.sock" in done.stderr

@@ -116,6 +116,7 @@ def test_a_sound_node_has_no_faults_and_ran_a_container(node: Fake) -> None:
         "runtimes",
         "network",
         "directories",
+        "registries",
         "service",
         "trial",
     }

@@ -137,13 +137,13 @@ def test_the_manual_page_has_every_command_and_option() -> None:
         if not any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):
             assert f".B {path}" in page
 
-    walk(cli._parser(), "criserver")
+    walk(cli.parser(), "criserver")
 
 
 def test_all_commands_go_by_the_nodes_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def levels() -> set[str]:
         words = ("check", "reset", "image list", "serve", "config show", "config check")
-        return {configuration(cli._parser().parse_args(command.split())).log_level for command in words}
+        return {configuration(cli.parser().parse_args(command.split())).log_level for command in words}
 
     monkeypatch.setattr("criserver.cli.options.NODES_CONFIG", str(tmp_path / "config.toml"))
     assert levels() == {"info"}

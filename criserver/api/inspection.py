@@ -1,0 +1,164 @@
+"""What the daemon knows of a pod or a container, as JSON documents: `criserver inspect`, and CRI's verbose statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from criserver.api import views
+from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import cgroups
+from criserver.runtime.ignored import ignored
+from criserver.runtime.node import Node
+from criserver.runtime.records import Container, Record, Sandbox
+from criserver.text import shown
+from snapshotter import mounts
+
+
+def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+    """What a verbose PodSandboxStatus has beside the status."""
+    sent = cri.PodSandboxConfig.FromString(sandbox.sent)
+    return {
+        "sandboxID": sandbox.id,
+        "runtimeHandler": sandbox.runtime,
+        "reason": sandbox.reason,
+        "namespaces": node.namespaces_dir(sandbox.id),
+        "cgroupParent": sandbox.cgroup_parent,
+        "resources": _document(sent.linux.resources),
+        "overhead": _document(sent.linux.overhead),
+        "network": json.loads(sandbox.attachment) if sandbox.attachment else None,
+    }
+
+
+def container_info(node: Node, container: Container) -> dict[str, Any]:
+    """What a verbose ContainerStatus has beside the status."""
+    return {
+        "sandboxID": container.sandbox_id,
+        "pid": container.pid,
+        "rootfs": node.rootfs(container.id),
+        "runtimeSpec": _spec(node, container.id),
+        # Options that were accepted and have no effect on this node.
+        "ignored": ignored(container.config),
+    }
+
+
+def find(node: Node, text: str) -> Record:
+    """The pod or container with this ID or beginning of an ID, or the newest pod with this NAMESPACE/NAME.
+
+    Records that callers do not see yet count too. Raises NotFoundError, and InvalidArgumentError if several match.
+    """
+    records = node.records
+    if "/" in text:
+        pods = [s for s in records.sandboxes.values() if f"{s.config.namespace}/{s.config.name}" == text]
+        if not pods:
+            raise NotFoundError(f"pod {shown(text)} does not exist; `criserver pods` lists the pods")
+        return max(pods, key=lambda s: s.created_at)
+    if not text:
+        raise InvalidArgumentError("the ID is empty; give the ID of a pod or container, or NAMESPACE/NAME of a pod")
+    every: dict[str, Record] = {**records.sandboxes, **records.containers}
+    matches = [text] if text in every else [key for key in every if key.startswith(text)]
+    if not matches:
+        raise NotFoundError(f"no pod and no container has the ID {shown(text)}; `criserver ps --all` lists them")
+    if len(matches) > 1:
+        raise InvalidArgumentError(
+            f"{shown(text)} is the beginning of {len(matches)} IDs of pods and containers; give more characters"
+        )
+    return every[matches[0]]
+
+
+def inspect(node: Node, text: str) -> dict[str, Any]:
+    """The document of `criserver inspect` for what :func:`find` finds. Raises as that does."""
+    record = find(node, text)
+    return _sandbox(node, record) if isinstance(record, Sandbox) else _container(node, record)
+
+
+def _sandbox(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+    pins, infra = node.namespaces_dir(sandbox.id), node.processes.get(sandbox.id)
+    directories = (node.sandbox_dir(sandbox.id), pins)
+    return {
+        "kind": "pod",
+        "id": sandbox.id,
+        "name": f"{sandbox.config.namespace}/{sandbox.config.name}",
+        "state": sandbox.state.value,
+        "recovering": sandbox.id in node.recovering,
+        "status": _document(views.sandbox_status(sandbox)),
+        "config": _document(cri.PodSandboxConfig.FromString(sandbox.sent)),
+        **sandbox_info(node, sandbox),
+        "namespaces": {name: os.path.join(pins, name) for name in _names(pins)},
+        "cgroup": cgroups.pod_path(sandbox.cgroup_parent),
+        "mounts": [point for directory in directories for point in mounts.mounts_below(directory)],
+        "files": node.sandbox_files_dir(sandbox.id),
+        "infraPid": infra.started.pid if infra is not None and infra.started else 0,
+        "containers": [
+            {"id": c.id, "name": c.config.name, "state": c.state.value} for c in node.records.containers_of(sandbox.id)
+        ],
+    }
+
+
+def _container(node: Node, container: Container) -> dict[str, Any]:
+    sandbox = node.records.sandboxes[container.sandbox_id]
+    directory, process = node.container_dir(container.id), node.processes.get(container.id)
+    snapshot = node.snapshotter.snapshots().get(container.id)
+    return {
+        "kind": "container",
+        "id": container.id,
+        "name": container_name(node, container),
+        "state": container.state.value,
+        "recovering": sandbox.id in node.recovering,
+        "status": _document(views.container_status(container)),
+        "config": _document(cri.ContainerConfig.FromString(container.sent)),
+        **container_info(node, container),
+        "namespaces": _process_namespaces(container.pid) if process is not None else {},
+        "cgroup": cgroups.path(sandbox.cgroup_parent, container.id),
+        "mounts": mounts.mounts_below(directory),
+        "snapshot": snapshot.path if snapshot is not None else None,
+        "bundle": directory,
+        "shim": {
+            "socket": os.path.join(directory, "shim.sock"),
+            "exists": os.path.exists(os.path.join(directory, "shim.sock")),
+            "running": process is not None and process.started is not None and not process.exited.is_set(),
+        },
+        "logPath": container.log_path,
+    }
+
+
+def container_name(node: Node, container: Container) -> str:
+    """NAMESPACE/POD/CONTAINER."""
+    pod = node.records.sandboxes[container.sandbox_id].config
+    return f"{pod.namespace}/{pod.name}/{container.config.name}"
+
+
+def _spec(node: Node, container_id: str) -> Any:
+    try:
+        with open(os.path.join(node.container_dir(container_id), "config.json")) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _process_namespaces(pid: int) -> dict[str, str]:
+    """The namespaces of a process as the kernel names them, such as "net:[4026531840]"; none where it has ended."""
+    found = {}
+    for name in _names(f"/proc/{pid}/ns") if pid else ():
+        try:
+            found[name] = os.readlink(f"/proc/{pid}/ns/{name}")
+        except OSError:
+            continue  # it ends just now
+    return found
+
+
+def _document(message: Message) -> dict[str, Any]:
+    document: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return document

@@ -1,0 +1,46 @@
+"""What is taken out of a bug report."""
+
+from __future__ import annotations
+
+import pytest
+
+from criserver.cli.redaction import REMOVED, text_without_secrets, without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("pull from https://bob:s3cret@mirror.example/v2", f"pull from https://{REMOVED}@mirror.example/v2"),
+        ("run --password=s3cret -v", f"run --password={REMOVED} -v"),
+        ('"token": "s3cret", "a": 1', f'"token": "{REMOVED}", "a": 1'),
+        ("Authorization: Bearer s3cret", f"Authorization: Bearer {REMOVED}"),
+        ("DB_PASSWORD=s3cret&x=1", f"DB_PASSWORD={REMOVED}&x=1"),
+        ("https://mirror.example/a@sha256:0", "https://mirror.example/a@sha256:0"),
+        ("nothing secret here", "nothing secret here"),
+    ],
+)
+def test_texts(text: str, clean: str) -> None:
+    assert text_without_secrets(text) == clean
+
+
+def test_documents() -> None:
+    document = {
+        "env": ["A=s3cret", "B"],
+        "envs": [{"key": "A", "value": "czNjcmV0"}],
+        "labels": {"app": "web", "api-key": "s3cret"},
+        "args": ["run", "--token=s3cret"],
+        "pid": 5,
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "s3cret"},
+        "k8s_auth_token": "s3cret",
+        "password": "",
+    }
+    assert without_secrets(document) == {
+        "env": [f"A={REMOVED}", f"B={REMOVED}"],
+        "envs": [{"key": "A", "value": REMOVED}],
+        "labels": {"app": "web", "api-key": REMOVED},
+        "args": ["run", f"--token={REMOVED}"],
+        "pid": 5,
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": REMOVED},
+        "k8s_auth_token": REMOVED,
+        "password": "",
+    }
