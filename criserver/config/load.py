@@ -89,6 +89,7 @@ class Config:
     registry_max_downloads: int
     registry_progress_timeout: float
     images: ImageLimits
+    pinned_images: tuple[str, ...]
     default_runtime: str
     cgroup_driver: str
     infra: str
@@ -134,7 +135,8 @@ def config_of(settings: Settings) -> Config:
         registry_auth_file=registry["auth_file"],
         registry_max_downloads=registry["max_downloads"],
         registry_progress_timeout=float(registry["progress_timeout"]),
-        images=ImageLimits(**tables["images"]),
+        images=ImageLimits(**{key: value for key, value in tables["images"].items() if key != "pinned"}),
+        pinned_images=tuple(tables["images"]["pinned"]),
         default_runtime=runtime["default"],
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],
