@@ -160,6 +160,7 @@ def assemble(
             RegistrySettings.of(config),
             host_platform(),
             note=os.path.join(config.root, "synced.json"),
+            pinned=config.pinned_images,
         ),
         network=Network(conf_dir=config.cni_conf_dir, bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout),
         snapshotter=snapshotter,

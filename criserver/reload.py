@@ -63,6 +63,7 @@ class Reloads:
         node.features = features
         node.config = config
         node.images.configure(RegistrySettings.of(config))
+        node.images.pin_matching(config.pinned_images)
         node.network.configure(bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout)
         node.snapshotter.limits = LayerLimits(**asdict(config.images))
         logs.set_level(config.log_level)

@@ -17,8 +17,16 @@ _RELOADED: tuple[Key, ...] = (
     ("log", "level"),
     ("registry",),
     ("runtime", "default"),
+    ("runtime", "default_env"),
+    ("runtime", "default_mounts"),
+    ("runtime", "default_sysctls"),
+    ("runtime", "default_ulimits"),
+    ("runtime", "device_ownership_from_security_context"),
     ("runtime", "enable_unprivileged_icmp"),
     ("runtime", "enable_unprivileged_ports"),
+    ("runtime", "hooks_dir"),
+    ("runtime", "ignore_image_defined_volumes"),
+    ("runtime", "shm_size"),
     ("runtimes",),
 )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from criserver.config import system_directories
+from criserver.config.pod_defaults import PodDefaults, pod_defaults
 from criserver.config.settings import Settings, read
 from criserver.errors import InvalidArgumentError
 
@@ -27,6 +28,7 @@ class RuntimeHandler:
     container_annotations: tuple[str, ...] = ("*", "*/*")
     privileged_without_host_devices: bool = False
     cni_conf_dir: str = ""
+    base_runtime_spec: str = ""
 
     @property
     def sandbox_container(self) -> bool:
@@ -89,11 +91,13 @@ class Config:
     registry_max_downloads: int
     registry_progress_timeout: float
     images: ImageLimits
+    pinned_images: tuple[str, ...]
     default_runtime: str
     cgroup_driver: str
     infra: str
     enable_unprivileged_ports: bool
     enable_unprivileged_icmp: bool
+    pod_defaults: PodDefaults
     cdi_dirs: tuple[str, ...]
     streaming: Streaming
     nri: Nri
@@ -134,12 +138,14 @@ def config_of(settings: Settings) -> Config:
         registry_auth_file=registry["auth_file"],
         registry_max_downloads=registry["max_downloads"],
         registry_progress_timeout=float(registry["progress_timeout"]),
-        images=ImageLimits(**tables["images"]),
+        images=ImageLimits(**{key: value for key, value in tables["images"].items() if key != "pinned"}),
+        pinned_images=tuple(tables["images"]["pinned"]),
         default_runtime=runtime["default"],
         cgroup_driver=runtime["cgroup_driver"],
         infra=runtime["infra"],
         enable_unprivileged_ports=runtime["enable_unprivileged_ports"],
         enable_unprivileged_icmp=runtime["enable_unprivileged_icmp"],
+        pod_defaults=pod_defaults(settings),
         cdi_dirs=tuple(tables["cdi"]["dirs"]),
         streaming=_streaming(settings),
         nri=Nri(**tables["nri"]),

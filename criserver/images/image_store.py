@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import references
 from criserver.images.content import ContentStore
 from criserver.images.export import Export
@@ -28,6 +28,7 @@ from criserver.images.manifests import (
     parse_config,
     parse_manifest,
 )
+from criserver.images.name_patterns import NamePatterns
 from criserver.images.suspects import Suspects
 from criserver.store import Change, Store
 from snapshotter import Snapshotter
@@ -41,9 +42,13 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An image with its manifest, and with the blobs and layers that it needs."""
+    """An image with its manifest, and with the blobs and layers that it needs.
+
+    ``pinned`` says whether its record pins it. The image is pinned also if a pattern matches one of its names.
+    """
 
     image: Image
+    pinned: bool
     manifest: Descriptor
     blobs: frozenset[str]
     layers: frozenset[str]
@@ -62,6 +67,7 @@ class ImageStore:
         self._suspects = suspects
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
+        self._pinned_names = NamePatterns(())
         self._load()
 
     def get(self, ref_or_id: str) -> Image | None:
@@ -102,15 +108,29 @@ class ImageStore:
     async def pin(self, ref: str, *, pinned: bool) -> Image:
         """Pin an image, or unpin it. The kubelet's garbage collection leaves pinned images alone (CRI Image.pinned).
 
-        Raises NotFoundError, InvalidArgumentError.
+        Raises NotFoundError, InvalidArgumentError, and FailedPreconditionError if the configuration pins an image that
+        is to be unpinned.
         """
         image = self.wanted(ref)
+        if not pinned and (name := self._pinned_names.match((*image.repo_tags, *image.repo_digests))):
+            raise FailedPreconditionError(
+                f"image {image.id} is pinned by the configuration: a pattern of images.pinned matches {name}; "
+                "change the pattern"
+            )
         record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
         await self._store.write(Change(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode()))
-        image = replace(self.wanted(image.id), pinned=pinned)
-        self._entries[image.id] = replace(self._entries[image.id], image=image)
+        self._entries[image.id] = replace(self._entries[image.id], pinned=pinned)
+        self._name([image.id])
         _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
-        return image
+        return self._entries[image.id].image
+
+    def pin_matching(self, patterns: Iterable[str]) -> None:
+        """Pin also each image, present or future, of which a name matches one of these patterns.
+
+        They replace the patterns of an earlier call.
+        """
+        self._pinned_names = NamePatterns(patterns)
+        self._name(list(self._entries))
 
     def name_in(self, ref: str) -> str:
         """The canonical form of ``ref`` if that is the name of an image here, else ""."""
@@ -197,11 +217,11 @@ class ImageStore:
         """Record a loaded image under ``names``. Other images lose these names."""
         entry = self._read(manifest, pinned=pinned)
         old = self._entries.get(entry.image.id)
-        if old is not None and old.image.pinned:
-            entry = replace(entry, image=replace(entry.image, pinned=True))
+        if old is not None and old.pinned:
+            entry = replace(entry, pinned=True)
         record = {
             "manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size},
-            "pinned": entry.image.pinned,
+            "pinned": entry.pinned,
         }
         names = tuple(names)
         await self._store.write(
@@ -241,7 +261,7 @@ class ImageStore:
         return {image_id for name, image_id in self._names.items() if name.startswith(prefixes)}
 
     def _name(self, image_ids: Iterable[str]) -> None:
-        """Update the names in the Image values of these images."""
+        """Update the names in the Image values of these images, and whether they are pinned."""
         for image_id in image_ids:
             names = sorted(name for name, owner in self._names.items() if owner == image_id)
             entry = self._entries[image_id]
@@ -249,6 +269,7 @@ class ImageStore:
                 entry.image,
                 repo_tags=tuple(name for name in names if "@" not in name),
                 repo_digests=tuple(name for name in names if "@" in name),
+                pinned=entry.pinned or bool(self._pinned_names.match(names)),
             )
             self._entries[image_id] = replace(entry, image=image)
 
@@ -306,7 +327,7 @@ class ImageStore:
             pinned=pinned,
         )
         blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer, _ in layers))
-        return _Entry(image, descriptor, frozenset(blobs), frozenset(chain))
+        return _Entry(image, pinned, descriptor, frozenset(blobs), frozenset(chain))
 
     def _manifest(self, descriptor: Descriptor) -> Manifest:
         what = f"manifest {descriptor.digest}"

@@ -54,7 +54,7 @@ class Images:
     """The images of a node. A daemon has one, and calls :meth:`collect` once at its start.
 
     Creating it drops the records of images of which a part is missing on disk. ``note`` is the file of the
-    :mod:`~criserver.images.sync_note`.
+    :mod:`~criserver.images.sync_note`. ``pinned`` are the patterns of :meth:`pin_matching`.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Images:
         platform: Platform,
         policy: ImagePolicy | None = None,
         note: str = "",
+        pinned: Collection[str] = (),
     ) -> None:
         self._suspects = Suspects(content, snapshotter, note)
         self._images = ImageStore(store, content, snapshotter, self._suspects)
@@ -76,6 +77,7 @@ class Images:
         self._platform = platform
         self._loader = Loader(content, snapshotter, platform, self._suspects)
         self.configure(registries)
+        self.pin_matching(pinned)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
         self._verifying = False
 
@@ -83,6 +85,10 @@ class Images:
         """Take over settings for the pulls that begin from now on."""
         self._registries = registries
         self._downloads = asyncio.Semaphore(registries.max_downloads)
+
+    def pin_matching(self, patterns: Collection[str]) -> None:
+        """See :meth:`ImageStore.pin_matching`."""
+        self._images.pin_matching(patterns)
 
     async def pull(self, ref: str, credentials: Credentials | None = None) -> Image:
         """Pull the image that ``ref`` means at its registry now, and give it that name.

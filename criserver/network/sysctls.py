@@ -28,12 +28,17 @@ def sysctl_path(name: str, kinds: list[str]) -> str:
     path = name.translate(str.maketrans("./", "/.")) if swap else name
     if {"", ".", ".."} & set(path.split("/")) or "\0" in path:
         raise InvalidArgumentError(f"sysctl {quoted(name)} is not the name of a sysctl")
-    if not any(path.startswith(_PREFIXES[kind]) for kind in kinds):
+    if not belongs(path, kinds):
         raise InvalidArgumentError(
             f"sysctl {quoted(name)} does not belong to a namespace that the pod has for itself "
             f"({', '.join(kinds) or 'it has none'}); it can only be set on the node"
         )
     return path
+
+
+def belongs(path: str, kinds: Iterable[str]) -> bool:
+    """Whether a sysctl, by its path, belongs to a namespace of ``kinds``."""
+    return any(path.startswith(_PREFIXES[kind]) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,18 @@ The names are containerd's. gVisor (runsc/specutils) and Kata Containers (virtco
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 
+from criserver.errors import InvalidArgumentError
 from criserver.model import ContainerConfig, PodConfig
+from criserver.text import quoted
 
 _CRI = "io.kubernetes.cri."
+# CRI-O's name, and the one that its later releases have too.
+SHM_SIZES = ("io.kubernetes.cri-o.ShmSize", "shm-size.crio.io")
+_SIZE = re.compile(r"([0-9]{1,19})(?:([kmg])?i?b?)")
+_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30}
 
 
 def of_container(
@@ -39,6 +46,26 @@ def of_sandbox(pod: PodConfig, sandbox_id: str, pod_patterns: Iterable[str]) -> 
         f"{_CRI}sandbox-log-directory": pod.log_directory,
         **_of_pod(pod, sandbox_id),
     }
+
+
+def shm_size(pod: PodConfig, pod_patterns: Iterable[str]) -> int | None:
+    """The size of /dev/shm in bytes that the pod's annotation asks for; None if none does that the handler allows.
+
+    The annotation is CRI-O's. Raises InvalidArgumentError for a value that is not a number with one of k, m, g or Ki,
+    Mi, Gi. As in CRI-O all of them are powers of 1024.
+    """
+    allowed = passed(pod.annotations, pod_patterns)
+    name = next((name for name in SHM_SIZES if name in allowed), None)
+    if name is None:
+        return None
+    text = allowed[name]
+    found = _SIZE.fullmatch(text.strip().lower())
+    size = int(found[1]) << _SHIFTS[found[2] or ""] if found else 0
+    if not 0 < size < 1 << 63:
+        raise InvalidArgumentError(
+            f"annotation {name} = {quoted(text)} of pod {pod.namespace}/{pod.name} is not a size; write 128Mi or so"
+        )
+    return size
 
 
 def passed(annotations: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:

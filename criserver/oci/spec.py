@@ -6,11 +6,13 @@ Runtime specification 1.0.2 (config.md, config-linux.md), with what Kubernetes a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import ContainerConfig, Propagation, User
+from criserver.oci import base_spec
 from criserver.oci.capabilities import capability_sets
-from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, Spec
+from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, Spec, SpecDefaults
 from criserver.oci.spec_mounts import container_mounts
 from criserver.oci.spec_namespaces import container_namespaces
 from criserver.oci.spec_resources import device_rules, in_force, oci_device, resource_limits
@@ -34,31 +36,34 @@ def build(
     selinux_label: str = "",
     mount_label: str = "",
     annotations: Mapping[str, str] | None = None,
+    defaults: SpecDefaults | None = None,
 ) -> Spec:
     """The whole spec.
 
     ``devices`` are the host's nodes for ``config.devices``, in their order. A privileged container may use all devices
     with ``host_devices``, and all other nodes of the host come before them. ``seccomp`` is the filter
-    (config-linux.md, "Seccomp") or None.
+    (config-linux.md, "Seccomp") or None. ``defaults`` are what the node gives to every container.
 
     Raises InvalidArgumentError for a container without a command, and for an unknown capability.
     """
     security, resources = config.security, config.resources
-    nodes = list(devices)
+    nodes, defaults = list(devices), defaults or SpecDefaults()
+    base: Mapping[str, Any] = defaults.base
+    base_process = base.get("process", {})
     spec: Spec = {
         "ociVersion": "1.0.2",
         "process": {
             "terminal": config.tty,
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
             "args": process_args(config, image),
-            "env": environment(config, image, pod.hostname),
+            "env": environment(config, image, pod.hostname, (*defaults.env, *base_process.get("env", ()))),
             "cwd": config.working_dir or image.working_dir or "/",
             "capabilities": capability_sets(config, host),
             "noNewPrivileges": security.no_new_privs,
             "oomScoreAdj": in_force(resources, host).oom_score_adj,
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
-        "mounts": container_mounts(config, pod),
+        "mounts": container_mounts(config, pod, base.get("mounts", ()), defaults.mounts),
         "annotations": dict(annotations or {}),
         "linux": {
             "cgroupsPath": cgroups_path,
@@ -69,9 +74,8 @@ def build(
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },
     }
-    if host.open_files is not None:
-        soft, hard = host.open_files
-        spec["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]
+    if limits := _rlimits(host, defaults, base_process.get("rlimits", ())):
+        spec["process"]["rlimits"] = limits
     if apparmor_profile:
         spec["process"]["apparmorProfile"] = apparmor_profile
     if selinux_label:  # SELinux labels: of the process, and of the file systems that the runtime mounts
@@ -83,7 +87,15 @@ def build(
         spec["linux"]["rootfsPropagation"] = "rshared"
     elif any(m.propagation is Propagation.HOST_TO_CONTAINER for m in config.mounts):
         spec["linux"]["rootfsPropagation"] = "rslave"
-    return spec
+    return base_spec.under(base, spec)
+
+
+def _rlimits(host: HostFacts, defaults: SpecDefaults, base: Iterable[Mapping[str, Any]]) -> list[Spec]:
+    """The limits of the process, one of each type: the base's, else the node's defaults, else the daemon's own."""
+    limits = {"RLIMIT_NOFILE": host.open_files} if host.open_files is not None else {}
+    limits |= defaults.rlimits
+    limits |= {limit["type"]: (limit["soft"], limit["hard"]) for limit in base}
+    return [{"type": kind, "soft": soft, "hard": hard} for kind, (soft, hard) in limits.items()]
 
 
 def exec_process(spec: Spec, command: Iterable[str], *, tty: bool) -> Spec:
@@ -110,15 +122,19 @@ def process_args(config: ContainerConfig, image: ImageDefaults) -> list[str]:
     return args
 
 
-def environment(config: ContainerConfig, image: ImageDefaults, hostname: str) -> list[str]:
+def environment(
+    config: ContainerConfig, image: ImageDefaults, hostname: str, defaults: Iterable[str] = ()
+) -> list[str]:
     """The environment as NAME=VALUE lines. The image overrides the defaults, and the kubelet overrides the image.
+
+    ``defaults`` are lines of the node. They override this runtime's own defaults.
 
     An image's line without "=" takes the default away, as in containerd. A line without a name has no effect: the OCI
     runtime would refuse it.
     """
     variables: dict[str, str] = {}
     base = [_PATH, *(["TERM=xterm"] if config.tty else []), *([f"HOSTNAME={hostname}"] if hostname else [])]
-    for line in (*base, *image.env):
+    for line in (*base, *defaults, *image.env):
         name, equals, value = line.partition("=")
         if equals and name:
             variables[name] = value

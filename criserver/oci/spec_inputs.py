@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Spec = dict[str, Any]
@@ -16,6 +17,21 @@ class ImageDefaults:
     cmd: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     working_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecDefaults:
+    """What the node gives to every container.
+
+    ``env``: lines NAME=VALUE. ``rlimits``: the soft and the hard limit by their name, such as RLIMIT_NOFILE.
+    ``mounts``: pairs of a path of the node and a path of the container. ``base``: the spec to start from, whose own
+    environment, rlimits and mounts win over these.
+    """
+
+    env: tuple[str, ...] = ()
+    rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    mounts: tuple[tuple[str, str], ...] = ()
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,10 @@ from criserver.errors import InvalidArgumentError
 from criserver.model import ContainerConfig, IdMapping, Mount, NamespaceMode, Propagation
 from criserver.oci.spec_inputs import PodFacts, Spec
 
+# Mounts that a base_runtime_spec cannot give: the pod's shared memory, and the /run of `ctr oci spec`, which would hide
+# files of images. containerd leaves both out too.
+_NOT_OF_A_BASE = frozenset({"/dev/shm", "/run"})  # noqa: S108 - the container's
+
 
 def check_mounts(config: ContainerConfig) -> None:
     """Refuse mounts with Bidirectional propagation in which the OCI runtime would mount something of its own.
@@ -33,6 +37,15 @@ def check_mounts(config: ContainerConfig) -> None:
             )
 
 
+def _default_mount(outside: str, inside: str) -> Spec:
+    options = ["rbind", "rprivate", "ro", "nosuid", "nodev"]
+    return {"destination": inside, "type": "bind", "source": outside, "options": options}
+
+
+def _writable(mount: Mapping[str, Any]) -> Spec:
+    return {**mount, "options": ["rw" if option == "ro" else option for option in mount.get("options", ())]}
+
+
 def _is_free(destination: str, config: ContainerConfig) -> bool:
     """Whether the daemon's own mount is made at ``destination``. It is not made:
 
@@ -54,10 +67,25 @@ def _is_in(path: str, top: str) -> bool:
     return path == top or path.startswith(top.rstrip("/") + "/")
 
 
-def container_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
-    """All mounts of a container."""
-    own = (*_base_mounts(config, pod), *_sandbox_files(config, pod))
-    mounts = [*(m for m in own if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
+def container_mounts(
+    config: ContainerConfig,
+    pod: PodFacts,
+    base: Iterable[Mapping[str, Any]] = (),
+    defaults: Iterable[tuple[str, str]] = (),
+) -> list[Spec]:
+    """All mounts of a container.
+
+    ``base`` are the mounts of the handler's base_runtime_spec, ``defaults`` the pairs of paths of default_mounts. A
+    mount replaces an earlier one at the same path: this runtime's own, the defaults, the base's, the pod's.
+    """
+    own = {m["destination"]: m for m in _base_mounts(config, pod)}
+    own |= {inside: _default_mount(outside, inside) for outside, inside in defaults}
+    of_base = {normal_path(m["destination"]): m for m in base}
+    own |= {path: dict(m) for path, m in of_base.items() if path not in _NOT_OF_A_BASE}
+    if config.security.privileged:
+        own |= {path: _writable(own[path]) for path in ("/sys", "/sys/fs/cgroup")}
+    own |= {m["destination"]: m for m in _sandbox_files(config, pod)}
+    mounts = [*(m for m in own.values() if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
     return in_mount_order(mounts)
 
 

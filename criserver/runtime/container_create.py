@@ -23,10 +23,10 @@ from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
 from criserver.oci import cdi, container_user, cri_annotations, seccomp, spec
 from criserver.oci.capabilities import capability_sets
-from criserver.oci.spec_inputs import ImageDefaults, Spec
+from criserver.oci.spec_inputs import ImageDefaults, Spec, SpecDefaults
 from criserver.oci.spec_mounts import check_mounts
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, bundle, cgroups, filesystems, host, pidfd, selinux
+from criserver.runtime import apparmor, bundle, cgroups, filesystems, host, node_defaults, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
 from criserver.runtime.ignored import log_ignored
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -69,12 +69,13 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     await node.images.checked(image)
     defaults = _defaults(image)
     # These raise errors that would come up later anyway. Here nothing has been made yet.
-    spec.process_args(config, defaults)
+    command, *_ = spec.process_args(config, defaults)
     check_mounts(config)
     _check_features(node, sandbox, config)
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
-    edits = await _device_edits(node, config)
+    edits = await _device_edits(node, config) + await node_defaults.hooks(node, sandbox, config, command)
+    of_node = await node_defaults.spec_defaults(node, node.handler(sandbox.runtime))
     container = Container(
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
@@ -95,7 +96,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         await node.records.add(container)
     async with node.lock(container.id):
         try:
-            user, document = await _prepare(node, sandbox, container, image, defaults, filter_, profile, edits)
+            user, document = await _prepare(node, sandbox, container, image, defaults, of_node, filter_, profile, edits)
             adjusted = await node.plugins.create_container(container, document)
             if adjusted is not None:
                 container = await bundle.adjust(node, sandbox, container, document, adjusted)
@@ -150,6 +151,7 @@ async def _prepare(
     container: Container,
     image: Image,
     defaults: ImageDefaults,
+    of_node: SpecDefaults,
     filter_: Spec | None,
     profile: str,
     edits: cdi.ContainerEdits,
@@ -159,7 +161,8 @@ async def _prepare(
     target = _target(node, container)
     await prepare_log(node, container)
     granted = await filesystems.device_nodes(config.devices)
-    config, devices = dataclasses.replace(config, devices=tuple(granted)), list(granted.values())
+    config = dataclasses.replace(config, devices=tuple(granted))
+    devices = [node_defaults.owned(node, config, device) for device in granted.values()]
     if config.security.privileged and not handler.privileged_without_host_devices:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
@@ -176,6 +179,7 @@ async def _prepare(
         spec.build,
         config=config,
         image=defaults,
+        defaults=of_node,
         pod=dataclasses.replace(pod, pid_namespace=pid_namespace or pod.pid_namespace),
         host=host.facts(),
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, container.id),

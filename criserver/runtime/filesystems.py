@@ -93,7 +93,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
     made.
     """
     requested = container.config.mounts
-    paths = [*(m.container_path for m in requested), *image.config.volumes]
+    image_volumes = () if node.config.pod_defaults.ignore_image_defined_volumes else image.config.volumes
+    paths = [*(m.container_path for m in requested), *image_volumes]
     resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths) if paths else {}
     resolved = []
     for number, mount in enumerate(requested):
@@ -106,7 +107,7 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
             resolved.append(await _in_time(partial(_resolved, mount), what))
     covered = {mount.container_path for mount in resolved}
     volumes = []
-    for number, volume in enumerate(sorted({resolved_paths[volume] for volume in image.config.volumes} - covered)):
+    for number, volume in enumerate(sorted({resolved_paths[volume] for volume in image_volumes} - covered)):
         if volume == "/" or volume.split("/")[1] in _KERNEL_DIRECTORIES:
             continue
         path = os.path.join(_volumes_dir(node, container.id), str(number))

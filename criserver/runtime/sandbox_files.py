@@ -15,7 +15,6 @@ from criserver.runtime import selinux
 from snapshotter import mounts, removal
 from snapshotter.files import make_private
 
-SHM_SIZE = 64 << 20
 _FILES = ("resolv.conf", "hostname", "hosts")
 
 
@@ -55,11 +54,11 @@ def hosts(name: str, ips: tuple[str, ...]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write(files: str, directory: str, config: PodConfig, label: str) -> None:
+def write(files: str, directory: str, config: PodConfig, label: str, shm_size: int) -> None:
     """Make the directory ``files`` with its files, and ``directory`` with /dev/shm. Blocks.
 
     The hosts file of a pod with its own network comes later, as it needs the pod's addresses. ``label`` is a SELinux
-    label, "" for none. Raises ResourceExhaustedError on a full disk.
+    label, "" for none. ``shm_size`` is the size of /dev/shm in bytes. Raises ResourceExhaustedError on a full disk.
     """
     make_private(files)
     _put(files, "resolv.conf", resolv_conf(config.dns), label)
@@ -70,7 +69,7 @@ def write(files: str, directory: str, config: PodConfig, label: str) -> None:
     if config.namespaces.ipc is not NamespaceMode.NODE:
         shm = os.path.join(directory, "shm")
         make_private(shm)
-        options = f"mode=1777,size={SHM_SIZE}"
+        options = f"mode=1777,size={shm_size}"
         if (user := config.namespaces.user) is not None:
             options += f",uid={user.uids.host_id},gid={user.gids.host_id}"
         if label:

@@ -17,9 +17,10 @@ from collections.abc import Awaitable
 import structlog
 
 from criserver import logs
-from criserver.errors import FailedPreconditionError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, namespaces
+from criserver.network.sysctls import belongs, sysctl_path
 from criserver.oci import cri_annotations
 from criserver.oci.infra_spec import build_infra
 from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
@@ -49,6 +50,7 @@ async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) 
             f"pod {config.namespace}/{config.name} asks for a user namespace, which runtime handler {runtime.name} or "
             "this kernel cannot give: it needs runc 1.2 or newer, and id-mapped mounts under overlay (Linux 5.19)"
         )
+    cri_annotations.shm_size(config, runtime.pod_annotations)  # raises its error before anything is made
     name = config.full_name
     return await node.attempts.run(
         f"pod sandbox {name}", sent + handler.encode(), lambda: _run(node, config, sent, handler)
@@ -118,14 +120,17 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
         passage.update(node)
-    await asyncio.to_thread(sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label)
+    await asyncio.to_thread(
+        sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label, _shm_size(node, sandbox)
+    )
+    sysctls = _sysctls(node, config)
     pinned = await namespaces.make(
         node.namespaces_dir(sandbox.id),
         net=own_network,
         uts=own_network,
         ipc=config.namespaces.ipc is not NamespaceMode.NODE,
         hostname=sandbox_files.hostname(config) if own_network else "",
-        sysctls=config.sysctls,
+        sysctls=sysctls,
         defaults=_default_sysctls(node, config) if own_network else {},
         user=_user_mapping(config),
     )
@@ -136,7 +141,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     await asyncio.gather(*filter(None, (network, infra)), return_exceptions=True)
     if network is not None:
         sandbox = network.result()
-        await namespaces.set_sysctls(pinned, config.sysctls)
+        await namespaces.set_sysctls(pinned, sysctls)
         await asyncio.to_thread(sandbox_files.write_hosts, files, config, sandbox.ips, label)
     if infra is not None and infra.result().is_set():
         raise _infra_ended(node)
@@ -176,7 +181,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         apparmor_profile=await apparmor.default(),
         mount_label=selinux.pod_files(sandbox.selinux_level),
         sandbox=_annotations(node, sandbox) if sandbox.sandbox_container else None,
-        sysctls=sandbox.config.sysctls,
+        sysctls=_sysctls(node, sandbox.config),
     )
     with open(os.path.join(directory, "config.json"), "w") as f:
         json.dump(document, f)
@@ -197,6 +202,31 @@ def _annotations(node: Node, sandbox: Sandbox) -> dict[str, str]:
 
 def _infra_ended(node: Node) -> FailedPreconditionError:
     return FailedPreconditionError(f"the pod's infra process ended at once: is {node.config.infra} a catatonit?")
+
+
+def _shm_size(node: Node, sandbox: Sandbox) -> int:
+    """The size of the pod's /dev/shm in bytes."""
+    asked = cri_annotations.shm_size(sandbox.config, node.handler(sandbox.runtime).pod_annotations)
+    return node.config.pod_defaults.shm_size if asked is None else asked
+
+
+def _sysctls(node: Node, config: PodConfig) -> dict[str, str]:
+    """The pod's sysctls, and those of default_sysctls that it does not name and whose namespace it has for itself.
+
+    Raises InvalidArgumentError for one in default_sysctls that belongs to no namespace.
+    """
+    defaults = node.config.pod_defaults.sysctls
+    if not defaults:
+        return dict(config.sysctls)
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    own = {"net": own_network, "uts": own_network, "ipc": config.namespaces.ipc is not NamespaceMode.NODE}
+    try:
+        paths = {sysctl_path(name, list(own)): value for name, value in defaults.items()}
+    except InvalidArgumentError as e:
+        raise InvalidArgumentError(f"runtime.default_sysctls of the configuration: {e}") from e
+    kinds = [kind for kind, wanted in own.items() if wanted]
+    named = {sysctl_path(name, list(own)) for name in config.sysctls}
+    return {p: v for p, v in paths.items() if p not in named and belongs(p, kinds)} | dict(config.sysctls)
 
 
 def _default_sysctls(node: Node, config: PodConfig) -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from criserver.errors import InvalidArgumentError
 from criserver.oci import cri_annotations
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.parse import container_config, pod_config
@@ -62,3 +65,21 @@ def test_a_sandbox_container_is_told_as_one() -> None:
         "io.kubernetes.cri.sandbox-log-directory": "/l",
         "run.oci.handler": "wasm",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("64k", 64 << 10), ("2Mi", 2 << 20), ("1GiB", 1 << 30), ("3mb", 3 << 20), (" 1g ", 1 << 30)],
+)
+def test_the_size_of_shared_memory(text: str, size: int) -> None:
+    for name in cri_annotations.SHM_SIZES:
+        pod = dataclasses.replace(POD, annotations={name: text})
+        assert cri_annotations.shm_size(pod, [name]) == size
+        assert cri_annotations.shm_size(pod, ["other"]) is None
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5g", "10%", "1t", "much", "9" * 19 + "g"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    pod = dataclasses.replace(POD, annotations={cri_annotations.SHM_SIZES[0]: text})
+    with pytest.raises(InvalidArgumentError, match="ShmSize"):
+        cri_annotations.shm_size(pod, ["*"])

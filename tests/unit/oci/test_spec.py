@@ -23,7 +23,7 @@ from criserver.model import (
 )
 from criserver.oci import spec
 from criserver.oci.capabilities import DEFAULT_CAPABILITIES, lacking
-from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts
+from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, SpecDefaults
 from criserver.oci.spec_resources import in_force, resource_limits, unenforced
 from tests.support.samples import CONFIG
 
@@ -53,6 +53,7 @@ def build(
     selinux_label: str = "",
     mount_label: str = "",
     apparmor_profile: str = "",
+    defaults: SpecDefaults | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     return spec.build(
@@ -67,6 +68,7 @@ def build(
         selinux_label=selinux_label,
         mount_label=mount_label,
         apparmor_profile=apparmor_profile,
+        defaults=defaults,
     )
 
 
@@ -314,3 +316,39 @@ def test_version_2_is_told_swap_alone(swap: int, left: str) -> None:
     assert found == {"memory": {"limit": 64}, "unified": {"memory.swap.max": left}}
     asked = Resources(memory_limit=64, memory_swap_limit=swap, unified={"memory.swap.max": "7"})
     assert resource_limits(asked, host)["unified"] == {"memory.swap.max": "7"}
+
+
+def test_mounts_of_the_node_and_of_a_base_are_replaced_by_those_of_the_pod() -> None:
+    cgroup = {"destination": "/sys/fs/cgroup/", "type": "cgroup", "source": "cgroup", "options": ["ro", "noexec"]}
+    left_out = [{"destination": path, "type": "tmpfs"} for path in ("/run", "/dev/shm", "/etc/hosts")]
+    defaults = SpecDefaults(mounts=(("/n/a", "/a"), ("/n/b", "/b")), base={"mounts": [cgroup, *left_out]})
+    own = Mount("/b", "/pod/b", readonly=False, propagation=Propagation.PRIVATE)
+    for privileged, access in ((False, "ro"), (True, "rw")):
+        security = dataclasses.replace(CONFIG.security, privileged=privileged)
+        mounts = build(defaults=defaults, mounts=(own,), security=security)["mounts"]
+        found = {m["destination"]: m for m in mounts}
+        assert len(found) == len(mounts)
+        assert {path: found[path]["source"] for path in ("/a", "/b", "/dev/shm", "/etc/hosts")} == {
+            "/a": "/n/a",
+            "/b": "/pod/b",
+            "/dev/shm": "/s/shm",
+            "/etc/hosts": "/s/hosts",
+        }
+        assert found["/sys/fs/cgroup/"]["options"] == [access, "noexec"]
+        assert "/run" not in found
+
+
+def test_limits_and_environment_of_the_base_win_over_those_of_the_node() -> None:
+    base = {"process": {"rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 1}], "env": ["B=base"]}, "hooks": {}}
+    defaults = SpecDefaults(
+        rlimits={"RLIMIT_CORE": (0, 0), "RLIMIT_NOFILE": (3, 4)}, env=("A=node", "B=node", "C=node"), base=base
+    )
+    image = ImageDefaults(env=("C=image",))
+    host = dataclasses.replace(HOST, open_files=(1, 2))
+    found = build(image, host=host, defaults=defaults)
+    assert {r["type"]: (r["soft"], r["hard"]) for r in found["process"]["rlimits"]} == {
+        "RLIMIT_CORE": (1, 1),
+        "RLIMIT_NOFILE": (3, 4),
+    }
+    assert {"A=node", "B=base", "C=image"} <= set(found["process"]["env"])
+    assert found["hooks"] == {}

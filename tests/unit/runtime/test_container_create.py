@@ -10,6 +10,7 @@ import pytest
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.images.manifests import ImageConfig
+from criserver.oci.cdi import ContainerEdits
 from criserver.oci.spec_inputs import Spec
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
@@ -30,6 +31,7 @@ class FakeNode(SimpleNamespace):
             records=(records := RecordStore(store)),
             images=Mock(checked=AsyncMock()),
             plugins=NodePlugins(),
+            handler=Mock(),
             lock=lambda key: asyncio.Lock(),
             background=lambda work, what: None,
         )
@@ -47,6 +49,7 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, undone: bool
 ) -> None:
     pod = node.records.sandboxes["p"]
+    monkeypatch.setattr(container_create, "node_defaults", AsyncMock(hooks=AsyncMock(return_value=ContainerEdits())))
     node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
     write_now = node.store.write_now
 
