@@ -9,7 +9,7 @@ containerd this is the pause container. A pod has no process of its own here, so
    cgroup.
 3. When the container of 1 ends, the cgroup is removed. If another container runs, the cgroup is made anew, so that
    cAdvisor asks for the process again.
-4. A pod whose containers share a PID namespace has an infra process, in a cgroup with the right name already.
+4. A pod with a process of its own (see Sandbox.has_infra) has a cgroup with the right name already.
 5. A pod in the node's network has no network of its own, and no such cgroup.
 """
 
@@ -26,10 +26,9 @@ from criserver.runtime.records import Container, Record, Sandbox
 
 def process_of(node: Node, sandbox: Sandbox) -> int:
     """The PID of a process in the pod's network namespace, 0 if there is none."""
-    namespaces = sandbox.config.namespaces
-    if sandbox.state is not SandboxState.READY or namespaces.network is NamespaceMode.NODE:
+    if sandbox.state is not SandboxState.READY or sandbox.config.namespaces.network is NamespaceMode.NODE:
         return 0
-    if namespaces.pid is NamespaceMode.POD:
+    if sandbox.has_infra:
         infra = node.processes.get(sandbox.id)
         return infra.started.pid if infra is not None and infra.started is not None else 0
     running = [c for c in node.records.containers_of(sandbox.id) if c.state is ContainerState.RUNNING]
@@ -58,7 +57,7 @@ async def make(node: Node, sandbox: Sandbox) -> None:
 
 async def _renew(node: Node, ended: Container) -> None:
     sandbox = node.records.sandboxes.get(ended.sandbox_id)
-    if sandbox is None or sandbox.config.namespaces.pid is NamespaceMode.POD:
+    if sandbox is None or sandbox.has_infra:
         return
     cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
     async with node.lock(f"cadvisor {sandbox.id}"):

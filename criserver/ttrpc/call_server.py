@@ -111,7 +111,7 @@ class TtrpcServer:
         except TimeoutError:
             return encode_failure(StatusCode.DEADLINE_EXCEEDED, "the call took longer than its timeout")
         except Exception as error:
-            log.exception("ttrpc_request_failed")
+            log.exception("a ttrpc request failed", error=str(error))
             return encode_failure(StatusCode.INTERNAL, str(error))
 
     async def _call(self, event: Requested | Oversized) -> bytes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from criserver.pb.ttrpc.ttrpc_pb2 import KeyValue, Request, Response, Status
+from criserver.text import status
 from criserver.ttrpc.statuses import CallError, StatusCode
 
 _NANO = 1_000_000_000
@@ -50,8 +51,8 @@ def encode_answer(payload: bytes) -> bytes:
 
 
 def encode_failure(code: StatusCode, message: str) -> bytes:
-    """The payload of a response to a call that failed."""
-    return Response(status=Status(code=code, message=message)).SerializeToString()
+    """The payload of a response to a call that failed. The message becomes printable and bounded."""
+    return Response(status=Status(code=code, message=status(message))).SerializeToString()
 
 
 def decode_answer(payload: bytes) -> bytes | CallError:

@@ -191,6 +191,8 @@ def test_processes_without_a_record_are_left_alone_until_a_reset_ends_them(fault
     node = faulty
     pod = run_pod(node, "pod", cri.NODE)
     container = run(node, pod, "c", cri.NODE, f"{STUBBORN} exec {SLEEP}")
+    # Its first process, and the one that outlives it.
+    eventually(lambda: sum(words.startswith(SLEEP) for words in alive()) == 2)
     set_fault(node, "fails")
     first = node.pid(container)
     node.kill()

@@ -63,6 +63,17 @@ async def test_a_request_that_takes_longer_than_its_timeout() -> None:
         assert (await response(reader))[1].status.code == StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_an_error_with_any_text_is_answered() -> None:
+    async def failing(_: bytes) -> bytes:
+        raise OSError(f"no file \udcff{'x' * 10_000}")  # the name of a file that is no UTF-8
+
+    async with served({("s", "m"): failing}) as (_, reader, writer):
+        writer.write(request(1))
+        status = (await asyncio.wait_for(response(reader), 10))[1].status
+        assert (status.code, status.message[:14]) == (StatusCode.INTERNAL, "no file \\udcff")
+        assert len(status.message) < 5000
+
+
 @pytest.mark.parametrize(
     ("wire", "code"),
     [
