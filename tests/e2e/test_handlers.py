@@ -82,7 +82,8 @@ def _in_cgroup(pid: int, name: str) -> bool:
 
 def test_a_pod_is_a_sandbox_container_that_its_containers_join(node: Node) -> None:
     pod = run_pod(node, "runsc", annotations={"dev.gvisor.spec": "1", "other": "2"})
-    assert len(infra(node, pod)) == 1
+    # The OCI runtime's own process becomes the pod's just after the start.
+    eventually(lambda: len(infra(node, pod)) == 1)
     container = node.run(pod, "c", SLEEP, annotations={"own": "3"})
     assert node.sh(container, "hostname") == "pod\n"
     found = {key: told(node, key) for key in (pod, container)}
