@@ -12,7 +12,6 @@ from criserver.nri.ownership import removed
 from criserver.oci.adjustment_faults import Fault, resource_faults
 from criserver.oci.adjustment_value import SpecAdjustment
 from criserver.oci.spec_inputs import HostFacts
-from criserver.oci.spec_resources import complete_limits
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 
 _HOOKS = {
@@ -83,20 +82,20 @@ def update_limits(
     container_id: str,
     asked: nri.LinuxResources,
     owners: nri.OwningPlugins,
-    in_force: Mapping[str, Any],
     host: HostFacts,
 ) -> dict[str, Any]:
-    """The OCI limits of an update of a container, for the OCI runtime's update and for ``merge_limits``.
+    """The OCI limits of an update of a container.
 
-    ``in_force`` is ``linux.resources`` of its spec. Raises FailedPreconditionError, with the plugin's name, for what
-    this node cannot give.
+    Raises FailedPreconditionError, with the plugin's name, for what plugins ask for and this node cannot give. Limits
+    that no plugin owns are the kubelet's, which may ask for more than the node has.
     """
     limits = oci_resources(asked)
     asking = SpecAdjustment(container_id=container_id, resources=limits, owners=_named_owners(container_id, owners))
     reasons = (Fault(field, "", reason) for field, reason in unsupported_classes(asked).items())
     for fault in (*reasons, *resource_faults(limits, host)):
-        raise FailedPreconditionError(f"{asking.asked_by(fault.field, fault.key)}: {fault.reason}")
-    return complete_limits(limits, dict(in_force), host)
+        if (fault.field, fault.key) in asking.owners:
+            raise FailedPreconditionError(f"{asking.asked_by(fault.field, fault.key)}: {fault.reason}")
+    return limits
 
 
 def oci_resources(asked: nri.LinuxResources) -> dict[str, Any]:

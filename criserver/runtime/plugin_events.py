@@ -10,13 +10,13 @@ from typing import Any
 
 import structlog
 
-from criserver.errors import CriError, FailedPreconditionError, NotFoundError
+from criserver.errors import CriError, NotFoundError
 from criserver.nri.plugins import Plugins
 from criserver.nri.resource_updates import ResourceUpdates
-from criserver.nri.spec_values import oci_resources, spec_adjustment, unsupported_classes
+from criserver.nri.spec_values import spec_adjustment, update_limits
 from criserver.oci.spec_inputs import Spec
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
-from criserver.runtime import cgroups, container_stop, container_update
+from criserver.runtime import cgroups, container_stop, container_update, host
 from criserver.runtime.node import Node
 from criserver.runtime.node_plugins import Adjusted, Known, Limits
 from criserver.runtime.plugin_views import (
@@ -126,7 +126,7 @@ class PluginCalls:
             return Limits(limits.asked, limits.oci, updates)
         wanted = cri_resources(changed)
         wanted.oom_score_adj = limits.asked.oom_score_adj
-        return Limits(wanted, _limits(container.id, changed), updates)
+        return Limits(wanted, _limits(container.id, changed, updates), updates)
 
     async def container_updated(self, container: Container) -> None:
         """The update is done."""
@@ -166,7 +166,7 @@ class PluginCalls:
         failed = []
         for update in updates.updates:
             try:
-                await self._update(update)
+                await self._update(update, updates)
             except CriError as e:
                 failed.append(update)
                 log.warning("an NRI plugin's update failed", container=update.container_id, error=str(e))
@@ -174,10 +174,10 @@ class PluginCalls:
             await self._evict(eviction)
         return failed
 
-    async def _update(self, update: nri.ContainerUpdate) -> None:
+    async def _update(self, update: nri.ContainerUpdate, updates: ResourceUpdates) -> None:
         resources = update.linux.resources
         container = self._node.records.visible_container(update.container_id)
-        limits = Limits(cri_resources(resources), _limits(container.id, resources), None)
+        limits = Limits(cri_resources(resources), _limits(container.id, resources, updates), None)
         await container_update.set_limits(self._node, container.id, limits)
 
     async def _evict(self, eviction: nri.ContainerEviction) -> None:
@@ -254,8 +254,6 @@ def _read(path: str) -> Spec:
     return spec
 
 
-def _limits(container_id: str, resources: nri.LinuxResources) -> Spec:
-    """The OCI limits. Raises FailedPreconditionError for what no running container can be given."""
-    for reason in unsupported_classes(resources).values():
-        raise FailedPreconditionError(f"container {container_id}: {reason}")
-    return oci_resources(resources)
+def _limits(container_id: str, resources: nri.LinuxResources, updates: ResourceUpdates) -> Spec:
+    """The OCI limits. Raises FailedPreconditionError for what plugins ask for and this node cannot give."""
+    return update_limits(container_id, resources, updates.ownership.message, host.facts())

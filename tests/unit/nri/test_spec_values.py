@@ -241,26 +241,6 @@ HOST = HostFacts(capabilities=(), unified_cgroups=True, swap_accounting=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "in_force", "expected"),
-    [
-        ({"cpu": {"quota": {"value": 5}}}, {}, {"cpu": {"quota": 5, "period": 100_000}}),
-        ({"cpu": {"quota": {"value": 5}}}, {"cpu": {"period": 7}}, {"cpu": {"quota": 5, "period": 7}}),
-        ({"cpu": {"quota": {"value": 5}, "period": {"value": 9}}}, {}, {"cpu": {"quota": 5, "period": 9}}),
-        ({"cpu": {"cpus": "0"}}, {"cpu": {"period": 7}}, {"cpu": {"cpus": "0"}}),
-        ({"memory": {"limit": {"value": 5}}}, {}, {"memory": {"limit": 5}, "unified": {"memory.swap.max": "0"}}),
-        ({"memory": {"limit": {"value": 5}}}, {"unified": {"memory.swap.max": "9"}}, {"memory": {"limit": 5}}),
-        ({"memory": {"swap": {"value": 8}}}, {"memory": {"limit": 5}}, {"unified": {"memory.swap.max": "3"}}),
-        ({}, {"cpu": {"quota": 5}}, {}),
-    ],
-)
-def test_an_update_has_what_its_limits_need(
-    asked: dict[str, Any], in_force: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    resources = json_format.ParseDict(asked, nri.LinuxResources())
-    assert update_limits("c1", resources, nri.OwningPlugins(), in_force, HOST) == expected
-
-
-@pytest.mark.parametrize(
     ("asked", "field"),
     [
         ({"rdt_class": {"value": "gold"}}, Field.RdtClass),
@@ -272,4 +252,6 @@ def test_an_update_that_cannot_be_had_is_refused_by_plugin(asked: dict[str, Any]
     owners.claim("tuner", "c1", field)
     resources = json_format.ParseDict(asked, nri.LinuxResources())
     with pytest.raises(FailedPreconditionError, match=f"NRI plugin tuner adjusts {Field.Name(field)} of container c1"):
-        update_limits("c1", resources, owners.message, {}, HOST)
+        update_limits("c1", resources, owners.message, HOST)
+    # A limit that no plugin has set is the kubelet's.
+    update_limits("c1", resources, nri.OwningPlugins(), HOST)
