@@ -267,7 +267,8 @@ class Network:
         A plugin is known by its type. If its type is not installed (a misspelt one), it is known by its place.
         """
         try:
-            now = self.config()
+            # A handler may have a directory of its own.
+            now = self.config(os.path.dirname(recorded.source))
         except CriError:
             return None
         if now.name != recorded.name:
