@@ -28,9 +28,10 @@ async def prepare(node: Node, request: Any) -> None:
 def _name(node: Node, request: Any) -> str:
     """The ID of the sandbox; "" for a request that names none. Raises NotFoundError for one that does not exist."""
     if isinstance(request, cri.RunPodSandboxRequest):
-        config = pod_config(request.config)
-        logs.about(pod=f"{config.namespace}/{config.name}")
-        return node.records.holder(config.full_name) if node.recovering else ""
+        metadata = request.config.metadata
+        logs.about(pod=f"{metadata.namespace}/{metadata.name}")
+        # The RPC reads the request too. It is read here only during recovery.
+        return node.records.holder(pod_config(request.config).full_name) if node.recovering else ""
     if sandbox_id := getattr(request, "pod_sandbox_id", ""):
         sandbox = node.records.sandbox(sandbox_id)
         logs.about(**sandbox.named)
