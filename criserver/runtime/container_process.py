@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 # An exit record, as a shim tells it or has written it; of any version, so that a key may be missing.
 ExitRecord = Mapping[str, Any]
 
+# In the directory of a container; shims write it (shims/exit_record.py).
+_EXIT_RECORD = "exit.json"
 # Seconds.
 # A shim gives the runtime up after 100 s and tells why; one that does not is stuck. The kubelet waits two minutes.
 START_TIMEOUT = 110.0
@@ -426,7 +428,9 @@ class ContainerProcess:
             if code is None:
                 return  # it still runs
             log.error("a shim is stuck; its container's end is taken from the kernel", owner=self.id, code=code)
-            self._take_exit({"code": code, "finished_at": time.time_ns()})
+            ended: ExitRecord = {"code": code, "finished_at": time.time_ns()}
+            await asyncio.to_thread(_keep_exit, self.directory, ended)
+            self._take_exit(ended)
             await self._end_shim()
         elif (record := _exit_record(self.directory)) is not None:
             # It is busy with what is left in the cgroup, or with a runtime that hangs.
@@ -536,10 +540,21 @@ def _started(message: StartedEvent | RunningGreeting) -> Started:
     return Started(message["init"], message["start_ticks"], message["started_at"])
 
 
+def _keep_exit(directory: str, record: ExitRecord) -> None:
+    """Write an end that no shim has written, for a daemon that is started before it is in the database. Blocks."""
+    path = os.path.join(directory, _EXIT_RECORD)
+    try:
+        with open(path + ".tmp", "w") as f:
+            json.dump(record, f)
+        os.rename(path + ".tmp", path)
+    except OSError as e:
+        log.warning("a container's end cannot be written beside its bundle", directory=directory, error=str(e))
+
+
 def _exit_record(directory: str) -> ExitRecord | None:
     """The end of its process that a shim has written to disk; None if there is no file. Raises OSError."""
     try:
-        with open(os.path.join(directory, "exit.json")) as f:
+        with open(os.path.join(directory, _EXIT_RECORD)) as f:
             record: ExitRecord = json.load(f)
             return record
     except (FileNotFoundError, NotADirectoryError):

@@ -32,10 +32,12 @@ async def _start(node: Node, container_id: str) -> str:
     process = process_records.of_container(node, node.records.container(container_id))
     # From here on StopContainer can end this start, also while it waits for the lock.
     with process.start_under_way():
-        return await _start_in_turn(node, container_id, process)
+        await _start_in_turn(node, container_id, process)
+    await node.records.written(container_id)
+    return container_id
 
 
-async def _start_in_turn(node: Node, container_id: str, process: ContainerProcess) -> str:
+async def _start_in_turn(node: Node, container_id: str, process: ContainerProcess) -> None:
     async with node.lock(container_id):
         container = node.records.container(container_id)
         if container.state is not ContainerState.CREATED:
@@ -67,7 +69,6 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             process.start_failed(str(e))
             raise
         await node.plugins.container_started(container)
-    return container_id
 
 
 def _check_target(node: Node, container: Container) -> None:

@@ -2,8 +2,8 @@
 
 Only this module writes records. A change in memory is one step of the event loop. Its row is written by a thread:
 
-1. :meth:`Registry.save` and :meth:`Registry.forget` wait for it, and change the memory afterwards.
-2. :meth:`Registry.observe` changes the memory at once, as its step has happened already.
+1. :meth:`RecordStore.save` and :meth:`RecordStore.forget` wait for it, and change the memory afterwards.
+2. :meth:`RecordStore.observe` changes the memory at once, as its step has happened already.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -56,7 +57,8 @@ class RecordStore:
         self._names: dict[str, str] = {}
         self._name_of: dict[str, str] = {}
         self._watchers: list[Callable[[Record | None, Record | None], None]] = []
-        self._writes: set[asyncio.Task[None]] = set()
+        # The last write behind of each record that has one under way, by ID. One thread makes them in their order.
+        self._writes: dict[str, asyncio.Task[None]] = {}
         self.unreadable: dict[tuple[str, str], str] = {}
         for table, load in (("sandboxes", self._load_sandbox), ("containers", self._load_container)):
             for key, stored in store.items(table):
@@ -206,9 +208,22 @@ class RecordStore:
 
         # Submitted now, so that rows are written in the order of the changes.
         task = asyncio.ensure_future(write(self._store.submit(_row(record))))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        self._writes[record.id] = task
+        task.add_done_callback(partial(self._written, record.id))
         return task
+
+    def _written(self, record_id: str, task: asyncio.Task[None]) -> None:
+        if self._writes.get(record_id) is task:
+            del self._writes[record_id]
+
+    async def written(self, record_id: str) -> None:
+        """Wait until all changes of a record are on disk. A change that cannot be written was logged and is no error.
+
+        A call that has started something waits for this before its answer. A daemon that is killed after its answer
+        must not forget what the caller was told.
+        """
+        if (task := self._writes.get(record_id)) is not None:
+            await asyncio.wait([task])
 
     def _current(self, record: Record) -> Any:
         return (self._sandboxes if isinstance(record, Sandbox) else self._containers).get(record.id)

@@ -21,14 +21,25 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
-from tests.support.node import RUNTIME, Node, processes
+from tests.support.node import RUNTIME, Node, handler, processes
 from tests.support.waiting import SLOWNESS, eventually, within
+
+# An OCI runtime after which the disk stands still, where there is a file "freeze" beside it.
+FREEZING = """#!/bin/sh
+{runtime} "$@" || exit
+[ ! -e "${{0%/*}}/freeze" ] || fsfreeze --freeze {root}
+"""
 
 
 @pytest.fixture
 def disk(busybox_archive: str) -> Iterator[Node]:
-    """A node whose root directory is on a disk that can be frozen."""
+    """A node whose root directory is on a disk that can be frozen. Its handler "freezing" does so after a start."""
     node = Node()
+    program = Path(node.base) / "freezing"
+    program.write_text(FREEZING.format(runtime=shutil.which(RUNTIME), root=node.root))
+    program.chmod(0o755)
+    with open(node.config, "a") as f:
+        f.write(handler("freezing", str(program)))
     image = f"{node.base}/disk"
     with open(image, "wb") as f:
         f.truncate(256 << 20)
@@ -78,6 +89,25 @@ def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node) -> None:
         caller.join(60 * SLOWNESS)
     assert len(made) == len(callers)
     assert len(disk.client.ListPodSandbox().items) == 1 + len(callers)
+
+
+def test_a_start_is_told_when_it_is_on_disk(disk: Node) -> None:
+    """A daemon that is killed after its answer must know that the container runs, also from a shim that is silent."""
+    pod = disk.client.RunPodSandbox(config=disk.pod("one"), runtime_handler="freezing").pod_sandbox_id
+    disk.pods.add(pod)
+    container = disk.create(pod, "c", ["sleep", "1000"])
+    caller = threading.Thread(target=lambda: disk.client.StartContainer(container_id=container))
+    Path(disk.base, "freeze").touch()
+    try:
+        caller.start()
+        eventually(lambda: disk.status(container).state == cri.CONTAINER_RUNNING)
+        disk.client.Version()
+        assert caller.is_alive()
+    finally:
+        os.unlink(Path(disk.base, "freeze"))
+        subprocess.run(["fsfreeze", "--unfreeze", disk.root], check=True)
+    caller.join(60 * SLOWNESS)
+    assert not caller.is_alive()
 
 
 def lose(path: str) -> None:

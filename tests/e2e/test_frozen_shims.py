@@ -231,6 +231,9 @@ def test_a_new_daemon_serves_beside_them(node: Node, pods: list[str], ten: list[
     with within(DEADLINE):
         node.client.StopContainer(container_id=ten[0], timeout=0)
     assert node.status(ten[0]).exit_code == 137
+    node.kill()
+    node.start()
+    assert node.status(ten[0]).exit_code == 137
     # What goes on is as it was: another's end is told with its code.
     freezer.thaw()
     assert node.sh(ten[1], "echo hello") == "hello\n"

@@ -220,6 +220,22 @@ async def test_a_shim_that_ends_before_it_has_cleaned_up_leaves_that_to_the_daem
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
+async def test_an_end_that_a_stuck_shim_does_not_tell_is_kept_for_the_next_daemon(
+    node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has its code only until the shim, its parent, is ended."""
+    monkeypatch.setattr(container_process, "_SHIM_PATIENCE", 0.01)
+    process = node.process
+    process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
+    await process.kill()
+    assert node.container.exit_code == 137
+    late = FakeNode(node.container_dir("c"), ContainerState.RUNNING)
+    late.process.without_shim()
+    assert (late.container.exit_code, late.container.reason) == (137, "Error")
+    await asyncio.gather(*late.work)
+
+
+@pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
 @pytest.mark.parametrize("room", ["the record", "the process", "its start"])
 async def test_a_process_that_cannot_be_looked_at_has_not_ended(
     node: FakeNode, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, room: str

@@ -172,6 +172,18 @@ async def test_what_is_observed_while_a_record_is_written_is_kept() -> None:
     assert store.tables["containers"]["c"] == dump(saved)
 
 
+async def test_the_changes_of_one_record_are_waited_for() -> None:
+    records = RecordStore(store := FakeStore())
+    brought_to(records, pod := sandbox("p", SandboxState.READY))
+    brought_to(records, running := container("c", pod, ContainerState.RUNNING))
+    await records.written("c")
+    records.observe(dataclasses.replace(running, sent=b"new"))
+    records.observe(ended := running.ended(3, "Error"))
+    assert store.tables["containers"]["c"] == dump(running)
+    await records.written("c")
+    assert store.tables["containers"]["c"] == dump(ended)
+
+
 async def test_a_record_that_is_removed_while_it_is_written_does_not_come_back() -> None:
     records = RecordStore(store := FakeStore())
     brought_to(records, gone := sandbox("p", SandboxState.REMOVING))
