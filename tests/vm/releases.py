@@ -11,6 +11,7 @@ import tempfile
 # The version of each release and its commit, the newest last. RELEASE.md says when one is added.
 RELEASES = {
     "0.1.0": "213e8f68d8c9f37927f30a83bab9bb4da5664893",
+    "0.2.0": "5cd90d1876b4365169e105b96df391f8c5d28e38",
 }
 LAST = list(RELEASES)[-1]
 
