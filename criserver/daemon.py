@@ -120,7 +120,7 @@ async def serve(settings: Settings, path: str) -> None:
             await upkeep.finish(node.images.sync(), SYNC_GRACE)
     finally:
         for process in node.processes.values():
-            process.abandon()
+            process.shim.abandon()
         await node.nursery.stop()
         node.stats.close()
         node.snapshotter.close()

@@ -126,7 +126,7 @@ async def _take_down(config: Config, grace: float, agreed: Callable[[int, int], 
                 await service_manager.stop_unit(own)
         finally:
             for process in node.processes.values():
-                process.abandon()
+                process.shim.abandon()
             node.stats.close()
             snapshotter.close()
     finally:

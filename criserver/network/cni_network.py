@@ -11,15 +11,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.network import cni_plugin
+from criserver.network.attachment import Attachment
 from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
-from criserver.network.cni_result import CniResult, decode, excerpt, parse, stored
+from criserver.network.cni_result import CniResult, decode, excerpt, parse
 from criserver.network.namespace_calls import is_pinned
 from criserver.network.pod_network import PodNetwork
 from criserver.telemetry import families
@@ -40,66 +41,6 @@ _ERRORS: Mapping[int, type[CriError]] = {
 }
 
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """A pod on a network: planned while ``result`` is None, added when it has a result."""
-
-    network: NetworkConfig
-    container_id: str
-    netns: str
-    ifname: str
-    args: str
-    capabilities: Mapping[str, Any]
-    result: CniResult | None = None
-
-    @property
-    def ips(self) -> tuple[str, ...]:
-        """The pod's addresses, the primary one first. Empty before the attachment is added."""
-        return self.result.ips if self.result else ()
-
-    def to_json(self) -> str:
-        """The attachment as text, for the database."""
-        return json.dumps(
-            {
-                "network": {
-                    "name": self.network.name,
-                    "cniVersion": self.network.cni_version,
-                    "plugins": self.network.plugins,
-                    "disableCheck": self.network.disable_check,
-                    "source": self.network.source,
-                },
-                "containerID": self.container_id,
-                "netns": self.netns,
-                "ifname": self.ifname,
-                "args": self.args,
-                "capabilities": self.capabilities,
-                "result": self.result.raw if self.result else None,
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> Attachment:
-        """The attachment in the text of :meth:`to_json`."""
-        document = json.loads(text)
-        network, result = document["network"], document["result"]
-        version, ifname = network["cniVersion"], document["ifname"]
-        return cls(
-            network=NetworkConfig(
-                name=network["name"],
-                cni_version=version,
-                plugins=tuple(network["plugins"]),
-                disable_check=network["disableCheck"],
-                source=network["source"],
-            ),
-            container_id=document["containerID"],
-            netns=document["netns"],
-            ifname=ifname,
-            args=document["args"],
-            capabilities=document["capabilities"],
-            result=None if result is None else stored(result, ifname=ifname, version=version),
-        )
 
 
 class Network:

@@ -50,13 +50,13 @@ async def reopen_log(node: Node, id_or_prefix: str) -> None:
             f"container {container.id} is {container.state.value}; only a running one has a log to reopen"
         )
     process = node.processes.get(container.id)
-    if process is None or not process.has_shim:
+    if process is None or not process.shim.connected:
         raise FailedPreconditionError(
             f"container {container.id} runs, but its shim is gone or cannot be reached: its log cannot be reopened"
         )
     await prepare_log(node, container)
     try:
-        await process.request({"op": "reopen"})
+        await process.shim.request({"op": "reopen"})
     except CriError as e:
         if type(e) is not CriError:
             raise

@@ -22,14 +22,14 @@ import structlog
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, pidfd
+from criserver.runtime.container_shim import GREETING_TIMEOUT, ContainerShim
 from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
-from criserver.runtime.shim_link import ShimLink, connect, connect_in_turn
 from criserver.runtime.start_under_way import StartUnderWay
 from criserver.telemetry import families
 
 if TYPE_CHECKING:
-    from shims.messages import ForkConfig, Request, RunningGreeting, ShimMessage, SignalRequest, StartedEvent
+    from shims.messages import ForkConfig, RunningGreeting, ShimMessage, SignalRequest, StartedEvent
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +44,6 @@ START_TIMEOUT = 110.0
 # The time that a shim has to delete an exited container. It takes milliseconds. A slow shim is asked whether it works.
 _GONE_TIMEOUT = 15.0
 _GONE_PATIENCE = 2.0
-_GREETING_TIMEOUT = 2.0
 # A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
 KILL_TIMEOUT = 30.0
 # The time that a shim has to report that its process has ended. After it the daemon checks whether the shim is stuck.
@@ -101,6 +100,7 @@ class ContainerProcess:
 
     Attributes:
         runtime: what starts and deletes it.
+        shim: the shim that holds it.
         cgroup: its cgroup below the roots of the hierarchies.
         started: which process it is, once it runs.
         exited: set once the process has ended and the observer has been told.
@@ -121,7 +121,6 @@ class ContainerProcess:
     ) -> None:
         self.id = owner_id
         self.directory = directory
-        self._socket = os.path.join(directory, "shim.sock")
         self.runtime = runtime
         self.cgroup = cgroups.path(cgroup_parent, owner_id)
         self.started: Started | None = None
@@ -129,14 +128,12 @@ class ContainerProcess:
         self.stopping = False
         self.checkpoint: Checkpoint | None = None
         self._cgroup_parent = cgroup_parent
-        self._nursery = nursery
+        self.shim = ContainerShim(owner_id, directory, nursery, background, self._on_event, self._on_close)
         self._observer = observer
         self._background = background
-        self._link: ShimLink | None = None
         self._start: StartUnderWay | None = None
         self._gone = asyncio.Event()
         self._cleaning: asyncio.Task[None] | None = None
-        self._abandoned = False
         self._killing = False
 
     # The start
@@ -191,7 +188,7 @@ class ContainerProcess:
             "pod_events": cgroups.pod_events(self._cgroup_parent),
         }
         with families.RUNTIME_DURATION.timed(self.runtime.handler, "run", failures=families.RUNTIME_FAILURES):
-            self._link = await self._nursery.fork(config, on_event, on_close)
+            await self.shim.fork(config, on_event, on_close)
             if not await start.wait(START_TIMEOUT):
                 await self.end_start()
                 if start.is_cut:
@@ -213,10 +210,10 @@ class ContainerProcess:
         No request is sent to the shim: one that is stuck, or that an earlier version has started, has to end too.
         Raises DeadlineExceededError where the kernel does not let go of a process.
         """
-        self.abandon()
+        self.shim.abandon()
         # A frozen process takes no signal, and the runtime would wait for it.
         cgroups.thaw(self.cgroup)
-        left = await self._end_shim()
+        left = await self.shim.end(END_TIMEOUT)
         await self.destroy()
         if left:
             raise cgroups.unkillable(self.id, left, END_TIMEOUT)
@@ -227,122 +224,11 @@ class ContainerProcess:
         self.exited.set()
         self._cleaned_up()
 
-    # Its shim
-
-    async def reconnect(self) -> bool:
-        """Connect to a shim that an earlier daemon started, and take over what it greets with.
-
-        False where the shim is gone. A shim that does not greet (it is stopped, or the node is busy) may do so later.
-        """
-        greeted = asyncio.Event()
-
-        def on_event(message: ShimMessage) -> None:
-            self._on_event(message)
-            greeted.set()
-
-        try:
-            self._link = connect(self._socket, on_event, self._on_close)
-        except (FileNotFoundError, NotADirectoryError, ConnectionError):
-            return False
-        except OSError as e:
-            # The shim is so busy, or so stopped, that its queue is full; or the daemon has no descriptor for it. What
-            # the shim says is awaited and not guessed.
-            log.warning("a shim cannot be reached now; its container is taken as it was", owner=self.id, error=str(e))
-            self._background(self._connect_later(), "connecting to a busy shim failed")
-            return True
-        try:
-            async with asyncio.timeout(_GREETING_TIMEOUT):
-                await greeted.wait()
-        except TimeoutError:
-            log.warning("a shim does not greet; its container is taken as it was", owner=self.id)
-        return True
-
-    async def _connect_later(self) -> None:
-        while not self._abandoned:
-            await asyncio.sleep(_GREETING_TIMEOUT)
-            try:
-                self._link = connect(self._socket, self._on_event, self._on_close)
-            except (FileNotFoundError, NotADirectoryError, ConnectionError):
-                if not self._abandoned:
-                    self.without_shim()
-            except OSError:
-                continue
-            return
-
-    async def open_link(self, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
-        """One more connection to the shim. When it closes, the shim ends what was asked for on it.
-
-        Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
-        """
-        return await connect_in_turn(self._socket, on_event, on_close)
-
-    @property
-    def has_shim(self) -> bool:
-        """Whether there is a connection to the shim."""
-        return self._link is not None
-
-    async def request(self, message: Request) -> None:
-        """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
-        if self._link is None:
-            raise FailedPreconditionError(f"the shim of container {self.id} is gone")
-        await self._link.request(message)
-
-    async def ask(self, message: Request, event: str, seconds: float) -> ShimMessage:
-        """Have the shim do something of which an event tells the outcome, by a connection of its own.
-
-        Raises DeadlineExceededError without an event in time, CriError where the shim is gone or ends meanwhile.
-        """
-        told: asyncio.Future[ShimMessage] = asyncio.get_running_loop().create_future()
-
-        def on_event(found: ShimMessage) -> None:
-            if found.get("event") == event and not told.done():
-                told.set_result(found)
-
-        def on_close() -> None:
-            if not told.done():
-                told.set_exception(CriError(f"the shim of container {self.id} ended during a request"))
-
-        link = await self.open_link(on_event, on_close)
-        try:
-            await link.request(message)
-            async with asyncio.timeout(seconds):
-                return await told
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"the shim of container {self.id} did not answer within {seconds:g} s"
-            ) from None
-        finally:
-            link.abandon()
-
     async def update(self, resources: Mapping[str, object]) -> None:
         """Set limits of the running container. Raises as :meth:`OciRuntime.update`."""
-        await self.runtime.update(self.id, self._cgroup_parent, resources, self.ask)
+        await self.runtime.update(self.id, self._cgroup_parent, resources, self.shim.ask)
 
-    def abandon(self) -> None:
-        """Let go of the shim without another word: it is to be ended, or another daemon takes it over."""
-        self._abandoned = True
-        if self._link is not None:
-            self._link.abandon()
-            self._link = None
-
-    async def _answers(self) -> bool:
-        """Whether the shim is at work: it answers at any time."""
-        if self._link is None:
-            return False
-        try:
-            await self._link.request({"op": "status"}, timeout=_GREETING_TIMEOUT)
-        except DeadlineExceededError:
-            return False
-        except CriError:
-            pass  # it has just ended
-        return True
-
-    async def _end_shim(self) -> list[int]:
-        """Kill the shim, or the runtime that it has left behind, with all that it has started; returns what stays."""
-        left = await asyncio.to_thread(pidfd.end_all_in, os.path.realpath(self.directory), END_TIMEOUT)
-        if left:
-            log.error("killed processes of a shim do not end", owner=self.id, pids=left)
-        return left
+    # What its shim tells
 
     def _on_event(self, message: ShimMessage) -> None:
         if "hello" in message:
@@ -368,7 +254,6 @@ class ContainerProcess:
         self._observer.running(self.started)
 
     def _on_close(self) -> None:
-        self._link = None
         if self._killing:
             # The shim may have ended with the signal in its hands.
             with suppress(OSError):
@@ -382,7 +267,7 @@ class ContainerProcess:
 
         Raises OSError where the kernel cannot say whether it runs, as for want of a descriptor.
         """
-        if self.runtime.has_signals and self._link is not None:
+        if self.runtime.has_signals and self.shim.connected:
             # The process may be in a virtual machine, and the PID that of the machine.
             self._background(self._signal_by_shim(number), "a signal cannot be given to a runtime's shim")
         elif self.started is not None:
@@ -392,8 +277,7 @@ class ContainerProcess:
         """Have the runtime's shim send a signal. A shim that is stuck cannot hinder SIGKILL."""
         request: SignalRequest = {"op": "signal", "signal": number}
         try:
-            assert self._link is not None
-            await self._link.request(request, timeout=_GREETING_TIMEOUT)
+            await self.shim.request(request, timeout=GREETING_TIMEOUT)
         except CriError:
             if number != signal.SIGKILL or self.started is None:
                 raise
@@ -431,17 +315,17 @@ class ContainerProcess:
             ended: ExitRecord = {"code": code, "finished_at": time.time_ns()}
             await asyncio.to_thread(_keep_exit, self.directory, ended)
             self._take_exit(ended)
-            await self._end_shim()
+            await self.shim.end(END_TIMEOUT)
         elif (record := _exit_record(self.directory)) is not None:
             # It is busy with what is left in the cgroup, or with a runtime that hangs.
             log.warning("a shim is slow to tell of its container's end, which is taken from disk", owner=self.id)
             self._take_exit(record)
             return
-        elif await self._answers():
+        elif await self.shim.answers():
             return
         else:
             log.error("a shim is stuck that has its container's end and does not tell of it", owner=self.id)
-            await self._end_shim()
+            await self.shim.end(END_TIMEOUT)
             self.without_shim()
         await self.destroy()
 
@@ -487,7 +371,7 @@ class ContainerProcess:
         """Do what the shim would have done. It may have left the OCI runtime, which it was waiting for."""
 
         async def work() -> None:
-            await self._end_shim()
+            await self.shim.end(END_TIMEOUT)
             await self.destroy()
             self._cleaned_up()
 
@@ -504,9 +388,9 @@ class ContainerProcess:
 
         A failure is logged; :meth:`destroy` does the same and raises it.
         """
-        if self._link is not None and self._cleaning is None and not await self._shim_cleans_up():
+        if self.shim.connected and self._cleaning is None and not await self._shim_cleans_up():
             log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
-            self.abandon()
+            self.shim.abandon()
             self._clean_up()
         if self._cleaning is not None:
             await asyncio.wait([self._cleaning])
@@ -519,7 +403,7 @@ class ContainerProcess:
                     await self._gone.wait()
                 return True
             except TimeoutError:
-                if not await self._answers():
+                if not await self.shim.answers():
                     break
         return False
 

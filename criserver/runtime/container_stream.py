@@ -166,7 +166,7 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
 
     async with AsyncExitStack() as stack:
         process = process_records.of_container(node, container)
-        link = await process.open_link(lambda _: None, on_close)
+        link = await process.shim.open_link(lambda _: None, on_close)
         stack.callback(link.close)
         names: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
         wanted = {name: sink for name in names if (sink := getattr(streams, name)) is not None}
@@ -265,7 +265,8 @@ async def _resize(streams: CommandStreams, terminal: int, process: ContainerProc
                 fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
         else:
             with suppress(CriError):
-                await process.request({"op": "resize", "console": console, "width": size.width, "height": size.height})
+                shim = process.shim
+                await shim.request({"op": "resize", "console": console, "width": size.width, "height": size.height})
 
 
 def _network_of(node: Node, sandbox_id: str) -> str | None:

@@ -72,7 +72,7 @@ async def exec_process(
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
     _write_process(node, container, command, path, tty=bool(console))
     try:
-        link = await process_records.of_container(node, container).open_link(on_event, on_close)
+        link = await process_records.of_container(node, container).shim.open_link(on_event, on_close)
         try:
             request: ExecRequest = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}
             if console:

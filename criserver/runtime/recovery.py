@@ -116,7 +116,7 @@ async def _container(node: Node, container: Container) -> None:
 
 async def _running(node: Node, container: Container) -> None:
     process = process_records.of_container(node, container)
-    if await process.reconnect():
+    if await process.shim.reconnect():
         return
     cut_off = container.state is ContainerState.STARTING
     if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
@@ -175,7 +175,7 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
         return False
     if not sandbox.has_infra:
         return True
-    return await process_records.of_infra(node, sandbox).reconnect()
+    return await process_records.of_infra(node, sandbox).shim.reconnect()
 
 
 async def _sweep(node: Node, *, end_living: bool) -> None:
