@@ -159,9 +159,9 @@ def test_logs_are_printed_and_followed_until_the_end(node: Node) -> None:
     path = node.status(container).log_path
     os.rename(path, f"{path}.1")
     node.client.ReopenContainerLog(container_id=container)
-    node.client.StopContainer(container_id=container, timeout=0)
-    with open(path, "a") as log:
+    with open(path, "a") as log:  # before the container's end, which is the follower's end too
         log.write("2026-01-01T00:00:00Z stdout F new\n")
+    node.client.StopContainer(container_id=container, timeout=0)
     rest, _ = follower.communicate(timeout=60 * SLOWNESS)
     assert (rest, follower.returncode) == ("new\n", 0)
 

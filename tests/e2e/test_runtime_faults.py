@@ -135,7 +135,7 @@ def test_a_removal_that_is_ok_leaves_nothing(faulty: Node, fault: str) -> None:
     assert {pod.id for pod in node.client.ListPodSandbox().items} == set(kept.values())
     set_fault(node, "")
     node.remove_pods()
-    assert node.leftovers() == []
+    assert node.settled() == []
 
 
 def has_cgroup(container: str) -> bool:
@@ -209,7 +209,7 @@ def test_processes_without_a_record_are_left_alone_until_a_reset_ends_them(fault
     subprocess.run(reset, check=True)
     assert alive() == []
     # The address is known to the plugin alone: the record had the result of ADD.
-    assert [left for left in node.leftovers() if not left.startswith("ipam")] == []
+    eventually(lambda: not [left for left in node.leftovers() if not left.startswith("ipam")])
 
 
 def test_a_hanging_delete_of_a_killed_daemon_is_ended_by_the_next_one(faulty: Node) -> None:

@@ -274,7 +274,7 @@ def test_one_bad_left_over_keeps_nobody_from_starting(own_node: Node) -> None:
     node.client.RemovePodSandbox(pod_sandbox_id=good)
     node.stop()
     node.start()
-    assert [path for path in node.leftovers() if "/runtimes/" not in path] == []
+    eventually(lambda: not [path for path in node.leftovers() if "/runtimes/" not in path])
 
 
 @pytest.mark.parametrize("whose", ["pod", "container"])

@@ -50,7 +50,10 @@ def handler(name: str, runtime: str) -> str:
 
 
 class Client:
-    """Every unary RPC of CRI as a method: ``client.RunPodSandbox(config=...)``."""
+    """Every unary RPC of CRI as a method: ``client.RunPodSandbox(config=...)``.
+
+    ``client.RunPodSandbox.begin(config=...)`` does not wait for the answer: it is a grpc.Future that can be cancelled.
+    """
 
     def __init__(self, socket: str) -> None:
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[("grpc.max_receive_message_length", 16 << 20)])
@@ -69,6 +72,10 @@ class Client:
         def rpc(deadline: float = 60 * SLOWNESS, **fields: Any) -> Any:
             return call(request(**fields), timeout=deadline, wait_for_ready=True)
 
+        def begin(**fields: Any) -> Any:
+            return call.future(request(**fields), timeout=60 * SLOWNESS, wait_for_ready=True)
+
+        rpc.begin = begin  # type: ignore[attr-defined]
         return rpc
 
     def __getattr__(self, name: str) -> Any:
