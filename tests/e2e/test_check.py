@@ -16,6 +16,7 @@ from typing import Any
 from criserver.check import advisories, tries
 from criserver.config import RuntimeHandler, load
 from tests.support.node import Node
+from tests.support.waiting import eventually
 
 
 def check(node: Node, *words: str) -> tuple[int, dict[str, Any]]:
@@ -35,13 +36,17 @@ def links() -> set[str]:
 
 
 def test_pods_can_run_here_beside_a_daemon_and_without(node: Node) -> None:
-    before = links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
+    def seen() -> tuple[set[str], list[str], list[str]]:
+        return links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
+
+    eventually(lambda: os.path.exists(f"{node.root}/synced.json"))  # a daemon makes it a moment after its start
+    before = seen()
     code, report = check(node)
     assert (code, report["pods_can_run"]) == (0, True), words(report, "missing")
     assert node.process is not None
     assert f"criserver serves at {node.socket} (PID {node.process.pid})" in words(report, "ok")
     assert "a container was run by runc" in words(report, "ok")
-    assert (links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))) == before
+    eventually(lambda: seen() == before, told=lambda: f"{seen()} is not {before}")
     node.kill()
     code, report = check(node)
     assert code == 0, words(report, "missing")

@@ -107,6 +107,7 @@ class Node:
                 f"timeout = {int(10 * SLOWNESS)}\n"
                 f'[nri]\nsocket_path = "{self.base}/nri/nri.sock"\nplugin_path = "{self.base}/nri/plugins"\n'
                 f'plugin_config_path = "{self.base}/nri/conf.d"\n'
+                f"plugin_request_timeout = {int(5 * SLOWNESS)}\n"
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n'
                 f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n' + (runtimes or handler("runc", RUNTIME))
