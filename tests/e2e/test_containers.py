@@ -227,10 +227,10 @@ def test_verbose_status_has_the_spec(node: Node, pod: str) -> None:
 def test_exec(node: Node, pod: str) -> None:
     container = node.run(pod, "exec", ["sleep", "1000"], envs=[cri.KeyValue(key="HELLO", value=b"there")])
     result = node.client.ExecSync(
-        container_id=container, cmd=["sh", "-c", "echo $HELLO; echo oops >&2; exit 5"], timeout=10
+        container_id=container, cmd=["sh", "-c", "echo $HELLO; echo oops >&2; exit 5"], timeout=30
     )
     assert (result.stdout, result.stderr, result.exit_code) == (b"there\n", b"oops\n", 5)
-    killed = node.client.ExecSync(container_id=container, cmd=["sh", "-c", "kill -9 $$"], timeout=10)
+    killed = node.client.ExecSync(container_id=container, cmd=["sh", "-c", "kill -9 $$"], timeout=30)
     assert killed.exit_code == 137
 
 

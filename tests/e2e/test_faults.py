@@ -152,7 +152,7 @@ def test_pods_outlive_the_database(node: Node, fault: Any) -> None:
     node.start()
     assert listed(node) == before
     assert node.pid(container) == pid
-    assert node.client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
+    assert node.sh(container, "echo hi") == "hi\n"
     node.remove_pods()
     node.kill()
     fault(database)

@@ -143,7 +143,7 @@ def test_processes_are_counted_not_threads(node: Node) -> None:
 
 def test_the_writable_layer_is_measured_soon_and_again(node: Node) -> None:
     container = node.run(node.run_pod(), "c", SLEEP)
-    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 8)
+    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 9.5)
     node.sh(container, "dd if=/dev/zero of=/fill bs=1M count=8; touch /a /b /c")
     mountpoint = node.client.ImageFsInfo().container_filesystems[0].fs_id.mountpoint
     assert first.writable_layer.fs_id.mountpoint == mountpoint
