@@ -482,6 +482,18 @@ def test_orphans_are_reaped(host: Host) -> None:
     eventually(lambda: len(children.read_text().split()) == 1)
 
 
+def test_the_nursery_reaps_what_a_killed_shim_leaves(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    os.kill(container.shim, signal.SIGKILL)
+    eventually(lambda: parent(container.init) == host.process.pid)
+    container.kill()
+    eventually(lambda: not Path(f"/proc/{container.init}").exists())
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_out_of_memory(host: Host) -> None:
     container = host.start("c", "tail", "/dev/zero", memory=16 << 20)
     exited = container.finished()
