@@ -72,7 +72,7 @@ def nested(node: Node, pod: str, where: str, depth: int, name: str = "deep") -> 
 
 
 def wait_until_nested(node: Node, container: str) -> None:
-    eventually(lambda: "nested" in node.log(container) or node.status(container).state != cri.CONTAINER_RUNNING, 60)
+    eventually(lambda: "nested" in node.log(container) or node.status(container).state != cri.CONTAINER_RUNNING, 180)
     assert "nested" in node.log(container), node.log(container)
 
 

@@ -39,6 +39,8 @@ GATEWAY = f"10.{RUN}.0.1"
 NETWORK = f"e2e{RUN}"
 SCRATCH = f"/run/cri-e2e-{RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
+# Seconds. A call that takes so long hangs.
+PATIENCE = 120 * SLOWNESS
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH; or a shim, as `handler` says.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
 
@@ -69,11 +71,11 @@ class Client:
 
     @staticmethod
     def _caller(call: Any, request: Any) -> Any:
-        def rpc(deadline: float = 60 * SLOWNESS, **fields: Any) -> Any:
+        def rpc(deadline: float = PATIENCE, **fields: Any) -> Any:
             return call(request(**fields), timeout=deadline, wait_for_ready=True)
 
         def begin(**fields: Any) -> Any:
-            return call.future(request(**fields), timeout=60 * SLOWNESS, wait_for_ready=True)
+            return call.future(request(**fields), timeout=PATIENCE, wait_for_ready=True)
 
         rpc.begin = begin  # type: ignore[attr-defined]
         return rpc
@@ -278,7 +280,7 @@ class Node:
             **fields,
         )
 
-    def run_pod(self, name: str = "pod", deadline: float = 60 * SLOWNESS, **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = PATIENCE, **fields: Any) -> str:
         """A running sandbox's ID."""
         pod: str = self.client.RunPodSandbox(deadline, config=self.pod(name, **fields)).pod_sandbox_id
         self.pods.add(pod)
