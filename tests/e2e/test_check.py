@@ -16,12 +16,12 @@ from typing import Any
 from criserver.check import advisories, tries
 from criserver.config import RuntimeHandler, load
 from tests.support.node import Node
-from tests.support.waiting import eventually
+from tests.support.waiting import SLOWNESS, eventually
 
 
 def check(node: Node, *words: str) -> tuple[int, dict[str, Any]]:
     command = [sys.executable, "-m", "criserver", "check", "--json", "--config", node.config, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -78,7 +78,7 @@ def test_for_people_it_prints_lines_with_what_to_do(node: Node) -> None:
     with open(f"{node.base}/other.toml", "w") as f, open(node.config) as g:
         f.write(re.sub('infra = ".*"', 'infra = "/nowhere/catatonit"', g.read()))
     command = [sys.executable, "-m", "criserver", "check", "--config", f"{node.base}/other.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert done.returncode == 1
     assert "missing  runtimes      /nowhere/catatonit is not an executable" in done.stdout
     assert "-> install catatonit" in done.stdout

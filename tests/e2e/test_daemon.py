@@ -35,7 +35,7 @@ def test_the_socket_is_roots_alone(node: Node) -> None:
 
 def test_a_second_daemon_on_the_same_directories_is_refused(node: Node) -> None:
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=30 * SLOWNESS)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert second.returncode == 1
     assert node.process is not None
     assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
@@ -78,7 +78,7 @@ def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_cont
     node.kill()
     node.rewrite("containers", container, lambda fields: {**fields, "version": 99})
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     os.kill(pid, signal.SIGCONT)
     node.rewrite("containers", container, lambda fields: {**fields, "version": 1})
     node.start()

@@ -17,7 +17,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.support.fixtures import serving
 from tests.support.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
-from tests.support.waiting import eventually
+from tests.support.waiting import SLOWNESS, eventually
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def own_node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
 
 def reset(node: Node, *words: str, answer: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "criserver", "reset", "--config", node.config, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, input=answer)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS, input=answer)
 
 
 def shared_pids() -> cri.LinuxPodSandboxConfig:
@@ -168,7 +168,7 @@ def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path: Pa
     config = tmp_path / "config.toml"
     config.write_text(f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n')
     command = [sys.executable, "-m", "criserver", "reset", "--yes", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n")
     assert os.listdir(tmp_path) == ["config.toml"]
 

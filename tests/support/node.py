@@ -148,7 +148,7 @@ class Node:
                 start_new_session=True,
             )
         self.client = Client(self.socket)
-        deadline = time.monotonic() + 30 * SLOWNESS
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 self.client.Version(deadline=2 * SLOWNESS)
@@ -157,7 +157,7 @@ class Node:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise AssertionError(f"the daemon does not serve:\n{self.daemon_log()}") from None
         if recovered:
-            eventually(lambda: "recovered" in self.daemon_log()[logged:], 60)
+            eventually(lambda: "recovered" in self.daemon_log()[logged:], 120)
 
     def kill(self) -> None:
         """SIGKILL the daemon."""
@@ -170,7 +170,7 @@ class Node:
         """SIGTERM the daemon; its exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30 * SLOWNESS)
+        code = self.process.wait(PATIENCE)
         self.client.channel.close()
         return code
 
@@ -220,7 +220,7 @@ class Node:
 
     def settled(self) -> list[str]:
         """What is left once all had time to go: a shim that has told of its end is there for a moment yet."""
-        deadline = time.monotonic() + 20 * SLOWNESS
+        deadline = time.monotonic() + 60 * SLOWNESS
         while (left := self.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return left
@@ -312,7 +312,7 @@ class Node:
         pid: int = json.loads(self.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
         return pid
 
-    def wait(self, container: str, seconds: float = 30) -> cri.ContainerStatus:
+    def wait(self, container: str, seconds: float = 60) -> cri.ContainerStatus:
         """The status of a container once it has exited."""
         eventually(lambda: self.status(container).state == cri.CONTAINER_EXITED, seconds)
         return self.status(container)
@@ -322,7 +322,7 @@ class Node:
         with open(self.status(container).log_path) as f:
             return "".join(line.split(" ", 3)[3] for line in f)
 
-    def sh(self, container: str, script: str, timeout: int = int(20 * SLOWNESS)) -> str:
+    def sh(self, container: str, script: str, timeout: int = int(60 * SLOWNESS)) -> str:
         """What a shell script in the container prints; it must succeed."""
         result = self.client.ExecSync(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
         assert result.exit_code == 0, result
