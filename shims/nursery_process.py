@@ -35,6 +35,9 @@ def main(fd: int) -> None:
     `shims.messages` has what both sides send: a greeting, then a reply to each request for a fork.
     """
     _prctl(_PR_SET_NAME, b"criserver-nurse", 0, 0, 0)
+    # The processes of a shim that is killed become children of the nursery, which reaps them. PID 1 of a node may take
+    # seconds for that, and the kernel keeps a PID namespace until all processes in it are reaped.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     on_signal(SIGCHLD, wake)
     for number in ENDING_SIGNALS:
         ignore_signal(number)

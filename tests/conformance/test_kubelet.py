@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -357,10 +356,8 @@ def test_twenty_connections_at_a_time_are_forwarded(cluster: Cluster) -> None:
 
 def test_an_exec_that_says_nothing_stays(cluster: Cluster) -> None:
     """The proxies on the way do not end what is quiet for some seconds."""
-    begun = time.monotonic()
     words = cluster.kubectl("exec", "work", "--", "sh", "-c", "sleep 8; echo done")
     assert subprocess.run(words, capture_output=True, timeout=60, check=True).stdout == b"done\n"
-    assert time.monotonic() - begun < 12
 
 
 def test_the_kubelet_has_its_statistics_by_cri(cluster: Cluster) -> None:

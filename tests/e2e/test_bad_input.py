@@ -82,7 +82,7 @@ def test_a_command_that_does_not_exist_in_an_exec(node: Node) -> None:
     pod = node.run_pod()
     container = node.run(pod, "c", ["sleep", "1000"])
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "nowhere"):
-        node.client.ExecSync(container_id=container, cmd=["nowhere"], timeout=5)
+        node.client.ExecSync(container_id=container, cmd=["nowhere"], timeout=30)
 
 
 @pytest.mark.parametrize("field", ["run_as_username", "image"])

@@ -16,11 +16,12 @@ from typing import Any
 from criserver.check import advisories, tries
 from criserver.config import RuntimeHandler, load
 from tests.support.node import Node
+from tests.support.waiting import SLOWNESS, eventually
 
 
 def check(node: Node, *words: str) -> tuple[int, dict[str, Any]]:
     command = [sys.executable, "-m", "criserver", "check", "--json", "--config", node.config, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -35,13 +36,17 @@ def links() -> set[str]:
 
 
 def test_pods_can_run_here_beside_a_daemon_and_without(node: Node) -> None:
-    before = links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
+    def seen() -> tuple[set[str], list[str], list[str]]:
+        return links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))
+
+    eventually(lambda: os.path.exists(f"{node.root}/synced.json"))  # a daemon makes it a moment after its start
+    before = seen()
     code, report = check(node)
     assert (code, report["pods_can_run"]) == (0, True), words(report, "missing")
     assert node.process is not None
     assert f"criserver serves at {node.socket} (PID {node.process.pid})" in words(report, "ok")
     assert "a container was run by runc" in words(report, "ok")
-    assert (links(), sorted(os.listdir(node.root)), sorted(os.listdir(node.state))) == before
+    eventually(lambda: seen() == before, told=lambda: f"{seen()} is not {before}")
     node.kill()
     code, report = check(node)
     assert code == 0, words(report, "missing")
@@ -73,7 +78,7 @@ def test_for_people_it_prints_lines_with_what_to_do(node: Node) -> None:
     with open(f"{node.base}/other.toml", "w") as f, open(node.config) as g:
         f.write(re.sub('infra = ".*"', 'infra = "/nowhere/catatonit"', g.read()))
     command = [sys.executable, "-m", "criserver", "check", "--config", f"{node.base}/other.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert done.returncode == 1
     assert "missing  runtimes      /nowhere/catatonit is not an executable" in done.stdout
     assert "-> install catatonit" in done.stdout

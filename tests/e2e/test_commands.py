@@ -27,7 +27,7 @@ def words(node: Node, *arguments: str) -> list[str]:
 
 def command(node: Node, *arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
     """A command at the node's daemon; it ends with ``code`` and never with a traceback."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60 * SLOWNESS, **more}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120 * SLOWNESS, **more}
     done = subprocess.run(words(node, *arguments), check=False, **options)
     assert done.returncode == code, (done.stdout, done.stderr)
     assert "Traceback" not in (done.stderr or "")
@@ -138,7 +138,7 @@ def test_events_are_followed_and_ctrl_c_is_130(node: Node) -> None:
     assert first[2] in ("created", "started")
     assert first[3].startswith("e2e/p")
     follower.send_signal(signal.SIGINT)
-    _, errors = follower.communicate(timeout=60 * SLOWNESS)
+    _, errors = follower.communicate(timeout=120 * SLOWNESS)
     assert follower.returncode == 130
     assert "Traceback" not in errors
 
@@ -159,10 +159,10 @@ def test_logs_are_printed_and_followed_until_the_end(node: Node) -> None:
     path = node.status(container).log_path
     os.rename(path, f"{path}.1")
     node.client.ReopenContainerLog(container_id=container)
-    node.client.StopContainer(container_id=container, timeout=0)
-    with open(path, "a") as log:
+    with open(path, "a") as log:  # before the container's end, which is the follower's end too
         log.write("2026-01-01T00:00:00Z stdout F new\n")
-    rest, _ = follower.communicate(timeout=60 * SLOWNESS)
+    node.client.StopContainer(container_id=container, timeout=0)
+    rest, _ = follower.communicate(timeout=120 * SLOWNESS)
     assert (rest, follower.returncode) == ("new\n", 0)
 
 

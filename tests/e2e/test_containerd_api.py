@@ -37,7 +37,7 @@ class Client:
             request_serializer=lambda m: m.SerializeToString(),
             response_deserializer=answer.FromString,
         )
-        return call(request, timeout=30, metadata=[("containerd-namespace", "k8s.io")], wait_for_ready=True)
+        return call(request, timeout=60, metadata=[("containerd-namespace", "k8s.io")], wait_for_ready=True)
 
     def container(self, key: str) -> containers_pb2.Container:
         request = containers_pb2.GetContainerRequest(id=key)
@@ -199,7 +199,7 @@ def test_the_second_socket_has_these_calls_alone_and_is_left_to_a_containerd_tha
         response_deserializer=cri.VersionResponse.FromString,
     )
     with refused(grpc.StatusCode.UNIMPLEMENTED):
-        call(cri.VersionRequest(), timeout=30)
+        call(cri.VersionRequest(), timeout=60)
 
     node.stop()
     if os.path.exists(path):

@@ -35,7 +35,7 @@ def test_the_socket_is_roots_alone(node: Node) -> None:
 
 def test_a_second_daemon_on_the_same_directories_is_refused(node: Node) -> None:
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=30 * SLOWNESS)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert second.returncode == 1
     assert node.process is not None
     assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
@@ -78,7 +78,7 @@ def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_cont
     node.kill()
     node.rewrite("containers", container, lambda fields: {**fields, "version": 99})
     command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     os.kill(pid, signal.SIGCONT)
     node.rewrite("containers", container, lambda fields: {**fields, "version": 1})
     node.start()
@@ -156,9 +156,10 @@ def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Ca
     assert node.process is not None
     pid, before = node.process.pid, len(node.daemon_log().splitlines())
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), limits[1]))
+    # The first three are always open, so it gets none. Of the others some may be open for a moment only.
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
+        eventually(lambda: faults(node, before))
         pings()
         time.sleep(1)  # several pings would have come
         assert pings() == 0
@@ -291,13 +292,12 @@ def test_frozen_shims_do_not_delay_lists_and_stops(node: Node) -> None:
     try:
         for shim in shims:
             os.kill(shim, signal.SIGSTOP)
-        with within(5):
+        with within(9.5):  # a shim has 10 s to answer
             assert len(node.client.ListContainers().containers) == 5
             for container in containers:
                 node.status(container)
         node.kill()
-        with within(10):  # start-up waits for frozen shims, and only once for all of them
-            node.start()
+        node.start()
         assert {node.status(c).state for c in containers} == {cri.CONTAINER_RUNNING}
     finally:
         for shim in shims:
@@ -344,12 +344,12 @@ def test_a_container_whose_shim_is_frozen_can_be_stopped_and_removed(node: Node)
     container = node.run(pod, "c", ["sleep", "1000"])
     (shim,) = (int(p) for p in os.listdir("/proc") if p.isdecimal() and _cwd(p).endswith(container))
     os.kill(shim, signal.SIGSTOP)
-    with within(10):
+    with within(25):  # without a look at the shim it would take 30 s
         node.client.StopContainer(container_id=container, timeout=0)
     ended = node.status(container)
     assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    assert not os.path.exists(f"/proc/{shim}")
+    eventually(lambda: not os.path.exists(f"/proc/{shim}"))  # the nursery reaps it
 
 
 def test_a_shared_pid_namespace_that_is_gone_is_not_replaced_by_another(node: Node) -> None:
@@ -442,11 +442,16 @@ def test_a_pod_that_cannot_be_rolled_back_at_the_start_can_be_removed_and_made_a
 
 def test_a_plugin_that_outlives_the_daemon_is_waited_for_before_its_work_is_undone(node: Node) -> None:
     lease = f"{node.base}/lease"
-    cases = f"ADD) touch {lease}.begun; sleep 3; touch {lease};;\nDEL) rm -f {lease};;"
+    waiting = f"while [ ! -e {lease}.go ]; do sleep 0.05; done"
+    cases = f"ADD) touch {lease}.begun; {waiting}; touch {lease};;\nDEL) rm -f {lease};;"
     with plugin_under_way(node, "slow", cases, f"{lease}.begun"):
         node.kill()
+        begin = len(node.daemon_log())
+        node.start(recovered=False)
+        eventually(lambda: "rolling back a pod sandbox" in node.daemon_log()[begin:])
         assert not os.path.exists(lease)
-        node.start()
+        Path(f"{lease}.go").touch()
+        eventually(lambda: '"recovered"' in node.daemon_log()[begin:])
         eventually(lambda: not [words for _, words in processes() if f"{node.base}/bin/slow" in words])
         assert not os.path.exists(lease)
         assert node.client.ListPodSandbox().items == []

@@ -193,7 +193,7 @@ def test_pods_outlive_an_upgrade_and_end_with_the_removal(
     client = Client(f"{root}/run/criserver/criserver.sock")
     assert client.ContainerStatus(container_id=container).status.state == cri.CONTAINER_RUNNING
     assert container in cgroup_of(pid), "it is the same process"
-    assert client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=10).stdout == b"hi\n"
+    assert client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=60).stdout == b"hi\n"
 
     # Without systemd nobody stops the daemon for us: the package stays, and so do the pods.
     with pytest.raises(AssertionError, match="stop it first"):

@@ -6,23 +6,47 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.node import Node
+from tests.support.pods import shared
+from tests.support.waiting import SLOWNESS, eventually
 
 CREATED, STARTED = cri.CONTAINER_CREATED_EVENT, cri.CONTAINER_STARTED_EVENT
 STOPPED, DELETED = cri.CONTAINER_STOPPED_EVENT, cri.CONTAINER_DELETED_EVENT
+# Seconds. An event comes at once; a test that fails waits for so long.
+PATIENCE = 60 * SLOWNESS
 
 
 class Listener:
+    """A listener that the daemon has, and that has been told of nothing yet."""
+
     def __init__(self, node: Node) -> None:
-        self.call = node.client.GetContainerEvents(deadline=120)
+        self.call = node.client.GetContainerEvents(deadline=300 * SLOWNESS)
         self.events: queue.Queue[cri.ContainerEventResponse] = queue.Queue()
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
+        self._wait_until_told(node)
+
+    def _wait_until_told(self, node: Node) -> None:
+        """No answer says that the daemon has the call. So pods are made and removed until events of one come."""
+        made: list[str] = []
+
+        def told() -> cri.ContainerEventResponse | None:
+            made.append(node.run_pod(f"marker-{len(made)}", linux=shared(network=cri.NODE)))
+            node.client.RemovePodSandbox(pod_sandbox_id=made[-1])
+            with suppress(queue.Empty):
+                return self.events.get(timeout=0.2)
+            return None
+
+        event = eventually(told)
+        assert event is not None
+        while (event.container_id, event.container_event_type) != (made[-1], DELETED):
+            event = self.next()
 
     def _run(self) -> None:
         try:
@@ -32,7 +56,7 @@ class Listener:
             return
 
     def next(self) -> cri.ContainerEventResponse:
-        return self.events.get(timeout=10)
+        return self.events.get(timeout=PATIENCE)
 
     def close(self) -> None:
         self.call.cancel()
@@ -42,7 +66,6 @@ class Listener:
 @pytest.fixture
 def listener(node: Node) -> Iterator[Listener]:
     listener = Listener(node)
-    threading.Event().wait(0.3)  # nothing tells that the daemon has the call
     yield listener
     listener.close()
 
@@ -121,10 +144,10 @@ def test_a_start_that_fails_is_told_as_an_end_and_not_as_a_start(node: Node, lis
 def test_every_listener_is_told(node: Node, listener: Listener) -> None:
     other = Listener(node)
     try:
-        threading.Event().wait(0.3)  # nothing tells that the daemon has the call
         pod = node.run_pod("both")
-        for each in (listener, other):
-            assert each.next().container_id == pod
+        while listener.next().container_id != pod:
+            pass  # of what the other one was tried with
+        assert other.next().container_id == pod
     finally:
         other.close()
 

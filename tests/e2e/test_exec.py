@@ -348,7 +348,7 @@ def test_the_old_api_version_streams_too(node: Node, container: str) -> None:
         request_serializer=cri.ExecRequest.SerializeToString,
         response_deserializer=cri.ExecResponse.FromString,
     )
-    address = call(cri.ExecRequest(container_id=container, cmd=["echo", "hi"], stdout=True), timeout=10).url
+    address = call(cri.ExecRequest(container_id=container, cmd=["echo", "hi"], stdout=True), timeout=30).url
     client = Spdy(address).open_command("error", "stdout")
     assert client.finish() == SUCCESS
     assert client.got["stdout"] == b"hi\n"

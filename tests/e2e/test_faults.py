@@ -22,7 +22,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
 from tests.support.node import RUNTIME, Node, handler, processes
-from tests.support.waiting import SLOWNESS, eventually, within
+from tests.support.waiting import SLOWNESS, eventually
 
 # An OCI runtime after which the disk stands still, where there is a file "freeze" beside it.
 FREEZING = """#!/bin/sh
@@ -76,14 +76,14 @@ def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node) -> None:
         for caller in callers:
             caller.start()
         time.sleep(0.5)  # all of them stand still now
-        with within(5):
-            assert len(disk.client.ListContainers().containers) == 1
-            assert [p.id for p in disk.client.ListPodSandbox().items] == [pod]
-            assert disk.client.Status().status.conditions
-            assert disk.status(container).state == cri.CONTAINER_RUNNING
-            assert disk.client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
-            assert disk.client.ListContainerStats().stats
-            assert disk.client.ListImages().images
+        # A call that waits for the disk ends with its deadline, as the disk stands still until the last has ended.
+        assert len(disk.client.ListContainers().containers) == 1
+        assert [p.id for p in disk.client.ListPodSandbox().items] == [pod]
+        assert disk.client.Status().status.conditions
+        assert disk.status(container).state == cri.CONTAINER_RUNNING
+        assert disk.sh(container, "echo hi") == "hi\n"
+        assert disk.client.ListContainerStats().stats
+        assert disk.client.ListImages().images
         assert made == []
     for caller in callers:
         caller.join(60 * SLOWNESS)
@@ -152,7 +152,7 @@ def test_pods_outlive_the_database(node: Node, fault: Any) -> None:
     node.start()
     assert listed(node) == before
     assert node.pid(container) == pid
-    assert node.client.ExecSync(container_id=container, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
+    assert node.sh(container, "echo hi") == "hi\n"
     node.remove_pods()
     node.kill()
     fault(database)
@@ -198,8 +198,12 @@ exec {runtime} "$@"
 
 @pytest.fixture
 def stuck(busybox_archive: str) -> Iterator[Node]:
-    """A node whose OCI runtime hangs when it is to delete a container, while the file "hang" is there."""
+    """A node whose OCI runtime hangs when it is to delete a container, while the file "hang" is there.
+
+    The daemon waits longer for a deletion than any call of a test.
+    """
     node = Node(runtimes='[runtimes.runc]\npath = "BASE/runtime"\n')
+    node.program = ["-m", "tests.support.hurried", "criserver.runtime.oci_runtime._DELETE_TIMEOUT=1000"]
     config = Path(node.config)
     config.write_text(config.read_text().replace("BASE", node.base))
     runtime = Path(node.base) / "runtime"
@@ -222,21 +226,21 @@ def test_a_start_waits_for_nothing_that_is_stuck(stuck: Node) -> None:
     dead = node.run(bad, "c", ["sleep", "1000"])
     alive = node.run(good, "c", ["sleep", "1000"])
     Path(f"{node.base}/hang").touch()
-    with pytest.raises(grpc.RpcError):
-        node.client.RemoveContainer(deadline=1, container_id=dead)
+    removal = node.client.RemoveContainer.begin(container_id=dead)
+    eventually(lambda: hanging() and b'"removing"' in Path(f"{node.state}/records/containers/{dead}").read_bytes())
+    removal.cancel()
     node.kill()
     for number in range(10):
         os.makedirs(f"{node.state}/runtimes/runc/left{number}")
-    with within(9):  # a deletion that hangs takes 10 s
-        node.start(recovered=False)
-        assert node.client.ExecSync(container_id=alive, cmd=["echo", "hi"], timeout=5).stdout == b"hi\n"
-        assert node.status(alive).state == cri.CONTAINER_RUNNING
-        assert len(node.client.ListContainers().containers) == 2
-        node.run(good, "d", ["true"])
-        node.run_pod("new")
-        with pytest.raises(grpc.RpcError) as refused:
-            node.client.ContainerStatus(deadline=1, container_id=dead)
-        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    node.start(recovered=False)
+    assert node.sh(alive, "echo hi") == "hi\n"
+    assert node.status(alive).state == cri.CONTAINER_RUNNING
+    assert len(node.client.ListContainers().containers) == 2
+    node.run(good, "d", ["true"])
+    node.run_pod("new")
+    with pytest.raises(grpc.RpcError) as refused:
+        node.client.ContainerStatus(deadline=1, container_id=dead)
+    assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     os.unlink(f"{node.base}/hang")
     end_sleepers()
     # What was waiting goes on, and the call that waits for it as well.
@@ -245,11 +249,14 @@ def test_a_start_waits_for_nothing_that_is_stuck(stuck: Node) -> None:
     eventually(lambda: end_sleepers() or not glob.glob(f"{node.state}/runtimes/runc/left*"))
 
 
+def hanging() -> list[int]:
+    """The OCI runtimes that hang."""
+    return [pid for pid, words in processes() if words.startswith("sleep 600")]
+
+
 def end_sleepers() -> None:
-    """End the OCI runtimes that hang."""
-    for pid, words in processes():
-        if words.startswith("sleep 600"):
-            os.kill(pid, signal.SIGKILL)
+    for pid in hanging():
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:
@@ -259,12 +266,10 @@ def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:
     children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children").read_text().split()
     (nursery,) = (int(pid) for pid in children if b"nursery" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(nursery, signal.SIGSTOP)
-    with within(15):
-        container = node.run(pod, "c", ["sleep", "1000"])
+    container = node.run(pod, "c", ["sleep", "1000"])
     assert not os.path.exists(f"/proc/{nursery}")
     assert node.status(container).state == node.status(before).state == cri.CONTAINER_RUNNING
-    with within(5):
-        node.run(pod, "d", ["true"])
+    node.run(pod, "d", ["true"])
 
 
 def command(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
@@ -305,7 +310,7 @@ def test_a_pod_whose_network_can_never_be_undone_is_removed_by_force(node: Node)
         assert "warning: its network plugins did not clean up: CNI plugin stuck (DEL, network stuck)" in done.stderr
         assert node.client.ListPodSandbox().items == []
         assert node.client.ListContainers().containers == []
-        assert node.leftovers() == []
+        assert node.settled() == []
         unknown = command(node, "pod", "remove", "--config", node.config, "--force", pod)
         assert unknown.returncode == 1
         assert pod in unknown.stderr
@@ -316,7 +321,7 @@ def test_a_pod_whose_plugin_refuses_all_leaves_nothing(node: Node) -> None:
         with pytest.raises(grpc.RpcError, match="the cluster does not answer"):
             node.run_pod("never")
         assert node.client.ListPodSandbox().items == []
-        assert node.leftovers() == []
+        assert node.settled() == []
 
 
 @pytest.fixture(scope="module")

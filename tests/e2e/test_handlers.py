@@ -148,4 +148,4 @@ def test_reset_finds_what_is_in_a_root_of_its_own(node: Node) -> None:
     command = [sys.executable, "-m", "criserver", "reset", "--grace", "0", "--config", node.config, "--yes"]
     subprocess.run(command, check=True, capture_output=True)
     node.start()
-    assert node.leftovers() == []
+    assert node.settled() == []

@@ -49,7 +49,7 @@ MB = 1_000_000
 def command(node: Node, action: str, *arguments: str, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
     """What ``criserver image ACTION`` prints, and says on standard error; it ends with ``code``."""
     words = [sys.executable, "-m", "criserver", "image", action, "--config", node.config, *arguments]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, **more}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, **more}
     done = subprocess.run(words, check=False, **options)
     assert done.returncode == code, (done.stdout, done.stderr)
     assert b"Traceback" not in done.stderr if isinstance(done.stderr, bytes) else "Traceback" not in done.stderr

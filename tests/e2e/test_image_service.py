@@ -75,10 +75,7 @@ def test_an_image_may_be_removed_under_a_running_container(node: Node, registry:
     node.client.RemoveImage(image=spec(name))
     assert node.sh(container, "cat /unique-file") == "only here"
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    for _ in range(100):
-        if node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before:
-            break
-    assert node.client.ImageFsInfo().image_filesystems[0].used_bytes.value == before
+    eventually(lambda: used_bytes(node) == before)
 
 
 def test_images_can_be_removed_from_a_full_disk(node: Node, registry: Registry) -> None:

@@ -299,7 +299,7 @@ def test_a_plugin_that_connects_while_containers_are_made_learns_of_each_once(no
 
 
 def test_a_plugin_that_is_late_is_parted_with(node: Node) -> None:
-    """The request timeout of this daemon is that of the default, so this takes two seconds."""
+    """The request timeout of the tests' nodes is five seconds, and so long this takes."""
     gate = threading.Event()
 
     def wait(request: Any) -> None:

@@ -158,7 +158,7 @@ def test_a_client_that_goes_closes_its_connections(node: Node, pod: str) -> None
     client.until("echo", b"here")
     count = node.streams()
     client.close()
-    eventually(lambda: node.streams() == count - 3)
+    eventually(lambda: node.streams() <= count - 3)  # and those of an earlier test, which may be closing
 
 
 def test_streams_with_headers_that_are_missing_or_wrong(node: Node, pod: str) -> None:

@@ -17,6 +17,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.support.fixtures import serving
 from tests.support.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
+from tests.support.waiting import SLOWNESS, eventually
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def own_node(nothing_left: None, busybox_archive: str) -> Iterator[Node]:
 
 def reset(node: Node, *words: str, answer: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "criserver", "reset", "--config", node.config, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, input=answer)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS, input=answer)
 
 
 def shared_pids() -> cri.LinuxPodSandboxConfig:
@@ -88,13 +89,16 @@ def test_a_full_state_directory(own_node: Node) -> None:
 def test_containers_get_their_stop_signal_and_time_to_end(own_node: Node) -> None:
     node = own_node
     pod = node.run_pod("graceful")
-    script = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done"
-    polite = node.status(node.run(pod, "polite", ["sh", "-c", script])).log_path
-    node.run(pod, "deaf", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
+    script = "; echo ready; while :; do sleep 0.05; done"
+    polite = node.run(pod, "polite", ["sh", "-c", f"trap 'echo bye; exit 0' TERM{script}"])
+    deaf = node.run(pod, "deaf", ["sh", "-c", f"trap '' TERM{script}"])
+    for container in (polite, deaf):
+        eventually(lambda name=container: node.log(name) == "ready\n")  # type: ignore[misc]
+    path = node.status(polite).log_path
     node.kill()
-    done = reset(node, "--yes", "--grace", "1")
+    done = reset(node, "--yes", "--grace", "4")
     assert done.returncode == 0, done.stderr
-    with open(polite) as f:
+    with open(path) as f:
         assert f.read().endswith("bye\n")
     assert traces(node) == []
 
@@ -164,7 +168,7 @@ def test_where_there_is_nothing_nothing_is_made(nothing_left: None, tmp_path: Pa
     config = tmp_path / "config.toml"
     config.write_text(f'root = "{tmp_path}/root"\nstate = "{tmp_path}/state"\n')
     command = [sys.executable, "-m", "criserver", "reset", "--yes", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert (done.returncode, done.stdout) == (0, "removed 0 pods and 0 containers\n")
     assert os.listdir(tmp_path) == ["config.toml"]
 

@@ -39,19 +39,25 @@ def test_cpu_time_and_its_rate_follow_the_work(node: Node) -> None:
     pod = node.run_pod()
     busy = node.run(pod, "busy", ["sh", "-c", "while :; do :; done"])
     idle = node.run(pod, "idle", SLEEP)
+    begun = time.monotonic_ns()
     first = stats_of(node, busy).cpu
+    least = time.monotonic_ns()
     assert first.timestamp > 0
     assert not first.HasField("usage_nano_cores")  # there is nothing yet to reckon it from
     stats_of(node, idle)
     pod_of(node, pod)
     time.sleep(1.2)  # a rate is of a second at least
-    second, rest, whole = stats_of(node, busy).cpu, stats_of(node, idle).cpu, pod_of(node, pod).cpu
+    least = time.monotonic_ns() - least
+    second = stats_of(node, busy).cpu
+    most = time.monotonic_ns() - begun
+    rest, whole = stats_of(node, idle).cpu, pod_of(node, pod).cpu
     worked = second.usage_core_nano_seconds.value - first.usage_core_nano_seconds.value
-    assert 0 < worked <= second.timestamp - first.timestamp + 100_000_000
-    assert 100_000_000 < second.usage_nano_cores.value < 1_100_000_000
-    assert rest.usage_nano_cores.value < 50_000_000
+    assert 0 < worked <= most + 100_000_000
+    # How much of a processor it gets depends on what else the machine does.
+    assert worked * 10**9 // most <= second.usage_nano_cores.value <= worked * 10**9 // least
+    assert rest.usage_nano_cores.value < second.usage_nano_cores.value
     assert whole.usage_core_nano_seconds.value >= second.usage_core_nano_seconds.value
-    assert whole.usage_nano_cores.value > 100_000_000
+    assert whole.usage_nano_cores.value > rest.usage_nano_cores.value
 
 
 def test_stalls_are_told_where_the_kernel_counts_them(node: Node) -> None:
@@ -137,7 +143,7 @@ def test_processes_are_counted_not_threads(node: Node) -> None:
 
 def test_the_writable_layer_is_measured_soon_and_again(node: Node) -> None:
     container = node.run(node.run_pod(), "c", SLEEP)
-    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 8)
+    first = eventually(lambda: stats_of(node, container).writable_layer.timestamp and stats_of(node, container), 9.5)
     node.sh(container, "dd if=/dev/zero of=/fill bs=1M count=8; touch /a /b /c")
     mountpoint = node.client.ImageFsInfo().container_filesystems[0].fs_id.mountpoint
     assert first.writable_layer.fs_id.mountpoint == mountpoint
@@ -251,17 +257,20 @@ def throttled(node: Node) -> int:
 
 
 def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
-    given = {"cpu_period": 100_000, "cpu_quota": 20_000, "cpu_shares": 512, "memory_limit_in_bytes": 64 * MIB}
+    # Of a processor that is busy otherwise it has to get more than this, or it is never made to wait for its limit.
+    given = {"cpu_period": 100_000, "cpu_quota": 5_000, "cpu_shares": 512, "memory_limit_in_bytes": 64 * MIB}
     pod = node.run_pod("metered")
+    begun = time.time()
     script = "sleep 1000 & sleep 1000 & while :; do :; done"
     container = node.run(pod, "c", ["sh", "-c", script], linux=limits(memory_swap_limit_in_bytes=64 * MIB, **given))
     eventually(lambda: stats_of(node, container).writable_layer.timestamp)
-    eventually(lambda: throttled(node) > 2)
+    eventually(lambda: throttled(node) > 2, 120)
     keys = {d.name: list(d.label_keys) for d in node.client.ListMetricDescriptors().descriptors}
+    asked = time.time()
     (metered,) = node.client.ListPodSandboxMetrics().pod_metrics
     own = {m.name: m for m in metered.container_metrics[0].metrics}
     values = {name: metric.value.value for name, metric in own.items()}
-    assert values["container_spec_cpu_quota"] == 20_000
+    assert values["container_spec_cpu_quota"] == 5_000
     assert values["container_spec_cpu_shares"] == 512
     assert values["container_spec_memory_limit_bytes"] == 64 * MIB
     assert values["container_spec_memory_swap_limit_bytes"] == 64 * MIB
@@ -271,8 +280,8 @@ def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
     assert values["container_sockets"] == 0
     assert values["container_fs_usage_bytes"] == stats_of(node, container).writable_layer.used_bytes.value
     assert values["container_fs_limit_bytes"] > values["container_fs_usage_bytes"]
-    assert abs(values["container_last_seen"] - time.time()) < 10
-    assert 0 <= values["container_last_seen"] - values["container_start_time_seconds"] < 30
+    assert int(begun) <= values["container_start_time_seconds"] <= values["container_last_seen"] <= time.time()
+    assert values["container_last_seen"] >= int(asked)
     labels = dict(zip(keys["container_memory_rss"], own["container_memory_rss"].label_values, strict=True))
     assert labels == {
         "pod": "metered",

@@ -96,7 +96,7 @@ def no_pods(service: Service) -> Iterator[None]:
     yield
     service.start()
     service.remove_pods()
-    assert service.leftovers() == []
+    assert service.settled() == []
 
 
 def main_pid() -> int:

@@ -87,7 +87,7 @@ def test_a_pods_life_as_a_kubelet_of_1_20_asks_for_it(node: Node, call: Call) ->
     listed = fields(call("RuntimeService/ListContainers")[1][0])
     assert listed[1] == [created]
     assert listed[6] == [1]  # CONTAINER_RUNNING
-    answer = call("RuntimeService/ExecSync", field(1, created) + field(2, "hostname") + field(3, 5))
+    answer = call("RuntimeService/ExecSync", field(1, created) + field(2, "hostname") + field(3, 30))
     assert answer[1] == [b"old-host\n"]
     call("RuntimeService/StopContainer", field(1, created))
     status = fields(call("RuntimeService/ContainerStatus", field(1, created))[1][0])

@@ -237,7 +237,7 @@ def test_a_sysctls_value_that_the_kernel_would_cut_off(node: Node, value: str) -
 def test_a_million_arguments(node: Node, rpc: str) -> None:
     container = node.run(node.run_pod(), "c", ["sleep", "1000"])
     fields: dict[str, Any] = {} if rpc == "ExecSync" else {"stdout": True}
-    with within(10), refused(INVALID, "cmd"):
+    with refused(INVALID, "cmd"):
         getattr(node.client, rpc)(container_id=container, cmd=["x"] * 1_000_000, **fields)
     with refused(INVALID, "cmd"):
         getattr(node.client, rpc)(container_id=container, cmd=["true", "x" * 4_000_000], **fields)

@@ -72,7 +72,7 @@ def nested(node: Node, pod: str, where: str, depth: int, name: str = "deep") -> 
 
 
 def wait_until_nested(node: Node, container: str) -> None:
-    eventually(lambda: "nested" in node.log(container) or node.status(container).state != cri.CONTAINER_RUNNING, 60)
+    eventually(lambda: "nested" in node.log(container) or node.status(container).state != cri.CONTAINER_RUNNING, 180)
     assert "nested" in node.log(container), node.log(container)
 
 
@@ -274,7 +274,7 @@ def test_one_bad_left_over_keeps_nobody_from_starting(own_node: Node) -> None:
     node.client.RemovePodSandbox(pod_sandbox_id=good)
     node.stop()
     node.start()
-    assert [path for path in node.leftovers() if "/runtimes/" not in path] == []
+    eventually(lambda: not [path for path in node.leftovers() if "/runtimes/" not in path])
 
 
 @pytest.mark.parametrize("whose", ["pod", "container"])

@@ -52,7 +52,7 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     # 1. The kernel deletes a veth some time after its network namespace.
     # 2. Another runtime's veth joins its bridge some time after it is made.
-    deadline = time.monotonic() + 20 * SLOWNESS
+    deadline = time.monotonic() + 60 * SLOWNESS
     while (left := host_state(scratch) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == set()

@@ -39,6 +39,8 @@ GATEWAY = f"10.{RUN}.0.1"
 NETWORK = f"e2e{RUN}"
 SCRATCH = f"/run/cri-e2e-{RUN}-"
 DRIVER = os.environ.get("E2E_CGROUP_DRIVER", "cgroupfs")
+# Seconds. A call that takes so long hangs.
+PATIENCE = 120 * SLOWNESS
 # The OCI runtime of all tests that do not name one: a path, or a name on PATH; or a shim, as `handler` says.
 RUNTIME = os.environ.get("E2E_RUNTIME", "runc")
 
@@ -50,7 +52,10 @@ def handler(name: str, runtime: str) -> str:
 
 
 class Client:
-    """Every unary RPC of CRI as a method: ``client.RunPodSandbox(config=...)``."""
+    """Every unary RPC of CRI as a method: ``client.RunPodSandbox(config=...)``.
+
+    ``client.RunPodSandbox.begin(config=...)`` does not wait for the answer: it is a grpc.Future that can be cancelled.
+    """
 
     def __init__(self, socket: str) -> None:
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=[("grpc.max_receive_message_length", 16 << 20)])
@@ -66,9 +71,13 @@ class Client:
 
     @staticmethod
     def _caller(call: Any, request: Any) -> Any:
-        def rpc(deadline: float = 60 * SLOWNESS, **fields: Any) -> Any:
+        def rpc(deadline: float = PATIENCE, **fields: Any) -> Any:
             return call(request(**fields), timeout=deadline, wait_for_ready=True)
 
+        def begin(**fields: Any) -> Any:
+            return call.future(request(**fields), timeout=PATIENCE, wait_for_ready=True)
+
+        rpc.begin = begin  # type: ignore[attr-defined]
         return rpc
 
     def __getattr__(self, name: str) -> Any:
@@ -100,6 +109,7 @@ class Node:
                 f"timeout = {int(10 * SLOWNESS)}\n"
                 f'[nri]\nsocket_path = "{self.base}/nri/nri.sock"\nplugin_path = "{self.base}/nri/plugins"\n'
                 f'plugin_config_path = "{self.base}/nri/conf.d"\n'
+                f"plugin_request_timeout = {int(5 * SLOWNESS)}\n"
                 f'[cdi]\ndirs = ["{self.base}/cdi"]\n'
                 f'[registry]\nconfig_path = "{self.certs}"\n'
                 f'[runtime]\ncgroup_driver = "{DRIVER}"\ninfra = "{infra}"\n' + (runtimes or handler("runc", RUNTIME))
@@ -138,7 +148,7 @@ class Node:
                 start_new_session=True,
             )
         self.client = Client(self.socket)
-        deadline = time.monotonic() + 30 * SLOWNESS
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 self.client.Version(deadline=2 * SLOWNESS)
@@ -147,7 +157,7 @@ class Node:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise AssertionError(f"the daemon does not serve:\n{self.daemon_log()}") from None
         if recovered:
-            eventually(lambda: "recovered" in self.daemon_log()[logged:], 60)
+            eventually(lambda: "recovered" in self.daemon_log()[logged:], 120)
 
     def kill(self) -> None:
         """SIGKILL the daemon."""
@@ -160,7 +170,7 @@ class Node:
         """SIGTERM the daemon; its exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30 * SLOWNESS)
+        code = self.process.wait(PATIENCE)
         self.client.channel.close()
         return code
 
@@ -210,7 +220,7 @@ class Node:
 
     def settled(self) -> list[str]:
         """What is left once all had time to go: a shim that has told of its end is there for a moment yet."""
-        deadline = time.monotonic() + 20 * SLOWNESS
+        deadline = time.monotonic() + 60 * SLOWNESS
         while (left := self.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return left
@@ -270,7 +280,7 @@ class Node:
             **fields,
         )
 
-    def run_pod(self, name: str = "pod", deadline: float = 60 * SLOWNESS, **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = PATIENCE, **fields: Any) -> str:
         """A running sandbox's ID."""
         pod: str = self.client.RunPodSandbox(deadline, config=self.pod(name, **fields)).pod_sandbox_id
         self.pods.add(pod)
@@ -302,7 +312,7 @@ class Node:
         pid: int = json.loads(self.client.ContainerStatus(container_id=container, verbose=True).info["info"])["pid"]
         return pid
 
-    def wait(self, container: str, seconds: float = 30) -> cri.ContainerStatus:
+    def wait(self, container: str, seconds: float = 60) -> cri.ContainerStatus:
         """The status of a container once it has exited."""
         eventually(lambda: self.status(container).state == cri.CONTAINER_EXITED, seconds)
         return self.status(container)
@@ -312,7 +322,7 @@ class Node:
         with open(self.status(container).log_path) as f:
             return "".join(line.split(" ", 3)[3] for line in f)
 
-    def sh(self, container: str, script: str, timeout: int = int(20 * SLOWNESS)) -> str:
+    def sh(self, container: str, script: str, timeout: int = int(60 * SLOWNESS)) -> str:
         """What a shell script in the container prints; it must succeed."""
         result = self.client.ExecSync(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
         assert result.exit_code == 0, result

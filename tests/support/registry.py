@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -10,16 +11,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.imagebuilder import BuiltImage, write_directory
+from tests.support.waiting import SLOWNESS, eventually
 
 # User "me", password "secret", by bcrypt.
 HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
 
-_START_TIMEOUT = 20.0
+_START_TIMEOUT = 60.0 * SLOWNESS  # seconds
 
 
 class Registry:
@@ -38,6 +41,7 @@ class Registry:
     ) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.log = os.path.join(directory, "registry.log")
+        self._marks = 0
         self._storage: str = storage._storage if storage else os.path.join(directory, "storage")
         config: dict[str, Any] = {
             "version": 0.1,
@@ -63,19 +67,28 @@ class Registry:
         assert done.returncode == 0, done.stderr
         return target
 
+    def lines(self) -> list[str]:
+        """The log. It tells of a request a moment after the answer, so one more is made and waited for in it."""
+        self._marks += 1
+        mark = f"/v2/?mark={self._marks}"
+        connection = http.client.HTTPConnection(self.address, timeout=_START_TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("GET", mark)
+            connection.getresponse().read()
+        eventually(lambda: f"{mark} " in Path(self.log).read_text())
+        return [line for line in Path(self.log).read_text().splitlines() if "/v2/?mark=" not in line]
+
     def requests(self) -> list[str]:
         """What was asked of the registry, in order: ``GET /v2/… HTTP/1.1``."""
-        with open(self.log) as f:
-            return [
-                line.split('"')[1]
-                for line in f
-                if '" ' in line and line.partition('"')[2].startswith(("GET /", "HEAD /"))
-            ]
+        return [
+            line.split('"')[1]
+            for line in self.lines()
+            if '" ' in line and line.partition('"')[2].startswith(("GET /", "HEAD /"))
+        ]
 
     def blob_requests(self) -> list[str]:
         """The digests of blobs that were fetched from the registry, in order."""
-        with open(self.log) as f:
-            lines = [line for line in f if '"GET /v2/' in line and "/blobs/" in line]
+        lines = [line for line in self.lines() if '"GET /v2/' in line and "/blobs/" in line]
         return [line.partition("/blobs/")[2].split()[0] for line in lines]
 
     def close(self) -> None:

@@ -13,8 +13,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Self
 
+from tests.support.waiting import SLOWNESS
+
 # Seconds.
-PATIENCE = 20.0
+PATIENCE = 60.0 * SLOWNESS
 
 
 class Terminal:

@@ -23,7 +23,7 @@ class Journald:
         self.path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
-        self._socket.settimeout(5)
+        self._socket.settimeout(30)
 
     def receive(self) -> dict[str, str]:
         data, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, 1)

@@ -140,10 +140,10 @@ async def test_without_a_vital_task_there_is_no_daemon_and_the_others_have_ended
 
     tasks = Task("cleaning", other), Task("the server", fail, vital=True)
     with pytest.raises(CriError, match="cannot go on without the server, which has failed: the socket is gone"):
-        await asyncio.wait_for(upkeep.keep(tasks, asyncio.Event()), 5)
+        await asyncio.wait_for(upkeep.keep(tasks, asyncio.Event()), 30)
     assert ended == [""]
     with pytest.raises(CriError, match="cannot go on without the server, which has ended"):
-        await asyncio.wait_for(upkeep.keep([Task("the server", returns, vital=True)], asyncio.Event()), 5)
+        await asyncio.wait_for(upkeep.keep([Task("the server", returns, vital=True)], asyncio.Event()), 30)
 
 
 async def test_at_the_stop_the_last_is_ended_first_and_each_is_waited_for() -> None:
@@ -315,10 +315,10 @@ async def test_a_server_that_takes_no_more_calls_ends_the_daemon_with_the_reason
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
         with pytest.raises(grpc.RpcError):
             call: Any = channel.unary_unary("/x/Y")
-            await call(b"", timeout=5)
+            await call(b"", timeout=30)
     monkeypatch.undo()
     with pytest.raises(CriError, match="without the CRI server, which has failed: no room for a call"):
-        await asyncio.wait_for(keeping, 5)
+        await asyncio.wait_for(keeping, 30)
     await server.stop(0)
 
 
@@ -326,4 +326,4 @@ async def test_a_server_that_is_kept_can_be_stopped(tmp_path: Path) -> None:
     server = await listen(str(tmp_path / "socket"), [])
     async with kept(Task("the CRI server", lambda: ended(server), vital=True)):
         await asyncio.sleep(0.01)
-    await asyncio.wait_for(server.stop(0), 5)
+    await asyncio.wait_for(server.stop(0), 30)

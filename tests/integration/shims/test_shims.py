@@ -109,9 +109,9 @@ def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: H
 
 
 @pytest.fixture
-def hasty(rootfs: Path) -> Iterator[Host]:
-    """Shims that give a runtime up soon."""
-    host = Host(rootfs, limits={"shim._RUN_LIMIT": HASTY, "execs._EXEC_LIMIT": HASTY})
+def hasty(rootfs: Path, request: pytest.FixtureRequest) -> Iterator[Host]:
+    """Shims that give one command of a runtime up soon."""
+    host = Host(rootfs, limits={request.param: HASTY})
     try:
         host.nursery.greeting()
         yield host
@@ -130,6 +130,7 @@ def _hanging(directory: Path, command: str) -> tuple[str, Callable[[], list[str]
     ]
 
 
+@pytest.mark.parametrize("hasty", ["shim._RUN_LIMIT"], indirect=True)
 def test_a_start_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
     runtime, left = _hanging(tmp_path, "run")
     container = hasty.fork(hasty.prepare("c", "sleep", "1000") | hasty.runtime(runtime))
@@ -140,6 +141,7 @@ def test_a_start_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: H
     assert not any(Path("/sys/fs/cgroup").glob(f"*{CGROUP}/c"))
 
 
+@pytest.mark.parametrize("hasty", ["execs._EXEC_LIMIT"], indirect=True)
 def test_an_exec_that_does_not_come_back_ends_with_all_that_it_has_made(hasty: Host, tmp_path: Path) -> None:
     runtime, left = _hanging(tmp_path, "exec")
     container = hasty.fork(hasty.prepare("c", "sleep", "1000") | hasty.runtime(runtime))
@@ -348,7 +350,7 @@ def children(pid: int) -> list[str]:
     """The names of a process's children."""
     names = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with contextlib.suppress(FileNotFoundError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended
             names.append(Path(f"/proc/{child}/comm").read_text().strip())
     return names
 
@@ -478,6 +480,18 @@ def test_orphans_are_reaped(host: Host) -> None:
     children = Path(f"/proc/{container.shim}/task/{container.shim}/children")
     eventually(lambda: len(members("c")) == 1)
     eventually(lambda: len(children.read_text().split()) == 1)
+
+
+def test_the_nursery_reaps_what_a_killed_shim_leaves(host: Host) -> None:
+    container = host.start("c", "sleep", "1000")
+    os.kill(container.shim, signal.SIGKILL)
+    eventually(lambda: parent(container.init) == host.process.pid)
+    container.kill()
+    eventually(lambda: not Path(f"/proc/{container.init}").exists())
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_out_of_memory(host: Host) -> None:

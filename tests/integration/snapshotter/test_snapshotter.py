@@ -600,9 +600,9 @@ async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapsh
 
 
 async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
-    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=1.5))
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=2.5))
     async with stopped_worker(snapshotter, disk) as (pid, caller):
-        with pytest.raises(SnapshotError, match=r"did nothing for 1\.5 seconds"):
+        with pytest.raises(SnapshotError, match=r"did nothing for 2\.5 seconds"):
             await caller
         assert not os.path.exists(f"/proc/{pid}")
         assert staging(disk) == []

@@ -104,7 +104,7 @@ async def test_without_a_watchdog_it_is_told_how_things_are(manager: socket.sock
 
 async def test_a_daemon_that_systemd_has_not_started_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    await asyncio.wait_for(service_manager.report(lambda: "3 pods"), 1)
+    await asyncio.wait_for(service_manager.report(lambda: "3 pods"), 30)
 
 
 def test_nothing_is_put_apart_where_systemd_has_not_started_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -89,11 +90,13 @@ async def test_a_failure_and_a_slow_one_do_not_keep_the_others_waiting() -> None
     trees = Trees()
     trees.wanted, trees.sizes = {"bad": True, "slow": True, "good": True}, {"slow": 1, "good": 1}
     trees.seconds = {"slow": 0.1}
+    begun = time.monotonic()
     async with running(trees) as meter:
-        await until(lambda: trees.measured["good"] >= 5)
+        # One of them may take as long as the slow one where the machine is busy.
+        await until(lambda: trees.measured["good"] >= 5 and trees.measured["bad"] >= 3)
         assert meter.latest("bad") is None
-        assert trees.measured["bad"] >= 3
-        assert trees.measured["slow"] == 1  # what takes a tenth of a second is due again after five
+        # What takes a tenth of a second is due again after five.
+        assert 1 <= trees.measured["slow"] <= 1 + (time.monotonic() - begun) / 4.9
 
 
 async def test_the_total_is_of_those_that_there_are() -> None:
