@@ -169,7 +169,7 @@ class Archive:
         if member not in self._layers:
             start = self._piece(member, 0)
             packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
-            self._layers[member] = packed and Descriptor(packed, self._hashed(member), member.size)
+            self._layers[member] = Descriptor(packed, self._hashed(member), member.size) if packed else None
         descriptor = self._layers[member] or Descriptor(OCI_LAYER, diff_id, member.size)
         self._digests[descriptor.digest] = name
         return descriptor
