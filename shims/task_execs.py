@@ -10,7 +10,7 @@ from .copier import Copier
 from .lean import AF_UNIX, SCM_RIGHTS, SIGKILL, SOCK_STREAM, SOL_SOCKET, Socket, socket_pair
 from .runtime import LateError, read_all
 from .shim_config import RequestError, text
-from .task_wire import any_of, data, fields, integer, number
+from .task_wire import any_of, data, exit_of, number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -241,7 +241,10 @@ class TaskExecs:
     def _ended(self, execution: _TaskExec, reply: bytes, error: RequestError | None) -> None:
         execution.ended = True
         execution.let_go_of_stdin()
-        code = 255 if error is not None else integer(fields(reply), 1)
+        try:
+            code = 255 if error is not None else exit_of(reply)[0]
+        except RequestError:
+            code = 255
         exited: ExecExitedEvent = {"event": "exec-exited", "exec_id": execution.id, "code": code}
         self._send(execution.channel, exited)
         if execution.killed:

@@ -19,7 +19,7 @@ from .shim import Shim
 from .shim_config import RequestError, whole
 from .task_execs import TaskExecs, TerminalSizer, pipe_path
 from .task_link import EventSink, TaskLink, discard
-from .task_wire import any_of, content, data, fields, integer, number
+from .task_wire import any_of, content, data, exit_of, fields, integer, number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,12 +183,16 @@ class TaskShim(Shim):
         return self._status is not None
 
     def _waited(self, reply: bytes, error: RequestError | None) -> None:
-        if error is not None:
-            return  # nobody knows how the container ended; the daemon looks for its process
-        exit_ = fields(reply)
-        at = fields(content(exit_, 2))
-        self._finished_at = integer(at, 1) * 10**9 + integer(at, 2) or time.time_ns()
-        self._status = integer(exit_, 1)
+        try:
+            if error is not None:
+                raise error
+            code, finished_at = exit_of(reply)
+        except RequestError as wrong:
+            # Nobody knows how the container ended. The daemon looks for its process.
+            self._connected().close(wrong)
+            return
+        self._finished_at = finished_at or time.time_ns()
+        self._status = code
 
     def _delete(self) -> str:
         """Have the runtime's shim delete the container, and end that shim unless it has the pod's other containers."""

@@ -19,6 +19,9 @@ HEADER = 10
 MAX_MESSAGE = 4 << 20
 """Bytes of a message; ttrpc refuses larger ones."""
 
+_MAX_CODE = (1 << 31) - 1
+_MAX_TIME = (1 << 63) - 1
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -73,6 +76,19 @@ def content(message: Fields, field: int) -> bytes:
     """The bytes of a text, of bytes or of a message; empty where they are left out or are something else."""
     value = message.get(field, [b""])[-1]
     return value if isinstance(value, bytes) else b""
+
+
+def exit_of(reply: bytes) -> tuple[int, int]:
+    """The exit code in a reply to Wait, and the time in nanoseconds, 0 for one that CRI has no room for.
+
+    Raises RequestError for a reply that is no message, and for a code that CRI has no room for.
+    """
+    found = fields(reply)
+    at = fields(content(found, 2))
+    code, time = integer(found, 1), integer(at, 1) * 10**9 + integer(at, 2)
+    if code > _MAX_CODE:
+        raise RequestError(f"the runtime's shim tells of the exit code {code}")
+    return code, time if time <= _MAX_TIME else 0
 
 
 def frame(stream: int, kind: int, message: bytes) -> bytes:

@@ -89,11 +89,17 @@ class TarReader:
     :class:`Entry`. Until the next entry, :meth:`content` yields its bytes. A stream may end after any entry, as for
     other readers, so a caller that needs the whole stream checks its digest.
 
+    ``skip`` is for a caller that reads headers alone: it passes over so many bytes of content, and the padding after
+    them. ``read`` must return one block of 512 bytes then, as what was read already cannot be passed over.
+
     Raises :class:`LayerError`, or :class:`TruncatedLayerError` if the stream ends within an entry.
     """
 
-    def __init__(self, read: Callable[[], bytes], limits: LayerLimits) -> None:
+    def __init__(
+        self, read: Callable[[], bytes], limits: LayerLimits, skip: Callable[[int], None] | None = None
+    ) -> None:
         self._read = read
+        self._skip = skip
         self._limits = limits
         self._piece = b""
         self._at = 0
@@ -131,7 +137,7 @@ class TarReader:
             if records or self._global:
                 records = dict(self._global)
         if records != self._global:
-            raise TruncatedLayerError("the layer ends after an extended header, before its entry")
+            raise TruncatedLayerError("the tar stream ends after an extended header, before its entry")
 
     def content(self) -> Iterator[memoryview]:
         """Yield the rest of the current entry's content, in pieces of any size."""
@@ -154,12 +160,12 @@ class TarReader:
         self._piece = self._read()
         self._at = 0
         if not self._piece:
-            raise TruncatedLayerError("the layer ends in the middle of an entry")
+            raise TruncatedLayerError("the tar stream ends in the middle of an entry")
 
     def _take(self, size: int) -> bytes:
         taken = self._take_at_most(size)
         if len(taken) < size:
-            raise TruncatedLayerError("the layer ends in the middle of an entry")
+            raise TruncatedLayerError("the tar stream ends in the middle of an entry")
         return taken
 
     def _take_at_most(self, size: int) -> bytes:
@@ -183,6 +189,9 @@ class TarReader:
         return b"".join(parts)
 
     def _next_header(self) -> bytes | None:
+        if self._skip is not None and self._left:
+            self._skip(self._left)
+            self._left = self._padding = 0
         for _ in self.content():
             pass
         padding, self._padding = self._padding, 0
@@ -194,10 +203,10 @@ class TarReader:
         if not header.strip(b"\0"):
             # The stream is not read again behind its end.
             if len(header) == BLOCK and self._take_at_most(BLOCK).strip(b"\0"):
-                raise LayerError("a block of zeros stands among the layer's entries")
+                raise LayerError("a block of zeros stands among the entries")
             return None
         if len(header) < BLOCK:
-            raise TruncatedLayerError("the layer ends in the middle of an entry")
+            raise TruncatedLayerError("the tar stream ends in the middle of an entry")
         verify_checksum(header)
         return header
 

@@ -11,15 +11,14 @@ import hashlib
 import json
 import os
 import posixpath
-import tarfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, BinaryIO
 
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images.archive_file import GZIP, ZSTD, plain_file
+from criserver.images.archive_members import Member, read_members
 from criserver.images.archive_names import is_whole
 from criserver.images.content import ContentStore, Watcher, digest_of
 from criserver.images.manifests import (
@@ -40,7 +39,7 @@ from criserver.images.manifests import (
 from snapshotter.limits import LayerLimits
 from snapshotter.threads import in_thread
 
-_MAX_MEMBERS = 100_000
+_MAX_IMAGES = 1000  # of Docker's manifest.json, as many as an index may have
 _MAX_LINKS = 8
 _CHUNK = 1 << 20
 _PACKED = {GZIP: OCI_LAYER_GZIP, ZSTD: OCI_LAYER_ZSTD}
@@ -66,13 +65,16 @@ class ArchivedImage:
 class Archive:
     """An open archive; a :class:`~criserver.images.pull.BlobSource`. Made by :func:`open_archive`."""
 
-    def __init__(self, name: str, tar: tarfile.TarFile, fd: int) -> None:
+    def __init__(self, name: str, fd: int, limits: LayerLimits) -> None:
         self.name = self.origin = name
-        self._tar = tar
         self._fd = fd
-        self._members: dict[str, tarfile.TarInfo] = {}
+        self._limits = limits
+        self._members: dict[str, Member] = {}
         self._digests: dict[str, str] = {}  # the members of blobs that are not where a layout has them
         self._manifests: dict[str, bytes] = {}
+        # What Docker's format has no descriptors of. A layer that is not compressed has none of its own.
+        self._configs: dict[Member, tuple[Descriptor, tuple[str, ...]]] = {}
+        self._layers: dict[Member, Descriptor | None] = {}
 
     async def images(self) -> list[ArchivedImage]:
         """The images in the archive. To be called before the other methods. Raises InvalidArgumentError."""
@@ -96,11 +98,7 @@ class Archive:
             ingest.commit(descriptor.digest)
 
     def _images(self) -> list[ArchivedImage]:
-        with self._readable():
-            for number, member in enumerate(self._tar):
-                if number >= _MAX_MEMBERS:
-                    raise InvalidArgumentError(f"{self.name} has more than {_MAX_MEMBERS} members")
-                self._members[posixpath.normpath(member.name)] = member
+        self._members = read_members(self._fd, self.name, self._limits)
         docker = "manifest.json" in self._members
         if "index.json" in self._members and not (docker and "oci-layout" not in self._members):
             return self._layout_images()
@@ -128,6 +126,8 @@ class Archive:
             raise InvalidArgumentError(f"{what} is not valid JSON: {e}") from e
         if not isinstance(document, list) or not document:
             raise InvalidArgumentError(f"{what} is not a list of images")
+        if len(document) > _MAX_IMAGES:
+            raise InvalidArgumentError(f"{what} lists {len(document)} images; {_MAX_IMAGES} are the most allowed")
         return [self._docker_image(entry, what) for entry in document]
 
     def _docker_image(self, entry: Any, what: str) -> ArchivedImage:
@@ -138,38 +138,48 @@ class Archive:
                 raise InvalidArgumentError(f"{what}: an entry lacks Config or Layers")
         if layers is None or tags is None:
             raise InvalidArgumentError(f"{what}: Layers or RepoTags is not a list of names")
-        body = self._read(config, MAX_CONFIG)
-        diff_ids = parse_config(body, f"{self.name}: {config}").diff_ids
+        described_config, diff_ids = self._docker_config(config)
         if len(diff_ids) != len(layers):
             raise InvalidArgumentError(f"{what} lists {len(layers)} layers, and {config} {len(diff_ids)}")
-        self._digests[digest_of(body)] = config
         described = [self._docker_layer(name, diff_id) for name, diff_id in zip(layers, diff_ids, strict=True)]
-        manifest = _oci_manifest(Descriptor(OCI_CONFIG, digest_of(body), len(body)), described)
+        manifest = _oci_manifest(described_config, described)
         digest = digest_of(manifest)
         self._manifests[digest] = manifest
         index = Index((Descriptor(OCI_MANIFEST, digest, len(manifest)),))
         names = tuple(_whole(tag) for tag in tags if tag)
         return ArchivedImage(names, index, published=False)
 
+    def _docker_config(self, name: str) -> tuple[Descriptor, tuple[str, ...]]:
+        """The descriptor of a configuration, and its diff IDs. Images of one configuration have it read once."""
+        member = self._member(name)
+        if member not in self._configs:
+            body = self._read(name, MAX_CONFIG)
+            descriptor = Descriptor(OCI_CONFIG, digest_of(body), len(body))
+            self._digests[descriptor.digest] = name
+            self._configs[member] = descriptor, parse_config(body, f"{self.name}: {name}").diff_ids
+        return self._configs[member]
+
     def _docker_layer(self, name: str, diff_id: str) -> Descriptor:
         """The descriptor of a layer, which docker's format does not have.
 
         The digest of an uncompressed layer is its diff ID, which is checked when the layer is read. A compressed layer
-        is read and hashed for it.
+        is read and hashed for it, once for all images.
         """
         member = self._member(name)
-        start = self._piece(member, 0)
-        packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
-        if packed is None:
-            descriptor = Descriptor(OCI_LAYER, diff_id, member.size)
-        else:
-            digest, position = hashlib.sha256(), 0
-            while piece := self._piece(member, position):
-                digest.update(piece)
-                position += len(piece)
-            descriptor = Descriptor(packed, f"sha256:{digest.hexdigest()}", member.size)
+        if member not in self._layers:
+            start = self._piece(member, 0)
+            packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
+            self._layers[member] = Descriptor(packed, self._hashed(member), member.size) if packed else None
+        descriptor = self._layers[member] or Descriptor(OCI_LAYER, diff_id, member.size)
         self._digests[descriptor.digest] = name
         return descriptor
+
+    def _hashed(self, member: Member) -> str:
+        digest, position = hashlib.sha256(), 0
+        while piece := self._piece(member, position):
+            digest.update(piece)
+            position += len(piece)
+        return f"sha256:{digest.hexdigest()}"
 
     def _read_manifest(self, digest: str) -> bytes:
         body = self._read(self._place(digest), MAX_MANIFEST)
@@ -189,41 +199,28 @@ class Archive:
             data += piece
         return bytes(data)
 
-    def _piece(self, member: tarfile.TarInfo, position: int) -> bytes:
-        """The next bytes of a member from ``position`` on; b"" at its end.
-
-        They are read by offset, and not through the TarFile: concurrent readers would share its one position.
-        """
+    def _piece(self, member: Member, position: int) -> bytes:
+        """The next bytes of a member from ``position`` on; b"" at its end."""
         wanted = min(_CHUNK, member.size - position)
-        with self._readable():
-            piece = os.pread(self._fd, wanted, member.offset_data + position)
+        try:
+            piece = os.pread(self._fd, wanted, member.offset + position)
+        except OSError as e:
+            raise InvalidArgumentError(f"{self.name} cannot be read: {e.strerror}") from e
         if wanted and not piece:
-            raise InvalidArgumentError(f"{self.name} is damaged: it ends in the middle of {member.name[:200]!r}")
+            raise InvalidArgumentError(f"{self.name} is damaged: it ends in the middle of a member")
         return piece
 
-    def _member(self, name: str) -> tarfile.TarInfo:
+    def _member(self, name: str) -> Member:
         """The regular file at ``name``, also through a link: old tools write a layer that occurs twice as a link."""
-        path = posixpath.normpath(name)
+        path: str | None = posixpath.normpath(name)
         for _ in range(_MAX_LINKS):
-            member = self._members.get(path)
+            member = self._members.get(path) if path is not None else None
             if member is None:
                 break
-            if member.isreg() and not member.issparse():
+            if member.is_file:
                 return member
-            if member.issym():
-                path = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
-            elif member.islnk():
-                path = posixpath.normpath(member.linkname)
-            else:
-                break
+            path = member.target
         raise NotFoundError(f"{self.name} has no file {name}")
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (tarfile.TarError, OSError, ValueError) as e:
-            raise InvalidArgumentError(f"{self.name} is damaged: {e}") from e
 
 
 @asynccontextmanager
@@ -232,13 +229,8 @@ async def open_archive(
 ) -> AsyncIterator[Archive]:
     """The archive at ``path``; ``name`` is its name in errors, "" for the path. Raises as :func:`plain_file`."""
     what = f"archive {name or path}"
-    async with plain_file(path, what, scratch, limits) as file:
-        try:
-            tar = await in_thread(partial(tarfile.TarFile, fileobj=file))
-        except tarfile.TarError as e:
-            raise InvalidArgumentError(f"{what} is no tar file: {e}") from e
-        with tar:
-            yield Archive(what, tar, file.fileno())
+    async with plain_file(path, what, scratch, limits) as fd:
+        yield Archive(what, fd, limits)
 
 
 def _name_of(entry: Descriptor) -> str:

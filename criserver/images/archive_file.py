@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
-import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import BinaryIO
@@ -17,35 +15,13 @@ from snapshotter.threads import in_thread
 
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
-_MAX_HEADER = 1 << 20
-_MAX_HEADERS = 64 << 20  # of all members together
 _STEP = 8 << 20
 _DAMAGED = "its compressed data is invalid, or ends early"
 
 
-class BoundedFile(io.FileIO):
-    """A file that refuses large reads, and many of them: tarfile would read headers of any size into memory.
-
-    The content of members is read by descriptor, and not counted.
-    """
-
-    _headers = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        data = super().read(-1 if size is None else size)
-        self._headers += len(data)
-        if self._headers > _MAX_HEADERS:
-            raise tarfile.ReadError(f"headers of more than {_MAX_HEADERS} bytes")
-        return data
-
-
 @asynccontextmanager
-async def plain_file(
-    path: str, what: str, scratch: Callable[[], BinaryIO], limits: LayerLimits
-) -> AsyncIterator[BoundedFile]:
-    """The tar file at ``path``, without its compression (gzip, zstd); ``what`` names it in errors.
+async def plain_file(path: str, what: str, scratch: Callable[[], BinaryIO], limits: LayerLimits) -> AsyncIterator[int]:
+    """A descriptor of the tar file at ``path``, without its compression (gzip, zstd); ``what`` names it in errors.
 
     A compressed file is decompressed into the file that ``scratch`` makes. It may be as large as one layer may.
 
@@ -59,14 +35,11 @@ async def plain_file(
         start = file.read(len(ZSTD))
         file.seek(0)
         if not start.startswith(GZIP) and start != ZSTD:
-            with BoundedFile(os.dup(file.fileno())) as found:
-                yield found
+            yield file.fileno()
             return
         with scratch() as plain:
             await _decompress(file, plain, what, limits)
-            with BoundedFile(os.dup(plain.fileno())) as found:
-                found.seek(0)
-                yield found
+            yield plain.fileno()
 
 
 async def _decompress(file: BinaryIO, plain: BinaryIO, what: str, limits: LayerLimits) -> None:

@@ -19,6 +19,8 @@ from criserver.telemetry import families
 
 # Fewer bytes are no progress: a server that sends a byte a second must not keep a download going.
 MIN_PROGRESS = 16 << 10
+# Bytes of an encoded body above twice the blob's size. A body without content could go on for ever.
+_CODING_ROOM = 1 << 20
 
 _RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)")
 
@@ -94,6 +96,8 @@ class Download:
         async with asyncio.timeout(self._idle) as timer:
             async for chunk in response.content.iter_any():
                 taken += len(chunk)
+                if decoder and taken > 2 * size + _CODING_ROOM:
+                    raise DataLossError(f"blob {digest} of {size} bytes does not end after {taken} encoded bytes")
                 families.DOWNLOADED.add(len(chunk), host)
                 for piece in decoder.pieces(chunk) if decoder else (chunk,):
                     wanted, skip = piece[skip:], max(0, skip - len(piece))

@@ -4,7 +4,8 @@ Builders and registries are written in Go, and other runtimes read their documen
 that was never set is no error here:
 
 1. null is as good as a missing field. In a list of texts and in a map of texts it is "".
-2. A name is found in any case, unless the document has it twice: two readers would read two documents then.
+2. A name is found in any case. A document that has it twice is refused: two readers would read two documents. Go merges
+   the two objects of one name, and Python takes the second.
 3. Bytes that are no UTF-8 become U+FFFD.
 
 Which fields a document has and what they may be is in the JSON schemas beside this module.
@@ -13,6 +14,7 @@ Which fields a document has and what they may be is in the JSON schemas beside t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -29,7 +31,7 @@ Schema = Mapping[str, Any]
 def parse(body: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``body``; ``what`` names it in errors. Raises InvalidArgumentError."""
     try:
-        document = json.loads(body.decode(errors="replace"))
+        document = json.loads(body.decode(errors="replace"), object_pairs_hook=_unique)
         if b"\\u" in body:
             # An escaped lone surrogate is valid JSON, but no valid text for gRPC.
             json.dumps(document, ensure_ascii=False).encode()
@@ -38,6 +40,19 @@ def parse(body: bytes, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InvalidArgumentError(f"{what} is not a JSON object")
     return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
+        raise ValueError(f"an object has {shown(name)} twice")
+    return found
+
+
+def folded(name: str) -> str:
+    """A name without case, as Go compares names: U+017F is an s, and U+212A, by lower(), a k."""
+    return name.lower().replace("\u017f", "s")
 
 
 def checked(document: Mapping[str, Any], schema: str, what: str) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def _fields(value: Mapping[str, Any], properties: Schema, what: str) -> dict[str
     names = {name.lower(): name for name in properties}
     given: dict[str, str] = {}
     for key in value:
-        if (name := names.get(key.lower())) is not None and given.setdefault(name, key) != key:
+        if (name := names.get(folded(key))) is not None and given.setdefault(name, key) != key:
             raise InvalidArgumentError(f"{what} is invalid: it has both {shown(given[name])} and {shown(key)}")
     return {name: value[key] for name, key in given.items() if value[key] is not None}
 

@@ -19,7 +19,8 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 
-MAX_HEAD = 2 << 20  # Go's client takes 10 MiB; proxies and signed URLs make a few hundred KiB at most
+MAX_HEAD = 2 << 20  # bytes; Go's client takes 10 MiB; proxies and signed URLs make a few hundred KiB at most
+MAX_HEADERS = 20_000
 _MAX_INFORMATIONAL = 5  # before a response, as in Go's client
 _END = re.compile(rb"\r?\n\r?\n")
 _INFORMATIONAL = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d")
@@ -28,6 +29,8 @@ _FOLDED = (b" ", b"\t")
 
 def regular_head(head: bytes) -> tuple[bytes, bool]:
     """A response's head, without the empty line after it, as a parser wants it, and whether anything was changed."""
+    if head.count(b"\n") > MAX_HEADERS:
+        return head, False  # the parser refuses it
     lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
     names = [line.partition(b":")[0].strip().lower() for line in lines]
     lengths = [n for n, name in enumerate(names) if name == b"content-length"]
@@ -61,7 +64,10 @@ def _new_handler(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
 
 
 class LenientHandler(ResponseHandler):
-    """A connection whose responses' heads are made regular. There is one response at a time."""
+    """A connection whose responses' heads are made regular. There is one response at a time.
+
+    A head has to be whole before the connection's timeout for reads: its bytes are no progress.
+    """
 
     _head: bytearray | None = None
     _informational = 0
@@ -73,7 +79,7 @@ class LenientHandler(ResponseHandler):
         super().set_response_params(**options)
 
     def data_received(self, data: bytes) -> None:
-        """Take the next bytes of the response. Its head is kept until it is whole, up to the bound of the parser."""
+        """Take the next bytes of the response. Its head is kept until it is whole, up to MAX_HEAD bytes."""
         if self._head is None or not data:
             super().data_received(data)
             return
@@ -98,10 +104,8 @@ class LenientHandler(ResponseHandler):
             self._head = self._head[end.end() :]
             super().data_received(head + end[0])
         if len(self._head) > MAX_HEAD:
-            kept, self._head = bytes(self._head), None
-            super().data_received(kept)
-            return
-        self._reschedule_timeout()
+            # The parser's own limit is for one header.
+            self._refuse(f"a head of more than {MAX_HEAD} bytes")
 
     def _refuse(self, reason: str) -> None:
         self._head = None

@@ -132,7 +132,7 @@ def parse_manifest(body: bytes, media_type: str, what: str) -> Index | Manifest:
     errors. Raises InvalidArgumentError, and UnimplementedError for schema 1 and for types that are not an image's.
     """
     document = go_json.parse(body, what)
-    fields = {name.lower(): value for name, value in document.items() if value is not None}
+    fields = {go_json.folded(name): value for name, value in document.items() if value is not None}
     own_type, sent_type = _media_type(fields.get("mediatype")), _media_type(media_type)
     if fields.get("schemaversion") == 1 or "fslayers" in fields or not _SCHEMA_1.isdisjoint((own_type, sent_type)):
         raise UnimplementedError(

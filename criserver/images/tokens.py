@@ -6,6 +6,7 @@ variant for identity tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -23,6 +24,7 @@ from criserver.images.transport import Transport, read_bounded
 _IDLE = 30.0
 _MAX_ANSWER = 1 << 20
 _MAX_REALM = 2048
+_MAX_ITEMS = 1000  # schemes and parameters in all challenges of a 401
 _MAX_SCOPES = 20
 _LIFETIME = 60  # seconds, where the answer says none
 _CLIENT_ID = "criserver"
@@ -60,11 +62,17 @@ class Token:
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """The challenges of WWW-Authenticate headers; a header may have several. Invalid ones are left out."""
+    """The challenges of WWW-Authenticate headers; a header may have several. Invalid ones are left out.
+
+    What comes after _MAX_ITEMS items is left out too: a header may have megabytes of them.
+    """
     found: list[Challenge] = []
+    count = itertools.count()
     for header in headers:
         parameters: dict[str, str] | None = None
         for item in _items(header):
+            if next(count) >= _MAX_ITEMS:
+                return found
             if item["scheme"]:
                 parameters = {}
                 found.append(Challenge(item["scheme"].lower(), parameters))

@@ -19,14 +19,13 @@ import criserver
 from criserver.errors import InvalidArgumentError, UnavailableError
 from criserver.images.content_codings import coding_of, decoded
 from criserver.images.hosts import RegistryHost
-from criserver.images.lenient_http import MAX_HEAD, LenientConnector
+from criserver.images.lenient_http import MAX_HEAD, MAX_HEADERS, LenientConnector
 from criserver.images.proxies import Proxies
 from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
 _READ_BUFFER = 1 << 20
 _MAX_REASON = 200
-_MAX_HEADERS = 20_000
 # OpenSSL's errors for a server that answers TLS with plain text; the second is since version 3.2.
 _PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
 
@@ -55,7 +54,7 @@ class Transport:
             connector=LenientConnector(),
             max_line_size=MAX_HEAD,
             max_field_size=MAX_HEAD,
-            max_headers=_MAX_HEADERS,
+            max_headers=MAX_HEADERS,
         )
         return self
 

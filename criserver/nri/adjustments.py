@@ -81,9 +81,9 @@ class ContainerAdjustments:
         self._add_hooks(plugin, asked.hooks)
         for limit in asked.rlimits:
             self._claim(plugin, Field.Rlimits, limit.type)
-            merged.rlimits.append(limit)
-            _replace(shown.rlimits, [one for one in shown.rlimits if one.type != limit.type])
-            shown.rlimits.append(limit)
+        merged.rlimits.extend(asked.rlimits)
+        claimed = {limit.type for limit in asked.rlimits}
+        _replace(shown.rlimits, [*(one for one in shown.rlimits if one.type not in claimed), *asked.rlimits])
         for device in asked.CDI_devices:
             self._claim(plugin, Field.CdiDevices, device.name)
             merged.CDI_devices.append(device)
@@ -255,17 +255,19 @@ class ContainerAdjustments:
     def _add_namespaces(self, plugin: str, asked: Iterable[nri.LinuxNamespace]) -> None:
         """Set or remove namespaces. To remove one is a claim too: another plugin cannot set it then."""
         shown = self._request.container.linux.namespaces
-        for namespace in asked:
+        items = list(asked)
+        changed: set[str] = set()
+        for namespace in items:
             kind = removed(namespace.type) or namespace.type
             if kind in ("", REMOVAL):
                 raise InvalidArgumentError(
                     f"NRI plugin {plugin} adjusts a namespace of container {self._id} without a type"
                 )
             self._claim(plugin, Field.Namespace, kind)
-            self.adjustment.linux.namespaces.append(namespace)
-            _replace(shown, [one for one in shown if one.type != kind])
-            if kind == namespace.type:
-                shown.append(namespace)
+            changed.add(kind)
+        self.adjustment.linux.namespaces.extend(items)
+        added = [one for one in items if removed(one.type) is None]
+        _replace(shown, [*(one for one in shown if one.type not in changed), *added])
 
     def _add_rdt(self, plugin: str, asked: nri.LinuxRdt) -> None:
         merged, shown = self.adjustment.linux.rdt, self._request.container.linux.rdt

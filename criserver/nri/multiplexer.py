@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections import deque
 
 from criserver.ttrpc import MAX_PAYLOAD
 
@@ -82,16 +81,15 @@ class MultiplexedChannel:
     def __init__(self, multiplexer: Multiplexer, connection: int) -> None:
         self._multiplexer = multiplexer
         self._connection = connection
-        self._unread: deque[bytes] = deque()
-        self._size = 0
+        # One buffer, and not a list of what has come: an object for each byte would take fifty bytes.
+        self._unread = bytearray()
         self._changed = asyncio.Event()
 
     async def take(self, data: bytes) -> None:
         """Add what has come, and wait while too much is not read yet."""
-        self._unread.append(data)
-        self._size += len(data)
+        self._unread += data
         self._changed.set()
-        while self._size > _MAX_UNREAD and not self._multiplexer.closed:
+        while len(self._unread) > _MAX_UNREAD and not self._multiplexer.closed:
             self._changed.clear()
             await self._changed.wait()
 
@@ -100,14 +98,14 @@ class MultiplexedChannel:
         self._changed.set()
 
     async def read(self) -> bytes:
-        """Some bytes, b"" at the end."""
+        """All bytes that have come, b"" at the end."""
         while not self._unread:
             if self._multiplexer.closed:
                 return b""
             self._changed.clear()
             await self._changed.wait()
-        data = self._unread.popleft()
-        self._size -= len(data)
+        data = bytes(self._unread)
+        self._unread.clear()
         self._changed.set()
         return data
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from criserver.errors import FailedPreconditionError
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 from criserver.text import quoted
@@ -42,12 +44,6 @@ class Ownership:
     def __init__(self) -> None:
         self.message = nri.OwningPlugins()
 
-    def copy(self) -> Ownership:
-        """The same owners, to be claimed apart."""
-        other = Ownership()
-        other.message.CopyFrom(self.message)
-        return other
-
     def owner(self, container_id: str, field: nri.Field, key: str = "") -> str:
         """The plugin that has set the field; "" for none. Plugins with hooks are separated by commas."""
         if container_id not in self.message.owners:
@@ -59,17 +55,18 @@ class Ownership:
 
     def claim(self, plugin: str, container_id: str, field: nri.Field, key: str = "") -> None:
         """Make ``plugin`` the owner. Raises FailedPreconditionError where the field has one."""
-        owner = self.owner(container_id, field, key)
-        if owner and removed(owner) != plugin:
-            what = f"{Field.Name(field)} {quoted(key)}" if field in _COMPOUND else Field.Name(field)
-            other = removed(owner) or owner
-            if other == plugin:
-                raise FailedPreconditionError(f"NRI plugin {plugin} sets {what} of container {container_id} twice")
-            did = "set" if other == owner else "removed"
-            raise FailedPreconditionError(
-                f"NRI plugin {plugin} sets {what} of container {container_id}, which plugin {other} has {did}"
-            )
-        self._write(plugin, container_id, field, key)
+        self.claim_all(plugin, container_id, [(field, key)])
+
+    def claim_all(self, plugin: str, container_id: str, wanted: Sequence[tuple[nri.Field, str]]) -> None:
+        """Make ``plugin`` the owner of all these fields and keys, or of none of them. Raises as :meth:`claim`."""
+        seen: set[tuple[nri.Field, str]] = set()
+        for field, key in wanted:
+            owner = plugin if (field, key) in seen else self.owner(container_id, field, key)
+            seen.add((field, key))
+            if owner and removed(owner) != plugin:
+                raise FailedPreconditionError(_conflict(plugin, container_id, owner, field, key))
+        for field, key in wanted:
+            self._write(plugin, container_id, field, key)
 
     def clear(self, plugin: str, container_id: str, field: nri.Field, key: str = "") -> None:
         """Note that ``plugin`` has removed the value that another plugin has set. Nothing where none has."""
@@ -87,3 +84,12 @@ class Ownership:
             owners.compound[field].owners[key] = owner
         else:
             owners.simple[field] = owner
+
+
+def _conflict(plugin: str, container_id: str, owner: str, field: nri.Field, key: str) -> str:
+    what = f"{Field.Name(field)} {quoted(key)}" if field in _COMPOUND else Field.Name(field)
+    other = removed(owner) or owner
+    if other == plugin:
+        return f"NRI plugin {plugin} sets {what} of container {container_id} twice"
+    did = "set" if other == owner else "removed"
+    return f"NRI plugin {plugin} sets {what} of container {container_id}, which plugin {other} has {did}"

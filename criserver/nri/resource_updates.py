@@ -40,6 +40,7 @@ _CPU = {
     "cpus": Field.CPUSetCPUs,
     "mems": Field.CPUSetMems,
 }
+_MAX_PAGE_SIZES = 100
 _CLASSES = {"blockio_class": Field.BlockioClass, "rdt_class": Field.RdtClass, "pids": Field.PidsLimit}
 
 
@@ -57,7 +58,8 @@ def claim_resources(claim: Callable[[nri.Field, str], None], asked: nri.LinuxRes
 def merge_resources(into: nri.LinuxResources, asked: nri.LinuxResources) -> None:
     """Set in ``into`` what ``asked`` sets. A limit of huge pages replaces that of its page size.
 
-    protobuf's own merge would leave a value as it is where the new one is 0.
+    protobuf's own merge would leave a value as it is where the new one is 0. Raises InvalidArgumentError for more sizes
+    of huge pages than any processor has.
     """
     parts: tuple[tuple[Message, Message, dict[str, nri.Field]], ...] = (
         (into.memory, asked.memory, _MEMORY),
@@ -71,10 +73,15 @@ def merge_resources(into: nri.LinuxResources, asked: nri.LinuxResources) -> None
                 setattr(target, name, value)
             else:
                 getattr(target, name).CopyFrom(value)
-    for limit in asked.hugepage_limits:
-        kept = [one for one in into.hugepage_limits if one.page_size != limit.page_size]
+    if asked.hugepage_limits:
+        changed = {limit.page_size: limit for limit in asked.hugepage_limits}
+        kept = [one for one in into.hugepage_limits if one.page_size not in changed]
         del into.hugepage_limits[:]
-        into.hugepage_limits.extend([*kept, limit])
+        into.hugepage_limits.extend([*kept, *changed.values()])
+        if len(into.hugepage_limits) > _MAX_PAGE_SIZES:
+            raise InvalidArgumentError(
+                f"plugins set limits for more than {_MAX_PAGE_SIZES} sizes of huge pages of a container"
+            )
     # Even an empty list would make the message ``into`` present in its own.
     if asked.unified:
         into.unified.update(asked.unified)
@@ -170,9 +177,9 @@ class ResourceUpdates:
 
     def _add(self, plugin: str, update: nri.ContainerUpdate) -> None:
         container_id, asked = update.container_id, update.linux.resources
-        owners = self.ownership.copy()
-        claim_resources(lambda field, key: owners.claim(plugin, container_id, field, key), asked)
-        self.ownership.message.CopyFrom(owners.message)
+        wanted: list[tuple[nri.Field, str]] = []
+        claim_resources(lambda field, key: wanted.append((field, key)), asked)
+        self.ownership.claim_all(plugin, container_id, wanted)
         if container_id == self._request.container.id:
             merge_resources(self._request.linux_resources, asked)
             return

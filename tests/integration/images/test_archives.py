@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 import zstandard
 
 from criserver.errors import CriError, InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnimplementedError
-from criserver.images import Image, LeftOut, Platform, archive, archive_file
+from criserver.images import Image, LeftOut, Platform, archive_members
+from criserver.images.archive import Archive
 from criserver.images.manifests import OCI_CONFIG, OCI_MANIFEST
 from snapshotter.limits import LayerLimits
 from tests.support.imagebuilder import (
@@ -291,8 +293,29 @@ def comment(text: str) -> tarfile.TarInfo:
 async def test_the_headers_of_an_archive_have_a_limit(
     rooms: Rooms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[tarfile.TarInfo], message: str
 ) -> None:
-    monkeypatch.setattr(archive, "_MAX_MEMBERS", 10)
-    monkeypatch.setattr(archive_file, "_MAX_HEADERS", 10_000)
+    monkeypatch.setattr(archive_members, "_MAX_MEMBERS", 10)
+    monkeypatch.setattr(archive_members, "_MAX_HEADERS", 10_000)
     written(tmp_path / "a.tar", *members)
     with pytest.raises(InvalidArgumentError, match=message):
         await rooms.images.import_archive(str(tmp_path / "a.tar"))
+
+
+async def test_what_a_docker_archive_lists_often_is_read_once(
+    rooms: Rooms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[archive_members.Member] = []
+    own_hash = Archive._hashed
+    monkeypatch.setattr(Archive, "_hashed", lambda self, member: hashed.append(member) or own_hash(self, member))
+    layer = gzip.compress(tar_of({"a": b"b"}))
+    config = {"os": "linux", "rootfs": {"diff_ids": [f"sha256:{hashlib.sha256(tar_of({'a': b'b'})).hexdigest()}"]}}
+    entry = {"Config": "c", "RepoTags": ["example.com/a:1"], "Layers": ["l"]}
+    aliases = [{**entry, "Layers": [f"{'./' * n}l"]} for n in range(50)]
+    write_tar(
+        str(tmp_path / "a.tar"),
+        {"c": json.dumps(config).encode(), "l": layer, "manifest.json": json.dumps(aliases).encode()},
+    )
+    assert len((await imported(rooms, tmp_path / "a.tar"))[0]) == 1
+    assert len(hashed) == 1
+    write_tar(str(tmp_path / "b.tar"), {"manifest.json": json.dumps([entry] * 1001).encode()})
+    with pytest.raises(InvalidArgumentError, match="lists 1001 images; 1000 are the most"):
+        await imported(rooms, tmp_path / "b.tar")

@@ -11,7 +11,13 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from criserver.errors import InvalidArgumentError, UnauthenticatedError, UnavailableError
+from criserver.errors import (
+    CriError,
+    DataLossError,
+    InvalidArgumentError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from criserver.images import Credentials
 from tests.support.imagebuilder import BuiltImage, add_blob
 from tests.support.ownregistry import image, refused, rooms
@@ -124,6 +130,11 @@ REFUSED: dict[str, tuple[Respond, str]] = {
         "(more than 5 informational responses)",
     ),
     "a head without an end": (lambda body, kind: sized(body, kind, "X: " + "x" * 3_000_000), "cannot read the HTTP"),
+    "a head of many long headers": (
+        lambda body, kind: sized(body, kind, *[f"X: {'x' * 900_000}"] * 4),
+        "(a head of more than 2097152 bytes)",
+    ),
+    "a head of many lines": (lambda body, kind: sized(body, kind, *["X:"] * 20_001), "cannot read the HTTP"),
     "no length that is a number": (
         lambda body, kind: response(body, kind, "Content-Length: many"),
         "cannot read the HTTP response",
@@ -137,6 +148,43 @@ async def test_what_is_no_response_is_told_as_ours(rooms: Rooms, image: BuiltIma
     async with RawServer(image, respond).running() as server:
         rooms.configure(server.address, f'server = "http://{server.address}"')
         await refused(rooms, f"{server.address}/app:1", UnavailableError, words)
+
+
+ENDLESS: dict[str, tuple[bytes, bytes, float, type[CriError], str]] = {
+    # A head is no progress, and an encoded body without content is none either.
+    "head": (b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02, UnavailableError, "no progress"),
+    "body": (
+        response(gzip.compress(b"")[:10], "text/plain", "Content-Encoding: gzip"),
+        b"\0\0\0\xff\xff" * 10_000,  # an empty block
+        0,
+        DataLossError,
+        "longer than",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+async def test_a_blob_that_does_not_end_is_given_up(rooms: Rooms, image: BuiltImage, name: str) -> None:
+    first, more, pause, error, words = ENDLESS[name]
+
+    class Endless(RawServer):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b"/manifests/" in head:
+                writer.write(self.answer(head.decode().split()[1], head.decode()))
+            else:
+                writer.write(first)
+                with contextlib.suppress(ConnectionError):
+                    while not writer.is_closing():
+                        writer.write(more)
+                        await writer.drain()
+                        await asyncio.sleep(pause)
+            writer.close()
+
+    rooms.change(progress_timeout=0.9)
+    async with Endless(image, lambda body, kind: sized(body, kind, "Connection: close")).running() as server:
+        rooms.configure(server.address, f'server = "http://{server.address}"')
+        await refused(rooms, f"{server.address}/app:1", error, words)
 
 
 @pytest.mark.parametrize("count", [1, 9, 10])

@@ -46,15 +46,24 @@ if os.fork():
     sys.exit()
 os.close(1)
 peer, frames = listener.accept()[0], task_wire.TaskFrames()
-child = os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "1000"])
+waits = {{
+    "rubbish": task_wire.data(2, b"\\xff"),
+    "invents": task_wire.data(2, task_wire.number(1, 1 << 40)),
+    "denies": task_wire.data(1, task_wire.number(1, 5)),
+}}
+waiting, child = 0, os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "1000"])
 while block := peer.recv(65536):
     for stream, _, message in frames.feed(block):
         request = task_wire.fields(message)
         method, refusal = task_wire.content(request, 2), b""
+        waiting = stream if method == b"Wait" else waiting
         if mode == "silent" or method == b"Wait" or (mode, method) == ("stuck", b"Kill"):
             continue
         if (mode, method) == ("vanishes", b"Kill"):
             sys.exit()
+        if method == b"Kill" and mode in waits:
+            peer.sendall(task_wire.frame(waiting, task_wire.RESPONSE, waits[mode]))
+            continue
         if (mode, method) == ("refuses", b"Create"):
             refusal = task_wire.number(1, 9) + task_wire.data(2, "no room in the sandbox")
         answer = task_wire.data(1, refusal) + task_wire.data(2, task_wire.number(1, child))
@@ -119,8 +128,8 @@ def test_a_start_that_fails_is_told_with_the_reason(host: Host, mode: str, words
     eventually(lambda: not theirs(container))
 
 
-@pytest.mark.parametrize("mode", ["vanishes", "stuck"])
-def test_nobody_says_how_a_container_ended_whose_shim_is_gone(host: Host, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["vanishes", "stuck", "rubbish", "invents", "denies"])
+def test_nobody_says_how_a_container_ended_whose_shim_does_not_tell(host: Host, mode: str) -> None:
     container = fork(host, mode)
     assert container.started()["start_ticks"] > 0
     assert container.client.ask("signal", signal=15).get("ok")

@@ -62,6 +62,12 @@ def test_a_header_of_a_megabyte_is_parsed_in_time() -> None:
     assert time.process_time() - began < 5
 
 
+def test_a_header_of_any_number_of_challenges_is_cut() -> None:
+    assert len(parse_challenges(["Basic " * 5000] * 2)) == 1000
+    (found,) = parse_challenges(["Bearer " + ",".join(f"p{n}=v" for n in range(5000))])
+    assert len(found.parameters) == 999
+
+
 @hypothesis.given(st.text(alphabet='Bearer basic,="\\realm \t/:ü\n') | st.text())
 def test_any_header_is_read(text: str) -> None:
     for challenge in parse_challenges([text]):

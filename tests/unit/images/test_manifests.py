@@ -118,6 +118,7 @@ def test_an_index(kind: str) -> None:
         (manifest(layers=[described(OCI_LAYER), None]), "$.layers[1]"),
         (manifest(layers=[described("")], Layers=[described(OCI_LAYER)]), "both layers and Layers"),
         (manifest(MANIFESTS=[]), "at once"),
+        ({**manifest(), "manife\u017ft\u017f": []}, "at once"),
         ({**manifest(config=None, layers=None), "Config": {}, "mediaType": OCI_INDEX}, "'manifests' is a required"),
         (index(*[described(OCI_MANIFEST)] * 1001), "$.manifests"),
     ],
@@ -329,6 +330,7 @@ def test_platforms_as_go_names_them(platform: dict[str, Any], expected: str) -> 
         (config(rootfs={"type": "tree", "diff_ids": [A]}), "$.rootfs.type"),
         (config(rootfs={"type": "layers", "diff_ids": [None]}), "$.rootfs.diff_ids[0]"),
         (config(config={"User": "a", "user": "b"}), "both User and user"),
+        (config(config={"User": "a", "u\u017fer": "0"}), "both User and"),
         (config(config={"User": "4294967296"}), "is no ID"),
         (config(rootfs={"type": "layers", "diff_ids": ["x"]}), "$.rootfs.diff_ids[0]"),
         (config(config={"Cmd": "sh"}), "$.config.Cmd"),
@@ -358,6 +360,18 @@ def test_millions_of_items_do_not_hold_up_the_daemon(process: dict[str, dict[str
     with pytest.raises(InvalidArgumentError):
         parse_config(body, "c")
     assert time.process_time() - start < 2  # 27 s where each item is validated
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"rootfs": {"diff_ids": []}, "config": {"User": "1000"}, "config": {"Env": []}}',
+        b'{"rootfs": {"diff_ids": []}, "config": {"User": "1000", "User": null}}',
+    ],
+)
+def test_a_name_that_go_and_python_read_differently(body: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"an object has .* twice"):
+        parse_config(body, "c")
 
 
 def test_manifest_and_configuration_must_agree() -> None:

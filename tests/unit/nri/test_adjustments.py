@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -309,6 +310,25 @@ def test_the_request_stays_as_it_was_for_validators() -> None:
     assert [one.name for one in asked.plugins] == ["one"]
     merged.request.container.env.append("OF_A_COPY=1")
     assert "OF_A_COPY=1" not in merged.request.container.env
+
+
+def test_a_response_of_any_size_takes_time_by_its_size() -> None:
+    # Minutes, where a list is made anew for each item, or the owners are copied for each update.
+    many = response({"rlimits": [{"type": f"{n}"} for n in range(5000)]})
+    many.adjust.linux.namespaces.extend(nri.LinuxNamespace(type=f"{n}") for n in range(5000))
+    for n in range(5000):
+        many.update.add(container_id=f"{n}").linux.resources.cpu.cpus = "0"
+    found = adjustments()
+    began = time.process_time()
+    found.add("10-a", many)
+    assert time.process_time() - began < 5
+    assert len(found.adjustment.rlimits) == len(found.adjustment.linux.namespaces) == len(found.updates.updates) == 5000
+
+
+def test_more_sizes_of_huge_pages_than_there_are_is_refused() -> None:
+    many = response(limits("hugepage_limits", [{"page_size": f"{n}MB"} for n in range(200)]))
+    with pytest.raises(InvalidArgumentError, match="more than 100 sizes"):
+        adjustments().add("10-a", many)
 
 
 def test_updates_of_others_and_evictions_come_along() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -75,12 +76,30 @@ async def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         running = asyncio.create_task(mux.run())
         for _ in range(100):
             writer.write(struct.pack(">II", 1, 400) + bytes(400))
-        while channel._size <= 1000:
+        while len(channel._unread) <= 1000:
             await asyncio.sleep(0)
         for _ in range(50):
             await asyncio.sleep(0)
-        assert channel._size <= 1400
-        assert sum([len(await channel.read()) for _ in range(100)]) == 40_000
+        assert len(channel._unread) <= 1400
+        size = 0
+        while size < 40_000:
+            size += len(await channel.read())
+        mux.close()
+        await running
+
+
+async def test_many_small_frames_take_no_more_memory_than_large_ones() -> None:
+    async with connected() as (mux, (_, writer)):
+        channel = mux.open(1)
+        running = asyncio.create_task(mux.run())
+        writer.write((struct.pack(">II", 1, 1) + b"x") * 5_000)
+        tracemalloc.start()
+        try:
+            while len(channel._unread) < 5_000:
+                await asyncio.sleep(0)
+            assert tracemalloc.get_traced_memory()[0] < 150_000
+        finally:
+            tracemalloc.stop()
         mux.close()
         await running
 

@@ -57,7 +57,11 @@ def test_a_conflict_names_both_plugins_and_changes_nothing(container_id: str) ->
     updates = ResourceUpdates(asked())
     first = update(container_id, {"cpu": {"cpus": "0"}})
     updates.add("one", nri.UpdateContainerResponse(update=[first]))
-    before = updates.request, updates.updates, updates.ownership.copy().message
+    before = (
+        updates.request,
+        updates.updates,
+        nri.OwningPlugins.FromString(updates.ownership.message.SerializeToString()),
+    )
     second = update(container_id, {"pids": {"limit": "5"}, "cpu": {"cpus": "1"}})
     with pytest.raises(FailedPreconditionError, match=f"plugin two sets CPUSetCPUs of container {container_id}.*one"):
         updates.add("two", nri.UpdateContainerResponse(update=[second]))

@@ -69,3 +69,14 @@ def test_a_frame_that_is_too_large_is_refused_before_it_is_read() -> None:
     size = (task_wire.MAX_MESSAGE + 1).to_bytes(4, "big")
     with pytest.raises(RequestError, match="4194305 bytes"):
         task_wire.TaskFrames().feed(size + bytes(6))
+
+
+def test_the_end_of_a_task() -> None:
+    at = task_wire.data(2, task_wire.number(1, 3) + task_wire.number(2, 5))
+    assert task_wire.exit_of(task_wire.number(1, 137) + at) == (137, 3_000_000_005)
+    assert task_wire.exit_of(b"") == (0, 0)
+    late = task_wire.data(2, task_wire.number(1, 1 << 60))
+    assert task_wire.exit_of(task_wire.number(1, 1) + late) == (1, 0)
+    for wrong in (b"\xff", task_wire.number(1, 1 << 31), at + task_wire.data(2, b"\xff")):
+        with pytest.raises(RequestError):
+            task_wire.exit_of(wrong)
