@@ -20,8 +20,6 @@ ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
 IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
 RUNTIME = cri.DESCRIPTOR.services_by_name["RuntimeService"]
 
-_MAX_MESSAGE = 16 << 20
-
 
 class NoAnswerError(UnavailableError):
     """No daemon can be reached at the socket."""
@@ -33,7 +31,8 @@ def connected(address: str) -> Iterator[grpc.Channel]:
 
     Raises CriError with the daemon's message if it refuses a call, and NoAnswerError if it cannot be reached.
     """
-    options = [("grpc.max_receive_message_length", _MAX_MESSAGE)]
+    # The daemon's grpc.max_send_message_size limits its answers.
+    options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
         try:
             yield channel

@@ -112,7 +112,7 @@ async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     process = process_records.of_infra(node, sandbox)
     if process.started is not None:
         # The runtime's own delete polls for the end of the process, ten times a second.
-        await process.kill()
+        await process.kill(node.config.ctr_stop_timeout)
         await process.wait_cleaned_up()
     await process.destroy()
     await process.wait_cleaned_up()

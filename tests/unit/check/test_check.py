@@ -377,7 +377,7 @@ def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake) -> Non
 def test_a_certificate_that_is_none(node: Fake, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("no key")
     node.config = streaming(node.config, tls_cert=str(tmp_path / "key"), tls_key=str(tmp_path / "key"))
-    assert "streaming.tls_cert and tls_key cannot be used" in node.fault().words
+    assert "[streaming] tls_cert, tls_key cannot be used" in node.fault().words
 
 
 def test_a_disk_that_is_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
