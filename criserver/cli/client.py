@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,7 +81,9 @@ def _obstacle(address: str) -> str:
     except PermissionError:
         return f"the socket {address} may not be opened by this user; run the command as root"
     except OSError:
-        pass  # there is no socket, or nobody listens at it
+        # There is no socket, or nobody listens at it.
+        if os.path.exists(address) and not stat.S_ISSOCK(os.stat(address).st_mode):
+            return f"{address} is not a socket; name the daemon's by --address, or by grpc.address in the configuration"
     return f"no daemon answers at {address}; start one with `criserver serve`"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from criserver.cli import parsed, parser
+from criserver.cli import main, parsed, parser
 from criserver.cli.options import address
 from criserver.errors import InvalidArgumentError
 
@@ -33,6 +35,14 @@ def test_a_command_that_asks_no_daemon_takes_no_socket(command: str, capsys: pyt
         parsed(["--address", "/a.sock", *command.split()])
     assert ended.value.code == 2
     assert "--address is for commands that ask a running daemon" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_socket_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    for wanted in ("no daemon answers at", "is not a socket"):
+        assert main(["--address", str(path), "pods"]) == 3
+        assert f"{wanted} " in capsys.readouterr().err.replace(";", " ")
+        path.touch()
 
 
 @pytest.mark.parametrize("words", ["logs a -n -1", "logs a -n x", "ps --json -q", "inspect", "image"])
