@@ -21,7 +21,7 @@ from criserver.api import admin_service, containerd_service, image_service, runt
 from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config, Settings, config_of
-from criserver.errors import CriError, FailedPreconditionError, told_in_words
+from criserver.errors import CriError, told_in_words
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.own_directories import DATABASE, ROOT, STATE, hold
@@ -40,7 +40,7 @@ from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
-from criserver.streaming import StreamingServer
+from criserver.streaming import ServerCertificate, StreamingServer
 from criserver.telemetry import families
 from criserver.upkeep import Task
 from snapshotter import LayerLimits, Snapshotter, allocator
@@ -93,7 +93,12 @@ async def serve(settings: Settings, path: str) -> None:
             recovery.begin(node)
             await node.streaming.start()
             await plugins.start()
-            server = await listen(config.grpc_address, _services(node))
+            server = await listen(
+                config.grpc_address,
+                _services(node),
+                max_request=config.max_recv_message_size,
+                max_answer=config.max_send_message_size,
+            )
         # Objects of the start live as long as the daemon. The garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
@@ -177,19 +182,8 @@ def assemble(
 def _streaming(config: Config) -> StreamingServer:
     """The streaming server, not yet listening. Raises FailedPreconditionError for an invalid certificate."""
     given = config.streaming
-    tls = None
-    if given.tls_cert:
-        # Imported here: most nodes have no certificate, and save its memory.
-        import ssl
-
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            tls.load_cert_chain(given.tls_cert, given.tls_key)
-        except (OSError, ssl.SSLError) as e:
-            raise FailedPreconditionError(
-                f"streaming.tls_cert = {given.tls_cert!r} and tls_key = {given.tls_key!r} cannot be used: {e}"
-            ) from e
-    return StreamingServer(given.host, given.port, tls=tls, idle=given.idle_timeout)
+    certificate = ServerCertificate(given.tls_cert, given.tls_key, given.tls_ca) if given.tls_cert else None
+    return StreamingServer(given.host, given.port, certificate=certificate, idle=given.idle_timeout)
 
 
 def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:

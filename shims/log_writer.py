@@ -12,8 +12,8 @@ import time
 from errno import EAGAIN, EINVAL, ENOENT, ENOTDIR
 
 MAX_LINE = 16 * 1024
-"""Longest content of one record, in bytes. The other CRI runtimes cut at this length. Readers rely on it: log shippers
-and the conformance suite read lines of at most 32 or 64 KiB."""
+"""Longest content of one record, in bytes, unless the configuration says another length. The other CRI runtimes cut at
+this length. Readers rely on it: log shippers and the conformance suite read lines of at most 32 or 64 KiB."""
 
 _STEP_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,34 +43,36 @@ class Clock:
 class Framer:
     """Turns the blocks of one stream into records.
 
-    1. A line up to MAX_LINE is one record with the tag F.
+    1. A line up to `max_line` bytes is one record with the tag F.
     2. A longer line is several records: P, P, … F.
     3. The last line of a stream, if it has no newline, is a record with the tag P.
 
     So a reader gets the stream's exact bytes: the content of each record, and a newline after each F. An unfinished
-    line is held back until its newline comes, until it has MAX_LINE bytes, or until the stream ends.
+    line is held back until its newline comes, until it has `max_line` bytes, or until the stream ends.
     """
 
-    __slots__ = ("_stream", "_tail")
+    __slots__ = ("_max_line", "_stream", "_tail")
 
-    def __init__(self, stream: str) -> None:
+    def __init__(self, stream: str, max_line: int = MAX_LINE) -> None:
         self._stream = stream.encode()
+        self._max_line = max_line
         self._tail = b""
 
     def feed(self, block: bytes, stamp: bytes) -> bytes:
         """The records that `block` completes, all with the time `stamp`."""
         data = self._tail + block if self._tail else block
         full = stamp + b" " + self._stream + b" F "
+        max_line = self._max_line
         records: list[bytes] = []
         lines = 0  # where the whole lines not yet framed begin
-        at = 0  # no line before this place is longer than MAX_LINE
-        while len(data) - at > MAX_LINE:
-            newline = data.rfind(b"\n", at, at + MAX_LINE + 1)
+        at = 0  # no line before this place is longer than max_line
+        while len(data) - at > max_line:
+            newline = data.rfind(b"\n", at, at + max_line + 1)
             if newline >= 0:
                 at = newline + 1
                 continue
             _frame_lines(records, full, data, lines, at)
-            lines = at + MAX_LINE
+            lines = at + max_line
             records += (stamp, b" ", self._stream, b" P ", data[at:lines], b"\n")
             at = lines
         end = data.rfind(b"\n", at) + 1 or at
@@ -191,12 +193,15 @@ class LogWriter:
 
     __slots__ = ("_clock", "_fd", "_framers", "_path", "_torn", "dropped")
 
-    def __init__(self, path: str) -> None:
-        """Open or create the file, mode 0640. With an empty path nothing is logged. Raises OSError."""
+    def __init__(self, path: str, max_line: int = MAX_LINE) -> None:
+        """Open or create the file, mode 0640. With an empty path nothing is logged. Raises OSError.
+
+        `max_line` is the longest content of one record, in bytes.
+        """
         self._path = path
         self._fd = open_log(path) if path else -1
         self._clock = Clock()
-        self._framers = {name: Framer(name) for name in ("stdout", "stderr")}
+        self._framers = {name: Framer(name, max_line) for name in ("stdout", "stderr")}
         self._torn = False
         self.dropped = 0
 

@@ -65,6 +65,7 @@ class ForkConfig(LaunchConfig):
     bundle: str  # the directory of the OCI bundle
     directory: str  # the shim's state directory, which is its working directory
     log_path: str  # empty: no log is kept
+    max_line: int  # bytes of a line in one record of the log
     tty: bool  # the container has a terminal
     stdin: bool  # the container has a standard input (without a terminal; a terminal has one always)
     oom_files: list[str]  # files with the OOM kill count of the container's cgroup

@@ -78,7 +78,7 @@ class Shim:
         """Start the container, wait for its end, and clean up after it."""
         listening = False
         try:
-            self._log = LogWriter(self._config.log_path)
+            self._log = LogWriter(self._config.log_path, self._config.max_line)
             self._connections.listen()
             listening = True
             self._start()

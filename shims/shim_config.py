@@ -27,6 +27,7 @@ class ShimConfig:
         "directory",
         "id",
         "log_path",
+        "max_line",
         "oom_files",
         "pod_events",
         "runtime_command",
@@ -46,6 +47,7 @@ class ShimConfig:
         self.oom_files = texts(message, "oom_files")
         self.pod_events = text(message, "pod_events") if message.get("pod_events") else ""
         self.log_path = text(message, "log_path") if message.get("log_path") else ""
+        self.max_line = whole(message, "max_line")
         self.tty = bool(message.get("tty"))
         self.stdin = bool(message.get("stdin"))
 

@@ -168,6 +168,8 @@ class TaskShim(Shim):
         return TaskLink(self._loop, found["address"], service, self._task["namespace"])
 
     def _mark(self, found: dict[str, Any]) -> None:
+        """Write down how the runtime's shim is reached, and its program: a later configuration may not have it."""
+        found = {**found, "program": self._task["command"][0]}
         fd = os.open(MARK + ".tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, dumps(found).encode())

@@ -13,6 +13,7 @@ import email.message
 import email.parser
 import gzip
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -75,6 +76,13 @@ PLACES: Mapping[str, Mapping[str, str]] = {
         "sysctl.conf": "usr/lib/sysctl.d/60-criserver.conf",
     },
     "apparmor": {"": "etc/apparmor.d/{name}"},
+}
+
+# Where each shell looks for the completion of a package's command.
+COMPLETIONS = {
+    "bash": "usr/share/bash-completion/completions/criserver",
+    "fish": "usr/share/fish/vendor_completions.d/criserver.fish",
+    "zsh": "usr/share/zsh/vendor-completions/_criserver",
 }
 
 
@@ -165,6 +173,12 @@ def files(options: Options, tree: Path) -> None:
     compress(tree / "usr/share/man/man5/criserver.toml.5.gz", pages.manual_page(defaults))
     compress(tree / DOC / "changelog.gz", (SOURCE / "CHANGELOG.md").read_text())
     compress(tree / DOC / "changelog.Debian.gz", changelog(options))
+    for shell, place in COMPLETIONS.items():
+        command = [sys.executable, "-m", "criserver", "completion", shell]
+        done = subprocess.run(
+            command, check=True, cwd=SOURCE, env=environment(options), stdout=subprocess.PIPE, text=True
+        )
+        write(tree / place, done.stdout)
     documents(tree)
     write(tree / "usr/share/lintian/overrides/criserver", (HERE / "lintian-overrides").read_text())
 
@@ -241,7 +255,11 @@ def changelog(options: Options) -> str:
 
 
 def copyright_text(private: Path) -> str:
-    """The licences of criserver and of each library in the package, in Debian's machine-readable form."""
+    """The licences of criserver and of each library in the package, in Debian's machine-readable form.
+
+    A compiled library may have code of other projects in it. A wheel with Rust crates lists them itself. The file
+    copyright-parts.in has the others.
+    """
     paragraphs = [(HERE / "copyright.in").read_text().rstrip()]
     for found in sorted(private.glob("*.dist-info")):
         meta = email.parser.Parser().parsestr((found / "METADATA").read_text(), headersonly=True)
@@ -255,8 +273,23 @@ def copyright_text(private: Path) -> str:
             + "\n ".join(f"{PRIVATE}/{top}" + ("/*" if (private / top).is_dir() else "") for top in tops)
             + f"\nCopyright: the authors of {meta['Name']} {meta['Version']}\nLicense: {_license(meta)}\n"
             + "".join(f" The text is in /{PRIVATE}/{text.relative_to(private)}\n" for text in texts)
+            + _crates(found)
         )
+    paragraphs.append((HERE / "copyright-parts.in").read_text())
     return "\n\n".join(p.rstrip() for p in paragraphs) + "\n"
+
+
+def _crates(wheel: Path) -> str:
+    """The field Comment with the Rust crates in a wheel, by its bill of materials (CycloneDX); "" without crates."""
+    lines = []
+    for path in sorted(wheel.glob("sboms/*.cyclonedx.json")):
+        for crate in json.loads(path.read_text())["components"]:
+            licences = " and ".join(one["expression"] for one in crate["licenses"])
+            author = f", by {crate['author']}" if crate.get("author") else ""
+            lines.append(f"\n {crate['name']} {crate['version']}: {licences}{author}")
+    return (
+        "Comment: It is made of these crates, for which the word MIT is Expat:" + "".join(lines) + "\n" if lines else ""
+    )
 
 
 def _license(meta: email.message.Message) -> str:

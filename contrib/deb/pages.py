@@ -65,6 +65,19 @@ def manual_page(defaults: str) -> str:
             lines += [".TP", f'.BR {_escaped(name)} " = {_quoted(found[2])}"', *comment]
             comment = []
     lines += [
+        ".SH EXAMPLES",
+        "A drop\\-in with a second handler and another level of the log, which is tested and then used:",
+        ".PP",
+        ".nf",
+        "mkdir \\-p /etc/criserver/conf.d",
+        "cat > /etc/criserver/conf.d/10\\-site.toml <<END",
+        "[log]",
+        'level = "debug"',
+        "[runtimes.crun]",
+        'path = "/usr/bin/crun"',
+        "END",
+        "criserver config check && systemctl reload criserver",
+        ".fi",
         ".SH SEE ALSO",
         ".BR criserver (8)",
         ".PP",

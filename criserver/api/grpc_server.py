@@ -25,7 +25,7 @@ from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
-# The kubelet's limit for an answer.
+# Bytes of the largest message where the configuration has no say, as the kubelet has it.
 MAX_MESSAGE = 16 << 20
 
 # Codes of errors that are no fault of the node.
@@ -186,12 +186,21 @@ def _absent(rpc: str, feature: str, *, streams: bool) -> Any:
     return refuse_stream if streams else refuse
 
 
-async def listen(address: str, handlers: list[grpc.GenericRpcHandler]) -> grpc.aio.Server:
-    """A server on the unix socket ``address``, for root alone. Raises CriError where it cannot be bound."""
+async def listen(
+    address: str,
+    handlers: list[grpc.GenericRpcHandler],
+    *,
+    max_request: int = MAX_MESSAGE,
+    max_answer: int = MAX_MESSAGE,
+) -> grpc.aio.Server:
+    """A server on the unix socket ``address``, for root alone. Raises CriError where it cannot be bound.
+
+    ``max_request`` and ``max_answer`` are the bytes of the largest messages.
+    """
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE),
-            ("grpc.max_send_message_length", MAX_MESSAGE),
+            ("grpc.max_receive_message_length", max_request),
+            ("grpc.max_send_message_length", max_answer),
             ("grpc.so_reuseport", 0),
         ]
     )

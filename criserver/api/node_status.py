@@ -74,6 +74,7 @@ async def disk_use(node: Node) -> admin.DiskUseResponse:
             layers=usage.layers,
             own=usage.own,
             users=sorted(users[usage.image.id]),
+            used_since=min((c.created_at for c in containers if c.image_id == usage.image.id), default=0),
         )
     for container in containers:
         latest = node.stats.disk.latest(container.id)

@@ -85,7 +85,10 @@ class RuntimeService(StatsRpcs):
                 )
                 for name, handler_features in handlers.items()
             ],
-            features=cri.RuntimeFeatures(supplemental_groups_policy=True),
+            features=cri.RuntimeFeatures(
+                supplemental_groups_policy=True,
+                user_namespaces_host_network=any(found.user_namespaces for found in features.values()),
+            ),
         )
 
     async def runtime_config(self, request: cri.RuntimeConfigRequest) -> cri.RuntimeConfigResponse:

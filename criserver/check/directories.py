@@ -12,6 +12,8 @@ from criserver.own_directories import ROOT, STATE, foreign
 
 # The kubelet's defaults: below these shares of free space it removes images, and later evicts pods.
 _SPACE, _INODES = 0.15, 0.05
+# Bytes. The images of a node's own pods (network, proxy, DNS) take about one GiB, and are unpacked beside their blobs.
+_SMALL = 4 << 30
 
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
@@ -63,6 +65,11 @@ def _room(path: str, name: str) -> Iterator[Finding]:
             f"{name}: {free:.0%} of its file system is free ({room.f_bavail * room.f_frsize >> 20} MiB): the kubelet "
             f"removes images below {_SPACE:.0%}",
             "free some space, or give root a larger disk",
+        )
+    if room.f_blocks * room.f_frsize < _SMALL:
+        yield warning(
+            f"{name}: its file system has {room.f_blocks * room.f_frsize >> 20} MiB in all, which is little for images",
+            f"give root a disk of {_SMALL >> 30} GiB or more",
         )
     inodes = room.f_favail / room.f_files if room.f_files else 1.0
     if inodes < _INODES:

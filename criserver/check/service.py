@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.config import Config
+from criserver.errors import CriError
 from criserver.own_directories import LOCK
+from criserver.streaming import ServerCertificate
 
 _OTHERS = {
     "containerd": "/run/containerd/containerd.sock",
@@ -91,15 +93,10 @@ def _streaming(config: Config) -> Iterator[Finding]:
         )
         return
     if given.tls_cert:
-        import ssl
-
         try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(given.tls_cert, given.tls_key)
-        except (OSError, ssl.SSLError) as e:
-            yield missing(
-                f"streaming.tls_cert and tls_key cannot be used: {e}",
-                "name a certificate and its key",
-            )
+            ServerCertificate(given.tls_cert, given.tls_key, given.tls_ca)
+        except CriError as e:
+            yield missing(str(e), "name a certificate and its key, and authorities of clients only where you have them")
             return
     elif not given.host.startswith("127.") and given.host not in ("::1", "localhost"):
         yield warning(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from criserver import __version__
-from criserver.cli.options import add_config, config_path, configuration, settings
+from criserver.cli.options import add_address, add_config, config_path, configuration, settings
 from criserver.config import config_of, default_text, text
 from criserver.errors import CriError, os_words
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     options: argparse.Namespace | None = None
     try:
-        options = parser().parse_args(argv)
+        options = parsed(argv)
         code = _run(options)
         sys.stdout.flush()
     except OSError as e:
@@ -54,12 +54,22 @@ def _give_up_output() -> None:
     os.close(null)
 
 
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Ends the process with 2 if it is wrong."""
+    known = parser()
+    options = known.parse_args(argv)
+    if options.address is not None and options.run is not _command:
+        known.error("--address is for commands that ask a running daemon; the others have --config")
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="criserver", description="A container runtime daemon for Kubernetes nodes.")
     parser.add_argument("--version", action="version", version=f"criserver {__version__}")
     add_config(parser)
-    parser.set_defaults(config=None)
+    add_address(parser)
+    parser.set_defaults(config=None, address=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the daemon")
@@ -110,6 +120,7 @@ def _add_node(commands: Any) -> None:
             name, help=words, description=f"{words[0].upper()}{words[1:]}."
         )
         add_config(command)
+        add_address(command)
         command.set_defaults(run=_command, function=function)
         return command
 
@@ -171,6 +182,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
     def add(name: str, function: str, words: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         add_config(action)
+        add_address(action)
         action.set_defaults(run=_command, function=f"image_commands.{function}")
         return action
 

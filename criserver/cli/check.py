@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 
@@ -13,6 +14,7 @@ from criserver.config import Config
 
 _COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.MISSING: "31"}
 _INDENT = " " * 23
+_MIN_WIDTH = 60
 
 
 def check(config: Config, *, as_json: bool) -> int:
@@ -31,13 +33,19 @@ def check(config: Config, *, as_json: bool) -> int:
     return 0 if able(found) else 1
 
 
+def _width() -> int:
+    """The columns for a line: those of the terminal. A narrow one breaks lines by itself."""
+    return max(shutil.get_terminal_size().columns, _MIN_WIDTH) if sys.stdout.isatty() else 120
+
+
 def _line(finding: Finding) -> str:
     level = f"{finding.level.value:<8}"
     if sys.stdout.isatty():
         level = f"\033[{_COLOURS[finding.level]}m{level}\033[0m"
-    words = textwrap.fill(finding.words, 120, initial_indent=_INDENT, subsequent_indent=_INDENT).lstrip()
+    width = _width()
+    words = textwrap.fill(finding.words, width, initial_indent=_INDENT, subsequent_indent=_INDENT).lstrip()
     line = f"{level} {finding.check:<13} {words}"
     if finding.advice:
-        advice = textwrap.fill(finding.advice, 120, initial_indent=_INDENT + "-> ", subsequent_indent=_INDENT + "   ")
+        advice = textwrap.fill(finding.advice, width, initial_indent=_INDENT + "-> ", subsequent_indent=_INDENT + "   ")
         line += f"\n{advice}"
     return line

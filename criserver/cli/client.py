@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +22,6 @@ ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
 IMAGES = cri.DESCRIPTOR.services_by_name["ImageService"]
 RUNTIME = cri.DESCRIPTOR.services_by_name["RuntimeService"]
 
-_MAX_MESSAGE = 16 << 20
-
 
 class NoAnswerError(UnavailableError):
     """No daemon can be reached at the socket."""
@@ -33,7 +33,8 @@ def connected(address: str) -> Iterator[grpc.Channel]:
 
     Raises CriError with the daemon's message if it refuses a call, and NoAnswerError if it cannot be reached.
     """
-    options = [("grpc.max_receive_message_length", _MAX_MESSAGE)]
+    # The daemon's grpc.max_send_message_size limits its answers.
+    options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(f"unix:{address}", options=options) as channel:
         try:
             yield channel
@@ -80,7 +81,9 @@ def _obstacle(address: str) -> str:
     except PermissionError:
         return f"the socket {address} may not be opened by this user; run the command as root"
     except OSError:
-        pass  # there is no socket, or nobody listens at it
+        # There is no socket, or nobody listens at it.
+        if os.path.exists(address) and not stat.S_ISSOCK(os.stat(address).st_mode):
+            return f"{address} is not a socket; name the daemon's by --address, or by grpc.address in the configuration"
     return f"no daemon answers at {address}; start one with `criserver serve`"
 
 

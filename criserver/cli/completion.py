@@ -22,11 +22,7 @@ class _Command:
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script for "bash", "fish" or "zsh"."""
     commands = list(_walk(parser, ()))
-    if shell == "fish":
-        return _fish(commands)
-    # zsh runs bash's completion functions by a module of its own.
-    before = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return before + _bash(commands)
+    return {"bash": _bash, "fish": _fish, "zsh": _zsh}[shell](commands)
 
 
 def _walk(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[_Command]:
@@ -45,24 +41,55 @@ def _walk(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[_C
         yield from _walk(child, (*path, name))
 
 
-def _bash(commands: list[_Command]) -> str:
+def _cases(commands: list[_Command]) -> tuple[str, str]:
+    """Two parts of ``case``, in bash and zsh: the patterns of all commands, and the words that may follow each."""
     paths = "|".join(shlex.quote(" ".join(c.path)) for c in commands if c.path)
     cases = "\n".join(
-        f"        {shlex.quote(' '.join(c.path))}) words={shlex.quote(' '.join((*c.commands, *c.options)))} ;;"
+        f"        {shlex.quote(' '.join(c.path))}) found={shlex.quote(' '.join((*c.commands, *c.options)))} ;;"
         for c in commands
     )
-    return f"""_criserver() {{
-    local path='' next words='' i
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        next="${{path:+$path }}${{COMP_WORDS[i]}}"
+    return paths, cases
+
+
+def _zsh(commands: list[_Command]) -> str:
+    """As a file of $fpath it is the function's body, else it defines the function."""
+    paths, cases = _cases(commands)
+    return f"""#compdef criserver
+_criserver() {{
+    local at='' next found='' i
+    for ((i = 2; i < CURRENT; i++)); do
+        next="${{at:+$at }}${{words[i]}}"
         case "$next" in
-        {paths}) path="$next" ;;
+        {paths}) at="$next" ;;
         esac
     done
-    case "$path" in
+    case "$at" in
 {cases}
     esac
-    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+    compadd -- ${{=found}} || _files
+}}
+if [[ "${{funcstack[1]}}" == _criserver ]]; then
+    _criserver "$@"
+else
+    compdef _criserver criserver
+fi
+"""
+
+
+def _bash(commands: list[_Command]) -> str:
+    paths, cases = _cases(commands)
+    return f"""_criserver() {{
+    local at='' next found='' i
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        next="${{at:+$at }}${{COMP_WORDS[i]}}"
+        case "$next" in
+        {paths}) at="$next" ;;
+        esac
+    done
+    case "$at" in
+{cases}
+    esac
+    COMPREPLY=($(compgen -W "$found" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _criserver criserver
 """

@@ -26,7 +26,7 @@ import grpc
 from criserver import __version__
 from criserver.cli.client import ADMIN, RUNTIME, as_json, connected, method
 from criserver.cli.node_commands import status_document
-from criserver.cli.options import config_path, configuration, settings
+from criserver.cli.options import address, config_path, configuration, settings
 from criserver.cli.pod_commands import listed
 from criserver.cli.redaction import text_without_secrets, without_secrets
 from criserver.config import Config, text
@@ -100,13 +100,12 @@ def _fill(made: _Bundle, options: argparse.Namespace) -> None:
             _add_file(made, f"config/{os.path.basename(file)}", file)
     with made.part("versions"):
         made.add("versions.txt", _versions(config))
-    if config is None:
-        return
-    for file in sorted(glob.glob(os.path.join(glob.escape(config.cni_conf_dir), "*.conf*"))):
-        with made.part(file):
-            _add_cni(made, file)
+    if config is not None:
+        for file in sorted(glob.glob(os.path.join(glob.escape(config.cni_conf_dir), "*.conf*"))):
+            with made.part(file):
+                _add_cni(made, file)
     with made.part("daemon"):
-        _ask(made, config.grpc_address)
+        _ask(made, address(options))
     if os.path.isdir("/run/systemd/system"):
         with made.part("journal"):
             command = ["journalctl", "--no-pager", f"--unit={_UNIT}", f"--lines={_JOURNAL_LINES}", "--output=short-iso"]

@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from criserver.cli.client import ADMIN, IMAGES, NoAnswerError, connected, failur
 from criserver.cli.node_commands import users_words
 from criserver.cli.options import address
 from criserver.cli.progress_display import display, short, size_words
-from criserver.cli.table import Cell, print_table
+from criserver.cli.table import Cell, duration_words, print_table
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -44,14 +45,15 @@ def list_images(options: argparse.Namespace) -> int:
     else:
         rows = sorted((name, image.id, image) for image in images for name in _shown_names(image))
         table: list[Sequence[str | Cell]] = [
-            [Cell(h, "bold") for h in ("IMAGE", "ID", "SIZE", "ON DISK", "USED BY", "")]
+            [Cell(h, "bold") for h in ("IMAGE", "ID", "SIZE", "ON DISK", "USED BY", "SINCE", "")]
         ]
         for name, _, image in rows:
             use = uses.get(image.id, admin.ImageUse())
             occupied = size_words(use.blobs + use.layers)
-            sizes = (size_words(image.size), occupied, users_words(use.users))
-            table.append((name, short(image.id), *sizes, "pinned" if image.pinned else ""))
-        print_table(table, keep=(1, 2, 3, 5))
+            since = duration_words(time.time() - use.used_since / 1e9) if use.used_since else "-"
+            about = (size_words(image.size), occupied, users_words(use.users), since)
+            table.append((name, short(image.id), *about, "pinned" if image.pinned else ""))
+        print_table(table, keep=(1, 2, 3, 5, 6))
     return 0
 
 
@@ -288,5 +290,6 @@ def _as_json(image: cri.Image, use: admin.ImageUse | None) -> dict[str, Any]:
         "size": image.size,
         "onDisk": use.blobs + use.layers,
         "usedBy": list(use.users),
+        "usedSince": use.used_since,
         "pinned": image.pinned,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from criserver.config import Config, Settings, config_of, read
+from criserver.errors import InvalidArgumentError
 
 # The configuration file of the package's service.
 NODES_CONFIG = "/etc/criserver/config.toml"
@@ -17,14 +18,25 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=words)
 
 
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """The option for the socket of a daemon. It may stand before or after the command."""
+    words = "the daemon's socket, in place of the configuration's grpc.address"
+    parser.add_argument("--address", metavar="SOCKET", default=argparse.SUPPRESS, help=words)
+
+
 def config_path(options: argparse.Namespace) -> str:
     """The configuration file, which need not exist where no option names it."""
     return options.config or NODES_CONFIG
 
 
 def address(options: argparse.Namespace) -> str:
-    """The socket of this node's daemon. Raises InvalidArgumentError."""
-    return configuration(options).grpc_address
+    """The path of the socket of the daemon. Raises InvalidArgumentError."""
+    if options.address is None:
+        return configuration(options).grpc_address
+    path = str(options.address).removeprefix("unix://")
+    if not path.startswith("/"):
+        raise InvalidArgumentError(f"--address {options.address}: give the absolute path of a socket")
+    return path
 
 
 def settings(options: argparse.Namespace) -> Settings:

@@ -16,6 +16,7 @@ _RELOADED: tuple[Key, ...] = (
     ("images",),
     ("log", "level"),
     ("registry",),
+    ("runtime", "ctr_stop_timeout"),
     ("runtime", "default"),
     ("runtime", "default_env"),
     ("runtime", "default_mounts"),
@@ -26,6 +27,7 @@ _RELOADED: tuple[Key, ...] = (
     ("runtime", "enable_unprivileged_ports"),
     ("runtime", "hooks_dir"),
     ("runtime", "ignore_image_defined_volumes"),
+    ("runtime", "max_container_log_line_size"),
     ("runtime", "shm_size"),
     ("runtimes",),
 )

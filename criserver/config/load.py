@@ -28,6 +28,7 @@ class RuntimeHandler:
     container_annotations: tuple[str, ...] = ("*", "*/*")
     privileged_without_host_devices: bool = False
     cni_conf_dir: str = ""
+    cgroup_writable: bool = False
     base_runtime_spec: str = ""
 
     @property
@@ -38,12 +39,13 @@ class RuntimeHandler:
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """The address of the streaming server. It uses TLS if both files are named."""
+    """The address of the streaming server. It uses TLS if ``tls_cert`` and ``tls_key`` are named."""
 
     host: str
     port: int
     tls_cert: str
     tls_key: str
+    tls_ca: str
     idle_timeout: float
 
 
@@ -80,6 +82,8 @@ class Config:
     state: str
     grpc_address: str
     containerd_address: str
+    max_recv_message_size: int
+    max_send_message_size: int
     log_level: str
     log_format: str
     metrics_address: str
@@ -97,6 +101,8 @@ class Config:
     infra: str
     enable_unprivileged_ports: bool
     enable_unprivileged_icmp: bool
+    max_container_log_line_size: int
+    ctr_stop_timeout: float
     pod_defaults: PodDefaults
     cdi_dirs: tuple[str, ...]
     streaming: Streaming
@@ -128,6 +134,8 @@ def config_of(settings: Settings) -> Config:
         state=state,
         grpc_address=tables["grpc"]["address"],
         containerd_address=tables["grpc"]["containerd_address"],
+        max_recv_message_size=tables["grpc"]["max_recv_message_size"],
+        max_send_message_size=tables["grpc"]["max_send_message_size"],
         log_level=tables["log"]["level"],
         log_format=tables["log"]["format"],
         metrics_address=_metrics_address(settings),
@@ -145,6 +153,8 @@ def config_of(settings: Settings) -> Config:
         infra=runtime["infra"],
         enable_unprivileged_ports=runtime["enable_unprivileged_ports"],
         enable_unprivileged_icmp=runtime["enable_unprivileged_icmp"],
+        max_container_log_line_size=runtime["max_container_log_line_size"],
+        ctr_stop_timeout=float(runtime["ctr_stop_timeout"]),
         pod_defaults=pod_defaults(settings),
         cdi_dirs=tuple(tables["cdi"]["dirs"]),
         streaming=_streaming(settings),
@@ -208,4 +218,16 @@ def _streaming(settings: Settings) -> Streaming:
             f"configuration {settings.origin('streaming', given)}: give both streaming.tls_cert and "
             "streaming.tls_key, or neither"
         )
-    return Streaming(host.strip("[]"), int(port), table["tls_cert"], table["tls_key"], float(table["idle_timeout"]))
+    if table["tls_ca"] and not table["tls_cert"]:
+        raise InvalidArgumentError(
+            f"configuration {settings.origin('streaming', 'tls_ca')}: streaming.tls_ca needs streaming.tls_cert and "
+            "streaming.tls_key too"
+        )
+    return Streaming(
+        host=host.strip("[]"),
+        port=int(port),
+        tls_cert=table["tls_cert"],
+        tls_key=table["tls_key"],
+        tls_ca=table["tls_ca"],
+        idle_timeout=float(table["idle_timeout"]),
+    )

@@ -63,7 +63,9 @@ def build(
             "oomScoreAdj": in_force(resources, host).oom_score_adj,
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
-        "mounts": container_mounts(config, pod, base.get("mounts", ()), defaults.mounts),
+        "mounts": container_mounts(
+            config, pod, base.get("mounts", ()), defaults.mounts, cgroup_writable=defaults.cgroup_writable
+        ),
         "annotations": dict(annotations or {}),
         "linux": {
             "cgroupsPath": cgroups_path,

@@ -25,12 +25,13 @@ class SpecDefaults:
 
     ``env``: lines NAME=VALUE. ``rlimits``: the soft and the hard limit by their name, such as RLIMIT_NOFILE.
     ``mounts``: pairs of a path of the node and a path of the container. ``base``: the spec to start from, whose own
-    environment, rlimits and mounts win over these.
+    environment, rlimits and mounts win over these. ``cgroup_writable``: containers may write to their own cgroup.
     """
 
     env: tuple[str, ...] = ()
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     mounts: tuple[tuple[str, str], ...] = ()
+    cgroup_writable: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
 
 

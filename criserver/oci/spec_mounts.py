@@ -72,18 +72,23 @@ def container_mounts(
     pod: PodFacts,
     base: Iterable[Mapping[str, Any]] = (),
     defaults: Iterable[tuple[str, str]] = (),
+    *,
+    cgroup_writable: bool = False,
 ) -> list[Spec]:
     """All mounts of a container.
 
     ``base`` are the mounts of the handler's base_runtime_spec, ``defaults`` the pairs of paths of default_mounts. A
-    mount replaces an earlier one at the same path: this runtime's own, the defaults, the base's, the pod's.
+    mount replaces an earlier one at the same path: this runtime's own, the defaults, the base's, the pod's. With
+    ``cgroup_writable`` the container may write below /sys/fs/cgroup.
     """
     own = {m["destination"]: m for m in _base_mounts(config, pod)}
     own |= {inside: _default_mount(outside, inside) for outside, inside in defaults}
     of_base = {normal_path(m["destination"]): m for m in base}
     own |= {path: dict(m) for path, m in of_base.items() if path not in _NOT_OF_A_BASE}
     if config.security.privileged:
-        own |= {path: _writable(own[path]) for path in ("/sys", "/sys/fs/cgroup")}
+        own["/sys"] = _writable(own["/sys"])
+    if config.security.privileged or cgroup_writable:
+        own["/sys/fs/cgroup"] = _writable(own["/sys/fs/cgroup"])
     own |= {m["destination"]: m for m in _sandbox_files(config, pod)}
     mounts = [*(m for m in own.values() if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
     return in_mount_order(mounts)
@@ -120,7 +125,7 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         },
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": quiet},
-        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*quiet, writable]},
+        _sys(config, [*quiet, writable]),
         {
             "destination": "/sys/fs/cgroup",
             "type": "cgroup",
@@ -134,6 +139,18 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
             "options": ["bind", *shm],
         },
     ]
+
+
+def _sys(config: ContainerConfig, options: list[str]) -> Spec:
+    """The kernel mounts sysfs only for the root of the user namespace that owns the network namespace.
+
+    A container in a user namespace with the node's network gets the node's /sys instead, and read-only with all mounts
+    below it.
+    """
+    if config.namespaces.user is None or config.namespaces.network is not NamespaceMode.NODE:
+        return {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": options}
+    options = ["rbind", "rprivate", "rro", "nosuid", "noexec", "nodev"]
+    return {"destination": "/sys", "type": "bind", "source": "/sys", "options": options}
 
 
 def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:

@@ -11,6 +11,8 @@ containerd this is the pause container. A pod has no process of its own here, so
    cAdvisor asks for the process again.
 4. A pod with a process of its own (see Sandbox.has_infra) has a cgroup with the right name already.
 5. A pod in the node's network has no network of its own, and no such cgroup.
+6. A daemon may end between the end of the container and step 3. The next daemon makes up for it.
+7. The cgroup is removed with the pod. The kubelet may have made its parent, so that is not enough.
 """
 
 from __future__ import annotations
@@ -53,6 +55,24 @@ async def make(node: Node, sandbox: Sandbox) -> None:
         cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
         if process_of(node, sandbox) and not cgroups.exists(cgroup):
             await asyncio.to_thread(cgroups.make_empty, cgroup)
+
+
+async def recover(node: Node, sandbox: Sandbox) -> None:
+    """Renew the cgroup of a pod if an earlier daemon may have ended before it did."""
+    for container in node.records.containers_of(sandbox.id):
+        if container.state is ContainerState.EXITED and not _outlived(node, container):
+            await _renew(node, container)
+            return
+
+
+async def remove(node: Node, sandbox: Sandbox) -> None:
+    """Remove the cgroup of a pod; there may be none. Raises CriError."""
+    if sandbox.has_infra:
+        return
+    async with node.lock(f"cadvisor {sandbox.id}"):
+        cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
+        if cgroups.exists(cgroup):
+            await asyncio.to_thread(cgroups.remove, cgroup)
 
 
 async def _renew(node: Node, ended: Container) -> None:

@@ -27,6 +27,7 @@ from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.start_under_way import StartUnderWay
 from criserver.telemetry import families
+from shims.log_writer import MAX_LINE
 
 if TYPE_CHECKING:
     from shims.messages import ForkConfig, RunningGreeting, ShimMessage, SignalRequest, StartedEvent
@@ -44,8 +45,6 @@ START_TIMEOUT = 110.0
 # The time that a shim has to delete an exited container. It takes milliseconds. A slow shim is asked whether it works.
 _GONE_TIMEOUT = 15.0
 _GONE_PATIENCE = 2.0
-# A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
-KILL_TIMEOUT = 30.0
 # The time that a shim has to report that its process has ended. After it the daemon checks whether the shim is stuck.
 _SHIM_PATIENCE = 5.0
 # The time that the kernel has to end killed processes. It takes milliseconds, unless they wait for a dead disk.
@@ -152,8 +151,12 @@ class ContainerProcess:
         if self._start is not None:
             self._start.cut()
 
-    async def start(self, *, log_path: str = "", tty: bool = False, stdin: bool = False) -> Started:
+    async def start(
+        self, *, log_path: str = "", max_line: int = MAX_LINE, tty: bool = False, stdin: bool = False
+    ) -> Started:
         """Fork a shim that runs the bundle, and wait until the process runs.
+
+        ``max_line`` are the bytes of a line in one record of the log.
 
         The call is made within :meth:`start_under_way`. The observer is told as soon as the shim tells. Raises
         FailedPreconditionError with the runtime's own message where the process cannot be started, and where the start
@@ -182,6 +185,7 @@ class ContainerProcess:
             "directory": self.directory,
             **launch,
             "log_path": log_path,
+            "max_line": max_line,
             "tty": tty,
             "stdin": stdin,
             "oom_files": cgroups.oom_files(self.cgroup),
@@ -292,17 +296,18 @@ class ContainerProcess:
             return False
         return True
 
-    async def kill(self) -> None:
-        """Send SIGKILL and wait for the end. Raises DeadlineExceededError where even that does not end it."""
+    async def kill(self, limit: float) -> None:
+        """Send SIGKILL and wait for the end. Raises DeadlineExceededError if it has not ended after ``limit`` seconds.
+
+        A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
+        """
         self._killing = True
         self.signal(signal.SIGKILL)
-        deadline = time.monotonic() + KILL_TIMEOUT
-        while not await self.wait(_SHIM_PATIENCE):
+        deadline = time.monotonic() + limit
+        while not await self.wait(min(_SHIM_PATIENCE, limit)):
             if time.monotonic() > deadline:
                 pid = self.started.pid if self.started else "unknown"
-                raise DeadlineExceededError(
-                    f"container {self.id} (PID {pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
-                )
+                raise DeadlineExceededError(f"container {self.id} (PID {pid}) has not ended {limit:g} s after SIGKILL")
             await self._replace_stuck_shim()
 
     async def _replace_stuck_shim(self) -> None:

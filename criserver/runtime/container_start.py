@@ -53,6 +53,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             await node.plugins.start_container(container)
             await process.start(
                 log_path=await prepare_log(node, container),
+                max_line=node.config.max_container_log_line_size,
                 tty=container.config.tty,
                 stdin=container.config.stdin,
             )

@@ -66,4 +66,4 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
         if await process.wait(grace):
             return
         log.info("grace is over", container=container_id, seconds=grace)
-    await process.kill()
+    await process.kill(node.config.ctr_stop_timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 from collections.abc import Coroutine, Mapping
@@ -27,7 +26,7 @@ from criserver.runtime.node_plugins import NodePlugins
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.record_store import RecordStore
-from criserver.runtime.runtime_choice import runtime_of
+from criserver.runtime.runtime_choice import former_handler, runtime_of
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
 from criserver.text import quoted
@@ -115,11 +114,14 @@ class Node:
         """The runtime of a handler, "" for the default one. Raises InvalidArgumentError for an unknown handler."""
         return runtime_of(self.handler(handler), self.config.state)
 
-    def cleanup_runtime(self, handler: str) -> HandlerRuntime:
-        """As :meth:`runtime`, with the default handler's program for a handler that is not configured any more."""
+    def cleanup_runtime(self, handler: str, owner_id: str) -> HandlerRuntime:
+        """As :meth:`runtime`, for what runs a container or the infra process ``owner_id`` already.
+
+        For a handler that is not configured any more see :func:`former_handler`.
+        """
         configured = self.config.runtimes.get(handler)
         if configured is None:
-            configured = dataclasses.replace(self.handler(""), name=handler, root="")
+            configured = former_handler(handler, self.container_dir(owner_id), self.handler(""))
         return runtime_of(configured, self.config.state)
 
     def let_go_of_process(self, owner_id: str) -> None:

@@ -6,19 +6,35 @@ import asyncio
 import dataclasses
 
 from criserver.config import RuntimeHandler
+from criserver.errors import FailedPreconditionError
 from criserver.model import ContainerConfig
 from criserver.oci import base_spec, hook_files
 from criserver.oci.cdi import ContainerEdits
 from criserver.oci.spec_inputs import DeviceNode, SpecDefaults
+from criserver.runtime import host
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
 
 
 async def spec_defaults(node: Node, handler: RuntimeHandler) -> SpecDefaults:
-    """What the spec of a container starts from. Raises FailedPreconditionError for a base_runtime_spec."""
+    """What the spec of a container starts from.
+
+    Raises FailedPreconditionError for a base_runtime_spec, and for cgroup_writable on a node with cgroup version 1,
+    where a container could have the node run programs (release_agent).
+    """
     given = node.config.pod_defaults
+    if handler.cgroup_writable and not host.facts().unified_cgroups:
+        raise FailedPreconditionError(
+            f"[runtimes.{handler.name}] cgroup_writable needs cgroup version 2, and this node has version 1"
+        )
     base = await asyncio.to_thread(base_spec.load, handler.base_runtime_spec) if handler.base_runtime_spec else {}
-    return SpecDefaults(env=given.env, rlimits=given.ulimits, mounts=given.mounts, base=base)
+    return SpecDefaults(
+        env=given.env,
+        rlimits=given.ulimits,
+        mounts=given.mounts,
+        cgroup_writable=handler.cgroup_writable,
+        base=base,
+    )
 
 
 async def hooks(node: Node, sandbox: Sandbox, config: ContainerConfig, command: str) -> ContainerEdits:

@@ -37,7 +37,7 @@ def of_infra(node: Node, sandbox: Sandbox) -> ContainerProcess:
 
 
 def _make(node: Node, owner_id: str, sandbox: Sandbox, observer: Observer) -> ContainerProcess:
-    runtime = node.cleanup_runtime(sandbox.runtime)
+    runtime = node.cleanup_runtime(sandbox.runtime, owner_id)
     if sandbox.sandbox_container and owner_id != sandbox.id:
         runtime = runtime.within(node.container_dir(sandbox.id))
     process = node.processes[owner_id] = ContainerProcess(

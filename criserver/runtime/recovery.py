@@ -21,6 +21,7 @@ from criserver import logs
 from criserver.errors import CriError
 from criserver.network import namespaces
 from criserver.runtime import (
+    cadvisor_cgroup,
     cgroups,
     container_create,
     filesystems,
@@ -39,7 +40,7 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
 from criserver.runtime.records import Container, Sandbox
-from criserver.runtime.runtime_choice import runtime_roots
+from criserver.runtime.runtime_choice import runtime_roots, shim_roots
 from criserver.runtime.sandbox_remove import remove_sandbox
 from criserver.telemetry import families
 
@@ -152,6 +153,7 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
                 else:
                     files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                     await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
+                    await cadvisor_cgroup.recover(node, sandbox)
             case SandboxState.NOT_READY:
                 pass  # its parts have been released
             case never:
@@ -205,7 +207,7 @@ async def _sweep(node: Node, *, end_living: bool) -> None:
     for name in sorted(living):
         log.error("it is alive and has no record, so it is left as it is; `criserver reset` removes it", id=name)
     turn = asyncio.Semaphore(_AT_ONCE)
-    await asyncio.gather(*(_remove_pod(node, name, turn) for name in pods - owned - living))
+    await asyncio.gather(*(_remove_pod(node, name, left_cgroups.get(name, ""), turn) for name in pods - owned - living))
     await asyncio.gather(
         *(_remove_container(node, name, left_cgroups.get(name, ""), turn) for name in containers - owned - living)
     )
@@ -237,8 +239,11 @@ def _has_process(directory: str, container_id: str) -> bool:
         return False
 
 
-async def _remove_pod(node: Node, name: str, turn: asyncio.Semaphore) -> None:
+async def _remove_pod(node: Node, name: str, cgroup: str, turn: asyncio.Semaphore) -> None:
+    """Remove a pod without a record. ``cgroup`` is the path of the cgroup with its name, "" if it has none."""
     async with turn:
+        if cgroup:
+            await _swept("a pod's cgroup", name, cgroups.clear(cgroup, name, END_TIMEOUT))
         files, directory = node.sandbox_files_dir(name), node.sandbox_dir(name)
         await _swept("namespaces", name, asyncio.to_thread(_unpin, node, name))
         await _swept("a pod's files", name, asyncio.to_thread(sandbox_files.remove, files, directory))
@@ -255,8 +260,9 @@ async def _remove_container(node: Node, name: str, cgroup: str, turn: asyncio.Se
 
 async def _end(node: Node, name: str, cgroup: str) -> None:
     """End all processes of a container without a record, and delete what OCI runtimes keep of it. Raises CriError."""
-    handlers = {*entries(runtime_roots(node.config.state)), *node.config.runtimes}
-    runtimes = [node.cleanup_runtime(handler) for handler in handlers]
+    state = node.config.state
+    handlers = {*entries(runtime_roots(state)), *entries(shim_roots(state)), *node.config.runtimes}
+    runtimes = [node.cleanup_runtime(handler, name) for handler in handlers]
     for runtime in runtimes:
         await runtime.delete(name, "")
     if cgroup:
@@ -268,7 +274,7 @@ async def _end(node: Node, name: str, cgroup: str) -> None:
         await runtime.forget(name)
 
 
-async def _swept(what: str, name: str, work: Awaitable[None]) -> bool:
+async def _swept(what: str, name: str, work: Awaitable[object]) -> bool:
     """Remove one leftover; a failure is logged, so that the others are removed too. Return whether it is removed."""
     try:
         await work

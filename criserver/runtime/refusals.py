@@ -150,8 +150,6 @@ def _check_pod_namespaces(options: cri.NamespaceOption) -> None:
             raise InvalidArgumentError(f"namespace_options.{kind} = CONTAINER: containers of a pod share it")
     if options.pid == cri.TARGET:
         raise InvalidArgumentError("namespace_options.pid = TARGET: only a container can have it, not a pod sandbox")
-    if parse.namespaces(options).user is not None and options.network == cri.NODE:
-        raise InvalidArgumentError("a pod with a user namespace of its own cannot use the host's network")
 
 
 def _check_container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 
 from criserver.config import RuntimeHandler
@@ -15,8 +17,31 @@ def runtime_of(handler: RuntimeHandler, state: str) -> HandlerRuntime:
         # Imported here: most nodes have no shims of containerd's kind, and save its memory.
         from criserver.runtime.shim_v2 import ShimV2
 
-        return ShimV2.of(handler, state)
+        return ShimV2.of(handler, state, shim_roots(state))
     return OciRuntime.of(handler, runtime_roots(state))
+
+
+def former_handler(name: str, bundle: str, default: RuntimeHandler) -> RuntimeHandler:
+    """A handler that is not configured any more, for what it has started in the directory ``bundle``.
+
+    1. Our shim has written down the program of a shim of containerd's kind (``shims/task_shim.py``).
+    2. OCI runtimes understand each other's state: it is the default handler's program, or runc if that is a shim.
+    """
+    from criserver.runtime.shim_v2 import MARK
+
+    try:
+        with open(os.path.join(bundle, MARK)) as f:
+            program = json.load(f)["program"]
+    except (OSError, ValueError, LookupError):
+        program = ""
+    if program:
+        return RuntimeHandler(name, shim=program)
+    return RuntimeHandler(name, "runc") if default.shim else dataclasses.replace(default, name=name, root="")
+
+
+def shim_roots(state: str) -> str:
+    """The directory that has the root directory of each handler whose shim is runc's."""
+    return os.path.join(state, "shims")
 
 
 def runtime_roots(state: str) -> str:

@@ -10,7 +10,15 @@ import structlog
 
 from criserver.errors import NotFoundError
 from criserver.network import Attachment, namespaces
-from criserver.runtime import cgroups, filesystems, passage, pod_namespaces, process_records, sandbox_files
+from criserver.runtime import (
+    cadvisor_cgroup,
+    cgroups,
+    filesystems,
+    passage,
+    pod_namespaces,
+    process_records,
+    sandbox_files,
+)
 from criserver.runtime.container_stop import kill
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
@@ -89,6 +97,7 @@ async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -
     await asyncio.to_thread(sandbox_files.remove, node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
     if sandbox.config.namespaces.user is not None:
         passage.update(node, leaving=sandbox.id)
+    await cadvisor_cgroup.remove(node, sandbox)
     if sandbox.cgroup_owned:
         await cgroups.remove_pod(sandbox.cgroup_parent)
         if not any(s.cgroup_owned and s.id != sandbox.id for s in node.records.sandboxes.values()):
@@ -112,7 +121,7 @@ async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     process = process_records.of_infra(node, sandbox)
     if process.started is not None:
         # The runtime's own delete polls for the end of the process, ten times a second.
-        await process.kill()
+        await process.kill(node.config.ctr_stop_timeout)
         await process.wait_cleaned_up()
     await process.destroy()
     await process.wait_cleaned_up()

@@ -68,8 +68,10 @@ class ShimV2:
         return not is_runc(self.path)
 
     @classmethod
-    def of(cls, handler: RuntimeHandler, state: str) -> ShimV2:
+    def of(cls, handler: RuntimeHandler, state: str, roots: str) -> ShimV2:
         """The shim of a configured handler; ``state`` is the daemon's state directory.
+
+        ``roots`` is the directory that has the root directory of each handler.
 
         Raises InvalidArgumentError for options that the shim does not have.
         """
@@ -77,7 +79,7 @@ class ShimV2:
             check(handler.shim, handler.options)
         except InvalidArgumentError as e:
             raise InvalidArgumentError(f"[runtimes.{handler.name}.options]: {e}") from e
-        root = handler.root or os.path.join(state, "shims", handler.name)
+        root = handler.root or os.path.join(roots, handler.name)
         return cls(handler.name, handler.shim, root, os.path.join(state, "containers"), handler.options)
 
     def program(self) -> str:

@@ -5,6 +5,7 @@ from criserver.streaming.copying import ClientSink, ClientSource, OutputCopier, 
 from criserver.streaming.forward_session import Forward
 from criserver.streaming.remotecommand import RequestedStreams
 from criserver.streaming.server import StreamingServer
+from criserver.streaming.server_certificate import ServerCertificate
 
 __all__ = [
     "ClientSink",
@@ -14,6 +15,7 @@ __all__ = [
     "Forward",
     "OutputCopier",
     "RequestedStreams",
+    "ServerCertificate",
     "StreamingServer",
     "copy_in",
     "discard",

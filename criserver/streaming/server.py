@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
-import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from criserver.streaming.command_session import Command, serve_command
 from criserver.streaming.forward_session import Forward, serve_forward
 from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
 from criserver.streaming.offers import Offers
+from criserver.streaming.server_certificate import ServerCertificate
 
 log = structlog.get_logger(__name__)
 
@@ -54,10 +54,10 @@ class StreamingServer:
     A connection without traffic for ``idle`` seconds is closed.
     """
 
-    def __init__(self, host: str, port: int, *, tls: ssl.SSLContext | None = None, idle: float) -> None:
+    def __init__(self, host: str, port: int, *, certificate: ServerCertificate | None = None, idle: float) -> None:
         self._host = host
         self._port = port
-        self._tls = tls
+        self._certificate = certificate
         self._idle = idle
         self._offers: Offers[Offer] = Offers()
         self._listeners: list[socket.socket] = []
@@ -85,7 +85,7 @@ class StreamingServer:
         host, port = self._listeners[0].getsockname()[:2]
         # The kubelet is on this node: it reaches a server that listens on all addresses at the loopback address.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not listened on
-        scheme = "http" if self._tls is None else "https"
+        scheme = "http" if self._certificate is None else "https"
         self._base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def _listen(self) -> None:
@@ -191,10 +191,11 @@ class StreamingServer:
 
     async def _connect(self, sock: socket.socket, link: ClientLink) -> bool:
         """Connect the link to the socket. False where the client failed in the TLS handshake or took too long."""
-        limit = None if self._tls is None else HEAD_TIMEOUT
+        limit = None if self._certificate is None else HEAD_TIMEOUT
+        tls = None if self._certificate is None else await self._certificate.context()
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: link, sock, ssl=self._tls, ssl_handshake_timeout=limit
+                lambda: link, sock, ssl=tls, ssl_handshake_timeout=limit
             )
         except OSError:
             return False

@@ -21,7 +21,7 @@ from criserver.pb.containerd.v1 import containers_pb2, tasks_pb2, version_pb2
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.support.fixtures import import_image
-from tests.support.node import Node, cgroup, refused
+from tests.support.node import DRIVER, Node, cgroup, refused
 from tests.support.waiting import eventually
 
 
@@ -142,6 +142,40 @@ def test_the_longest_running_container_stands_for_its_pod(node: Node, client: Cl
     eventually(lambda: not cgroups.exists(own))
     with refused(grpc.StatusCode.NOT_FOUND):
         Client(node.socket).process(pod)
+
+
+@pytest.mark.skipif(DRIVER != "cgroupfs", reason="the cgroup driver is systemd's")
+def test_a_daemon_that_was_killed_leaves_no_cgroup_of_an_old_process(node: Node, client: Client) -> None:
+    parent = f"/crie2e/cadvisor-{os.getpid()}"
+    linux = node.pod().linux
+    linux.cgroup_parent = parent
+    pod = node.run_pod("kubelets", linux=linux)
+    own = f"{parent}/{pod}"
+    first, second = (node.run(pod, name, ["sleep", "1000"]) for name in ("first", "second"))
+    client.process(first)
+    eventually(lambda: cgroups.exists(own))
+    made = inode(own)
+    node.kill()
+    node.start()
+    node.client.PodSandboxStatus(pod_sandbox_id=pod)  # waits for the pod's recovery
+    assert inode(own) == made, "the process is the same"
+
+    # The old daemon has written that the first one has ended, and has got no further.
+    node.client.StopContainer(container_id=first, timeout=0)
+    eventually(lambda: inode(own) not in (made, 0))
+    made = inode(own)
+    node.kill()
+    node.start()
+    eventually(lambda: inode(own) not in (made, 0))
+    assert Client(node.socket).process(pod).pid == node.pid(second)
+
+    node.client.StopContainer(container_id=second, timeout=0)
+    eventually(lambda: not cgroups.exists(own))
+    cgroups.make_empty(own)
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    assert not cgroups.exists(own)
+    cgroups.remove("/crie2e")
 
 
 def inode(path: str) -> int:

@@ -152,6 +152,11 @@ def test_all_that_it_needs_is_in_it(root: str, package: str) -> None:
     assert [f for f in default.__slots__ if getattr(shipped, f) != getattr(default, f)] == ["cgroup_driver"]
     listed = inside(root, "dpkg", "--listfiles", "criserver").splitlines()
     assert "/usr/lib/systemd/system/criserver.service" in listed
+    completion = inside(root, "bash", "-c", ". /usr/share/bash-completion/completions/criserver; complete -p criserver")
+    assert "-F _criserver criserver" in completion
+    assert {"/usr/share/zsh/vendor-completions/_criserver", "/usr/share/fish/vendor_completions.d/criserver.fish"} <= {
+        *listed
+    }
     text = subprocess.run(["grep", "-rlF", REPOSITORY, f"{root}/usr/lib/criserver"], capture_output=True, text=True)
     assert text.stdout == "", "where it was built is nobody's business"
 

@@ -162,6 +162,7 @@ def test_the_list_as_json_and_as_ids(node: Node, registry: Registry) -> None:
         assert found == {
             "id": image.id,
             "usedBy": [],
+            "usedSince": 0,
             "repoTags": [name],
             "repoDigests": [f"{repository}@{image.digest}"],
             "size": sum(len(blob) for digest, blob in image.blobs.items() if digest != image.digest),

@@ -62,11 +62,14 @@ def node(nothing_left: None, busybox_archive: str, base: Path) -> Iterator[Node]
         'default_env = ["NODE=node", "PATH=/bin", "OWN=node"]\n'
         f'default_mounts = ["{base}/shared:/etc/shared", "/nowhere:/etc/hidden"]\n'
         f'hooks_dir = ["{base}/none", "{base}/hooks.d"]\nshm_size = 1048576\n'
+        "max_container_log_line_size = 300\n"
         "device_ownership_from_security_context = true\nignore_image_defined_volumes = true\n"
         '[images]\npinned = ["localhost/busy*"]\n'
         + handler("runc", RUNTIME)
         + handler("based", RUNTIME)
-        + f'base_runtime_spec = "{base}/base.json"\npod_annotations = ["{SHM}"]\n',
+        + f'base_runtime_spec = "{base}/base.json"\npod_annotations = ["{SHM}"]\n'
+        + handler("writable", RUNTIME)
+        + "cgroup_writable = true\n",
     ) as node:
         yield node
 
@@ -126,6 +129,13 @@ def test_limits_environment_mounts_and_shared_memory(node: Node) -> None:
     assert node.sh(container, "df -k /dev/shm | tail -1 | awk '{print $2}'") == "1024\n"
 
 
+def test_a_record_of_a_log_has_the_configured_length(node: Node) -> None:
+    container = node.run(run_pod(node), "c", ["sh", "-c", "printf '%0700d\\n' 1"], mounts=hidden())
+    eventually(lambda: node.status(container).state == cri.CONTAINER_EXITED)
+    records = [line.split(" ", 3)[2:] for line in Path(node.status(container).log_path).read_text().splitlines()]
+    assert [(tag, len(content)) for tag, content in records] == [("P", 300), ("P", 300), ("F", 100)]
+
+
 def test_sysctls_are_of_the_pods_that_have_the_namespace_for_themselves(node: Node) -> None:
     read = "cat /proc/sys/net/ipv4/tcp_syncookies /proc/sys/kernel/shmmni"
     linux = node.pod().linux
@@ -169,6 +179,16 @@ def test_the_base_of_a_handlers_specs(node: Node) -> None:
     assert " rw,nosuid" in node.sh(container, "grep ' /sys/fs/cgroup ' /proc/mounts")
     with refused(grpc.StatusCode.INVALID_ARGUMENT, SHM, "much"):
         run_pod(node, "based", "much", **{SHM: "much"})
+
+
+def test_a_writable_cgroup_needs_version_2(node: Node) -> None:
+    pod = run_pod(node, "writable")
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "[runtimes.writable] cgroup_writable needs cgroup version 2"):
+            node.create(pod, "c", SLEEP)
+        return
+    container = node.run(pod, "c", SLEEP, mounts=hidden())
+    assert node.sh(container, "mkdir /sys/fs/cgroup/own && rmdir /sys/fs/cgroup/own && echo yes") == "yes\n"
 
 
 def test_devices_belong_to_the_containers_user(node: Node) -> None:

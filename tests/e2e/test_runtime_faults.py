@@ -40,7 +40,6 @@ DEADLINES = {
     "oci_runtime._DELETE_TIMEOUT": 3,
     "container_process._GONE_TIMEOUT": 3,
     "container_process.END_TIMEOUT": 3,
-    "container_process.KILL_TIMEOUT": 10,
 }
 
 # Of this run alone: other containers sleep too.
@@ -54,7 +53,7 @@ STUBBORN = f"setsid sh -c 'trap : TERM; while true; do {SLEEP}; done' & "
 def faulty(busybox_archive: str, request: pytest.FixtureRequest) -> Iterator[Node]:
     """A node whose OCI runtime does not delete, as the file "fault" says."""
     deadlines = getattr(request, "param", DEADLINES)
-    node = Node(runtimes='[runtimes.runc]\npath = "BASE/runtime"\n')
+    node = Node(runtimes='ctr_stop_timeout = 10\n[runtimes.runc]\npath = "BASE/runtime"\n')
     config = Path(node.config)
     config.write_text(config.read_text().replace("BASE", node.base))
     runtime = Path(node.base) / "runtime"

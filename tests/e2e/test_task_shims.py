@@ -24,6 +24,7 @@ from tests.support.waiting import eventually
 
 SHIM = os.environ.get("CRISERVER_TEST_SHIM", "")
 SLEEP = ["sleep", "1000"]
+LEAVING = '[runtimes.leaving]\nshim = "{}"\n'
 SUCCESS = {"status": "Success"}
 
 
@@ -43,7 +44,7 @@ def node(nothing_left: None, busybox_archive: str, tmp_path_factory: pytest.Temp
         busybox_archive,
         f'[runtimes.runc]\nshim = "{SHIM or "io.containerd.runc.v2"}"\n'
         f'[runtimes.grouped]\nshim = "{other}"\nsandbox = "container"\n'
-        f'[runtimes.hanging]\nshim = "{hanging}"\n',
+        f'[runtimes.hanging]\nshim = "{hanging}"\n' + LEAVING.format(program),
     ) as node:
         yield node
 
@@ -194,6 +195,28 @@ def test_a_shim_that_is_gone_says_nothing_of_the_end(node: Node, pod: str) -> No
     assert (node.status(container).exit_code, node.status(container).reason) == (255, "Unknown")
     node.client.RemoveContainer(container_id=container)
     assert shims(node) == []
+
+
+def test_a_handler_that_is_not_configured_any_more_is_cleaned_up_by_its_shim(node: Node) -> None:
+    pod = node.client.RunPodSandbox(config=node.pod(), runtime_handler="leaving").pod_sandbox_id
+    node.pods.add(pod)
+    container = node.run(pod, "c", SLEEP)
+    (shim,) = shims(node, container)
+    kept = Path(node.state, "shims/leaving/k8s.io", container)
+    assert kept.exists()
+    node.kill()
+    config = Path(node.config)
+    whole = config.read_text()
+    config.write_text(whole.partition("[runtimes.")[0] + '[runtimes.runc]\npath = "runc"\n')
+    node.start()
+    os.kill(shim, signal.SIGKILL)
+    node.client.StopContainer(container_id=container, timeout=0)
+    node.client.RemoveContainer(container_id=container)
+    assert not kept.exists()
+    assert shims(node) == []
+    node.kill()
+    config.write_text(whole)
+    node.start()
 
 
 def test_the_shim_that_holds_the_streams_is_killed(node: Node, pod: str) -> None:

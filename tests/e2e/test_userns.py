@@ -70,6 +70,22 @@ def test_root_in_the_pod_is_nobody_on_the_node(newer: Node, tmp_path: Path) -> N
     assert newer.settled() == []
 
 
+@pytest.mark.parametrize("pid", [cri.CONTAINER, cri.POD])
+def test_the_nodes_network_within(newer: Node, pid: cri.NamespaceMode) -> None:
+    assert newer.client.Status().features.user_namespaces_host_network
+    linux = userns()
+    linux.security_context.namespace_options.network = cri.NODE
+    linux.security_context.namespace_options.pid = pid
+    _, container = run(newer, f"network-{pid}", linux)
+    assert newer.sh(container, "cat /proc/self/uid_map").split() == ["0", str(BASE), "65536"]
+    assert newer.sh(container, "readlink /proc/self/ns/net") == f"{os.readlink('/proc/self/ns/net')}\n"
+    assert newer.sh(container, "ls /sys/class/net").split() == sorted(os.listdir("/sys/class/net"))
+    (options,) = newer.sh(container, "awk '$2 == \"/sys\" {print $4}' /proc/self/mounts").split()
+    assert "ro" in options.split(",")
+    newer.remove_pods()
+    assert newer.settled() == []
+
+
 def test_a_shared_pid_namespace_within(newer: Node) -> None:
     linux = userns()
     linux.security_context.namespace_options.pid = cri.POD

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from shims.launch import command
+from shims.log_writer import MAX_LINE
 from shims.wire import Channel
 from tests.support.node import processes
 from tests.support.waiting import SLOWNESS, eventually
@@ -161,6 +162,7 @@ class Host:
             "runtime_root": str(self.runtime_root),
             "runtime_args": [],
             "log_path": str(directory / "0.log"),
+            "max_line": int(options.get("max_line", MAX_LINE)),
             "tty": tty,
             "stdin": bool(options.get("stdin")),
             "directory": str(directory / "state"),

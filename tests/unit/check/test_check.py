@@ -377,17 +377,18 @@ def test_a_streaming_address_that_is_taken_or_of_another_node(node: Fake) -> Non
 def test_a_certificate_that_is_none(node: Fake, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("no key")
     node.config = streaming(node.config, tls_cert=str(tmp_path / "key"), tls_key=str(tmp_path / "key"))
-    assert "streaming.tls_cert and tls_key cannot be used" in node.fault().words
+    assert "[streaming] tls_cert, tls_key cannot be used" in node.fault().words
 
 
-def test_a_disk_that_is_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_small_and_nearly_full(node: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs(node.root)
     few = os.statvfs_result((4096, 4096, 1000, 90, 90, 1000, 20, 20, real.f_flag, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: few)
-    space, inodes = node.faults()
+    space, small, inodes = node.faults()
     assert "9% of its file system is free" in space.words
+    assert "its file system has 3 MiB in all" in small.words
     assert "2% of its file system's inodes" in inodes.words
-    assert {space.level, inodes.level} == {Level.WARNING}
+    assert {space.level, small.level, inodes.level} == {Level.WARNING}
 
 
 def test_what_cannot_be_looked_at_is_told_and_the_rest_goes_on(node: Fake) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,13 +27,27 @@ def completed(line: str) -> set[str]:
         ("criserver sta", {"status"}),
         ("criserver image p", {"pull", "pin", "prune"}),
         ("criserver --config x image prune --d", {"--dry-run"}),
-        ("criserver ps --a", {"--all"}),
+        ("criserver ps --al", {"--all"}),
         ("criserver logs abc --f", {"--follow"}),
         ("criserver nothing-like-this x", set()),
     ],
 )
 def test_bash_completes_commands_and_options(line: str, offered: set[str]) -> None:
     assert completed(line) == offered
+
+
+@pytest.mark.parametrize("autoloaded", [False, True])
+def test_zsh_offers_what_may_follow(tmp_path: Path, autoloaded: bool) -> None:
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    (tmp_path / "_criserver").write_text(script(parser(), "zsh"))
+    load = f"fpath=({tmp_path}); autoload -U _criserver" if autoloaded else f"source {tmp_path}/_criserver"
+    stubs = 'compdef() { :; }; compadd() { shift; print -l -- "$@"; }'
+    for words, wanted in (("criserver image ''", {"pull", "prune", "--help"}), ("criserver ps ''", {"--all", "--pod"})):
+        run = f"{stubs}; {load}; words=({words}); CURRENT=${{#words}}; _criserver"
+        done = subprocess.run(["zsh", "-f", "-c", run], capture_output=True, text=True, check=True)
+        assert wanted <= set(done.stdout.split())
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -249,6 +249,12 @@ def test_privileged_takes_the_confinement_off() -> None:
     assert "rw" in options["/sys/fs/cgroup"]
 
 
+def test_a_writable_cgroup_leaves_sys_read_only() -> None:
+    options = {m["destination"]: m["options"] for m in build(defaults=SpecDefaults(cgroup_writable=True))["mounts"]}
+    assert "rw" in options["/sys/fs/cgroup"]
+    assert "ro" in options["/sys"]
+
+
 def test_an_execs_process_is_the_containers_with_another_command() -> None:
     document = build()
     process = spec.exec_process(document, ["ls"], tty=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_the_manual_page_of_the_configuration_has_every_key(build: ModuleType, t
     assert "nri.default_validator.enable" in found
     assert ".SS [runtimes.runc]\nOne table for each runtime handler." in page.read_text()
     # Each line that begins with a dot is a request that roff knows.
-    assert set(re.findall(r"^\.(\w*)", page.read_text(), re.MULTILINE)) == set("TH SH SS TP BR IR I PP".split())
+    assert set(re.findall(r"^\.(\w*)", page.read_text(), re.MULTILINE)) == set("TH SH SS TP BR IR I PP nf fi".split())
 
 
 def test_the_manual_page_has_every_command_and_option() -> None:
@@ -138,6 +139,37 @@ def test_the_manual_page_has_every_command_and_option() -> None:
             assert f".B {path}" in page
 
     walk(cli.parser(), "criserver")
+
+
+def test_the_manual_pages_have_each_section_once(build: ModuleType) -> None:
+    page = (ROOT / "contrib/deb/criserver.8").read_text()
+    for text in (page, build.pages.manual_page('[log]\n# Text.\nlevel = "info"\n')):
+        sections = re.findall(r"^\.SH (.*)", text, re.MULTILINE)
+        assert len(sections) == len(set(sections))
+        assert "EXAMPLES" in sections
+    codes = page.partition(".SH EXIT STATUS\n")[2].partition(".SH")[0]
+    assert re.findall(r"^\.B (\d+)$", codes, re.MULTILINE) == ["0", "1", "2", "3", "130"]
+
+
+def test_the_package_needs_what_the_default_configuration_runs() -> None:
+    (fields,) = re.findall(r"^Depends: (.*)$", (ROOT / "contrib/deb/control.in").read_text(), re.MULTILINE)
+    # containerd.io is Docker's package, with a runc in it.
+    runtimes = {"runc": {"runc", "containerd.io"}}
+    config = load(None)
+    needed = [{name.split()[0] for name in field.split("|")} for field in fields.split(",")]
+    for program in (config.runtimes[config.default_runtime].path, Path(config.infra).name):
+        assert runtimes.get(program, {program}) in needed
+
+
+def test_the_crates_of_a_wheel_are_in_the_copyright_file(build: ModuleType, tmp_path: Path) -> None:
+    assert build._crates(tmp_path) == ""
+    crates = [
+        {"name": "one", "version": "1.2", "licenses": [{"expression": "MIT"}], "author": "A Name"},
+        {"name": "two", "version": "3.4", "licenses": [{"expression": "MIT OR Apache-2.0"}]},
+    ]
+    (tmp_path / "sboms").mkdir()
+    (tmp_path / "sboms/x.cyclonedx.json").write_text(json.dumps({"components": crates}))
+    assert build._crates(tmp_path).splitlines()[1:] == [" one 1.2: MIT, by A Name", " two 3.4: MIT OR Apache-2.0"]
 
 
 def test_all_commands_go_by_the_nodes_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class FakeNode(SimpleNamespace):
             stats=Mock(),
             nursery=Mock(),
             snapshotter=SimpleNamespace(unmount=self.unmount),
-            cleanup_runtime=lambda name: OciRuntime(name, "true", directory),
+            cleanup_runtime=lambda name, _: OciRuntime(name, "true", directory),
             container_dir=lambda key: directory,
             rootfs=lambda key: os.path.join(directory, "rootfs"),
             unmounted=[],

@@ -21,7 +21,7 @@ def shim(tmp_path: Path) -> ShimV2:
     (tmp_path / "containers/c").mkdir(parents=True)
     (tmp_path / "socket").touch()
     mark(tmp_path, {"address": f"unix://{tmp_path}/socket", "version": 3})
-    return ShimV2.of(RuntimeHandler("kata", shim=str(tmp_path / "program")), str(tmp_path))
+    return ShimV2.of(RuntimeHandler("kata", shim=str(tmp_path / "program")), str(tmp_path), str(tmp_path / "shims"))
 
 
 def program(tmp_path: Path, script: str) -> None:

@@ -85,6 +85,10 @@ def test_a_long_line_is_cut_into_partial_records_and_a_full_one() -> None:
     assert [(m[3], len(m[4])) for m in RECORD.finditer(log)] == [
         (b"F", 1), (b"P", MAX_LINE), (b"P", MAX_LINE), (b"F", 5), (b"F", 1)
     ]  # fmt: skip
+    shorter = Framer("stdout", 3).feed(b"a\nbcde\nfgh\n", STAMP)
+    assert [(m[3], m[4]) for m in RECORD.finditer(shorter)] == [
+        (b"F", b"a"), (b"P", b"bcd"), (b"F", b"e"), (b"F", b"fgh")
+    ]  # fmt: skip
     exact = Framer("stdout").feed(b"x" * MAX_LINE + b"\n", STAMP)
     assert [(m[3], len(m[4])) for m in RECORD.finditer(exact)] == [(b"F", MAX_LINE)]
 

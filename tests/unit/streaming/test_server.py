@@ -28,6 +28,7 @@ from criserver.streaming import (
     CommandStreams,
     Forward,
     RequestedStreams,
+    ServerCertificate,
     StreamingServer,
     client_link,
     command_session,
@@ -588,8 +589,10 @@ async def test_a_thousand_idle_connections_keep_nobody_out(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_connections_that_begin_no_tls_make_room_too(tls: ssl.SSLContext, trusted: ssl.SSLContext) -> None:
-    found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
+async def test_connections_that_begin_no_tls_make_room_too(
+    certificate: tuple[str, str], trusted: ssl.SSLContext
+) -> None:
+    found = StreamingServer("127.0.0.1", 0, certificate=ServerCertificate(*certificate), idle=60)
     await found.start()
     found._max_pending = 5
     with idle(hi(found), 20):
@@ -688,14 +691,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def tls(certificate: tuple[str, str]) -> ssl.SSLContext:
-    """The server's."""
-    made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    made.load_cert_chain(*certificate)
-    return made
-
-
-@pytest.fixture
 def trusted(certificate: tuple[str, str]) -> ssl.SSLContext:
     """Of a client that trusts the server."""
     return ssl.create_default_context(cafile=certificate[0])
@@ -703,11 +698,14 @@ def trusted(certificate: tuple[str, str]) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("client_of", [Spdy, WebSocket])
 async def test_over_tls(
-    tls: ssl.SSLContext, trusted: ssl.SSLContext, client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    certificate: tuple[str, str],
+    trusted: ssl.SSLContext,
+    client_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failures: list[str] = []
     monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
-    found = StreamingServer("127.0.0.1", 0, tls=tls, idle=60)
+    found = StreamingServer("127.0.0.1", 0, certificate=ServerCertificate(*certificate), idle=60)
     await found.start()
     piece = os.urandom(1_000_000)
 
