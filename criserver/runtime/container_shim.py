@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.runtime import pidfd
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.shim_link import REPLY_TIMEOUT, ShimLink, connect, connect_in_turn
@@ -130,7 +130,7 @@ class ContainerShim:
 
         def on_close() -> None:
             if not told.done():
-                told.set_exception(CriError(f"the shim of container {self._id} ended during a request"))
+                told.set_exception(UnavailableError(f"the shim of container {self._id} ended during a request"))
 
         link = await self.open_link(on_event, on_close)
         try:
