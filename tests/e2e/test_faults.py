@@ -70,14 +70,14 @@ def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node, busybox_
     old = [disk.create(pod, f"old{number}", ["true"]) for number in range(3)]
     made: list[object] = []
 
-    def caller(call: Callable[[], object]) -> threading.Thread:
+    def calling(call: Callable[[], object]) -> threading.Thread:
         return threading.Thread(target=lambda: made.append(call()))
 
     callers = [
-        *(caller(lambda n=number: disk.run_pod(f"waiting{n}")) for number in range(10)),  # type: ignore[misc]
-        *(caller(lambda n=number: disk.create(pod, f"new{n}")) for number in range(3)),  # type: ignore[misc]
-        *(caller(lambda c=found: disk.client.RemoveContainer(container_id=c)) for found in old),  # type: ignore[misc]
-        *(caller(lambda: import_image(disk, busybox_archive)) for _ in range(2)),
+        *(calling(lambda n=number: disk.run_pod(f"waiting{n}")) for number in range(10)),  # type: ignore[misc]
+        *(calling(lambda n=number: disk.create(pod, f"new{n}")) for number in range(3)),  # type: ignore[misc]
+        *(calling(lambda c=found: disk.client.RemoveContainer(container_id=c)) for found in old),  # type: ignore[misc]
+        *(calling(lambda: import_image(disk, busybox_archive)) for _ in range(2)),
     ]
     with frozen(disk.root):
         for caller in callers:

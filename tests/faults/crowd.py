@@ -120,7 +120,10 @@ def starts(node: Node) -> str:
         times.append((time.monotonic() - began) * 1000)
         time.sleep(2)
         assert len(node.client.ListContainers().containers) >= CONTAINERS
-    return f"start with {CONTAINERS} containers until Version answers: p50 {statistics.median(times):.0f} ms, max {max(times):.0f} ms"
+    return (
+        f"start with {CONTAINERS} containers until Version answers: p50 {statistics.median(times):.0f} ms, max "
+        f"{max(times):.0f} ms"
+    )
 
 
 def measure(node: Node, load: str) -> None:
