@@ -12,7 +12,7 @@ RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
 TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test test-vm lint unit integration e2e coverage faults format proto wheel deb release run-packages test-packages clean
+.PHONY: demo test test-vm lint unit integration e2e coverage faults soak format proto wheel deb release run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -51,6 +51,11 @@ coverage: test-packages $(VENV)/ready
 # Every operation with a fault at every side effect: docs/reliability.md. OPERATIONS can name some: "StopContainer Image".
 faults: test-packages $(VENV)/ready
 	$(BIN)/python -m tests.faults $(OPERATIONS)
+
+# Pods live and die beside kills of the daemon and other faults: docs/reliability.md. PLOT can name an SVG file.
+MINUTES ?= 30
+soak: test-packages $(VENV)/ready
+	$(BIN)/python -m tests.faults.soak $(MINUTES) $(if $(PLOT),--plot $(PLOT))
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -54,6 +54,8 @@ CHECKPOINT_INTERVAL = 60.0
 # Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
 SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
+# The threads that make calls that block. A disk that stands still holds one for each call that needs it.
+_THREADS = 32
 _NO_START = "the daemon cannot start"
 
 
@@ -73,7 +75,7 @@ async def serve(settings: Settings, path: str) -> None:
     loop.add_signal_handler(signal.SIGUSR1, work_under_way.log_it)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.set_default_executor(Threads())
+    loop.set_default_executor(Threads(_THREADS))
     upkeep.hear_the_rest()
     locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()

@@ -109,6 +109,8 @@ class Connections:
     def _carry_out(self, channel: Channel, message: Message, fds: list[int]) -> Answer:
         try:
             return self._answer(channel, message, fds)
+        except OSError as error:
+            return {"error": reason(error), "errno": error.errno or 0}, ()
         except Exception as error:  # noqa: BLE001 - no request may end the process that holds a container
             return {"error": reason(error)}, ()
         finally:

@@ -220,11 +220,15 @@ class StartedEvent(TypedDict):
 
 @final
 class FailedEvent(TypedDict):
-    """The container could not be started. Nothing of it is left, and the shim ends."""
+    """The container could not be started. Nothing of it is left, and the shim ends.
+
+    "errno" is there where the kernel has refused something to the shim.
+    """
 
     event: Literal["failed"]
     error: str
     late: bool
+    errno: NotRequired[int]
 
 
 @final

@@ -84,6 +84,8 @@ class Shim:
             self._start()
         except (OSError, RequestError) as error:
             failed: FailedEvent = {"event": "failed", "error": reason(error), "late": isinstance(error, LateError)}
+            if isinstance(error, OSError) and error.errno:
+                failed["errno"] = error.errno
             self._connections.tell(failed)
         else:
             if self._wait_for_end():

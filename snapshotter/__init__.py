@@ -14,6 +14,8 @@ from snapshotter.errors import (
     SnapshotError,
     SnapshotNotFoundError,
     TruncatedLayerError,
+    UnpackKilledError,
+    UnpackTimeoutError,
 )
 from snapshotter.file_tree import TreeUsage
 from snapshotter.limits import LayerLimits
@@ -33,4 +35,6 @@ __all__ = [
     "Snapshotter",
     "TreeUsage",
     "TruncatedLayerError",
+    "UnpackKilledError",
+    "UnpackTimeoutError",
 ]

@@ -13,6 +13,14 @@ class SnapshotNotFoundError(SnapshotError):
     """No layer or snapshot has that name."""
 
 
+class UnpackKilledError(SnapshotError):
+    """A signal has ended the process that unpacks a layer. The same call may succeed later."""
+
+
+class UnpackTimeoutError(SnapshotError):
+    """The process that unpacks a layer took too long, or it stood still."""
+
+
 class LayerError(SnapshotError):
     """The layer's content is broken or hostile; the message names the entry and what is wrong with it."""
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
@@ -56,8 +56,10 @@ class Snapshotter:
         self.commits = 0  # layers committed by this object
         self._layers: dict[str, Layer] = {}
         self._snapshots: dict[str, Snapshot] = {}
+        self._preparing: dict[str, str] = {}  # the layers of snapshots that are being made, by key
         self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
         self._settling = asyncio.Lock()
+        self._retiring = asyncio.Lock()  # of snapshots: two removals of one must not both rename it
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
         for name in ("", "layers", "active", "staging", "empty"):
             make_private(self._path(name))
@@ -150,21 +152,18 @@ class Snapshotter:
         if not KEY.fullmatch(key):
             raise SnapshotError(f"snapshot key {key!r} is not 1 to 128 letters, digits, '_', '.' and '-'")
         await self._settle(chain_id)
-        if key in self._snapshots:
+        if key in self._snapshots or key in self._preparing:
             raise SnapshotError(f"snapshot {key} is there already")
         top = self._chain(chain_id)[0]
-        area = self._staging.new()
+        path = self._path("active", key)
+        self._preparing[key] = chain_id
         try:
-            # The root directory of an overlay is the upper one, so it gets the owner and mode of the image's.
-            status = os.stat(os.path.join(top.path, "fs"))
-            self._staging.new_root(area, status.st_uid, status.st_gid, status.st_mode & 0o7777)
-            os.mkdir(os.path.join(area, "work"), 0o700)
-            metadata.write(area, {"chain_id": chain_id})
-            os.rename(area, self._path("active", key))
-        except BaseException:
-            self._staging.discard(area)
-            raise
-        self._snapshots[key] = Snapshot(key, chain_id, self._path("active", key))
+            await self._mounter.run(self._make_snapshot, path, chain_id, top)
+        finally:
+            del self._preparing[key]
+            # Also where its caller was cancelled after the last step: the snapshot can be removed then.
+            if os.path.exists(path):
+                self._snapshots[key] = Snapshot(key, chain_id, path)
 
     async def mount(self, key: str, target: str, *, userns: str | None = None, label: str = "") -> None:
         """Mount the snapshot ``key`` on the directory ``target``, writable; its files have the SELinux ``label``.
@@ -193,12 +192,18 @@ class Snapshotter:
         Raises SnapshotError with the reason if its files cannot be deleted. It is no snapshot any more then, and the
         next call tries the deletion again.
         """
-        if key in self._snapshots:
-            self._undeleted[key] = self._staging.retire(self._snapshots[key].path, key)
-            del self._snapshots[key]
-        name = self._undeleted.get(key)
-        if name is not None:
-            await in_thread(self._staging.delete, name)
+        async with self._retiring:
+            if (snapshot := self._snapshots.get(key)) is not None:
+                name = self._staging.removed_name(key)
+                try:
+                    await self._mounter.run(self._staging.retire, snapshot.path, name)
+                finally:
+                    # Also where the caller was cancelled after it.
+                    if not os.path.exists(snapshot.path):
+                        del self._snapshots[key]
+                        self._undeleted[key] = name
+        if (undeleted := self._undeleted.get(key)) is not None:
+            await in_thread(self._staging.delete, undeleted)
             self._undeleted.pop(key, None)
 
     async def remove_layer(self, chain_id: str) -> None:
@@ -215,6 +220,7 @@ class Snapshotter:
         users = [f"layer {other.chain_id}" for other in self._layers.values() if other.parent == chain_id]
         users += [f"layer {other}" for other, parent in self._unpacks.notes.items() if parent == chain_id]
         users += [f"snapshot {s.key}" for s in self._snapshots.values() if s.chain_id == chain_id]
+        users += [f"snapshot {key}" for key, layer_id in self._preparing.items() if layer_id == chain_id]
         if users:
             raise SnapshotError(f"layer {chain_id} is in use by {users[0]}; remove that first")
         await self._delete_layer(layer)
@@ -322,10 +328,33 @@ class Snapshotter:
                 below = [layer] if layer.opaque else [layer, *below]
 
     async def _delete_layer(self, layer: Layer) -> None:
-        name = self._staging.retire(layer.path)
+        """It is no layer any more before this waits: nobody can begin to use it. If it cannot be moved, it is again."""
         del self._layers[layer.chain_id]
+        unsettled = layer.chain_id in self._unsettled
         self._unsettled.discard(layer.chain_id)
+        name = self._staging.removed_name()
+        try:
+            await self._mounter.run(self._staging.retire, layer.path, name)
+        finally:
+            if os.path.exists(layer.path) and layer.chain_id not in self._layers:
+                self._layers[layer.chain_id] = layer
+                if unsettled:
+                    self._unsettled.add(layer.chain_id)
         await in_thread(self._staging.delete, name)
+
+    def _make_snapshot(self, path: str, chain_id: str, top: Layer) -> None:
+        """Make a snapshot on disk. Raises OSError, with nothing left of it."""
+        area = self._staging.new()
+        try:
+            # The root directory of an overlay is the upper one, so it gets the owner and mode of the image's.
+            status = os.stat(os.path.join(top.path, "fs"))
+            self._staging.new_root(area, status.st_uid, status.st_gid, status.st_mode & 0o7777)
+            os.mkdir(os.path.join(area, "work"), 0o700)
+            metadata.write(area, {"chain_id": chain_id})
+            os.rename(area, path)
+        except BaseException:
+            self._staging.discard(area)
+            raise
 
     def _load_layers(self) -> None:
         for name in sorted(os.listdir(self._path("layers"))):
@@ -356,9 +385,15 @@ class Snapshotter:
     def _drop(self, path: str, reason: Exception) -> None:
         log.warning("dropped, as its metadata is unusable", path=path, error=str(reason))
         try:
-            self._staging.retire(path)
+            self._staging.retire(path, self._staging.removed_name())
         except SnapshotError as e:
             log.warning("a dropped layer or snapshot cannot be moved into staging", error=str(e))
+
+    def _undo(self, area: str, path: str) -> None:
+        """Delete a layer that may be committed already, and that nobody knows."""
+        if os.path.exists(path):
+            os.rename(path, area)
+        self._staging.discard(area)
 
     async def _unpack(
         self, blob: str, compression: str, diff_id: str, chain_id: str, parent: str | None, arrival: Arrival | None
@@ -367,13 +402,21 @@ class Snapshotter:
         meta = {"chain_id": chain_id, "diff_id": diff_id, "parent": parent, **made}
         path = self._path("layers", str(next(self._numbers)))
         try:
-            metadata.write(area, meta)
-            os.rename(area, path)
+            await self._mounter.run(_commit, area, meta, path)
         except OSError as e:
             await in_thread(self._staging.discard, area)
             raise SnapshotError(f"cannot commit layer {diff_id}: {e}") from e
+        except asyncio.CancelledError:
+            await in_thread(self._undo, area, path)
+            raise
         layer = self._layers[chain_id] = Layer(**meta, path=path)
         self.commits += 1
         if settling.is_needed(path):
             self._unsettled.add(chain_id)
         return layer
+
+
+def _commit(area: str, meta: dict[str, Any], path: str) -> None:
+    """Make a layer whole: nobody sees it before its rename. Raises OSError."""
+    metadata.write(area, meta)
+    os.rename(area, path)

@@ -47,6 +47,15 @@ class Staging:
         """The path of a new empty directory."""
         return tempfile.mkdtemp(dir=self.path)
 
+    def place(self) -> str:
+        """The path of a directory that is not there yet; :meth:`make` makes it."""
+        return os.path.join(self.path, f"new-{secrets.token_hex(8)}")
+
+    def make(self, area: str) -> None:
+        """Make the directory of a new layer, with the root of its files. What is made before an error stays."""
+        os.mkdir(area, 0o700)
+        self.new_root(area, 0, 0, 0o755)
+
     def new_root(self, area: str, uid: int, gid: int, mode: int) -> None:
         """Make the directory ``fs`` in ``area``: the root of a layer or snapshot."""
         path = os.path.join(area, "fs")
@@ -54,17 +63,19 @@ class Staging:
         os.chown(path, uid, gid)
         os.chmod(path, mode)
 
-    def retire(self, path: str, key: str = "") -> str:
-        """Move a layer, or the snapshot ``key``, here to be deleted; returns its name here. Raises SnapshotError.
+    def removed_name(self, key: str = "") -> str:
+        """A new name here for a layer, or for the snapshot ``key``, that is to be deleted."""
+        return f"removed-{secrets.token_hex(8)}" + (f"-{key}" if key else "")
+
+    def retire(self, path: str, name: str) -> None:
+        """Move a layer or snapshot here, to be deleted under ``name``. Raises SnapshotError.
 
         It makes no directory, as there may be no space left on the file system.
         """
-        name = f"removed-{secrets.token_hex(8)}" + (f"-{key}" if key else "")
         try:
             os.rename(path, os.path.join(self.path, name))
         except OSError as e:
             raise SnapshotError(f"{path} cannot be removed: {e}") from e
-        return name
 
     def delete(self, name: str) -> None:
         """Delete ``name`` here. Raises SnapshotError; :meth:`delete_rest` and the next start try again."""

@@ -56,6 +56,9 @@ def main() -> None:
         result = made._asdict()
     except (errors.SnapshotError, OSError) as e:
         result = {"error": type(e).__name__, "message": str(e)}
+        cause = e if isinstance(e, OSError) else e.__cause__
+        if isinstance(cause, OSError) and not isinstance(e, errors.LayerError):
+            result["errno"] = cause.errno
     except MemoryError:
         result = {"error": "LayerError", "message": f"unpacking it takes more than {_MAX_MEMORY} bytes of memory"}
     sys.stdout.write(json.dumps(result))

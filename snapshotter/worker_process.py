@@ -99,9 +99,9 @@ class Workers:
 
     async def _make(self, blob: BinaryIO, compression: str, diff_id: str, told: int | None = None) -> Unpacked:
         """Unpack a blob in a new directory in staging, which is deleted after a failure."""
-        area = self._staging.new()
+        area = self._staging.place()
         try:
-            self._staging.new_root(area, 0, 0, 0o755)
+            await in_thread(self._staging.make, area)
             options = {
                 "compression": compression,
                 "diff_id": diff_id,
@@ -162,7 +162,9 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
         output, complaint = await _supervise(process, blob, limits)
     result = _result("the unpack worker", process, output, complaint)
     if "error" in result:
-        raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"])
+        # The number tells the daemon's caller that the disk is full, or has failed.
+        cause = OSError(result["errno"], os.strerror(result["errno"])) if result.get("errno") else None
+        raise _WORKER_ERRORS.get(result["error"], SnapshotError)(result["message"]) from cause
     return result
 
 
@@ -175,10 +177,10 @@ async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits
             while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
                 before, seen = seen, _progress(process.pid, blob)
                 if before == seen:
-                    raise SnapshotError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
+                    raise errors.UnpackTimeoutError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
         return outputs.result()
     except TimeoutError:
-        raise SnapshotError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
+        raise errors.UnpackTimeoutError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -207,6 +209,8 @@ def _result(what: str, process: asyncio.subprocess.Process, output: bytes, compl
     try:
         result: dict[str, Any] = json.loads(output)
     except ValueError:
+        if (process.returncode or 0) < 0:
+            raise errors.UnpackKilledError(f"{what} was ended by signal {-(process.returncode or 0)}") from None
         words = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
         raise SnapshotError(f"{what} ended with status {process.returncode}: {words}") from None
     return result

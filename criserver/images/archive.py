@@ -92,10 +92,10 @@ class Archive:
         member = self._member(name)
         if member.size != descriptor.size:
             raise DataLossError(f"{self.name}: {name} has {member.size} bytes, and its manifest says {descriptor.size}")
-        with content.ingest(descriptor.digest, watcher) as ingest:
+        async with content.ingest(descriptor.digest, watcher) as ingest:
             while ingest.size < member.size:
                 await ingest.write(await in_thread(self._piece, member, ingest.size))
-            ingest.commit(descriptor.digest)
+            await ingest.commit(descriptor.digest)
 
     def _images(self) -> list[ArchivedImage]:
         self._members = read_members(self._fd, self.name, self._limits)

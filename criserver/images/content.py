@@ -16,8 +16,8 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import BinaryIO, Protocol
 
@@ -31,7 +31,6 @@ from snapshotter.threads import in_thread
 _log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{64}")
-_INLINE = 64 << 10  # to hash and write fewer bytes takes less time than a call in a thread
 _BLOCK = 4096
 _PIECE = 1 << 20
 
@@ -53,6 +52,8 @@ class ContentStore:
         self._blobs = os.path.join(root, "blobs", "sha256")
         self._ingest = os.path.join(root, "ingest")
         self._numbers = count()
+        # Two renames of one blob, into the store and out of it, must come one after the other.
+        self._renaming = asyncio.Lock()
         self._arriving: set[Ingest] = set()
         for directory in (self._blobs, self._ingest):
             make_private(directory)
@@ -132,16 +133,16 @@ class ContentStore:
             return f"its content has digest sha256:{found.hexdigest()}"
         return ""
 
-    def put(self, data: bytes) -> str:
+    async def put(self, data: bytes) -> str:
         """Store a small blob, such as a manifest, and return its digest."""
         digest = digest_of(data)
-        with self.ingest() as ingest:
-            ingest.add(data)
-            ingest.commit(digest)
+        async with self.ingest() as ingest:
+            await ingest.write(data)
+            await ingest.commit(digest)
         return digest
 
-    @contextmanager
-    def ingest(self, digest: str = "", watcher: Watcher | None = None) -> Iterator[Ingest]:
+    @asynccontextmanager
+    async def ingest(self, digest: str = "", watcher: Watcher | None = None) -> AsyncIterator[Ingest]:
         """A new blob that is written while the block lasts. It is deleted at the end if it is not committed.
 
         With a ``digest``, :meth:`arrived` says how much of it has arrived. ``watcher`` is told how it grows.
@@ -150,12 +151,11 @@ class ContentStore:
         ingest = Ingest(self, path, digest, watcher)
         self._arriving.add(ingest)
         try:
+            await in_thread(ingest.open)
             yield ingest
         finally:
             self._arriving.remove(ingest)
-            ingest.close()
-            if not ingest.committed:
-                os.unlink(path)
+            await in_thread(ingest.close)
 
     def scratch(self) -> BinaryIO:
         """A file without a name, for bytes that are no blob. Raises CriError, ResourceExhaustedError."""
@@ -181,7 +181,10 @@ class ContentStore:
             return 0
         self._bytes -= _occupied(size)
         try:
-            os.rename(self.path(digest), path)
+            async with self._renaming:
+                if digest in self._sizes:
+                    return 0  # a pull has brought it anew
+                await in_thread(os.rename, self.path(digest), path)
             await asyncio.to_thread(removal.remove_path, path)
         except FileNotFoundError:
             return 0
@@ -189,7 +192,7 @@ class ContentStore:
             # Without this, nothing would try again before the next start. A pull may have brought the blob meanwhile.
             for place in (path, self.path(digest)):
                 if os.path.isfile(place):
-                    self._committed(place, digest, size)
+                    await self._commit(place, digest, size)
                     break
             raise
         return _occupied(size)
@@ -199,8 +202,16 @@ class ContentStore:
         arriving = [_occupied(ingest.size) for ingest in self._arriving if not ingest.committed]
         return self._bytes + sum(arriving), len(self._sizes) + len(arriving)
 
-    def _committed(self, source: str, digest: str, size: int) -> None:
-        os.rename(source, self.path(digest))
+    async def _commit(self, source: str, digest: str, size: int) -> None:
+        async with self._renaming:
+            try:
+                await in_thread(os.rename, source, self.path(digest))
+            finally:
+                # Also where the caller was cancelled after it.
+                if not os.path.exists(source):
+                    self._committed(digest, size)
+
+    def _committed(self, digest: str, size: int) -> None:
         if digest not in self._sizes:
             self._sizes[digest] = size
             self._bytes += _occupied(size)
@@ -218,35 +229,38 @@ class Watcher(Protocol):
 
 
 class Ingest:
-    """A blob that is being written; made by :meth:`ContentStore.ingest`."""
+    """A blob that is being written; made by :meth:`ContentStore.ingest`.
+
+    All that waits for the disk is done in threads. :meth:`open` and :meth:`close` are called once, by the store.
+    """
 
     def __init__(self, store: ContentStore, path: str, digest: str, watcher: Watcher | None) -> None:
         self._store = store
         self._path = path
         self.digest = digest
         self._watcher = watcher
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise _failure(e, self._path) from e
+        self._fd = -1
         self._hash = hashlib.sha256()
         self.size = 0
         self.committed = False
+
+    def open(self) -> None:
+        """Make the file. Blocks. Raises CriError, ResourceExhaustedError if the disk is full."""
+        try:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise _failure(e, self._path) from e
 
     async def write(self, data: bytes) -> None:
         """Append. When this returns or raises, also by a cancellation, no thread writes any more.
 
         Raises ResourceExhaustedError if the disk is full.
         """
-        if len(data) < _INLINE:
-            self.add(data)
-        else:
-            await in_thread(self.add, data)
+        await in_thread(self._add, data)
         if self._watcher is not None:
             self._watcher.grown(self._path, self.size)
 
-    def add(self, data: bytes) -> None:
-        """Append in the calling thread. Raises ResourceExhaustedError if the disk is full."""
+    def _add(self, data: bytes) -> None:
         self._hash.update(data)
         view = memoryview(data)
         try:
@@ -256,26 +270,33 @@ class Ingest:
             raise _failure(e, self._path) from e
         self.size += len(data)
 
-    def reset(self) -> None:
+    async def reset(self) -> None:
         """Delete the content so far: the blob begins anew."""
-        os.ftruncate(self._fd, 0)
+        await in_thread(os.ftruncate, self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._hash = hashlib.sha256()
         self.size = 0
         if self._watcher is not None:
             self._watcher.reset()
 
-    def commit(self, digest: str) -> None:
+    async def commit(self, digest: str) -> None:
         """Make the blob part of the store. Raises DataLossError if its content has another digest."""
         found = f"sha256:{self._hash.hexdigest()}"
         if found != digest:
             raise DataLossError(f"blob {digest}: the content received has digest {found}")
-        self._store._committed(self._path, digest, self.size)
-        self.committed = True
+        try:
+            await self._store._commit(self._path, digest, self.size)
+        finally:
+            # Also where the caller was cancelled after it.
+            self.committed = not os.path.exists(self._path)
 
     def close(self) -> None:
-        """Close the file; called once, by the store."""
+        """Close the file, and delete it if it is not committed. Blocks."""
+        if self._fd < 0:
+            return
         os.close(self._fd)
+        if not self.committed:
+            os.unlink(self._path)
 
 
 def _sweep(path: str) -> None:

@@ -56,7 +56,7 @@ class Download:
         try:
             await self._fetch(host)
         except DataLossError:
-            self._ingest.reset()
+            await self._ingest.reset()
             if not resumed and not self._coded:
                 raise
             # 1. The part that an earlier attempt has brought, from another host, may be the wrong one.
@@ -64,7 +64,7 @@ class Download:
             await self._fetch(host, other_way=self._coded)
         except BaseException:
             if self._coded:
-                self._ingest.reset()  # a range would be one of the encoded bytes
+                await self._ingest.reset()  # a range would be one of the encoded bytes
             raise
 
     async def _fetch(self, host: RegistryHost, *, other_way: bool = False) -> None:
@@ -82,7 +82,7 @@ class Download:
             if self._coded:
                 raise DataLossError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
             raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
-        self._ingest.commit(digest)
+        await self._ingest.commit(digest)
 
     async def _receive(self, response: aiohttp.ClientResponse, offset: int, decoder: Decoder | None, host: str) -> None:
         digest, size = self._descriptor.digest, self._descriptor.size

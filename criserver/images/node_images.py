@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -349,6 +350,8 @@ class Images:
 
     async def _pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> tuple[Image, bool]:
         """The image, and whether it is new under this name."""
+        # In a thread: the import takes a tenth of a second.
+        await asyncio.to_thread(importlib.import_module, "criserver.images.registry_client")
         from criserver.images.auth import Keyring  # with aiohttp: see transport
         from criserver.images.registry_client import RegistryClient
 

@@ -6,12 +6,20 @@ Nothing is recorded here. What a load has brought is protected by its lease unti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from criserver.errors import (
+    CriError,
+    DataLossError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from criserver.images.content import ContentStore, Watcher
 from criserver.images.manifests import (
     EMPTY_LAYER,
@@ -38,10 +46,23 @@ from criserver.images.platforms import Platform, runs_on
 from criserver.images.suspects import Suspects
 from criserver.telemetry import families
 from criserver.text import shown
-from snapshotter import Arrival, DiffMismatchError, LayerError, LimitError, SnapshotError, Snapshotter
+from snapshotter import (
+    Arrival,
+    DiffMismatchError,
+    LayerError,
+    LimitError,
+    SnapshotError,
+    Snapshotter,
+    UnpackKilledError,
+    UnpackTimeoutError,
+)
 
 _DOWNLOADS = 3
 _MAX_NESTING = 3
+_UNPACK_ERRORS: Mapping[type[SnapshotError], type[CriError]] = {
+    UnpackKilledError: UnavailableError,
+    UnpackTimeoutError: DeadlineExceededError,
+}
 _LIMITED = "the configuration has this limit in [images]"
 # The seconds after which a blob is unpacked while it arrives.
 # 1. A faster download is limited by the processors, so an unpack at the same time would only slow it down.
@@ -157,7 +178,7 @@ class Loader:
             what = f"{source.name}: manifest {descriptor.digest}"
             parsed = parse_manifest(body, descriptor.media_type, what)
             if isinstance(parsed, Manifest):
-                self._content.put(body)
+                await self._content.put(body)
                 kind = descriptor.media_type if descriptor.media_type in MANIFEST_TYPES else OCI_MANIFEST
                 return replace(descriptor, media_type=kind, size=len(body)), parsed
             descriptor = choose(parsed, self._platform, source.name)
@@ -209,7 +230,8 @@ class Loader:
         except LayerError as e:
             raise InvalidArgumentError(f"{source.name}: layer {layer.digest}: {e}") from e
         except SnapshotError as e:
-            raise CriError(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
+            kind = _UNPACK_ERRORS.get(type(e), CriError)
+            raise kind(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
         families.LAYERS_UNPACKED.add(is_new)
 
     async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
@@ -217,7 +239,7 @@ class Loader:
             await self._suspects.check_blob(descriptor.digest)
             if self._content.size(descriptor.digest) is None:
                 if descriptor == EMPTY_LAYER:
-                    self._content.put(EMPTY_TAR)
+                    await self._content.put(EMPTY_TAR)
                 else:
                     await source.blob(descriptor, self._content, watcher)
         if self._content.size(descriptor.digest) != descriptor.size:

@@ -159,7 +159,7 @@ class RegistryClient:
         Raises as :meth:`resolve`, and ResourceExhaustedError if the disk is full.
         """
         retries = Retries(self._patience)
-        with content.ingest(descriptor.digest, watcher) as ingest:
+        async with content.ingest(descriptor.digest, watcher) as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: RegistryHost) -> None:

@@ -32,6 +32,7 @@ _PROBE_TIMEOUT = 5.0
 # Error codes of the specification, section 5.
 _UNKNOWN_CONTAINER = 3
 _ERRORS: Mapping[int, type[CriError]] = {
+    0: UnavailableError,  # none: it was killed, or it crashed
     1: FailedPreconditionError,  # incompatible CNI version
     2: FailedPreconditionError,  # unsupported field
     7: FailedPreconditionError,  # invalid network configuration

@@ -25,6 +25,7 @@ from criserver.runtime import cgroups, pidfd
 from criserver.runtime.container_shim import GREETING_TIMEOUT, ContainerShim
 from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
+from criserver.runtime.shim_link import kernel_error
 from criserver.runtime.start_under_way import StartUnderWay
 from criserver.telemetry import families
 from shims.log_writer import MAX_LINE
@@ -205,7 +206,8 @@ class ContainerProcess:
             if outcome["event"] == "failed":
                 # An OCI runtime that was ended early may have left something, and a shim that died its OCI runtime.
                 await self.end_start()
-                raise (DeadlineExceededError if outcome["late"] else FailedPreconditionError)(outcome["error"])
+                kind = DeadlineExceededError if outcome["late"] else FailedPreconditionError
+                raise kind(outcome["error"]) from kernel_error(outcome)
             return _started(outcome)
 
     async def end_start(self) -> None:
@@ -216,7 +218,7 @@ class ContainerProcess:
         """
         self.shim.abandon()
         # A frozen process takes no signal, and the runtime would wait for it.
-        cgroups.thaw(self.cgroup)
+        await cgroups.thaw_aside(self.cgroup)
         left = await self.shim.end(END_TIMEOUT)
         await self.destroy()
         if left:

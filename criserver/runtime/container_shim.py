@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.runtime import pidfd
 from criserver.runtime.nursery import Nursery
-from criserver.runtime.shim_link import REPLY_TIMEOUT, ShimLink, connect, connect_in_turn
+from criserver.runtime.shim_link import ShimLink, connect, connect_in_turn
 
 if TYPE_CHECKING:
     from shims.messages import ForkConfig, Request, ShimMessage
@@ -111,7 +111,7 @@ class ContainerShim:
         """
         return await connect_in_turn(self._socket, on_event, on_close)
 
-    async def request(self, message: Request, timeout: float = REPLY_TIMEOUT) -> None:
+    async def request(self, message: Request, timeout: float | None = None) -> None:
         """Have the shim do something. Raises as :meth:`ShimLink.request`, FailedPreconditionError without a shim."""
         if self._link is None or self._link.closed:
             raise FailedPreconditionError(f"the shim of container {self._id} is gone")
@@ -130,7 +130,7 @@ class ContainerShim:
 
         def on_close() -> None:
             if not told.done():
-                told.set_exception(CriError(f"the shim of container {self._id} ended during a request"))
+                told.set_exception(UnavailableError(f"the shim of container {self._id} ended during a request"))
 
         link = await self.open_link(on_event, on_close)
         try:

@@ -60,7 +60,7 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     # From here on no checkpoint freezes the container. Somebody else may have frozen it, and a frozen process takes no
     # signal, not even SIGKILL.
     process.stopping = True
-    cgroups.thaw(process.cgroup)
+    await cgroups.thaw_aside(process.cgroup)
     if grace > 0:
         process.signal(container.stop_signal)
         if await process.wait(grace):

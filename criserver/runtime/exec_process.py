@@ -15,7 +15,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
+from criserver.errors import (
+    CriError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from criserver.oci import spec
 from criserver.runtime import process_records
 from criserver.runtime.lifecycle import ContainerState
@@ -67,7 +73,7 @@ async def exec_process(
 
     def on_close() -> None:
         if not ended.done():
-            ended.set_exception(CriError(f"the shim of container {container.id} ended during the exec"))
+            ended.set_exception(UnavailableError(f"the shim of container {container.id} ended during the exec"))
 
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
     _write_process(node, container, command, path, tty=bool(console))

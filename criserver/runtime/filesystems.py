@@ -160,7 +160,9 @@ def _resolve_path(root: int, path: str) -> str:
 
 async def unmount(node: Node, container_id: str) -> None:
     """Unmount all file systems of a container that does not run; they may be unmounted already."""
-    for point in (*mounts.mounts_below(node.container_dir(container_id)), node.rootfs(container_id)):
+    # In a thread: the kernel lets a reader of the list wait while other mounts are made.
+    below = await asyncio.to_thread(mounts.mounts_below, node.container_dir(container_id))
+    for point in (*below, node.rootfs(container_id)):
         await node.snapshotter.unmount(point)
 
 

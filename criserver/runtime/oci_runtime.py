@@ -135,10 +135,7 @@ class OciRuntime:
         log.warning("the daemon deletes what the runtime keeps of a container", container=container_id)
         directory = os.path.join(self.root, container_id)
         try:
-            # A runc that was killed may have left a mount of its own program there.
-            for point in mounts.mounts_below(directory):
-                mounts.unmount(point)
-            await asyncio.to_thread(removal.remove_path, directory)
+            await asyncio.to_thread(_delete_state, directory)
         except OSError as e:
             raise CriError(f"{directory} cannot be deleted: {e}") from e
 
@@ -189,3 +186,11 @@ class OciRuntime:
         except (TimeoutError, ValueError):
             return None
         return told if isinstance(told, dict) and told else None
+
+
+def _delete_state(directory: str) -> None:
+    """Delete a container's directory below the runtime's root. Raises OSError."""
+    # A runc that was killed may have left a mount of its own program there.
+    for point in mounts.mounts_below(directory):
+        mounts.unmount(point)
+    removal.remove_path(directory)

@@ -10,12 +10,12 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from criserver.errors import CriError, DeadlineExceededError, UnavailableError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from shims import wire
 
 if TYPE_CHECKING:
@@ -55,14 +55,16 @@ class ShimLink:
         self._loop.add_reader(sock, self._readable)
         self.closed = False
 
-    async def request(self, message: Request, fds: Sequence[int] = (), timeout: float = REPLY_TIMEOUT) -> list[int]:
+    async def request(self, message: Request, fds: Sequence[int] = (), timeout: float | None = None) -> list[int]:
         """Send ``message``, wait for the reply, and return the descriptors that came with it: the caller closes them.
 
-        ``fds`` go with the message and stay the caller's. Raises UnavailableError where the other side is gone,
-        DeadlineExceededError where it is stuck, and CriError with its text where it refuses.
+        ``fds`` go with the message and stay the caller's. ``timeout`` is REPLY_TIMEOUT by default. Raises
+        UnavailableError where the other side is gone, DeadlineExceededError where it is stuck, and CriError with its
+        text where it refuses.
         """
         if self.closed:
             raise UnavailableError(f"{self._peer} has ended")
+        timeout = REPLY_TIMEOUT if timeout is None else timeout
         number = next(self._numbers)
         reply: asyncio.Future[tuple[wire.Message, list[int]]] = self._loop.create_future()
         self._replies[number] = reply
@@ -83,8 +85,7 @@ class ShimLink:
         finally:
             self._replies.pop(number, None)
         if "error" in answer:
-            cause = OSError(answer["errno"], str(answer["error"])) if answer.get("errno") else None
-            raise CriError(str(answer["error"])) from cause
+            raise CriError(str(answer["error"])) from kernel_error(answer)
         return received
 
     def close(self) -> None:
@@ -189,7 +190,7 @@ def connect(path: str, on_event: Callable[[ShimMessage], None], on_close: Callab
 async def connect_in_turn(path: str, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]) -> ShimLink:
     """As :func:`connect`; where many connect at once it waits until the shim's queue has room.
 
-    Raises DeadlineExceededError where the shim is stuck, CriError where it is gone.
+    Raises DeadlineExceededError where the shim is stuck, FailedPreconditionError where it is gone.
     """
     peer = peer_name(os.path.basename(os.path.dirname(path)))
     try:
@@ -202,7 +203,7 @@ async def connect_in_turn(path: str, on_event: Callable[[ShimMessage], None], on
     except TimeoutError:
         raise DeadlineExceededError(f"{peer} accepted no connection within {REPLY_TIMEOUT:g} s") from None
     except OSError as e:
-        raise CriError(f"{peer} cannot be reached: {e.strerror}") from e
+        raise FailedPreconditionError(f"{peer} cannot be reached: {e.strerror}") from e
 
 
 def present_shape(message: dict[str, Any]) -> ShimMessage:
@@ -228,6 +229,11 @@ def present_shape(message: dict[str, Any]) -> ShimMessage:
     if event in ("failed", "exec-failed"):
         message.setdefault("late", False)
     return message  # type: ignore[return-value]  # of any version: its receiver ignores what it does not know
+
+
+def kernel_error(message: Mapping[str, Any]) -> OSError | None:
+    """The error of the kernel that a failure was caused by, as the shim or the nursery tells it."""
+    return OSError(message["errno"], str(message["error"])) if message.get("errno") else None
 
 
 def peer_name(container: str) -> str:

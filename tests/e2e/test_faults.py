@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,28 @@ def frozen(path: str) -> Iterator[None]:
         subprocess.run(["fsfreeze", "--unfreeze", path], check=True)
 
 
-def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node) -> None:
+def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node, busybox_archive: str) -> None:
+    """Calls that write to it wait, each for itself: pods and containers are made and removed, images come."""
     pod = disk.run_pod("one")
     container = disk.run(pod, "c", ["sleep", "1000"])
-    made: list[str] = []
+    old = [disk.create(pod, f"old{number}", ["true"]) for number in range(3)]
+    made: list[object] = []
 
-    def run(number: int) -> None:
-        made.append(disk.run_pod(f"waiting{number}"))
+    def calling(call: Callable[[], object]) -> threading.Thread:
+        return threading.Thread(target=lambda: made.append(call()))
 
-    callers = [threading.Thread(target=run, args=(number,)) for number in range(12)]
+    callers = [
+        *(calling(lambda n=number: disk.run_pod(f"waiting{n}")) for number in range(10)),  # type: ignore[misc]
+        *(calling(lambda n=number: disk.create(pod, f"new{n}")) for number in range(3)),  # type: ignore[misc]
+        *(calling(lambda c=found: disk.client.RemoveContainer(container_id=c)) for found in old),  # type: ignore[misc]
+        *(calling(lambda: import_image(disk, busybox_archive)) for _ in range(2)),
+    ]
     with frozen(disk.root):
         for caller in callers:
             caller.start()
         time.sleep(0.5)  # all of them stand still now
         # A call that waits for the disk ends with its deadline, as the disk stands still until the last has ended.
-        assert len(disk.client.ListContainers().containers) == 1
+        assert container in [c.id for c in disk.client.ListContainers().containers]
         assert [p.id for p in disk.client.ListPodSandbox().items] == [pod]
         assert disk.client.Status().status.conditions
         assert disk.status(container).state == cri.CONTAINER_RUNNING
@@ -88,7 +95,8 @@ def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node) -> None:
     for caller in callers:
         caller.join(60 * SLOWNESS)
     assert len(made) == len(callers)
-    assert len(disk.client.ListPodSandbox().items) == 1 + len(callers)
+    assert len(disk.client.ListPodSandbox().items) == 11
+    assert len(disk.client.ListContainers().containers) == 4
 
 
 def test_a_start_is_told_when_it_is_on_disk(disk: Node) -> None:

@@ -1,7 +1,7 @@
-"""``python -m tests.faults``: the whole matrix, and its table. ``make faults`` runs it.
+"""``python -m tests.faults``: the whole matrix, and its tables. ``make faults`` runs it.
 
-Words are operations whose names contain them. ``--points`` lists the points, ``--kinds kill`` or ``--kinds error`` runs
-one half.
+Words are operations whose names contain them. ``--points`` lists the points. ``--kinds kill``, ``--kinds error`` and
+``--kinds helper`` run a part: kills of the daemon, errors of the kernel, and faults of helper processes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from tests.faults import helper_matrix
+from tests.faults.helper_matrix import HelperMatrix, helper_node
 from tests.faults.matrix import START_UP, Matrix, Result, errors_of, table
-from tests.faults.operations import archives, operations
-from tests.support.fixtures import import_image
+from tests.faults.operations import Operation, archives, operations
 from tests.support.node import Node
 
 
@@ -23,60 +26,100 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("operation", nargs="*")
     parser.add_argument("--points", action="store_true")
-    parser.add_argument("--kinds", choices=("kill", "error"))
+    parser.add_argument("--kinds", choices=("kill", "error", "helper"))
     parser.add_argument("--match", default="", help="only points that contain this")
     options = parser.parse_args()
     scratch = tempfile.mkdtemp()
-    node = Node()
     results: list[Result] = []
+    harmed: list[Result] = []
     try:
-        base, own = archives(scratch)
+        if options.kinds != "helper":
+            results = _of_the_daemon(options, scratch)
+        if options.kinds in (None, "helper"):
+            harmed = _of_helpers(options, scratch)
+    finally:
+        shutil.rmtree(scratch)
+    if results:
+        print(table(results))
+    if harmed:
+        print(helper_matrix.table(harmed))
+    return int(any(result.failures for result in (*results, *harmed)))
+
+
+def _of_the_daemon(options: argparse.Namespace, scratch: str) -> list[Result]:
+    """Kills of the daemon, and errors of the kernel."""
+    results = []
+    base, own = archives(scratch)
+    node = Node()
+    try:
         matrix = Matrix(node)
-        node.start()
-        import_image(node, base)
-        matrix.begin()
-        operations(own)[0].call(node, "")  # the directories that a daemon makes once
-        matrix.cleaned()
-        for operation in operations(own):
-            if options.operation and not any(word in operation.name for word in options.operation):
-                continue
-            began = time.monotonic()
+        _begin(node, matrix, base, own)
+        for operation in _chosen(options, own):
             points = [point for point in matrix.points(operation) if options.match in point]
-            result = Result(operation.name, points=len(points))
+            with _tried(operation.name, points, options) as (result, tried):
+                for point in tried:
+                    if options.kinds != "error":
+                        matrix.kill(operation, point, result)
+                    for number in errors_of(point) if options.kinds != "kill" else ():
+                        matrix.error(operation, point, number, result)
             results.append(result)
-            if options.points:
-                print(operation.name, *points, sep="\n  ")
-                continue
-            for point in points:
-                before = len(result.failures)
-                if options.kinds != "error":
-                    matrix.kill(operation, point, result)
-                for number in errors_of(point) if options.kinds != "kill" else ():
-                    matrix.error(operation, point, number, result)
-                for failure in result.failures[before:]:
-                    print(failure, flush=True)
-            print(f"{operation.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not options.operation or START_UP in options.operation:
-            began = time.monotonic()
             points = [point for point in matrix.points_of_start() if options.match in point]
-            result = Result(START_UP, points=len(points))
+            with _tried(START_UP, points, options) as (result, tried):
+                for point in tried:
+                    for number in (0, *errors_of(point)):
+                        if options.kinds != ("kill" if number else "error"):
+                            matrix.fail_start(point, number, result)
             results.append(result)
-            if options.points:
-                print(START_UP, *points, sep="\n  ")
-                points = []
-            for point in points:
-                before = len(result.failures)
-                for number in (0, *errors_of(point)):
-                    if options.kinds != ("kill" if number else "error"):
-                        matrix.fail_start(point, number, result)
-                for failure in result.failures[before:]:
-                    print(failure, flush=True)
-            print(f"{START_UP}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:
         node.close()
-        shutil.rmtree(scratch)
-    print(table(results))
-    return int(any(result.failures for result in results))
+    return results
+
+
+def _of_helpers(options: argparse.Namespace, scratch: str) -> list[Result]:
+    """Faults of helper processes."""
+    results = []
+    base, own = archives(scratch)
+    node = helper_node()
+    matrix = HelperMatrix(node)
+    try:
+        _begin(node, matrix, base, own)
+        for operation in _chosen(options, own):
+            faults = [(point, fault) for point, fault in matrix.faults(operation) if options.match in point]
+            words = [f"{point} {fault}" for point, fault in faults]
+            with _tried(operation.name, words, options) as (result, tried):
+                for point, fault in faults[: len(tried)]:
+                    matrix.harm(operation, point, fault, result)
+            results.append(result)
+    finally:
+        matrix.close()
+        node.close()
+    return results
+
+
+def _begin(node: Node, matrix: Matrix, base: str, own: str) -> None:
+    node.start()
+    matrix.begin(base)
+    operations(own)[0].call(node, "")  # the directories that a daemon makes once
+    matrix.cleaned()
+
+
+def _chosen(options: argparse.Namespace, own: str) -> Iterator[Operation]:
+    for operation in operations(own):
+        if not options.operation or any(word in operation.name for word in options.operation):
+            yield operation
+
+
+@contextmanager
+def _tried(name: str, points: list[str], options: argparse.Namespace) -> Iterator[tuple[Result, list[str]]]:
+    """The result of an operation, and the points that are tried: none where they are only listed."""
+    began = time.monotonic()
+    result = Result(name, points=len(points))
+    result.tell = lambda failure: print(failure, flush=True)
+    if options.points:
+        print(name, *points, sep="\n  ")
+    yield result, [] if options.points else points
+    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

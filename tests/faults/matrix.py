@@ -8,7 +8,8 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from criserver.cli.client import method
@@ -16,6 +17,7 @@ from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.faults.operations import ADMIN, IMAGE, Operation, fails, run_again
 from tests.support.faulty import EVENTS, Control
+from tests.support.fixtures import import_image
 from tests.support.node import Node
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -30,14 +32,24 @@ _CUT = "cni_plugin:__init__:subprocess.Popen#2"
 
 @dataclass
 class Result:
-    """What was found of an operation. ``missed`` are points that a run did not reach."""
+    """What was found of an operation. ``missed`` are points that a run did not reach.
+
+    ``by_fault`` counts the faults of helpers. ``tell`` gets each failure at once.
+    """
 
     operation: str
     points: int = 0
     kills: int = 0
     errors: int = 0
     missed: int = 0
+    by_fault: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    tell: Callable[[str], object] = str
+
+    def fail(self, words: str) -> None:
+        """Note a failure."""
+        self.failures.append(words)
+        self.tell(words)
 
 
 class Matrix:
@@ -51,9 +63,11 @@ class Matrix:
         node.program = ["-m", "tests.support.faulty", f"{node.base}/control", self._log]
         self._images: set[str] = set()
 
-    def begin(self) -> None:
-        """Keep in mind what images are here: they stay."""
-        self._images = self._content()
+    def begin(self, archive: str) -> None:
+        """Import the image of containers, and keep in mind what images are here: they stay."""
+        import_image(self.node, archive)
+        self._archive = archive
+        self._images = content_of(self.node)
 
     def points(self, operation: Operation) -> list[str]:
         """The points of an operation, in their order."""
@@ -101,7 +115,7 @@ class Matrix:
         self.control.off()
         # A disk that fails is the one error that is nobody's doing.
         if said.startswith(("UNKNOWN", "DEADLINE_EXCEEDED", *(() if number == errno.EIO else ("INTERNAL",)))):
-            result.failures.append(f"{where}: the call says {said}")
+            result.fail(f"{where}: the call says {said}")
         self._name_pods()
         if said:
             said = fails(lambda: operation.again(node, known))
@@ -144,7 +158,7 @@ class Matrix:
         said = said or fails(lambda: run_again(node))
         where = f"{START_UP}: {errno.errorcode[number] if number else 'SIGKILL'} at {point}"
         if not said and (state := node.status(container).state) != cri.CONTAINER_RUNNING:
-            result.failures.append(f"{where}: the container that ran is {cri.ContainerState.Name(state)}")
+            result.fail(f"{where}: the container that ran is {cri.ContainerState.Name(state)}")
         self._judge(where, said, result)
 
     def _wreck(self) -> str:
@@ -171,12 +185,13 @@ class Matrix:
 
     def _judge(self, where: str, said: str, result: Result) -> None:
         if said:
-            result.failures.append(f"{where}: the retry says {said}")
+            result.fail(f"{where}: the retry says {said}")
         left = self.cleaned()
         if left:
-            result.failures.append(f"{where}: left: {'; '.join(left)}")
+            result.fail(f"{where}: left: {'; '.join(left)}")
             self._heal()
-        result.failures += [f"{where}: the log says {line}" for line in self.node.complaints()]
+        for line in self.node.complaints():
+            result.fail(f"{where}: the log says {line}")
 
     def _heal(self) -> None:
         """A new daemon for the next point, as what was left must not be counted twice."""
@@ -186,7 +201,7 @@ class Matrix:
         node.start()
         if self.cleaned():
             method(node.client.channel, ADMIN, "PruneImages")(admin.PruneImagesRequest(all=True), timeout=60)
-            self._images = self._content()
+            self.begin(self._archive)
 
     def cleaned(self) -> list[str]:
         """Remove all pods and the image; what is left then."""
@@ -206,27 +221,7 @@ class Matrix:
         return left
 
     def _left(self) -> list[str]:
-        node = self.node
-        found = node.leftovers()
-        with contextlib.closing(sqlite3.connect(f"file:{node.root}/criserver.db?mode=ro", uri=True)) as db:
-            for table in ("sandboxes", "containers"):
-                found += [f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")]
-        for table in ("sandboxes", "containers"):
-            found += [f"copy {table} {name}" for name in os.listdir(f"{node.state}/records/{table}")]
-        found += [f"open {path}" for path in node.descriptors() if path.startswith(node.logs)]
-        return found + sorted(self._content() ^ self._images)
-
-    def _content(self) -> set[str]:
-        root = self.node.root
-        places = ("content/blobs/sha256", "snapshots/layers", "spool")
-        found = set()
-        for place in places:
-            with contextlib.suppress(FileNotFoundError):
-                found |= {f"{place}/{name}" for name in os.listdir(f"{root}/{place}")}
-        with contextlib.closing(sqlite3.connect(f"file:{root}/criserver.db?mode=ro", uri=True)) as db:
-            for table in ("images", "image_names"):
-                found |= {f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")}
-        return found
+        return left_on(self.node) + sorted(content_of(self.node) ^ self._images)
 
     def _name_pods(self) -> None:
         """The pods whose IDs no call has returned: their cgroups count too."""
@@ -252,6 +247,29 @@ class Matrix:
             self._read += len(whole)
             return whole.decode().splitlines()
         return []
+
+
+def left_on(node: Node) -> list[str]:
+    """What is left on a node without pods, but for images: see :meth:`Node.leftovers`, and rows and open logs."""
+    found = node.leftovers()
+    with contextlib.closing(sqlite3.connect(f"file:{node.root}/criserver.db?mode=ro", uri=True)) as db:
+        for table in ("sandboxes", "containers"):
+            found += [f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")]
+    for table in ("sandboxes", "containers"):
+        found += [f"copy {table} {name}" for name in os.listdir(f"{node.state}/records/{table}")]
+    return found + [f"open {path}" for path in node.descriptors() if path.startswith(node.logs)]
+
+
+def content_of(node: Node) -> set[str]:
+    """The blobs, layers and rows of images."""
+    found = set()
+    for place in ("content/blobs/sha256", "snapshots/layers", "spool"):
+        with contextlib.suppress(FileNotFoundError):
+            found |= {f"{place}/{name}" for name in os.listdir(f"{node.root}/{place}")}
+    with contextlib.closing(sqlite3.connect(f"file:{node.root}/criserver.db?mode=ro", uri=True)) as db:
+        for table in ("images", "image_names"):
+            found |= {f"row {table} {key}" for (key,) in db.execute(f"SELECT key FROM {table}")}
+    return found
 
 
 def errors_of(point: str) -> tuple[int, ...]:

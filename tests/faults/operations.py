@@ -15,6 +15,8 @@ from tests.support.node import Node
 
 ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
 IMAGE = "localhost/points:latest"
+# Of an exec, and longer than the deadlines of what it waits for.
+EXEC_SECONDS = 8
 
 
 def archives(directory: str) -> tuple[str, str]:
@@ -85,7 +87,7 @@ def _create(node: Node, pod: str) -> str:
 
 
 def _create_again(node: Node, pod: str) -> None:
-    if not node.client.ListContainers().containers:
+    if not node.client.ListContainers(filter={"pod_sandbox_id": pod}).containers:
         _create(node, pod)
 
 
@@ -95,7 +97,7 @@ def _start(node: Node, container: str) -> None:
 
 def _start_again(node: Node, container: str) -> None:
     """A container that runs stays; one that is created is started; in place of one that has ended comes a new one."""
-    (listed,) = node.client.ListContainers().containers
+    (listed,) = node.client.ListContainers(filter={"id": container}).containers
     if listed.state == cri.CONTAINER_CREATED:
         _start(node, container)
     elif listed.state != cri.CONTAINER_RUNNING:
@@ -137,6 +139,24 @@ def _remove_image(node: Node, _: str) -> None:
     node.client.RemoveImage(image=cri.ImageSpec(image=IMAGE))
 
 
+def _exec(node: Node, container: str) -> None:
+    done = node.client.ExecSync(container_id=container, cmd=["true"], timeout=EXEC_SECONDS)
+    assert done.exit_code == 0, done
+
+
+def _exec_again(node: Node, container: str) -> None:
+    """A kubelet starts a container anew whose probes fail."""
+    if fails(lambda: _exec(node, container)):
+        node.client.StopContainer(container_id=container, timeout=0)
+        (listed,) = node.client.ListContainers(filter={"id": container}).containers
+        _exec(node, node.run(listed.pod_sandbox_id, "c", ["sleep", "1000"], attempt=1))
+
+
+def _update(node: Node, container: str) -> None:
+    limits = cri.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
+    node.client.UpdateContainerResources(container_id=container, linux=limits)
+
+
 def operations(archive: str) -> list[Operation]:
     """All operations; ``archive`` has an image of its own, named IMAGE."""
 
@@ -164,6 +184,8 @@ def operations(archive: str) -> list[Operation]:
         Operation("RemovePodSandbox", _stopped, _remove_pod, _remove_pod),
         Operation("ImportImage", nothing, load, load),
         Operation("RemoveImage", load, _remove_image, _remove_image),
+        Operation("ExecSync", _started, _exec, _exec_again),
+        Operation("UpdateContainerResources", _started, _update, _update),
     ]
 
 

@@ -6,7 +6,8 @@ So the points come from what the code does. System calls by ctypes, commits, mes
 raise an audit event in criserver and snapshotter.
 
 CONTROL is a file that the daemon maps. It says what happens at the points; see :class:`Control`. LOG gets a line for
-each point that was recorded, and one for the point that was hit.
+each point that was recorded, and one for the point that was hit. Words MODULE.NAME=SECONDS before ``serve`` set
+deadlines, as in :mod:`tests.support.hurried`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 import threading
 from collections import Counter
 from typing import Any
+
+from tests.support.helper_faults import HelperFaults
 
 _SIZE = 4096
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -86,6 +89,10 @@ class Control:
         """Fail at ``point`` once with this errno; 0 is a SIGKILL."""
         self._set({"mode": "hit", "point": point, "error": error})
 
+    def harm(self, point: str, fault: str) -> None:
+        """At ``point``, have the helper process that is started or told there "killed", "stopped" or "hanging"."""
+        self._set({"mode": "hit", "point": point, "fault": fault})
+
     def off(self) -> None:
         self._set({"mode": "off"})
 
@@ -107,6 +114,7 @@ class Faults:
         self._seen = b""
         self._order: dict[str, Any] = {"mode": "off"}
         self._counts = Counter[str]()
+        self._helpers = HelperFaults(self._tell)
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in EVENTS or (event == "open" and not _writes(args)):
@@ -129,12 +137,15 @@ class Faults:
             self._counts[place + event] += 1
             point = f"{place}{event}#{self._counts[place + event]}"
             if order["mode"] == "record":
-                os.write(self._log, f"{point}\n".encode())
+                self._tell(point)
                 return
             if point != order.get("point"):
                 return
             self._order = {"mode": "off"}
-            os.write(self._log, f"hit {point}\n".encode())
+            self._tell(f"hit {point}")
+        if fault := order.get("fault"):
+            self._helpers.harm(event, args, fault)
+            return
         error: int = order["error"]
         if not error:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -142,6 +153,9 @@ class Faults:
             raise sqlite3.OperationalError(f"{os.strerror(error)} (injected)")
         path = args[0] if args and isinstance(args[0], str | bytes) else None
         raise OSError(error, f"{os.strerror(error)} (injected)", path)
+
+    def _tell(self, line: str) -> None:
+        os.write(self._log, f"{line}\n".encode())
 
 
 def _writes(args: tuple[Any, ...]) -> bool:
@@ -164,7 +178,9 @@ def main() -> None:
     control, log, *rest = sys.argv[1:]
     sys.dont_write_bytecode = True
     from criserver.cli import main as criserver  # before the hook: an import is no operation
+    from tests.support.hurried import hurry
 
+    rest = hurry(rest)
     sys.addaudithook(Faults(control, log))
     sys.exit(criserver(rest))
 

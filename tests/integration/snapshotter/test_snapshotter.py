@@ -26,6 +26,8 @@ from snapshotter import (
     SnapshotError,
     SnapshotNotFoundError,
     Snapshotter,
+    UnpackKilledError,
+    UnpackTimeoutError,
     mounts,
 )
 from tests.support.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, unpack, write_blob
@@ -525,7 +527,7 @@ async def test_a_caller_joins_no_unpack_that_is_going_down(snapshotter: Snapshot
 async def test_a_worker_that_dies_is_told(snapshotter: Snapshotter, disk: str) -> None:
     caller = asyncio.create_task(unpack(snapshotter, slow_blob(disk)))
     os.kill(await until_a_worker_writes(disk), 9)
-    with pytest.raises(SnapshotError, match="worker ended with status -9"):
+    with pytest.raises(UnpackKilledError, match="worker was ended by signal 9"):
         await caller
     assert staging(disk) == []
 
@@ -602,7 +604,7 @@ async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapsh
 async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
     snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=2.5))
     async with stopped_worker(snapshotter, disk) as (pid, caller):
-        with pytest.raises(SnapshotError, match=r"did nothing for 2\.5 seconds"):
+        with pytest.raises(UnpackTimeoutError, match=r"did nothing for 2\.5 seconds"):
             await caller
         assert not os.path.exists(f"/proc/{pid}")
         assert staging(disk) == []
@@ -611,7 +613,7 @@ async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
 
 async def test_an_unpack_has_a_deadline(disk: str) -> None:
     snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_seconds=0.1))
-    with pytest.raises(SnapshotError, match=r"longer than 0\.1 seconds"):
+    with pytest.raises(UnpackTimeoutError, match=r"longer than 0\.1 seconds"):
         await unpack(snapshotter, slow_blob(disk))
     assert staging(disk) == []
     snapshotter.close()
@@ -624,6 +626,9 @@ async def test_a_full_disk_is_the_nodes_trouble(disk: str) -> None:
     with pytest.raises(SnapshotError, match=r"'f'.*No space left") as error:
         await unpack(snapshotter, write_blob(f"{disk}/blob", item("f", bytes(2 << 20))))
     assert type(error.value) is SnapshotError
+    told = error.value.__cause__.__cause__ if error.value.__cause__ else None
+    assert isinstance(told, OSError)
+    assert told.errno == errno.ENOSPC
     assert os.listdir(f"{disk}/small/snapshots/staging") == []
     snapshotter.close()
 

@@ -26,10 +26,10 @@ def files(root: str) -> list[str]:
 
 
 async def fill(store: ContentStore, data: bytes, digest: str) -> None:
-    with store.ingest() as ingest:
+    async with store.ingest() as ingest:
         for start in range(0, len(data), 70_000):
             await ingest.write(data[start : start + 70_000])
-        ingest.commit(digest)
+        await ingest.commit(digest)
 
 
 async def test_a_blob_comes_in_whole(root: str) -> None:
@@ -62,7 +62,7 @@ async def test_another_digest_leaves_nothing(root: str) -> None:
 
 async def test_what_is_not_committed_leaves_nothing(root: str) -> None:
     store = ContentStore(root)
-    with store.ingest() as ingest:
+    async with store.ingest() as ingest:
         await ingest.write(DATA)
         assert len(files(root)) == 1
     assert files(root) == []
@@ -73,7 +73,7 @@ async def test_a_cancelled_writer_leaves_nothing(root: str) -> None:
     started = asyncio.Event()
 
     async def write() -> None:
-        with store.ingest() as ingest:
+        async with store.ingest() as ingest:
             while True:
                 started.set()
                 await ingest.write(DATA)
@@ -97,7 +97,7 @@ def test_a_new_store_sweeps_what_a_crash_left(root: str) -> None:
 
 async def test_deleting(root: str) -> None:
     store = ContentStore(root)
-    digest = store.put(b"one")
+    digest = await store.put(b"one")
     await store.delete(digest)
     await store.delete(digest)
     assert files(root) == []
@@ -109,18 +109,18 @@ async def test_deleting(root: str) -> None:
 
 async def test_a_deleted_blob_is_gone_before_the_first_wait(root: str) -> None:
     store = ContentStore(root)
-    digest = store.put(b"one")
+    digest = await store.put(b"one")
     task = asyncio.create_task(store.delete(digest))
     await asyncio.sleep(0)
     assert store.size(digest) is None
-    store.put(b"one")
+    await store.put(b"one")
     await task
     assert store.read(digest, 10) == b"one"
 
 
-def test_reading_is_bounded_and_checked(root: str) -> None:
+async def test_reading_is_bounded_and_checked(root: str) -> None:
     store = ContentStore(root)
-    digest = store.put(b"12345")
+    digest = await store.put(b"12345")
     with pytest.raises(ResourceExhaustedError, match="larger than 4 bytes"):
         store.read(digest, 4)
     with open(store.path(digest), "wb") as f:
@@ -132,15 +132,15 @@ def test_reading_is_bounded_and_checked(root: str) -> None:
 async def test_what_arrives_counts_and_is_told(root: str) -> None:
     store = ContentStore(root)
     assert store.arrived(DIGEST) == 0
-    with store.ingest(DIGEST) as ingest:
+    async with store.ingest(DIGEST) as ingest:
         await ingest.write(DATA[:70_000])
         assert store.arrived(DIGEST) == 70_000
         assert store.usage() == (73_728, 1)
         await ingest.write(DATA[70_000:])
-        ingest.commit(DIGEST)
+        await ingest.commit(DIGEST)
         assert store.usage() == (200_704, 1)
     assert store.arrived(DIGEST) == len(DATA)
-    with store.ingest(DIGEST) as ingest:
+    async with store.ingest(DIGEST) as ingest:
         await ingest.write(DATA)
     assert store.usage() == (200_704, 1)
 

@@ -44,23 +44,23 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def test_only_new_content_is_synced(tmp_path: Path, syncs: list[str]) -> None:
     stores = Stores(tmp_path)
     suspects = stores.suspects()
-    one = stores.content.put(b"one")
+    one = await stores.content.put(b"one")
     await suspects.sync()
     await suspects.sync()
     assert len(syncs) == 1  # both stores are on one file system
-    two = stores.content.put(b"two")
+    two = await stores.content.put(b"two")
     assert stores.noted() == {one}
     await suspects.sync()
     assert len(syncs) == 2
     assert stores.noted() == {one, two}
-    stores.content.put(b"two")  # another file by now
+    await stores.content.put(b"two")  # another file by now
     await suspects.sync()
     assert len(syncs) == 3
 
 
 async def test_without_a_note_nothing_is_synced(tmp_path: Path, syncs: list[str]) -> None:
     stores = Stores(tmp_path)
-    stores.content.put(b"one")
+    await stores.content.put(b"one")
     await Suspects(stores.content, stores.snapshotter).sync()
     assert syncs == []
 
@@ -68,9 +68,9 @@ async def test_without_a_note_nothing_is_synced(tmp_path: Path, syncs: list[str]
 async def test_what_a_failed_sync_may_have_lost_is_never_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = Stores(tmp_path)
     suspects = stores.suspects()
-    one = stores.content.put(b"one")
+    one = await stores.content.put(b"one")
     await suspects.sync()
-    stores.content.put(b"lost")
+    await stores.content.put(b"lost")
 
     def fail(path: str) -> None:
         raise OSError(5, "Input/output error", path)
@@ -79,7 +79,7 @@ async def test_what_a_failed_sync_may_have_lost_is_never_noted(tmp_path: Path, m
         patch.setattr(mounts, "syncfs", fail)
         with pytest.raises(OSError, match="Input/output"):
             await suspects.sync()
-    three = stores.content.put(b"three")
+    three = await stores.content.put(b"three")
     await suspects.sync()
     assert stores.noted() == {one, three}
 
@@ -107,7 +107,7 @@ async def test_a_disk_that_stands_still_holds_up_nothing_else(tmp_path: Path, mo
 
 async def test_content_that_is_gone_is_no_suspect_any_more(tmp_path: Path) -> None:
     stores = Stores(tmp_path)
-    gone, there = stores.content.put(b"gone"), stores.content.put(b"there")
+    gone, there = await stores.content.put(b"gone"), await stores.content.put(b"there")
     sync_note.write(stores.note, sync_note.Note("another boot"))
     suspects = stores.suspects()
     assert suspects.blobs == {gone, there}

@@ -1,0 +1,56 @@
+"""A sample of the matrix of helpers: in each operation one of its helper processes is harmed at one of its points.
+
+``make faults`` tries all of them. CRISERVER_FAULT_SEED chooses.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.helper_matrix import HelperMatrix, helper_node
+from tests.faults.matrix import Result
+from tests.faults.operations import archives, operations
+
+SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
+# The others have no helper that is not among those of these.
+SAMPLED = (
+    "RunPodSandbox",
+    "CreateContainer",
+    "StartContainer",
+    "StopContainer",
+    "StopPodSandbox",
+    "ImportImage",
+    "ExecSync",
+    "UpdateContainerResources",
+)
+
+
+@pytest.fixture(scope="module")
+def matrix(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HelperMatrix]:
+    base, _ = archives(str(tmp_path_factory.getbasetemp()))
+    node = helper_node()
+    matrix = HelperMatrix(node)
+    try:
+        node.start()
+        matrix.begin(base)
+        yield matrix
+    finally:
+        matrix.close()
+        node.close()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_helper_that_fails_delays_nobody_and_leaves_nothing(
+    matrix: HelperMatrix, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (operation,) = (found for found in operations(f"{tmp_path_factory.getbasetemp()}/points.tar") if found.name == name)
+    point, fault = random.Random(f"{SEED} {name}").choice(matrix.faults(operation))
+    result = Result(name, 1)
+    matrix.harm(operation, point, fault, result)
+    print(f"CRISERVER_FAULT_SEED={SEED}", fault, "at", point)
+    assert result.failures == []
+    assert result.by_fault[fault] == 1
