@@ -10,6 +10,7 @@ import grpc
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.faults.plugged import with_plugin
 from tests.support.imagebuilder import build_image, busybox_image, write_archive
 from tests.support.node import Node
 
@@ -147,7 +148,7 @@ def operations(archive: str) -> list[Operation]:
         send(node, archive)
         return ""
 
-    return [
+    plain = [
         Operation("RunPodSandbox", nothing, lambda node, _: _run(node), lambda node, _: run_again(node)),
         Operation(
             "RunPodSandbox, shared PIDs",
@@ -165,6 +166,8 @@ def operations(archive: str) -> list[Operation]:
         Operation("ImportImage", nothing, load, load),
         Operation("RemoveImage", load, _remove_image, _remove_image),
     ]
+    of_pods = [found for found in plain if "Image" not in found.name and "shared" not in found.name]
+    return plain + [with_plugin(found) for found in of_pods]
 
 
 def fails(call: Callable[[], object]) -> str:
