@@ -114,7 +114,7 @@ def _container(node: Node, container: Container) -> dict[str, Any]:
         "config": _document(cri.ContainerConfig.FromString(container.sent)),
         **container_info(node, container),
         "namespaces": _process_namespaces(container.pid) if process is not None else {},
-        "cgroup": cgroups.path(sandbox.cgroup_parent, container.id),
+        "cgroup": cgroups.path(container.parent_cgroup(sandbox), container.id),
         "mounts": mounts.mounts_below(directory),
         "snapshot": snapshot.path if snapshot is not None else None,
         "bundle": directory,

@@ -69,7 +69,7 @@ class StatsViews:
         )
         sandbox = self._node.records.sandboxes.get(record.sandbox_id)
         if record.state is ContainerState.RUNNING and sandbox is not None:
-            usage = self._node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, record.id)).usage()
+            usage = self._node.stats.cgroups.reader(cgroups.path(record.parent_cgroup(sandbox), record.id)).usage()
             _fill(stats, usage)
             if usage.swap is not None:
                 stats.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
@@ -174,7 +174,8 @@ class StatsViews:
 
         Not the PIDs of the pod's cgroup, because several pods may have the same one.
         """
-        paths = {key: cgroups.path(pod.cgroup_parent, key) for key in (pod.id, *(c.id for c in containers))}
+        paths = {pod.id: cgroups.path(pod.cgroup_parent, pod.id)}
+        paths |= {c.id: cgroups.path(c.parent_cgroup(pod), c.id) for c in containers}
         return {key: self._node.stats.cgroups.reader(path).processes() for key, path in paths.items()}
 
     def _measure_pod(self, pod: Sandbox, processes: int, interfaces: tuple[InterfaceCounters, ...]) -> Measurements:
@@ -196,7 +197,7 @@ class StatsViews:
         file_system: FileSystem,
     ) -> Measurements:
         stats, resources = self._node.stats, container.config.resources
-        reader = stats.cgroups.reader(cgroups.path(pod.cgroup_parent, container.id))
+        reader = stats.cgroups.reader(cgroups.path(container.parent_cgroup(pod), container.id))
         return Measurements(
             usage=reader.usage(),
             details=reader.details(),
@@ -239,7 +240,7 @@ class StatsViews:
         running = (c for c in records.containers.values() if c.state is ContainerState.RUNNING)
         stats.cgroups.retain(
             {cgroups.pod_path(s.cgroup_parent) for s in ready}
-            | {cgroups.path(records.sandboxes[c.sandbox_id].cgroup_parent, c.id) for c in running}
+            | {cgroups.path(c.parent_cgroup(records.sandboxes[c.sandbox_id]), c.id) for c in running}
         )
         stats.networks.retain({self._network_namespace(s) for s in ready})
 
@@ -271,7 +272,7 @@ def _pod_labels(pod: Sandbox) -> tuple[str, ...]:
 
 
 def _container_labels(pod: Sandbox, container: Container) -> tuple[str, ...]:
-    config, path = container.config, cgroups.path(pod.cgroup_parent, container.id)
+    config, path = container.config, cgroups.path(container.parent_cgroup(pod), container.id)
     return pod.config.name, pod.config.namespace, config.name, path, config.image, container.id
 
 

@@ -34,10 +34,7 @@ class ContainerAdjustments:
     """
 
     def __init__(self, request: nri.CreateContainerRequest) -> None:
-        self._original = nri.CreateContainerRequest()
-        self._original.CopyFrom(request)
-        self._request = nri.CreateContainerRequest()
-        self._request.CopyFrom(request)
+        self._original = self._request = request
         self._id = request.container.id
         self.ownership = Ownership()
         self.adjustment = nri.ContainerAdjustment()
@@ -45,10 +42,8 @@ class ContainerAdjustments:
 
     @property
     def request(self) -> nri.CreateContainerRequest:
-        """A copy of the request with the container as adjusted so far: what the next plugin gets."""
-        copy = nri.CreateContainerRequest()
-        copy.CopyFrom(self._request)
-        return copy
+        """The request with the container as adjusted so far: what the next plugin gets. It is not to be changed."""
+        return self._request
 
     @property
     def owners(self) -> nri.OwningPlugins:
@@ -73,7 +68,15 @@ class ContainerAdjustments:
         container. Raises InvalidArgumentError for a response that can never be right. The creation has to fail then: a
         part of the response may have been taken.
         """
-        asked, merged, shown = response.adjust, self.adjustment, self._request.container
+        if response.HasField("adjust"):
+            self._add_adjustment(plugin, response.adjust)
+        self.updates.add(plugin, response)
+
+    def _add_adjustment(self, plugin: str, asked: nri.ContainerAdjustment) -> None:
+        if self._request is self._original:  # a copy is made only for a plugin that adjusts something
+            self._request = nri.CreateContainerRequest()
+            self._request.CopyFrom(self._original)
+        merged, shown = self.adjustment, self._request.container
         self._add_texts(plugin, Field.Annotations, asked.annotations, merged.annotations, shown.annotations)
         self._add_mounts(plugin, asked.mounts)
         self._add_env(plugin, asked.env)
@@ -90,7 +93,6 @@ class ContainerAdjustments:
             shown.CDI_devices.append(device)
         if asked.HasField("linux"):
             self._add_linux(plugin, asked.linux)
-        self.updates.add(plugin, response)
 
     def _add_linux(self, plugin: str, asked: nri.LinuxContainerAdjustment) -> None:
         merged, shown = self.adjustment.linux, self._request.container.linux

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -214,6 +215,7 @@ class Plugin:
             raise self._failure(method, e) from e
 
     async def _send(self, method: str, request: Message, response: type[Response], timeout: float) -> Response:
+        sys.audit("criserver.plugin_call", method)
         answer = await self._client.call(_SERVICE.full_name, method, request.SerializeToString(), timeout=timeout)
         try:
             return response.FromString(answer)

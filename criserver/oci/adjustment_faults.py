@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _SYSCTL_NAMESPACES = (
     (re.compile(r"fs[./]mqueue[./]|kernel[./](msg|sem|shm)"), "ipc"),
     (re.compile(r"kernel[./](domainname|hostname)\Z"), "uts"),
 )
+# Names that systemd takes for a slice (systemd.unit(5), systemd.slice(5)).
+_SLICE = re.compile(r"[A-Za-z0-9_.\\@]+(-[A-Za-z0-9_.\\@]+)*\.slice")
+_DIRECTORY = re.compile(r"(/(?!\.\.?(/|\Z))[^/\0-\x1f\x7f]+)+")
 # Options that an old OCI runtime would hand to the file system as data.
 _RUNTIME_OPTIONS = frozenset({"rro", "idmap", "ridmap"})
 # Settings that only cgroup version 1 has, with the value that asks for nothing.
@@ -84,6 +88,11 @@ def runtime_facts(report: Mapping[str, Any] | None) -> RuntimeFacts:
     )
 
 
+def cgroups_parent(path: str) -> str:
+    """The slice in a ``cgroupsPath`` of the form SLICE:PREFIX:NAME; the parent directory in a path."""
+    return path.partition(":")[0] if ":" in path else posixpath.dirname(path)
+
+
 def _names(value: object) -> frozenset[str] | None:
     return frozenset(map(str, value)) if isinstance(value, list) else None
 
@@ -99,13 +108,8 @@ def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, ru
     yield from _device_faults(asked)
     yield from _namespace_faults(after, asked, runtime)
     yield from _feature_faults(asked, host, runtime)
-    own_path = before["linux"].get("cgroupsPath", "")
-    if asked.cgroups_path and asked.cgroups_path.count(":") != own_path.count(":"):
-        yield Fault(
-            "CgroupsPath",
-            "",
-            f"{quoted(asked.cgroups_path)} is not of the form of this pod's cgroups, as {own_path} is",
-        )
+    if asked.cgroups_path:
+        yield from _cgroup_faults(asked.cgroups_path, before["linux"]["cgroupsPath"])
 
 
 def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[Fault]:
@@ -131,6 +135,18 @@ def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[Fault
         if one["pageSize"] not in host.hugepage_sizes:
             sizes = ", ".join(sorted(host.hugepage_sizes)) or "none"
             yield Fault("HugepageLimits", one["pageSize"], f"this node can limit page sizes: {sizes}")
+
+
+def _cgroup_faults(asked: str, own: str) -> Iterator[Fault]:
+    """A plugin may give another parent. The daemon finds the cgroup, and all processes of the container, by its name.
+
+    The name has the container's ID, so no other container can have it: the end of this one kills all that is in it.
+    """
+    parent, own_end = cgroups_parent(asked), own.removeprefix(cgroups_parent(own))
+    fits = (_SLICE if ":" in own else _DIRECTORY).fullmatch(parent)
+    if not fits or asked != parent + own_end:
+        wanted = "SLICE" if ":" in own else "/PARENT"
+        yield Fault("CgroupsPath", "", f"{quoted(asked)} is not of the form {wanted}{own_end}, as {own} is")
 
 
 def _mount_faults(asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[Fault]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 
 from criserver.oci import cdi, spec_adjustment
+from criserver.oci.adjustment_faults import cgroups_parent
 from criserver.oci.spec_inputs import Spec
 from criserver.runtime import host
 from criserver.runtime.container_update import with_resources
@@ -32,4 +34,7 @@ async def adjust(node: Node, sandbox: Sandbox, container: Container, document: S
     changed = spec_adjustment.adjust(document, adjusted.spec, host.facts(), facts, node.cdi)
     if changed != document:
         await asyncio.to_thread(write_spec, node, container.id, changed)
-    return with_resources(container, sandbox.config, adjusted.resources)
+    container = with_resources(container, sandbox.config, adjusted.resources)
+    if not adjusted.spec.cgroups_path:
+        return container
+    return dataclasses.replace(container, cgroup_parent=cgroups_parent(adjusted.spec.cgroups_path))

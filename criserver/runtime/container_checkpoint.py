@@ -175,7 +175,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
     sandbox = node.records.sandbox(container.sandbox_id)
     runtime = node.runtime(sandbox.runtime)
-    command = runtime.checkpoint_command(container.id, sandbox.cgroup_parent, images=images, work=content)
+    command = runtime.checkpoint_command(container.id, container.parent_cgroup(sandbox), images=images, work=content)
     _discard(directory)
     # The container's memory is for root alone.
     make_private(images)
@@ -189,7 +189,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
     diff = os.path.join(content, "rootfs-diff.tar")
     try:
-        cgroups.freeze(cgroups.path(sandbox.cgroup_parent, container.id), wait)
+        cgroups.freeze(cgroups.path(container.parent_cgroup(sandbox), container.id), wait)
         with families.RUNTIME_DURATION.timed(runtime.handler, "checkpoint", failures=families.RUNTIME_FAILURES):
             if _run(directory, wait, *command):
                 words = _words(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
@@ -198,13 +198,14 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     except BaseException:
         _undo(node, container)
         raise
-    cgroups.thaw(cgroups.path(sandbox.cgroup_parent, container.id))
+    cgroups.thaw(cgroups.path(container.parent_cgroup(sandbox), container.id))
     _write_json(content, "deleted.files", deleted)
 
 
 def _undo(node: Node, container: Container) -> None:
     """Thaw a container whose dump was cut off, and unblock its pod's network. The dump's processes have ended."""
-    cgroups.thaw(cgroups.path(node.records.sandbox(container.sandbox_id).cgroup_parent, container.id))
+    parent = container.parent_cgroup(node.records.sandbox(container.sandbox_id))
+    cgroups.thaw(cgroups.path(parent, container.id))
     network = network_pin(node, container.sandbox_id)
     if os.path.exists(network):
         command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)

@@ -100,7 +100,7 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
 
 async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) -> None:
     limit = oci.get("memory", {}).get("limit", 0)
-    usage = node.stats.cgroups.reader(cgroups.path(sandbox.cgroup_parent, container.id)).usage
+    usage = node.stats.cgroups.reader(cgroups.path(container.parent_cgroup(sandbox), container.id)).usage
     if host.facts().unified_cgroups:
         _check_memory(container.id, limit, usage())
     try:
@@ -146,7 +146,7 @@ def _has_ended(container: Container) -> bool:
 def _set_oom_score(node: Node, container: Container, score: int) -> None:
     """Set the OOM score of every process of the container. The OCI runtime's update has no option for it."""
     sandbox = node.records.sandbox(container.sandbox_id)
-    for pid in cgroups.processes(cgroups.path(sandbox.cgroup_parent, container.id)):
+    for pid in cgroups.processes(cgroups.path(container.parent_cgroup(sandbox), container.id)):
         try:
             with open(f"/proc/{pid}/oom_score_adj", "w") as f:
                 f.write(str(max(score, host.facts().oom_score_adj_floor)))

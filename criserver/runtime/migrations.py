@@ -26,8 +26,13 @@ def _since_0_2(fields: Fields) -> Fields:
     return {**fields, "sandbox_container": False, "reason": ""}
 
 
+def _containers_since_0_2(fields: Fields) -> Fields:
+    """In 0.2 the cgroup of every container was in that of its pod."""
+    return {**fields, "cgroup_parent": ""}
+
+
 SANDBOX: tuple[Migration, ...] = (_since_0_2,)
-CONTAINER: tuple[Migration, ...] = ()
+CONTAINER: tuple[Migration, ...] = (_containers_since_0_2,)
 
 
 def newest(migrations: Sequence[Migration]) -> int:

@@ -3,11 +3,12 @@
 The events come in the order of the protocol: RunPodSandbox, CreateContainer, PostCreateContainer, StartContainer,
 PostStartContainer, UpdateContainer, PostUpdateContainer, StopContainer once, RemoveContainer, StopPodSandbox once,
 RemovePodSandbox. A container's own end is a StopContainer too. The events that begin something can fail it; the errors
-of the others are logged.
+of the others are logged. No operation waits until plugins have taken a Post event.
 """
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -102,16 +103,24 @@ class NodePlugins:
         self.events: PluginEvents | None = None
         self.known: dict[str, Known] = {}
 
-    def begin(self, records: RecordStore, background: Callable[[Any, str], object]) -> None:
-        """Take what an earlier daemon has left as known, and watch containers end."""
+    def begin(
+        self, records: RecordStore, background: Callable[[Any, str], object], lock: Callable[[str], asyncio.Lock]
+    ) -> None:
+        """Take what an earlier daemon has left as known, and watch containers end. ``lock`` is that of a record."""
         for sandbox in records.visible_sandboxes():
             self.known[sandbox.id] = Known.MADE if sandbox.state is SandboxState.READY else Known.STOPPED
         for container in records.visible_containers():
             self.known[container.id] = Known.STOPPED if container.state is ContainerState.EXITED else Known.MADE
 
+        async def ended(container: Container) -> None:
+            # A container may end while StartContainer holds its lock. Plugins are told of the start first.
+            async with lock(container.id):
+                pass
+            await self.container_stopped(container)
+
         def changed(_old: Record | None, new: Record | None) -> None:
             if isinstance(new, Container) and new.state is ContainerState.EXITED and self._is_made(new):
-                background(self.container_stopped(new), "the plugins cannot be told of a container's end")
+                background(ended(new), "the plugins cannot be told of a container's end")
 
         records.watch(changed)
 

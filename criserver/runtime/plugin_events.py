@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -33,14 +33,31 @@ from criserver.runtime.records import Container, Record, Sandbox
 log = structlog.get_logger(__name__)
 
 
+class _ContainerView(NamedTuple):
+    """The view of a container with the spec of this version, serialised."""
+
+    version: tuple[int, int, int] | None
+    message: bytes
+
+
+class _PodView(NamedTuple):
+    """The view of a pod, and what it was made of. ``pid`` is that of the infra process, None for a pod without one."""
+
+    sandbox: Sandbox
+    pid: int | None
+    pins: list[tuple[str, str]]
+    pinned: list[tuple[str, str]]
+    message: nri.PodSandbox
+
+
 class PluginCalls:
     """:class:`criserver.runtime.node_plugins.PluginEvents`, with plugins. It also is their runtime side."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._known = node.plugins.known
-        # The views of containers, with what tells whether the spec's file is another by now.
-        self._views: dict[str, tuple[tuple[int, int, int], bytes]] = {}
+        self._pods: dict[str, _PodView] = {}
+        self._views: dict[str, _ContainerView] = {}
         node.records.watch(self._changed)
         self.plugins = Plugins(node.config.nri, self)
 
@@ -67,9 +84,7 @@ class PluginCalls:
 
     async def sandbox_updated(self, sandbox: Sandbox) -> None:
         """The update is done."""
-        async with self.plugins.turn:
-            request = nri.PostUpdatePodSandboxRequest(pod=self._pod(sandbox))
-            await self.plugins.tell_all("PostUpdatePodSandbox", request)
+        self._tell_soon("PostUpdatePodSandbox", nri.PostUpdatePodSandboxRequest(pod=self._pod(sandbox)))
 
     async def sandbox_stopped(self, sandbox: Sandbox) -> None:
         """Its containers have ended, and its network is still there."""
@@ -92,18 +107,19 @@ class PluginCalls:
         """Raises CriError."""
         async with self.plugins.turn:
             self._known[container.id] = Known.MADE
-            request = nri.CreateContainerRequest(
-                pod=self._pod(self._sandbox(container)),
-                container=container_view(container, spec, self._digest(container)),
+            view = container_view(container, spec, self._digest(container))
+            found = await self.plugins.create_container(
+                nri.CreateContainerRequest(pod=self._pod(self._sandbox(container)), container=view)
             )
-            found = await self.plugins.create_container(request)
+        if not found.adjustment.ByteSize():  # the spec stays as it is in its file
+            self._views[container.id] = _ContainerView(_version(self._spec_path(container)), view.SerializeToString())
         asked = found.adjustment.linux.resources
         value = spec_adjustment(container.id, found.adjustment, found.owners)
         return Adjusted(value, cri_resources(asked), found.updates)
 
     async def container_created(self, container: Container) -> None:
         """The container is visible."""
-        await self._tell_all("PostCreateContainer", container, nri.PostCreateContainerRequest)
+        self._tell_soon("PostCreateContainer", await self._request(container, nri.PostCreateContainerRequest))
 
     async def start_container(self, container: Container) -> None:
         """Raises CriError."""
@@ -112,7 +128,7 @@ class PluginCalls:
 
     async def container_started(self, container: Container) -> None:
         """Its process runs."""
-        await self._tell_all("PostStartContainer", container, nri.PostStartContainerRequest)
+        self._tell_soon("PostStartContainer", await self._request(container, nri.PostStartContainerRequest))
 
     async def update_container(self, container: Container, limits: Limits) -> Limits:
         """Raises CriError."""
@@ -130,7 +146,7 @@ class PluginCalls:
 
     async def container_updated(self, container: Container) -> None:
         """The update is done."""
-        await self._tell_all("PostUpdateContainer", container, nri.PostUpdateContainerRequest)
+        self._tell_soon("PostUpdateContainer", await self._request(container, nri.PostUpdateContainerRequest))
 
     async def container_stopped(self, container: Container) -> None:
         """Its process has ended. May change others; the caller holds no container's lock."""
@@ -191,9 +207,18 @@ class PluginCalls:
             container_stop.stop_container(self._node, container.id, 0), "a container cannot be evicted"
         )
 
-    async def _tell_all(self, method: str, container: Container, kind: Callable[..., Any]) -> None:
-        async with self.plugins.turn:
-            await self.plugins.tell_all(method, await self._request(container, kind))
+    def _tell_soon(self, method: str, request: Any) -> None:
+        """Tell of what has been done already. The operation does not wait, as no answer changes its outcome.
+
+        The lock of ``turn`` is given in the order in which it was asked for, so later events of the container come
+        after this one.
+        """
+
+        async def tell() -> None:
+            async with self.plugins.turn:
+                await self.plugins.tell_all(method, request)
+
+        self._node.background(tell(), "the plugins cannot be told of an event")
 
     async def _request(self, container: Container, kind: Callable[..., Any]) -> Any:
         return kind(pod=self._pod(self._sandbox(container)), container=await self._view(container))
@@ -210,14 +235,12 @@ class PluginCalls:
 
     async def _made(self, container: Container) -> bytes:
         """The view of a container with its spec, which is read again once it changes."""
-        path = os.path.join(self._node.container_dir(container.id), "config.json")
-        try:
-            found = os.stat(path)
-        except OSError:  # it could not be made
+        path = self._spec_path(container)
+        version = _version(path)
+        if version is None:  # it could not be made
             return container_view(container, {}).SerializeToString()
-        version = found.st_ino, found.st_mtime_ns, found.st_size
         known = self._views.get(container.id)
-        if known is None or known[0] != version:
+        if known is None or known.version != version:
             try:
                 spec = await asyncio.to_thread(_read, path)
                 view = container_view(container, spec, self._digest(container))
@@ -225,12 +248,13 @@ class PluginCalls:
                 # A full disk or a power failure has cut it off. The plugins are told of all others, and of its removal.
                 log.warning("plugins see a container without its spec", container=container.id, path=path, error=str(e))
                 view = container_view(container, {}, self._digest(container))
-            known = self._views[container.id] = version, view.SerializeToString()
-        return known[1]
+            known = self._views[container.id] = _ContainerView(version, view.SerializeToString())
+        return known.message
 
     def _changed(self, old: Record | None, new: Record | None) -> None:
         if new is None and old is not None:
             self._views.pop(old.id, None)
+            self._pods.pop(old.id, None)
 
     def _sandbox(self, container: Container) -> Sandbox:
         return self._node.records.sandboxes[container.sandbox_id]
@@ -238,14 +262,34 @@ class PluginCalls:
     def _digest(self, container: Container) -> str:
         return container.image_ref.rpartition("@")[2]
 
+    def _spec_path(self, container: Container) -> str:
+        return os.path.join(self._node.container_dir(container.id), "config.json")
+
     def _pod(self, sandbox: Sandbox) -> nri.PodSandbox:
+        """The view of a pod, which is not to be changed."""
         infra = self._node.processes.get(sandbox.id)
-        return pod_view(
-            sandbox,
-            pid=infra.started.pid if infra is not None and infra.started is not None else 0,
-            cgroups_path="" if infra is None else cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
-            namespaces=[pin for pin in namespace_pins(pod_facts(self._node, sandbox)) if os.path.exists(pin[1])],
-        )
+        pid = None if infra is None else infra.started.pid if infra.started is not None else 0
+        known = self._pods.get(sandbox.id)
+        pins = known.pins if known is not None else namespace_pins(pod_facts(self._node, sandbox))
+        pinned = [pin for pin in pins if os.path.exists(pin[1])]
+        if known is None or known.sandbox is not sandbox or (known.pid, known.pinned) != (pid, pinned):
+            message = pod_view(
+                sandbox,
+                pid=pid or 0,
+                cgroups_path="" if pid is None else cgroups.spec_path(sandbox.cgroup_parent, sandbox.id),
+                namespaces=pinned,
+            )
+            known = self._pods[sandbox.id] = _PodView(sandbox, pid, pins, pinned, message)
+        return known.message
+
+
+def _version(path: str) -> tuple[int, int, int] | None:
+    """What tells whether a file is another by now; None without a file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read(path: str) -> Spec:

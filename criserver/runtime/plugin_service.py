@@ -40,7 +40,7 @@ class PluginService:
         settings = self._settings
         if settings.disable:
             return
-        self._node.plugins.begin(self._node.records, self._node.background)
+        self._node.plugins.begin(self._node.records, self._node.background, self._node.lock)
         if settings.default_validator["enable"]:
             self._with_plugins()
         if not settings.disable_connections:

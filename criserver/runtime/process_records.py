@@ -24,7 +24,9 @@ def of_container(node: Node, container: Container) -> ContainerProcess:
     process = node.processes.get(container.id)
     if process is None:
         sandbox = node.records.sandbox(container.sandbox_id)
-        process = _make(node, container.id, sandbox, _ContainerRecord(node, container.id))
+        process = _make(
+            node, container.id, sandbox, container.parent_cgroup(sandbox), _ContainerRecord(node, container.id)
+        )
         if container.pid:
             process.started = Started(container.pid, container.start_ticks, container.started_at)
     return process
@@ -33,10 +35,10 @@ def of_container(node: Node, container: Container) -> ContainerProcess:
 def of_infra(node: Node, sandbox: Sandbox) -> ContainerProcess:
     """The process that holds the PID namespace of a pod; one that has none is given one to start or clean up."""
     process = node.processes.get(sandbox.id)
-    return process or _make(node, sandbox.id, sandbox, _InfraRecord(node, sandbox.id))
+    return process or _make(node, sandbox.id, sandbox, sandbox.cgroup_parent, _InfraRecord(node, sandbox.id))
 
 
-def _make(node: Node, owner_id: str, sandbox: Sandbox, observer: Observer) -> ContainerProcess:
+def _make(node: Node, owner_id: str, sandbox: Sandbox, cgroup_parent: str, observer: Observer) -> ContainerProcess:
     runtime = node.cleanup_runtime(sandbox.runtime, owner_id)
     if sandbox.sandbox_container and owner_id != sandbox.id:
         runtime = runtime.within(node.container_dir(sandbox.id))
@@ -44,7 +46,7 @@ def _make(node: Node, owner_id: str, sandbox: Sandbox, observer: Observer) -> Co
         owner_id,
         node.container_dir(owner_id),
         runtime,
-        sandbox.cgroup_parent,
+        cgroup_parent,
         node.nursery,
         observer,
         node.background,

@@ -73,7 +73,7 @@ class Container:
     """A container's record. ``sent`` is the CRI ContainerConfig as the kubelet serialised it.
 
     ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together identify the first process: the PID alone may be
-    another process's by now.
+    another process's by now. ``cgroup_parent`` is what a plugin of the node has put in place of the pod's.
     """
 
     id: str
@@ -94,6 +94,11 @@ class Container:
     exit_code: int = 0
     reason: str = ""
     message: str = ""
+    cgroup_parent: str = ""
+
+    def parent_cgroup(self, sandbox: Sandbox) -> str:
+        """The cgroup parent of the container, which is in the pod ``sandbox``."""
+        return self.cgroup_parent or sandbox.cgroup_parent
 
     @property
     def named(self) -> dict[str, object]:

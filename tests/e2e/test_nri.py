@@ -235,6 +235,25 @@ def shares_of(node: Node, container: str) -> int:
     return value
 
 
+def test_a_plugin_moves_the_cgroup_of_a_container(node: Node) -> None:
+    def moved(request: Any) -> Any:
+        parent, name = os.path.split(request.container.linux.cgroups_path)
+        return adjusting(linux=nri.LinuxContainerAdjustment(cgroups_path=f"{parent}/plugin/{name}"))(request)
+
+    with plugged(socket_of(node), CreateContainer=moved):
+        pod = node.run_pod("moved")
+        container = node.run(pod, "c", ["sleep", "1000"], **limited(memory_limit_in_bytes=64 << 20))
+    cgroup = f"/criserver/{pod}/plugin/{container}"
+    assert cgroups.processes(cgroup) == [node.pid(container)]
+    node.kill()
+    node.start()
+    stats = node.client.ContainerStats(container_id=container).stats
+    assert stats.memory.working_set_bytes.value > 0
+    node.client.StopContainer(container_id=container, timeout=0)
+    node.client.RemoveContainer(container_id=container)
+    assert not cgroups.exists(cgroup)
+
+
 def test_responses_update_other_containers(node: Node) -> None:
     pod = node.run_pod("others")
     other = node.run(pod, "other", ["sleep", "1000"], **limited(cpu_shares=100))

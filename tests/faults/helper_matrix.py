@@ -176,7 +176,7 @@ def _faults_of(point: str) -> tuple[str, ...]:
 
 def helper_node() -> Node:
     """A node for the matrix, whose daemon does not run yet."""
-    return Node(runtimes='[runtimes.runc]\npath = "BASE/runtime"\n')
+    return Node(runtimes='ctr_stop_timeout = 10\n[runtimes.runc]\npath = "BASE/runtime"\n')
 
 
 def table(results: list[Result]) -> str:

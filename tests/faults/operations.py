@@ -10,6 +10,7 @@ import grpc
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.faults.plugged import with_plugin
 from tests.support.imagebuilder import build_image, busybox_image, write_archive
 from tests.support.node import Node
 
@@ -167,7 +168,7 @@ def operations(archive: str) -> list[Operation]:
         send(node, archive)
         return ""
 
-    return [
+    plain = [
         Operation("RunPodSandbox", nothing, lambda node, _: _run(node), lambda node, _: run_again(node)),
         Operation(
             "RunPodSandbox, shared PIDs",
@@ -187,6 +188,8 @@ def operations(archive: str) -> list[Operation]:
         Operation("ExecSync", _started, _exec, _exec_again),
         Operation("UpdateContainerResources", _started, _update, _update),
     ]
+    of_pods = [found for found in plain if "Image" not in found.name and "shared" not in found.name]
+    return plain + [with_plugin(found) for found in of_pods]
 
 
 def fails(call: Callable[[], object]) -> str:

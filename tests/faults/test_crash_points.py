@@ -1,7 +1,8 @@
 """A sample of the matrix: the daemon is killed once at each place that any operation passes.
 
 ``make faults`` runs all of it, and the errors. A place is passed several times; CRISERVER_FAULT_SEED says which of the
-times is taken. Of a start-up a few points are taken, as each takes two starts.
+times is taken. Of a start-up a few points are taken, as each takes two starts. Of the calls of a plugin of the node
+(NRI) two are taken.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import pytest
 
 from tests.faults.matrix import Matrix, Result, errors_of, sample
 from tests.faults.operations import archives, operations
+from tests.faults.plugged import WITH_PLUGIN
+from tests.support.fixtures import import_image
 from tests.support.node import Node
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
 STARTS = 3
+PLUGGED = 2
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,10 @@ def place(point: str) -> str:
     return point.partition("#")[0]
 
 
-@pytest.mark.parametrize("number", range(len(operations(""))), ids=[found.name for found in operations("")])
+PLAIN = [found.name for found in operations("") if not found.name.endswith(WITH_PLUGIN)]
+
+
+@pytest.mark.parametrize("number", range(len(PLAIN)), ids=PLAIN)
 def test_nothing_is_lost_and_nothing_left(
     matrix: Matrix, killed: set[str], number: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -59,6 +66,18 @@ def test_nothing_is_lost_and_nothing_left(
     assert result.failures == []
     # Some are those of tasks beside the call, which a busy machine does later.
     assert result.missed <= max(2, len(chosen) // 2)
+
+
+def test_a_plugin_of_the_node_is_called(matrix: Matrix) -> None:
+    pick = random.Random(SEED)
+    found = [operation for operation in operations("") if operation.name.endswith(WITH_PLUGIN)]
+    for operation in pick.sample(found, PLUGGED):
+        points = [point for point in matrix.points(operation) if point.startswith("nri:")]
+        result = Result(operation.name, len(points))
+        matrix.kill(operation, pick.choice(points), result)
+        print(f"CRISERVER_FAULT_SEED={SEED}", result)
+        assert result.failures == []
+        assert result.kills == 1
 
 
 def test_a_start_up_after_a_crash(matrix: Matrix) -> None:

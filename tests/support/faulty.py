@@ -2,8 +2,8 @@
 
 ``python -m tests.support.faulty CONTROL LOG serve --config FILE`` runs ``criserver serve`` with an audit hook
 (PEP 578). The interpreter calls the hook before each side effect: an open for writing, a rename, a start of a program.
-So the points come from what the code does. System calls by ctypes, commits, messages to shims and signals by pidfd
-raise an audit event in criserver and snapshotter.
+So the points come from what the code does. System calls by ctypes, commits, messages to shims, signals by pidfd
+and calls of NRI plugins raise an audit event in criserver and snapshotter.
 
 CONTROL is a file that the daemon maps. It says what happens at the points; see :class:`Control`. LOG gets a line for
 each point that was recorded, and one for the point that was hit. Words MODULE.NAME=SECONDS before ``serve`` set
@@ -67,6 +67,7 @@ EVENTS: dict[str, tuple[int, ...]] = {
     "criserver.setns": (errno.ENOMEM,),
     "criserver.send": (errno.EAGAIN, errno.EPIPE),
     "criserver.pidfd_send_signal": (),
+    "criserver.plugin_call": (),
 }
 
 
@@ -129,7 +130,8 @@ class Faults:
             self._reached(event, args)
 
     def _reached(self, event: str, args: tuple[Any, ...]) -> None:
-        place = _place()
+        # One function calls the plugins of the node (NRI), with the name of the method.
+        place = f"nri:{args[0]}:" if event == "criserver.plugin_call" else _place()
         if not place:
             return
         with self._lock:

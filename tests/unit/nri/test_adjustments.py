@@ -308,8 +308,16 @@ def test_the_request_stays_as_it_was_for_validators() -> None:
     assert asked.adjust == merged.adjustment
     assert asked.owners.owners["c1"].compound[Field.Env].owners["E"] == "one"
     assert [one.name for one in asked.plugins] == ["one"]
-    merged.request.container.env.append("OF_A_COPY=1")
-    assert "OF_A_COPY=1" not in merged.request.container.env
+
+
+def test_a_plugin_that_adjusts_nothing_costs_no_copy() -> None:
+    request = nri.CreateContainerRequest(container=nri.Container(id="c1"))
+    merged = ContainerAdjustments(request)
+    merged.add("one", nri.CreateContainerResponse())
+    assert merged.request is request
+    merged.add("two", response({"args": ["other"]}))
+    assert list(merged.request.container.args) == ["other"]
+    assert not request.container.args
 
 
 def test_a_response_of_any_size_takes_time_by_its_size() -> None:

@@ -111,7 +111,21 @@ REFUSED: list[tuple[dict[str, Any], HostFacts, RuntimeFacts, str, str, str]] = [
     ({"rdt": {"enableMonitoring": True}}, HOST, RuntimeFacts(rdt=True), "RdtEnableMonitoring", "", "Monitoring"),
     ({"seccomp": ALLOW}, HOST, RuntimeFacts(seccomp=False), "SeccompPolicy", "", "without seccomp"),
     ({"seccomp": NOTIFY}, HOST, ABLE, "SeccompPolicy", "", "SCMP_ACT_NOTIFY"),
-    ({"cgroups_path": "/pods/c1"}, HOST, ABLE, "CgroupsPath", "", "pods.slice:cri:c1"),
+    *(
+        ({"cgroups_path": path}, HOST, ABLE, "CgroupsPath", "", "SLICE:cri:c1, as pods.slice:cri:c1")
+        for path in (
+            "/pods/c1",
+            "pods.slice:cri:other",
+            "pods.slice:other:c1",
+            "pods.slice:c1",
+            "pods.slice:cri:c1:",
+            ":cri:c1",
+            "pods:cri:c1",
+            "/pods.slice:cri:c1",
+            "a--b.slice:cri:c1",
+            "-.slice:cri:c1",
+        )
+    ),
 ]
 
 
@@ -125,6 +139,35 @@ def test_what_cannot_be_had_is_refused_by_plugin_and_field(
     what = f"{field} '{key}'" if key else field
     assert str(caught.value).startswith(f"NRI plugin tuner adjusts {what} of container c1: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "fits"),
+    [
+        ("/other/pods/c1", True),
+        ("/pods/c1/c1", True),
+        ("/other/c2", False),
+        ("/c1", False),
+        ("c1", False),
+        ("other/c1", False),
+        ("/other/../c1", False),
+        ("/other//c1", False),
+        ("/other/c1/", False),
+        ("/other\0/c1", False),
+        ("/other\n/c1", False),
+        ("/./c1", False),
+        ("//other/c1", False),
+        ("pods.slice:cri:c1", False),
+    ],
+)
+def test_a_cgroup_may_have_another_parent_but_no_other_name(path: str, fits: bool) -> None:
+    spec = {**SPEC, "linux": {**SPEC["linux"], "cgroupsPath": "/pods/c1"}}
+    adjustment = SpecAdjustment(container_id="c1", cgroups_path=path, owners={("CgroupsPath", ""): "tuner"})
+    if fits:
+        assert adjust(spec, adjustment, HOST, ABLE)["linux"]["cgroupsPath"] == path
+    else:
+        with pytest.raises(FailedPreconditionError, match=r"tuner .* of the form /PARENT/c1, as /pods/c1 is"):
+            adjust(spec, adjustment, HOST, ABLE)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +185,7 @@ def test_what_cannot_be_had_is_refused_by_plugin_and_field(
         ({"net_devices": {"e": None}}, HOST, RuntimeFacts()),
         ({"rdt_removed": True}, dataclasses.replace(HOST, resctrl=False), RuntimeFacts()),
         ({"seccomp": NOTIFY}, HOST, RuntimeFacts()),
-        ({"cgroups_path": "pods.slice:cri:other"}, HOST, ABLE),
+        ({"cgroups_path": "other-pods.slice:cri:c1"}, HOST, ABLE),
         (limits(memory={"disableOOMKiller": False}), HOST, ABLE),
         (limits(memory={"swappiness": 0, "disableOOMKiller": True, "kernelTCP": 1}), V1, ABLE),
         (limits(cpu={"realtimeRuntime": 1, "realtimePeriod": 1}), V1, ABLE),

@@ -107,7 +107,7 @@ NEW = {"path": "/dev/n", "type": "b", "major": 8, "minor": 0}
             "process.rlimits",
             [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}, {"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}],
         ),
-        ({"cgroups_path": "/pods/other"}, "linux.cgroupsPath", "/pods/other"),
+        ({"cgroups_path": "/other/c1"}, "linux.cgroupsPath", "/other/c1"),
         ({"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}, "linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW"}),
         ({"memory_policy": {"mode": "MPOL_BIND", "nodes": "0"}}, "linux.memoryPolicy.nodes", "0"),
         (

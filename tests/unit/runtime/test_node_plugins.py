@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -68,7 +69,7 @@ async def test_what_an_earlier_daemon_has_left_is_known_and_ends_are_seen() -> N
     brought_to(records, container("ended", ready, ContainerState.EXITED))
     brought_to(records, container("making", ready, ContainerState.CREATING))
     plugins, background = NodePlugins(), Mock()
-    plugins.begin(records, background)
+    plugins.begin(records, background, lambda _: asyncio.Lock())
     assert plugins.known == {
         "ready": Known.MADE,
         "gone": Known.STOPPED,
@@ -79,3 +80,23 @@ async def test_what_an_earlier_daemon_has_left_is_known_and_ends_are_seen() -> N
     background.assert_called_once()
     await background.call_args.args[0]
     assert plugins.known["runs"] is Known.STOPPED
+
+
+async def test_a_container_that_ends_while_it_is_started_is_stopped_for_plugins_after_its_start() -> None:
+    records, lock = RecordStore(FakeStore()), asyncio.Lock()
+    pod = sandbox("p", SandboxState.READY)
+    running = container("c", pod, ContainerState.RUNNING)
+    brought_to(records, pod)
+    brought_to(records, running)
+    plugins, background = NodePlugins(), Mock()
+    plugins.begin(records, background, lambda _: lock)
+    plugins.events = events(idle=False)
+    async with lock:  # as StartContainer
+        await records.observe(running.ended(1, "Error"))
+        ended = asyncio.create_task(background.call_args.args[0])
+        await plugins.container_started(running)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        plugins.events.container_stopped.assert_not_awaited()
+    await ended
+    plugins.events.container_stopped.assert_awaited_once()

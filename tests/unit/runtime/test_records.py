@@ -300,6 +300,7 @@ def test_a_record_is_brought_forward_step_by_step(monkeypatch: pytest.MonkeyPatc
     def double(fields: migrations.Fields) -> migrations.Fields:
         return {**fields, "exit_code": fields["exit_code"] * 2}
 
+    monkeypatch.setattr(migrations, "CONTAINER", ())
     first = stored(SAMPLES["ended"], exit_code=10)
     monkeypatch.setattr(migrations, "CONTAINER", (more,))
     second = stored(SAMPLES["ended"], exit_code=10)

@@ -1,0 +1,209 @@
+"""What one plugin of NRI costs: the same pods without a plugin, and with one that is told of every event, in turn.
+
+    python bench/nri.py [--rounds N] [--plugin PROGRAM]
+
+The plugin is a small process of this file, which answers each call at once and with nothing. PROGRAM is another one,
+such as the NRI project's template; it gets the socket in NRI_PLUGIN_SOCKET, as a plugin that the daemon starts.
+README.md in this directory says what each row means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from node import Criserver, build_images, scratch
+
+ROWS = ("RunPodSandbox", "CreateContainer", "StartContainer", "all three", "StopContainer to RemovePodSandbox")
+CPU = "CPU of the daemon, all calls"
+WITHOUT, WITH = "without", "with"
+# Seconds between two pods: what the daemon still does in the background is not to fall into the other's time.
+REST = 0.1
+
+_MUX, _TTRPC = struct.Struct(">II"), struct.Struct(">IIBB")
+_PLUGIN, _RUNTIME = 1, 2
+_REQUEST, _RESPONSE = 1, 2
+_EMPTY = b"\n\0"  # a Response with a Status of OK
+
+
+def answer_all(path: str) -> None:
+    """A plugin without any work of its own. It prints a line once it is told of everything."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as frames:
+        connection.connect(path)
+        call = _field(1, b"nri.pkg.api.v1alpha1.Runtime") + _field(2, b"RegisterPlugin")
+        call += _field(3, _field(1, b"bench") + _field(2, b"10"))
+        _send(connection, _RUNTIME, _TTRPC.pack(len(call), 1, _REQUEST, 0) + call)
+        partial = b""
+        while head := frames.read(_MUX.size):
+            channel, size = _MUX.unpack(head)
+            data = frames.read(size)
+            if channel != _PLUGIN:
+                continue
+            partial += data
+            while len(partial) >= _TTRPC.size:
+                size, stream, _, _ = _TTRPC.unpack(partial[: _TTRPC.size])
+                if len(partial) < _TTRPC.size + size:
+                    break
+                request, partial = partial[_TTRPC.size : _TTRPC.size + size], partial[_TTRPC.size + size :]
+                _send(connection, _PLUGIN, _TTRPC.pack(len(_EMPTY), stream, _RESPONSE, 0) + _EMPTY)
+                if b"Synchronize" in request[:64]:
+                    print("synchronized", flush=True)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes((number << 3 | 2, len(content))) + content
+
+
+def _send(connection: socket.socket, channel: int, data: bytes) -> None:
+    connection.sendall(_MUX.pack(channel, len(data)) + data)
+
+
+class NriNode(Criserver):
+    """A daemon with an NRI socket of its own, and no plugins of the node."""
+
+    def configuration(self) -> str:
+        self.nri_socket = f"{self.base}/nri.sock"
+        nri = f'[nri]\nsocket_path = "{self.nri_socket}"\nplugin_path = "{self.base}/plugins"\n'
+        return super().configuration() + nri
+
+    def connected(self) -> int:
+        """How many plugins have been told of everything so far."""
+        return self.log().count('"NRI plugin connected"')
+
+    def gone(self) -> int:
+        """How many connections of plugins have ended so far."""
+        return self.log().count('"NRI plugin gone"')
+
+
+def plug(node: NriNode, program: str | None) -> Callable[[], None]:
+    """Connect a plugin, and return what disconnects it."""
+    connected, gone = node.connected(), node.gone()
+    command = [program, "-idx", "10", "-name", "bench"] if program else [sys.executable, __file__, "--answer-all"]
+    with socket.socket(socket.AF_UNIX) as connection:
+        environment = dict(os.environ)
+        if program:
+            connection.connect(node.nri_socket)
+            environment["NRI_PLUGIN_SOCKET"] = str(connection.fileno())
+            environment |= {"NRI_PLUGIN_NAME": "bench", "NRI_PLUGIN_IDX": "10"}
+        else:
+            command.append(node.nri_socket)
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, env=environment, pass_fds=(connection.fileno(),), stdin=null, stdout=null, stderr=null
+        )
+    _until(lambda: node.connected() > connected, "a plugin cannot connect")
+
+    def unplug() -> None:
+        process.kill()
+        process.wait()
+        _until(lambda: node.gone() > gone, "a plugin does not go")
+
+    return unplug
+
+
+def _until(holds: Callable[[], bool], failure: str) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        if time.monotonic() > deadline:
+            raise RuntimeError(failure)
+        time.sleep(0.01)
+
+
+def cpu(pid: int) -> float:
+    """Milliseconds that a process's threads have run (/proc/PID/task/TID/schedstat)."""
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/schedstat") as f:
+            total += int(f.read().split()[0])
+    return total / 1e6
+
+
+def life(node: NriNode, name: str) -> dict[str, float]:
+    """One pod with a container, from beginning to end: milliseconds by row."""
+    client, config = node.client, node.pod(name)
+    took: dict[str, float] = {}
+    used = cpu(node.process.pid)
+
+    def timed(row: str, call: Any, **fields: Any) -> Any:
+        began = time.monotonic()
+        answer = call(**fields)
+        took[row] = took.get(row, 0) + (time.monotonic() - began) * 1000
+        return answer
+
+    run, create, start, every, end = ROWS
+    pod = timed(run, client.RunPodSandbox, config=config).pod_sandbox_id
+    container = timed(
+        create, client.CreateContainer, pod_sandbox_id=pod, config=node.container("main"), sandbox_config=config
+    ).container_id
+    timed(start, client.StartContainer, container_id=container)
+    took[every] = took[run] + took[create] + took[start]
+    timed(end, client.StopContainer, container_id=container, timeout=0)
+    timed(end, client.RemoveContainer, container_id=container)
+    timed(end, client.StopPodSandbox, pod_sandbox_id=pod)
+    timed(end, client.RemovePodSandbox, pod_sandbox_id=pod)
+    time.sleep(REST)
+    took[CPU] = cpu(node.process.pid) - used
+    return took
+
+
+def measure(rounds: int, program: str | None) -> dict[str, dict[str, list[float]]]:
+    """Samples by row, and in a row by whether there was a plugin; the first round is not counted."""
+    samples: dict[str, dict[str, list[float]]] = {row: {WITHOUT: [], WITH: []} for row in (*ROWS, CPU)}
+    with scratch() as base:
+        archives = build_images(base)
+        with NriNode(base, 1) as node:
+            for archive in archives:
+                node.load(archive)
+            node.await_images()
+            for number in range(rounds + 1):
+                for who in (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT):
+                    unplug = plug(node, program) if who is WITH else lambda: None
+                    time.sleep(REST)
+                    for row, value in life(node, f"pod{number}{who}").items():
+                        if number:
+                            samples[row][who].append(value)
+                    unplug()
+    return samples
+
+
+def table(samples: dict[str, dict[str, list[float]]]) -> str:
+    """Medians and quartiles in milliseconds, and the medians' difference."""
+    lines = [f"{'median (quartiles), ms':40}{WITHOUT:>26}{WITH:>26}{'difference':>12}"]
+    for row, found in samples.items():
+        line = f"{row:40}"
+        for values in found.values():
+            low, middle, high = statistics.quantiles(values, n=4)
+            line += f"{f'{middle:.1f} ({low:.1f}-{high:.1f})':>26}"
+        lines.append(f"{line}{statistics.median(found[WITH]) - statistics.median(found[WITHOUT]):>+12.1f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--answer-all"]:
+        answer_all(sys.argv[2])
+        return
+    parser = argparse.ArgumentParser(description="Measure what one plugin of NRI costs.")
+    parser.add_argument("--rounds", type=int, default=40, metavar="N", help="pods without a plugin, and with one (40)")
+    parser.add_argument("--plugin", metavar="PROGRAM", help="another plugin")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds needs at least 2")
+    print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
+    try:
+        print(table(measure(options.rounds, options.plugin)))
+    except RuntimeError as e:
+        sys.exit(f"nri.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
