@@ -28,6 +28,7 @@ _RELOADED: tuple[Key, ...] = (
     ("runtime", "ignore_image_defined_volumes"),
     ("runtime", "shm_size"),
     ("runtimes",),
+    ("tracing", "sampling_rate_per_million"),
 )
 
 

@@ -26,7 +26,7 @@ from criserver.runtime.container_shim import GREETING_TIMEOUT, ContainerShim
 from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.start_under_way import StartUnderWay
-from criserver.telemetry import families
+from criserver.telemetry import operations
 
 if TYPE_CHECKING:
     from shims.messages import ForkConfig, RunningGreeting, ShimMessage, SignalRequest, StartedEvent
@@ -187,8 +187,9 @@ class ContainerProcess:
             "oom_files": cgroups.oom_files(self.cgroup),
             "pod_events": cgroups.pod_events(self._cgroup_parent),
         }
-        with families.RUNTIME_DURATION.timed(self.runtime.handler, "run", failures=families.RUNTIME_FAILURES):
-            await self.shim.fork(config, on_event, on_close)
+        with operations.RUNTIME.timed(self.runtime.handler, "run"):
+            with operations.SHIM.timed():
+                await self.shim.fork(config, on_event, on_close)
             if not await start.wait(START_TIMEOUT):
                 await self.end_start()
                 if start.is_cut:
@@ -294,16 +295,17 @@ class ContainerProcess:
 
     async def kill(self) -> None:
         """Send SIGKILL and wait for the end. Raises DeadlineExceededError where even that does not end it."""
-        self._killing = True
-        self.signal(signal.SIGKILL)
-        deadline = time.monotonic() + KILL_TIMEOUT
-        while not await self.wait(_SHIM_PATIENCE):
-            if time.monotonic() > deadline:
-                pid = self.started.pid if self.started else "unknown"
-                raise DeadlineExceededError(
-                    f"container {self.id} (PID {pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
-                )
-            await self._replace_stuck_shim()
+        with operations.KILL.timed():
+            self._killing = True
+            self.signal(signal.SIGKILL)
+            deadline = time.monotonic() + KILL_TIMEOUT
+            while not await self.wait(_SHIM_PATIENCE):
+                if time.monotonic() > deadline:
+                    pid = self.started.pid if self.started else "unknown"
+                    raise DeadlineExceededError(
+                        f"container {self.id} (PID {pid}) has not ended {KILL_TIMEOUT:g} s after SIGKILL"
+                    )
+                await self._replace_stuck_shim()
 
     async def _replace_stuck_shim(self) -> None:
         """Take the exit code from the kernel where the process has ended and its shim does not tell; end the shim."""
@@ -388,12 +390,13 @@ class ContainerProcess:
 
         A failure is logged; :meth:`destroy` does the same and raises it.
         """
-        if self.shim.connected and self._cleaning is None and not await self._shim_cleans_up():
-            log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
-            self.shim.abandon()
-            self._clean_up()
-        if self._cleaning is not None:
-            await asyncio.wait([self._cleaning])
+        with operations.CLEAN_UP.timed():
+            if self.shim.connected and self._cleaning is None and not await self._shim_cleans_up():
+                log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
+                self.shim.abandon()
+                self._clean_up()
+            if self._cleaning is not None:
+                await asyncio.wait([self._cleaning])
 
     async def _shim_cleans_up(self) -> bool:
         """Whether the shim has cleaned up in time."""

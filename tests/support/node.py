@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,8 +66,9 @@ class Client:
 
     @staticmethod
     def _caller(call: Any, request: Any) -> Any:
-        def rpc(deadline: float = 60 * SLOWNESS, **fields: Any) -> Any:
-            return call(request(**fields), timeout=deadline, wait_for_ready=True)
+        def rpc(deadline: float = 60 * SLOWNESS, headers: Mapping[str, str] | None = None, **fields: Any) -> Any:
+            metadata = tuple((headers or {}).items())
+            return call(request(**fields), timeout=deadline, wait_for_ready=True, metadata=metadata)
 
         return rpc
 
@@ -278,6 +279,7 @@ class Node:
 
     def create(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A created container's ID."""
+        headers = fields.pop("headers", None)
         config = cri.ContainerConfig(
             metadata=cri.ContainerMetadata(name=name, attempt=fields.pop("attempt", 0)),
             image=cri.ImageSpec(image=fields.pop("image", "localhost/busybox:latest")),
@@ -286,7 +288,9 @@ class Node:
             **fields,
         )
         described = self.described.get(pod)
-        return self.client.CreateContainer(pod_sandbox_id=pod, config=config, sandbox_config=described).container_id
+        return self.client.CreateContainer(
+            pod_sandbox_id=pod, config=config, sandbox_config=described, headers=headers
+        ).container_id
 
     def run(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A started container's ID."""
