@@ -24,7 +24,7 @@ class Collector:
         self.asked = threading.Event()
         self._spans: list[Any] = []
         self.resources: list[dict[str, str]] = []
-        export = grpc.unary_unary_rpc_method_handler(
+        export: Any = grpc.unary_unary_rpc_method_handler(
             self._export, ExportTraceServiceRequest.FromString, lambda message: message.SerializeToString()
         )
         self._server = grpc.server(ThreadPoolExecutor(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from criserver.telemetry.spans import Trace, within
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(spans, "_kept", spans.deque())
+    monkeypatch.setattr(spans, "_kept", deque())
     yield
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from criserver.cli.trace import timelines
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 
 
-def part(name: str, began: float, seconds: float, parent: int = -1, **more: object) -> admin.TracedPart:
+def part(name: str, began: float, seconds: float, parent: int = -1, **more: Any) -> admin.TracedPart:
     return admin.TracedPart(name=name, began=began, seconds=seconds, parent=parent, **more)
 
 
-def call(*parts: admin.TracedPart, seconds: float = 0.1, **more: object) -> admin.TracedCall:
-    fields: dict[str, object] = {"rpc": "RunPodSandbox", "code": "OK", "about": {"pod": "shop/web-1"}, **more}
+def call(*parts: admin.TracedPart, seconds: float = 0.1, **more: Any) -> admin.TracedCall:
+    fields: dict[str, Any] = {"rpc": "RunPodSandbox", "code": "OK", "about": {"pod": "shop/web-1"}, **more}
     return admin.TracedCall(seconds=seconds, parts=parts, at=1_700_000_000_123_000_000, **fields)
 
 

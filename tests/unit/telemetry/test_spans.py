@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ OUTER, INNER = Operation("outer"), Operation("inner", "what")
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(spans, "_kept", spans.deque())
+    monkeypatch.setattr(spans, "_kept", deque())
     monkeypatch.setattr(spans, "_kept_bytes", 0)
     yield
     assert not spans._under_way
