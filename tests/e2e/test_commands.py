@@ -229,6 +229,7 @@ def test_a_bundle_has_all_that_a_report_needs_and_no_secret(node: Node, tmp_path
     assert {
         "status.json",
         "disk.json",
+        "trace.json",
         f"pods/{pod}.json",
         f"containers/{container}.json",
         "config/effective.toml",
