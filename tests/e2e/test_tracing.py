@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from criserver.cli.client import ADMIN, as_json, method
+from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.telemetry import otel_libraries
 from tests.support.fixtures import import_image
@@ -66,9 +68,10 @@ def traced(node: Node, *arguments: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def calls(node: Node, *arguments: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(traced(node, *arguments, "--json"))
-    return found
+def calls(node: Node, subject: str = "") -> list[dict[str, Any]]:
+    """As ``criserver trace --json`` prints them."""
+    answer = method(node.client.channel, ADMIN, "Trace")(admin.TraceRequest(subject=subject))
+    return [as_json(call) for call in answer.calls]
 
 
 def names(call: dict[str, Any]) -> list[str]:
@@ -188,6 +191,7 @@ def test_the_timeline_of_a_pod_on_the_terminal(node: Node) -> None:
     # A container alone, and a name. A pod that was never there.
     assert {call["rpc"] for call in calls(node, container)} == {"CreateContainer", "StartContainer", "StopContainer"}
     assert len(calls(node, "e2e/web")) >= 6
+    assert json.loads(traced(node, pod, "--json")) == calls(node, pod)
     assert "StartContainer" in traced(node)
     assert "no call for e2e/none is kept" in traced(node, "e2e/none", code=1)
 
@@ -261,17 +265,16 @@ def test_a_collector_that_hangs_or_is_gone_delays_nothing(node: Node, collector:
 
 
 def test_tracing_without_its_libraries_is_an_error_that_says_what_to_install(node: Node) -> None:
-    # As in an environment without the extra: the package's directory cannot be imported.
+    # As in an environment without the extra: the package cannot be imported.
     code = (
         "import sys; sys.modules['opentelemetry'] = None; from criserver.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    for command in (["serve"], ["check"]):
-        config = f"{node.base}/other.toml"
-        with open(config, "w") as f:
-            f.write(f'root = "{node.base}/r"\nstate = "{node.base}/s"\n[grpc]\naddress = "{node.base}/other.sock"\n')
-            f.write('[tracing]\nendpoint = "127.0.0.1:4317"\n')
-        words = [sys.executable, "-c", code, "--config", config, *command]
-        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=120 * SLOWNESS)
-        assert done.returncode == 1, done
-        assert "pip install 'criserver[tracing]'" in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    config = f"{node.base}/other.toml"
+    with open(config, "w") as f:
+        f.write(f'root = "{node.base}/r"\nstate = "{node.base}/s"\n[grpc]\naddress = "{node.base}/other.sock"\n')
+        f.write('[tracing]\nendpoint = "127.0.0.1:4317"\n')
+    words = [sys.executable, "-c", code, "--config", config, "serve"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=120 * SLOWNESS)
+    assert done.returncode == 1, done
+    assert "pip install 'criserver[tracing]'" in done.stderr
+    assert "Traceback" not in done.stderr
