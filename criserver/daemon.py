@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -21,7 +22,7 @@ from criserver.api import admin_service, containerd_service, image_service, runt
 from criserver.api.call_subject import prepare
 from criserver.api.grpc_server import ended, generic_handler, listen
 from criserver.config import Config, Settings, config_of
-from criserver.errors import CriError, told_in_words
+from criserver.errors import CriError, FailedPreconditionError, told_in_words
 from criserver.images import ContentStore, Images, RegistrySettings, host_platform
 from criserver.network import Network
 from criserver.own_directories import DATABASE, ROOT, STATE, hold
@@ -41,10 +42,13 @@ from criserver.runtime.service_manager import notify, report, report_interval
 from criserver.stats import CgroupReaders, DiskMeter, NetworkCounters, Statistics
 from criserver.store import Store
 from criserver.streaming import ServerCertificate, StreamingServer
-from criserver.telemetry import families
+from criserver.telemetry import families, otel_libraries
 from criserver.upkeep import Task
 from snapshotter import LayerLimits, Snapshotter, allocator
 from snapshotter.threads import Threads
+
+if TYPE_CHECKING:
+    from criserver.telemetry.trace_export import TraceExport
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +60,8 @@ SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
 # The threads that make calls that block. A disk that stands still holds one for each call that needs it.
 _THREADS = 32
+# Seconds that sending the last traces may take.
+TRACING_GRACE = 2.0
 _NO_START = "the daemon cannot start"
 
 
@@ -79,7 +85,7 @@ async def serve(settings: Settings, path: str) -> None:
     upkeep.hear_the_rest()
     locks = [hold(config.root, ROOT, config.grpc_address), hold(config.state, STATE, config.grpc_address)]
     host.raise_open_files()
-    metrics = _metrics(config)
+    metrics, tracing = _metrics(config), _tracing(config)
     with told_in_words(_NO_START):
         store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
@@ -115,7 +121,7 @@ async def serve(settings: Settings, path: str) -> None:
         notify("READY=1")
         node.background(_finish_recovery(node), "the end of recovery failed")
         try:
-            reloads = Task("the reload", partial(reload_at, hangup, Reloads(node, settings, path)))
+            reloads = Task("the reload", partial(reload_at, hangup, Reloads(node, settings, path, tracing)))
             await upkeep.keep([*_tasks(node, store, server), reloads, *metrics], stop)
         finally:
             log.info("stopping")
@@ -129,6 +135,8 @@ async def serve(settings: Settings, path: str) -> None:
         for process in node.processes.values():
             process.shim.abandon()
         await node.nursery.stop()
+        if tracing is not None:
+            await tracing.stop(TRACING_GRACE)
         node.stats.close()
         node.snapshotter.close()
         store.close()
@@ -216,6 +224,21 @@ def _metrics(config: Config) -> list[Task]:
         Task("the endpoint of metrics", endpoint.run),
         Task("the measuring of the event loop's lag", measure_lag),
     ]
+
+
+def _tracing(config: Config) -> TraceExport | None:
+    """Turn tracing on if it is configured. Raises FailedPreconditionError without the libraries that it needs."""
+    if not config.tracing_endpoint:
+        return None
+    if not otel_libraries.are_installed():
+        raise FailedPreconditionError(
+            f"tracing.endpoint = {config.tracing_endpoint!r} needs the libraries of OpenTelemetry, which are not "
+            f"installed: {otel_libraries.ADVICE}"
+        )
+    # Imported here: most nodes have no tracing, and save the memory of OpenTelemetry's SDK.
+    from criserver.telemetry.trace_export import TraceExport
+
+    return TraceExport(config.tracing_endpoint, config.tracing_rate)
 
 
 def _status(records: RecordStore) -> str:

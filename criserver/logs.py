@@ -43,9 +43,10 @@ class Call:
         self.began = time.monotonic()
         self.about: dict[str, object] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Call:
         self._token = _call.set(self)
         _under_way[self.number] = self
+        return self
 
     def __exit__(self, *_: object) -> None:
         del _under_way[self.number]

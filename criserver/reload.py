@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,6 +19,9 @@ from criserver.runtime.node import Node
 from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.service_manager import notify
 from snapshotter import LayerLimits
+
+if TYPE_CHECKING:
+    from criserver.telemetry.trace_export import TraceExport
 
 log = structlog.get_logger(__name__)
 
@@ -33,8 +37,9 @@ async def reload_at(hangup: asyncio.Event, reloads: Reloads) -> None:
 class Reloads:
     """The reloads of a daemon. ``settings`` are those that it has begun with, ``path`` is the configuration file."""
 
-    def __init__(self, node: Node, settings: Settings, path: str) -> None:
+    def __init__(self, node: Node, settings: Settings, path: str, tracing: TraceExport | None = None) -> None:
         self._node = node
+        self._tracing = tracing
         self._settings = settings
         self._path = path
 
@@ -67,6 +72,8 @@ class Reloads:
         node.network.configure(bin_dirs=config.cni_bin_dirs, timeout=config.cni_timeout)
         node.snapshotter.limits = LayerLimits(**asdict(config.images))
         logs.set_level(config.log_level)
+        if self._tracing is not None:
+            self._tracing.configure(config.tracing_rate)
         self._settings = settings
         for change in found:
             words = "configuration changed" if change.reloaded else "a configuration change waits for a restart"

@@ -1,9 +1,9 @@
 """Builds the Debian package: ``make deb``.
 
 The package contains its libraries, so a node without a network can install it. They are the wheels of
-requirements.lock, checked by their hashes and unpacked below /usr/lib/criserver. The package is made for one version of
-Python, which need not be the one that runs this program. Two runs with the same sources, lock and options give the same
-bytes.
+requirements-tracing.lock, checked by their hashes and unpacked below /usr/lib/criserver. The package is made for one
+version of Python, which need not be the one that runs this program. Two runs with the same sources, lock and options
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
+from itertools import accumulate
 from pathlib import Path
 
 import pages
@@ -139,7 +140,7 @@ def libraries(options: Options, target: Path) -> None:
         *("install", "--require-hashes", "--no-deps", "--no-compile", "--only-binary=:all:", "--target", str(target)),
         *("--implementation", "cp", "--python-version", options.python),
         *(f"--platform={platform}" for platform in platforms),
-        *("--requirement", str(SOURCE / "requirements.lock")),
+        *("--requirement", str(SOURCE / "requirements-tracing.lock")),
     )
 
 
@@ -261,12 +262,16 @@ def copyright_text(private: Path) -> str:
     copyright-parts.in has the others.
     """
     paragraphs = [(HERE / "copyright.in").read_text().rstrip()]
-    for found in sorted(private.glob("*.dist-info")):
+    records = {
+        found: [line.partition(",")[0] for line in (found / "RECORD").read_text().splitlines()]
+        for found in sorted(private.glob("*.dist-info"))
+    }
+    for found, record in records.items():
         meta = email.parser.Parser().parsestr((found / "METADATA").read_text(), headersonly=True)
         if meta["Name"] == "criserver":
             continue
-        record = (line.partition(",")[0] for line in (found / "RECORD").read_text().splitlines())
-        tops = sorted({name.partition("/")[0] for name in record} - {"..", "bin"})
+        others = {name for other, names in records.items() if other != found for name in names}
+        tops = own_paths(record, others)
         texts = sorted(p for p in found.rglob("*") if p.is_file() and re.match(r"(?i)licen|copying", p.name))
         paragraphs.append(
             "Files: "
@@ -290,6 +295,19 @@ def _crates(wheel: Path) -> str:
     return (
         "Comment: It is made of these crates, for which the word MIT is Expat:" + "".join(lines) + "\n" if lines else ""
     )
+
+
+def own_paths(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest paths that have all files ``names`` of a library below them, and no files of the others.
+
+    Several libraries have files in one directory, such as google and opentelemetry.
+    """
+    foreign = {prefix for name in others for prefix in accumulate(name.split("/"), "{}/{}".format)}
+    found = set()
+    for name in names:
+        if not name.startswith(("../", "bin/")):
+            found.add(next((p for p in accumulate(name.split("/"), "{}/{}".format) if p not in foreign), name))
+    return sorted(found)
 
 
 def _license(meta: email.message.Message) -> str:

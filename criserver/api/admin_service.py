@@ -11,6 +11,7 @@ import aiofiles.tempfile
 
 from criserver.api.inspection import inspect
 from criserver.api.node_status import disk_use, image_message, node_status
+from criserver.api.traced_calls import traced_calls
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.images import Credentials, Damage, Images, LayerProgress, LeftOut, Stage
 from criserver.pb.criserver.v1 import admin_pb2 as admin
@@ -141,6 +142,9 @@ class AdminService:
 
     async def disk_use(self, request: admin.DiskUseRequest) -> admin.DiskUseResponse:
         return await disk_use(self._node)
+
+    async def trace(self, request: admin.TraceRequest) -> admin.TraceResponse:
+        return traced_calls(request.subject)
 
     def _damage(self, damage: Damage) -> admin.Damage:
         if not damage.images:

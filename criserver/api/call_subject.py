@@ -13,6 +13,7 @@ from criserver.errors import CriError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.node import Node
 from criserver.runtime.parse import pod_config
+from criserver.telemetry import operations
 
 
 async def prepare(node: Node, request: Any) -> None:
@@ -22,7 +23,8 @@ async def prepare(node: Node, request: Any) -> None:
     except CriError:
         return  # the RPC raises it too, with its own words
     if sandbox_id in node.recovering:
-        await node.recovered(sandbox_id)
+        with operations.RECOVERY.timed():
+            await node.recovered(sandbox_id)
 
 
 def _name(node: Node, request: Any) -> str:
@@ -32,11 +34,19 @@ def _name(node: Node, request: Any) -> str:
         logs.about(pod=f"{metadata.namespace}/{metadata.name}")
         # The RPC reads the request too. It is read here only during recovery.
         return node.records.holder(pod_config(request.config).full_name) if node.recovering else ""
+    if isinstance(request, cri.PullImageRequest):
+        # A kubelet names the pod for which it pulls.
+        metadata = request.sandbox_config.metadata
+        if metadata.name:
+            logs.about(pod=f"{metadata.namespace}/{metadata.name}")
+        logs.about(reference=request.image.image)
+        return ""
     if sandbox_id := getattr(request, "pod_sandbox_id", ""):
         sandbox = node.records.sandbox(sandbox_id)
         logs.about(**sandbox.named)
         if isinstance(request, cri.CreateContainerRequest):
-            logs.about(name=request.config.metadata.name)
+            image = request.config.image
+            logs.about(name=request.config.metadata.name, reference=image.user_specified_image or image.image)
         return sandbox.id
     if container_id := getattr(request, "container_id", ""):
         container = node.records.container(container_id)

@@ -20,13 +20,17 @@ from criserver import logs
 from criserver.api import bounds
 from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, os_words
 from criserver.runtime.attempts import deadline
-from criserver.telemetry import families
+from criserver.telemetry import families, spans
+from criserver.telemetry.spans import Trace
 from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
 # Bytes of the largest message where the configuration has no say, as the kubelet has it.
 MAX_MESSAGE = 16 << 20
+
+# Metadata by which a call joins its caller's trace (W3C Trace Context).
+_TRACE_HEADERS = ("traceparent", "tracestate")
 
 # Codes of errors that are no fault of the node.
 _ROUTINE = ("ALREADY_EXISTS", "CANCELLED", "NOT_FOUND", "UNIMPLEMENTED")
@@ -82,26 +86,33 @@ def _serialize(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-class _Counted:
-    """One RPC in the metrics, from its begin to its end. ``code`` is the code that it ends with."""
+class _Observed:
+    """One RPC in the metrics and in the traces, from its begin to its end.
 
-    __slots__ = ("_began", "_labels", "_timed", "code")
+    ``code`` and ``error`` are those that it ends with. ``trace`` is None for an RPC that is not traced.
+    """
 
-    def __init__(self, labels: tuple[str, str], *, timed: bool) -> None:
+    __slots__ = ("_began", "_labels", "_timed", "code", "error", "trace")
+
+    def __init__(self, labels: tuple[str, str], trace: Trace | None, *, timed: bool) -> None:
         self._labels = labels
         self._timed = timed
+        self.trace = trace
         self.code = grpc.StatusCode.OK
+        self.error = ""
 
-    def __enter__(self) -> _Counted:
+    def __enter__(self) -> _Observed:
         families.RPCS_IN_FLIGHT.add(1, *self._labels)
         self._began = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not families.RPCS.is_on:
-            return
         if kind is not None and self.code is grpc.StatusCode.OK:
             self.code = grpc.StatusCode.CANCELLED  # the caller has gone: no error of the RPC passes here
+        if self.trace is not None:
+            self.trace.answered(self.code.name, self.error)
+        if not families.RPCS.is_on:
+            return
         families.RPCS_IN_FLIGHT.add(-1, *self._labels)
         families.RPCS.add(1, *self._labels, self.code.name)
         if self._timed:
@@ -116,35 +127,55 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
-        with logs.Call(labels[1]), _Counted(labels, timed=True) as counted:
+        with logs.Call(labels[1]) as this, _Observed(labels, _trace(method, this, context), timed=True) as observed:
             try:
-                if isinstance(request, Message):  # not for a stream of requests
-                    bounds.check(request)
-                    await before(request)
-                answer = await implementation(request)
+                with spans.within(observed.trace):
+                    if isinstance(request, Message):  # not for a stream of requests
+                        bounds.check(request)
+                        await before(request)
+                    answer = await implementation(request)
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-                counted.code, text = _status(labels[1], e)
-                await context.abort(counted.code, text)
+                observed.code, observed.error = _status(labels[1], e)
+                await context.abort(observed.code, observed.error)
             log.debug("call done", seconds=logs.elapsed())
             return answer
 
     return call
 
 
+def _trace(
+    method: MethodDescriptor, call: logs.Call | None, context: grpc.aio.ServicerContext[Any, Any]
+) -> Trace | None:
+    """The trace of a call, if its RPC is traced. A stream of answers has no logs.Call."""
+    if not spans.is_wanted(method.name):
+        return None
+    metadata = {}
+    if spans.is_exporting():
+        pairs = context.invocation_metadata() or ()
+        metadata = {key: value for key, value in pairs if key in _TRACE_HEADERS and isinstance(value, str)}
+    return Trace(
+        method.containing_service.full_name,
+        method.name,
+        call.number if call else 0,
+        call.about if call else {},
+        metadata,
+    )
+
+
 def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> Any:
     labels = method.containing_service.name, method.name
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        # No block of logs.Call: the generator may be closed in another context.
-        with _Counted(labels, timed=False) as counted:
+        # No block of logs.Call or of spans: the generator may be closed in another context.
+        with _Observed(labels, _trace(method, None, context), timed=False) as observed:
             try:
                 bounds.check(request)
                 await before(request)
                 async for response in implementation(request):
                     yield response
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
-                counted.code, text = _status(labels[1], e)
-                await context.abort(counted.code, text)
+                observed.code, observed.error = _status(labels[1], e)
+                await context.abort(observed.code, observed.error)
 
     return call
 

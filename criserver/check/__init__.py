@@ -10,7 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from criserver.check import cgroup_driver, cni, directories, kernel, permissions, programs, registries, service, trial
+from criserver.check import (
+    cgroup_driver,
+    cni,
+    directories,
+    kernel,
+    permissions,
+    programs,
+    registries,
+    service,
+    tracing,
+    trial,
+)
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, Level, missing
 from criserver.config import Config
@@ -28,6 +39,7 @@ _CHECKS: Sequence[tuple[str, Callable[[ExaminedNode, Config], Iterable[Finding]]
     ("directories", directories.check),
     ("registries", registries.check),
     ("service", service.check),
+    ("tracing", tracing.check),
 )
 
 

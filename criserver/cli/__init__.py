@@ -148,6 +148,19 @@ def _add_node(commands: Any) -> None:
     logs.add_argument("-n", "--tail", metavar="LINES", type=_count, help="only the last lines")
     logs.add_argument("-t", "--timestamps", action="store_true", help="put the time before each line")
 
+    trace = add("trace", "trace.trace", "show what took the time of the last calls, part by part")
+    trace.add_argument(
+        "subject", metavar="ID", nargs="?", help="a pod's or container's ID, its first characters, or NAMESPACE/POD"
+    )
+    trace.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
+
+    top = add("top", "top.top", "show the pods that use the most CPU, drawn again and again until Ctrl-C")
+    top.add_argument("-c", "--containers", action="store_true", help="show containers")
+    top.add_argument("--sort", choices=("cpu", "memory", "name"), default="cpu", help="the order (cpu)")
+    top.add_argument("--interval", metavar="SECONDS", type=_interval, default=2.0, help="between two measurements (2)")
+    top.add_argument("--once", action="store_true", help="print one table, after one interval")
+    top.add_argument("--json", action="store_true", help="print once, as JSON: millicores and bytes")
+
     du = add("du", "node_commands.du", "show what uses the disk, by image and container")
     du.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
@@ -174,6 +187,13 @@ def _count(text: str) -> int:
     if number < 0:
         raise ValueError
     return number
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError
+    return seconds
 
 
 def _add_image(parser: argparse.ArgumentParser) -> None:

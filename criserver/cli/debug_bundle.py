@@ -120,6 +120,8 @@ def _ask(made: _Bundle, address: str) -> None:
             made.add_document("status.json", status_document(channel, address, stacks=True))
         with made.part("disk use"):
             made.add_document("disk.json", as_json(method(channel, ADMIN, "DiskUse")(admin.DiskUseRequest())))
+        with made.part("traces"):
+            made.add_document("trace.json", as_json(method(channel, ADMIN, "Trace")(admin.TraceRequest())))
         pods, containers = listed(channel)
         for kind, found in (("pods", pods), ("containers", containers)):
             for item in found:

@@ -30,6 +30,7 @@ _RELOADED: tuple[Key, ...] = (
     ("runtime", "max_container_log_line_size"),
     ("runtime", "shm_size"),
     ("runtimes",),
+    ("tracing", "sampling_rate_per_million"),
 )
 
 

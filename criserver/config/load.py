@@ -87,6 +87,8 @@ class Config:
     log_level: str
     log_format: str
     metrics_address: str
+    tracing_endpoint: str
+    tracing_rate: int
     cni_bin_dirs: tuple[str, ...]
     cni_conf_dir: str
     cni_timeout: float
@@ -139,6 +141,8 @@ def config_of(settings: Settings) -> Config:
         log_level=tables["log"]["level"],
         log_format=tables["log"]["format"],
         metrics_address=_metrics_address(settings),
+        tracing_endpoint=tables["tracing"]["endpoint"],
+        tracing_rate=tables["tracing"]["sampling_rate_per_million"],
         cni_bin_dirs=tuple(cni["bin_dirs"]),
         cni_conf_dir=cni["conf_dir"],
         cni_timeout=float(cni["timeout"]),

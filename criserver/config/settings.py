@@ -186,6 +186,8 @@ def _explain(schema: dict[str, Any], error: Any) -> str:
             return f"{where} = {error.instance!r}; it must be an absolute path, or empty"
         case "pattern" if where == "metrics.address":
             return f"{where} = {error.instance!r}; it must be HOST:PORT, unix:///PATH, or empty"
+        case "pattern" if where == "tracing.endpoint":
+            return f"{where} = {error.instance!r}; it must be HOST:PORT without a scheme, or empty"
         case "pattern" if where == "streaming.address":
             return f"{where} = {error.instance!r}; it must be HOST:PORT, with an IPv6 address in brackets"
         case _:

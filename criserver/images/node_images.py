@@ -40,7 +40,7 @@ from criserver.images.settings import RegistrySettings
 from criserver.images.suspects import Suspects
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store
-from criserver.telemetry import families
+from criserver.telemetry import families, operations
 from snapshotter import Snapshotter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.threads import in_thread
@@ -337,7 +337,7 @@ class Images:
 
     async def _counted_pull(self, reference: Reference, credentials: Credentials | None, lease: Lease) -> Image:
         result = "failed"
-        with families.PULL_DURATION.timed(reference.domain):
+        with operations.PULL.timed(reference.domain):
             try:
                 image, is_new = await self._pull(reference, credentials, lease)
                 result = "pulled" if is_new else "unchanged"
@@ -365,7 +365,8 @@ class Images:
             ) as client:
                 if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
                     return image, False
-                target = await client.resolve()
+                with operations.RESOLVE.timed():
+                    target = await client.resolve()
                 await self._policy.check(reference, target)
                 descriptor = await self._loader.load(client, target, lease)
             names = [str(reference), f"{reference.name}@{target.digest}"]

@@ -44,7 +44,7 @@ from criserver.images.manifests import (
 )
 from criserver.images.platforms import Platform, runs_on
 from criserver.images.suspects import Suspects
-from criserver.telemetry import families
+from criserver.telemetry import families, operations
 from criserver.text import shown
 from snapshotter import (
     Arrival,
@@ -215,14 +215,15 @@ class Loader:
         early.stop()
         is_new = self._snapshotter.layer(chain_id) is None
         try:
-            await self._snapshotter.unpack(
-                self._content.path(layer.digest),
-                compression=packed,
-                diff_id=diff_id,
-                chain_id=chain_id,
-                parent=parent,
-                arrival=early.arrival,
-            )
+            with operations.UNPACK.timed(layer.digest):
+                await self._snapshotter.unpack(
+                    self._content.path(layer.digest),
+                    compression=packed,
+                    diff_id=diff_id,
+                    chain_id=chain_id,
+                    parent=parent,
+                    arrival=early.arrival,
+                )
         except DiffMismatchError as e:
             raise DataLossError(f"{source.name}: layer {layer.digest}: {e}") from e
         except LimitError as e:
@@ -241,7 +242,8 @@ class Loader:
                 if descriptor == EMPTY_LAYER:
                     await self._content.put(EMPTY_TAR)
                 else:
-                    await source.blob(descriptor, self._content, watcher)
+                    with operations.DOWNLOAD.timed(descriptor.digest):
+                        await source.blob(descriptor, self._content, watcher)
         if self._content.size(descriptor.digest) != descriptor.size:
             raise DataLossError(
                 f"{source.name}: the manifest gives blob {descriptor.digest} {descriptor.size} bytes; it has "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from criserver.network.cni_config import CniConfigDirectory, NetworkConfig
 from criserver.network.cni_result import CniResult, decode, excerpt, parse
 from criserver.network.namespace_calls import is_pinned
 from criserver.network.pod_network import PodNetwork
-from criserver.telemetry import families
+from criserver.telemetry import operations
 from snapshotter.tasks import outlive
 
 # Seconds for the plugins' answers to the kubelet's Status call: the kubelet's node status waits for them.
@@ -247,8 +246,7 @@ class Network:
             env["CNI_NETNS"] = attachment.netns
             env["CNI_IFNAME"] = attachment.ifname
             env["CNI_ARGS"] = attachment.args
-        began = time.monotonic()
-        with families.CNI_DURATION.timed(plugin["type"], verb, failures=families.CNI_FAILURES):
+        with operations.CNI.timed(plugin["type"], verb) as timed:
             reply = await cni_plugin.run(
                 path,
                 run_name=run_name,
@@ -263,7 +261,7 @@ class Network:
                 network=config.name,
                 code=reply.returncode,
                 stderr=excerpt(reply.stderr),
-                seconds=round(time.monotonic() - began, 3),
+                seconds=timed.elapsed(),
             )
             if reply.returncode == 0:
                 return reply.stdout

@@ -17,6 +17,7 @@ from criserver.errors import CriError, FailedPreconditionError, UnavailableError
 from criserver.nri.multiplexer import PLUGIN_SERVICE, RUNTIME_SERVICE, Multiplexer
 from criserver.nri.plugin_files import PluginFile, check_name
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
+from criserver.telemetry import operations
 from criserver.text import shown
 from criserver.ttrpc import CallError, TtrpcClient, TtrpcServer
 
@@ -216,7 +217,8 @@ class Plugin:
 
     async def _send(self, method: str, request: Message, response: type[Response], timeout: float) -> Response:
         sys.audit("criserver.plugin_call", method)
-        answer = await self._client.call(_SERVICE.full_name, method, request.SerializeToString(), timeout=timeout)
+        with operations.NRI.timed(self.name, method):
+            answer = await self._client.call(_SERVICE.full_name, method, request.SerializeToString(), timeout=timeout)
         try:
             return response.FromString(answer)
         except DecodeError as e:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import structlog
 
 from criserver.errors import AlreadyExistsError
+from criserver.telemetry import operations, spans
 
 log = structlog.get_logger(__name__)
 
@@ -52,12 +54,14 @@ class Attempts:
         attempt = self._attempts.get(name)
         if attempt is not None and attempt.request != request:
             raise AlreadyExistsError(f"{name} is being made by another request; wait for it or raise the attempt")
+        joined = attempt is not None
         if attempt is None:
-            attempt = _Attempt(request, asyncio.ensure_future(work()))
+            attempt = _Attempt(request, asyncio.ensure_future(spans.held(work())))
             self._attempts[name] = attempt
         attempt.waiting += 1
         try:
-            outcome = await asyncio.shield(attempt.task)
+            with operations.EARLIER_ATTEMPT.timed() if joined else nullcontext():
+                outcome = await asyncio.shield(attempt.task)
         except asyncio.CancelledError:
             if attempt.task.cancelled():
                 self._end(name, attempt)

@@ -38,7 +38,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
-from criserver.telemetry import families
+from criserver.telemetry import operations
 from criserver.text import quoted
 from snapshotter import removal
 from snapshotter.files import make_private
@@ -190,7 +190,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     diff = os.path.join(content, "rootfs-diff.tar")
     try:
         cgroups.freeze(cgroups.path(container.parent_cgroup(sandbox), container.id), wait)
-        with families.RUNTIME_DURATION.timed(runtime.handler, "checkpoint", failures=families.RUNTIME_FAILURES):
+        with operations.RUNTIME.timed(runtime.handler, "checkpoint"):
             if _run(directory, wait, *command):
                 words = _words(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
                 raise FailedPreconditionError(f"criu cannot dump container {container.id}: {words}")  # noqa: TRY301 - undone below

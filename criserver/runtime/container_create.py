@@ -33,6 +33,7 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts
 from criserver.runtime.records import Container, Sandbox
+from criserver.telemetry import operations
 from criserver.text import status
 from snapshotter import files, mounts
 
@@ -205,8 +206,9 @@ async def _prepare(
         bundle.write_spec(node, container.id, document)
         return user, document
 
-    # In a thread, as an image may have megabytes of accounts and of environment variables.
-    return await asyncio.to_thread(write)
+    with operations.BUNDLE.timed():
+        # In a thread, as an image may have megabytes of accounts and of environment variables.
+        return await asyncio.to_thread(write)
 
 
 def _with_image_refs(node: Node, sent: bytes) -> bytes:

@@ -27,7 +27,7 @@ from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.shim_link import kernel_error
 from criserver.runtime.start_under_way import StartUnderWay
-from criserver.telemetry import families
+from criserver.telemetry import operations
 from shims.log_writer import MAX_LINE
 
 if TYPE_CHECKING:
@@ -192,8 +192,9 @@ class ContainerProcess:
             "oom_files": cgroups.oom_files(self.cgroup),
             "pod_events": cgroups.pod_events(self._cgroup_parent),
         }
-        with families.RUNTIME_DURATION.timed(self.runtime.handler, "run", failures=families.RUNTIME_FAILURES):
-            await self.shim.fork(config, on_event, on_close)
+        with operations.RUNTIME.timed(self.runtime.handler, "run"):
+            with operations.SHIM.timed():
+                await self.shim.fork(config, on_event, on_close)
             if not await start.wait(START_TIMEOUT):
                 await self.end_start()
                 if start.is_cut:
@@ -303,14 +304,17 @@ class ContainerProcess:
 
         A killed process ends at once unless the kernel holds it (a dead network disk); its shim then drains the log.
         """
-        self._killing = True
-        self.signal(signal.SIGKILL)
-        deadline = time.monotonic() + limit
-        while not await self.wait(min(_SHIM_PATIENCE, limit)):
-            if time.monotonic() > deadline:
-                pid = self.started.pid if self.started else "unknown"
-                raise DeadlineExceededError(f"container {self.id} (PID {pid}) has not ended {limit:g} s after SIGKILL")
-            await self._replace_stuck_shim()
+        with operations.KILL.timed():
+            self._killing = True
+            self.signal(signal.SIGKILL)
+            deadline = time.monotonic() + limit
+            while not await self.wait(min(_SHIM_PATIENCE, limit)):
+                if time.monotonic() > deadline:
+                    pid = self.started.pid if self.started else "unknown"
+                    raise DeadlineExceededError(
+                        f"container {self.id} (PID {pid}) has not ended {limit:g} s after SIGKILL"
+                    )
+                await self._replace_stuck_shim()
 
     async def _replace_stuck_shim(self) -> None:
         """Take the exit code from the kernel where the process has ended and its shim does not tell; end the shim."""
@@ -395,12 +399,13 @@ class ContainerProcess:
 
         A failure is logged; :meth:`destroy` does the same and raises it.
         """
-        if self.shim.connected and self._cleaning is None and not await self._shim_cleans_up():
-            log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
-            self.shim.abandon()
-            self._clean_up()
-        if self._cleaning is not None:
-            await asyncio.wait([self._cleaning])
+        with operations.CLEAN_UP.timed():
+            if self.shim.connected and self._cleaning is None and not await self._shim_cleans_up():
+                log.warning("a shim is stuck; its container is cleaned up without it", owner=self.id)
+                self.shim.abandon()
+                self._clean_up()
+            if self._cleaning is not None:
+                await asyncio.wait([self._cleaning])
 
     async def _shim_cleans_up(self) -> bool:
         """Whether the shim has cleaned up in time."""

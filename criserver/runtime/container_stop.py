@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import structlog
 
 from criserver.errors import NotFoundError
@@ -10,6 +12,7 @@ from criserver.runtime.container_process import STOPPED
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
+from criserver.telemetry import operations
 
 log = structlog.get_logger(__name__)
 
@@ -62,8 +65,16 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     process.stopping = True
     await cgroups.thaw_aside(process.cgroup)
     if grace > 0:
-        process.signal(container.stop_signal)
-        if await process.wait(grace):
-            return
+        with operations.STOP.timed(_signal_name(container.stop_signal)):
+            process.signal(container.stop_signal)
+            if await process.wait(grace):
+                return
         log.info("grace is over", container=container_id, seconds=grace)
     await process.kill(node.config.ctr_stop_timeout)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between the first and the last one
+        return str(number)

@@ -30,6 +30,7 @@ from criserver.runtime import host, selinux
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import user_pin
 from criserver.runtime.records import Container
+from criserver.telemetry import operations
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, removal
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
@@ -76,11 +77,13 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
     user = sandbox.config.namespaces.user
     pinned = None if user is None else user_pin(node, container.sandbox_id)
     try:
-        await node.snapshotter.prepare(key, image.chain_id)
+        with operations.SNAPSHOT.timed():
+            await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:
         raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
     labels = selinux.labels(container.config.security, sandbox.selinux_level)
-    await node.snapshotter.mount(key, point, userns=pinned, label=labels.files)
+    with operations.MOUNT.timed():
+        await node.snapshotter.mount(key, point, userns=pinned, label=labels.files)
 
 
 async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
@@ -160,10 +163,11 @@ def _resolve_path(root: int, path: str) -> str:
 
 async def unmount(node: Node, container_id: str) -> None:
     """Unmount all file systems of a container that does not run; they may be unmounted already."""
-    # In a thread: the kernel lets a reader of the list wait while other mounts are made.
-    below = await asyncio.to_thread(mounts.mounts_below, node.container_dir(container_id))
-    for point in (*below, node.rootfs(container_id)):
-        await node.snapshotter.unmount(point)
+    with operations.UNMOUNT.timed():
+        # In a thread: the kernel lets a reader of the list wait while other mounts are made.
+        below = await asyncio.to_thread(mounts.mounts_below, node.container_dir(container_id))
+        for point in (*below, node.rootfs(container_id)):
+            await node.snapshotter.unmount(point)
 
 
 async def discard(node: Node, container_id: str) -> None:
@@ -174,9 +178,10 @@ async def discard(node: Node, container_id: str) -> None:
     """
     try:
         await unmount(node, container_id)
-        for key in node.snapshotter.removable():
-            if owner(key) == container_id:
-                await node.snapshotter.remove(key)
+        with operations.DELETE.timed():
+            for key in node.snapshotter.removable():
+                if owner(key) == container_id:
+                    await node.snapshotter.remove(key)
     except SnapshotError as e:
         raise CriError(f"the files of container {container_id} cannot be removed: {e}") from e
     for directory in (_volumes_dir(node, container_id), node.container_dir(container_id)):

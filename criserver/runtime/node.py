@@ -29,6 +29,7 @@ from criserver.runtime.record_store import RecordStore
 from criserver.runtime.runtime_choice import former_handler, runtime_of
 from criserver.stats import Statistics
 from criserver.streaming import StreamingServer
+from criserver.telemetry import operations, spans
 from criserver.text import quoted
 from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
@@ -46,9 +47,9 @@ class _RecordLock(asyncio.Lock):
     async def acquire(self) -> Literal[True]:
         if not self.locked():
             return await super().acquire()
-        began = time.monotonic()
-        taken = await super().acquire()
-        log.debug("waited for another operation", id=self._id, seconds=round(time.monotonic() - began, 3))
+        with operations.LOCK.timed(self._id) as timed:
+            taken = await super().acquire()
+            log.debug("waited for another operation", id=self._id, seconds=timed.elapsed())
         return taken
 
 
@@ -163,7 +164,7 @@ class Node:
 
     async def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Await work. It goes on to its end where the caller is cancelled."""
-        await outlive(self.begin(work))
+        await outlive(self.begin(spans.held(work)))
 
     async def settle(self) -> None:
         """Wait for all work under way, at the daemon's orderly stop. Checkpoints are cut short."""

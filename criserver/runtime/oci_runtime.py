@@ -20,7 +20,7 @@ from criserver.config import RuntimeHandler
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
 from criserver.runtime import cgroups, command
 from criserver.runtime.command import Done
-from criserver.telemetry import families
+from criserver.telemetry import operations
 from snapshotter import mounts, removal
 
 if TYPE_CHECKING:
@@ -165,15 +165,11 @@ class OciRuntime:
 
     async def _call(self, verb: str, argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
         """As :func:`command.run`."""
-        with families.RUNTIME_DURATION.timed(self.handler, verb):
-            try:
-                done = await command.run(argv, timeout, stdin=stdin)
-            except BaseException:
-                families.RUNTIME_FAILURES.add(1, self.handler, verb)
-                raise
-        if done.code:
-            families.RUNTIME_FAILURES.add(1, self.handler, verb)
-        return done
+        with operations.RUNTIME.timed(self.handler, verb) as timed:
+            done = await command.run(argv, timeout, stdin=stdin)
+            if done.code:
+                timed.fail(done.message)
+            return done
 
     async def features(self) -> dict[str, Any] | None:
         """The features that the runtime reports (runtime specification, features.md).

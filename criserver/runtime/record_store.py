@@ -34,6 +34,7 @@ from criserver.runtime.records import (
     load_sandbox,
 )
 from criserver.store import Change, Store
+from criserver.telemetry import operations
 from criserver.text import shown
 
 log = structlog.get_logger(__name__)
@@ -202,7 +203,8 @@ class RecordStore:
     def _write_behind(self, record: Record) -> asyncio.Future[None]:
         async def write(row: asyncio.Future[None]) -> None:
             try:
-                await row
+                with operations.WRITE.timed():
+                    await row
             except (ResourceExhaustedError, OSError) as e:
                 log.warning("a state cannot be stored", id=record.id, state=record.state.value, error=str(e))
 

@@ -29,6 +29,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin, pin_pids, pod_facts
 from criserver.runtime.records import Sandbox
 from criserver.runtime.sandbox_stop import release
+from criserver.telemetry import operations
 from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
@@ -120,20 +121,22 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
         passage.update(node)
-    await asyncio.to_thread(
-        sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label, _shm_size(node, sandbox)
-    )
+    with operations.POD_FILES.timed():
+        await asyncio.to_thread(
+            sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label, _shm_size(node, sandbox)
+        )
     sysctls = _sysctls(node, config)
-    pinned = await namespaces.make(
-        node.namespaces_dir(sandbox.id),
-        net=own_network,
-        uts=own_network,
-        ipc=config.namespaces.ipc is not NamespaceMode.NODE,
-        hostname=sandbox_files.hostname(config) if own_network else "",
-        sysctls=sysctls,
-        defaults=_default_sysctls(node, config) if own_network else {},
-        user=_user_mapping(config),
-    )
+    with operations.NAMESPACES.timed():
+        pinned = await namespaces.make(
+            node.namespaces_dir(sandbox.id),
+            net=own_network,
+            uts=own_network,
+            ipc=config.namespaces.ipc is not NamespaceMode.NODE,
+            hostname=sandbox_files.hostname(config) if own_network else "",
+            sysctls=sysctls,
+            defaults=_default_sysctls(node, config) if own_network else {},
+            user=_user_mapping(config),
+        )
     # Both at once: the infra process takes about as long as one CNI plugin. If one fails, the other is still awaited: a
     # start that was cancelled could leave a process that nothing knows of.
     infra = asyncio.create_task(_start_infra(node, sandbox)) if sandbox.has_infra else None

@@ -23,7 +23,7 @@ import structlog
 
 from criserver.errors import CriError, ResourceExhaustedError
 from criserver.store.mirror import Mirror
-from criserver.telemetry import families
+from criserver.telemetry import operations
 from snapshotter.tasks import outlive
 from snapshotter.threads import Threads
 
@@ -149,7 +149,8 @@ class Store:
 
         Raises ResourceExhaustedError if the disk is full. Nothing has changed then.
         """
-        await outlive(self.submit(*changes))
+        with operations.WRITE.timed():
+            await outlive(self.submit(*changes))
 
     def submit(self, *changes: Change) -> asyncio.Future[None]:
         """As :meth:`write`, and returns at once. Changes are made in the order of these calls."""
@@ -157,7 +158,7 @@ class Store:
 
     def write_now(self, *changes: Change) -> None:
         """As :meth:`write`, and blocks until it is done."""
-        with families.DATABASE_DURATION.timed(failures=families.DATABASE_FAILURES):
+        with operations.TRANSACTION.timed():
             self._write_both(changes)
 
     def _write_both(self, changes: Sequence[Change]) -> None:

@@ -6,9 +6,7 @@ its counterpart there, and only where the configuration turns metrics on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 # The value of a bounded label after its limit.
@@ -112,26 +110,3 @@ class Histogram(Instrument):
         """Take one value."""
         if self._real is not None:
             self._child(labels).observe(value)
-
-    def timed(self, *labels: str, failures: Counter | None = None) -> Timer:
-        """A context whose seconds are observed. ``failures`` counts one with the same labels if it raises."""
-        return Timer(self, labels, failures)
-
-
-class Timer:
-    """The context of :meth:`Histogram.timed`."""
-
-    __slots__ = ("_began", "_failures", "_histogram", "_labels")
-
-    def __init__(self, histogram: Histogram, labels: Labels, failures: Counter | None) -> None:
-        self._histogram = histogram
-        self._labels = labels
-        self._failures = failures
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._histogram.observe(time.monotonic() - self._began, *self._labels)
-        if error is not None and self._failures is not None:
-            self._failures.add(1, *self._labels)

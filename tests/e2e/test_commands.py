@@ -18,6 +18,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.node import Node
+from tests.support.terminal import Terminal
 from tests.support.waiting import SLOWNESS, eventually
 
 
@@ -184,6 +185,35 @@ def test_du_tells_what_eats_the_disk_and_who_uses_an_image(node: Node) -> None:
     assert container[:12] in command(node, "du").stdout
 
 
+def test_top_measures_pods_and_containers(node: Node) -> None:
+    busy = node.run(node.run_pod("busy"), "spin", ["sh", "-c", "while :; do :; done"])
+    idle = node.run(node.run_pod("idle"), "main", ["sleep", "1000"])
+    pods = document(node, "top", "--json", "--interval", "0.5")
+    assert [pod["pod"] for pod in pods] == ["e2e/busy", "e2e/idle"]
+    assert pods[0]["cpuMillicores"] > 0
+    assert pods[0]["processes"] == 1
+    containers = document(node, "top", "--json", "--containers", "--interval", "0.5", "--sort", "name")
+    assert [(c["id"], c["container"]) for c in containers] == [(busy, "spin"), (idle, "main")]
+    assert all(c["memoryBytes"] > 0 for c in containers)
+    # No terminal is as --once.
+    heading, columns, first, _ = command(node, "top", "--interval", "0.5").stdout.splitlines()
+    assert heading.split()[1:3] == ["2", "pods,"]
+    assert columns.split()[:4] == ["POD", "ID", "CPU", "MEMORY"]
+    assert first.startswith("e2e/busy")
+
+
+def test_top_draws_again_and_gives_the_terminal_back_at_ctrl_c(node: Node) -> None:
+    node.run_pod("web")
+    with Terminal(words(node, "top", "--interval", "0.1"), columns=100, rows=10) as terminal:
+        terminal.until(b"\x1b[?1049h")
+        terminal.until(b"e2e/web")
+        node.run_pod("later")
+        terminal.until(b"e2e/later")
+        terminal.type("\x03")
+        terminal.until(b"\x1b[?25h\x1b[?1049l")
+        assert terminal.process.wait(60 * SLOWNESS) == 130
+
+
 def test_a_bundle_has_all_that_a_report_needs_and_no_secret(node: Node, tmp_path: Path) -> None:
     pod = node.run_pod("web", annotations={"db-password": "s3cret"})
     secret = cri.KeyValue(key="NAME", value=b"s3cret")
@@ -199,6 +229,7 @@ def test_a_bundle_has_all_that_a_report_needs_and_no_secret(node: Node, tmp_path
     assert {
         "status.json",
         "disk.json",
+        "trace.json",
         f"pods/{pod}.json",
         f"containers/{container}.json",
         "config/effective.toml",

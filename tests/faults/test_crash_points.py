@@ -16,7 +16,6 @@ import pytest
 from tests.faults.matrix import Matrix, Result, errors_of, sample
 from tests.faults.operations import archives, operations
 from tests.faults.plugged import WITH_PLUGIN
-from tests.support.fixtures import import_image
 from tests.support.node import Node
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))

@@ -14,7 +14,6 @@ import pytest
 
 from tests.faults.matrix import Matrix, Result, sample
 from tests.faults.operations import archives, operations
-from tests.support.fixtures import import_image
 from tests.support.node import Node, handler
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
@@ -31,8 +30,7 @@ def matrix(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     try:
         matrix = Matrix(node)
         node.start()
-        import_image(node, base)
-        matrix.begin()
+        matrix.begin(base)
         yield matrix
     finally:
         node.close()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,8 +71,9 @@ class Client:
 
     @staticmethod
     def _caller(call: Any, request: Any) -> Any:
-        def rpc(deadline: float = PATIENCE, **fields: Any) -> Any:
-            return call(request(**fields), timeout=deadline, wait_for_ready=True)
+        def rpc(deadline: float = PATIENCE, headers: Mapping[str, str] | None = None, **fields: Any) -> Any:
+            metadata = tuple((headers or {}).items())
+            return call(request(**fields), timeout=deadline, wait_for_ready=True, metadata=metadata)
 
         def begin(**fields: Any) -> Any:
             return call.future(request(**fields), timeout=PATIENCE, wait_for_ready=True)
@@ -288,6 +289,7 @@ class Node:
 
     def create(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A created container's ID."""
+        headers = fields.pop("headers", None)
         config = cri.ContainerConfig(
             metadata=cri.ContainerMetadata(name=name, attempt=fields.pop("attempt", 0)),
             image=cri.ImageSpec(image=fields.pop("image", "localhost/busybox:latest")),
@@ -296,7 +298,9 @@ class Node:
             **fields,
         )
         described = self.described.get(pod)
-        return self.client.CreateContainer(pod_sandbox_id=pod, config=config, sandbox_config=described).container_id
+        return self.client.CreateContainer(
+            pod_sandbox_id=pod, config=config, sandbox_config=described, headers=headers
+        ).container_id
 
     def run(self, pod: str, name: str, command: list[str] | None = None, **fields: Any) -> str:
         """A started container's ID."""

@@ -133,3 +133,16 @@ def test_a_mistake_is_told_by_key_value_and_what_is_allowed(tmp_path: Path, text
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--config", "/nowhere/criserver.toml"]) == 1
     assert "/nowhere/criserver.toml: No such file" in capsys.readouterr().err
+
+
+def test_tracing_is_off_and_its_endpoint_and_rate_have_a_form(tmp_path: Path) -> None:
+    assert (load(None).tracing_endpoint, load(None).tracing_rate) == ("", 0)
+    found = load(written(tmp_path, '[tracing]\nendpoint = "[::1]:4317"\nsampling_rate_per_million = 1000000'))
+    assert (found.tracing_endpoint, found.tracing_rate) == ("[::1]:4317", 1_000_000)
+    for line, words in (
+        ('endpoint = "http://127.0.0.1:4317"', "tracing.endpoint = .*HOST:PORT without a scheme"),
+        ('endpoint = "127.0.0.1"', "tracing.endpoint = .*HOST:PORT"),
+        ("sampling_rate_per_million = 1000001", "tracing.sampling_rate_per_million = 1000001"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=words):
+            load(written(tmp_path, f"[tracing]\n{line}"))

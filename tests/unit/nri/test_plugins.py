@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from criserver.errors import FailedPreconditionError, UnavailableError
 from criserver.nri.plugins import Plugins
@@ -47,8 +49,11 @@ async def tell(plugins: Plugins, method: str) -> None:
 def ready(peer: Peer) -> None:
     """Answer each event with nothing."""
     for method in (*TOLD, *ASKED, VALIDATE):
-        answer = getattr(nri, f"{method}Response")()
-        peer.answer(method, request_class(method), lambda _, answer=answer: answer)
+        peer.answer(method, request_class(method), partial(_nothing, getattr(nri, f"{method}Response")()))
+
+
+def _nothing(answer: Message, _request: Message) -> Message:
+    return answer
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])

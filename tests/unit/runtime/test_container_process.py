@@ -227,7 +227,7 @@ async def test_an_end_that_a_stuck_shim_does_not_tell_is_kept_for_the_next_daemo
     monkeypatch.setattr(container_process, "_SHIM_PATIENCE", 0.01)
     process = node.process
     process.started = Started(sleeper.pid, pidfd.start_ticks(sleeper.pid), 9)
-    await process.kill()
+    await process.kill(5)
     assert node.container.exit_code == 137
     late = FakeNode(node.container_dir("c"), ContainerState.RUNNING)
     late.process.without_shim()

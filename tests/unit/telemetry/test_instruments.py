@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from criserver.telemetry import families
+from criserver.telemetry import families, operations
 from criserver.telemetry.exposition import Exposition
 from criserver.telemetry.instruments import Counter
 
@@ -35,10 +36,12 @@ def test_nothing_is_counted_and_nothing_imported_while_metrics_are_off() -> None
         "import sys, criserver.daemon; from criserver.telemetry import families;"
         "families.PULLS.add(1, 'a', 'pulled'); families.RPC_DURATION.observe(1, 'a', 'b');"
         "assert families.PULLS._real is None;"
-        "print([name for name in sys.modules if name.startswith(('prometheus', 'criserver.telemetry.'))])"
+        "names = ('prometheus', 'opentelemetry', 'criserver.telemetry.');"
+        "print([name for name in sys.modules if name.startswith(names)])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['criserver.telemetry.instruments', 'criserver.telemetry.families']"
+    modules = ["families", "instruments", "operations", "otel_libraries", "spans"]
+    assert sorted(ast.literal_eval(done.stdout)) == [f"criserver.telemetry.{name}" for name in modules]
 
 
 async def test_a_counter_a_gauge_and_a_histogram(exposition: Exposition) -> None:
@@ -57,10 +60,10 @@ async def test_a_counter_a_gauge_and_a_histogram(exposition: Exposition) -> None
 
 async def test_a_timer_observes_and_counts_a_failure(exposition: Exposition) -> None:
     labels = {"plugin": "bridge", "verb": "DEL"}
-    with families.CNI_DURATION.timed("bridge", "DEL", failures=families.CNI_FAILURES):
+    with operations.CNI.timed("bridge", "DEL"):
         pass
     assert await value(exposition, "criserver_cni_operation_failures_total", **labels) is None
-    with pytest.raises(KeyError), families.CNI_DURATION.timed("bridge", "DEL", failures=families.CNI_FAILURES):
+    with pytest.raises(KeyError), operations.CNI.timed("bridge", "DEL"):
         raise KeyError
     assert await value(exposition, "criserver_cni_operation_failures_total", **labels) == 1
     assert await value(exposition, "criserver_cni_operation_duration_seconds_count", **labels) == 2
