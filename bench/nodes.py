@@ -1,47 +1,38 @@
-"""What benchmarks share: a scratch directory that leaves nothing behind, and runtimes served from it.
-
-Each runtime is a real daemon with a network of its own, driven over CRI with what a kubelet would send.
-"""
+"""The two runtimes: each is a real daemon with a network of its own, and gets what a kubelet would send."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 
+from bench.isolation import CGROUP
+from bench.processes import matching
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 IMAGE = "localhost/bench:latest"
 PAUSE = "localhost/pause:latest"
 CNI_BIN = "/usr/lib/cni"
-CGROUP = "/criserver-bench"
-LINK_PREFIX = "cribench"
-INFRA = "/usr/bin/catatonit"
+INFRA = "/usr/bin/catatonit"  # a very small program
 SLEEP = ["sleep", "100000"]
 
 # What the kubelet sends for a container that is not privileged.
 MASKED = ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"]
 MASKED += ["/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"]
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Client:
@@ -71,19 +62,18 @@ class Client:
 
 
 class Node:
-    """A daemon below a scratch directory: serving inside ``with``, its pods removed and itself stopped after."""
+    """A daemon: it serves inside ``with``. Its pods are removed and it is stopped at the end."""
 
     name: str
 
-    def __init__(self, scratch: str, number: int, *, root: str | None = None) -> None:
-        self.base = f"{scratch}/{self.name}"
-        self.root, self.state, self.logs = root or f"{self.base}/root", f"{self.base}/state", f"{self.base}/logs"
-        self.socket, self.config = f"{self.base}/cri.sock", f"{self.base}/config.toml"
-        self.network = network(number, self.base)
-        for directory in (self.root, self.state, self.logs, f"{self.base}/net.d"):
-            os.makedirs(directory, exist_ok=directory == root)
+    def __init__(self, base: str, disk: str, number: int) -> None:
+        self.base = f"{base}/{self.name}"
+        self.root, self.logs = f"{disk}/{self.name}", f"{disk}/{self.name}-logs"
+        self.state, self.socket, self.config = f"{self.base}/state", f"{self.base}/cri.sock", f"{self.base}/config.toml"
+        for directory in (self.root, self.state, self.logs, f"{self.base}/net.d", f"{self.base}/tmp"):
+            os.makedirs(directory)
         with open(f"{self.base}/net.d/10-bench.conflist", "w") as f:
-            json.dump(self.network, f)
+            json.dump(network(number, self.base), f)
         with open(self.config, "w") as f:
             f.write(self.configuration())
         self.process: subprocess.Popen[bytes]
@@ -110,24 +100,42 @@ class Node:
         return dict(os.environ)
 
     def __enter__(self) -> Self:
-        with open(f"{self.base}/daemon.log", "wb") as out:
+        self.start()
+        return self
+
+    def start(self) -> float:
+        """Start the daemon. The seconds until it has answered a call of Version."""
+        began = time.monotonic()
+        with open(f"{self.base}/daemon.log", "ab") as out:
             self.process = subprocess.Popen(
-                self.command(),
-                env=self.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,  # a Ctrl-C is for this program, which stops the daemon itself
+                self.command(), env=self.environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
+        # gRPC waits up to a second before it tries to connect again. So the socket is tried first.
+        while not _listens(self.socket):
+            self._check(began)
         self.client = Client(self.socket)
-        deadline = time.monotonic() + 30
         while True:
             try:
-                self.client.Version(deadline=2)
-                return self
-            except grpc.RpcError as e:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.name} does not serve ({e}):\n{self.log()}") from None
+                self.client.Version()
+                return time.monotonic() - began
+            except grpc.RpcError:
+                self._check(began)
+
+    def _check(self, began: float) -> None:
+        if self.process.poll() is not None or time.monotonic() > began + 30:
+            raise RuntimeError(f"{self.name} does not serve:\n{self.log()}")
+        time.sleep(0.002)
+
+    def stop(self) -> None:
+        """Stop the daemon. Its containers go on."""
+        self.client.channel.close()
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            print(f"{self.name} does not stop", file=sys.stderr)
+            self.process.kill()
+            self.process.wait()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None and kind is not KeyboardInterrupt:
@@ -138,14 +146,7 @@ class Node:
         except grpc.RpcError as e:
             print(f"{self.name}: pods cannot be removed: {e}", file=sys.stderr)
         finally:
-            self.client.channel.close()
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                print(f"{self.name} does not stop", file=sys.stderr)
-                self.process.kill()
-                self.process.wait()
+            self.stop()
 
     def log(self) -> str:
         """What the daemon has logged."""
@@ -157,8 +158,10 @@ class Node:
         answer = self.client.Version()
         return f"{self.name} {answer.runtime_version}"
 
-    def await_images(self) -> None:
-        """Wait until the daemon serves the images that it was given."""
+    def load_images(self, archives: list[str]) -> None:
+        """Give the daemon the images of docker-archives, and wait until it serves them."""
+        for archive in archives:
+            self.load(archive)
         deadline = time.monotonic() + 20
         for name in (IMAGE, PAUSE):
             while not self.client.ImageStatus(image=cri.ImageSpec(image=name)).HasField("image"):
@@ -166,46 +169,41 @@ class Node:
                     raise RuntimeError(f"{self.name} does not have {name}")
                 time.sleep(0.05)
 
-    def pod(self, name: str) -> cri.PodSandboxConfig:
-        """A pod as the kubelet describes it; each of its containers has a PID namespace of its own."""
+    def pod(self, name: str, *, shared: bool = False) -> cri.PodSandboxConfig:
+        """A pod as the kubelet describes it. Each container has a PID namespace of its own, or all share one."""
         return cri.PodSandboxConfig(
             metadata=cri.PodSandboxMetadata(name=name, namespace="bench", uid=f"uid-{name}"),
             hostname=name,
             log_directory=f"{self.logs}/{name}",
             linux=cri.LinuxPodSandboxConfig(
                 cgroup_parent=f"{CGROUP}/{self.name}",
-                security_context=cri.LinuxSandboxSecurityContext(namespace_options=_namespaces()),
+                security_context=cri.LinuxSandboxSecurityContext(namespace_options=_namespaces(shared)),
             ),
         )
 
-    def container(self, name: str) -> cri.ContainerConfig:
-        """A container that sleeps, with a best-effort pod's resources."""
+    def container(self, name: str, *, shared: bool = False, command: list[str] | None = None) -> cri.ContainerConfig:
+        """A container that sleeps or runs a command, with a best-effort pod's resources."""
         return cri.ContainerConfig(
             metadata=cri.ContainerMetadata(name=name),
             image=cri.ImageSpec(image=IMAGE),
-            command=SLEEP,
+            command=command or SLEEP,
             log_path=f"{name}.log",
             linux=cri.LinuxContainerConfig(
                 resources=cri.LinuxContainerResources(cpu_shares=2, oom_score_adj=1000),
                 security_context=cri.LinuxContainerSecurityContext(
-                    namespace_options=_namespaces(), masked_paths=MASKED, readonly_paths=READONLY
+                    namespace_options=_namespaces(shared), masked_paths=MASKED, readonly_paths=READONLY
                 ),
             ),
         )
 
-    def run(self, pod: str, config: cri.PodSandboxConfig, name: str) -> str:
-        """A running container's ID."""
-        create = self.client.CreateContainer(
-            pod_sandbox_id=pod, config=self.container(name), sandbox_config=config
-        ).container_id
-        self.client.StartContainer(container_id=create)
-        return str(create)
+    def remove_pods(self, keep: int = 0) -> None:
+        """Stop and remove all pods, or all but ``keep``."""
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(self._remove, self.client.ListPodSandbox().items[keep:]))
 
-    def remove_pods(self) -> None:
-        """Stop and remove every pod."""
-        for pod in self.client.ListPodSandbox().items:
-            self.client.StopPodSandbox(pod_sandbox_id=pod.id)
-            self.client.RemovePodSandbox(pod_sandbox_id=pod.id)
+    def _remove(self, pod: cri.PodSandbox) -> None:
+        self.client.StopPodSandbox(pod_sandbox_id=pod.id)
+        self.client.RemovePodSandbox(pod_sandbox_id=pod.id)
 
 
 class Criserver(Node):
@@ -228,7 +226,7 @@ class Criserver(Node):
 
     def helpers(self) -> list[int]:
         """The nursery and its forks, the shims, which share its command line."""
-        return [pid for pid in descendants(self.process.pid) if b"shims.nursery_process" in command_line(pid)]
+        return matching(b"shims.nursery_process")
 
 
 class Containerd(Node):
@@ -236,14 +234,12 @@ class Containerd(Node):
 
     name = "containerd"
 
-    def __init__(self, scratch: str, number: int, program: str = "containerd", *, root: str | None = None) -> None:
+    def __init__(self, base: str, disk: str, number: int, program: str = "containerd") -> None:
         found = shutil.which(program)
         if found is None:
             raise RuntimeError(f"{program} is not an executable; install containerd, or name one by --containerd")
         self.program = os.path.realpath(found)
-        self._fresh = [path for path in ("/run/containerd/s", "/run/containerd") if not os.path.exists(path)]
-        super().__init__(scratch, number, root=root)
-        os.makedirs(f"{self.base}/tmp")
+        super().__init__(base, disk, number)
 
     def configuration(self) -> str:
         unused = ["internal.v1.restart", "nri.v1.nri", "tracing.processor.v1.otlp", "internal.v1.tracing"]
@@ -287,39 +283,24 @@ Root = "{self.state}/runc"
         subprocess.run(ctr, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
 
     def helpers(self) -> list[int]:
-        """The shims, which outlive the process that started them and are therefore this program's, and the pauses."""
-        shims = [pid for pid in descendants(os.getpid()) if b"containerd-shim" in command_line(pid).split(b"\0")[0]]
-        below = [pid for shim in shims for pid in descendants(shim)]
-        return shims + [pid for pid in below if command_line(pid).startswith(b"/infra\0")]
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            super().__exit__(kind, error, _)
-        finally:
-            self._remove_sockets()
-
-    def _remove_sockets(self) -> None:
-        """Shims listen in /run/containerd whatever the configuration says, and leave a socket where they are killed."""
-        for directory, _, files in os.walk(f"{self.state}/io.containerd.runtime.v2.task"):
-            for name in {"address", "bootstrap.json"} & set(files):  # of containerd 1 and 2
-                with open(f"{directory}/{name}") as f:
-                    for path in re.findall(r'unix://([^"\s]+)', f.read()):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(path)
-        for path in self._fresh:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
+        """The shims and the pause processes."""
+        return matching(b"containerd-shim-runc-v2\0") + matching(b"/infra\0-P\0")
 
 
-def _namespaces() -> cri.NamespaceOption:
-    return cri.NamespaceOption(network=cri.POD, ipc=cri.POD, pid=cri.CONTAINER)
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def _namespaces(shared: bool) -> cri.NamespaceOption:
+    return cri.NamespaceOption(network=cri.POD, ipc=cri.POD, pid=cri.POD if shared else cri.CONTAINER)
 
 
 def network(number: int, directory: str) -> dict[str, Any]:
-    """A CNI network list whose bridge and subnet are of its own; its leases are kept below ``directory``."""
+    """A CNI network list with a bridge and a subnet of its own. Its leases are below ``directory``."""
     bridge = {
         "type": "bridge",
-        "bridge": f"{LINK_PREFIX}{number}",
+        "bridge": f"cribench{number}",
         "isGateway": True,
         "ipam": {
             "type": "host-local",
@@ -329,6 +310,7 @@ def network(number: int, directory: str) -> dict[str, Any]:
         },
     }
     plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]
+    plugins += [{"type": "firewall"}, {"type": "tuning", "sysctl": {"net.ipv4.tcp_keepalive_time": "600"}}]
     return {"cniVersion": "1.0.0", "name": f"bench{number}", "plugins": plugins}
 
 
@@ -372,113 +354,3 @@ def _archive(path: str, tag: str, files: dict[str, str], links: list[str], confi
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     return path
-
-
-@contextlib.contextmanager
-def scratch() -> Iterator[str]:
-    """A directory on a tmpfs of its own; at the end nothing is left of it, nor of what ran in it.
-
-    This process becomes the reaper of its orphans, so that every daemon and shim stays its descendant. What is
-    still there at the end, after each runtime has been asked to remove its pods, is named on standard error.
-    """
-    if os.geteuid() != 0:
-        raise RuntimeError("must be run as root: it mounts, makes namespaces and starts containers")
-    if links := _links():
-        raise RuntimeError(
-            f"network links {', '.join(links)} are there: wait for the other benchmark, or delete them if it was killed"
-        )
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    base = tempfile.mkdtemp(prefix="cribench-", dir="/run")
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=700", "cribench", base], check=True)
-        yield base
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _undo(base)
-
-
-def _undo(base: str) -> None:
-    forced = _kill_descendants()
-    points = _mounts(base)
-    forced += [f"mount {point}" for point in points if point != base]
-    for point in reversed(points):
-        subprocess.run(["umount", "--lazy", point], check=False)
-    os.rmdir(base)
-    for hierarchy in _hierarchies():
-        top = hierarchy + CGROUP
-        for directory, _, _ in os.walk(top, topdown=False):
-            if directory != top and os.path.dirname(directory) != top:  # these two are made for the pods to be in
-                forced.append(f"cgroup {directory.removeprefix(hierarchy)}")
-            os.rmdir(directory)
-    for link in _links():
-        subprocess.run(["ip", "link", "delete", link], check=True)
-    for what in dict.fromkeys(forced):  # a cgroup is in each hierarchy
-        print(f"undone by force: {what}", file=sys.stderr)
-
-
-def _kill_descendants() -> list[str]:
-    forced = []
-    while pids := descendants(os.getpid()):
-        for pid in pids:
-            words = command_line(pid).replace(b"\0", b" ").decode(errors="replace")
-            if words:  # a zombie has none
-                forced.append(f"process {pid}: {words}")
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.01)
-    return forced
-
-
-def _mounts(base: str) -> list[str]:
-    """The mount points at and below ``base``, in the order in which they were mounted."""
-    with open("/proc/self/mountinfo") as f:
-        return [point for line in f if (point := line.split()[4]) == base or point.startswith(f"{base}/")]
-
-
-def _hierarchies() -> list[str]:
-    """Where cgroup hierarchies are mounted, of either version."""
-    with open("/proc/self/mountinfo") as f:
-        return [line.split()[4] for line in f if line.partition(" - ")[2].startswith("cgroup")]
-
-
-def _links() -> list[str]:
-    return [name for name in os.listdir("/sys/class/net") if name.startswith(LINK_PREFIX)]
-
-
-def descendants(ancestor: int) -> list[int]:
-    """The PIDs of all processes that descend from one, those that have ended and are not reaped yet included."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as f:
-                parent = int(f.read().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(name))
-    found, pending = [], [ancestor]
-    while pending:
-        below = children.get(pending.pop(), [])
-        found += below
-        pending += below
-    return found
-
-
-def command_line(pid: int) -> bytes:
-    """A process's arguments, each ended by NUL; empty for one that is gone."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            return f.read()
-    except OSError:
-        return b""
-
-
-def memory(pid: int, field: str = "Pss") -> float:
-    """``field`` of a process's memory (/proc/PID/smaps_rollup, proc(5)) in MiB."""
-    with open(f"/proc/{pid}/smaps_rollup") as f:
-        for line in f:
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) / 1024
-    raise KeyError(field)
