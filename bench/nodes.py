@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -19,14 +16,12 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 
+from bench.images import IMAGE, PAUSE
 from bench.isolation import CGROUP
 from bench.processes import matching
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
-IMAGE = "localhost/bench:latest"
-PAUSE = "localhost/pause:latest"
 CNI_BIN = "/usr/lib/cni"
-INFRA = "/usr/bin/catatonit"  # a very small program
 SLEEP = ["sleep", "100000"]
 
 # What the kubelet sends for a container that is not privileged.
@@ -312,45 +307,3 @@ def network(number: int, directory: str) -> dict[str, Any]:
     plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]
     plugins += [{"type": "firewall"}, {"type": "tuning", "sysctl": {"net.ipv4.tcp_keepalive_time": "600"}}]
     return {"cniVersion": "1.0.0", "name": f"bench{number}", "plugins": plugins}
-
-
-def build_images(directory: str) -> list[str]:
-    """Paths of two docker-archives: IMAGE with the host's busybox, and PAUSE with its catatonit."""
-    applets = subprocess.run(["busybox", "--list"], check=True, capture_output=True, text=True).stdout.split()
-    busybox = shutil.which("busybox") or "/bin/busybox"
-    links = [f"bin/{applet}" for applet in applets if applet != "busybox"]
-    image = _archive(f"{directory}/bench.tar", IMAGE, {"bin/busybox": busybox}, links, {"Env": ["PATH=/bin"]})
-    return [image, _archive(f"{directory}/pause.tar", PAUSE, {"infra": INFRA}, [], {"Entrypoint": ["/infra", "-P"]})]
-
-
-def _archive(path: str, tag: str, files: dict[str, str], links: list[str], config: dict[str, Any]) -> str:
-    """Write an image of one layer: static programs, and links to busybox."""
-    layer = io.BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        for name in ("bin", "proc", "sys", "dev", "etc", "tmp"):
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(entry)
-        for name, source in files.items():
-            tar.add(os.path.realpath(source), name)
-        for name in links:
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
-            tar.addfile(entry)
-    document = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
-        "os": "linux",
-        "config": config,
-        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer.getvalue()).hexdigest()]},
-    }
-    manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]}]
-    with tarfile.open(path, "w") as tar:
-        for name, data in (
-            ("config.json", json.dumps(document).encode()),
-            ("layer.tar", layer.getvalue()),
-            ("manifest.json", json.dumps(manifest).encode()),
-        ):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return path

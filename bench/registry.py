@@ -1,76 +1,19 @@
-"""Images of few large or of many small files, and Debian's docker-registry that serves them on the loopback."""
+"""Debian's docker-registry on the loopback interface, and what pushes images to it."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
-import io
-import itertools
 import json
 import os
-import random
 import socket
 import subprocess
-import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 _MEDIA = "application/vnd.oci.image"
-_LARGE_FILES = 5  # of a layer
-_SMALL_SIZES = (300, 900, 1800, 5000)
-_SMALL_DIRECTORY = 20  # files
-
-
-def binary(seed: int, size: int) -> bytes:
-    """What compresses to two fifths, about as programs do: words of uneven frequency, random bytes and zeros."""
-    source = random.Random(seed)
-    words = [source.randbytes(source.choice((4, 8, 12, 20, 40))) for _ in range(3000)]
-    weights = list(itertools.accumulate(1 / (rank + 4) for rank in range(len(words))))
-    made = bytearray()
-    while len(made) < size:
-        made += b"".join(source.choices(words, cum_weights=weights, k=4000)) + source.randbytes(4000) + bytes(4000)
-    return bytes(made[:size])
-
-
-def large_layer(number: int, megabytes: int) -> bytes:
-    """A tar archive of a few large files."""
-    size = (megabytes << 20) // _LARGE_FILES
-    return archive((f"opt/large/{number}/{n}.bin", binary(100 * number + n, size)) for n in range(_LARGE_FILES))
-
-
-def small_layer(number: int, files: int) -> bytes:
-    """A tar archive of many small files, in directories as package managers of languages make them."""
-    source = random.Random(number)
-    text = binary(1000 + number, 1 << 20)
-
-    def made() -> Iterator[tuple[str, bytes]]:
-        for n in range(files):
-            at, size = source.randrange(len(text) - _SMALL_SIZES[-1]), source.choice(_SMALL_SIZES)
-            directory, name = divmod(n, _SMALL_DIRECTORY)
-            yield f"usr/lib/modules{number}/package{directory // 8}/part{directory % 8}/file{name}.js", text[at:][:size]
-
-    return archive(made())
-
-
-def archive(files: Iterator[tuple[str, bytes]]) -> bytes:
-    """A tar archive with the directories that its files are in."""
-    stream, made = io.BytesIO(), set()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content in files:
-            parts = name.split("/")
-            for depth in range(1, len(parts)):
-                directory = "/".join(parts[:depth])
-                if directory not in made:
-                    made.add(directory)
-                    entry = tarfile.TarInfo(directory)
-                    entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, 0o755, 1_700_000_000
-                    tar.addfile(entry)
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(content), 1_700_000_000
-            tar.addfile(entry, io.BytesIO(content))
-    return stream.getvalue()
 
 
 class Registry:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.images import build_images
 from bench.isolation import disk
 from bench.lives import Add, BarePod, Pod
-from bench.nodes import Containerd, Criserver, Node, build_images
+from bench.nodes import Containerd, Criserver, Node
 from bench.table import FLOOR
 
 # Seconds between two turns. The background work of one contender is then not in the time of the next.

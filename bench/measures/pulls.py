@@ -9,9 +9,10 @@ import sys
 import time
 from dataclasses import dataclass
 
+from bench.images import archive, large_layer, small_layer
 from bench.nodes import Containerd, Criserver
 from bench.processes import memory, peak_memory, with_ended_children
-from bench.registry import Registry, archive, large_layer, small_layer
+from bench.registry import Registry
 from bench.run import Run
 from bench.table import FLOOR, OURS, PEER
 from criserver.pb.runtime.v1 import api_pb2 as cri
