@@ -7,10 +7,12 @@ are removed afterwards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 CGROUP = "/criserver-bench"
@@ -68,6 +70,13 @@ def disk(place: str, gibibytes: int = 8) -> Iterator[str]:
         os.unlink(image)
 
 
+def remove_cgroup(name: str) -> None:
+    """Remove the cgroup of a pod, as a kubelet does after the pod. A cgroup that is not empty stays."""
+    for hierarchy in _hierarchies():
+        with contextlib.suppress(OSError):
+            os.rmdir(hierarchy + name)
+
+
 def _remove_cgroups() -> None:
     """All cgroups of the benchmark. Those that the runtimes should have removed are named on standard error."""
     left = set()
@@ -75,12 +84,24 @@ def _remove_cgroups() -> None:
         top = hierarchy + CGROUP
         for directory, _, _ in os.walk(top, topdown=False):
             name = directory.removeprefix(top)
-            if name.count("/") > 1:  # the two above are made for the pods to be in
+            if name.count("/") > 2:  # those above are the contender's and the pod's
                 left.add(name)
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(directory)
+            _remove_emptied(directory)
     for name in sorted(left):
         print(f"left by a runtime: cgroup {CGROUP}{name}", file=sys.stderr)
+
+
+def _remove_emptied(directory: str) -> None:
+    """Remove a cgroup. Its processes were killed with their namespace, and may take a moment to end."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return os.rmdir(directory)
+        except OSError as e:
+            if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                print(f"a cgroup cannot be removed: {e}", file=sys.stderr)
+                return None
+        time.sleep(0.05)
 
 
 def _hierarchies() -> list[str]:

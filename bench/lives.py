@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from bench.isolation import CGROUP
+from bench.isolation import CGROUP, remove_cgroup
 from bench.nodes import CNI_BIN, SLEEP, Node, network
 from bench.processes import await_end
 
@@ -75,6 +75,7 @@ class Pod:
             add(name, took)
             total += took
         add("pod-down", total)
+        remove_cgroup(self.config.linux.cgroup_parent)
 
 
 class BarePod:
@@ -116,6 +117,7 @@ class BarePod:
             add(row, took)
             total += took
         add("pod-down", total)
+        remove_cgroup(f"{CGROUP}/floor/{self._name}")
         shutil.rmtree(self._base)
 
     def _make_bundle(self) -> None:
@@ -130,7 +132,7 @@ class BarePod:
             document = json.load(f)
         document["process"] |= {"terminal": False, "args": SLEEP, "env": ["PATH=/bin"]}
         document["root"]["readonly"] = False
-        document["linux"]["cgroupsPath"] = f"{CGROUP}/floor/{self._name}"
+        document["linux"]["cgroupsPath"] = f"{CGROUP}/floor/{self._name}/{self._name}"
         for namespace in document["linux"]["namespaces"]:
             if namespace["type"] == "network":
                 namespace["path"] = self._netns

@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from bench.images import IMAGE, PAUSE
-from bench.isolation import CGROUP
+from bench.isolation import CGROUP, remove_cgroup
 from bench.processes import matching
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
@@ -171,7 +171,7 @@ class Node:
             hostname=name,
             log_directory=f"{self.logs}/{name}",
             linux=cri.LinuxPodSandboxConfig(
-                cgroup_parent=f"{CGROUP}/{self.name}",
+                cgroup_parent=f"{CGROUP}/{self.name}/{name}",
                 security_context=cri.LinuxSandboxSecurityContext(namespace_options=_namespaces(shared)),
             ),
         )
@@ -199,6 +199,7 @@ class Node:
     def _remove(self, pod: cri.PodSandbox) -> None:
         self.client.StopPodSandbox(pod_sandbox_id=pod.id)
         self.client.RemovePodSandbox(pod_sandbox_id=pod.id)
+        remove_cgroup(f"{CGROUP}/{self.name}/{pod.metadata.name}")
 
 
 class Criserver(Node):

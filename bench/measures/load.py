@@ -57,11 +57,13 @@ def beside_workers(run: Run, node: Node, number: int) -> dict[str, list[float]]:
     """
     standing = Pod(node, f"standing{number}")
     standing.up()
-    until = time.monotonic() + run.sizes.churn
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    prober = context.Process(target=_probe, args=(node.socket, standing.container, until, theirs))
+    prober = context.Process(target=_probe, args=(node.socket, standing.container, theirs))
     prober.start()
+    ours.recv()  # it is ready
+    until = time.monotonic() + run.sizes.churn
+    ours.send(until)
     failures: list[BaseException] = []
 
     def work(worker: int) -> None:
@@ -88,14 +90,17 @@ def beside_workers(run: Run, node: Node, number: int) -> dict[str, list[float]]:
     return found
 
 
-def _probe(socket: str, container: str, until: float, results: Connection) -> None:
+def _probe(socket: str, container: str, parent: Connection) -> None:
     client = Client(socket)
+    client.Version()
+    parent.send("ready")
+    until = parent.recv()
     found: dict[str, list[float]] = {"status-p99": [], "list-p99": [], "exec-p99": []}
     while time.monotonic() < until:
         found["status-p99"].append(timed(client.Status)[1])
         time.sleep(_PAUSE)
         found["list-p99"].append(timed(client.ListContainers)[1])
         time.sleep(_PAUSE)
-        if len(found["status-p99"]) % 4 == 0:
+        if len(found["status-p99"]) % 4 == 1:
             found["exec-p99"].append(timed(client.ExecSync, container_id=container, cmd=["true"], timeout=30)[1])
-    results.send(found)
+    parent.send(found)
