@@ -28,8 +28,9 @@ def enter(arguments: list[str]) -> int:
     """
     if os.geteuid() != 0:
         raise RuntimeError("must be run as root: it mounts, makes namespaces and starts containers")
-    if any(os.path.exists(hierarchy + CGROUP) for hierarchy in _hierarchies()):
-        raise RuntimeError(f"there are cgroups {CGROUP}: wait for the other benchmark, or remove them")
+    if any(_has_processes(hierarchy + CGROUP) for hierarchy in _hierarchies()):
+        raise RuntimeError(f"there are processes in cgroups below {CGROUP}: wait for the other benchmark")
+    _remove_cgroups()  # of a benchmark that was killed
     try:
         return subprocess.run(
             [*_UNSHARE, "catatonit", "--", sys.executable, "-m", "bench", INSIDE, *arguments], check=False
@@ -75,6 +76,14 @@ def remove_cgroup(name: str) -> None:
     for hierarchy in _hierarchies():
         with contextlib.suppress(OSError):
             os.rmdir(hierarchy + name)
+
+
+def _has_processes(top: str) -> bool:
+    for directory, _, _ in os.walk(top):
+        with open(f"{directory}/cgroup.procs") as file:
+            if file.read():
+                return True
+    return False
 
 
 def _remove_cgroups() -> None:
