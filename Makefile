@@ -10,9 +10,10 @@ export COVERAGE_FILE := $(CURDIR)/$(VENV)/coverage
 
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2 procps
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
+BENCH_PACKAGES := docker-registry e2fsprogs curl gzip zstd
 TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
 
-.PHONY: demo test test-vm lint unit integration e2e coverage faults soak format proto wheel deb release run-packages test-packages clean
+.PHONY: bench demo test test-vm lint unit integration e2e coverage faults soak format proto wheel deb release run-packages test-packages clean
 
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
@@ -56,6 +57,15 @@ faults: test-packages $(VENV)/ready
 MINUTES ?= 30
 soak: test-packages $(VENV)/ready
 	$(BIN)/python -m tests.faults.soak $(MINUTES) $(if $(PLOT),--plot $(PLOT))
+
+# Beside the containerd on PATH, or Debian's. It writes the figures into the pages, and all samples into dist/bench.json.
+# BENCH can have other options than the default: bench/README.md.
+BENCH ?= --pages --json dist/bench.json
+bench: run-packages $(VENV)/ready
+	@contrib/need.sh $(BENCH_PACKAGES)
+	@contrib/unpack-containerd.sh $(VENV)/containerd
+	@mkdir -p dist
+	PATH="$$PATH:$(CURDIR)/$(VENV)/containerd/usr/bin" $(BIN)/python -m bench $(BENCH)
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)

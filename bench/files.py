@@ -26,7 +26,7 @@ Way = Callable[[str, int], Awaitable[None]]
 async def blob_by_threads(directory: str, size: int) -> None:
     """As the content store does it: one call in a thread hashes and writes."""
     chunk = bytes(_CHUNK)
-    with ContentStore(directory).ingest() as ingest:
+    async with ContentStore(directory).ingest() as ingest:
         for _ in range(size // _CHUNK):
             await ingest.write(chunk)
 

@@ -1,6 +1,6 @@
 """What one plugin of NRI costs: the same pods without a plugin, and with one that is told of every event, in turn.
 
-    python bench/nri.py [--rounds N] [--plugin PROGRAM]
+    python -m bench.nri [--rounds N] [--plugin PROGRAM]
 
 The plugin is a small process of this file, which answers each call at once and with nothing. PROGRAM is another one,
 such as the NRI project's template; it gets the socket in NRI_PLUGIN_SOCKET, as a plugin that the daemon starts.
@@ -18,11 +18,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-from node import Criserver, build_images, scratch
+from bench import isolation
+from bench.images import build_images
+from bench.lives import Pod
+from bench.nodes import Criserver
+from bench.processes import on_cpu
+from bench.run import Run, Sizes
 
-ROWS = ("RunPodSandbox", "CreateContainer", "StartContainer", "all three", "StopContainer to RemovePodSandbox")
+ROWS = ("RunPodSandbox", "CreateContainer", "StartContainer", "pod-up", "pod-down")
 CPU = "CPU of the daemon, all calls"
 WITHOUT, WITH = "without", "with"
 # Seconds between two pods: what the daemon still does in the background is not to fall into the other's time.
@@ -86,7 +90,9 @@ class NriNode(Criserver):
 def plug(node: NriNode, program: str | None) -> Callable[[], None]:
     """Connect a plugin, and return what disconnects it."""
     connected, gone = node.connected(), node.gone()
-    command = [program, "-idx", "10", "-name", "bench"] if program else [sys.executable, __file__, "--answer-all"]
+    command = [sys.executable, "-m", "bench.nri", "--answer-all"]
+    if program:
+        command = [program, "-idx", "10", "-name", "bench"]
     with socket.socket(socket.AF_UNIX) as connection:
         environment = dict(os.environ)
         if program:
@@ -117,60 +123,34 @@ def _until(holds: Callable[[], bool], failure: str) -> None:
         time.sleep(0.01)
 
 
-def cpu(pid: int) -> float:
-    """Milliseconds that a process's threads have run (/proc/PID/task/TID/schedstat)."""
-    total = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/schedstat") as f:
-            total += int(f.read().split()[0])
-    return total / 1e6
-
-
 def life(node: NriNode, name: str) -> dict[str, float]:
     """One pod with a container, from beginning to end: milliseconds by row."""
-    client, config = node.client, node.pod(name)
     took: dict[str, float] = {}
-    used = cpu(node.process.pid)
-
-    def timed(row: str, call: Any, **fields: Any) -> Any:
-        began = time.monotonic()
-        answer = call(**fields)
-        took[row] = took.get(row, 0) + (time.monotonic() - began) * 1000
-        return answer
-
-    run, create, start, every, end = ROWS
-    pod = timed(run, client.RunPodSandbox, config=config).pod_sandbox_id
-    container = timed(
-        create, client.CreateContainer, pod_sandbox_id=pod, config=node.container("main"), sandbox_config=config
-    ).container_id
-    timed(start, client.StartContainer, container_id=container)
-    took[every] = took[run] + took[create] + took[start]
-    timed(end, client.StopContainer, container_id=container, timeout=0)
-    timed(end, client.RemoveContainer, container_id=container)
-    timed(end, client.StopPodSandbox, pod_sandbox_id=pod)
-    timed(end, client.RemovePodSandbox, pod_sandbox_id=pod)
+    used = on_cpu([node.process.pid])
+    pod = Pod(node, name)
+    pod.up(took.__setitem__)
+    pod.down(took.__setitem__)
     time.sleep(REST)
-    took[CPU] = cpu(node.process.pid) - used
-    return took
+    return {**{row: took[row] for row in ROWS}, CPU: (on_cpu([node.process.pid]) - used) * 1000}
 
 
 def measure(rounds: int, program: str | None) -> dict[str, dict[str, list[float]]]:
     """Samples by row, and in a row by whether there was a plugin; the first round is not counted."""
     samples: dict[str, dict[str, list[float]]] = {row: {WITHOUT: [], WITH: []} for row in (*ROWS, CPU)}
-    with scratch() as base:
-        archives = build_images(base)
-        with NriNode(base, 1) as node:
-            for archive in archives:
-                node.load(archive)
-            node.await_images()
-            for number in range(rounds + 1):
-                for who in (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT):
-                    unplug = plug(node, program) if who is WITH else lambda: None
-                    time.sleep(REST)
-                    for row, value in life(node, f"pod{number}{who}").items():
-                        if number:
-                            samples[row][who].append(value)
-                    unplug()
+    with (
+        isolation.scratch() as base,
+        Run(base, "", Sizes()).place() as (directory, disk),
+        NriNode(directory, disk, 1) as node,
+    ):
+        node.load_images(build_images(directory))
+        for number in range(rounds + 1):
+            for who in (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT):
+                unplug = plug(node, program) if who is WITH else lambda: None
+                time.sleep(REST)
+                for row, value in life(node, f"pod{number}{who}").items():
+                    if number:
+                        samples[row][who].append(value)
+                unplug()
     return samples
 
 
@@ -187,20 +167,24 @@ def table(samples: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--answer-all"]:
-        answer_all(sys.argv[2])
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--answer-all"]:
+        answer_all(arguments[1])
         return
-    parser = argparse.ArgumentParser(description="Measure what one plugin of NRI costs.")
+    inside = arguments[:1] == [isolation.INSIDE]
+    parser = argparse.ArgumentParser(prog="python -m bench.nri", description="Measure what one plugin of NRI costs.")
     parser.add_argument("--rounds", type=int, default=40, metavar="N", help="pods without a plugin, and with one (40)")
     parser.add_argument("--plugin", metavar="PROGRAM", help="another plugin")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments[1:] if inside else arguments)
     if options.rounds < 2:
         parser.error("--rounds needs at least 2")
-    print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
     try:
+        if not inside:
+            sys.exit(isolation.enter(arguments, "bench.nri"))
+        print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
         print(table(measure(options.rounds, options.plugin)))
     except RuntimeError as e:
-        sys.exit(f"nri.py: {e}")
+        sys.exit(f"bench.nri: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
 

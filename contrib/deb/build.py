@@ -197,6 +197,9 @@ def documents(tree: Path) -> None:
     for example in EXAMPLES:
         places[f"contrib/{example}"] = f"{DOC}/examples/{Path(example).name}"
         write(tree / DOC / "examples" / Path(example).name, (SOURCE / "contrib" / example).read_text())
+    for drawing in sorted((SOURCE / "docs").glob("*.svg")):
+        places[f"docs/{drawing.name}"] = f"{DOC}/{drawing.name}"
+        write(tree / DOC / drawing.name, drawing.read_text())
     for path in texts:
         name = str(path.relative_to(SOURCE))
         write(tree / places[name], pages.linked(path.read_text(), name, places))

@@ -1,7 +1,7 @@
 """Statistics and metrics of sandboxes and containers as CRI messages.
 
-Values come from stats/, names from the records. Between two entries the event loop runs other tasks, so the list of a
-full node does not delay other calls.
+Values come from stats/, names from the records. The lists are made in slices of time, so the list of a full node does
+not delay other calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
-from criserver.api.lists import make_each
+from criserver.api.lists import Slices, make_each
 from criserver.model import NamespaceMode
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
@@ -78,9 +78,10 @@ class StatsViews:
     async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
         """Statistics of each container."""
         self._retain()
+        slices = Slices()
         for stats in make_each(records, self.container):
             yield stats
-            await asyncio.sleep(0)
+            await slices.end()
 
     async def sandbox(self, record: Sandbox) -> cri.PodSandboxStats:
         """Statistics of a sandbox and its containers. A stopped one has the attributes and writable layers alone."""
@@ -97,9 +98,10 @@ class StatsViews:
         def make(record: Sandbox) -> cri.PodSandboxStats:
             return self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
 
+        slices = Slices()
         for stats in make_each(sandboxes, make):
             yield stats
-            await asyncio.sleep(0)
+            await slices.end()
 
     async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
         """Metrics of each sandbox that is ready, and of its running containers."""
@@ -109,9 +111,10 @@ class StatsViews:
         members = self._members()
         pods = [(pod, [c for c in members.get(pod.id, []) if c.state is ContainerState.RUNNING]) for pod in ready]
         pids: dict[str, list[int]] = {}
+        slices = Slices()
         for pod, containers in pods:
             pids |= self._processes(pod, containers)
-            await asyncio.sleep(0)
+            await slices.end()
         counts = await asyncio.to_thread(count_descriptors, pids.values(), _COUNT_TIME)
         descriptors = dict(zip(pids, counts, strict=True))
         file_system = await asyncio.to_thread(_file_system, self._directory)
@@ -131,7 +134,7 @@ class StatsViews:
             for response in make_each((pod,), make_pod):
                 for container_metrics in make_each(containers, partial(make_container, pod)):
                     response.container_metrics.append(container_metrics)
-                    await asyncio.sleep(0)
+                    await slices.end()
                 yield response
 
     def _writable_layer(self, record: Container) -> cri.FilesystemUsage | None:

@@ -64,6 +64,8 @@ class CgroupReader(ABC):
             directory = pending.pop()
             pids += kernel_text.numbers(read_whole(f"{directory}/cgroup.procs"))
             try:
+                if os.stat(directory).st_nlink == 2:
+                    continue  # no cgroup below it: each would be a link
                 with os.scandir(directory) as entries:
                     pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
             except OSError:

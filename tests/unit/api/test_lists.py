@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.api.lists import Fragments, make_each
+from criserver.api.lists import Fragments, Slices, make_each
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
 
@@ -21,6 +22,18 @@ class Record:
 def make(record: Record) -> bytes:
     entry = cri.Container(id=record.id, metadata=cri.ContainerMetadata(name=record.name))
     return cri.ListContainersResponse(containers=[entry]).SerializeToString()
+
+
+async def test_other_tasks_run_after_each_slice_of_a_long_answer() -> None:
+    times = iter([0.0, 0.001, 0.0015, 0.003, 0.003, 0.0035])  # of the creation, the entries, and after the turn
+    turns: list[int] = []
+    slices = Slices(lambda: next(times))
+    after = []
+    for entry in range(4):
+        asyncio.get_running_loop().call_soon(turns.append, entry)
+        await slices.end()
+        after.append(list(turns))
+    assert after == [[], [], [0, 1, 2], [0, 1, 2]]
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=50), max_size=20))

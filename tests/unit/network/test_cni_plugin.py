@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from criserver.errors import (
     UnavailableError,
 )
 from criserver.model import PortMapping
-from criserver.network import Attachment, Network, PodNetwork, cni_plugin
+from criserver.network import Attachment, Network, PodNetwork, cni_plugin, plugin_start
 from tests.support.waiting import until
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
@@ -438,6 +439,51 @@ async def test_a_cancellation_ends_a_plugin_whatever_the_state_of_its_start(
     task.cancel()
     done, _ = await asyncio.wait({task}, timeout=20)
     assert done, "it waits for what the plugin has started"
+
+
+class SlowStart:
+    """Stands between the daemon and the start of a program, which waits in a thread until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.may_go_on = threading.Event(), threading.Event()
+        self.pid = 0
+        self._real = plugin_start.start
+        monkeypatch.setattr(plugin_start, "start", self._start)
+
+    def _start(self, *arguments: Any) -> int:
+        self.reached.set()
+        assert self.may_go_on.wait(60)
+        self.pid = self._real(*arguments)
+        return self.pid
+
+
+async def test_the_event_loop_goes_on_while_a_plugin_starts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStart(monkeypatch)
+    task = asyncio.create_task(node.network.add(node.plan()))
+    await until(slow.reached.is_set)
+    slow.may_go_on.set()
+    assert (await task).ips == ("10.9.0.2",)
+
+
+async def test_a_plugin_that_starts_after_its_caller_has_gone_is_killed_and_reaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cni_plugin, "_GRACE", 0.01)
+    monkeypatch.setattr(cni_plugin, "_KILL", 0.01)
+    plugin = tmp_path / "plugin"
+    plugin.write_text("#!/bin/sh\nsleep 1000\n")
+    plugin.chmod(0o755)
+    slow = SlowStart(monkeypatch)
+    task = asyncio.create_task(cni_plugin.run(str(plugin), run_name="plugin", env={}, request=b"{}", timeout=60))
+    await until(slow.reached.is_set)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    before = set(os.listdir("/proc/self/fd"))
+    slow.may_go_on.set()
+    await until(lambda: slow.pid > 0)
+    await until(lambda: not os.path.exists(f"/proc/{slow.pid}"))
+    await until(lambda: len(os.listdir("/proc/self/fd")) < len(before))
 
 
 async def test_endless_output_is_cut_off(node: Node) -> None:

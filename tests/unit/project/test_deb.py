@@ -107,7 +107,7 @@ def test_links_lead_to_files_of_the_package(build: ModuleType, tmp_path: Path) -
     readme = (tmp_path / build.DOC / "README.md").read_text()
     assert "[Installing](install.md)" in readme
     assert "[changelog](changelog.gz)" in readme
-    assert "program in bench/. Its" in readme, "a link to a file that is not in the package is its text"
+    assert "program in bench/. [" in readme, "a link to a file that is not in the package is its text"
     service = (tmp_path / "usr/lib/systemd/system/criserver.service").read_text()
     (named,) = re.findall(r"^Documentation=file:/(.+)$", service, re.MULTILINE)
     assert (tmp_path / named).is_file()

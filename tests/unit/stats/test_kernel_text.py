@@ -48,6 +48,10 @@ def test_pressure_in_nanoseconds() -> None:
     assert kernel_text.pressure(text) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), Stall(0.0, 0.0, 0.0, 497_000))
     assert kernel_text.pressure(text.splitlines()[0]) == Pressure(Stall(1.5, 0.25, 12.0, 538_000), None)
     assert kernel_text.pressure(b"") is None
+    assert kernel_text.pressure(text.replace(b"538", b"9" * 20).replace(b"full", b"half")) is None
+    assert kernel_text.pressure(text.replace(b"avg60=0.25", b"avg60=-")) == Pressure(
+        None, Stall(0.0, 0.0, 0.0, 497_000)
+    )
 
 
 def test_io_of_version_2() -> None:

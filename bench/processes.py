@@ -1,0 +1,100 @@
+"""What processes use, read from /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Iterable, Iterator
+
+_SAMPLED_EVERY = 0.03
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def matching(words: bytes) -> list[int]:
+    """The PIDs of all processes whose command line has ``words``. In the benchmark's namespace all are its own."""
+    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if words in command_line(pid)]
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The PIDs of all processes that descend from one."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as f:
+                parent = int(f.read().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(name))
+    found, pending = [], [ancestor]
+    while pending:
+        below = children.get(pending.pop(), [])
+        found += below
+        pending += below
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    """A process's arguments, each ended by NUL; empty for one that is gone."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            return f.read()
+    except OSError:
+        return b""
+
+
+def memory(pid: int) -> float:
+    """A process's PSS (/proc/PID/smaps_rollup, proc(5)) in MiB."""
+    with open(f"/proc/{pid}/smaps_rollup") as f:
+        for line in f:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+    raise KeyError(pid)
+
+
+def on_cpu(pids: Iterable[int]) -> float:
+    """CPU seconds of all threads that these processes have now, exact to the nanosecond (/proc/PID/schedstat)."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/schedstat") as f:
+                    total += int(f.read().split()[0])
+    return total / 1e9
+
+
+def with_ended_children(pid: int) -> float:
+    """CPU seconds of a process and of its children that have ended (proc(5), stat fields 14 to 17)."""
+    with open(f"/proc/{pid}/stat") as f:
+        return sum(map(int, f.read().rpartition(")")[2].split()[11:15])) / _TICKS
+
+
+@contextlib.contextmanager
+def peak_memory(daemon: int, before: float) -> Iterator[list[float]]:
+    """One figure: the highest PSS in MiB of a daemon and its new descendants during the block, less ``before``."""
+    old = set(descendants(daemon))
+    found = [0.0]
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(_SAMPLED_EVERY):
+            total = memory(daemon) - before
+            for pid in descendants(daemon):
+                with contextlib.suppress(OSError, KeyError):
+                    total += 0 if pid in old else memory(pid)
+            found[0] = max(found[0], total)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def await_end(pidfd: int) -> None:
+    """Wait until the process of a pidfd has ended, and close it."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    os.close(pidfd)
