@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
+import stat
 import sys
 import time
 from collections import deque
@@ -27,13 +29,13 @@ _ASK = 1.0
 def logs(options: argparse.Namespace) -> int:
     """Print a container's output: its standard output on ours, its standard error on ours.
 
-    Raises CriError with the daemon's error, FailedPreconditionError for a container without a log, and NotFoundError if
-    the file is missing.
+    Raises CriError with the daemon's error, FailedPreconditionError for a container without a log or with something
+    else in its place, and NotFoundError if the file is missing.
     """
     with connected(address(options)) as channel:
         path, container_id = _log_of(channel, options.id)
         try:
-            with open(path, "rb") as file:
+            with open_to_read(path) as file:
                 _show(file, options)
                 if options.follow:
                     _follow(file, path, options, lambda: _runs(channel, container_id))
@@ -42,6 +44,23 @@ def logs(options: argparse.Namespace) -> int:
                 f"the log {path} does not exist: the container has not started, or it was deleted"
             ) from e
     return 0
+
+
+def open_to_read(path: str) -> BinaryIO:
+    """The log file. A pod that mounts the node's logs can put anything in its place.
+
+    Raises OSError, FailedPreconditionError for what is no regular file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise FailedPreconditionError(f"the log {path} is a symbolic link, and not the container's log") from e
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FailedPreconditionError(f"the log {path} is no regular file, and not the container's log")
+    return open(fd, "rb")
 
 
 def _log_of(channel: grpc.Channel, text: str) -> tuple[str, str]:
@@ -95,7 +114,7 @@ def _follow(file: BinaryIO, path: str, options: argparse.Namespace, runs: Callab
                 write_line(line, timestamps=options.timestamps)
             _flush()
             if rotated:
-                file = opened.enter_context(open(path, "rb"))
+                file = opened.enter_context(open_to_read(path))
             elif not alive:
                 return
             else:
