@@ -137,7 +137,7 @@ def test_the_list_is_a_table_of_names(node: Node, registry: Registry) -> None:
     for name in names:
         command(node, "pull", name, "--pin")
     title, *lines = command(node, "list").stdout.splitlines()
-    assert title.split() == ["IMAGE", "ID", "SIZE", "ON", "DISK", "USED", "BY"]
+    assert title.split() == ["IMAGE", "ID", "SIZE", "ON", "DISK", "USED", "BY", "SINCE"]
     rows = [line.split() for line in lines]
     size = re.compile(r"2(\.0\d)?")
     for name in names:
@@ -146,7 +146,7 @@ def test_the_list_is_a_table_of_names(node: Node, registry: Registry) -> None:
         assert size.fullmatch(row[2])
         # The blob and the unpacked layer.
         assert re.fullmatch(r"4(\.\d+)?", row[4])
-        assert [row[3], *row[5:]] == ["MB", "MB", "-", "pinned"]
+        assert [row[3], *row[5:]] == ["MB", "MB", "-", "-", "pinned"]
     assert ["localhost/busybox:latest"] in [row[:1] for row in rows]
     assert not any("pinned" in row for row in rows if "busybox" in row[0])
 
