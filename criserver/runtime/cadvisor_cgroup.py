@@ -71,7 +71,7 @@ async def remove(node: Node, sandbox: Sandbox) -> None:
         return
     async with node.lock(f"cadvisor {sandbox.id}"):
         cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
-        if cgroups.exists(cgroup):
+        if await asyncio.to_thread(cgroups.exists, cgroup):
             await asyncio.to_thread(cgroups.remove, cgroup)
 
 
