@@ -53,7 +53,7 @@ async def make(node: Node, sandbox: Sandbox) -> None:
     """Make the cgroup of a pod that has a process and no such cgroup yet."""
     async with node.lock(f"cadvisor {sandbox.id}"):
         cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
-        if process_of(node, sandbox) and not cgroups.exists(cgroup):
+        if process_of(node, sandbox) and not await asyncio.to_thread(cgroups.exists, cgroup):
             await asyncio.to_thread(cgroups.make_empty, cgroup)
 
 
@@ -71,7 +71,7 @@ async def remove(node: Node, sandbox: Sandbox) -> None:
         return
     async with node.lock(f"cadvisor {sandbox.id}"):
         cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
-        if cgroups.exists(cgroup):
+        if await asyncio.to_thread(cgroups.exists, cgroup):
             await asyncio.to_thread(cgroups.remove, cgroup)
 
 
@@ -81,7 +81,7 @@ async def _renew(node: Node, ended: Container) -> None:
         return
     cgroup = cgroups.path(sandbox.cgroup_parent, sandbox.id)
     async with node.lock(f"cadvisor {sandbox.id}"):
-        if not cgroups.exists(cgroup) or _outlived(node, ended):
+        if not await asyncio.to_thread(cgroups.exists, cgroup) or _outlived(node, ended):
             return
         await asyncio.to_thread(cgroups.remove, cgroup)
         if process_of(node, sandbox):

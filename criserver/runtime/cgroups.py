@@ -142,7 +142,7 @@ def own_slice() -> str:
 
 
 def exists(cgroup: str) -> bool:
-    """Whether a cgroup exists in any hierarchy."""
+    """Whether a cgroup exists in any hierarchy. Blocks while the kernel makes or removes other cgroups."""
     return any(os.path.isdir(root + cgroup) for root in set(roots().values()))
 
 
@@ -174,13 +174,13 @@ async def clear(cgroup: str, key: str, limit: float) -> bool:
     which is asked to stop it. Raises DeadlineExceededError if processes have not ended after ``limit`` seconds,
     CriError if the cgroup cannot be removed.
     """
-    if not exists(cgroup):
+    if not await asyncio.to_thread(exists, cgroup):
         return False
     if left := await asyncio.to_thread(end_processes, cgroup, limit):
         raise unkillable(key, left, limit)
     if not cgroup.endswith(".scope"):
         await asyncio.to_thread(remove, cgroup)
-    elif os.path.isdir(_processes_root() + cgroup):
+    elif await asyncio.to_thread(os.path.isdir, _processes_root() + cgroup):
         await service_manager.stop_unit(os.path.basename(cgroup))
     return True
 
@@ -355,19 +355,6 @@ def freeze(cgroup: str, wait: Callable[[float], None]) -> None:
     except OSError as e:
         raise FailedPreconditionError(f"cgroup {cgroup} cannot be frozen: {e.strerror}") from e
     raise FailedPreconditionError(f"cgroup {cgroup} cannot be frozen: a process in it does not stop")
-
-
-async def thaw_aside(cgroup: str) -> None:
-    """As :func:`thaw`, without blocking: the kernel may let a writer wait while it makes or removes other cgroups.
-
-    A cgroup that nobody has frozen costs a read, which waits for nothing.
-    """
-    try:
-        frozen = _read(_freezer(cgroup).self_state).strip() != "0"
-    except OSError:
-        frozen = True  # thaw tells the errors apart
-    if frozen:
-        await asyncio.to_thread(thaw, cgroup)
 
 
 def thaw(cgroup: str) -> None:

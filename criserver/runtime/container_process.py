@@ -219,7 +219,7 @@ class ContainerProcess:
         """
         self.shim.abandon()
         # A frozen process takes no signal, and the runtime would wait for it.
-        await cgroups.thaw_aside(self.cgroup)
+        await asyncio.to_thread(cgroups.thaw, self.cgroup)
         left = await self.shim.end(END_TIMEOUT)
         await self.destroy()
         if left:

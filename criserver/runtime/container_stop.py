@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 
 import structlog
@@ -63,7 +64,7 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     # From here on no checkpoint freezes the container. Somebody else may have frozen it, and a frozen process takes no
     # signal, not even SIGKILL.
     process.stopping = True
-    await cgroups.thaw_aside(process.cgroup)
+    await asyncio.to_thread(cgroups.thaw, process.cgroup)
     if grace > 0:
         with operations.STOP.timed(_signal_name(container.stop_signal)):
             process.signal(container.stop_signal)

@@ -193,7 +193,7 @@ async def _start_infra(node: Node, sandbox: Sandbox) -> asyncio.Event:
         started = await process.start()
     if sandbox.config.namespaces.pid is NamespaceMode.POD:
         try:
-            pin_pids(node, sandbox.id, started.pid)
+            await asyncio.to_thread(pin_pids, node, sandbox.id, started.pid)
         except FileNotFoundError as e:
             raise _infra_ended(node) from e
     return process.exited

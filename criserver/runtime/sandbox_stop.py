@@ -114,7 +114,7 @@ def cut_infra_start(node: Node, sandbox_id: str) -> None:
 
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:
     """End the process that holds the pod's PID namespace, where it has one."""
-    pod_namespaces.unpin_pids(node, sandbox.id)
+    await asyncio.to_thread(pod_namespaces.unpin_pids, node, sandbox.id)
     directory = node.container_dir(sandbox.id)
     if not os.path.lexists(directory):
         return
