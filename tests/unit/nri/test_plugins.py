@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from criserver.errors import FailedPreconditionError, UnavailableError
 from criserver.nri.plugins import Plugins
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
-from tests.unit.nri.test_plugin import Peer, connected, settings
+from tests.support.nri_peer import Peer, connected, settings
 
 POD = nri.PodSandbox(id="p")
 CONTAINER = nri.Container(id="c", pod_sandbox_id="p")
