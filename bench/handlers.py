@@ -9,6 +9,7 @@ what each row means.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -41,8 +42,13 @@ class Shimmed(Criserver):
         return super().configuration() + f'[runtimes.runc]\nshim = "{self._shim}"\n'
 
     def helpers(self) -> list[int]:
-        """Our shims, and those of containerd's kind."""
-        return super().helpers() + matching(f"{self.state}/containers/".encode())
+        """Our shims, and those of containerd's kind, which run in the directory of their container."""
+        found = super().helpers()
+        for pid in matching(b"-namespace"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/cwd").startswith(self.state):
+                    found.append(pid)
+        return found
 
 
 def life(node: Node, name: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ _SYSCTL_NAMESPACES = (
 )
 # Names that systemd takes for a slice (systemd.unit(5), systemd.slice(5)).
 _SLICE = re.compile(r"[A-Za-z0-9_.\\@]+(-[A-Za-z0-9_.\\@]+)*\.slice")
-_DIRECTORY = re.compile(r"(/(?!\.\.?(/|\Z))[^/\0-\x1f\x7f]+)+")
+_DIRECTORY = re.compile(r"(/[^/\0-\x1f\x7f]+)+")
 # Options that an old OCI runtime would hand to the file system as data.
 _RUNTIME_OPTIONS = frozenset({"rro", "idmap", "ridmap"})
 # Settings that only cgroup version 1 has, with the value that asks for nothing.
@@ -144,7 +144,7 @@ def _cgroup_faults(asked: str, own: str) -> Iterator[Fault]:
     """
     parent, own_end = cgroups_parent(asked), own.removeprefix(cgroups_parent(own))
     fits = (_SLICE if ":" in own else _DIRECTORY).fullmatch(parent)
-    if not fits or asked != parent + own_end:
+    if not fits or {".", ".."} & set(parent.split("/")) or asked != parent + own_end:
         wanted = "SLICE" if ":" in own else "/PARENT"
         yield Fault("CgroupsPath", "", f"{quoted(asked)} is not of the form {wanted}{own_end}, as {own} is")
 

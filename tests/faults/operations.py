@@ -188,8 +188,8 @@ def operations(archive: str) -> list[Operation]:
         Operation("ExecSync", _started, _exec, _exec_again),
         Operation("UpdateContainerResources", _started, _update, _update),
     ]
-    of_pods = [found for found in plain if "Image" not in found.name and "shared" not in found.name]
-    return plain + [with_plugin(found) for found in of_pods]
+    told = [found for found in plain if not any(word in found.name for word in ("Image", "shared", "Exec"))]
+    return plain + [with_plugin(found) for found in told]
 
 
 def fails(call: Callable[[], object]) -> str:

@@ -1,4 +1,4 @@
-"""The plugin's side of a connection of NRI, in the same process as the runtime's side."""
+"""The plugin's side of one connection, for tests of a plugin's calls and of all plugins together."""
 
 from __future__ import annotations
 
