@@ -1,7 +1,7 @@
 """A plugin of the node (NRI), a process of its own, that can be killed or stopped where it is told something.
 
-``python -m tests.support.faulty_plugin`` is the process. It writes a line "plugin>METHOD#N" to the log of points for each
-request, while the file "plugin-order" is there, which names the point and the fault.
+``python -m tests.support.faulty_plugin`` is the process. It writes a line "plugin>METHOD#N" to the log of points for
+each request, while the file "plugin-order" is there, which names the point and the fault.
 """
 
 from __future__ import annotations
