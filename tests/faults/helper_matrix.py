@@ -75,7 +75,7 @@ class HelperMatrix(Matrix):
     def harm(self, operation: Operation, point: str, fault: str, result: Result) -> None:
         """A helper is harmed at a point: the call ends, its retry succeeds, nobody else waits, nothing is left."""
         known = self._prepare(operation)
-        place = self.control if _is_of_daemon(point) else self.plugin if point.startswith("nri:") else self.runtime
+        place = self.control if _is_of_daemon(point) else self.plugin if point.startswith("plugin>") else self.runtime
         place.harm(point, fault)
         began = time.monotonic()
         call = self._calls.submit(fails, lambda: operation.call(self.node, known))
@@ -129,7 +129,7 @@ class HelperMatrix(Matrix):
         node.client.ListContainers()
         node.status(self.bystander)
         assert node.client.ExecSync(container_id=self.bystander, cmd=["true"], timeout=5).exit_code == 0
-        if "send" not in point and "nri:" not in point:
+        if "send" not in point and "plugin>" not in point:
             node.run(self.bystanding, "new", ["sleep", "1000"])
 
     def _record(self) -> None:
@@ -162,11 +162,11 @@ class HelperMatrix(Matrix):
 
 
 def _is_of_daemon(point: str) -> bool:
-    return not point.startswith(("nri:", "shim>", "daemon>"))
+    return not point.startswith(("plugin>", "shim>", "daemon>"))
 
 
 def _faults_of(point: str) -> tuple[str, ...]:
-    if point.startswith("nri:"):
+    if point.startswith("plugin>"):
         return FaultyPlugin.FAULTS
     caller, is_runtime, _ = point.partition(">runc:")
     if is_runtime:

@@ -1,7 +1,7 @@
 """A plugin of the node (NRI), a process of its own, that can be killed or stopped where it is told something.
 
-``python -m tests.support.faulty_plugin`` is the process. It writes a line "nri:METHOD#N" to the log of points for each
-request, while the file "plugin-order" is there, which names the point and the fault.
+``python -m tests.support.faulty_plugin`` is the process. It writes a line "plugin>METHOD#N" to the log of points for
+each request, while the file "plugin-order" is there, which names the point and the fault.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
                 seen[:] = [(status.st_ino, status.st_mtime_ns)]
                 counts.clear()
             counts[method] += 1
-            point = f"nri:{method}#{counts[method]}"
+            point = f"plugin>{method}#{counts[method]}"
         if point != wanted:
             os.write(log, f"{point}\n".encode())
             return
