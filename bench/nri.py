@@ -90,9 +90,7 @@ class NriNode(Criserver):
 def plug(node: NriNode, program: str | None) -> Callable[[], None]:
     """Connect a plugin, and return what disconnects it."""
     connected, gone = node.connected(), node.gone()
-    command = [sys.executable, "-m", "bench.nri", "--answer-all"]
-    if program:
-        command = [program, "-idx", "10", "-name", "bench"]
+    command = [program] if program else [sys.executable, "-m", "bench.nri", "--answer-all"]
     with socket.socket(socket.AF_UNIX) as connection:
         environment = dict(os.environ)
         if program:
