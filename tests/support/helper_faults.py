@@ -17,10 +17,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from criserver.network import plugin_start
+
 NURSERY = "the nursery of shims"
 # The events at which a helper is started or told something, and what can become of it there.
 HELPER_EVENTS = {
     "subprocess.Popen": ("killed", "stopped", "hanging"),
+    "os.posix_spawn": ("killed", "stopped", "hanging"),
     "criserver.send": ("killed", "stopped"),
     "criserver.pidfd_send_signal": ("killed", "stopped"),
 }
@@ -36,29 +39,50 @@ class HelperFaults:
         self._next = threading.local()
         self._fork_exec = subprocess._fork_exec  # type: ignore[attr-defined]
         subprocess._fork_exec = self._start  # type: ignore[attr-defined]
+        self._call_libc = plugin_start._call
+        plugin_start._call = self._spawn
 
     def harm(self, event: str, args: tuple[Any, ...], fault: str) -> None:
         """Called by the audit hook. A program has no PID yet: it is harmed as soon as this thread has started it."""
-        if event == "subprocess.Popen":
+        if event in ("subprocess.Popen", "os.posix_spawn"):
             self._next.fault = fault
-        elif pid := _peer(args[0]) if event == "criserver.send" else _parent(args[0]):
+        elif pid := _peer(args[0]) if event == "criserver.send" else _shim_of(args[0]):
             self._signal(pid, fault)
 
     def _start(self, argv: Any, programs: Any, *rest: Any) -> int:
         """In place of the function by which subprocess starts a program."""
-        fault = getattr(self._next, "fault", "")
-        self._next.fault = ""
+        fault = self._take_fault()
         if fault == "hanging":
-            argv, programs = [b"/bin/sh", b"-c", _HANG.encode(), os.fsencode(_base())], (b"/bin/sh",)
+            argv, programs = _hanging(), (b"/bin/sh",)
         pid: int = self._fork_exec(argv, programs, *rest)
         if fault in _SIGNALS:
             self._signal(pid, fault)
         return pid
 
+    def _spawn(self, function: str, *arguments: Any) -> None:
+        """In place of the function by which the start of a CNI plugin calls the C library."""
+        fault = self._take_fault() if function == "posix_spawn" else ""
+        if fault == "hanging":
+            pid, _, actions, attributes, _, variables = arguments
+            words = plugin_start._words(_hanging())
+            arguments = (pid, words[0], actions, attributes, words, variables)
+        self._call_libc(function, *arguments)
+        if fault in _SIGNALS:
+            self._signal(arguments[0]._obj.value, fault)
+
+    def _take_fault(self) -> str:
+        fault: str = getattr(self._next, "fault", "")
+        self._next.fault = ""
+        return fault
+
     def _signal(self, pid: int, fault: str) -> None:
         os.kill(pid, _SIGNALS[fault])
         if fault == "stopped":
             self._tell(f"stopped {pid}")
+
+
+def _hanging() -> list[bytes]:
+    return [b"/bin/sh", b"-c", _HANG.encode(), os.fsencode(_base())]
 
 
 def _base() -> str:
@@ -82,6 +106,16 @@ def _peer(name: str) -> int:
         except OSError:
             continue
     return 0
+
+
+def _shim_of(pid: int) -> int:
+    """The PID of the shim whose container's process this is; 0 where it has ended, or has been adopted by another."""
+    parent = _parent(pid)
+    try:
+        with open(f"/proc/{parent}/comm") as f:
+            return parent if f.read() == "criserver-shim\n" else 0
+    except OSError:
+        return 0
 
 
 def _parent(pid: int) -> int:
