@@ -61,11 +61,12 @@ soak: test-packages $(VENV)/ready
 # Beside the containerd on PATH, or Debian's. It writes the figures into the pages, and all samples into dist/bench.json.
 # BENCH can have other options than the default: bench/README.md.
 BENCH ?= --pages --json dist/bench.json
-bench: run-packages $(VENV)/ready
+bench: run-packages $(VENV)/ready $(VENV)/daemon/ready
 	@contrib/need.sh $(BENCH_PACKAGES)
 	@contrib/unpack-containerd.sh $(VENV)/containerd
 	@mkdir -p dist
-	PATH="$$PATH:$(CURDIR)/$(VENV)/containerd/usr/bin" $(BIN)/python -m bench $(BENCH)
+	PATH="$$PATH:$(CURDIR)/$(VENV)/containerd/usr/bin" BENCH_PYTHON="$(CURDIR)/$(VENV)/daemon/bin/python" \
+		$(BIN)/python -m bench $(BENCH)
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -106,6 +107,13 @@ $(VENV)/ready: requirements-dev.lock pyproject.toml setup.py criserver/__init__.
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+# What a node's package has, for the daemon of the benchmark. Some libraries load tools of development where they find them.
+$(VENV)/daemon/ready: requirements.lock $(VENV)/ready
+	rm -rf $(VENV)/daemon
+	$(PYTHON) -m venv $(VENV)/daemon
+	$(VENV)/daemon/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
 	touch $@
 
 clean:

@@ -21,6 +21,8 @@ from bench.isolation import CGROUP, remove_cgroup
 from bench.processes import matching
 from criserver.pb.runtime.v1 import api_pb2 as cri
 
+# The daemon's interpreter. `make bench` names one with the libraries of a node's package alone.
+PYTHON = os.environ.get("BENCH_PYTHON", sys.executable)
 CNI_BIN = "/usr/lib/cni"
 SLEEP = ["sleep", "100000"]
 
@@ -214,10 +216,10 @@ class Criserver(Node):
         )
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "criserver", "serve", "--config", self.config]
+        return [PYTHON, "-m", "criserver", "serve", "--config", self.config]
 
     def load(self, archive: str) -> None:
-        command = [sys.executable, "-m", "criserver", "image", "import", "--config", self.config, archive]
+        command = [PYTHON, "-m", "criserver", "image", "import", "--config", self.config, archive]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def helpers(self) -> list[int]:
