@@ -131,7 +131,7 @@ async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits
     """How the files of a layer differ from its blob; "" where they do not.
 
     Raises OSError if one of the two has gone or the process cannot be started, LayerError if the blob cannot be read,
-    and SnapshotError if the process fails.
+    and SnapshotError if the process fails, stands still or takes too long.
     """
     options = {
         "compression": compression,
@@ -141,12 +141,7 @@ async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits
     }
     with open(blob, "rb") as file:
         process = await _start(_CHECKER, options, file, layer.path)
-    try:
-        output, complaint = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        output, complaint = await _supervise("the layer checker", process, file, limits)
     result = _result("the layer checker", process, output, complaint)
     if "unread" in result:
         raise errors.LayerError(f"the blob of layer {layer.diff_id} cannot be read: {result['unread']}")
@@ -159,7 +154,7 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
         passed = [theirs.fileno(), *([] if told is None else [told])]
         process = await _start(_WORKER, {**options, "marks": theirs.fileno()}, blob, area, passed)
         theirs.close()
-        output, complaint = await _supervise(process, blob, limits)
+        output, complaint = await _supervise("the unpack worker", process, blob, limits)
     result = _result("the unpack worker", process, output, complaint)
     if "error" in result:
         # The number tells the daemon's caller that the disk is full, or has failed.
@@ -168,8 +163,10 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
     return result
 
 
-async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits: LayerLimits) -> tuple[bytes, bytes]:
-    """What the worker writes to its output and its error output. The worker has ended when this returns or raises."""
+async def _supervise(
+    what: str, process: asyncio.subprocess.Process, blob: BinaryIO, limits: LayerLimits
+) -> tuple[bytes, bytes]:
+    """What a program writes to its output and its error output. It has ended when this returns or raises."""
     outputs = asyncio.create_task(_outputs(process))
     try:
         async with asyncio.timeout(limits.max_seconds):
@@ -177,10 +174,10 @@ async def _supervise(process: asyncio.subprocess.Process, blob: BinaryIO, limits
             while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
                 before, seen = seen, _progress(process.pid, blob)
                 if before == seen:
-                    raise errors.UnpackTimeoutError(f"the unpack worker did nothing for {limits.max_stall:g} seconds")
+                    raise errors.UnpackTimeoutError(f"{what} did nothing for {limits.max_stall:g} seconds")
         return outputs.result()
     except TimeoutError:
-        raise errors.UnpackTimeoutError(f"unpacking took longer than {limits.max_seconds:g} seconds") from None
+        raise errors.UnpackTimeoutError(f"{what} took longer than {limits.max_seconds:g} seconds") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -217,7 +214,7 @@ def _result(what: str, process: asyncio.subprocess.Process, output: bytes, compl
 
 
 def _progress(pid: int, blob: BinaryIO) -> tuple[int, str]:
-    """How far a worker has read, and the CPU time that it has taken: one of them changes while it does anything."""
+    """How far a program has read, and the CPU time that it has taken: one of them changes while it does anything."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections.abc import Awaitable, Callable
 
 import h11
@@ -26,6 +27,8 @@ MAX_CONNECTIONS = 16
 _MAX_REQUEST = 8 << 10
 # Seconds for a connection, from its first byte to its last.
 _TIMEOUT = 10.0
+# Seconds between two answers with metrics, which take the event loop some milliseconds each.
+_PAUSE = 0.1
 _PATH = b"/metrics"
 _TEXT = "text/plain; charset=utf-8"
 
@@ -39,6 +42,8 @@ class ScrapeServer:
         self._content_type = content_type
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        self._next = 0.0  # when metrics may be rendered again, in seconds of time.monotonic()
 
     async def run(self) -> None:
         """Serve until cancelled. Raises CriError where the address cannot be bound. A unix socket is for root alone."""
@@ -115,7 +120,12 @@ class ScrapeServer:
             return 404, _TEXT, b"metrics are at /metrics\n"
         if request.method not in (b"GET", b"HEAD"):
             return 405, _TEXT, b"only GET and HEAD are served\n"
-        return 200, self._content_type, await self._render()
+        async with self._turn:
+            # A program of the node that asks without end must not keep the daemon from its other work.
+            await asyncio.sleep(self._next - time.monotonic())
+            body = await self._render()
+            self._next = time.monotonic() + _PAUSE
+        return 200, self._content_type, body
 
 
 def _bound(path: str) -> socket.socket:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from snapshotter import Layer, Snapshotter, mounts
+from snapshotter import Layer, LayerLimits, SnapshotError, Snapshotter, mounts, worker_process
 from tests.support.layers import Blob, directory, hardlink, item, symlink, write_blob
 
 
@@ -164,3 +164,15 @@ async def test_a_default_access_list_changes_nothing_in_its_directory(snapshotte
     assert await snapshotter.check_layer("chain", blob.path) == ""
     assert os.getxattr(f"{layer.path}/fs/d", "system.posix_acl_default") == acl
     assert os.listxattr(f"{layer.path}/fs/d/below") == []
+
+
+async def test_a_checker_that_stands_still_has_a_deadline(disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "_CHECKER", "import time; time.sleep(1000)")
+    snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=2))
+    try:
+        blob = write_blob(f"{disk}/blob", item("f", b"content"))
+        await unpacked(snapshotter, blob)
+        with pytest.raises(SnapshotError, match="the layer checker did nothing for 2 seconds"):
+            await snapshotter.check_layer("chain", blob.path)
+    finally:
+        snapshotter.close()
