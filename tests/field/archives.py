@@ -54,6 +54,19 @@ def with_an_artifact(field: Field) -> str:
     return imported(field, layout((own("a"), name), (chart, {"io.containerd.image.name": "example.com/chart:1"})))
 
 
+def with_a_signature(field: Field) -> str:
+    """As cosign writes it: the manifest is that of an image, and its only layer is the text that was signed."""
+    blobs: dict[str, bytes] = {}
+    layer = add_blob(blobs, "application/vnd.dev.cosign.simplesigning.v1+json", b"{}")
+    rootfs = {"type": "layers", "diff_ids": [layer["digest"]]}
+    body = json.dumps({"architecture": "", "os": "", "config": {}, "rootfs": rootfs}).encode()
+    config = add_blob(blobs, "application/vnd.oci.image.config.v1+json", body)
+    document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": [layer]}
+    signature = BuiltImage(blobs, add_blob(blobs, OCI_MANIFEST, json.dumps(document).encode()))
+    names = [{"io.containerd.image.name": f"example.com/{name}:1"} for name in ("beside-a-signature", "signature")]
+    return imported(field, layout((own("b"), names[0]), (signature, names[1])))
+
+
 def with_another_platform(field: Field) -> str:
     other = build_image([{"text": b"other"}], platform=Platform("linux", "s390x"))
     names = [{"io.containerd.image.name": f"example.com/{name}:1"} for name in ("beside-s390x", "s390x")]
@@ -129,6 +142,13 @@ CASES = (
         with_an_artifact,
         "example.com/beside-a-chart:1; exit code 1",
         "example.com/beside-a-chart:1, example.com/chart:1; exit code 0",
+    ),
+    FieldCase(
+        7,
+        "An archive with a signature beside an image",
+        with_a_signature,
+        "example.com/beside-a-signature:1; exit code 1",
+        "example.com/beside-a-signature:1, example.com/signature:1; exit code 0",
     ),
     FieldCase(
         7,
