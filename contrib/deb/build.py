@@ -197,8 +197,8 @@ def documents(tree: Path) -> None:
     for example in EXAMPLES:
         places[f"contrib/{example}"] = f"{DOC}/examples/{Path(example).name}"
         write(tree / DOC / "examples" / Path(example).name, (SOURCE / "contrib" / example).read_text())
-    for drawing in sorted((SOURCE / "docs").glob("*.svg")):
-        places[f"docs/{drawing.name}"] = f"{DOC}/{drawing.name}"
+    for drawing in sorted((SOURCE / "docs").rglob("*.svg")):
+        places[str(drawing.relative_to(SOURCE))] = f"{DOC}/{drawing.name}"
         write(tree / DOC / drawing.name, drawing.read_text())
     for path in texts:
         name = str(path.relative_to(SOURCE))
