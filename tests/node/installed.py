@@ -45,6 +45,7 @@ class InstalledNode(Node):
         self.config = "/etc/criserver/config.toml"
         self.socket = SOCKET
         self.process = None
+        self.described = {}
         type(self).pods = set()
 
     def install(self, name: str) -> None:
