@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 _SHOWN = 200
 
 
@@ -41,3 +43,11 @@ def shown(name: bytes) -> str:
     """An entry's name as a message may carry it: quoted, printable and of bounded length."""
     text = ascii(name.decode("utf-8", "backslashreplace"))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def no_thread(error: RuntimeError) -> OSError:
+    """What a thread that cannot be started means, which Python tells by a RuntimeError.
+
+    EAGAIN, as from pthread_create(3): a limit of processes is reached (TasksMax, a cgroup's or the node's).
+    """
+    return OSError(errno.EAGAIN, f"{error}; is a limit of processes reached?")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from isal import isal_zlib
 
-from snapshotter.errors import LayerError, LimitError, TruncatedLayerError
+from snapshotter.errors import LayerError, LimitError, TruncatedLayerError, no_thread
 from snapshotter.limits import LayerLimits
 
 _INPUT = 128 << 10
@@ -134,7 +134,10 @@ class _Counted:
 
 
 class LayerStream:
-    """The tar stream of a blob: call :meth:`read` until the end, then :meth:`digest`."""
+    """The tar stream of a blob: call :meth:`read` until the end, then :meth:`digest`.
+
+    Two threads work for it. Raises OSError if there is no room for them.
+    """
 
     def __init__(self, blob: BinaryIO, decode: Decoder, limits: LayerLimits) -> None:
         self._limits = limits
@@ -144,9 +147,12 @@ class LayerStream:
         self._queue: queue.Queue[bytes | Exception] = queue.Queue(_AHEAD)
         self._to_hash: queue.Queue[bytes] = queue.Queue(_AHEAD)
         # Daemon threads: when the unpacker fails, the process must end while they wait.
-        threading.Thread(target=self._inflate, name="inflate", daemon=True).start()
         self._hasher = threading.Thread(target=self._digest, name="digest", daemon=True)
-        self._hasher.start()
+        try:
+            threading.Thread(target=self._inflate, name="inflate", daemon=True).start()
+            self._hasher.start()
+        except RuntimeError as e:
+            raise no_thread(e) from e
 
     def read(self) -> bytes:
         """The next piece; ``b""`` at the end. Raises LayerError for a stream that is broken or too large."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from snapshotter.errors import no_thread
 from snapshotter.tasks import outlive
 
 _T = TypeVar("_T")
@@ -27,7 +27,7 @@ class Threads(ThreadPoolExecutor):
         except RuntimeError as e:
             if not self._threads:
                 self._work_queue.get_nowait()  # no thread takes from the queue, so this is the call just put
-                raise _no_room(e) from e
+                raise no_thread(e) from e
 
 
 def start_thread(work: Callable[[], None], name: str) -> None:
@@ -35,12 +35,7 @@ def start_thread(work: Callable[[], None], name: str) -> None:
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
     except RuntimeError as e:
-        raise _no_room(e) from e
-
-
-def _no_room(error: RuntimeError) -> OSError:
-    """EAGAIN, as from pthread_create(3): a limit of processes is reached (TasksMax, a cgroup's or the node's)."""
-    return OSError(errno.EAGAIN, f"{error}; is a limit of processes reached?")
+        raise no_thread(e) from e
 
 
 async def in_loose_thread(function: Callable[[], _T], name: str) -> _T:
