@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import sys
 import time
 
 from bench import isolation
@@ -111,8 +110,6 @@ def table(rows: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    inside = arguments[:1] == [isolation.INSIDE]
     parser = argparse.ArgumentParser(
         prog="python -m bench.handlers", description="Measure handlers of both kinds, and containerd, side by side."
     )
@@ -122,16 +119,7 @@ def main() -> None:
         "--shim", default="io.containerd.runc.v2", metavar="PROGRAM", help="the shim of containerd's kind"
     )
     parser.add_argument("--containerd", default="containerd", metavar="PATH", help="another build of containerd")
-    options = parser.parse_args(arguments[1:] if inside else arguments)
-    try:
-        if not inside:
-            sys.exit(isolation.enter(arguments, "bench.handlers"))
-        print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
-        print(table(measure(options)))
-    except RuntimeError as e:
-        sys.exit(f"bench.handlers: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    isolation.run("bench.handlers", parser, lambda options: table(measure(options)))
 
 
 if __name__ == "__main__":

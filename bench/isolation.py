@@ -6,6 +6,7 @@ are removed afterwards.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 CGROUP = "/criserver-bench"
 INSIDE = "--inside"
@@ -39,6 +40,22 @@ def enter(arguments: list[str], module: str = "bench") -> int:
         return 130
     finally:
         _remove_cgroups()
+
+
+def run(module: str, parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], str]) -> None:
+    """The main function of a program of its own: print the table that ``measure`` makes in these namespaces."""
+    arguments = sys.argv[1:]
+    inside = arguments[:1] == [INSIDE]
+    options = parser.parse_args(arguments[1:] if inside else arguments)
+    try:
+        if not inside:
+            sys.exit(enter(arguments, module))
+        print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
+        print(measure(options))
+    except RuntimeError as e:
+        sys.exit(f"{module}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager

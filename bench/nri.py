@@ -164,27 +164,23 @@ def table(samples: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def _rounds(text: str) -> int:
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError("at least 2 are needed")
+    return number
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["--answer-all"]:
         answer_all(arguments[1])
         return
-    inside = arguments[:1] == [isolation.INSIDE]
     parser = argparse.ArgumentParser(prog="python -m bench.nri", description="Measure what one plugin of NRI costs.")
-    parser.add_argument("--rounds", type=int, default=40, metavar="N", help="pods without a plugin, and with one (40)")
+    parser.add_argument(
+        "--rounds", type=_rounds, default=40, metavar="N", help="pods without a plugin, and with one (40)"
+    )
     parser.add_argument("--plugin", metavar="PROGRAM", help="another plugin")
-    options = parser.parse_args(arguments[1:] if inside else arguments)
-    if options.rounds < 2:
-        parser.error("--rounds needs at least 2")
-    try:
-        if not inside:
-            sys.exit(isolation.enter(arguments, "bench.nri"))
-        print(f"cores: {os.cpu_count()}, load: {os.getloadavg()[0]:.1f}")
-        print(table(measure(options.rounds, options.plugin)))
-    except RuntimeError as e:
-        sys.exit(f"bench.nri: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    isolation.run("bench.nri", parser, lambda options: table(measure(options.rounds, options.plugin)))
 
 
 if __name__ == "__main__":

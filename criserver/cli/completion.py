@@ -51,21 +51,26 @@ def _cases(commands: list[_Command]) -> tuple[str, str]:
     return paths, cases
 
 
-def _zsh(commands: list[_Command]) -> str:
-    """As a file of $fpath it is the function's body, else it defines the function."""
+def _search(commands: list[_Command], words: str, first: int, end: str) -> str:
+    """Shell code that sets ``found`` by the array ``words``, from the index ``first`` up to the variable ``end``."""
     paths, cases = _cases(commands)
-    return f"""#compdef criserver
-_criserver() {{
-    local at='' next found='' i
-    for ((i = 2; i < CURRENT; i++)); do
-        next="${{at:+$at }}${{words[i]}}"
+    return f"""    local at='' next found='' i
+    for ((i = {first}; i < {end}; i++)); do
+        next="${{at:+$at }}${{{words}[i]}}"
         case "$next" in
         {paths}) at="$next" ;;
         esac
     done
     case "$at" in
 {cases}
-    esac
+    esac"""
+
+
+def _zsh(commands: list[_Command]) -> str:
+    """As a file of $fpath it is the function's body, else it defines the function."""
+    return f"""#compdef criserver
+_criserver() {{
+{_search(commands, "words", 2, "CURRENT")}
     compadd -- ${{=found}} || _files
 }}
 if [[ "${{funcstack[1]}}" == _criserver ]]; then
@@ -77,18 +82,8 @@ fi
 
 
 def _bash(commands: list[_Command]) -> str:
-    paths, cases = _cases(commands)
     return f"""_criserver() {{
-    local at='' next found='' i
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        next="${{at:+$at }}${{COMP_WORDS[i]}}"
-        case "$next" in
-        {paths}) at="$next" ;;
-        esac
-    done
-    case "$at" in
-{cases}
-    esac
+{_search(commands, "COMP_WORDS", 1, "COMP_CWORD")}
     COMPREPLY=($(compgen -W "$found" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _criserver criserver

@@ -9,13 +9,13 @@ import random
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.faults.operations import ADMIN, IMAGE, Operation, fails, run_again
+from tests.faults.operations import ADMIN, IMAGE, Operation, archives, fails, run_again
 from tests.support.faulty import EVENTS, Control
 from tests.support.fixtures import import_image
 from tests.support.node import Node
@@ -292,3 +292,16 @@ def table(results: list[Result]) -> str:
         f"| {r.operation} | {r.points} | {r.kills} | {r.errors} | {r.missed} | {len(r.failures)} |" for r in results
     ]
     return "\n".join((head, *lines))
+
+
+@contextlib.contextmanager
+def standing(node: Node, directory: str) -> Iterator[Matrix]:
+    """A matrix on ``node``, whose daemon runs in the block. ``directory`` is for the archives of its images."""
+    base, _ = archives(directory)
+    try:
+        matrix = Matrix(node)
+        node.start()
+        matrix.begin(base)
+        yield matrix
+    finally:
+        node.close()

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.matrix import Matrix, Result, errors_of, sample
-from tests.faults.operations import archives, operations
+from tests.faults.matrix import Matrix, Result, errors_of, sample, standing
+from tests.faults.operations import operations
 from tests.faults.plugged import WITH_PLUGIN
 from tests.support.node import Node
 
@@ -25,15 +25,8 @@ PLUGGED = 2
 
 @pytest.fixture(scope="module")
 def matrix(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    base, _ = archives(str(tmp_path_factory.getbasetemp()))
-    node = Node()
-    try:
-        matrix = Matrix(node)
-        node.start()
-        matrix.begin(base)
+    with standing(Node(), str(tmp_path_factory.getbasetemp())) as matrix:
         yield matrix
-    finally:
-        node.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.matrix import Matrix, Result, sample
-from tests.faults.operations import archives, operations
+from tests.faults.matrix import Matrix, Result, sample, standing
+from tests.faults.operations import operations
 from tests.support.node import Node, handler
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
@@ -25,15 +25,8 @@ OPERATIONS = ("StartContainer", "StopContainer", "StopPodSandbox")
 def matrix(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     if not SHIM:
         pytest.skip("containerd-shim-runc-v2 is not on PATH, and CRISERVER_TEST_SHIM names none")
-    base, _ = archives(str(tmp_path_factory.getbasetemp()))
-    node = Node(handler("runc", SHIM))
-    try:
-        matrix = Matrix(node)
-        node.start()
-        matrix.begin(base)
+    with standing(Node(handler("runc", SHIM)), str(tmp_path_factory.getbasetemp())) as matrix:
         yield matrix
-    finally:
-        node.close()
 
 
 def test_containers_of_the_runtimes_shim(matrix: Matrix) -> None:
