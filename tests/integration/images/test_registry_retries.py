@@ -164,9 +164,14 @@ async def test_a_mirror_that_dies_half_way_is_gone_on_from_at_the_registry(
             dead.set()
             return await broken(request)
 
+        async def nothing(request: web.Request) -> web.StreamResponse:
+            await dead.wait()
+            request.transport.abort()
+            return web.Response()
+
         for blob in image.blobs:
             if blob not in (image.digest, image.id):
-                mirror.answers[blob] = dying
+                mirror.answers[blob] = dying if blob == digest else nothing
         rooms.configure("r.example", f'server = "http://{registry.address}"\n[host."http://{mirror.address}"]')
         found = await rooms.images.pull("r.example/app:1")
     assert found.id == image.id
