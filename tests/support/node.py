@@ -31,8 +31,19 @@ from criserver.runtime import cgroups
 from snapshotter import mounts
 from tests.support.waiting import SLOWNESS, eventually
 
-# Of this run alone: others may be at work on the machine.
-RUN = 20 + os.getpid() % 200
+
+def _own_number() -> int:
+    """A number of this run alone: others may be at work on the machine. Nothing else uses 10.NUMBER.0.0/16."""
+    taken = {96, 198, 211}  # test_kubelet.py and test_network.py have addresses there
+    with open("/proc/net/route") as f:
+        for line in f.readlines()[1:]:
+            for word in line.split()[1:3]:  # the destination and the gateway
+                first, second, *_ = int(word, 16).to_bytes(4, sys.byteorder)
+                taken |= {second} if first == 10 else set()
+    return next(n for n in (20 + (os.getpid() + step) % 200 for step in range(200)) if n not in taken)
+
+
+RUN = _own_number()
 BRIDGE = f"crie2e{RUN}"
 SUBNET = f"10.{RUN}.0.0/16"
 GATEWAY = f"10.{RUN}.0.1"
@@ -322,9 +333,9 @@ class Node:
         return self.status(container)
 
     def log(self, container: str) -> str:
-        """What a container printed, with the log's framing taken off."""
+        """What a container printed, with the log's framing taken off; without a line that is half written."""
         with open(self.status(container).log_path) as f:
-            return "".join(line.split(" ", 3)[3] for line in f)
+            return "".join(line.split(" ", 3)[3] for line in f if line.endswith("\n"))
 
     def sh(self, container: str, script: str, timeout: int = int(60 * SLOWNESS)) -> str:
         """What a shell script in the container prints; it must succeed."""
@@ -336,9 +347,14 @@ class Node:
 @contextlib.contextmanager
 def filled(mount: str) -> Iterator[None]:
     """No room on a tmpfs."""
-    size = os.statvfs(mount)
-    used = (size.f_blocks - size.f_bfree) * size.f_frsize
-    subprocess.run(["mount", "-o", f"remount,size={used}", mount], check=True)
+
+    def fill() -> bool:
+        """Whether it is filled: the kernel refuses a size that is too small by what was written since it was read."""
+        size = os.statvfs(mount)
+        used = (size.f_blocks - size.f_bfree) * size.f_frsize
+        return subprocess.run(["mount", "-o", f"remount,size={used}", mount], check=False).returncode == 0
+
+    eventually(fill)
     try:
         yield
     finally:

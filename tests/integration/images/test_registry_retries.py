@@ -216,7 +216,7 @@ async def test_a_registry_that_restarts_is_waited_for(
 
 
 async def test_a_server_that_stalls_is_given_up(server: Server, rooms: Rooms, image: BuiltImage) -> None:
-    rooms.change(progress_timeout=0.9)
+    rooms.change(progress_timeout=1.5)
     for name in ("1", first_layer(image)[0]):
         ended = asyncio.Event()
 
@@ -231,7 +231,7 @@ async def test_a_server_that_stalls_is_given_up(server: Server, rooms: Rooms, im
         began = time.monotonic()
         with within(30):
             await refused(rooms, f"{server.address}/app:1", UnavailableError, name, "no progress")
-        assert time.monotonic() - began > 0.6
+        assert time.monotonic() - began > 1
         assert len(server.asked(name)) >= 2  # a connection may be dead where the server is not
         ended.set()
 
@@ -268,7 +268,7 @@ async def test_a_server_that_trickles_makes_no_progress(server: Server, rooms: R
 
 
 async def test_a_slow_server_may_take_its_time(server: Server, rooms: Rooms, image: BuiltImage) -> None:
-    rooms.change(progress_timeout=2.5)
+    rooms.change(progress_timeout=3.3)  # an attempt has a third of it, which is several times a pause of the server
     digest, body = first_layer(image)
 
     async def slow(request: web.Request) -> web.StreamResponse:
@@ -282,7 +282,7 @@ async def test_a_slow_server_may_take_its_time(server: Server, rooms: Rooms, ima
     server.answers[digest] = slow
     began = time.monotonic()
     await rooms.images.pull(f"{server.address}/app:1")
-    assert time.monotonic() - began > 2.5
+    assert time.monotonic() - began > 3.3
     assert len(server.asked(digest)) == 1
 
 

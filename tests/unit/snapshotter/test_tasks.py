@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import threading
 
 import pytest
 from structlog.testing import capture_logs
@@ -21,8 +21,8 @@ async def complaints() -> list[str]:
     return found
 
 
-async def fail() -> None:
-    await asyncio.sleep(0.01)
+async def fail(gate: asyncio.Event) -> None:
+    await gate.wait()
     raise ValueError("too late")
 
 
@@ -30,17 +30,21 @@ async def test_who_waits_has_the_outcome() -> None:
     async def work() -> int:
         return 7
 
+    gate = asyncio.Event()
+    gate.set()
     assert await outlive(asyncio.ensure_future(work())) == 7
     with capture_logs() as logs, pytest.raises(ValueError, match="too late"):
-        await outlive(asyncio.ensure_future(fail()))
+        await outlive(asyncio.ensure_future(fail(gate)))
     assert logs == []
 
 
 async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints: list[str]) -> None:
+    gate = asyncio.Event()
     with capture_logs() as logs:
-        work: asyncio.Future[object] = asyncio.ensure_future(fail())
+        work: asyncio.Future[object] = asyncio.ensure_future(fail(gate))
         await cancelled(outlive(work))
         assert not work.done()
+        gate.set()
         await asyncio.wait([work])
         del work
         await asyncio.sleep(0)
@@ -50,12 +54,21 @@ async def test_a_failure_after_the_caller_had_gone_is_told_in_the_log(complaints
 
 
 async def test_a_thread_that_fails_after_its_caller_was_cancelled(complaints: list[str]) -> None:
+    gate = threading.Event()
+
     def work() -> None:
-        time.sleep(0.05)
+        gate.wait()
         raise OSError("busy")
 
     with capture_logs() as logs:
-        await cancelled(in_thread(work))
+        call = asyncio.create_task(in_thread(work))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.sleep(0)
+        assert not call.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
         await asyncio.sleep(0)
         gc.collect()
     assert [line["error"] for line in logs] == ["busy"]

@@ -17,17 +17,20 @@ PERIOD = 0.05
 
 
 class Trees:
-    """Snapshots as the meter sees them: sizes, whether they may change, how long each takes."""
+    """Snapshots as the meter sees them: sizes, whether they may change, how long each takes, until when it waits."""
 
     def __init__(self) -> None:
         self.wanted: dict[str, bool] = {}
         self.sizes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.gates: dict[str, asyncio.Event] = {}
         self.measured: Counter[str] = Counter()
 
     async def measure(self, key: str) -> tuple[int, int]:
         self.measured[key] += 1
         await asyncio.sleep(self.seconds.get(key, 0))
+        if key in self.gates:
+            await self.gates[key].wait()
         return self.sizes[key], 1
 
 
@@ -121,9 +124,10 @@ async def test_one_that_cannot_be_measured_is_told_of_once_and_not_where_it_has_
             await until(lambda: trees.measured["bad"] >= 3)
             trees.sizes["bad"] = 1
             await until(lambda: trees.measured["bad"] >= 4)
-            trees.seconds["going"], trees.wanted["going"] = 0.05, True
+            trees.gates["going"], trees.wanted["going"] = asyncio.Event(), True
             await until(lambda: trees.measured["going"] == 1)
             del trees.wanted["going"]
+            trees.gates["going"].set()
             count = trees.measured["good"]
             await until(lambda: trees.measured["good"] >= count + 2)
     assert [(line["log_level"], line["snapshot"]) for line in logs] == [("warning", "bad")]
