@@ -87,7 +87,7 @@ def _serialize(response: Message | bytes) -> bytes:
 
 
 class _Observed:
-    """One RPC in the metrics and in the traces, from its begin to its end.
+    """One RPC in the metrics and in the traces, from its begin to its end. Its answer or error is sent after that.
 
     ``code`` and ``error`` are those that it ends with. ``trace`` is None for an RPC that is not traced.
     """
@@ -127,6 +127,7 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         remaining = context.time_remaining()
         deadline.set(None if remaining is None else time.monotonic() + remaining)
+        answer = None
         with logs.Call(labels[1]) as this, _Observed(labels, _trace(method, this, context), timed=True) as observed:
             try:
                 with spans.within(observed.trace):
@@ -134,11 +135,12 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
                         bounds.check(request)
                         await before(request)
                     answer = await implementation(request)
+                log.debug("call done", seconds=logs.elapsed())
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
                 observed.code, observed.error = _status(labels[1], e)
-                await context.abort(observed.code, observed.error)
-            log.debug("call done", seconds=logs.elapsed())
-            return answer
+        if observed.code is not grpc.StatusCode.OK:
+            await context.abort(observed.code, observed.error)
+        return answer
 
     return call
 
@@ -175,7 +177,8 @@ def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handl
                     yield response
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
                 observed.code, observed.error = _status(labels[1], e)
-                await context.abort(observed.code, observed.error)
+        if observed.code is not grpc.StatusCode.OK:
+            await context.abort(observed.code, observed.error)
 
     return call
 

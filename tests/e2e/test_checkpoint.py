@@ -25,7 +25,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from criserver.cli.client import method
 from criserver.errors import FailedPreconditionError
+from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from tests.support.fixtures import serving
@@ -177,6 +179,10 @@ class Call:
         except grpc.RpcError as e:
             self.outcome = e
 
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
     def wait(self) -> grpc.RpcError | None:
         self._thread.join(60 * SLOWNESS)
         assert not self._thread.is_alive()
@@ -319,11 +325,15 @@ def test_a_failure_after_the_caller_gave_up_is_told_in_the_log(
 
 
 def test_a_retry_meets_the_attempt_under_way(node: Node, criu: Criu, counter: str, tmp_path: Path) -> None:
-    criu.script('[ "$1" = check ] || { sleep 4; exit 1; }')
+    gate = tmp_path / "gate"
+    criu.script(f'{UNTIL} [ -e {gate} ]; do sleep 0.02; done; [ "$1" = check ]')
     given_up(node, criu, counter, tmp_path / "c.tar")
     retries = [Call(node, counter, tmp_path / "c.tar") for _ in range(3)]
     with refused(grpc.StatusCode.ALREADY_EXISTS, f"{tmp_path}/c.tar"):
         node.client.CheckpointContainer(container_id=counter, location=f"{tmp_path}/other.tar", timeout=60)
+    status = method(node.client.channel, admin.DESCRIPTOR.services_by_name["AdminService"], "NodeStatus")
+    eventually(lambda: [c.rpc for c in status(admin.NodeStatusRequest()).calls].count("CheckpointContainer") == 3)
+    gate.touch()
     outcomes = {str(retry.wait().details()) for retry in retries}
     assert len(outcomes) == 1
     assert "cannot dump" in outcomes.pop()
@@ -411,13 +421,20 @@ def test_the_daemon_is_killed_while_the_archive_is_written(
 ) -> None:
     criu.real()
     node.sh(counter, "head -c 500m /dev/zero > /large")
-    call = Call(node, counter, tmp_path / "c.tar")
     cgroup = container_cgroup(node, counter)
-    eventually(lambda: list(tmp_path.glob(".checkpoint-*")))
-    assert not is_frozen(cgroup)
-    node.kill()
-    assert call.wait() is not None
-    assert list(tmp_path.glob(".checkpoint-*"))
+
+    def killed_in_time() -> bool:
+        """Whether the daemon, which is dead after this, has not written the whole archive before."""
+        call = Call(node, counter, tmp_path / "c.tar")
+        eventually(lambda: list(tmp_path.glob(".checkpoint-*")) or call.ended)
+        assert not is_frozen(cgroup)
+        node.kill()
+        return call.wait() is not None and list(tmp_path.glob(".checkpoint-*")) != []
+
+    while not killed_in_time():
+        node.start()
+        for path in tmp_path.iterdir():
+            path.unlink()
     node.start()
     assert os.listdir(tmp_path) == []
     assert_counts(node, counter)

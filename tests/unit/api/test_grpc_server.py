@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ import pytest
 from criserver.api.grpc_server import _status, generic_handler, listen
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.telemetry import families
 
 
 def failed(number: int, path: str | None = None) -> OSError:
@@ -63,3 +66,39 @@ async def test_messages_have_the_configured_sizes(tmp_path: Path) -> None:
                 await version(cri.VersionRequest(version=too_large))
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await server.stop(0)
+
+
+@pytest.mark.parametrize("rpc", ["Version", "GetContainerEvents"])
+async def test_an_error_is_counted_before_it_is_sent(rpc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has the error and asks for the metrics then finds it there."""
+    counted: list[tuple[str, ...]] = []
+    sent: list[list[tuple[str, ...]]] = []
+
+    class Service:
+        async def version(self, request: cri.VersionRequest) -> cri.VersionResponse:
+            raise FailedPreconditionError("not now")
+
+        async def get_container_events(self, request: cri.GetEventsRequest) -> AsyncIterator[cri.VersionResponse]:
+            raise FailedPreconditionError("not now")
+            yield
+
+    class Context:
+        def time_remaining(self) -> None:
+            return None
+
+        async def abort(self, code: grpc.StatusCode, words: str) -> None:
+            sent.append([*counted])
+            raise ConnectionAbortedError(words)
+
+    counter = SimpleNamespace(labels=lambda *values: SimpleNamespace(inc=lambda _: counted.append(values)))
+    monkeypatch.setattr(families.RPCS, "_real", counter)
+    service = cri.DESCRIPTOR.services_by_name["RuntimeService"]
+    handlers = generic_handler(service, Service(), dict.fromkeys(service.methods_by_name, "none"))
+    details: Any = SimpleNamespace(method=f"/runtime.v1.RuntimeService/{rpc}")
+    handler: Any = handlers.service(details)
+    with pytest.raises(ConnectionAbortedError, match="not now"):
+        if rpc == "Version":
+            await handler.unary_unary(cri.VersionRequest(), Context())
+        else:
+            await anext(handler.unary_stream(cri.GetEventsRequest(), Context()))
+    assert sent == [[("RuntimeService", rpc, "FAILED_PRECONDITION")]]

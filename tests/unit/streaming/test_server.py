@@ -163,7 +163,7 @@ async def test_streams_that_are_not_opened(serving: StreamingServer, monkeypatch
 
 
 async def test_half_of_a_forwarded_connection(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = forward_session.STREAMS_TIMEOUT
+    usual = client_link.STREAMS_TIMEOUT
     monkeypatch.setattr(forward_session, "STREAMS_TIMEOUT", 0.2)
 
     async def dial(port: int) -> socket.socket:
