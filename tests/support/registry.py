@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import tempfile
@@ -25,6 +25,9 @@ HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
 
 _START_TIMEOUT = 60.0 * SLOWNESS  # seconds
 _given: set[int] = set()  # the ports of free_port
+# The lines of a registry's log, of a request that it has begun with and of one that it has answered.
+_BEGUN = 'msg="authorizing request"'
+_ANSWERED = re.compile(r'\S+ - \S+ \[[^]]*\] "[A-Z]+ /.* HTTP/1.1" [0-9]+ ')
 
 
 class Registry:
@@ -43,10 +46,10 @@ class Registry:
     ) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.log = os.path.join(directory, "registry.log")
-        self._marks = 0
         self._storage: str = storage._storage if storage else os.path.join(directory, "storage")
         config: dict[str, Any] = {
             "version": 0.1,
+            "log": {"level": "debug"},
             "storage": {"filesystem": {"rootdirectory": self._storage}},
             "http": {"addr": self.address, **({"tls": tls} if tls else {})},
             **({"auth": auth} if auth else {}),
@@ -70,15 +73,19 @@ class Registry:
         return target
 
     def lines(self) -> list[str]:
-        """The log. It tells of a request a moment after the answer, so one more is made and waited for in it."""
-        self._marks += 1
-        mark = f"/v2/?mark={self._marks}"
-        connection = http.client.HTTPConnection(self.address, timeout=_START_TIMEOUT)
-        with contextlib.closing(connection):
-            connection.request("GET", mark)
-            connection.getresponse().read()
-        eventually(lambda: f"{mark} " in Path(self.log).read_text())
-        return [line for line in Path(self.log).read_text().splitlines() if "/v2/?mark=" not in line]
+        """The line of the log for each request. The registry writes it a while after the client has the answer.
+
+        So this waits until there is one for each request that the registry has begun with.
+        """
+        answered: list[str] = []
+
+        def told() -> bool:
+            lines = Path(self.log).read_text().splitlines()
+            answered[:] = [line for line in lines if _ANSWERED.match(line)]
+            return len(answered) >= sum(_BEGUN in line for line in lines)
+
+        eventually(told)
+        return answered
 
     def requests(self) -> list[str]:
         """What was asked of the registry, in order: ``GET /v2/… HTTP/1.1``."""

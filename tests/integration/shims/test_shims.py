@@ -103,8 +103,12 @@ def test_a_runtime_that_ends_before_its_fork_which_started_the_container(host: H
     runtime = tmp_path / "runtime"
     runtime.write_text(FORKING_RUNTIME.format(python=sys.executable, runc=shutil.which("runc")))
     runtime.chmod(0o755)
-    container = host.fork(host.prepare("c", "sh", "-c", "sleep 0.6; exit 6") | host.runtime(runtime))
-    container.client.expect("started")
+    script = "trap 'exit 6' TERM; echo up; while :; do sleep 0.05; done"
+    container = host.fork(host.prepare("c", "sh", "-c", script) | host.runtime(runtime))
+    container.started()
+    eventually(lambda: container.log() == b"up\n")
+    eventually(lambda: parent(container.init) == container.shim)  # the fork has let go of it
+    container.kill(signal.SIGTERM)
     assert container.finished()["code"] == 6
 
 
