@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import pidfd
 from tests.support.node import Node
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -363,6 +364,8 @@ class Lifecycle(RuleBasedStateMachine):
     def take_over(self, method: str, pod: str, name: str, mode: int, acknowledged: bool) -> None:
         """Take from the lists what the call has done; each thing is as it was before, or as it should be after it."""
         note(f"{method} of {pod}, {name} was {'acknowledged' if acknowledged else 'cut'}")
+        if method == "StartContainer" and name in self.containers:
+            eventually(lambda: not self.is_starting(name))
         pods = {p.metadata.name: p for p in self.node.client.ListPodSandbox().items}
         containers = {c.metadata.name: c for c in self.node.client.ListContainers().containers}
         match method:
@@ -398,6 +401,12 @@ class Lifecycle(RuleBasedStateMachine):
                     del self.pods[pod]
                 for own in self.in_pod(pod):
                     self.may_be_removed(own, containers, acknowledged or pod not in self.pods)
+
+    def is_starting(self, name: str) -> bool:
+        """Whether a shim goes on with the start that an earlier daemon has begun."""
+        container = self.containers[name].id
+        shim = pidfd.processes_in(f"{self.node.state}/containers/{container}")
+        return self.node.status(container).state == CREATED and shim != []
 
     def may_be_removed(self, name: str, containers: dict[str, Any], acknowledged: bool) -> None:
         if acknowledged or name not in containers:
