@@ -13,6 +13,7 @@ import pytest
 from tests.support.imagebuilder import busybox_image
 from tests.support.node import SUBNET, Node
 from tests.support.registry import Registry
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("crictl") is None, reason="crictl is not on PATH"),
@@ -72,7 +73,7 @@ def test_an_operators_round(crictl: Crictl, tmp_path: Path) -> None:
     assert json.loads(crictl("inspectp", pod))["status"]["network"]["ip"].startswith(SUBNET.removesuffix("0.0/16"))
     assert json.loads(crictl("inspect", container))["status"]["state"] == "CONTAINER_RUNNING"
     assert crictl("inspect", "-o", "go-template", "--template", "{{.status.image.image}}", container[:12]) == NAME
-    assert crictl("logs", container) == "hello from crictl"
+    eventually(lambda: crictl("logs", container) == "hello from crictl")
     assert crictl("exec", "-s", container, "echo", "from", "exec") == "from exec"
 
     assert crictl("stop", "--timeout", "0", container) == container

@@ -12,6 +12,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.node import Node
+from tests.support.registry import free_port
 from tests.support.services import Services, fetched
 from tests.support.terminal import Terminal
 from tests.support.waiting import eventually
@@ -103,8 +104,7 @@ def test_attach_at_a_terminal_and_again_after_going_away(node: Node, transport: 
 def test_port_forward(node: Node, transport: str) -> None:
     pod = node.run_pod()
     services = Services(f"{node.state}/ns/{pod}/net")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         command(node, "port-forward", transport, pod, f"{port}:7002"),
         stdout=subprocess.PIPE,

@@ -16,6 +16,8 @@ from tests.faults.matrix import Result
 from tests.faults.operations import archives, operations
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
+# A point of a task beside the call is not reached each time. Another one is taken then, so many at most.
+TRIES = 5
 # The others have no helper that is not among those of these.
 SAMPLED = (
     "RunPodSandbox",
@@ -48,9 +50,12 @@ def test_a_helper_that_fails_delays_nobody_and_leaves_nothing(
     matrix: HelperMatrix, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     (operation,) = (found for found in operations(f"{tmp_path_factory.getbasetemp()}/points.tar") if found.name == name)
-    point, fault = random.Random(f"{SEED} {name}").choice(matrix.faults(operation))
-    result = Result(name, 1)
-    matrix.harm(operation, point, fault, result)
-    print(f"CRISERVER_FAULT_SEED={SEED}", fault, "at", point)
-    assert result.failures == []
-    assert result.by_fault[fault] == 1
+    faults = matrix.faults(operation)
+    result = Result(name, len(faults))
+    for point, fault in random.Random(f"{SEED} {name}").sample(faults, min(TRIES, len(faults))):
+        matrix.harm(operation, point, fault, result)
+        print(f"CRISERVER_FAULT_SEED={SEED}", fault, "at", point)
+        assert result.failures == []
+        if result.by_fault[fault]:
+            return
+    raise AssertionError(f"{TRIES} points were not reached again")
