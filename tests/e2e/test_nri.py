@@ -329,7 +329,7 @@ def test_a_plugin_that_is_late_is_parted_with(node: Node) -> None:
             node.run_pod("late")
             assert plugin.closed.wait(30)
             gate.set()
-        assert "does not answer RunPodSandbox" in node.daemon_log()
+        eventually(lambda: "does not answer RunPodSandbox" in node.daemon_log())
     finally:
         gate.set()
 
