@@ -1,12 +1,14 @@
 """What all tests share.
 
-An example of hypothesis has no deadline: its time depends on the machine. A test has one, which is so long that only a
-hang reaches it. Then the test fails by its name, and its fixtures clean up.
+The examples of hypothesis are always the same, so that no run fails by chance. CRISERVER_EXAMPLES is the number of
+examples for a run with others. An example has no deadline: its time depends on the machine. A test has one, which is so
+long that only a hang reaches it. Then the test fails by its name, and its fixtures clean up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 
 import pytest
@@ -19,7 +21,15 @@ HANGS = 600
 # Of a daemon's log in the report of a failure.
 LINES = 200
 
-settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = os.environ.get("CRISERVER_EXAMPLES")
+
+settings.register_profile(
+    "project",
+    deadline=None,
+    derandomize=EXAMPLES is None,
+    max_examples=int(EXAMPLES or 100),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("project")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
