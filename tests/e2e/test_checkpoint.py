@@ -103,7 +103,8 @@ def criu(node: Node, criu_directory: Path) -> Iterator[Criu]:
     yield criu
     criu.none()
     for pid in at_work(node):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -264,7 +264,8 @@ def hanging() -> list[int]:
 
 def end_sleepers() -> None:
     for pid in hanging():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:

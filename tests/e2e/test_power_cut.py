@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +42,14 @@ class PowerNode(Node):
         os.chmod(self.root, 0o711)
         self.note = f"{self.root}/synced.json"
 
+    def _all_ended(self) -> bool:
+        """Kill what there is: the nursery also ends by itself, without its daemon."""
+        found = [pid for pid, words in processes() if self.base in words]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not found
+
     def cut(self, lost: str = "") -> None:
         """Cut the power; the node is as after the next boot. The content of the blob ``lost`` was not written."""
         blobs = [name for name in os.listdir(f"{self.root}/content/blobs/sha256") if name not in lost]
@@ -48,9 +57,7 @@ class PowerNode(Node):
         self.disk.commit_journal()
         self.disk.cut()
         self.kill()
-        for pid, words in processes():
-            if self.base in words:
-                os.kill(pid, signal.SIGKILL)
+        eventually(self._all_ended)
         for point in mounts.mounts_below(self.state):
             mounts.unmount(point)
         shutil.rmtree(self.state)

@@ -269,7 +269,8 @@ class Node:
                 subprocess.run([RUNTIME, "--root", root, "delete", "-f", name], check=False)
             for pid, words in processes():
                 if self.base in words:
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # a shim may be ending by itself
+                        os.kill(pid, signal.SIGKILL)
             for point in (*mounts.mounts_below(self.base), self.base):
                 mounts.unmount(point)
             shutil.rmtree(self.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -104,7 +105,8 @@ def end(container: Container) -> None:
     """End what the daemon would find by its directory."""
     for pid, words in processes():
         if f"in {container.directory}" in words:
-            os.kill(pid, 9)
+            with contextlib.suppress(ProcessLookupError):  # it may be ending by itself
+                os.kill(pid, 9)
 
 
 @pytest.mark.parametrize(
