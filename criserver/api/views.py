@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 from criserver.api.lists import make_each
-from criserver.images import Image
+from criserver.errors import InvalidArgumentError
+from criserver.images import Image, references
 from criserver.model import Namespaces, Resources
 from criserver.oci.spec_resources import in_force
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
+from criserver.runtime.container_create import signal_number
 from criserver.runtime.container_exec import ExecResult
 from criserver.runtime.events import Event
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState
@@ -41,6 +43,8 @@ _STDOUT, _STDERR = (
     bytes([cri.ExecSyncResponse.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("stdout", "stderr")
 )
 _MODES = {mode: number for number, mode in MODES.items()}
+# CRI's names of signals by the kernel's numbers. Where CRI has two names, as SIGABRT and SIGIOT, the first one counts.
+_SIGNALS = {signal_number(name): name for name in reversed(cri.Signal.keys()) if name != "RUNTIME_DEFAULT"}
 
 
 def sandbox(record: Sandbox) -> cri.PodSandbox:
@@ -103,7 +107,7 @@ def container_status(record: Container) -> cri.ContainerStatus:
         started_at=record.started_at,
         finished_at=record.finished_at,
         exit_code=record.exit_code,
-        image=sent.image,
+        image=_named_image(sent.image),
         image_ref=record.image_ref,
         image_id=record.image_id,
         reason=_utf8(record.reason),
@@ -112,7 +116,7 @@ def container_status(record: Container) -> cri.ContainerStatus:
         annotations=config.annotations,
         mounts=sent.mounts,
         log_path=record.log_path,
-        stop_signal=sent.stop_signal,
+        stop_signal=sent.stop_signal or _SIGNALS.get(record.stop_signal, "RUNTIME_DEFAULT"),
     )
     if sent.linux.HasField("resources"):
         status.resources.linux.CopyFrom(_in_force(sent.linux.resources, config.resources))
@@ -120,6 +124,18 @@ def container_status(record: Container) -> cri.ContainerStatus:
         user = record.user
         status.user.linux.CopyFrom(cri.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=user.groups))
     return status
+
+
+def _named_image(sent: cri.ImageSpec) -> cri.ImageSpec:
+    """The image by the name in the pod: a kubelet names it by its ID, and the status of the pod shows this name."""
+    named = cri.ImageSpec()
+    named.CopyFrom(sent)
+    if sent.user_specified_image:
+        try:
+            named.image = str(references.parse(sent.user_specified_image))
+        except InvalidArgumentError:
+            named.image = sent.user_specified_image
+    return named
 
 
 def _in_force(sent: cri.LinuxContainerResources, requested: Resources) -> cri.LinuxContainerResources:

@@ -107,13 +107,17 @@ def pressure(text: bytes) -> Pressure | None:
 
 
 def io_stat(text: bytes) -> tuple[DeviceIo, ...]:
-    """v2's io.stat: "8:0 rbytes=0 wbytes=0 rios=0 wios=0 dbytes=0 dios=0", a line for each device."""
+    """v2's io.stat: "8:0 rbytes=0 wbytes=0 rios=0 wios=0 dbytes=0 dios=0", a line for each device.
+
+    A device without counters has neither them nor the end of its line. So the counters are those of the last device.
+    """
     devices = []
     for line in text.splitlines():
-        device, *fields = line.split() or [b""]
-        if (major_minor := _device(device)) is None:
+        fields = [field.partition(b"=") for field in line.split()]
+        names = [name for name, equals, _ in fields if not equals]
+        if not names or len(names) == len(fields) or (major_minor := _device(names[-1])) is None:
             continue
-        values = dict(field.partition(b"=")[::2] for field in fields)
+        values = {name: count for name, _, count in fields}
         counts = [value(values, key) or 0 for key in (b"rbytes", b"wbytes", b"rios", b"wios")]
         devices.append(DeviceIo(*major_minor, *counts))
     return tuple(devices)

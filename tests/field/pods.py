@@ -94,6 +94,22 @@ def swap_limit(field: Field) -> str:
     return f"{node.status(container).resources.linux.memory_swap_limit_in_bytes // MIB} MiB"
 
 
+def shown_image(field: Field) -> str:
+    """A kubelet pulls a pod's image, and names it by its ID. Another pod has the same image by another name."""
+    node, ids = field.node, set()
+    built = busybox_image(config={"Labels": {"of": "two names"}})
+    names = [field.pull(built) for _ in range(2)]
+    pod = node.run_pod(field.name)
+    for number, name in enumerate(names):
+        image = node.client.ImageStatus(image=cri.ImageSpec(image=name)).image.id
+        ids.add(image)
+        container = node.create(pod, f"c{number}", ["true"], image=image, user_specified_image=name)
+        shown = node.status(container).image.image
+        if shown != name:
+            return "another name" if shown in names else shown
+    return "the pod's name" if len(ids) == 1 else "two images"
+
+
 def below_use(field: Field) -> str:
     """A limit of 4 MiB for a container that has 32 MiB in its /dev/shm."""
     node = field.node
@@ -211,6 +227,14 @@ CASES = (
     ),
     FieldCase(13, "An update of a container that has exited", update_exited, "updated", "updated", "k3s-io/k3s#3104"),
     FieldCase(13, "The swap limit in the status of a container with 64 MiB of memory", swap_limit, "64 MiB", "64 MiB"),
+    FieldCase(
+        13,
+        "The image in the status of a container, if the image has two names",
+        shown_image,
+        "the pod's name",
+        "another name",
+        "kubernetes/kubernetes#51017, kubernetes/kubernetes#74081",
+    ),
     FieldCase(
         13,
         "`hostIPC` and the options of `/dev/shm`",

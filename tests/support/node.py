@@ -304,7 +304,10 @@ class Node:
         headers = fields.pop("headers", None)
         config = cri.ContainerConfig(
             metadata=cri.ContainerMetadata(name=name, attempt=fields.pop("attempt", 0)),
-            image=cri.ImageSpec(image=fields.pop("image", "localhost/busybox:latest")),
+            image=cri.ImageSpec(
+                image=fields.pop("image", "localhost/busybox:latest"),
+                user_specified_image=fields.pop("user_specified_image", ""),
+            ),
             command=command or [],
             log_path=f"{name}.log",
             **fields,

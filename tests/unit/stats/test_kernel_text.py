@@ -56,7 +56,22 @@ def test_pressure_in_nanoseconds() -> None:
 
 def test_io_of_version_2() -> None:
     text = b"254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n253:0 \n"
-    assert kernel_text.io_stat(text) == (DeviceIo(254, 0, 4096, 8192, 1, 2), DeviceIo(253, 0))
+    assert kernel_text.io_stat(text) == (DeviceIo(254, 0, 4096, 8192, 1, 2),)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # A device without counters has no end of its line.
+        (b"7:7 7:6 7:4 rbytes=1 wbytes=2 rios=3 wios=4\n", (DeviceIo(7, 4, 1, 2, 3, 4),)),
+        # A cgroup that is being made.
+        (b"8:0 rbytes=1\n252:0 ", (DeviceIo(8, 0, 1),)),
+        # A device that the kernel has no number for, as of ZFS.
+        (b"(unknown) rbytes=9\n8:0 rbytes=1\n", (DeviceIo(8, 0, 1),)),
+    ],
+)
+def test_io_of_version_2_as_some_kernels_write_it(text: bytes, found: tuple[DeviceIo, ...]) -> None:
+    assert kernel_text.io_stat(text) == found
 
 
 def test_io_of_version_1() -> None:
