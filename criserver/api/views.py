@@ -127,14 +127,15 @@ def container_status(record: Container) -> cri.ContainerStatus:
 
 
 def _named_image(sent: cri.ImageSpec) -> cri.ImageSpec:
-    """The image by the name in the pod: a kubelet names it by its ID, and the status of the pod shows this name."""
+    """The image by its name in the pod: a kubelet names it by its ID, and shows this name in the pod's status."""
+    name = sent.user_specified_image
     named = cri.ImageSpec()
     named.CopyFrom(sent)
-    if sent.user_specified_image:
+    if name and not references.is_digest(name):
         try:
-            named.image = str(references.parse(sent.user_specified_image))
+            named.image = str(references.parse(name))
         except InvalidArgumentError:
-            named.image = sent.user_specified_image
+            named.image = name
     return named
 
 

@@ -81,7 +81,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
         config=config,
-        sent=_with_image_refs(node, sent),
+        sent=_with_names_of_images(node, image, sent),
         image_id=image.id,
         image_ref=image.repo_digests[0] if image.repo_digests else image.id,
         state=ContainerState.CREATING,
@@ -211,19 +211,25 @@ async def _prepare(
         return await asyncio.to_thread(write)
 
 
-def _with_image_refs(node: Node, sent: bytes) -> bytes:
-    """What the kubelet sent, with the present image ID of each image volume, which ContainerStatus shows.
+def _with_names_of_images(node: Node, image: Image, sent: bytes) -> bytes:
+    """What the kubelet sent, with names of images that ContainerStatus shows.
+
+    1. Kubelets before 1.30 name the image by its ID and do not say its name in the pod. It gets the image's own name.
+    2. Each image volume gets the ID that its image has now.
 
     Raises NotFoundError for an image that is not here.
     """
     config = cri.ContainerConfig.FromString(sent)
+    is_id = image.id.removeprefix("sha256:").startswith(config.image.image.removeprefix("sha256:"))
+    if is_id and image.repo_tags and not config.image.user_specified_image:
+        config.image.user_specified_image = image.repo_tags[0]
     for mount in config.mounts:
         if mount.HasField("image"):
-            image = node.images.get(mount.image.image)
-            if image is None:
+            volume = node.images.get(mount.image.image)
+            if volume is None:
                 what = f"mount {mount.container_path}: image {mount.image.image}"
                 raise NotFoundError(f"{what} is not on this node; pull it first")
-            mount.image.image_ref = image.id
+            mount.image.image_ref = volume.id
     return config.SerializeToString(deterministic=True)
 
 

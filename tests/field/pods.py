@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.field import REFUSED, Field, FieldCase, security
+from tests.support.field import BUSYBOX, REFUSED, Field, FieldCase, security
 from tests.support.imagebuilder import busybox_image
 
 PASSWD = b"root:x:0:0::/root:/bin/sh\nme:x:1000:100::/:/bin/sh\n"
@@ -108,6 +108,13 @@ def shown_image(field: Field) -> str:
         if shown != name:
             return "another name" if shown in names else shown
     return "the pod's name" if len(ids) == 1 else "two images"
+
+
+def shown_by_id(field: Field) -> str:
+    """A kubelet before 1.30 does not say what the pod calls the image."""
+    image = field.node.client.ImageStatus(image=cri.ImageSpec(image=BUSYBOX)).image.id
+    container = field.node.create(field.node.run_pod(field.name), "c", ["true"], image=image)
+    return field.node.status(container).image.image
 
 
 def below_use(field: Field) -> str:
@@ -235,6 +242,7 @@ CASES = (
         "another name",
         "kubernetes/kubernetes#51017, kubernetes/kubernetes#74081",
     ),
+    FieldCase(13, "The image in the status of a container, from a kubelet before 1.30", shown_by_id, BUSYBOX, BUSYBOX),
     FieldCase(
         13,
         "`hostIPC` and the options of `/dev/shm`",

@@ -33,6 +33,7 @@ def status(number: int = 15, *, image: str = ID, specified: str = "", **fields: 
         ("registry.example/a:1@sha256:" + "b" * 64, "registry.example/a@sha256:" + "b" * 64),
         # Not a name: shown as it is.
         ("b" * 64, "b" * 64),
+        (ID, ID),
         ("", ID),
     ],
 )

@@ -50,7 +50,7 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
 ) -> None:
     pod = node.records.sandboxes["p"]
     monkeypatch.setattr(container_create, "node_defaults", AsyncMock(hooks=AsyncMock(return_value=ContainerEdits())))
-    node.images.get.return_value = Mock(id="i", repo_digests=(), config=ImageConfig(entrypoint=("e",)))
+    node.images.get.return_value = Mock(id="i", repo_tags=(), repo_digests=(), config=ImageConfig(entrypoint=("e",)))
     write_now = node.store.write_now
 
     def only_delete(*changes: Change) -> None:
