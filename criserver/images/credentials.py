@@ -108,8 +108,12 @@ def node_credentials(path: str) -> DockerConfig | None:
 
 
 def decode_basic(text: str) -> tuple[str, str]:
-    """User and password of docker's ``auth``: base64 of both with a colon. Raises ValueError."""
-    username, colon, password = base64.b64decode(text, validate=True).decode().rstrip("\0").partition(":")
+    """User and password of docker's ``auth``: base64 of both with a colon. Raises ValueError.
+
+    Line breaks are left out, as in Go: base64(1) wraps long lines.
+    """
+    joined = text.replace("\r", "").replace("\n", "")
+    username, colon, password = base64.b64decode(joined, validate=True).decode().rstrip("\0").partition(":")
     if not colon:
         raise ValueError("there is no colon")
     return username, password

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,11 +22,15 @@ from criserver.errors import (
 from criserver.images.auth import Authorizer
 from criserver.images.hosts import RegistryHost
 from criserver.images.retries import TryAgainError, retry_after
-from criserver.images.transport import Transport
+from criserver.images.transport import Transport, read_bounded
+from criserver.text import shown
 
 _MAX_REDIRECTS = 10
 # To the 401s of a server: the first says what the server wants, the second may be for a token that has expired.
 _MAX_ANSWERS = 2
+# Bytes and seconds for the reason that a registry gives for a refusal.
+_MAX_WORDS = 16 << 10
+_WORDS_TIME = 5.0
 _SUCCESS = frozenset({200, 201, 202, 203, 206})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -81,7 +87,7 @@ class Exchange:
                     url = _redirected(url, response, trusted)
                     continue
                 if response.status != 401 or answers[server] >= _MAX_ANSWERS:
-                    raise _refusal(response, path, server)
+                    raise _refusal(response, path, server, await _words(response))
                 answers[server] += 1
                 challenges = response.headers.getall("WWW-Authenticate", ())
                 refusal = _refusal(response, path, server)
@@ -108,8 +114,30 @@ def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> UR
     return target
 
 
-def _refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost) -> CriError:
+async def _words(response: aiohttp.ClientResponse) -> str:
+    """The reason that the registry gives for a refusal, "" if there is none.
+
+    It is the first error of a document (OCI distribution-spec, "Error Codes"), or plain text. An answer that cannot be
+    read, or does not come, is no reason.
+    """
+    try:
+        async with asyncio.timeout(_WORDS_TIME):
+            body = await read_bounded(response, _MAX_WORDS, "the refusal")
+    except (CriError, aiohttp.ClientError, TimeoutError):
+        return ""
+    if response.content_type == "text/plain":
+        return shown(body.decode(errors="replace").strip())
+    try:
+        first = json.loads(body)["errors"][0]
+        return ": ".join(shown(first[key]) for key in ("code", "message") if isinstance(first.get(key), str))
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return ""  # the body has another form
+
+
+def _refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost, words: str = "") -> CriError:
     answer = f"{path}: {response.status} {response.reason or ''}".rstrip()
+    if words:
+        answer += f" ({words})"
     if server.anonymous:
         answer += f" from {server.url}, to which the registry redirects"
     match response.status:

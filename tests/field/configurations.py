@@ -173,6 +173,14 @@ CASES = (
         "pulled",
         "goharbor/harbor#15837, goharbor/harbor#18170",
     ),
+    FieldCase(
+        3,
+        "A manifest sent as `application/json`",
+        as_type("application/json"),
+        "pulled",
+        REFUSED,
+        "containerd/cri#787",
+    ),
     FieldCase(3, "A manifest sent as an index", as_type(OCI_INDEX), REFUSED, REFUSED),
     FieldCase(
         3,

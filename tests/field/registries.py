@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -86,6 +87,36 @@ def no_http(field: Field) -> str:
         field.said = error.details() or ""
         blamed = any(word in field.said for word in ("cannot read the HTTP response", "malformed"))
         return "refused, and the answer is blamed" if blamed else "refused, for another reason"
+    return "pulled"
+
+
+def reasoned(body: bytes, kind: str) -> Callable[[Field], str]:
+    """A pull that the registry refuses with this reason."""
+
+    def pull(field: Field) -> str:
+        field.registry.answers["1"] = lambda handler: handler.answer(429, body, [("Content-Type", kind), LATER])
+        try:
+            field.pull(IMAGE)
+        except grpc.RpcError as error:
+            field.said = error.details() or ""
+            return "refused, with the reason" if "100 pulls a day" in field.said else "refused, without the reason"
+        return "pulled"
+
+    return pull
+
+
+def wrapped_secret(field: Field) -> str:
+    """A pull secret as ``base64`` writes it to a file."""
+    wanted = base64.b64encode(b"me:secret").decode()
+
+    def gate(handler: FieldHandler) -> None:
+        if handler.headers.get("Authorization") == f"Basic {wanted}":
+            handler.serve()
+        else:
+            handler.answer(401, b"", [("WWW-Authenticate", 'Basic realm="x"')])
+
+    field.registry.answers["1"] = gate
+    field.pull(IMAGE, auth=cri.AuthConfig(auth=f"{wanted[:8]}\n{wanted[8:]}\n"))
     return "pulled"
 
 
@@ -185,6 +216,8 @@ def unreadable_hosts(field: Field) -> str:
     return "pulled"
 
 
+LATER = ("Retry-After", "3600")
+REASON = b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "100 pulls a day"}]}'
 MANY: Sequence[tuple[str, str]] = [(f"X-{number}", "x") for number in range(300)]
 NEXT: dict[str, Any] = {"here": "pulled from the next host", "containerd": REFUSED}
 PAGE = text(b"<html>Log in</html>", "text/html")
@@ -238,6 +271,23 @@ CASES = (
     FieldCase(6, "10 redirects", redirects, "pulled", "pulled"),
     FieldCase(6, "A blob sent as `Content-Encoding: gzip`", encoded, "pulled", "pulled"),
     FieldCase(6, "A token answered with 201", created_token, "pulled", "pulled"),
+    FieldCase(
+        6,
+        "A refusal with a reason",
+        reasoned(REASON, "application/json"),
+        "refused, with the reason",
+        "refused, without the reason",
+        "containerd/containerd#3076, containerd/containerd#8969",
+    ),
+    FieldCase(
+        6,
+        "A refusal with a reason as plain text",
+        reasoned(b"100 pulls a day", "text/plain"),
+        "refused, with the reason",
+        "refused, without the reason",
+        "containerd/containerd#4672",
+    ),
+    FieldCase(6, "A pull secret with line breaks in its base64", wrapped_secret, "pulled", "pulled"),
     FieldCase(
         14, "A manifest of Docker's schema 1", schema_1, REFUSED, REFUSED, differs="Manifests of Docker's schema 1"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from criserver.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from criserver.images import exchange
 from criserver.images.manifests import Descriptor
 from criserver.images.references import Reference
 from tests.support.imagebuilder import BuiltImage, add_blob, build_index, digest
@@ -157,6 +159,49 @@ async def test_a_missing_blob(server: Server, rooms: Rooms, image: BuiltImage, w
 async def test_refusals_of_the_manifest(server: Server, rooms: Rooms, status: int, error: type[CriError]) -> None:
     server.answers["1"] = lambda _: web.Response(status=status)
     await refused(rooms, f"{server.address}/app:1", error, f"http://{server.address}", f"manifests/1: {status}")
+
+
+def told(*errors: object) -> bytes:
+    return json.dumps({"errors": errors}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("too many requests\n", "403 Forbidden (too many requests); the"),
+        (
+            told({"code": "TOOMANYREQUESTS", "message": "the limit\n is 100"}, {}),
+            "(TOOMANYREQUESTS: the limit\\n is 100)",
+        ),
+        (told({"code": "DENIED"}), "403 Forbidden (DENIED); the"),
+        (told({"message": "x" * 500}), f"({'x' * 200}…); the"),
+        *(
+            (body, "403 Forbidden; the")
+            for body in (told(), told(7), told({"code": 7}), b"[]", b"<html>", b"[" * 9000, b" " * 20_000)
+        ),
+    ],
+)
+async def test_what_the_registry_says_of_a_refusal_is_told(
+    server: Server, rooms: Rooms, body: bytes | str, words: str
+) -> None:
+    server.answers["1"] = lambda _: web.Response(status=403, body=body)  # a str is sent as text/plain
+    await refused(rooms, f"{server.address}/app:1", PermissionDeniedError, words)
+
+
+async def test_a_refusal_whose_body_does_not_come_is_told_without_it(
+    server: Server, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stuck(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=403, headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await ended.wait()
+        return response
+
+    ended = asyncio.Event()
+    monkeypatch.setattr(exchange, "_WORDS_TIME", 0.01)
+    server.answers["1"] = stuck
+    await refused(rooms, f"{server.address}/app:1", PermissionDeniedError, "403 Forbidden; the")
+    ended.set()
 
 
 async def test_nobody_there(rooms: Rooms) -> None:

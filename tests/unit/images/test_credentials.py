@@ -39,6 +39,8 @@ def load(tmp_path: Path) -> Load:
     [
         ({"auth": auth("me:se:cret")}, Credentials("me", "se:cret")),
         ({"auth": auth("me:secret\0\0")}, Credentials("me", "secret")),
+        # As base64(1) wraps its lines.
+        ({"auth": "bWU6c2Vj\r\ncmV0\n"}, Credentials("me", "secret")),
         ({"username": "me", "password": "secret", "email": "x"}, Credentials("me", "secret")),
         ({"auth": auth("new:er"), "username": "me", "password": "secret"}, Credentials("new", "er")),
         ({"auth": auth("0000:"), "identitytoken": "i"}, Credentials("0000", "", identity_token="i")),
