@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 
 from criserver.api.lists import Slices, make_each
+from criserver.api.views import image_name
 from criserver.model import NamespaceMode
+from criserver.oci.spec_resources import in_force
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups
+from criserver.runtime import cgroups, host
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin
@@ -199,7 +201,7 @@ class StatsViews:
         descriptors: Descriptors | None,
         file_system: FileSystem,
     ) -> Measurements:
-        stats, resources = self._node.stats, container.config.resources
+        stats, resources = self._node.stats, in_force(container.config.resources, host.facts())
         reader = stats.cgroups.reader(cgroups.path(container.parent_cgroup(pod), container.id))
         return Measurements(
             usage=reader.usage(),
@@ -275,8 +277,9 @@ def _pod_labels(pod: Sandbox) -> tuple[str, ...]:
 
 
 def _container_labels(pod: Sandbox, container: Container) -> tuple[str, ...]:
-    config, path = container.config, cgroups.path(container.parent_cgroup(pod), container.id)
-    return pod.config.name, pod.config.namespace, config.name, path, config.image, container.id
+    path = cgroups.path(container.parent_cgroup(pod), container.id)
+    image = image_name(cri.ContainerConfig.FromString(container.sent).image)
+    return pod.config.name, pod.config.namespace, container.config.name, path, image, container.id
 
 
 def _file_system(directory: str) -> FileSystem:

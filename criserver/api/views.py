@@ -62,9 +62,10 @@ def sandbox(record: Sandbox) -> cri.PodSandbox:
 
 
 def sandbox_status(record: Sandbox) -> cri.PodSandboxStatus:
-    """The sandbox as PodSandboxStatus shows it."""
+    """The sandbox as PodSandboxStatus shows it. The addresses of a stopped one may be another pod's by now."""
     config = record.config
-    first, *others = record.ips or ("",)
+    ips = record.ips if record.state is SandboxState.READY else ()
+    first, *others = ips or ("",)
     return cri.PodSandboxStatus(
         id=record.id,
         metadata=_pod_metadata(record),
@@ -107,7 +108,7 @@ def container_status(record: Container) -> cri.ContainerStatus:
         started_at=record.started_at,
         finished_at=record.finished_at,
         exit_code=record.exit_code,
-        image=_named_image(sent.image),
+        image=sent.image,
         image_ref=record.image_ref,
         image_id=record.image_id,
         reason=_utf8(record.reason),
@@ -118,6 +119,7 @@ def container_status(record: Container) -> cri.ContainerStatus:
         log_path=record.log_path,
         stop_signal=sent.stop_signal or _SIGNALS.get(record.stop_signal, "RUNTIME_DEFAULT"),
     )
+    status.image.image = image_name(sent.image)
     if sent.linux.HasField("resources"):
         status.resources.linux.CopyFrom(_in_force(sent.linux.resources, config.resources))
     if record.user is not None:
@@ -126,17 +128,15 @@ def container_status(record: Container) -> cri.ContainerStatus:
     return status
 
 
-def _named_image(sent: cri.ImageSpec) -> cri.ImageSpec:
-    """The image by its name in the pod: a kubelet names it by its ID, and shows this name in the pod's status."""
+def image_name(sent: cri.ImageSpec) -> str:
+    """The name by which the pod has its image. A kubelet names it by its ID, and says the name beside it."""
     name = sent.user_specified_image
-    named = cri.ImageSpec()
-    named.CopyFrom(sent)
-    if name and not references.is_digest(name):
-        try:
-            named.image = str(references.parse(name))
-        except InvalidArgumentError:
-            named.image = name
-    return named
+    if not name or references.is_digest(name):
+        return name or sent.image
+    try:
+        return str(references.parse(name))
+    except InvalidArgumentError:
+        return name
 
 
 def _in_force(sent: cri.LinuxContainerResources, requested: Resources) -> cri.LinuxContainerResources:

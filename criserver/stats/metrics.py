@@ -323,7 +323,9 @@ METRICS = (
     _spec("container_spec_cpu_period", "The period of its CPU quota, in us.", lambda of: of.cpu_period or _CPU_PERIOD),
     _spec("container_spec_cpu_quota", "Its CPU quota, in us a period.", lambda of: max(of.cpu_quota, 0) or None),
     _spec("container_spec_cpu_shares", "Its weight when processors are busy.", lambda of: of.cpu_shares or _CPU_SHARES),
-    _spec("container_spec_memory_limit_bytes", "Its memory limit, in bytes; 0 without one.", lambda of: of.memory),
+    _spec(
+        "container_spec_memory_limit_bytes", "Its memory limit, in bytes; 0 without one.", lambda of: max(of.memory, 0)
+    ),
     _spec(
         "container_spec_memory_reservation_limit_bytes",
         "Its memory reservation, in bytes; always 0, because CRI has none.",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups
+from criserver.runtime import cgroups, host
 from tests.support.node import GATEWAY, Node, cgroup, processes
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -261,7 +261,11 @@ def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
     pod = node.run_pod("metered")
     begun = time.time()
     script = "sleep 1000 & sleep 1000 & while :; do :; done"
-    container = node.run(pod, "c", ["sh", "-c", script], linux=limits(memory_swap_limit_in_bytes=64 * MIB, **given))
+    image = node.client.ImageStatus(image=cri.ImageSpec(image="localhost/busybox:latest")).image.id
+    # As a kubelet: by its ID, and without a limit for swap.
+    container = node.run(
+        pod, "c", ["sh", "-c", script], linux=limits(**given), image=image, user_specified_image="localhost/busybox"
+    )
     eventually(lambda: stats_of(node, container).writable_layer.timestamp)
     # It gets little of a processor, so that its processes are not all there before it was made to wait.
     eventually(lambda: metric(node, "container_processes") == 3, 120)
@@ -274,7 +278,8 @@ def test_metrics_say_what_the_container_was_given_and_does(node: Node) -> None:
     assert values["container_spec_cpu_quota"] == 5_000
     assert values["container_spec_cpu_shares"] == 512
     assert values["container_spec_memory_limit_bytes"] == 64 * MIB
-    assert values["container_spec_memory_swap_limit_bytes"] == 64 * MIB
+    # The limit in force, where the node counts swap.
+    assert values["container_spec_memory_swap_limit_bytes"] == (64 * MIB if host.facts().swap_accounting else 0)
     assert values["container_cpu_cfs_throttled_periods_total"] > 2
     assert values["container_processes"] == 3
     assert values["container_file_descriptors"] >= 9

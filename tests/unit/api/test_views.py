@@ -8,7 +8,7 @@ import pytest
 
 from criserver.api import views
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime.lifecycle import ContainerState
+from criserver.runtime.lifecycle import ContainerState, SandboxState
 from tests.support import records
 
 POD = records.sandbox("pod")
@@ -63,3 +63,11 @@ def test_a_status_has_the_signal_that_a_stop_sends(number: int, shown: int) -> N
 
 def test_a_signal_of_the_kubelet_keeps_its_name() -> None:
     assert status(6, stop_signal=cri.SIGIOT).stop_signal == cri.SIGIOT
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"), [(SandboxState.READY, ["10.0.0.2", "fd00::2"]), (SandboxState.NOT_READY, [""])]
+)
+def test_a_pod_has_its_addresses_until_it_is_stopped(state: SandboxState, shown: list[str]) -> None:
+    network = views.sandbox_status(records.sandbox("pod", state, ips=("10.0.0.2", "fd00::2"))).network
+    assert [network.ip, *(extra.ip for extra in network.additional_ips)] == shown

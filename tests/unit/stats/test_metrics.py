@@ -112,6 +112,7 @@ def test_limits_that_were_not_given_are_the_kernels_defaults() -> None:
     found = values(EVERYTHING)
     assert found["container_spec_cpu_period"] == {(): 100_000}
     assert found["container_spec_cpu_shares"] == {(): 1024}
-    unlimited = values(dataclasses.replace(EVERYTHING, limits=ContainerLimits(cpu_quota=-1, swap=-1)))
+    unlimited = values(dataclasses.replace(EVERYTHING, limits=ContainerLimits(cpu_quota=-1, memory=-1, swap=-1)))
     assert "container_spec_cpu_quota" not in unlimited
+    assert unlimited["container_spec_memory_limit_bytes"] == {(): 0}
     assert unlimited["container_spec_memory_swap_limit_bytes"] == {(): 0}
