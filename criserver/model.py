@@ -64,6 +64,11 @@ class IdMapping:
     host_id: int
     length: int
 
+    def host_id_of(self, container_id: int) -> int | None:
+        """The host ID of an ID in the namespace; None for one that is not mapped."""
+        offset = container_id - self.container_id
+        return self.host_id + offset if 0 <= offset < self.length else None
+
 
 @dataclass(frozen=True, slots=True)
 class UserNamespace:

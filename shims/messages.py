@@ -69,6 +69,7 @@ class ForkConfig(LaunchConfig):
     tty: bool  # the container has a terminal
     stdin: bool  # the container has a standard input (without a terminal; a terminal has one always)
     oom_files: list[str]  # files with the OOM kill count of the container's cgroup
+    owner: list[int]  # user and group to own the standard streams; empty: the OCI runtime sees to it
     pod_events: str  # memory.events of the pod's cgroup; empty: not there (cgroup v1)
 
 

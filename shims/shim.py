@@ -130,6 +130,10 @@ class Shim:
         stdout, stdout_end = os.pipe()
         stderr, stderr_end = os.pipe()
         self._pipes = [stdout, stderr]
+        if self._config.owner:
+            for fd in (stdin, stdout_end, stderr_end):
+                if fd:
+                    os.fchown(fd, *self._config.owner)
         return [stdin, stdout_end, stderr_end]
 
     def _ran(self, code: int, console: Socket | None) -> None:

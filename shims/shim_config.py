@@ -29,6 +29,7 @@ class ShimConfig:
         "log_path",
         "max_line",
         "oom_files",
+        "owner",
         "pod_events",
         "runtime_command",
         "stdin",
@@ -45,6 +46,7 @@ class ShimConfig:
         self.task = _task(message["task"]) if message.get("task") else None
         self.task_of = text(message, "task_of") if message.get("task_of") else ""
         self.oom_files = texts(message, "oom_files")
+        self.owner = _numbers(message, "owner")
         self.pod_events = text(message, "pod_events") if message.get("pod_events") else ""
         self.log_path = text(message, "log_path") if message.get("log_path") else ""
         self.max_line = whole(message, "max_line")
@@ -74,6 +76,14 @@ def whole(message: Message, key: str) -> int:
     value = message.get(key)
     if type(value) is not int or value < 0:
         raise RequestError(f"{key!r} must be a whole number, not {value!r}")
+    return value
+
+
+def _numbers(message: Message, key: str) -> list[int]:
+    """A list of two numbers of a message, or an empty one; without the key it is empty. Raises RequestError."""
+    value = message.get(key, [])
+    if not isinstance(value, list) or len(value) not in (0, 2) or not all(type(item) is int for item in value):
+        raise RequestError(f"{key!r} must be a list of two whole numbers, not {value!r}")
     return value
 
 

@@ -161,7 +161,13 @@ def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
         ("/etc/hostname", pod.hostname_file),
     )
     options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
-    return [{"destination": inside, "type": "bind", "source": outside, "options": options} for inside, outside in files]
+    user = config.namespaces.user
+    # The files belong to the node's root. The pod's root may change them in a user namespace too, as in containerd.
+    owners = {} if user is None else _mapped((user.uids,), (user.gids,))
+    return [
+        {"destination": inside, "type": "bind", "source": outside, "options": options, **owners}
+        for inside, outside in files
+    ]
 
 
 def _user_mount(mount: Mount) -> Spec:
@@ -173,8 +179,12 @@ def _user_mount(mount: Mount) -> Spec:
         "options": ["rbind", mount.propagation.value, access, *(["nosuid", "nodev"] if mount.guarded else [])],
     }
     if mount.uids:
-        oci_mount["uidMappings"], oci_mount["gidMappings"] = _id_mappings(mount.uids), _id_mappings(mount.gids)
+        oci_mount |= _mapped(mount.uids, mount.gids)
     return oci_mount
+
+
+def _mapped(uids: Iterable[IdMapping], gids: Iterable[IdMapping]) -> Spec:
+    return {"uidMappings": _id_mappings(uids), "gidMappings": _id_mappings(gids)}
 
 
 def _id_mappings(mappings: Iterable[IdMapping]) -> list[Spec]:

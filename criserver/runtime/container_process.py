@@ -153,11 +153,18 @@ class ContainerProcess:
             self._start.cut()
 
     async def start(
-        self, *, log_path: str = "", max_line: int = MAX_LINE, tty: bool = False, stdin: bool = False
+        self,
+        *,
+        log_path: str = "",
+        max_line: int = MAX_LINE,
+        tty: bool = False,
+        stdin: bool = False,
+        owner: tuple[int, int] | None = None,
     ) -> Started:
         """Fork a shim that runs the bundle, and wait until the process runs.
 
-        ``max_line`` are the bytes of a line in one record of the log.
+        ``max_line`` are the bytes of a line in one record of the log. ``owner`` is the user and group to own the
+        standard streams, where the OCI runtime cannot make the process their owner.
 
         The call is made within :meth:`start_under_way`. The observer is told as soon as the shim tells. Raises
         FailedPreconditionError with the runtime's own message where the process cannot be started, and where the start
@@ -191,6 +198,7 @@ class ContainerProcess:
             "stdin": stdin,
             "oom_files": cgroups.oom_files(self.cgroup),
             "pod_events": cgroups.pod_events(self._cgroup_parent),
+            "owner": list(owner or ()),
         }
         with operations.RUNTIME.timed(self.runtime.handler, "run"):
             with operations.SHIM.timed():

@@ -13,6 +13,7 @@ from criserver.runtime.container_log import prepare_log
 from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import stream_owner
 from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
@@ -56,6 +57,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
                 max_line=node.config.max_container_log_line_size,
                 tty=container.config.tty,
                 stdin=container.config.stdin,
+                owner=stream_owner(sandbox, container.user),
             )
         except CriError as e:
             # The OCI runtime only says that it cannot fork. That is what happens in the PID namespace of a container

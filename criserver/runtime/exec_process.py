@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from criserver.oci import spec
 from criserver.runtime import process_records
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import stream_owner
 from criserver.runtime.records import Container
 from criserver.streaming import ready
 from criserver.telemetry import families
@@ -75,6 +77,11 @@ async def exec_process(
         if not ended.done():
             ended.set_exception(UnavailableError(f"the shim of container {container.id} ended during the exec"))
 
+    owner = stream_owner(node.records.sandbox(container.sandbox_id), container.user)
+    if owner is not None:
+        for fd in stdio:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.fchown(fd, *owner)
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
     _write_process(node, container, command, path, tty=bool(console))
     try:

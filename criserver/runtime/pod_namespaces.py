@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from criserver.errors import CriError
-from criserver.model import NamespaceMode
+from criserver.model import NamespaceMode, User
 from criserver.oci.spec_inputs import PodFacts
 from criserver.runtime import sandbox_files
 from criserver.runtime.node import Node
@@ -26,6 +26,19 @@ def pid_pin(node: Node, sandbox_id: str) -> str:
 def user_pin(node: Node, sandbox_id: str) -> str:
     """The path at which a pod's user namespace is pinned, if it has one."""
     return os.path.join(node.namespaces_dir(sandbox_id), "user")
+
+
+def stream_owner(sandbox: Sandbox, user: User | None) -> tuple[int, int] | None:
+    """The host's IDs of a container's user, who is to own its standard streams; None without a user namespace.
+
+    A process that opens /dev/stdout again needs to own the pipe. Without a user namespace the OCI runtime makes it the
+    owner. In one it cannot: the pipe belongs to a user whom the namespace does not have.
+    """
+    namespace = sandbox.config.namespaces.user
+    if namespace is None or user is None:
+        return None
+    uid, gid = namespace.uids.host_id_of(user.uid), namespace.gids.host_id_of(user.gid)
+    return None if uid is None or gid is None else (uid, gid)
 
 
 def pin_pids(node: Node, sandbox_id: str, pid: int) -> None:

@@ -11,7 +11,8 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import newer
 from tests.support.node import Node, refused
-from tests.support.pods import BASE, run, userns
+from tests.support.pods import BASE, run, secured, userns
+from tests.support.waiting import eventually
 
 __all__ = ["newer"]
 
@@ -96,6 +97,21 @@ def test_a_shared_pid_namespace_within(newer: Node) -> None:
     newer.start()
     assert newer.sh(one, "id -u") == "0\n"
     assert newer.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_READY
+    newer.remove_pods()
+    assert newer.settled() == []
+
+
+def test_a_user_opens_its_streams_and_root_changes_the_pods_files(newer: Node) -> None:
+    """As servers do whose logs are links to /dev/stdout and /dev/stderr."""
+    again = "echo out >/dev/stdout && echo err >/dev/stderr && cat /dev/stdin && echo done"
+    pod, root = run(newer, "streams", userns())
+    user = secured(run_as_user=cri.Int64Value(value=1000))
+    one = newer.run(pod, "user", ["sh", "-c", f"{again} && sleep 1000"], **user)
+    eventually(lambda: sorted(newer.log(one).split()) == ["done", "err", "out"])
+    for container in (one, root):
+        assert newer.sh(container, again) == "out\ndone\n"
+    files = "/etc/hosts /etc/hostname /etc/resolv.conf"
+    assert newer.sh(root, f"for file in {files}; do echo '# by root' >>$file && stat -c %u $file; done") == "0\n0\n0\n"
     newer.remove_pods()
     assert newer.settled() == []
 
