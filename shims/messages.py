@@ -51,6 +51,7 @@ class LaunchConfig(TypedDict):
     """How a container's runtime is called."""
 
     runtime_command: list[str]  # the OCI runtime's program, and its options before any verb; empty with "task"
+    owner: list[int]  # user and group to own the standard streams; empty: the OCI runtime sees to it
     task: NotRequired[TaskConfig]  # the container is started by a shim of the runtime's
     task_of: NotRequired[str]  # path of the file that says how the shim of the pod's sandbox container is reached
 
@@ -69,7 +70,6 @@ class ForkConfig(LaunchConfig):
     tty: bool  # the container has a terminal
     stdin: bool  # the container has a standard input (without a terminal; a terminal has one always)
     oom_files: list[str]  # files with the OOM kill count of the container's cgroup
-    owner: list[int]  # user and group to own the standard streams; empty: the OCI runtime sees to it
     pod_events: str  # memory.events of the pod's cgroup; empty: not there (cgroup v1)
 
 

@@ -172,7 +172,7 @@ class ContainerProcess:
         """
         start = self._start
         assert start is not None
-        launch = self.runtime.launch(self._cgroup_parent)
+        launch = self.runtime.launch(self._cgroup_parent, owner)
         if self.runtime.has(self.id):
             raise FailedPreconditionError(f"container {self.id} exists in {self.runtime.root}: delete it there first")
         if start.is_cut:
@@ -198,7 +198,6 @@ class ContainerProcess:
             "stdin": stdin,
             "oom_files": cgroups.oom_files(self.cgroup),
             "pod_events": cgroups.pod_events(self._cgroup_parent),
-            "owner": list(owner or ()),
         }
         with operations.RUNTIME.timed(self.runtime.handler, "run"):
             with operations.SHIM.timed():

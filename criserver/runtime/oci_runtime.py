@@ -74,9 +74,12 @@ class OciRuntime:
         driver = ["--systemd-cgroup"] if cgroups.is_slice(cgroup_parent) else []
         return [self.program(), "--root", self.root, *driver, *self.args]
 
-    def launch(self, cgroup_parent: str) -> LaunchConfig:
-        """The values that a shim needs to call it. Raises FailedPreconditionError as :meth:`program` does."""
-        return {"runtime_command": self.command(cgroup_parent)}
+    def launch(self, cgroup_parent: str, owner: tuple[int, int] | None = None) -> LaunchConfig:
+        """The values that a shim needs to call it. Raises FailedPreconditionError as :meth:`program` does.
+
+        ``owner`` is the user and group to own the standard streams, where the runtime cannot see to it.
+        """
+        return {"runtime_command": self.command(cgroup_parent), "owner": list(owner or ())}
 
     def within(self, sandbox_directory: str) -> OciRuntime:  # noqa: ARG002 - of shims
         """The same for a container that joins a sandbox container, which it finds by the annotations of the spec."""

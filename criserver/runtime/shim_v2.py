@@ -93,11 +93,17 @@ class ShimV2:
             )
         return program
 
-    def launch(self, cgroup_parent: str) -> LaunchConfig:
-        """The values that our shim needs to start it. Raises FailedPreconditionError as :meth:`program` does."""
-        kind, value = encoded(self.path, self.options, root=self.root, systemd=cgroups.is_slice(cgroup_parent))
+    def launch(self, cgroup_parent: str, owner: tuple[int, int] | None = None) -> LaunchConfig:
+        """The values that our shim needs to start it. Raises FailedPreconditionError as :meth:`program` does.
+
+        ``owner`` is the user and group to own the standard streams. The shim for runc makes these itself.
+        """
+        owned = dict(zip(("IoUid", "IoGid"), owner, strict=True)) if owner and is_runc(self.path) else {}
+        options = {**owned, **self.options}
+        kind, value = encoded(self.path, options, root=self.root, systemd=cgroups.is_slice(cgroup_parent))
         return {
             "runtime_command": [],
+            "owner": [],
             "task": {
                 "command": [self.program()],
                 "namespace": NAMESPACE,

@@ -12,6 +12,7 @@ from criserver.config import RuntimeHandler
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.shim_v2 import ShimV2
+from shims import task_wire
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_a_shim_is_found_by_its_name_as_containerd_does(tmp_path: Path, monkeypa
 def test_options_that_the_shim_has_not_are_told_with_their_table(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"\[runtimes.a.options\]: unknown key Rot"):
         runtime_of(RuntimeHandler("a", shim="io.containerd.runc.v2", options={"Rot": 1}), str(tmp_path))
+
+
+def test_the_shim_for_runc_is_told_who_owns_the_streams(tmp_path: Path) -> None:
+    program(tmp_path, "true")
+    os.rename(tmp_path / "program", tmp_path / "containerd-shim-runc-v2")
+
+    def options(owner: tuple[int, int] | None, **given: int) -> str:
+        handler = RuntimeHandler("r", shim=str(tmp_path / "containerd-shim-runc-v2"), options=given)
+        return ShimV2.of(handler, str(tmp_path), str(tmp_path)).launch("", owner)["task"]["options"]
+
+    owned, chosen = ((task_wire.number(4, uid) + task_wire.number(5, 1_000_050)).hex() for uid in (1_001_000, 7))
+    assert options((1_001_000, 1_000_050)) == owned + options(None)
+    assert options((1_001_000, 1_000_050), IoUid=7) == chosen + options(None)
 
 
 @pytest.mark.parametrize("joined", [False, True])
