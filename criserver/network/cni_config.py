@@ -20,6 +20,11 @@ from criserver.errors import FailedPreconditionError
 # Ascending. Older versions have no plugin lists and no lists of addresses. The newest one is implemented here.
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
+# The keys of this specification whose null means that they are not there, as for programs in Go. Other keys are the
+# plugins' own.
+_KEYS = frozenset(
+    "cniVersion cniVersions name disableCheck disableGC loadOnlyInlinedPlugins plugins capabilities ipam dns".split()
+)
 _SUFFIXES = (".conflist", ".conf", ".json")
 
 _log = structlog.get_logger()
@@ -158,7 +163,18 @@ def _read(path: str) -> dict[str, Any]:
         raise _CniConfigError(f"is not valid JSON: {e}") from e
     if not isinstance(document, dict):
         raise _CniConfigError("is not a JSON object")
-    return document
+    found = _without_nulls(document)
+    if isinstance(plugins := found.get("plugins"), list):
+        found["plugins"] = [_without_nulls(plugin) if isinstance(plugin, dict) else plugin for plugin in plugins]
+    return found
+
+
+def _without_nulls(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration or plugin without the keys of the specification that are null, also in its ``dns``."""
+    found = {key: value for key, value in table.items() if value is not None or key not in _KEYS}
+    if isinstance(dns := found.get("dns"), dict):
+        found["dns"] = {key: value for key, value in dns.items() if value is not None}
+    return found
 
 
 def _check(document: dict[str, Any], kind: str) -> None:

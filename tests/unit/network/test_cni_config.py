@@ -44,6 +44,17 @@ def test_a_list_is_taken_as_the_file_has_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["pod.conflist", "pod.conf"])
+def test_null_is_a_key_that_is_not_there(tmp_path: Path, name: str) -> None:
+    """As for programs in Go, which write these files."""
+    plugin = {**BRIDGE, "capabilities": None, "dns": {"domain": None, "search": ["a.example"]}, "own key": None}
+    document = {"cniVersion": "1.0.0", "name": "podnet", "disableCheck": None, "cniVersions": None}
+    written = {**document, "plugins": [plugin]} if name == "pod.conflist" else {**document, **plugin}
+    (tmp_path / name).write_text(json.dumps(written))
+    (found,) = load(tmp_path).plugins
+    assert (found.get("capabilities", {}), found["dns"], found["own key"]) == ({}, {"search": ["a.example"]}, None)
+
+
 def test_a_single_plugin_becomes_a_list_of_one(tmp_path: Path) -> None:
     single = {"cniVersion": "0.4.0", "name": "one", **BRIDGE}
     (tmp_path / "10-one.conf").write_text(json.dumps(single))
