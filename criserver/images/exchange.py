@@ -30,7 +30,7 @@ _MAX_REDIRECTS = 10
 _MAX_ANSWERS = 2
 # Bytes and seconds for the reason that a registry gives for a refusal.
 _MAX_WORDS = 16 << 10
-_WORDS_TIME = 5.0
+_WORDS_TIME = 10.0
 _SUCCESS = frozenset({200, 201, 202, 203, 206})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 

@@ -182,8 +182,9 @@ def told(*errors: object) -> bytes:
     ],
 )
 async def test_what_the_registry_says_of_a_refusal_is_told(
-    server: Server, rooms: Rooms, body: bytes | str, words: str
+    server: Server, rooms: Rooms, body: bytes | str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(exchange, "_WORDS_TIME", 60.0)
     server.answers["1"] = lambda _: web.Response(status=403, body=body)  # a str is sent as text/plain
     await refused(rooms, f"{server.address}/app:1", PermissionDeniedError, words)
 
