@@ -6,7 +6,6 @@ etcd, kube-apiserver, kubelet and kubectl are those on PATH. There is no schedul
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support import https, static_pod
+from tests.support import https, kubelet, static_pod
 from tests.support.node import Node
 from tests.support.services import Services, fetched
 from tests.support.terminal import Terminal
@@ -30,7 +29,7 @@ from tests.support.waiting import eventually
 PROGRAMS = ("etcd", "kube-apiserver", "kubelet", "kubectl")
 # The node's address, on the loopback interface: the API server does not speak to a kubelet at 127.0.0.1.
 ADDRESS = "10.198.0.2"
-ETCD, ETCD_PEERS, API, KUBELET, HEALTH = 23791, 23801, 16444, 20251, 20249
+ETCD, ETCD_PEERS, API, KUBELET = 23791, 23801, 16444, 20251
 IMAGE = "localhost/busybox:latest"
 TOKEN = "tests"
 
@@ -39,10 +38,7 @@ pytestmark = [
     pytest.mark.skipif(
         not all(shutil.which(program) for program in PROGRAMS), reason=f"not on PATH: {', '.join(PROGRAMS)}"
     ),
-    pytest.mark.skipif(
-        os.path.isdir("/sys/fs/cgroup/memory/kubepods") or os.path.isdir("/sys/fs/cgroup/kubepods"),
-        reason="another kubelet runs here",
-    ),
+    pytest.mark.skipif(kubelet.another_runs(), reason="another kubelet runs here"),
 ]
 
 
@@ -128,10 +124,7 @@ class Cluster:
                 process.wait()
         self.node.remove_pods()
         subprocess.run(["ip", "address", "delete", f"{ADDRESS}/32", "dev", "lo"], check=False)
-        tops = glob.glob("/sys/fs/cgroup/*/kubepods") + glob.glob("/sys/fs/cgroup/kubepods")
-        if tops:
-            command = ["find", *tops, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
-            subprocess.run(command, capture_output=True, check=False)
+        kubelet.remove_cgroups()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _idle(self) -> bool:
@@ -158,29 +151,14 @@ class Cluster:
         )
         self._json(
             "kubelet.json",
-            {
-                "apiVersion": "kubelet.config.k8s.io/v1beta1",
-                "kind": "KubeletConfiguration",
-                "containerRuntimeEndpoint": f"unix://{self.node.socket}",
-                "featureGates": {"PodAndContainerStatsFromCRI": True},
-                "failCgroupV1": False,
-                "failSwapOn": False,
-                "cgroupDriver": "cgroupfs",
-                "enforceNodeAllocatable": [],
-                "staticPodPath": self.manifests,
-                "fileCheckFrequency": "2s",
-                "podLogsDir": f"{self.directory}/logs",
-                "volumePluginDir": f"{self.directory}/plugins",
-                "address": ADDRESS,
-                "port": KUBELET,
-                "readOnlyPort": 0,
-                "healthzPort": HEALTH,
-                "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
-                "authorization": {"mode": "AlwaysAllow"},
-                "oomScoreAdj": 0,
-                "imageGCHighThresholdPercent": 100,
-                "makeIPTablesUtilChains": False,
-            },
+            kubelet.configuration(
+                self.node.socket,
+                self.manifests,
+                **kubelet.beside_others(self.directory),
+                featureGates={"PodAndContainerStatsFromCRI": True},
+                address=ADDRESS,
+                port=KUBELET,
+            ),
         )
 
     def _json(self, name: str, content: dict[str, Any]) -> None:

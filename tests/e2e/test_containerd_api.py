@@ -1,6 +1,6 @@
 """The calls of containerd's API that a kubelet's cAdvisor makes, and the cgroup by which it finds a pod's network.
 
-tests/conformance/test_cadvisor.py has a real kubelet.
+tests/conformance/test_standalone_kubelet.py has a real kubelet.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from criserver.cli.client import ADMIN, as_json, method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.telemetry import otel_libraries
-from tests.support.fixtures import import_image
+from tests.support.fixtures import serving
 from tests.support.imagebuilder import busybox_image
-from tests.support.node import RUNTIME, Node
+from tests.support.node import RUNTIME, Node, handler
 from tests.support.nri_plugin import plugged
 from tests.support.registry import Registry, registry
 from tests.support.waiting import SLOWNESS, eventually
@@ -27,7 +27,7 @@ from tests.support.waiting import SLOWNESS, eventually
 if not otel_libraries.are_installed():
     pytest.skip("OpenTelemetry is not installed: pip install 'criserver[tracing]'", allow_module_level=True)
 
-from tests.support.collector import Collector, attributes
+from tests.support.collector import Collector, attributes, collecting
 
 __all__ = ["registry"]
 
@@ -38,26 +38,15 @@ SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT}-00"
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    collector = Collector()
-    yield collector
-    collector.close()
+    with collecting() as collector:
+        yield collector
 
 
 @pytest.fixture(scope="module")
 def node(nothing_left: None, busybox_archive: str, collector: Collector) -> Iterator[Node]:
-    node = Node()
-    before = os.environ.get("OTEL_BSP_SCHEDULE_DELAY")
-    os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "50"  # milliseconds; the default of five seconds is only longer
-    try:
-        with open(node.config, "a") as f:
-            f.write(f'[tracing]\nendpoint = "{collector.address}"\n')
-        node.start()
-        import_image(node, busybox_archive)
+    tables = f'{handler("runc", RUNTIME)}[tracing]\nendpoint = "{collector.address}"\n'
+    with serving(busybox_archive, tables) as node:
         yield node
-    finally:
-        if before is None:
-            del os.environ["OTEL_BSP_SCHEDULE_DELAY"]
-        node.close()
 
 
 def traced(node: Node, *arguments: str, code: int = 0) -> str:
@@ -130,7 +119,7 @@ def test_a_pods_start_is_one_trace_below_the_kubelets_span(
         if span.parent_span_id in spans:
             above = spans[span.parent_span_id]
             assert above.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
-    assert collector.resources[0]["service.name"] == "criserver"
+    assert {collector.service(span) for span in spans.values()} == {"criserver"}
 
 
 def test_a_callers_decision_and_the_rate_say_what_is_sent(node: Node, collector: Collector) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 
@@ -13,62 +10,32 @@ import pytest
 
 from tests.node.installed import SOCKET, InstalledNode
 from tests.support import static_pod
-from tests.support.https import fetched
+from tests.support.kubelet import StandaloneKubelet
 
 pytestmark = pytest.mark.skipif(shutil.which("kubelet") is None, reason="kubelet is not on PATH")
 
-PORT = 10250
-
-
-class Kubelet:
-    """It watches ``manifests``, and serves on PORT."""
-
-    def __init__(self) -> None:
-        self.directory = tempfile.mkdtemp(prefix="kubelet-")
-        self.manifests = f"{self.directory}/manifests"
-        os.mkdir(self.manifests)
-        configuration = {
-            "apiVersion": "kubelet.config.k8s.io/v1beta1",
-            "kind": "KubeletConfiguration",
-            "staticPodPath": self.manifests,
-            "fileCheckFrequency": "2s",
-            "cgroupDriver": "systemd",
-            "containerRuntimeEndpoint": f"unix://{SOCKET}",
-            "runtimeRequestTimeout": "10m",
-            "address": "127.0.0.1",
-            "port": PORT,
-            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
-            "authorization": {"mode": "AlwaysAllow"},
-            "evictionHard": {"memory.available": "50Mi"},
-            "failSwapOn": False,
-            "featureGates": {"PodAndContainerStatsFromCRI": True},
-        }
-        with open(f"{self.directory}/kubelet.json", "w") as f:
-            json.dump(configuration, f)
-        words = ["kubelet", "--config", f"{self.directory}/kubelet.json", "--hostname-override", "node"]
-        with open(f"{self.directory}/log", "wb") as log:
-            self.process = subprocess.Popen([*words, "--root-dir", f"{self.directory}/root"], stdout=log, stderr=log)
-
-    def get(self, path: str) -> str:
-        """What it answers."""
-        return fetched(f"https://127.0.0.1:{PORT}{path}", 60)
-
-    def log(self) -> str:
-        with open(f"{self.directory}/log", errors="replace") as f:
-            return f.read()[-4000:]
-
 
 @pytest.fixture(scope="module")
-def kubelet(node: InstalledNode) -> Iterator[Kubelet]:
-    kubelet = Kubelet()
+def kubelet(node: InstalledNode) -> Iterator[StandaloneKubelet]:
+    kubelet = StandaloneKubelet(
+        tempfile.mkdtemp(prefix="kubelet-"),
+        SOCKET,
+        "node",
+        cgroupDriver="systemd",
+        runtimeRequestTimeout="10m",
+        port=10250,
+        evictionHard={"memory.available": "50Mi"},
+        featureGates={"PodAndContainerStatsFromCRI": True},
+    )
     try:
         yield kubelet
     finally:
-        kubelet.process.terminate()
-        kubelet.process.wait(60)
+        kubelet.end()
 
 
-def test_a_static_pod_is_started_probed_restarted_logged_and_removed(node: InstalledNode, kubelet: Kubelet) -> None:
+def test_a_static_pod_is_started_probed_restarted_logged_and_removed(
+    node: InstalledNode, kubelet: StandaloneKubelet
+) -> None:
     def is_in_its_slice(container: str) -> None:
         with open(f"/proc/{node.pid(container)}/cgroup") as f:
             cgroup = f.read().strip().removeprefix("0::")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -23,7 +26,7 @@ class Collector:
         self.hold.set()
         self.asked = threading.Event()
         self._spans: list[Any] = []
-        self.resources: list[dict[str, str]] = []
+        self._services: dict[bytes, str] = {}
         export: Any = grpc.unary_unary_rpc_method_handler(
             self._export, ExportTraceServiceRequest.FromString, lambda message: message.SerializeToString()
         )
@@ -36,8 +39,9 @@ class Collector:
         self.asked.set()
         self.hold.wait()
         for resource_spans in request.resource_spans:
-            self.resources.append({a.key: a.value.string_value for a in resource_spans.resource.attributes})
+            service = attributes(resource_spans.resource)["service.name"]
             for scope_spans in resource_spans.scope_spans:
+                self._services |= {span.span_id: service for span in scope_spans.spans}
                 self._spans += scope_spans.spans
         return ExportTraceServiceResponse()
 
@@ -49,12 +53,28 @@ class Collector:
         """The spans of a trace that have come so far."""
         return [span for span in self.all() if span.trace_id.hex() == trace_id]
 
+    def service(self, span: Any) -> str:
+        """The service that has sent a span."""
+        return self._services[span.span_id]
+
     def close(self) -> None:
         """Stop serving."""
         self.hold.set()
         self._server.stop(None)
 
 
-def attributes(span: Any) -> dict[str, str]:
-    """The attributes of a span, which are all texts."""
-    return {attribute.key: attribute.value.string_value for attribute in span.attributes}
+def attributes(of: Any) -> dict[str, str]:
+    """The attributes of a span or of a service that are texts."""
+    return {attribute.key: attribute.value.string_value for attribute in of.attributes}
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    """A collector. Programs that are started in the block send their spans at once, and not every five seconds."""
+    collector = Collector()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")  # milliseconds
+        try:
+            yield collector
+        finally:
+            collector.close()
