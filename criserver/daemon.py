@@ -258,9 +258,9 @@ def _services(node: Node) -> list[grpc.GenericRpcHandler]:
     snapshots = os.path.join(node.config.root, "snapshots")
     images = image_service.ImageService(node.images, snapshots, node.stats.disk.total)
     operator = admin_service.AdminService(node)
-    handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {})]
-    handlers += containerd_service.handlers(node)
     before = partial(prepare, node)
+    handlers = [generic_handler(admin.DESCRIPTOR.services_by_name["AdminService"], operator, {}, before=before)]
+    handlers += containerd_service.handlers(node)
     # Kubelets before 1.23 know only v1alpha2. Its messages are the same on the wire, with fewer fields.
     for version in ("v1", "v1alpha2"):
         runtime = runtime_service.RuntimeService(node, version)

@@ -1,7 +1,7 @@
 """Logging: structured lines on standard error, as JSON or for a terminal, or records of systemd's journal.
 
-A line that is logged during a call has the call's RPC and number, and the pod and the container that the call is for.
-So all lines of a failed pod have its name.
+A line that is logged during a call has the call's RPC and number, its trace at the collector, and the pod and the
+container that the call is for. So all lines of a failed pod have its name.
 """
 
 from __future__ import annotations
@@ -32,24 +32,28 @@ _numbers = itertools.count(1)
 class Call:
     """A call of a client, as a context: the lines of its block, and of the tasks it starts, name its RPC and number.
 
-    Tasks that outlive the call still say what it was about.
+    Tasks that outlive the call still say what it was about. ``endless`` is for a call that lasts as long as its client
+    wants: it is not work under way.
     """
 
-    __slots__ = ("_token", "about", "began", "number", "rpc")
+    __slots__ = ("_token", "about", "began", "endless", "number", "rpc", "trace_id")
 
-    def __init__(self, rpc: str) -> None:
+    def __init__(self, rpc: str, *, endless: bool = False) -> None:
         self.rpc = rpc  # "" after the call's end, and for a task that is part of no call
+        self.endless = endless
+        self.trace_id = ""  # of a call that a collector gets
         self.number = next(_numbers)
         self.began = time.monotonic()
         self.about: dict[str, object] = {}
 
     def __enter__(self) -> Call:
         self._token = _call.set(self)
-        _under_way[self.number] = self
+        if not self.endless:
+            _under_way[self.number] = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        del _under_way[self.number]
+        _under_way.pop(self.number, None)
         self.rpc = ""
         _call.reset(self._token)
 
@@ -173,6 +177,8 @@ def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
         if this.rpc:
             event.setdefault("rpc", this.rpc)
             event["call"] = this.number
+            if this.trace_id:
+                event["trace_id"] = this.trace_id
     return event
 
 

@@ -126,7 +126,6 @@ class AdminService:
 
     async def remove_pod(self, request: admin.RemovePodRequest) -> admin.RemovePodResponse:
         sandbox = self._node.records.sandbox(request.id)
-        await self._node.recovered(sandbox.id)
         left: list[str] = []
         if request.force:
             left = await remove_sandbox_by_force(self._node, sandbox.id)

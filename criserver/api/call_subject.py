@@ -10,6 +10,7 @@ from typing import Any
 
 from criserver import logs
 from criserver.errors import CriError
+from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.node import Node
 from criserver.runtime.parse import pod_config
@@ -41,6 +42,19 @@ def _name(node: Node, request: Any) -> str:
             logs.about(pod=f"{metadata.namespace}/{metadata.name}")
         logs.about(reference=request.image.image)
         return ""
+    if isinstance(request, cri.RemoveImageRequest):
+        logs.about(reference=request.image.image)
+        return ""
+    if isinstance(request, admin.PullImageRequest):
+        logs.about(reference=request.name)
+        return ""
+    if isinstance(request, admin.RemoveImageRequest):
+        logs.about(reference=request.image)
+        return ""
+    if isinstance(request, admin.RemovePodRequest):
+        sandbox = node.records.sandbox(request.id)
+        logs.about(**sandbox.named)
+        return sandbox.id
     if sandbox_id := getattr(request, "pod_sandbox_id", ""):
         sandbox = node.records.sandbox(sandbox_id)
         logs.about(**sandbox.named)

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -31,6 +32,9 @@ MAX_MESSAGE = 16 << 20
 
 # Metadata by which a call joins its caller's trace (W3C Trace Context).
 _TRACE_HEADERS = ("traceparent", "tracestate")
+
+# RPCs that last as long as their client wants.
+_ENDLESS = frozenset({"GetContainerEvents"})
 
 # Codes of errors that are no fault of the node.
 _ROUTINE = ("ALREADY_EXISTS", "CANCELLED", "NOT_FOUND", "UNIMPLEMENTED")
@@ -145,36 +149,36 @@ def _unary_call(method: MethodDescriptor, implementation: Handler, before: Handl
     return call
 
 
-def _trace(
-    method: MethodDescriptor, call: logs.Call | None, context: grpc.aio.ServicerContext[Any, Any]
-) -> Trace | None:
-    """The trace of a call, if its RPC is traced. A stream of answers has no logs.Call."""
-    if not spans.is_wanted(method.name):
-        return None
+def _trace(method: MethodDescriptor, call: logs.Call, context: grpc.aio.ServicerContext[Any, Any]) -> Trace | None:
+    """The trace of a call, if it is kept or sent to a collector."""
     metadata = {}
     if spans.is_exporting():
         pairs = context.invocation_metadata() or ()
         metadata = {key: value for key, value in pairs if key in _TRACE_HEADERS and isinstance(value, str)}
-    return Trace(
-        method.containing_service.full_name,
-        method.name,
-        call.number if call else 0,
-        call.about if call else {},
-        metadata,
-    )
+    trace = spans.traced(method.containing_service.full_name, method.name, call.number, call.about, metadata)
+    if trace is not None and trace.sample is not None:
+        call.trace_id = trace.sample.trace_id
+    return trace
 
 
-def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> Any:
+def _streaming_call(method: MethodDescriptor, implementation: Any, before: Handler) -> _Call:
     labels = method.containing_service.name, method.name
+    endless = method.name in _ENDLESS
 
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        # No block of logs.Call or of spans: the generator may be closed in another context.
-        with _Observed(labels, _trace(method, None, context), timed=False) as observed:
+    # Not a generator: the end of a call may close that in another context, and the blocks must end in their own.
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        with (
+            logs.Call(labels[1], endless=endless) as this,
+            _Observed(labels, _trace(method, this, context), timed=False) as observed,
+        ):
             try:
-                bounds.check(request)
-                await before(request)
-                async for response in implementation(request):
-                    yield response
+                with spans.within(observed.trace):
+                    bounds.check(request)
+                    await before(request)
+                    async with aclosing(implementation(request)) as answers:
+                        async for answer in answers:
+                            await context.write(answer)
+                log.debug("call done", seconds=logs.elapsed())
             except Exception as e:  # noqa: BLE001 - the caller gets any error, and the daemon goes on
                 observed.code, observed.error = _status(labels[1], e)
         if observed.code is not grpc.StatusCode.OK:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, InvalidArgumentError, NotFoundError
+from criserver.images.references import parse
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.telemetry import spans
 from criserver.telemetry.spans import Span, Trace
 from criserver.text import printable, shown
 
+_OF_IMAGES = frozenset({"PullImage", "RemoveImage"})
+
 
 def traced_calls(subject: str) -> admin.TraceResponse:
-    """The calls for a pod (NAMESPACE/NAME, or the beginning of its ID) or a container, or all for "".
+    """The calls for a pod (NAMESPACE/NAME, or the beginning of its ID), a container or an image's name, or all for "".
 
     1. The pulls of its images are among them: those that the kubelet made for the pod, and those of a name that a
        container of it was created with.
@@ -27,7 +30,8 @@ def traced_calls(subject: str) -> admin.TraceResponse:
 
 
 def _calls_for(subject: str, calls: list[Trace]) -> list[Trace]:
-    found = [call for call in calls if _is_for(subject, call)]
+    image = _full_name(subject)
+    found = [call for call in calls if _is_for(subject, call) or _is_of_image(image, call)]
     if not found:
         raise NotFoundError(
             f"no call for {shown(subject)} is kept; `criserver trace` lists the calls, and they end with the daemon"
@@ -50,6 +54,19 @@ def _is_for(subject: str, call: Trace) -> bool:
     if "/" in subject:
         return about.get("pod") == subject
     return any(str(about.get(key, "")).startswith(subject) for key in ("sandbox", "container"))
+
+
+def _is_of_image(image: str, call: Trace) -> bool:
+    """Whether a call pulled or removed the image with this full name."""
+    return call.method in _OF_IMAGES and _full_name(str(call.about.get("reference", ""))) == image
+
+
+def _full_name(reference: str) -> str:
+    """An image's name with its registry and its tag; an ID, or what is no name, as it is."""
+    try:
+        return str(parse(reference))
+    except CriError:
+        return reference
 
 
 def _message(call: Trace) -> admin.TracedCall:

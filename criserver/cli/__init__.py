@@ -149,9 +149,8 @@ def _add_node(commands: Any) -> None:
     logs.add_argument("-t", "--timestamps", action="store_true", help="put the time before each line")
 
     trace = add("trace", "trace.trace", "show what took the time of the last calls, part by part")
-    trace.add_argument(
-        "subject", metavar="ID", nargs="?", help="a pod's or container's ID, its first characters, or NAMESPACE/POD"
-    )
+    subjects = "a pod's or container's ID or its first characters, NAMESPACE/POD, or an image's name"
+    trace.add_argument("subject", metavar="ID", nargs="?", help=subjects)
     trace.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
 
     top = add("top", "top.top", "show the pods that use the most CPU, drawn again and again until Ctrl-C")

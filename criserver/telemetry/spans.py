@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from criserver.telemetry.instruments import Counter, Histogram
 from criserver.text import shown
@@ -73,27 +74,48 @@ class Span:
         self.error = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The place of a call in a trace of the collector.
+
+    ``trace_id`` has 32 hexadecimal digits. ``above`` is the SDK's context with the span of the caller.
+    """
+
+    trace_id: str
+    above: object
+
+
+class Export(Protocol):
+    """What gives calls to a collector."""
+
+    def sample(self, metadata: Mapping[str, str]) -> Sample | None:
+        """The place of a call with these W3C headers; None for a call that is not sent."""
+
+    def send(self, trace: Trace) -> None:
+        """Send a complete call that has a place. It must not block."""
+
+
 class Trace:
     """A call with its spans. It is complete when the call and all work of it have ended.
 
     ``about`` names the pod and the container as in the log. ``number`` is that of the log. ``at`` is its begin in Unix
-    nanoseconds. ``seconds`` and ``code`` (gRPC's name) are None and "" until the call has an answer. ``metadata`` has
-    the W3C headers of the caller, if tracing is on. ``dropped`` counts the spans above :data:`MAX_SPANS`.
+    nanoseconds. ``seconds`` and ``code`` (gRPC's name) are None and "" until the call has an answer. ``sample`` is None
+    for a call that no collector gets. ``dropped`` counts the spans above :data:`MAX_SPANS`.
     """
 
     __slots__ = (
-        "about", "at", "began", "code", "dropped", "error", "metadata", "method", "number", "open", "seconds",
-        "service", "size", "spans",
+        "about", "at", "began", "code", "dropped", "error", "method", "number", "open", "sample", "seconds", "service",
+        "size", "spans",
     )  # fmt: skip
 
     def __init__(
-        self, service: str, method: str, number: int, about: Mapping[str, object], metadata: Mapping[str, str]
+        self, service: str, method: str, number: int, about: Mapping[str, object], sample: Sample | None = None
     ) -> None:
         self.service = service
         self.method = method
         self.number = number
         self.about = about
-        self.metadata = metadata
+        self.sample = sample
         self.at = time.time_ns()
         self.began = time.monotonic()
         self.seconds: float | None = None
@@ -219,23 +241,28 @@ _place: ContextVar[tuple[Trace, int] | None] = ContextVar("place", default=None)
 _under_way: dict[int, Trace] = {}
 _kept: deque[Trace] = deque()
 _kept_bytes = 0
-_export: Callable[[Trace], None] | None = None
+_export: Export | None = None
 
 
-def export_to(export: Callable[[Trace], None] | None) -> None:
-    """Give each complete call to ``export``, which must not block. None is the end of it."""
+def export_to(export: Export | None) -> None:
+    """Give the calls that begin from now on to ``export``. None is the end of it."""
     global _export
     _export = export
 
 
 def is_exporting() -> bool:
-    """Whether all calls are traced, as they are given to a collector."""
+    """Whether calls are given to a collector."""
     return _export is not None
 
 
-def is_wanted(method: str) -> bool:
-    """Whether a call of this RPC is traced."""
-    return _export is not None or method in KEPT
+def traced(
+    service: str, method: str, number: int, about: Mapping[str, object], metadata: Mapping[str, str]
+) -> Trace | None:
+    """The trace of a call that begins, with its W3C headers; None if it is neither kept nor sent."""
+    sample = _export.sample(metadata) if _export is not None else None
+    if sample is None and method not in KEPT:
+        return None
+    return Trace(service, method, number, about, sample)
 
 
 @contextmanager
@@ -269,8 +296,8 @@ def traces() -> list[Trace]:
 
 def _completed(trace: Trace) -> None:
     global _kept_bytes
-    if _export is not None:
-        _export(trace)
+    if _export is not None and trace.sample is not None:
+        _export.send(trace)
     if trace.method not in KEPT:
         return
     trace.size += len(trace.error) + sum(len(str(value)) for value in trace.about.values())

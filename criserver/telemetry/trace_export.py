@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import structlog
 from opentelemetry.context import Context
@@ -17,14 +17,21 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TraceState, set_span_in_context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased, TraceIdRatioBased
+from opentelemetry.trace import (
+    SpanKind,
+    Status,
+    StatusCode,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from opentelemetry.util.types import Attributes
 
 from criserver import __version__
 from criserver.telemetry import spans
-from criserver.telemetry.spans import Span, Trace
+from criserver.telemetry.spans import Sample, Span, Trace
 from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
@@ -46,24 +53,36 @@ _ABOUT = {
 class TraceExport:
     """From its creation to :meth:`stop`, sends the calls to the collector at ``endpoint``, HOST:PORT.
 
-    A call whose caller has a trace is sampled as the caller says. ``rate`` is how many of a million others are.
+    It is an :class:`~criserver.telemetry.spans.Export`. A call whose caller has a trace is sampled as the caller says.
+    ``rate`` is how many of a million others are.
     """
 
     def __init__(self, endpoint: str, rate: int) -> None:
-        self._sampler = _RatedSampler(rate)
+        self.configure(rate)
+        self._ids = _TraceIds()
         self._told = _Told(endpoint)
         logging.getLogger("opentelemetry").addHandler(self._told)
         resource = Resource.create({"service.name": "criserver", "service.version": __version__})
-        self._provider = TracerProvider(sampler=self._sampler, resource=resource, shutdown_on_exit=False)
+        # The SDK gets only calls that are sampled.
+        self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False, id_generator=self._ids)
         exporter = OTLPSpanExporter(endpoint=f"http://{endpoint}", insecure=True)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("criserver", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        spans.export_to(self._send)
+        spans.export_to(self)
 
     def configure(self, rate: int) -> None:
-        """Take over another rate."""
-        self._sampler.configure(rate)
+        """Take over another rate, for the calls that begin from now on."""
+        self._sampler = ParentBased(TraceIdRatioBased(rate / _MILLION))
+
+    def sample(self, metadata: Mapping[str, str]) -> Sample | None:
+        """See Export. The trace of a call without a caller's trace gets its ID here."""
+        above = self._propagator.extract(metadata)
+        caller = get_current_span(above).get_span_context()
+        trace_id = caller.trace_id if caller.is_valid else self._ids.new()
+        if self._sampler.should_sample(above, trace_id, "").decision is not Decision.RECORD_AND_SAMPLE:
+            return None
+        return Sample(format_trace_id(trace_id), above)
 
     async def stop(self, seconds: float) -> None:
         """Send what is left, for at most so many seconds."""
@@ -75,18 +94,21 @@ class TraceExport:
             log.warning("the last traces are lost: the collector did not take them in time")
         logging.getLogger("opentelemetry").removeHandler(self._told)
 
-    def _send(self, trace: Trace) -> None:
-        above = self._propagator.extract(trace.metadata)
+    def send(self, trace: Trace) -> None:
+        """See Export."""
+        assert trace.sample is not None
+        above = trace.sample.above
+        assert isinstance(above, Context)
+        self._ids.given = int(trace.sample.trace_id, 16)
         name = f"{trace.service}/{trace.method}"
         call = self._tracer.start_span(
             name, above, SpanKind.SERVER, attributes=_call_attributes(trace, name), start_time=trace.at
         )
-        if call.is_recording():
-            places = [set_span_in_context(call, above)]
-            for part in trace.spans:
-                places.append(self._send_part(trace, part, places[part.parent + 1]))
-            if trace.code in _FAULTS:
-                call.set_status(Status(StatusCode.ERROR, trace.error))
+        places = [set_span_in_context(call, above)]
+        for part in trace.spans:
+            places.append(self._send_part(trace, part, places[part.parent + 1]))
+        if trace.code in _FAULTS:
+            call.set_status(Status(StatusCode.ERROR, trace.error))
         call.end(trace.at + _nanoseconds(trace.seconds))
 
     def _send_part(self, trace: Trace, part: Span, above: Context) -> Context:
@@ -102,29 +124,17 @@ class TraceExport:
         return set_span_in_context(found, above)
 
 
-class _RatedSampler(Sampler):
-    """A sampler whose rate can be changed."""
+class _TraceIds(RandomIdGenerator):
+    """The ID of a trace that the daemon begins is known when the call begins, and the SDK asks for it at the end."""
 
-    def __init__(self, rate: int) -> None:
-        self.configure(rate)
+    given = 0
 
-    def configure(self, rate: int) -> None:
-        self._sampler = ParentBased(TraceIdRatioBased(rate / _MILLION))
+    def new(self) -> int:
+        """A random one."""
+        return super().generate_trace_id()
 
-    def should_sample(
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,
-        trace_state: TraceState | None = None,
-    ) -> SamplingResult:
-        return self._sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
-
-    def get_description(self) -> str:
-        return "RatedSampler"
+    def generate_trace_id(self) -> int:
+        return self.given
 
 
 class _Told(logging.Handler):

@@ -63,6 +63,11 @@ def calls(node: Node, subject: str = "") -> list[dict[str, Any]]:
     return [as_json(call) for call in answer.calls]
 
 
+def log_lines(node: Node) -> list[dict[str, Any]]:
+    """The whole lines of the daemon's log."""
+    return [json.loads(line) for line in node.daemon_log().rpartition("\n")[0].splitlines()]
+
+
 def names(call: dict[str, Any]) -> list[str]:
     return [part["name"] for part in call["parts"]]
 
@@ -120,6 +125,11 @@ def test_a_pods_start_is_one_trace_below_the_kubelets_span(
             above = spans[span.parent_span_id]
             assert above.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
     assert {collector.service(span) for span in spans.values()} == {"criserver"}
+    # The lines of the log name the trace, beside the number of their call.
+    told = [line for line in log_lines(node) if line.get("trace_id") == TRACE]
+    assert {"pod sandbox runs", "container created", "container started"} <= {line["event"] for line in told}
+    assert {line["rpc"] for line in told} == {"PullImage", "RunPodSandbox", "CreateContainer", "StartContainer"}
+    assert len({line["call"] for line in told}) == 4
 
 
 def test_a_callers_decision_and_the_rate_say_what_is_sent(node: Node, collector: Collector) -> None:
@@ -130,6 +140,7 @@ def test_a_callers_decision_and_the_rate_say_what_is_sent(node: Node, collector:
     other = TRACE.replace("4", "5")
     node.client.Version(headers={"traceparent": f"00-{other}-{PARENT}-01"})
     (span,) = eventually(lambda: collector.of(other))
+    assert {line["trace_id"] for line in log_lines(node) if "trace_id" in line} == {TRACE, other}
     assert span.name == "runtime.v1.RuntimeService/Version"
     # What was sent earlier has come earlier: the queue keeps the order.
     assert collector.of(TRACE[::-1]) == []
@@ -147,7 +158,9 @@ def test_a_callers_decision_and_the_rate_say_what_is_sent(node: Node, collector:
         "tracing.endpoint": "a configuration change waits for a restart",
     }
     node.client.Version()
-    eventually(lambda: any(s.name.endswith("/Version") for s in collector.all() if not s.parent_span_id))
+    (span,) = eventually(lambda: [s for s in collector.all() if not s.parent_span_id])
+    assert span.name.endswith("/Version")
+    assert [line["rpc"] for line in log_lines(node) if line.get("trace_id") == span.trace_id.hex()] == ["Version"]
     drop_in.unlink()
 
 
@@ -183,6 +196,27 @@ def test_the_timeline_of_a_pod_on_the_terminal(node: Node) -> None:
     assert json.loads(traced(node, pod, "--json")) == calls(node, pod)
     assert "StartContainer" in traced(node)
     assert "no call for e2e/none is kept" in traced(node, "e2e/none", code=1)
+
+
+def test_the_layers_of_an_operators_pull(node: Node, registry: Registry) -> None:
+    image = registry.push(busybox_image(layers=[{"b": b"1"}, {"c": b"2"}]), "pulled:1")
+    pull = [sys.executable, "-m", "criserver", "--config", node.config, "image", "pull", image]
+    subprocess.run(pull, check=True, capture_output=True, timeout=60 * SLOWNESS)
+    (call,) = calls(node, image)
+    assert (call["rpc"], call["code"], call["about"], call["underWay"]) == (
+        "PullImage",
+        "OK",
+        {"reference": image},
+        False,
+    )
+    parts = [name.split()[0] for name in names(call)]
+    # The configuration and two layers are downloaded; the layer of busybox is here already.
+    assert (parts.count("download"), parts.count("unpack")) == (3, 3)
+    (whole,) = (part for part in call["parts"] if part["name"] == f"pull {registry.address}")
+    assert 0 < whole["seconds"] <= call["seconds"]
+    done = [line for line in log_lines(node) if line["event"] == "image pulled" and line["reference"] == image]
+    assert [(line["rpc"], line["call"]) for line in done] == [("PullImage", call["number"])]
+    assert "download" in traced(node, image)
 
 
 def test_a_failed_and_a_hanging_plugin_are_seen_in_the_timeline(node: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -12,8 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
+from criserver import logs
 from criserver.api.grpc_server import _status, generic_handler, listen
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.telemetry import families
 
@@ -43,6 +45,53 @@ def test_an_error_is_told_by_its_code_and_in_words(error: Exception, code: str, 
     found, message = _status("Call", error)
     assert found is grpc.StatusCode[code]
     assert message.startswith(text)
+
+
+async def test_a_stream_ends_in_its_own_context_when_its_client_goes(tmp_path: Path) -> None:
+    ended = asyncio.Event()
+
+    class Service:
+        async def stream_containers(
+            self, _: cri.StreamContainersRequest
+        ) -> AsyncIterator[cri.StreamContainersResponse]:
+            logs.about(pod="shop/web")
+            (call,) = logs.calls_under_way()
+            assert (call.rpc, call.about) == ("StreamContainers", {"pod": "shop/web"})
+            try:
+                while True:  # until the client's window is full
+                    yield cri.StreamContainersResponse(containers=[cri.Container(id="x" * 10_000)])
+            finally:
+                assert call.number == logs.calls_under_way()[0].number
+                ended.set()
+
+        async def get_container_events(self, _: Any) -> AsyncIterator[cri.ContainerEventResponse]:
+            assert logs.calls_under_way() == []
+            yield cri.ContainerEventResponse(container_id="c")
+            raise NotFoundError("no more")
+
+    service = cri.DESCRIPTOR.services_by_name["RuntimeService"]
+    missing = dict.fromkeys(service.methods_by_name, "none")
+    server = await listen(str(tmp_path / "socket"), [generic_handler(service, Service(), missing)])
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
+        call = stream(channel, "StreamContainers", cri.StreamContainersRequest(), cri.StreamContainersResponse)
+        assert len((await call.read()).containers) == 1
+        assert not ended.is_set()
+        call.cancel()
+        async with asyncio.timeout(60):
+            await ended.wait()
+        events = stream(channel, "GetContainerEvents", cri.GetEventsRequest(), cri.ContainerEventResponse)
+        assert (await events.read()).container_id == "c"
+        with pytest.raises(grpc.aio.AioRpcError, match="no more") as caught:
+            await events.read()
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    await server.stop(0)
+    assert logs.calls_under_way() == []
+
+
+def stream(channel: grpc.aio.Channel, rpc: str, request: Any, answer: Any) -> Any:
+    path = f"/runtime.v1.RuntimeService/{rpc}"
+    serialize, parse = type(request).SerializeToString, answer.FromString
+    return channel.unary_stream(path, request_serializer=serialize, response_deserializer=parse)(request)
 
 
 async def test_messages_have_the_configured_sizes(tmp_path: Path) -> None:
@@ -100,5 +149,5 @@ async def test_an_error_is_counted_before_it_is_sent(rpc: str, monkeypatch: pyte
         if rpc == "Version":
             await handler.unary_unary(cri.VersionRequest(), Context())
         else:
-            await anext(handler.unary_stream(cri.GetEventsRequest(), Context()))
+            await handler.unary_stream(cri.GetEventsRequest(), Context())
     assert sent == [[("RuntimeService", rpc, "FAILED_PRECONDITION")]]

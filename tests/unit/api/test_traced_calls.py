@@ -21,7 +21,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def kept(method: str, **about: object) -> Trace:
-    trace = Trace("runtime.v1.RuntimeService", method, 1, about, {})
+    trace = Trace("runtime.v1.RuntimeService", method, 1, about)
     with within(trace), CNI.timed("bridge", "ADD\x1b"):
         pass
     trace.answered("OK", "")
@@ -48,6 +48,20 @@ def test_a_pods_calls_and_the_pulls_of_its_images() -> None:
     assert call.parts[0].name == "CNI bridge ADD\\x1b"
 
 
+def test_the_pulls_and_removals_of_an_image_by_any_form_of_its_name() -> None:
+    kept("PullImage", reference="shop/web")  # by `criserver image pull`
+    kept("PullImage", reference="docker.io/shop/web:latest", pod="shop/other")
+    kept("RemoveImage", reference="shop/web:latest")
+    kept("PullImage", reference="shop/web:2")
+    kept("CreateContainer", pod="shop/other", sandbox="1234", container="5678", reference="shop/web")
+    for name in ("shop/web", "shop/web:latest", "docker.io/shop/web"):
+        assert shown(name) == ["PullImage", "PullImage", "RemoveImage"]
+    assert shown("shop/web:2") == ["PullImage"]
+    image = "sha256:" + 64 * "a"
+    kept("RemoveImage", reference=image)
+    assert shown(image) == ["RemoveImage"]
+
+
 def test_an_unknown_and_an_ambiguous_subject() -> None:
     kept("RunPodSandbox", pod="shop/a", sandbox="12aa")
     kept("RunPodSandbox", pod="shop/b", sandbox="12bb")
@@ -59,7 +73,7 @@ def test_an_unknown_and_an_ambiguous_subject() -> None:
 
 
 def test_a_call_under_way_has_the_time_that_it_has_taken_by_now() -> None:
-    trace = Trace("runtime.v1.RuntimeService", "RunPodSandbox", 1, {"pod": "shop/a"}, {})
+    trace = Trace("runtime.v1.RuntimeService", "RunPodSandbox", 1, {"pod": "shop/a"})
     with within(trace), CNI.timed("bridge", "ADD"):
         (call,) = traced_calls("shop/a").calls
         assert call.under_way

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import pytest
 
 from criserver.telemetry import spans
-from criserver.telemetry.spans import MAX_BYTES, MAX_CALLS, MAX_SPANS, Operation, Trace, held, within
+from criserver.telemetry.spans import MAX_BYTES, MAX_CALLS, MAX_SPANS, Operation, Sample, Trace, held, within
 
 OUTER, INNER = Operation("outer"), Operation("inner", "what")
 
@@ -23,7 +24,9 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def begun(method: str = "RunPodSandbox", **about: object) -> Trace:
-    return Trace("runtime.v1.RuntimeService", method, 7, about, {})
+    trace = spans.traced("runtime.v1.RuntimeService", method, 7, about, {})
+    assert trace is not None
+    return trace
 
 
 def parts(trace: Trace) -> list[tuple[str, int]]:
@@ -113,18 +116,32 @@ async def test_a_failure_is_the_error_of_the_block_or_what_it_notes() -> None:
 async def test_nothing_is_kept_outside_of_a_call_and_of_calls_that_only_look() -> None:
     with OUTER.timed() as timed:
         assert timed.elapsed() >= 0
-    assert not spans.is_wanted("ListContainers")
-    assert spans.is_wanted("StartContainer")
+    assert spans.traced("runtime.v1.RuntimeService", "ListContainers", 7, {}, {}) is None
     with within(None), OUTER.timed():
         pass
-    exported: list[Trace] = []
-    spans.export_to(exported.append)
+    assert spans.traces() == []
+
+
+async def test_only_calls_that_are_sampled_are_exported() -> None:
+    class Exported:
+        calls: ClassVar[list[Trace]] = []
+
+        def sample(self, metadata: Mapping[str, str]) -> Sample | None:
+            return Sample(metadata["traceparent"], None) if metadata else None
+
+        def send(self, trace: Trace) -> None:
+            self.calls.append(trace)
+
+    spans.export_to(Exported())
     try:
-        assert spans.is_wanted("ListContainers")
-        look = begun("ListContainers")
-        assert spans.traces() == []
-        look.answered("OK", "")
-        assert (exported, spans.traces()) == ([look], [])
+        assert spans.traced("s", "ListContainers", 7, {}, {}) is None
+        look = spans.traced("s", "ListContainers", 7, {}, {"traceparent": "a"})
+        assert look is not None
+        change = begun("StartContainer")
+        assert spans.traces() == [change]
+        for trace in (look, change):
+            trace.answered("OK", "")
+        assert (Exported.calls, spans.traces()) == ([look], [change])
     finally:
         spans.export_to(None)
 

@@ -12,7 +12,7 @@ import structlog
 
 from criserver.telemetry import otel_libraries, spans
 from criserver.telemetry.operations import CNI, DOWNLOAD
-from criserver.telemetry.spans import Trace, within
+from criserver.telemetry.spans import within
 
 if not otel_libraries.are_installed():
     pytest.skip("OpenTelemetry is not installed: pip install 'criserver[tracing]'", allow_module_level=True)
@@ -42,15 +42,18 @@ def export(sent: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Itera
     assert not spans.is_exporting()
 
 
-def call(metadata: dict[str, str] | None = None, code: str = "OK", error: str = "") -> None:
+def call(metadata: dict[str, str] | None = None, code: str = "OK", error: str = "") -> str:
+    """The ID of the call's trace, as it was when the call began; "" for a call that is not sent."""
     about = {"pod": "shop/web-1", "name": "main", "container": "c" * 64, "sandbox": "5" * 64, "other": "x"}
-    trace = Trace("runtime.v1.RuntimeService", "StartContainer", 7, about, metadata or {})
+    trace = spans.traced("runtime.v1.RuntimeService", "StartContainer", 7, about, metadata or {})
+    assert trace is not None  # as all calls that start containers are kept
     with within(trace):
         with CNI.timed("bridge", "ADD") as timed:
             timed.fail("no address")
         with DOWNLOAD.timed("sha256:1"):
             pass
     trace.answered(code, error)
+    return "" if trace.sample is None else trace.sample.trace_id
 
 
 def test_a_call_is_a_servers_span_with_its_parts_below_it(sent: InMemorySpanExporter) -> None:
@@ -88,9 +91,10 @@ def test_a_code_that_is_the_callers_fault_is_no_error_of_the_daemon(sent: InMemo
 
 
 def test_a_caller_decides_for_its_own_calls(sent: InMemorySpanExporter) -> None:
-    call({"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-00"})
+    assert call({"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-00"}) == ""
     assert sent.get_finished_spans() == ()
-    call({"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-01", "tracestate": "a=b"})
+    begun = call({"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-01", "tracestate": "a=b"})
+    assert begun == f"{TRACE:032x}"
     server = sent.get_finished_spans()[-1]
     assert server.parent is not None
     assert (server.context.trace_id, server.parent.span_id) == (TRACE, PARENT)
@@ -98,6 +102,12 @@ def test_a_caller_decides_for_its_own_calls(sent: InMemorySpanExporter) -> None:
     sent.clear()
     call({"traceparent": "nonsense"})
     assert sent.get_finished_spans()[-1].parent is None
+
+
+def test_a_trace_that_begins_here_has_one_id_from_the_calls_begin_on(sent: InMemorySpanExporter) -> None:
+    first, second = call(), call()
+    assert first != second
+    assert [f"{span.context.trace_id:032x}" for span in sent.get_finished_spans()] == [first] * 3 + [second] * 3
 
 
 def test_the_rate_can_change(export: TraceExport, sent: InMemorySpanExporter) -> None:
