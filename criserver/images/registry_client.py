@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -58,8 +58,9 @@ class RegistryClient:
     """Pulls for one reference. An async context manager; a :class:`~criserver.images.pull.BlobSource`.
 
     1. Every method asks the hosts in order until one has the content. Hosts with a temporary failure are asked again.
-    2. If none has it, the error has the class of the last host's error, which is the registry itself, and the errors of
-       all hosts in its text.
+    2. If none has it, the error has the class of the last host's error, which is the registry itself: only that knows
+       whether there is such an image. Its text has the errors of all hosts. The answers come before the hosts that
+       cannot be connected to, and those of the registry before those of mirrors.
     3. ``downloads`` bounds how many blobs are fetched at the same time. ``patience`` is the longest time without
        progress, in seconds.
     """
@@ -199,10 +200,16 @@ class RegistryClient:
             again = {h: e.after for h, e in failures.items() if isinstance(e, TryAgainError) and e.after <= MAX_WAIT}
             last = list(failures.values())[-1]
             if not again or not isinstance(last, UnavailableError) or not await retries.wait(max(again.values())):
-                told = "; ".join(f"{host.url}: {error}" for host, error in failures.items())
                 kind = UnavailableError if isinstance(last, UnavailableError) else type(last)
-                raise kind(f"{self.name}: {told}") from last
+                raise kind(f"{self.name}: {self._told(failures)}") from last
             asked = list(again)
+
+    def _told(self, failures: Mapping[RegistryHost, CriError]) -> str:
+        """The errors of all hosts, the one that says most first."""
+        asked_without_tls = {self._hosts[self._hosts.index(host) - 1] for host in failures if host.fallback}
+        hosts = [host for host in failures if host not in asked_without_tls]
+        hosts.sort(key=lambda host: (host in self._unreachable, not host.origin))
+        return "; and ".join(f"{host.url}: {failures[host]}" for host in hosts)
 
     async def _ask(self, host: RegistryHost, attempt: Callable[[RegistryHost], Awaitable[_T]], *, first: bool) -> _T:
         """One attempt at one host.

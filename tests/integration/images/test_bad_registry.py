@@ -27,7 +27,7 @@ from criserver.images import exchange
 from criserver.images.manifests import Descriptor
 from criserver.images.references import Reference
 from tests.support.imagebuilder import BuiltImage, add_blob, build_index, digest
-from tests.support.ownregistry import Server, image, refused, rooms, server
+from tests.support.ownregistry import Answer, Server, image, refused, rooms, server
 from tests.support.rooms import Rooms
 
 __all__ = ["image", "rooms", "server"]
@@ -256,10 +256,49 @@ async def test_a_mirror_without_resolve_is_not_asked_what_a_tag_means(
         assert len(mirror.requests) == len(image.blobs) - 1
 
 
-async def test_every_host_is_told_where_all_fail(server: Server, rooms: Rooms) -> None:
-    server.answers["1"] = lambda _: web.Response(status=404)
-    rooms.configure("r.example", f'server = "http://{server.address}"\n[host."http://127.0.0.1:1"]')
-    await refused(rooms, "r.example/app:1", NotFoundError, "http://127.0.0.1:1: cannot connect", "404")
+def answering(status: int) -> Answer:
+    return lambda _: web.Response(status=status)
+
+
+@pytest.mark.parametrize(
+    ("registry", "error", "told"),
+    [
+        (404, NotFoundError, "manifests/1: 404 Not Found"),
+        (403, PermissionDeniedError, "manifests/1: 403 Forbidden; the credentials do not allow to pull it"),
+        (400, UnavailableError, "manifests/1: 400 Bad Request"),
+    ],
+)
+async def test_the_registrys_own_answer_is_told_first_where_all_hosts_fail(
+    server: Server, rooms: Rooms, image: BuiltImage, registry: int, error: type[CriError], told: str
+) -> None:
+    server.answers["1"] = answering(registry)
+    async with Server(image).running() as mirror:
+        mirror.answers["1"] = answering(404)
+        hosts = '[host."http://127.0.0.1:1"]\n'
+        rooms.configure("r.example", f'server = "http://{server.address}"\n{hosts}[host."http://{mirror.address}"]')
+        own, other = f"http://{server.address}: {told}", f"http://{mirror.address}: manifests/1: 404 Not Found"
+        words = "; and ".join((own, other, "http://127.0.0.1:1: cannot connect: "))
+        await refused(rooms, "r.example/app:1", error, f"image r.example/app:1: {words}")
+
+
+async def test_a_mirrors_answer_is_told_before_a_registry_that_cannot_be_reached(
+    rooms: Rooms, image: BuiltImage
+) -> None:
+    async with Server(image).running() as mirror:
+        mirror.answers["1"] = answering(404)
+        hosts = f'[host."http://127.0.0.1:1"]\n[host."http://{mirror.address}"]'
+        rooms.configure("r.example", f'server = "http://127.0.0.1:2"\n{hosts}')
+        told = f"image r.example/app:1: http://{mirror.address}: manifests/1: 404 Not Found; and http://127.0.0.1:2: "
+        # It is not NotFoundError: only the registry knows whether there is such an image.
+        await refused(rooms, "r.example/app:1", UnavailableError, told, "; and http://127.0.0.1:1: cannot connect")
+
+
+async def test_an_address_that_has_no_tls_is_told_once(server: Server, rooms: Rooms) -> None:
+    server.answers["1"] = answering(404)
+    rooms.configure("r.example", f'server = "http://{server.address}"\nskip_verify = true')
+    with pytest.raises(NotFoundError) as caught:
+        await rooms.images.pull("r.example/app:1")
+    assert str(caught.value) == f"image r.example/app:1: http://{server.address}: manifests/1: 404 Not Found"
 
 
 @pytest.mark.parametrize("location", ["/v2/app/manifests/1", "", "file:///etc/passwd", "http://[::", None])
