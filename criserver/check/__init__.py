@@ -21,6 +21,7 @@ from criserver.check import (
     service,
     tracing,
     trial,
+    unmet_settings,
 )
 from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, Level, missing
@@ -35,6 +36,7 @@ _CHECKS: Sequence[tuple[str, Callable[[ExaminedNode, Config], Iterable[Finding]]
     ("kernel", kernel.check),
     ("cgroups", cgroup_driver.check),
     ("runtimes", programs.check),
+    ("settings", unmet_settings.check),
     ("network", cni.check),
     ("directories", directories.check),
     ("registries", registries.check),

@@ -114,6 +114,7 @@ def test_a_sound_node_has_no_faults_and_ran_a_container(node: Fake) -> None:
         "kernel",
         "cgroups",
         "runtimes",
+        "settings",
         "network",
         "directories",
         "registries",
