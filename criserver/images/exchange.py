@@ -1,9 +1,7 @@
-"""One request to one host: authentication, redirects, and refusals as errors (OCI distribution-spec)."""
+"""One request to one host: authentication and redirects (OCI distribution-spec)."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,26 +9,15 @@ from contextlib import asynccontextmanager
 import aiohttp
 from yarl import URL
 
-from criserver.errors import (
-    CriError,
-    DataLossError,
-    NotFoundError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-    UnavailableError,
-)
+from criserver.errors import UnavailableError
 from criserver.images.auth import Authorizer
 from criserver.images.hosts import RegistryHost
-from criserver.images.retries import TryAgainError, retry_after
-from criserver.images.transport import Transport, read_bounded
-from criserver.text import shown
+from criserver.images.registry_errors import refusal
+from criserver.images.transport import Transport
 
 _MAX_REDIRECTS = 10
 # To the 401s of a server: the first says what the server wants, the second may be for a token that has expired.
 _MAX_ANSWERS = 2
-# Bytes and seconds for the reason that a registry gives for a refusal.
-_MAX_WORDS = 16 << 10
-_WORDS_TIME = 10.0
 _SUCCESS = frozenset({200, 201, 202, 203, 206})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -87,12 +74,12 @@ class Exchange:
                     url = _redirected(url, response, trusted)
                     continue
                 if response.status != 401 or answers[server] >= _MAX_ANSWERS:
-                    raise _refusal(response, path, server, await _words(response))
+                    raise await refusal(response, path, server)
                 answers[server] += 1
                 challenges = response.headers.getall("WWW-Authenticate", ())
-                refusal = _refusal(response, path, server)
+                refused = await refusal(response, path, server)
             if not await self._authorizer.answer(server, challenges, authorization):
-                raise refusal
+                raise refused
 
     def _url(self, host: RegistryHost, path: str) -> URL:
         url = URL(f"{host.url}{host.path}/{self._repository}/{path}")
@@ -112,52 +99,3 @@ def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> UR
     if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
         raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
     return target
-
-
-async def _words(response: aiohttp.ClientResponse) -> str:
-    """The reason that the registry gives for a refusal, "" if there is none.
-
-    It is the first error of a document (OCI distribution-spec, "Error Codes"), or plain text. An answer that cannot be
-    read, or does not come, is no reason.
-    """
-    try:
-        async with asyncio.timeout(_WORDS_TIME):
-            body = await read_bounded(response, _MAX_WORDS, "the refusal")
-    except (CriError, aiohttp.ClientError, TimeoutError):
-        return ""
-    if response.content_type == "text/plain":
-        return shown(body.decode(errors="replace").strip())
-    try:
-        first = json.loads(body)["errors"][0]
-        return ": ".join(shown(first[key]) for key in ("code", "message") if isinstance(first.get(key), str))
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return ""  # the body has another form
-
-
-def _refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost, words: str = "") -> CriError:
-    answer = f"{path}: {response.status} {response.reason or ''}".rstrip()
-    if words:
-        answer += f" ({words})"
-    if server.anonymous:
-        answer += f" from {server.url}, to which the registry redirects"
-    match response.status:
-        case 401 if server.anonymous:
-            return UnauthenticatedError(
-                f"{answer}; the pull secret is not sent there, and it gives no anonymous access"
-            )
-        case 403 if server.anonymous:
-            return PermissionDeniedError(answer)
-        case 401:
-            return UnauthenticatedError(f"{answer}; the image is private or does not exist: check the pull secret")
-        case 403:
-            return PermissionDeniedError(f"{answer}; the credentials do not allow to pull it")
-        case 404:
-            return NotFoundError(answer)
-        case 416:
-            return DataLossError(f"{answer}: the host's blob is shorter than what was received already")
-        case 408 | 429 | 500 | 502 | 503 | 504:
-            after = retry_after(response.headers)
-            asks = f"; the server asks to wait {after:.0f} s" if after else ""
-            return TryAgainError(f"{answer}{asks}", after)
-        case _:
-            return UnavailableError(answer)

@@ -23,7 +23,7 @@ from criserver.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from criserver.images import exchange
+from criserver.images import registry_errors
 from criserver.images.manifests import Descriptor
 from criserver.images.references import Reference
 from tests.support.imagebuilder import BuiltImage, add_blob, build_index, digest
@@ -184,7 +184,7 @@ def told(*errors: object) -> bytes:
 async def test_what_the_registry_says_of_a_refusal_is_told(
     server: Server, rooms: Rooms, body: bytes | str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "_WORDS_TIME", 60.0)
+    monkeypatch.setattr(registry_errors, "_BODY_TIMEOUT", 60.0)
     server.answers["1"] = lambda _: web.Response(status=403, body=body)  # a str is sent as text/plain
     await refused(rooms, f"{server.address}/app:1", PermissionDeniedError, words)
 
@@ -199,7 +199,7 @@ async def test_a_refusal_whose_body_does_not_come_is_told_without_it(
         return response
 
     ended = asyncio.Event()
-    monkeypatch.setattr(exchange, "_WORDS_TIME", 0.01)
+    monkeypatch.setattr(registry_errors, "_BODY_TIMEOUT", 0.01)
     server.answers["1"] = stuck
     await refused(rooms, f"{server.address}/app:1", PermissionDeniedError, "403 Forbidden; the")
     ended.set()

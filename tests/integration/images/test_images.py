@@ -74,6 +74,12 @@ async def test_pull_by_tag(rooms: Rooms, registry: Registry) -> None:
     assert rooms.images.list() == [image]
 
 
+async def test_what_a_registry_does_not_have_is_told_in_its_own_words(rooms: Rooms, registry: Registry) -> None:
+    name = registry.push(two_layers(b"x"), "known:1").replace("known:1", "known:2")
+    with pytest.raises(NotFoundError, match=r"manifests/2: 404 Not Found \(MANIFEST_UNKNOWN: manifest unknown\)"):
+        await rooms.images.pull(name)
+
+
 async def test_pull_by_digest_and_by_both(rooms: Rooms, registry: Registry) -> None:
     built = two_layers()
     registry.push(built, "digest:1")
