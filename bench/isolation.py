@@ -60,9 +60,13 @@ def run(module: str, parser: argparse.ArgumentParser, measure: Callable[[argpars
 
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
-    """The path of a directory on a tmpfs. /run is this tmpfs, because runtimes and plugins have fixed paths there."""
+    """The path of a directory on a tmpfs, which is /run.
+
+    Runtimes, plugins and kubelets have fixed paths in /run, /var/lib and /var/log. So all three are in memory.
+    """
     subprocess.run(["mount", "--make-rshared", "/"], check=True)  # as systemd does it
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755,size=90%", "bench", "/run"], check=True)
+    for directory in ("/run", "/var/lib", "/var/log"):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755,size=90%", "bench", directory], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     yield tempfile.mkdtemp(prefix="cribench-", dir="/run")
     for name in os.listdir("/sys/class/net"):
@@ -86,6 +90,12 @@ def disk(place: str, gibibytes: int = 8) -> Iterator[str]:
     finally:
         subprocess.run(["umount", "--lazy", root], check=True)
         os.unlink(image)
+
+
+def make_cgroup(name: str) -> None:
+    """Make a cgroup, as an installer of nodes makes that of all pods."""
+    for hierarchy in _hierarchies():
+        os.makedirs(hierarchy + name, exist_ok=True)
 
 
 def remove_cgroup(name: str) -> None:

@@ -133,9 +133,9 @@ def lines(samples: Samples, rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return found
 
 
-def text(samples: Samples) -> str:
-    """The table of all rows for a terminal."""
-    found = lines(samples, ROWS)
+def text(samples: Samples, rows: Iterable[Row] = ROWS) -> str:
+    """The table of all or some rows for a terminal."""
+    found = lines(samples, rows)
     widths = [max(map(len, column)) for column in zip(*found, strict=True)]
     return "\n".join(
         "  ".join(c.ljust(w) if n < 2 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True)))
