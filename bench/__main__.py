@@ -38,8 +38,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.groups = options.rows.split(",")
     if unknown := set(options.groups) - set(table.GROUPS):
         parser.error(f"no such group of rows: {', '.join(sorted(unknown))}")
-    if options.pages and not options.source and (options.quick or set(options.groups) != set(table.GROUPS)):
-        parser.error("--pages needs a run of all rows, without --quick")
+    written = (set(table.GROUPS), {"standing"})
+    if options.pages and not options.source and (options.quick or set(options.groups) not in written):
+        parser.error("--pages needs a run of all rows, or of those of standing for the growth, without --quick")
     return options
 
 

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-from bench.table import OURS, PEER, ROWS, Samples, number
+from bench.table import FLOOR, OURS, PEER, ROWS, Samples, number
 
 _FONT = 'font-family="sans-serif" font-size="12" fill="#222"'
-_COLOURS = {OURS: "#2563a8", PEER: "#c97b1a"}
+_COLOURS = {OURS: "#2563a8", PEER: "#c97b1a", FLOOR: "#999"}
 _LABELS, _BARS, _VALUES = 300, 300, 220  # widths, in pixels
 _LINE = 22
 _MOST = 1.5  # the longest bar; a longer one is cut and has its number
@@ -41,7 +41,7 @@ def ratios(samples: Samples) -> str:
 
 
 def growth(measures: Growth) -> str:
-    """A plot of each measure by the number of pods, with a line for each contender."""
+    """A plot of each measure by the number of pods, with a line for each contender, and for the floor if it has one."""
     made = []
     for place, (title, by) in enumerate(measures.items()):
         line, column = divmod(place, _COLUMNS)

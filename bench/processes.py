@@ -43,10 +43,20 @@ def command_line(pid: int) -> bytes:
 
 
 def memory(pid: int) -> float:
-    """A process's PSS (/proc/PID/smaps_rollup, proc(5)) in MiB."""
+    """A process's PSS in MiB."""
+    return _mapped(pid, "Pss:")
+
+
+def anonymous_memory(pid: int) -> float:
+    """A process's memory in MiB that is of no file."""
+    return _mapped(pid, "Anonymous:")
+
+
+def _mapped(pid: int, name: str) -> float:
+    """A sum over a process's mappings (/proc/PID/smaps_rollup, proc(5)) in MiB."""
     with open(f"/proc/{pid}/smaps_rollup") as f:
         for line in f:
-            if line.startswith("Pss:"):
+            if line.startswith(name):
                 return int(line.split()[1]) / 1024
     raise KeyError(pid)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bench.lives import Pod, timed
+from bench.lives import BarePod, Pod, timed
 from bench.nodes import Criserver, Node
 from bench.processes import memory, on_cpu
 from bench.run import Run
-from bench.table import percentile
+from bench.table import FLOOR, percentile
 
 _PODS = 60  # the rows are of this many, and of the highest step if there are fewer
 _RESTARTED = 100
+_TIMED = 10
+_POD_UP = "pod up, ms"
 _SETTLES = 2.0
 _LISTS = 100
 
@@ -28,8 +31,8 @@ def measure(run: Run) -> None:
         have = 0
         for pods in steps:
             for _, node in run.turns(list(nodes), 1):
-                ups = [_up(node, number) for number in range(have, pods)]
-                run.grow("pod up, ms", node.name, pods, statistics.median(ups[-10:]))
+                run.grow(_POD_UP, node.name, pods, _grown(node, have, pods))
+            run.grow(_POD_UP, FLOOR, pods, _by_hand(run, pods))
             have = pods
             time.sleep(_SETTLES)
             _step(run, list(nodes), pods, rows=pods == rows_at)
@@ -39,10 +42,25 @@ def measure(run: Run) -> None:
             _restarts(run, list(nodes), pods, row=pods == restarts_at)
 
 
-def _up(node: Node, number: int) -> float:
-    found = []
-    Pod(node, f"standing{number}").up(lambda row, value: found.append(value) if row == "pod-up" else None)
-    return found[0]
+def _grown(node: Node, have: int, pods: int) -> float:
+    """More pods, four at a time, and the last ones one by one: the median of their milliseconds."""
+    names = [f"standing{number}" for number in range(have, pods)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda name: Pod(node, name).up(), names[:-_TIMED]))
+    found: list[float] = []
+    for name in names[-_TIMED:]:
+        Pod(node, name).up(lambda row, value: found.append(value) if row == "pod-up" else None)
+    return statistics.median(found)
+
+
+def _by_hand(run: Run, pods: int) -> float:
+    """The median of pods by the bare tools, one by one and each removed at once, beside so many of either runtime."""
+    found: list[float] = []
+    for number in range(_TIMED):
+        pod = BarePod(run.base, f"bare{pods}-{number}")
+        pod.up(lambda row, value: found.append(value) if row == "pod-up" else None)
+        pod.down()
+    return statistics.median(found)
 
 
 def _step(run: Run, nodes: list[Node], pods: int, *, rows: bool) -> None:

@@ -17,7 +17,7 @@ DOCUMENT: dict[str, Any] = {
     "machine": {
         "date": "2026-01-02",
         "rounds": 5,
-        "seconds": {"pods": 90, "load": 30},
+        "seconds": dict.fromkeys(table.GROUPS, 60),
         "cores": 2,
         "kernel": "6.1.0-cloud",
         "python": "3.11.2",
@@ -127,15 +127,35 @@ def test_the_pages_get_all_blocks_and_writing_twice_changes_nothing(tmp_path: Pa
     assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == written
 
 
+def test_a_run_of_the_growth_alone_replaces_the_growth_alone(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/performance.md", "docs/operating.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_text() for name in ("README.md", "docs/performance.md")}
+    pages.write_pages({**DOCUMENT, "machine": {**DOCUMENT["machine"], "seconds": {"standing": 60}}}, tmp_path)
+    assert (tmp_path / "README.md").read_text() == before["README.md"]
+    head, mark, _ = before["docs/performance.md"].partition("<!-- bench: growth -->")
+    assert (tmp_path / "docs/performance.md").read_text().startswith(head + mark)
+    assert "| pod up, ms | containerd | 90.0 | 91.0 |" in (tmp_path / "docs/performance.md").read_text()
+    assert (tmp_path / "docs/growth.svg").exists()
+    assert not (tmp_path / "docs/performance.svg").exists()
+
+
 def test_a_mark_of_an_unknown_block_is_an_error() -> None:
     with pytest.raises(KeyError, match="nothing"):
         pages.filled("<!-- bench: nothing -->\n<!-- bench: end -->", {})
 
 
 def test_only_a_run_of_all_rows_writes_pages(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--pages", "--quick"], ["--pages", "--rows", "pods"], ["--rows", "no-such"]):
+    for arguments in (
+        ["--pages", "--quick"],
+        ["--pages", "--rows", "pods"],
+        ["--pages", "--rows", "standing,pods"],
+        ["--rows", "no-such"],
+    ):
         with pytest.raises(SystemExit):
             parse(arguments)
         assert "error" in capsys.readouterr().err
+    assert parse(["--pages", "--rows", "standing", "--growth"]).growth
     assert parse(["--pages"]).groups == list(table.GROUPS)
     assert parse(["--pages", "--from", "run.json"]).source == "run.json"
