@@ -23,6 +23,8 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 
 # The daemon's interpreter. `make bench` names one with the libraries of a node's package alone.
 PYTHON = os.environ.get("BENCH_PYTHON", sys.executable)
+# Seconds that a daemon may take to serve. containerd first connects to all shims, which takes longer with many pods.
+_START = 180
 CNI_BIN = "/usr/lib/cni"
 SLEEP = ["sleep", "100000"]
 
@@ -119,7 +121,7 @@ class Node:
                 self._check(began)
 
     def _check(self, began: float) -> None:
-        if self.process.poll() is not None or time.monotonic() > began + 30:
+        if self.process.poll() is not None or time.monotonic() > began + _START:
             raise RuntimeError(f"{self.name} does not serve:\n{self.log()}")
         time.sleep(0.002)
 
