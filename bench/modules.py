@@ -35,7 +35,8 @@ def group(module: str) -> str:
     """The row that a module belongs to."""
     first, _, rest = module.partition(".")
     if first == "criserver":
-        return f"criserver.{rest.partition('.')[0]}" if "." in rest else "criserver"
+        room, _, inside = rest.partition(".")
+        return f"criserver.{room}" if inside else "criserver"
     if first in sys.stdlib_module_names:
         return first if first in ("asyncio", "_ssl", "ssl", "typing") else "standard library, other modules"
     return _TOGETHER.get(first, first)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import drawing, pages, table
+from bench import drawing, modules, pages, table
 from bench.__main__ import parse
 from tests.support.pages import ROOT
 
@@ -139,6 +139,21 @@ def test_a_run_of_the_growth_alone_replaces_the_growth_alone(tmp_path: Path) -> 
     assert "| pod up, ms | containerd | 90.0 | 91.0 |" in (tmp_path / "docs/performance.md").read_text()
     assert (tmp_path / "docs/growth.svg").exists()
     assert not (tmp_path / "docs/performance.svg").exists()
+
+
+def test_memory_by_module_is_of_packages_with_the_median_of_runs_and_one_row_for_small_ones() -> None:
+    own = {"criserver": 120.0, "criserver.oci": 50.0, "criserver.oci.spec": 250.0, "wsproto.events": 150.0, "h11": 60.0}
+    found = [
+        {"started": 3000.0, "own": {**own, "json": 7.0, "asyncio.events": grown}} for grown in (400.0, 900.0, 500.0)
+    ]
+    assert modules.rows(found) == {
+        "the interpreter": 3000.0,
+        "asyncio": 500.0,
+        "criserver.oci": 250.0,
+        "h11, wsproto": 210.0,
+        "criserver": 170.0,
+        "other modules": 7.0,
+    }
 
 
 def test_a_mark_of_an_unknown_block_is_an_error() -> None:
