@@ -63,8 +63,6 @@ def _run(*options: str) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> str:
     """The table of both measures. What is not of an import is the difference to an idle daemon."""
-    objects = rows([_run("-X", "tracemalloc")])
-    memory = rows([_run() for _ in range(options.runs)])
     with (
         isolation.scratch() as base,
         Run(base, "", Sizes()).place() as (directory, disk),
@@ -72,6 +70,8 @@ def measure(options: argparse.Namespace) -> str:
     ):
         time.sleep(_SETTLES)
         idle = anonymous_memory(node.process.pid) * 1024
+    objects = rows([_run("-X", "tracemalloc")])
+    memory = rows([_run() for _ in range(options.runs)])
     memory[_REST] = idle - sum(memory.values())
     made = ["| | anonymous memory, KiB | Python's objects, KiB |", "|---|---|---|"]
     for name, value in [*memory.items(), ("an idle daemon", idle)]:
