@@ -214,8 +214,13 @@ class Criserver(Node):
 
     def __init__(self, base: str, disk: str, number: int) -> None:
         super().__init__(base, disk, number)
+        self.compiled([PYTHON])
+
+    @staticmethod
+    def compiled(interpreter: list[str]) -> None:
+        """Compile the modules of this tree for an interpreter and its options."""
         tree = [os.path.join(_TREE, package) for package in ("criserver", "shims", "snapshotter")]
-        subprocess.run([PYTHON, "-m", "compileall", "-q", *tree], check=True)
+        subprocess.run([*interpreter, "-m", "compileall", "-q", *tree], check=True)
 
     def configuration(self) -> str:
         return (
