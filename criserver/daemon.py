@@ -31,7 +31,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.reload import Reloads, reload_at
 from criserver.runtime import apparmor, cadvisor_cgroup, cgroups, host, node_readings, recovery
 from criserver.runtime.events import Events
-from criserver.runtime.features import Features, probe
+from criserver.runtime.features import Features, probe_all
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.nursery import Nursery
@@ -55,6 +55,8 @@ log = structlog.get_logger(__name__)
 # Seconds that calls under way may still take when the daemon is told to stop.
 STOP_GRACE = 5.0
 CHECKPOINT_INTERVAL = 60.0
+# Seconds after which a runtime whose features are not known is asked again.
+FEATURES_INTERVAL = 10.0
 # Seconds between two syncs of new image content, and that the sync at the stop may take: see docs/decisions/0010*.
 SYNC_INTERVAL = 30.0
 SYNC_GRACE = 10.0
@@ -89,7 +91,8 @@ async def serve(settings: Settings, path: str) -> None:
     with told_in_words(_NO_START):
         store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
-        features = {h.name: await probe(runtime_of(h, config.state), snapshotter) for h in config.runtimes.values()}
+        runtimes = [runtime_of(handler, config.state) for handler in config.runtimes.values()]
+        features = await probe_all(runtimes, snapshotter)
         node = assemble(config, store, snapshotter, features)
     plugins = PluginService(node)
     node_readings.read_from(node)
@@ -202,6 +205,7 @@ def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
     return [
         Task("the CRI server", lambda: ended(server), vital=True),
         Task("the database's checkpoint", store.checkpoint, every=CHECKPOINT_INTERVAL),
+        Task("the features of runtimes", lambda: _learn_features(node), every=FEATURES_INTERVAL),
         Task("the check of images after an unclean boot", node.images.check_suspects),
         Task("the sync of new images", node.images.sync, every=SYNC_INTERVAL),
         Task("the measuring of writable layers", node.stats.disk.run),
@@ -209,6 +213,20 @@ def _tasks(node: Node, store: Store, server: grpc.aio.Server) -> list[Task]:
         # A longer pause would let the watchdog end the daemon.
         Task("the report to systemd", lambda: report(lambda: _status(node.records)), max_pause=report_interval()),
     ]
+
+
+async def _learn_features(node: Node) -> None:
+    """Ask the runtimes again whose features could not be found out before."""
+    unknown = [name for name, features in node.features.items() if features.unknown and name in node.config.runtimes]
+    if not unknown:
+        return
+    runtimes = [runtime_of(node.config.runtimes[name], node.config.state) for name in unknown]
+    found = await probe_all(runtimes, node.snapshotter)
+    # A reload may have changed a handler meanwhile.
+    known = {name: features for name, features in found.items() if not features.unknown and node.features[name].unknown}
+    node.features = {**node.features, **known}
+    for name in known:
+        log.info("the features of a runtime handler are known now", handler=name)
 
 
 def _metrics(config: Config) -> list[Task]:

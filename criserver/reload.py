@@ -14,7 +14,7 @@ from criserver.config import Settings, config_of, dotted, read
 from criserver.config.changes import changes, reloaded
 from criserver.errors import CriError
 from criserver.images import RegistrySettings
-from criserver.runtime.features import probe
+from criserver.runtime.features import probe_all
 from criserver.runtime.node import Node
 from criserver.runtime.runtime_choice import runtime_of
 from criserver.runtime.service_manager import notify
@@ -61,11 +61,9 @@ class Reloads:
         settings = reloaded(self._settings, given)
         found = list(changes(self._settings, given))
         node, config = self._node, config_of(settings)
-        features = dict(node.features)
-        for name, handler in config.runtimes.items():
-            if node.config.runtimes.get(name) != handler:
-                features[name] = await probe(runtime_of(handler, config.state), node.snapshotter)
-        node.features = features
+        new = [handler for name, handler in config.runtimes.items() if node.config.runtimes.get(name) != handler]
+        runtimes = [runtime_of(handler, config.state) for handler in new]
+        node.features = {**node.features, **await probe_all(runtimes, node.snapshotter)}
         node.config = config
         node.images.configure(RegistrySettings.of(config))
         node.images.pin_matching(config.pinned_images)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from snapshotter.arrival import Arrival
 from snapshotter.errors import (
     DiffMismatchError,
+    HelperKilledError,
+    HelperTimeoutError,
     LayerError,
     LimitError,
     SnapshotError,
     SnapshotNotFoundError,
     TruncatedLayerError,
-    UnpackKilledError,
-    UnpackTimeoutError,
 )
 from snapshotter.file_tree import TreeUsage
 from snapshotter.limits import LayerLimits
@@ -25,6 +25,8 @@ from snapshotter.snapshots import Snapshotter
 __all__ = [
     "Arrival",
     "DiffMismatchError",
+    "HelperKilledError",
+    "HelperTimeoutError",
     "Layer",
     "LayerError",
     "LayerLimits",
@@ -35,6 +37,4 @@ __all__ = [
     "Snapshotter",
     "TreeUsage",
     "TruncatedLayerError",
-    "UnpackKilledError",
-    "UnpackTimeoutError",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 
 _SHOWN = 200
+# What may be there again later: processes, memory, descriptors, space.
+_SHORT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class SnapshotError(Exception):
@@ -15,12 +17,12 @@ class SnapshotNotFoundError(SnapshotError):
     """No layer or snapshot has that name."""
 
 
-class UnpackKilledError(SnapshotError):
-    """A signal has ended the process that unpacks a layer. The same call may succeed later."""
+class HelperKilledError(SnapshotError):
+    """A signal has ended the process that unpacks or compares a layer. The same call may succeed later."""
 
 
-class UnpackTimeoutError(SnapshotError):
-    """The process that unpacks a layer took too long, or it stood still."""
+class HelperTimeoutError(SnapshotError):
+    """The process that unpacks or compares a layer took too long, or it stood still."""
 
 
 class LayerError(SnapshotError):
@@ -37,6 +39,13 @@ class LimitError(LayerError):
 
 class DiffMismatchError(LayerError):
     """The unpacked stream has another digest than the image's configuration says."""
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the same call may succeed later: a helper process was killed or hung, or the node lacks something now."""
+    if isinstance(error, HelperKilledError | HelperTimeoutError):
+        return True
+    return any(isinstance(e, OSError) and e.errno in _SHORT for e in (error, error.__cause__))
 
 
 def shown(name: bytes) -> str:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from snapshotter import mounts, removal
-from snapshotter.errors import SnapshotError
+from snapshotter.errors import HelperKilledError, HelperTimeoutError, SnapshotError, is_temporary
 from snapshotter.metadata import Layer, Snapshot
 from snapshotter.staging import Staging
 from snapshotter.threads import Threads, in_thread
@@ -45,6 +45,7 @@ class OverlayMounter:
         self._layers = os.path.join(root, "layers")
         self._staging = staging
         self._idmap_trouble: str | None = None
+        self._trying_idmap = asyncio.Lock()
         self._threads = Threads(_THREADS, "mounts", self._enter_layers)
 
     def close(self) -> None:
@@ -81,14 +82,17 @@ class OverlayMounter:
 
     async def idmap_trouble(self) -> str:
         """Why snapshots cannot be mounted for a user namespace; see :meth:`Snapshotter.idmap_trouble`."""
-        if self._idmap_trouble is None:
-            try:
-                async with _user_namespace() as userns:
-                    await self.run(self._try_idmap, userns)
-                self._idmap_trouble = ""
-            except (SnapshotError, OSError) as e:
-                self._idmap_trouble = f"snapshots cannot be mounted for user namespaces: {e}"
-        return self._idmap_trouble
+        async with self._trying_idmap:
+            if self._idmap_trouble is None:
+                try:
+                    async with _user_namespace() as userns:
+                        await self.run(self._try_idmap, userns)
+                    self._idmap_trouble = ""
+                except (SnapshotError, OSError) as e:
+                    if is_temporary(e):
+                        raise
+                    self._idmap_trouble = f"snapshots cannot be mounted for user namespaces: {e}"
+            return self._idmap_trouble
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Make a blocking call in one of the threads."""
@@ -219,7 +223,9 @@ async def _user_namespace() -> AsyncIterator[str]:
             async with asyncio.timeout(_USERNS_SECONDS):
                 told = await process.stdout.read(2)
         except TimeoutError:
-            raise SnapshotError(f"the kernel did not make a user namespace within {_USERNS_SECONDS:g} s") from None
+            raise HelperTimeoutError(f"the kernel did not make a user namespace within {_USERNS_SECONDS:g} s") from None
+        if not told and (code := await process.wait()) < 0:
+            raise HelperKilledError(f"the process in a new user namespace was ended by signal {-code}")
         if told != b"0":
             raise SnapshotError("the kernel makes no user namespace")
         for name in ("uid_map", "gid_map"):

@@ -233,7 +233,8 @@ class Snapshotter:
         """What is wrong with a committed layer on disk; "" if nothing is, or if the layer has been removed.
 
         If ``blob`` is the file that the layer came from, a process compares all its files with that (see
-        snapshotter.layer_check). If there is none, or it cannot be read, only the layer's metadata is checked.
+        snapshotter.layer_check). If there is none, or it cannot be read, only the layer's metadata is checked. Raises
+        OSError and SnapshotError if the two cannot be compared now, as for a limit of processes.
         """
         layer = self._layers.get(chain_id)
         if layer is None:
@@ -242,7 +243,7 @@ class Snapshotter:
             return f"the layer below it, {layer.parent}, is missing"
         wrong = await asyncio.to_thread(metadata.check, layer)
         if blob and not wrong:
-            with suppress(OSError, LayerError):
+            with suppress(FileNotFoundError, LayerError):
                 wrong = await compare(layer, blob, compression, self.limits)
         return wrong if self._layers.get(chain_id) is layer else ""
 
@@ -285,6 +286,7 @@ class Snapshotter:
         """Why snapshots cannot be mounted for a user namespace; "" if they can.
 
         It takes Linux 5.19 and a file system with id-mapped mounts. It is tried once, on the file system of the layers.
+        Raises SnapshotError and OSError if it cannot be tried now. The next call tries again.
         """
         return await self._mounter.idmap_trouble()
 

@@ -174,10 +174,10 @@ async def _supervise(
             while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
                 before, seen = seen, _progress(process.pid, blob)
                 if before == seen:
-                    raise errors.UnpackTimeoutError(f"{what} did nothing for {limits.max_stall:g} seconds")
+                    raise errors.HelperTimeoutError(f"{what} did nothing for {limits.max_stall:g} seconds")
         return outputs.result()
     except TimeoutError:
-        raise errors.UnpackTimeoutError(f"{what} took longer than {limits.max_seconds:g} seconds") from None
+        raise errors.HelperTimeoutError(f"{what} took longer than {limits.max_seconds:g} seconds") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -207,7 +207,7 @@ def _result(what: str, process: asyncio.subprocess.Process, output: bytes, compl
         result: dict[str, Any] = json.loads(output)
     except ValueError:
         if (process.returncode or 0) < 0:
-            raise errors.UnpackKilledError(f"{what} was ended by signal {-(process.returncode or 0)}") from None
+            raise errors.HelperKilledError(f"{what} was ended by signal {-(process.returncode or 0)}") from None
         words = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
         raise SnapshotError(f"{what} ended with status {process.returncode}: {words}") from None
     return result

@@ -6,19 +6,16 @@ Nothing is recorded here. What a load has brought is protected by its lease unti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from criserver.errors import (
-    CriError,
     DataLossError,
-    DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
-    UnavailableError,
 )
 from criserver.images.content import ContentStore, Watcher
 from criserver.images.manifests import (
@@ -44,6 +41,7 @@ from criserver.images.manifests import (
 )
 from criserver.images.platforms import Platform, runs_on
 from criserver.images.suspects import Suspects
+from criserver.images.worker_faults import worker_fault
 from criserver.telemetry import families, operations
 from criserver.text import shown
 from snapshotter import (
@@ -53,16 +51,10 @@ from snapshotter import (
     LimitError,
     SnapshotError,
     Snapshotter,
-    UnpackKilledError,
-    UnpackTimeoutError,
 )
 
 _DOWNLOADS = 3
 _MAX_NESTING = 3
-_UNPACK_ERRORS: Mapping[type[SnapshotError], type[CriError]] = {
-    UnpackKilledError: UnavailableError,
-    UnpackTimeoutError: DeadlineExceededError,
-}
 _LIMITED = "the configuration has this limit in [images]"
 # The seconds after which a blob is unpacked while it arrives.
 # 1. A faster download is limited by the processors, so an unpack at the same time would only slow it down.
@@ -231,8 +223,7 @@ class Loader:
         except LayerError as e:
             raise InvalidArgumentError(f"{source.name}: layer {layer.digest}: {e}") from e
         except SnapshotError as e:
-            kind = _UNPACK_ERRORS.get(type(e), CriError)
-            raise kind(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
+            raise worker_fault(e)(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
         families.LAYERS_UNPACKED.add(is_new)
 
     async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from criserver.images.content import ContentStore
 from criserver.images.image import Image
 from criserver.images.manifests import Descriptor, compression
-from snapshotter import Snapshotter
+from criserver.images.worker_faults import worker_fault
+from snapshotter import SnapshotError, Snapshotter
 from snapshotter.threads import Threads, in_thread
 
 _INTERVAL = 0.2
@@ -64,7 +65,10 @@ class Verifier:
         self._ended = threading.Event()
 
     async def run(self) -> AsyncGenerator[Verified, None]:
-        """Verify. Yields the progress a few times a second and at the end."""
+        """Verify. Yields the progress a few times a second and at the end.
+
+        Raises OSError and CriError if a blob or layer cannot be checked now.
+        """
         digests = sorted(self._content.digests())
         layers = list(self._snapshotter.layers())
         total = sum(self._content.size(digest) or 0 for digest in digests)
@@ -85,11 +89,7 @@ class Verifier:
             sources = self._sources()
             for chain_id in layers:
                 source = sources.get(chain_id)
-                if source is None or source.digest in damaged:
-                    reason = await self._snapshotter.check_layer(chain_id)
-                else:
-                    blob = self._content.path(source.digest)
-                    reason = await self._snapshotter.check_layer(chain_id, blob, compression(source, "its image"))
+                reason = await self._layer(chain_id, None if source is None or source.digest in damaged else source)
                 checked += 1
                 found = (self._damage("layer", chain_id, reason),) if reason else ()
                 yield Verified(self._read, total, blobs, checked, found)
@@ -100,6 +100,16 @@ class Verifier:
 
     def _damage(self, kind: str, digest: str, reason: str) -> Damage:
         return Damage(kind, digest, reason, self._owners(digest))
+
+    async def _layer(self, chain_id: str, source: Descriptor | None) -> str:
+        """What is wrong with a layer; "" if nothing is. ``source`` is its blob, if that can be compared with it."""
+        if source is None:
+            return await self._snapshotter.check_layer(chain_id)
+        blob = self._content.path(source.digest)
+        try:
+            return await self._snapshotter.check_layer(chain_id, blob, compression(source, "its image"))
+        except SnapshotError as e:
+            raise worker_fault(e)(f"layer {chain_id} cannot be checked: {e}; verify again") from e
 
     def _blob(self, digest: str) -> str:
         """What is wrong with a blob; "" if nothing is. It runs in the thread."""

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError
+from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError, UnavailableError
 from criserver.model import IdMapping
 from criserver.network.namespace_calls import clone_flags, unshare_error
 from criserver.network.sysctls import Sysctl, write_once
@@ -97,7 +97,7 @@ async def make_user_namespace(
        write it or the pod's root. Newer kernels let the pod's root write more of them.
 
     Raises InvalidArgumentError for IDs or a sysctl that the kernel refuses, and as :func:`unshare_error` says,
-    DeadlineExceededError and CriError.
+    DeadlineExceededError, UnavailableError if the process is killed, and CriError.
     """
     for name, ids in (("user", user.uids), ("group", user.gids)):
         if not any(r.container_id == 0 and r.length > 0 for r in ids):
@@ -130,7 +130,8 @@ async def write_as_pods_root(user: str, net: str, sysctls: list[Sysctl]) -> list
     """Write network sysctls as root of a user namespace: IDs in their values are IDs of that namespace.
 
     ``user`` and ``net`` are the paths of pinned namespaces. Returns the sysctls that the node's root still has to
-    write. Raises InvalidArgumentError for a sysctl that the kernel refuses, DeadlineExceededError and CriError.
+    write. Raises InvalidArgumentError for a sysctl that the kernel refuses, DeadlineExceededError, UnavailableError if
+    the process is killed, and CriError.
     """
     try:
         async with asyncio.timeout(_DEADLINE), _helper(_WRITER, (user, net), sysctls) as helper:
@@ -193,6 +194,8 @@ async def _error_number(helper: asyncio.subprocess.Process) -> int:
     line = await helper.stdout.readline()
     if not line:
         reason = (await helper.stderr.read(_MAX_STDERR)).decode(errors="replace").strip()
+        if (code := await helper.wait()) < 0:
+            raise UnavailableError(f"the process in the pod's user namespace was ended by signal {-code}")
         raise CriError(f"the process in the pod's user namespace ended early: {reason or 'without a message'}")
     return int(line)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Sequence
+from typing import Any, NamedTuple
 
 import structlog
 
+from criserver.errors import UnavailableError, exhaustion, os_words
 from criserver.runtime import pidfd
 from shims import tree
 
@@ -39,6 +41,30 @@ class Done(NamedTuple):
 def owner() -> str:
     """Which process this is: its PID, and its start in clock ticks since boot."""
     return f"{os.getpid()}.{pidfd.start_ticks(os.getpid())}"
+
+
+async def report(running: Awaitable[Done], name: str) -> dict[str, Any] | None:
+    """The JSON object that a program prints which is ``running``; None if it fails, or prints none or an empty one.
+
+    Raises UnavailableError, with the ``name`` of the program, if it may answer later: it hangs, was killed, or cannot
+    be started now.
+    """
+    try:
+        done = await running
+    except TimeoutError as e:
+        raise UnavailableError(f"{name} does not end in time") from e
+    except OSError as e:
+        if reason := exhaustion(e):
+            raise UnavailableError(f"{name} cannot be started: {reason}") from e
+        log.warning("a program cannot be started", program=name, error=os_words(e))
+        return None
+    if done.code < 0:
+        raise UnavailableError(f"{name} was ended by signal {-done.code}")
+    try:
+        told = json.loads(done.stdout) if done.code == 0 else None
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and told else None
 
 
 async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"", cwd: str | None = None) -> Done:

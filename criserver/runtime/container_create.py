@@ -117,11 +117,11 @@ def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> No
     """Refuse what the pod's runtime handler or this kernel cannot do."""
     features = node.features[sandbox.runtime]
     if not features.recursive_readonly_mounts and any(m.recursive_readonly for m in config.mounts):
-        raise FailedPreconditionError(
+        raise features.lacking(
             f"container {config.name}: recursive read-only mounts need runc 1.1 or newer and Linux 5.12 or newer"
         )
     if not features.idmapped_mounts and any(m.uids for m in config.mounts):
-        raise FailedPreconditionError(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
+        raise features.lacking(f"container {config.name}: id-mapped mounts need runc 1.2 or newer")
     selinux.check(config.security, sandbox.selinux_level, f"container {config.name}")
     log_ignored(config, (c.config for c in node.records.containers_of(sandbox.id)), sandbox.id)
 

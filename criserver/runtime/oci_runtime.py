@@ -177,14 +177,11 @@ class OciRuntime:
     async def features(self) -> dict[str, Any] | None:
         """The features that the runtime reports (runtime specification, features.md).
 
-        None where the runtime does not tell, as runc before 1.1. Raises FailedPreconditionError without a program.
+        None where the runtime does not tell, as runc before 1.1. Raises FailedPreconditionError without a program, and
+        UnavailableError if it may tell later.
         """
-        try:
-            done = await self._call("features", [self.program(), "features"], _FEATURES_TIMEOUT)
-            told = json.loads(done.stdout) if done.code == 0 else None
-        except (TimeoutError, ValueError):
-            return None
-        return told if isinstance(told, dict) and told else None
+        call = self._call("features", [self.program(), "features"], _FEATURES_TIMEOUT)
+        return await command.report(call, f"{self.path} features")
 
 
 def _delete_state(directory: str) -> None:

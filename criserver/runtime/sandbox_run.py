@@ -42,12 +42,14 @@ async def run_sandbox(node: Node, config: PodConfig, sent: bytes, handler: str) 
     """Make a pod sandbox and return its ID.
 
     ``sent`` is the request's PodSandboxConfig as it came. Raises AlreadyExistsError for a taken name,
-    InvalidArgumentError for an unknown handler, FailedPreconditionError without a usable network
-    configuration; nothing is left behind by a failure.
+    InvalidArgumentError for an unknown handler, FailedPreconditionError without a usable network configuration,
+    UnavailableError while it is not known whether the runtime can have a user namespace; nothing is left behind by a
+    failure.
     """
     runtime = node.handler(handler)
-    if config.namespaces.user is not None and not node.features[runtime.name].user_namespaces:
-        raise FailedPreconditionError(
+    features = node.features[runtime.name]
+    if config.namespaces.user is not None and not features.user_namespaces:
+        raise features.lacking(
             f"pod {config.namespace}/{config.name} asks for a user namespace, which runtime handler {runtime.name} or "
             "this kernel cannot give: it needs runc 1.2 or newer, and id-mapped mounts under overlay (Linux 5.19)"
         )

@@ -189,17 +189,15 @@ class ShimV2:
             raise kind(f"container {container_id} cannot be given these limits: {outcome['error']}")
 
     async def features(self) -> dict[str, Any] | None:
-        """The features that the shim's OCI runtime reports; None if no OCI runtime of the shim is known."""
+        """The features that the shim's OCI runtime reports; None if no OCI runtime of the shim is known.
+
+        Raises FailedPreconditionError without a program, and UnavailableError if the OCI runtime may tell later.
+        """
         self.program()
         binary = shutil.which(self.options.get("BinaryName") or "runc") if is_runc(self.path) else None
         if binary is None:
             return None
-        try:
-            done = await command.run([binary, "features"], _FEATURES_TIMEOUT)
-            told = json.loads(done.stdout) if done.code == 0 else None
-        except (OSError, ValueError):
-            return None
-        return told if isinstance(told, dict) and told else None
+        return await command.report(command.run([binary, "features"], _FEATURES_TIMEOUT), f"{binary} features")
 
     def _mark(self, container_id: str) -> str:
         return os.path.join(self.containers, container_id, MARK)

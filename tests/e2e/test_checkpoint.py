@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import stat
 import subprocess
@@ -30,14 +29,12 @@ from criserver.errors import FailedPreconditionError
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
+from tests.support.criu import REAL_CRIU, criu_trouble
 from tests.support.fixtures import serving
 from tests.support.node import GATEWAY, Node, cgroup, refused
 from tests.support.waiting import SLOWNESS, eventually, within
 
 COUNTER = "secret=open$((40+2))sesame; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"
-UNPACKED = Path(__file__).parents[2] / ".venv/criu/criu"
-# Looked up before the tests' own PATH.
-REAL_CRIU = os.environ.get("CRISERVER_TEST_CRIU") or (str(UNPACKED) if UNPACKED.exists() else shutil.which("criu"))
 # Seconds. What waits for a checkpoint that hangs has to wait for a minute.
 PROMPT = 20.0
 # The head of a loop of a criu that waits, but not when it is asked whether it can work.
@@ -64,14 +61,8 @@ class Criu:
 
     def real(self, before: str = "") -> None:
         """One that can dump, after some words of shell; the test is skipped where there is none."""
-        if REAL_CRIU is None:
-            pytest.skip("no criu: install the package criu")
-        checked = subprocess.run([REAL_CRIU, "check"], capture_output=True, text=True)
-        if checked.returncode:
-            pytest.skip(
-                f"{REAL_CRIU} cannot work with this kernel; CRISERVER_TEST_CRIU may name a newer one: "
-                f"{checked.stderr.strip().splitlines()[0]}"
-            )
+        if trouble := criu_trouble():
+            pytest.skip(trouble)
         self.script(f'{before}\nexec {REAL_CRIU} "$@"')
 
 

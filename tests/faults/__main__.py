@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -18,8 +17,10 @@ from contextlib import contextmanager
 from tests.faults import helper_matrix
 from tests.faults.helper_matrix import HelperMatrix, helper_node
 from tests.faults.matrix import START_UP, Matrix, Result, errors_of, table
+from tests.faults.more_operations import more_operations, pushed
 from tests.faults.operations import Operation, archives, operations
 from tests.support.node import Node
+from tests.support.registry import running
 
 
 def main() -> int:
@@ -29,16 +30,17 @@ def main() -> int:
     parser.add_argument("--kinds", choices=("kill", "error", "helper"))
     parser.add_argument("--match", default="", help="only points that contain this")
     options = parser.parse_args()
-    scratch = tempfile.mkdtemp()
     results: list[Result] = []
     harmed: list[Result] = []
-    try:
+    with tempfile.TemporaryDirectory() as scratch, running(scratch) as registry:
+        base, own = archives(scratch)
+        possible = [*operations(own), *more_operations(own, pushed(registry))]
+        words = options.operation
+        chosen = [found for found in possible if not words or any(word in found.name for word in words)]
         if options.kinds != "helper":
-            results = _of_the_daemon(options, scratch)
+            results = _of_the_daemon(options, base, chosen)
         if options.kinds in (None, "helper"):
-            harmed = _of_helpers(options, scratch)
-    finally:
-        shutil.rmtree(scratch)
+            harmed = _of_helpers(options, base, chosen)
     if results:
         print(table(results))
     if harmed:
@@ -46,15 +48,14 @@ def main() -> int:
     return int(any(result.failures for result in (*results, *harmed)))
 
 
-def _of_the_daemon(options: argparse.Namespace, scratch: str) -> list[Result]:
+def _of_the_daemon(options: argparse.Namespace, base: str, chosen: list[Operation]) -> list[Result]:
     """Kills of the daemon, and errors of the kernel."""
     results = []
-    base, own = archives(scratch)
     node = Node()
     try:
         matrix = Matrix(node)
-        _begin(node, matrix, base, own)
-        for operation in _chosen(options, own):
+        _begin(node, matrix, base)
+        for operation in chosen:
             points = [point for point in matrix.points(operation) if options.match in point]
             with _tried(operation.name, points, options) as (result, tried):
                 for point in tried:
@@ -76,20 +77,25 @@ def _of_the_daemon(options: argparse.Namespace, scratch: str) -> list[Result]:
     return results
 
 
-def _of_helpers(options: argparse.Namespace, scratch: str) -> list[Result]:
+def _of_helpers(options: argparse.Namespace, base: str, chosen: list[Operation]) -> list[Result]:
     """Faults of helper processes."""
     results = []
-    base, own = archives(scratch)
     node = helper_node()
     matrix = HelperMatrix(node)
     try:
-        _begin(node, matrix, base, own)
-        for operation in _chosen(options, own):
+        _begin(node, matrix, base)
+        for operation in chosen:
             faults = [(point, fault) for point, fault in matrix.faults(operation) if options.match in point]
             words = [f"{point} {fault}" for point, fault in faults]
             with _tried(operation.name, words, options) as (result, tried):
                 for point, fault in faults[: len(tried)]:
                     matrix.harm(operation, point, fault, result)
+            results.append(result)
+        if not options.operation or START_UP in options.operation:
+            faults = [(point, fault) for point, fault in matrix.faults_of_start() if options.match in point]
+            with _tried(START_UP, [f"{point} {fault}" for point, fault in faults], options) as (result, tried):
+                for point, fault in faults[: len(tried)]:
+                    matrix.harm_start(point, fault, result)
             results.append(result)
     finally:
         matrix.close()
@@ -97,17 +103,11 @@ def _of_helpers(options: argparse.Namespace, scratch: str) -> list[Result]:
     return results
 
 
-def _begin(node: Node, matrix: Matrix, base: str, own: str) -> None:
+def _begin(node: Node, matrix: Matrix, base: str) -> None:
     node.start()
     matrix.begin(base)
-    operations(own)[0].call(node, "")  # the directories that a daemon makes once
+    node.run_pod("pod")  # the directories that a daemon makes once
     matrix.cleaned()
-
-
-def _chosen(options: argparse.Namespace, own: str) -> Iterator[Operation]:
-    for operation in operations(own):
-        if not options.operation or any(word in operation.name for word in options.operation):
-            yield operation
 
 
 @contextmanager

@@ -13,14 +13,16 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults.matrix import Matrix, Result
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from tests.faults.matrix import START_UP, Matrix, Result
 from tests.faults.operations import Operation, fails
 from tests.support import faulty_runtime
 from tests.support.faulty_plugin import FaultyPlugin
 from tests.support.faulty_runtime import FaultyRuntime
+from tests.support.fixtures import RUNC
 from tests.support.helper_faults import HELPER_EVENTS
 from tests.support.node import Node
-from tests.support.waiting import SLOWNESS
+from tests.support.waiting import SLOWNESS, eventually
 
 # Shorter here: in seconds, on a machine of usual speed.
 DEADLINES = {
@@ -33,6 +35,9 @@ DEADLINES = {
     "criserver.runtime.oci_runtime._DELETE_TIMEOUT": 1.5,
     "criserver.runtime.oci_runtime._UPDATE_TIMEOUT": 2,
     "criserver.network.user_namespace._DEADLINE": 2,
+    "snapshotter.overlay._USERNS_SECONDS": 2,
+    "criserver.runtime.oci_runtime._FEATURES_TIMEOUT": 2,
+    "criserver.daemon.FEATURES_INTERVAL": 1,
     "snapshotter.limits.LayerLimits.max_stall": 2,
 }
 _CNI_TIMEOUT = 2
@@ -56,6 +61,8 @@ class HelperMatrix(Matrix):
         limit = f"timeout = {int(10 * SLOWNESS)}\n"
         config.write_text(config.read_text().replace(limit, f"timeout = {int(_CNI_TIMEOUT * SLOWNESS)}\n"))
         self.runtime = FaultyRuntime(node)
+        node.program = [f"PATH={self.runtime.programs}:{os.environ['PATH']}", node.python, *node.program]
+        node.python = "/usr/bin/env"
         self.plugin = FaultyPlugin(node.base, self._log)
         self._calls = ThreadPoolExecutor(1)
 
@@ -113,6 +120,53 @@ class HelperMatrix(Matrix):
             said = fails(lambda: operation.again(self.node, known))
         self._judge(where, said, result)
 
+    def faults_of_start(self) -> list[tuple[str, str]]:
+        """Each point of a start-up with each of its faults."""
+        self.node.kill()
+        self._taken()
+        self._record()
+        self.node.start()
+        return [(point, fault) for point in self._recorded() for fault in _faults_of(point)]
+
+    def harm_start(self, point: str, fault: str, result: Result) -> None:
+        """A helper of the start-up is harmed: in bounded time the daemon serves, or ends and the next one serves.
+
+        Soon it has all that it had before.
+        """
+        node = self.node
+        pod = node.run_pod("other")
+        container = node.run(pod, "running", ["sleep", "1000"])
+        before = node.client.Status().runtime_handlers
+        node.kill()
+        self._taken()
+        (self.control if _is_of_daemon(point) else self.runtime).harm(point, fault)
+        began = time.monotonic()
+        said = fails(lambda: node.start(recovered=False))
+        took = time.monotonic() - began
+        where = f"{START_UP}: {fault} at {point}"
+        stopped: list[int] = []
+        if self._await_hit(self._calls.submit(str), stopped):
+            result.by_fault[fault] += 1
+        else:
+            result.missed += 1
+        self.control.off()
+        self.runtime.off()
+        for pid in stopped + self._stopped():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        if took > _LIMIT * SLOWNESS:
+            result.fail(f"{where}: the start took {took:.1f} s")
+        assert node.process is not None
+        if node.process.poll() is not None:
+            node.client.channel.close()
+            said = fails(node.start)
+        if not said:
+            said = fails(lambda: eventually(lambda: node.client.Status().runtime_handlers == before))
+        said = said or fails(lambda: node.create(pod, "late", ["sleep", "1000"]))
+        if not said and (state := node.status(container).state) != cri.CONTAINER_RUNNING:
+            said = f"the container that ran is {cri.ContainerState.Name(state)}"
+        self._judge(where, said, result)
+
     def _prepare(self, operation: Operation) -> str:
         self.plugin.ensure(self.node)
         self.bystanding = self.node.run_pod("bystander")
@@ -162,21 +216,22 @@ class HelperMatrix(Matrix):
 
 
 def _is_of_daemon(point: str) -> bool:
-    return not point.startswith(("plugin>", "shim>", "daemon>"))
+    return ">" not in point
 
 
 def _faults_of(point: str) -> tuple[str, ...]:
     if point.startswith("plugin>"):
         return FaultyPlugin.FAULTS
-    caller, is_runtime, _ = point.partition(">runc:")
-    if is_runtime:
+    caller, is_program, _ = point.partition(">")
+    if is_program:
         return faulty_runtime.FAULTS[caller]
     return HELPER_EVENTS.get(point.rsplit("#", 1)[0].rpartition(":")[2], ())
 
 
 def helper_node() -> Node:
     """A node for the matrix, whose daemon does not run yet."""
-    return Node(runtimes='ctr_stop_timeout = 10\n[runtimes.runc]\npath = "BASE/runtime"\n')
+    newer = '[runtimes.newer]\npath = "BASE/newer"\n' if RUNC else ""
+    return Node(runtimes=f'ctr_stop_timeout = 10\n[runtimes.runc]\npath = "BASE/runtime"\n{newer}')
 
 
 def table(results: list[Result]) -> str:

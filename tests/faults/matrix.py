@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from criserver.cli.client import method
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.faults.operations import ADMIN, IMAGE, Operation, archives, fails, run_again
+from tests.faults.operations import ADMIN, BASE_IMAGE, IMAGE, Operation, archives, fails, run_again
 from tests.support.faulty import EVENTS, Control
 from tests.support.fixtures import import_image
 from tests.support.node import Node
@@ -211,14 +211,22 @@ class Matrix:
             return [f"the daemon has ended with {node.process.returncode}"]
         if said := fails(node.remove_pods):
             return [f"removing says {said}"]
-        if said := fails(lambda: node.client.RemoveImage(image={"image": IMAGE})):
-            return [f"removing the image says {said}"]
+        if said := fails(self._remove_images):
+            return [f"removing the images says {said}"]
         # A blob or layer whose deletion has failed is garbage, which the next collection deletes.
         method(node.client.channel, ADMIN, "PruneImages")(admin.PruneImagesRequest(), timeout=60)
         deadline = time.monotonic() + _PATIENCE * SLOWNESS
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return left
+
+    def _remove_images(self) -> None:
+        """All but the image of containers."""
+        client = self.node.client
+        client.RemoveImage(image={"image": IMAGE})
+        for image in client.ListImages().images:
+            if BASE_IMAGE not in image.repo_tags:
+                client.RemoveImage(image={"image": image.id})
 
     def _left(self) -> list[str]:
         return left_on(self.node) + sorted(content_of(self.node) ^ self._images)

@@ -15,7 +15,9 @@ from tests.support.imagebuilder import build_image, busybox_image, write_archive
 from tests.support.node import Node
 
 ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
+BASE_IMAGE = "localhost/busybox:latest"
 IMAGE = "localhost/points:latest"
+LAYERS = 2
 # Of an exec, and longer than the deadlines of what it waits for.
 EXEC_SECONDS = 8
 
@@ -23,8 +25,10 @@ EXEC_SECONDS = 8
 def archives(directory: str) -> tuple[str, str]:
     """Archives of the image that containers use, and of one that is imported and removed."""
     base, own = f"{directory}/busybox.tar", f"{directory}/points.tar"
-    write_archive(busybox_image(), base, "localhost/busybox:latest")
-    write_archive(build_image([{"a/b": b"1", "a/c": b"2"}, {"a/d": b"3"}]), own, IMAGE)
+    write_archive(busybox_image(), base, BASE_IMAGE)
+    layers = [{"a/b": b"1", "a/c": b"2"}, {"a/d": b"3"}]
+    assert len(layers) == LAYERS
+    write_archive(build_image(layers), own, IMAGE)
     return base, own
 
 
@@ -159,7 +163,10 @@ def _update(node: Node, container: str) -> None:
 
 
 def operations(archive: str) -> list[Operation]:
-    """All operations; ``archive`` has an image of its own, named IMAGE."""
+    """The operations that every node has; ``archive`` has an image of its own, named IMAGE.
+
+    :mod:`tests.faults.more_operations` has the others.
+    """
 
     def nothing(_: Node) -> str:
         return ""

@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.helper_matrix import HelperMatrix, helper_node
 from tests.faults.matrix import Result
+from tests.faults.more_operations import more_operations
 from tests.faults.operations import archives, operations
 
 SEED = int(os.environ.get("CRISERVER_FAULT_SEED", "0"))
@@ -28,6 +29,9 @@ SAMPLED = (
     "ImportImage",
     "ExecSync",
     "UpdateContainerResources",
+    "VerifyImages",
+    "RunPodSandbox, user namespace",
+    "CheckpointContainer",
 )
 
 
@@ -49,11 +53,14 @@ def matrix(nothing_left: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_a_helper_that_fails_delays_nobody_and_leaves_nothing(
     matrix: HelperMatrix, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    (operation,) = (found for found in operations(f"{tmp_path_factory.getbasetemp()}/points.tar") if found.name == name)
-    faults = matrix.faults(operation)
+    archive = f"{tmp_path_factory.getbasetemp()}/points.tar"
+    possible = {found.name: found for found in (*operations(archive), *more_operations(archive, ""))}
+    if name not in possible:
+        pytest.skip("this takes a criu for this kernel, or the runc of CRISERVER_TEST_RUNC")
+    faults = matrix.faults(possible[name])
     result = Result(name, len(faults))
     for point, fault in random.Random(f"{SEED} {name}").sample(faults, min(TRIES, len(faults))):
-        matrix.harm(operation, point, fault, result)
+        matrix.harm(possible[name], point, fault, result)
         print(f"CRISERVER_FAULT_SEED={SEED}", fault, "at", point)
         assert result.failures == []
         if result.by_fault[fault]:

@@ -94,9 +94,9 @@ class ContainerdNode(Node):
         command = ["ctr", "--address", self.socket, "--namespace", "k8s.io", "images", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    def run_pod(self, name: str = "pod", deadline: float = 60 * SLOWNESS, **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = 60 * SLOWNESS, handler: str = "", **fields: Any) -> str:
         config = self.pod(name, **fields)
-        pod: str = self.client.RunPodSandbox(deadline, config=config).pod_sandbox_id
+        pod: str = self.client.RunPodSandbox(deadline, config=config, runtime_handler=handler).pod_sandbox_id
         self.described[pod] = config  # containerd 2.1 crashes without it
         return pod
 

@@ -293,9 +293,10 @@ class Node:
             **fields,
         )
 
-    def run_pod(self, name: str = "pod", deadline: float = PATIENCE, **fields: Any) -> str:
+    def run_pod(self, name: str = "pod", deadline: float = PATIENCE, handler: str = "", **fields: Any) -> str:
         """A running sandbox's ID."""
-        pod: str = self.client.RunPodSandbox(deadline, config=self.pod(name, **fields)).pod_sandbox_id
+        config = self.pod(name, **fields)
+        pod: str = self.client.RunPodSandbox(deadline, config=config, runtime_handler=handler).pod_sandbox_id
         self.pods.add(pod)
         return pod
 

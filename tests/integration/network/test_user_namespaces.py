@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError
+from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError, UnavailableError
 from criserver.model import IdMapping
 from criserver.network import namespaces, user_namespace
 from criserver.network.namespaces import PinnedNamespaces, UserMapping
@@ -132,6 +132,13 @@ async def test_a_failed_pin_leaves_nothing(base: str, monkeypatch: pytest.Monkey
 async def test_a_maker_that_dies_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(user_namespace, "_MAKER", "raise ValueError('no such luck')")
     with pytest.raises(CriError, match="no such luck"):
+        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
+    assert os.listdir(base) == []
+
+
+async def test_a_maker_that_is_killed_may_be_tried_again(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_namespace, "_MAKER", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(UnavailableError, match="ended by signal 9"):
         await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER)
     assert os.listdir(base) == []
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -176,3 +177,17 @@ async def test_a_checker_that_stands_still_has_a_deadline(disk: str, monkeypatch
             await snapshotter.check_layer("chain", blob.path)
     finally:
         snapshotter.close()
+
+
+async def test_a_layer_that_cannot_be_compared_now_is_not_called_sound(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = write_blob(f"{disk}/blob", item("f", b"content"))
+    layer = await unpacked(snapshotter, blob)
+    os.truncate(f"{layer.path}/fs/f", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", f"{disk}/none")
+        os.symlink("none", f"{disk}/none")
+        with pytest.raises(OSError, match="levels of symbolic links"):
+            await snapshotter.check_layer("chain", blob.path)
+    assert "has 1 bytes" in await snapshotter.check_layer("chain", blob.path)

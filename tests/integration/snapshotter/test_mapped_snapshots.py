@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from criserver.network.namespaces import PinnedNamespaces
-from snapshotter import Layer, SnapshotError, Snapshotter, mounts
+from snapshotter import HelperKilledError, HelperTimeoutError, Layer, SnapshotError, Snapshotter, mounts
 from tests.support.layers import directory, hardlink, item, write_blob
 from tests.support.usernamespaces import GID, UID, base, inside, pod
 
@@ -223,6 +223,26 @@ async def test_a_file_system_without_idmapped_mounts_is_told(base: str, pod: Pin
     finally:
         snapshotter.close()
         mounts.unmount(f"{base}/overlay")
+
+
+@pytest.mark.parametrize(
+    ("maker", "error", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", HelperKilledError, "ended by signal 9"),
+        ("import time; time.sleep(60)", HelperTimeoutError, r"within 0\.1 s"),
+    ],
+    ids=["killed", "hangs"],
+)
+async def test_a_trial_that_could_not_be_made_is_made_again(
+    snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch, maker: str, error: type[Exception], words: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("snapshotter.overlay._USERNS_MAKER", maker)
+        if error is HelperTimeoutError:
+            patch.setattr("snapshotter.overlay._USERNS_SECONDS", 0.1)
+        with pytest.raises(error, match=words):
+            await snapshotter.idmap_trouble()
+    assert await snapshotter.idmap_trouble() == ""
 
 
 async def test_a_node_without_user_namespaces_is_told(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from snapshotter import (
+    HelperKilledError,
+    HelperTimeoutError,
     Layer,
     LayerLimits,
     SnapshotError,
     SnapshotNotFoundError,
     Snapshotter,
-    UnpackKilledError,
-    UnpackTimeoutError,
     mounts,
 )
 from tests.support.layers import Blob, archive, digest, directory, hardlink, item, packed, symlink, unpack, write_blob
@@ -527,7 +527,7 @@ async def test_a_caller_joins_no_unpack_that_is_going_down(snapshotter: Snapshot
 async def test_a_worker_that_dies_is_told(snapshotter: Snapshotter, disk: str) -> None:
     caller = asyncio.create_task(unpack(snapshotter, slow_blob(disk)))
     os.kill(await until_a_worker_writes(disk), 9)
-    with pytest.raises(UnpackKilledError, match="worker was ended by signal 9"):
+    with pytest.raises(HelperKilledError, match="worker was ended by signal 9"):
         await caller
     assert staging(disk) == []
 
@@ -604,7 +604,7 @@ async def test_cancelling_takes_a_worker_that_has_just_ended(snapshotter: Snapsh
 async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
     snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_stall=2.5))
     async with stopped_worker(snapshotter, disk) as (pid, caller):
-        with pytest.raises(UnpackTimeoutError, match=r"did nothing for 2\.5 seconds"):
+        with pytest.raises(HelperTimeoutError, match=r"did nothing for 2\.5 seconds"):
             await caller
         assert not os.path.exists(f"/proc/{pid}")
         assert staging(disk) == []
@@ -613,7 +613,7 @@ async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
 
 async def test_an_unpack_has_a_deadline(disk: str) -> None:
     snapshotter = Snapshotter(f"{disk}/snapshots", limits=LayerLimits(max_seconds=0.1))
-    with pytest.raises(UnpackTimeoutError, match=r"longer than 0\.1 seconds"):
+    with pytest.raises(HelperTimeoutError, match=r"longer than 0\.1 seconds"):
         await unpack(snapshotter, slow_blob(disk))
     assert staging(disk) == []
     snapshotter.close()
