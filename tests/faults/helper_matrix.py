@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -172,9 +173,17 @@ class HelperMatrix(Matrix):
         self.bystanding = self.node.run_pod("bystander")
         self.bystander = self.node.run(self.bystanding, "b", ["sleep", "1000"])
         self.runtime.spare(self.bystander)
+        before = self.plugin.told()
         known = operation.prepare(self.node)
+        eventually(lambda: self._is_told(self.plugin.told() - before))
         self._taken()
         return known
+
+    def _is_told(self, told: Counter[str]) -> bool:
+        """Whether the plugin has taken all events of a preparation: it is told of some after their calls."""
+        exited = self.node.client.ListContainers(filter={"state": {"state": cri.CONTAINER_EXITED}}).containers
+        posts = all(told[f"Post{name}"] == told[name] for name in ("CreateContainer", "StartContainer"))
+        return posts and told["StopContainer"] == len(exited)
 
     def _bystander_calls(self, point: str) -> None:
         """Calls of another pod, and one that makes a container where they do not share the helper."""

@@ -1,11 +1,13 @@
 """A plugin of the node (NRI), a process of its own, that can be killed or stopped where it is told something.
 
 ``python -m tests.support.faulty_plugin`` is the process. It writes a line "plugin>METHOD#N" to the log of points for
-each request, while the file "plugin-order" is there, which names the point and the fault.
+each request, while the file "plugin-order" is there, which names the point and the fault. The file "plugin-told" has a
+line for each request at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -41,6 +43,12 @@ class FaultyPlugin:
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env={**os.environ, **where})
         eventually(ready.exists)
 
+    def told(self) -> Counter[str]:
+        """How often it was asked for each method, but for the bystander."""
+        with contextlib.suppress(FileNotFoundError):
+            return Counter(Path(self._base, "plugin-told").read_text().split())
+        return Counter()
+
     def record(self) -> None:
         self.harm("none", "")
 
@@ -61,6 +69,7 @@ class FaultyPlugin:
 def main() -> None:
     base, log_path = os.environ["FAULTY_PLUGIN"].split(":")
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    told = os.open(f"{base}/plugin-told", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     counts = Counter[str]()
     lock = threading.Lock()
     seen: list[tuple[int, int]] = []
@@ -68,6 +77,7 @@ def main() -> None:
     def reached(method: str, request: object) -> None:
         if getattr(getattr(request, "pod", None), "name", "") == "bystander":
             return
+        os.write(told, f"{method}\n".encode())
         try:
             with open(f"{base}/plugin-order") as f:
                 wanted, _, fault = f.read().strip().partition(" ")
