@@ -70,7 +70,7 @@ class RecordStore:
         if self.unreadable and not skip_unreadable:
             # The daemon's start would clear the containers of these records, as it clears all that has no record.
             raise UnreadableError(
-                f"{next(iter(self.unreadable.values()))}, or take all pods of the node down with `criserver reset`. "
+                f"{next(iter(self.unreadable.values()))}. "
                 f"{len(self.unreadable)} of the records cannot be read; all containers keep running meanwhile"
             )
         self._containers = dict(sorted(self._containers.items(), key=lambda item: item[1].created_at))

@@ -26,6 +26,7 @@ from criserver.runtime import migrations
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.migrations import NewerError, bring_forward, newest
 from criserver.runtime.parse import container_config, pod_config
+from criserver.store import WRITTEN_BY_NEWER
 from criserver.text import shown
 
 
@@ -169,8 +170,9 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except NewerError as e:
-        raise UnreadableError(f"{e}: a newer criserver wrote it; start that one again") from e
+        raise UnreadableError(f"{e}: {WRITTEN_BY_NEWER}") from e
     except (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError) as e:
         raise UnreadableError(
-            f"is damaged ({type(e).__name__}: {shown(e)}); restore an undamaged copy of the database"
+            f"is damaged ({type(e).__name__}: {shown(e)}); restore an undamaged copy of the database, or "
+            "take all pods of the node down with `criserver reset`"
         ) from e

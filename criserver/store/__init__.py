@@ -6,6 +6,6 @@ are taken into memory. Writes go to a thread, so that the event loop never waits
 
 from __future__ import annotations
 
-from criserver.store.database import Change, Store
+from criserver.store.database import WRITTEN_BY_NEWER, Change, Store
 
-__all__ = ["Change", "Store"]
+__all__ = ["WRITTEN_BY_NEWER", "Change", "Store"]

@@ -48,6 +48,13 @@ _MIGRATIONS = (
 )
 
 
+# What an operator can do with what this release cannot read.
+WRITTEN_BY_NEWER = (
+    "a newer criserver wrote it; start that one again. To go back to this one, first take the node's pods down with "
+    "the newer one's `criserver reset --images`: only that one can undo their networks"
+)
+
+
 class Change(NamedTuple):
     """A record that is to be written in place of the key's last one; ``value`` None deletes it."""
 
@@ -112,8 +119,7 @@ class Store:
         if version > len(_MIGRATIONS):
             raise CriError(
                 f"database {self._path} has schema version {version}, and this criserver knows "
-                f"{len(_MIGRATIONS)} at most: it was written by a newer criserver; install that one again, "
-                "or move it away and take all pods of the node down with `criserver reset`"
+                f"{len(_MIGRATIONS)} at most: {WRITTEN_BY_NEWER}"
             )
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")

@@ -19,7 +19,9 @@ from tests.faults.helper_matrix import HelperMatrix, helper_node
 from tests.faults.matrix import START_UP, Matrix, Result, errors_of, table
 from tests.faults.more_operations import more_operations, pushed
 from tests.faults.operations import Operation, archives, operations
-from tests.support.node import Node
+from tests.support.criu import REAL_CRIU
+from tests.support.fixtures import RUNC
+from tests.support.node import RUNTIME, Node, handler
 from tests.support.registry import running
 
 
@@ -51,7 +53,7 @@ def main() -> int:
 def _of_the_daemon(options: argparse.Namespace, base: str, chosen: list[Operation]) -> list[Result]:
     """Kills of the daemon, and errors of the kernel."""
     results = []
-    node = Node()
+    node = Node(handler("runc", RUNTIME) + (handler("newer", RUNC) if RUNC else ""))
     try:
         matrix = Matrix(node)
         _begin(node, matrix, base)
@@ -124,4 +126,5 @@ def _tried(name: str, points: list[str], options: argparse.Namespace) -> Iterato
 
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ["PATH"] = f"{os.path.dirname(REAL_CRIU or '')}:{os.environ['PATH']}"  # runc looks criu up
     sys.exit(main())

@@ -75,7 +75,9 @@ def test_a_newer_schema_is_refused(path: str) -> None:
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version=99")
     db.close()
-    with pytest.raises(CriError, match=r"schema version 99.*newer criserver"):
+    with pytest.raises(
+        CriError, match=r"schema version 99.*newer criserver wrote it.*`criserver reset --images` first"
+    ):
         Store(path)
 
 
