@@ -23,6 +23,7 @@ from snapshotter.arrival import Arrival, Unpacked
 from snapshotter.errors import SnapshotError
 from snapshotter.limits import LayerLimits
 from snapshotter.metadata import Layer
+from snapshotter.program import Program
 from snapshotter.staging import Staging
 from snapshotter.threads import in_thread
 
@@ -140,9 +141,9 @@ async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits
         "daemon": os.getpid(),
     }
     with open(blob, "rb") as file:
-        process = await _start(_CHECKER, options, file, layer.path)
-        output, complaint = await _supervise("the layer checker", process, file, limits)
-    result = _result("the layer checker", process, output, complaint)
+        checker = _start(_CHECKER, options, file, layer.path)
+        await _supervise("the layer checker", checker, file, limits)
+    result = _result("the layer checker", checker)
     if "unread" in result:
         raise errors.LayerError(f"the blob of layer {layer.diff_id} cannot be read: {result['unread']}")
     return "; ".join(result["differences"])
@@ -152,10 +153,11 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
     told = options["told"]
     async with _answered_marks(area) as theirs:
         passed = [theirs.fileno(), *([] if told is None else [told])]
-        process = await _start(_WORKER, {**options, "marks": theirs.fileno()}, blob, area, passed)
+        numbers = {"marks": 3, "told": None if told is None else 4}
+        worker = _start(_WORKER, {**options, **numbers}, blob, area, passed)
         theirs.close()
-        output, complaint = await _supervise("the unpack worker", process, blob, limits)
-    result = _result("the unpack worker", process, output, complaint)
+        await _supervise("the unpack worker", worker, blob, limits)
+    result = _result("the unpack worker", worker)
     if "error" in result:
         # The number tells the daemon's caller that the disk is full, or has failed.
         cause = OSError(result["errno"], os.strerror(result["errno"])) if result.get("errno") else None
@@ -163,53 +165,46 @@ async def _run_worker(area: str, blob: BinaryIO, options: dict[str, Any], limits
     return result
 
 
-async def _supervise(
-    what: str, process: asyncio.subprocess.Process, blob: BinaryIO, limits: LayerLimits
-) -> tuple[bytes, bytes]:
-    """What a program writes to its output and its error output. It has ended when this returns or raises."""
-    outputs = asyncio.create_task(_outputs(process))
+async def _supervise(what: str, program: Program, blob: BinaryIO, limits: LayerLimits) -> None:
+    """Wait for the end of a program. It has ended when this returns or raises. Raises OSError if it cannot start."""
     try:
         async with asyncio.timeout(limits.max_seconds):
-            seen = _progress(process.pid, blob)
-            while not (await asyncio.wait([outputs], timeout=limits.max_stall))[0]:
-                before, seen = seen, _progress(process.pid, blob)
+            seen = _progress(program.pid, blob)
+            while not (await asyncio.wait([program.ended], timeout=limits.max_stall))[0]:
+                before, seen = seen, _progress(program.pid, blob)
                 if before == seen:
                     raise errors.HelperTimeoutError(f"{what} did nothing for {limits.max_stall:g} seconds")
-        return outputs.result()
     except TimeoutError:
         raise errors.HelperTimeoutError(f"{what} took longer than {limits.max_seconds:g} seconds") from None
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        outputs.cancel()
+        await program.finish()
+    if program.failure is not None:
+        raise program.failure
 
 
-async def _start(
-    program: str, options: dict[str, Any], blob: BinaryIO, directory: str, pass_fds: Sequence[int] = ()
-) -> asyncio.subprocess.Process:
-    """Start one of this package's programs in a layer's ``directory``."""
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-I", "-S", "-c", program, json.dumps(options), *_WORKER_PATHS),
-        stdin=blob,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=directory,
+def _start(script: str, options: dict[str, Any], blob: BinaryIO, directory: str, passed: Sequence[int] = ()) -> Program:
+    """Start one of this package's programs in a layer's ``directory``; it has ``passed`` as 3, 4, ..."""
+    return Program(
+        [sys.executable, "-I", "-S", "-c", script, json.dumps(options), *_WORKER_PATHS],
         env={},
-        pass_fds=pass_fds,
+        stdin=blob.fileno(),
+        directory=directory,
+        passed=passed,
+        most=_MAX_OUTPUT,
+        most_errors=_MAX_OUTPUT,
     )
 
 
-def _result(what: str, process: asyncio.subprocess.Process, output: bytes, complaint: bytes) -> dict[str, Any]:
+def _result(what: str, program: Program) -> dict[str, Any]:
     """The object that a program has printed. Raises SnapshotError if it has ended without one."""
     try:
-        result: dict[str, Any] = json.loads(output)
+        result: dict[str, Any] = json.loads(program.stdout)
     except ValueError:
-        if (process.returncode or 0) < 0:
-            raise errors.HelperKilledError(f"{what} was ended by signal {-(process.returncode or 0)}") from None
-        words = complaint.decode("utf-8", "backslashreplace").strip()[-2000:]
-        raise SnapshotError(f"{what} ended with status {process.returncode}: {words}") from None
+        code = program.returncode or 0
+        if code < 0:
+            raise errors.HelperKilledError(f"{what} was ended by signal {-code}") from None
+        words = program.stderr.decode("utf-8", "backslashreplace").strip()[-2000:]
+        raise SnapshotError(f"{what} ended with status {code}: {words}") from None
     return result
 
 
@@ -241,21 +236,3 @@ async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
             yield theirs
         finally:
             loop.remove_reader(ours)
-
-
-async def _outputs(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
-    """What a program writes to its output and its error output until it has ended."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    output, complaint, _ = await asyncio.gather(
-        _read_bounded(process.stdout), _read_bounded(process.stderr), process.wait()
-    )
-    return output, complaint
-
-
-async def _read_bounded(stream: asyncio.StreamReader) -> bytes:
-    """Read a stream to its end. Returns its last _MAX_OUTPUT bytes."""
-    kept = b""
-    while piece := await stream.read(_MAX_OUTPUT):
-        kept = (kept + piece)[-_MAX_OUTPUT:]
-    return kept

@@ -27,7 +27,7 @@ _PATIENCE = 30.0
 _AFTER = 0.3
 START_UP = "start-up"
 # Where the daemon is killed before the start-up: one CNI plugin of the pod has been run, and the other has not.
-_CUT = "plugin_start:start:os.posix_spawn#2"
+_CUT = "program_start:start:os.posix_spawn#2"
 
 
 @dataclass

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from criserver.network import plugin_start
+from snapshotter import program_start
 
 NURSERY = "the nursery of shims"
 # The events at which a helper is started or told something, and what can become of it there.
@@ -39,8 +39,8 @@ class HelperFaults:
         self._next = threading.local()
         self._fork_exec = subprocess._fork_exec  # type: ignore[attr-defined]
         subprocess._fork_exec = self._start  # type: ignore[attr-defined]
-        self._call_libc = plugin_start._call
-        plugin_start._call = self._spawn
+        self._call_libc = program_start._call
+        program_start._call = self._spawn
 
     def harm(self, event: str, args: tuple[Any, ...], fault: str) -> None:
         """Called by the audit hook. A program has no PID yet: it is harmed as soon as this thread has started it."""
@@ -64,7 +64,7 @@ class HelperFaults:
         fault = self._take_fault() if function == "posix_spawn" else ""
         if fault == "hanging":
             pid, _, actions, attributes, _, variables = arguments
-            words = plugin_start._words(_hanging())
+            words = program_start._words(_hanging())
             arguments = (pid, words[0], actions, attributes, words, variables)
         self._call_libc(function, *arguments)
         if fault in _SIGNALS:

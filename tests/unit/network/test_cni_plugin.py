@@ -22,7 +22,8 @@ from criserver.errors import (
     UnavailableError,
 )
 from criserver.model import PortMapping
-from criserver.network import Attachment, Network, PodNetwork, cni_plugin, plugin_start
+from criserver.network import Attachment, Network, PodNetwork, cni_plugin
+from snapshotter import program_start
 from tests.support.waiting import until
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
@@ -447,8 +448,8 @@ class SlowStart:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.may_go_on = threading.Event(), threading.Event()
         self.pid = 0
-        self._real = plugin_start.start
-        monkeypatch.setattr(plugin_start, "start", self._start)
+        self._real = program_start.start
+        monkeypatch.setattr(program_start, "start", self._start)
 
     def _start(self, *arguments: Any) -> int:
         self.reached.set()
@@ -457,7 +458,7 @@ class SlowStart:
         return self.pid
 
 
-async def test_the_event_loop_goes_on_while_a_plugin_starts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_event_loop_goes_on_while_a_program_starts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowStart(monkeypatch)
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(slow.reached.is_set)

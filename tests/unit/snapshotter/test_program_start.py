@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from criserver.network.plugin_start import start
+from snapshotter.program_start import start
 
 SCRIPT = """#!/bin/sh
-echo "$0 $#"
+echo "$0 $1 $2 $#"
 pwd
 env | grep -v -e ^PWD= -e ^SHLVL= -e ^_=
 cat
@@ -42,13 +42,13 @@ def test_what_a_program_gets(tmp_path: Path) -> None:
         stdin.write("the request\n")
         stdin.seek(0)
         env = {"PATH": os.environ["PATH"], "NAME": "a value"}
-        pid = start(path, env, stdin.fileno(), out.fileno(), err.fileno())
+        pid = start([path, "one", "two words"], env, str(tmp_path), [stdin.fileno(), out.fileno(), err.fileno()])
         assert os.waitpid(pid, 0) == (pid, 0)
         out.seek(0)
         err.seek(0)
         got, complaint = out.read().splitlines(), err.read()
     os.close(inherited)
-    assert got[:2] == [f"{path} 0", "/"]
+    assert got[:2] == [f"{path} one two words 2", str(tmp_path)]
     assert sorted(got[2:4]) == ["NAME=a value", f"PATH={os.environ['PATH']}"]
     assert got[4] == "the request"
     assert int(got[5]) == 4, "the three, and the one by which ls reads the directory"
@@ -64,6 +64,6 @@ def test_a_program_that_cannot_be_started(tmp_path: Path, name: str, expected: i
     program(tmp_path, 0o644)
     path = str(tmp_path / name)
     with (tmp_path / "file").open("w+") as file, pytest.raises(OSError, match=name) as raised:
-        start(path, {}, file.fileno(), file.fileno(), file.fileno())
+        start([path], {}, "/", [file.fileno()] * 3)
     assert raised.value.errno == expected
     assert raised.value.filename == path

@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # More than the opaque types of posix_spawn take in any libc.
@@ -23,25 +23,26 @@ _SETSID = 0x80
 _libc = ctypes.CDLL(None)
 
 
-def start(path: str, env: Mapping[str, str], stdin: int, stdout: int, stderr: int) -> int:
-    """Start the program at ``path``, without arguments, in "/" and a session of its own. Returns its PID.
+def start(argv: Sequence[str], env: Mapping[str, str], directory: str, fds: Sequence[int]) -> int:
+    """Start the program ``argv[0]``, a path, in a ``directory`` and a session of its own. Returns its PID.
 
-    It has the three descriptors, which are above 2, and no other. Call it in a thread: it waits until the program is
-    executed. Raises OSError if the program cannot be started.
+    Its descriptors 0, 1, 2, ... are copies of ``fds``, which are all larger than that; it has no other. Call it in a
+    thread: it waits until the program is executed. Raises OSError if the program cannot be started.
     """
-    sys.audit("os.posix_spawn", path, [path], env)
+    path = argv[0]
+    sys.audit("os.posix_spawn", path, argv, env)
     actions, attributes = ctypes.create_string_buffer(_ROOM), ctypes.create_string_buffer(_ROOM)
     pid = ctypes.c_int()
     _call("posix_spawn_file_actions_init", actions)
     _call("posix_spawnattr_init", attributes)
     try:
-        for number, fd in enumerate((stdin, stdout, stderr)):
+        for number, fd in enumerate(fds):
             _call("posix_spawn_file_actions_adddup2", actions, fd, number)
-        _call("posix_spawn_file_actions_addclosefrom_np", actions, 3)
-        _call("posix_spawn_file_actions_addchdir_np", actions, b"/")
+        _call("posix_spawn_file_actions_addclosefrom_np", actions, len(fds))
+        _call("posix_spawn_file_actions_addchdir_np", actions, os.fsencode(directory))
         _call("posix_spawnattr_setflags", attributes, ctypes.c_short(_SETSID | _SETSIGDEF))
         _call("posix_spawnattr_setsigdefault", attributes, _ignored_by_python())
-        words = _words([os.fsencode(path)])
+        words = _words([os.fsencode(word) for word in argv])
         variables = _words([os.fsencode(f"{key}={value}") for key, value in env.items()])
         _call("posix_spawn", ctypes.byref(pid), words[0], actions, attributes, words, variables)
     except OSError as e:
