@@ -10,12 +10,13 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from criserver.api import views
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from criserver.runtime.ignored import ignored
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.spec_file import read_spec
 from criserver.text import shown
 from snapshotter import mounts
 
@@ -135,9 +136,8 @@ def container_name(node: Node, container: Container) -> str:
 
 def _spec(node: Node, container_id: str) -> Any:
     try:
-        with open(os.path.join(node.container_dir(container_id), "config.json")) as f:
-            return json.load(f)
-    except FileNotFoundError:
+        return read_spec(node, container_id)
+    except DataLossError:
         return None
 
 

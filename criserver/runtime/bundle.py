@@ -1,11 +1,9 @@
-"""The OCI spec of a container in its bundle: how it is written, and how plugins of the node adjust it."""
+"""How plugins of the node adjust the OCI spec of a container in its bundle."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-import os
 
 from criserver.oci import cdi, spec_adjustment
 from criserver.oci.adjustment_faults import cgroups_parent
@@ -15,12 +13,7 @@ from criserver.runtime.container_update import with_resources
 from criserver.runtime.node import Node
 from criserver.runtime.node_plugins import Adjusted
 from criserver.runtime.records import Container, Sandbox
-
-
-def write_spec(node: Node, container_id: str, document: Spec) -> None:
-    """Write a container's spec. Blocks."""
-    with open(os.path.join(node.container_dir(container_id), "config.json"), "w") as f:
-        f.write(json.dumps(document))
+from criserver.runtime.spec_file import write_spec
 
 
 async def adjust(node: Node, sandbox: Sandbox, container: Container, document: Spec, adjusted: Adjusted) -> Container:

@@ -38,6 +38,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin
 from criserver.runtime.records import Container
+from criserver.runtime.spec_file import spec_path
 from criserver.telemetry import operations
 from criserver.text import quoted
 from snapshotter import removal
@@ -184,7 +185,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     config = checkpoint_archive.config_dump(container, name, runtime.handler, time.time_ns())
     _write_json(content, "config.dump", config)
     _write_json(content, "status", checkpoint_archive.status_dump(container))
-    shutil.copyfile(os.path.join(node.container_dir(container.id), "config.json"), os.path.join(content, "spec.dump"))
+    shutil.copyfile(spec_path(node, container.id), os.path.join(content, "spec.dump"))
     _check_criu(directory, wait)
     upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
     diff = os.path.join(content, "rootfs-diff.tar")

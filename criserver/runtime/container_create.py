@@ -33,6 +33,7 @@ from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import pod_facts
 from criserver.runtime.records import Container, Sandbox
+from criserver.runtime.spec_file import write_spec
 from criserver.telemetry import operations
 from criserver.text import status
 from snapshotter import files, mounts
@@ -203,7 +204,7 @@ async def _prepare(
         _check_dev(config, rootfs)
         user = _user(config, image, rootfs)
         document = cdi.apply(build(user=user), edits)
-        bundle.write_spec(node, container.id, document)
+        write_spec(node, container.id, document)
         return user, document
 
     with operations.BUNDLE.timed():

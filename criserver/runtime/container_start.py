@@ -13,7 +13,7 @@ from criserver.runtime.container_log import prepare_log
 from criserver.runtime.container_process import ContainerProcess
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.pod_namespaces import stream_owner
+from criserver.runtime.pod_namespaces import give_up_if_lost, stream_owner
 from criserver.runtime.records import Container
 
 log = structlog.get_logger(__name__)
@@ -64,6 +64,7 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
             # that has ended.
             error = _target_ended(node, container) or e
             process.start_failed(str(error))
+            node.background(give_up_if_lost(node, sandbox.id), "a pod cannot be checked after a failed start")
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e
         except Exception as e:
             # The node has run out of descriptors, for example. The container must not stay in STARTING: no call but its

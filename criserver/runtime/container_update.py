@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 
 from criserver.errors import FailedPreconditionError
@@ -18,6 +17,7 @@ from criserver.runtime.node import Node
 from criserver.runtime.node_plugins import Limits
 from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container, Sandbox
+from criserver.runtime.spec_file import read_spec, write_spec
 from criserver.stats import CgroupUsage
 
 
@@ -156,12 +156,8 @@ def _set_oom_score(node: Node, container: Container, score: int) -> None:
 
 def _rewrite(node: Node, container_id: str, limits: Spec, oom_score_adj: int) -> None:
     """Write the new limits into the bundle: the container may be started from it, and an exec reads it."""
-    path = os.path.join(node.container_dir(container_id), "config.json")
-    with open(path) as f:
-        document = json.load(f)
+    document = read_spec(node, container_id)
     document["linux"]["resources"] = merge_limits(document["linux"]["resources"], limits, host.facts())
     if oom_score_adj:
         document["process"]["oomScoreAdj"] = max(oom_score_adj, host.facts().oom_score_adj_floor)
-    with open(path + ".new", "w") as f:
-        json.dump(document, f)
-    os.rename(path + ".new", path)
+    write_spec(node, container_id, document)

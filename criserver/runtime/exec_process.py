@@ -29,6 +29,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import stream_owner
 from criserver.runtime.records import Container
+from criserver.runtime.spec_file import read_spec
 from criserver.streaming import ready
 from criserver.telemetry import families
 from criserver.text import quoted
@@ -106,8 +107,7 @@ async def exec_process(
 
 
 def _write_process(node: Node, container: Container, command: Sequence[str], path: str, *, tty: bool) -> None:
-    with open(os.path.join(node.container_dir(container.id), "config.json")) as f:
-        document = json.load(f)
+    document = read_spec(node, container.id)
     with open(path, "w") as f:
         json.dump(spec.exec_process(document, command, tty=tty), f)
 

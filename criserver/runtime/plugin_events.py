@@ -29,6 +29,7 @@ from criserver.runtime.plugin_views import (
 )
 from criserver.runtime.pod_namespaces import pod_facts
 from criserver.runtime.records import Container, Record, Sandbox
+from criserver.runtime.spec_file import spec_path
 
 log = structlog.get_logger(__name__)
 
@@ -263,7 +264,7 @@ class PluginCalls:
         return container.image_ref.rpartition("@")[2]
 
     def _spec_path(self, container: Container) -> str:
-        return os.path.join(self._node.container_dir(container.id), "config.json")
+        return spec_path(self._node, container.id)
 
     def _pod(self, sandbox: Sandbox) -> nri.PodSandbox:
         """The view of a pod, which is not to be changed."""

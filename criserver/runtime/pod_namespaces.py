@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+
+import structlog
 
 from criserver.errors import CriError
 from criserver.model import NamespaceMode, User
+from criserver.network import namespaces
 from criserver.oci.spec_inputs import PodFacts
 from criserver.runtime import sandbox_files
+from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Sandbox
 from snapshotter import mounts, removal
+
+log = structlog.get_logger(__name__)
 
 
 def network_pin(node: Node, sandbox_id: str) -> str:
@@ -81,3 +88,26 @@ def pod_facts(node: Node, sandbox: Sandbox) -> PodFacts:
         pid_namespace=pid_pin(node, sandbox.id) if shared_pid else None,
         user_namespace=user_pin(node, sandbox.id) if config.namespaces.user is not None else None,
     )
+
+
+def unpinned(node: Node, sandbox: Sandbox) -> list[str]:
+    """The paths at which a namespace of a pod is to be pinned, and is not."""
+    facts = pod_facts(node, sandbox)
+    pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace, facts.user_namespace, facts.pid_namespace)
+    return [path for path in pins if path and not namespaces.is_pinned(path)]
+
+
+async def give_up_if_lost(node: Node, sandbox_id: str) -> None:
+    """Make a pod not ready if a namespace or its /dev/shm is gone: no container can be started in it any more.
+
+    The kubelet then makes a new one. Somebody has unmounted or deleted them below the state directory.
+    """
+    async with node.lock(sandbox_id):
+        sandbox = node.records.sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.state is not SandboxState.READY:
+            return
+        shm = pod_facts(node, sandbox).shm
+        lost = await asyncio.to_thread(lambda: unpinned(node, sandbox) + ([] if os.path.isdir(shm) else [shm]))
+        if lost:
+            log.warning("a pod sandbox has lost what its containers need", **sandbox.named, lost=lost)
+            await node.records.save(sandbox.not_ready(f"{lost[0]} is gone"))

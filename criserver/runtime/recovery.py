@@ -38,7 +38,7 @@ from criserver.runtime.container_process import END_TIMEOUT
 from criserver.runtime.container_remove import remove_locked
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.node import Node
-from criserver.runtime.pod_namespaces import pod_facts, unpin_pids
+from criserver.runtime.pod_namespaces import unpin_pids, unpinned
 from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.runtime_choice import runtime_roots, shim_roots
 from criserver.runtime.sandbox_remove import remove_sandbox
@@ -171,9 +171,7 @@ async def _end_making(node: Node, sandbox: Sandbox) -> None:
 
 async def _whole(node: Node, sandbox: Sandbox) -> bool:
     """Whether the sandbox still has its namespaces and its infra process. A reboot ends them all."""
-    facts = pod_facts(node, sandbox)
-    pins = (facts.net_namespace, facts.ipc_namespace, facts.uts_namespace, facts.user_namespace, facts.pid_namespace)
-    if not all(namespaces.is_pinned(path) for path in pins if path):
+    if unpinned(node, sandbox):
         return False
     if not sandbox.has_infra:
         return True

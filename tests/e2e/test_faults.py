@@ -20,8 +20,9 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from snapshotter import mounts
 from tests.support.fixtures import import_image
-from tests.support.node import RUNTIME, Node, handler, processes
+from tests.support.node import RUNTIME, Node, handler, processes, refused
 from tests.support.waiting import SLOWNESS, eventually
 
 # An OCI runtime after which the disk stands still, where there is a file "freeze" beside it.
@@ -379,3 +380,37 @@ def test_what_keeps_a_daemon_from_starting_is_told_in_words(
     assert "Traceback" not in done.stderr
     assert told in done.stderr
     assert done.stderr.splitlines()[-1].startswith("criserver: ")
+
+
+def test_a_pod_whose_namespaces_somebody_has_unmounted_is_not_ready_after_a_failed_start(node: Node) -> None:
+    pod = node.run_pod("unpinned")
+    running = node.run(pod, "running", ["sleep", "1000"])
+    created = node.create(pod, "created", ["sleep", "1000"])
+    for pin in mounts.mounts_below(f"{node.state}/ns/{pod}"):
+        mounts.unmount(pin)
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "container created cannot be started"):
+        node.client.StartContainer(container_id=created)
+    eventually(lambda: node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY)
+    info = node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True).info["info"]
+    assert f"{node.state}/ns/{pod}/net is gone" in info
+    assert node.sh(running, "echo alive") == "alive\n"
+    node.client.StopPodSandbox(pod_sandbox_id=pod)
+    again = node.run_pod("unpinned", attempt=1)
+    assert node.sh(node.run(again, "c", ["sleep", "1000"]), "echo alive") == "alive\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [("{", "it is damaged"), ("[]", "it has no process"), (None, "it is gone")]
+)
+def test_a_bundle_that_somebody_has_damaged_is_named(node: Node, damage: str | None, words: str) -> None:
+    container = node.run(node.run_pod("damaged"), "c", ["sleep", "1000"])
+    path = Path(f"{node.state}/containers/{container}/config.json")
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(damage)
+    with refused(grpc.StatusCode.DATA_LOSS, str(path), words, "the container has to be made anew"):
+        node.client.ExecSync(container_id=container, cmd=["true"], timeout=5)
+    assert json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])
+    node.client.StopContainer(container_id=container, timeout=0)
+    assert node.status(container).exit_code == 137
