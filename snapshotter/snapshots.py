@@ -345,11 +345,14 @@ class Snapshotter:
         await in_thread(self._staging.delete, name)
 
     def _make_snapshot(self, path: str, chain_id: str, top: Layer) -> None:
-        """Make a snapshot on disk. Raises OSError, with nothing left of it."""
+        """Make a snapshot on disk. Raises OSError and SnapshotNotFoundError, with nothing left of it."""
         area = self._staging.new()
         try:
             # The root directory of an overlay is the upper one, so it gets the owner and mode of the image's.
-            status = os.stat(os.path.join(top.path, "fs"))
+            try:
+                status = os.stat(os.path.join(top.path, "fs"))
+            except FileNotFoundError as e:
+                raise SnapshotNotFoundError(f"the files of layer {chain_id} are gone: {e.filename}") from e
             self._staging.new_root(area, status.st_uid, status.st_gid, status.st_mode & 0o7777)
             os.mkdir(os.path.join(area, "work"), 0o700)
             metadata.write(area, {"chain_id": chain_id})

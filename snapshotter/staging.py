@@ -68,14 +68,15 @@ class Staging:
         return f"removed-{secrets.token_hex(8)}" + (f"-{key}" if key else "")
 
     def retire(self, path: str, name: str) -> None:
-        """Move a layer or snapshot here, to be deleted under ``name``. Raises SnapshotError.
+        """Move a layer or snapshot here, to be deleted under ``name``; it may be gone already. Raises SnapshotError.
 
         It makes no directory, as there may be no space left on the file system.
         """
         try:
             os.rename(path, os.path.join(self.path, name))
         except OSError as e:
-            raise SnapshotError(f"{path} cannot be removed: {e}") from e
+            if os.path.lexists(path):
+                raise SnapshotError(f"{path} cannot be removed: {e}") from e
 
     def delete(self, name: str) -> None:
         """Delete ``name`` here. Raises SnapshotError; :meth:`delete_rest` and the next start try again."""

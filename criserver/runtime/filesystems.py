@@ -80,7 +80,9 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
         with operations.SNAPSHOT.timed():
             await node.snapshotter.prepare(key, image.chain_id)
     except SnapshotNotFoundError as e:
-        raise NotFoundError(f"image {image.id} was removed while a container of it was being made: {e}") from e
+        raise NotFoundError(
+            f"image {image.id} was removed while a container of it was being made, or its files were deleted: {e}"
+        ) from e
     labels = selinux.labels(container.config.security, sandbox.selinux_level)
     with operations.MOUNT.timed():
         await node.snapshotter.mount(key, point, userns=pinned, label=labels.files)

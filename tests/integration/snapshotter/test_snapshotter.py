@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -741,3 +742,17 @@ def test_a_failed_call_names_its_path(disk: str) -> None:
     with pytest.raises(OSError, match="target") as busy:
         mounts.umount2(f"{disk}/target")
     assert busy.value.errno == errno.EINVAL
+
+
+async def test_what_somebody_has_deleted_is_told_and_can_be_removed(snapshotter: Snapshotter, disk: str) -> None:
+    blob = write_blob(f"{disk}/blob", item("f", b"content"))
+    layer = await snapshotter.unpack(blob.path, compression="gzip", diff_id=blob.diff_id, chain_id="chain", parent=None)
+    await snapshotter.prepare("box", "chain")
+    shutil.rmtree(snapshotter.snapshots()["box"].path)
+    shutil.rmtree(f"{layer.path}/fs")
+    with pytest.raises(SnapshotNotFoundError, match="the files of layer chain are gone"):
+        await snapshotter.prepare("other", "chain")
+    await snapshotter.remove("box")
+    shutil.rmtree(layer.path)
+    await snapshotter.remove_layer("chain")
+    assert (snapshotter.snapshots(), snapshotter.layers()) == ({}, {})
