@@ -102,7 +102,7 @@ class Store:
             return
         self._mirror.finish()
         known = {(table, key): value for table in TABLES - {"meta"} for key, value in self.items(table)}
-        copies = {(table, key): value for table, key, value in self._mirror.items()}
+        copies = {(table, key): value for table, key, value in self._mirror.items(known)}
         changes = [Change(*where, value) for where, value in copies.items() if known.get(where) != value]
         if self._mirror.is_whole:
             changes += [Change(*where, None) for where in known.keys() - copies.keys()]

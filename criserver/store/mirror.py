@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
@@ -78,8 +78,13 @@ class Mirror:
             self.put(table, key, None if value is None else value.encode("latin-1"))
         os.unlink(path)
 
-    def items(self) -> Iterator[tuple[str, str, bytes]]:
-        """Table, key and value of each record; a file that cannot be read is left out and logged."""
+    def items(self, known: Mapping[tuple[str, str], bytes]) -> Iterator[tuple[str, str, bytes]]:
+        """Table, key and value of each record, once.
+
+        A file that cannot be read, or is damaged, is deleted, left out and logged. The copy is not whole any more then.
+        ``known`` are the records of the database. Most values are JSON: where one of the two values begins as an object
+        does, the copy must be an object.
+        """
         for table in self._tables:
             for name in sorted(os.listdir(os.path.join(self._directory, table))):
                 path = os.path.join(self._directory, table, name)
@@ -88,11 +93,17 @@ class Mirror:
                         os.unlink(path)
                     continue
                 try:
-                    with open(path, "rb") as f:
-                        key, _, value = f.read().partition(b"\n")
-                    yield table, key.decode(), value
-                except (OSError, UnicodeDecodeError) as e:
+                    key, value = self._read(table, path)
+                    before = known.get((table, key), b"")
+                    if value != before and b"{" in (value[:1], before[:1]):
+                        json.loads(value)
+                except (OSError, ValueError) as e:
                     log.warning("the copy of a record cannot be read", path=path, error=str(e))
+                    self._not_whole()
+                    with suppress(OSError):
+                        os.unlink(path)
+                    continue
+                yield table, key, value
 
     def put(self, table: str, key: str, value: bytes | None) -> None:
         """Write a record in place of the key's last one, or delete it for None.
@@ -107,11 +118,23 @@ class Mirror:
                 return
             except OSError as e:
                 log.warning("the copy of a record cannot be written", path=path, error=str(e))
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._directory, _WHOLE))
+            self._not_whole()
         for name in (path, path + _UNFINISHED):
             with suppress(FileNotFoundError):
                 os.unlink(name)
+
+    def _read(self, table: str, path: str) -> tuple[str, bytes]:
+        """Key and value of a file. Raises OSError, and ValueError if it has no key, or another one than its name."""
+        with open(path, "rb") as f:
+            head, _, value = f.read().partition(b"\n")
+        key = head.decode()
+        if self.path(table, key) != path:
+            raise ValueError("it has the key of another record")
+        return key, value
+
+    def _not_whole(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._directory, _WHOLE))
 
     def path(self, table: str, key: str) -> str:
         """The file of a record."""

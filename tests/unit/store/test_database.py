@@ -75,9 +75,7 @@ def test_a_newer_schema_is_refused(path: str) -> None:
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version=99")
     db.close()
-    with pytest.raises(
-        CriError, match=r"schema version 99.*newer criserver wrote it.*`criserver reset --images` first"
-    ):
+    with pytest.raises(CriError, match=r"schema version 99.*newer criserver wrote it.*`criserver reset --images`"):
         Store(path)
 
 
@@ -185,6 +183,26 @@ def test_a_damaged_database_is_told_and_its_successor_has_the_records(path: str,
     store = Store(path, mirror)
     assert len(store.items("containers")) == 100
     store.close()
+
+
+@pytest.mark.parametrize("damage", [b"\0garbage", b'p\n{"state": "rea', b"", b"c\n{}", None])
+def test_a_damaged_copy_destroys_nothing_of_the_database(path: str, tmp_path: Path, damage: bytes | None) -> None:
+    mirror = str(tmp_path / "records")
+    store = Store(path, mirror)
+    store.write_now(Change("sandboxes", "p", b'{"state": "ready"}'), Change("containers", "c", b"1"))
+    store.close()
+    copy = tmp_path / "records" / "sandboxes" / "p"
+    copy.unlink()
+    if damage is None:
+        copy.symlink_to("nowhere")  # it cannot be read
+    else:
+        copy.write_bytes(damage)
+    for _ in range(2):
+        store = Store(path, mirror)
+        assert store.items("sandboxes") == [("p", b'{"state": "ready"}')]
+        assert store.items("containers") == [("c", b"1")]
+        store.close()
+        assert copy.read_bytes() == b'p\n{"state": "ready"}'
 
 
 def test_a_full_disk_leaves_both_copies_as_they_were(path: str, tmp_path: Path) -> None:
