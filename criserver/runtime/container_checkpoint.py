@@ -51,6 +51,7 @@ log = structlog.get_logger(__name__)
 # Seconds. Without a timeout of its user the kubelet sends that of all its CRI calls, two minutes.
 DEFAULT_TIMEOUT = 120.0
 _LOOK = 0.005
+_THAW_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 _MAX_WORDS = 2000
 # The OCI runtime and criu have this variable in their environment. Its value is the checkpoint's directory.
 _VARIABLE = "CRISERVER_CHECKPOINT"
@@ -66,6 +67,10 @@ nft list tables | while read -r _ family name; do
     case $name in CRIU-*) nft delete table "$family" "$name" ;; esac
 done
 """
+
+
+class _FrozenError(CriError):
+    """A container could not be thawed."""
 
 
 async def checkpoint_container(node: Node, id_or_prefix: str, location: str, timeout: float) -> None:
@@ -118,6 +123,16 @@ async def recover_checkpoint(node: Node, container_id: str) -> None:
         log.exception("recovery of a checkpoint failed", container=container_id)
 
 
+async def discard_rest(node: Node, container_id: str) -> None:
+    """Delete what is left of a container's checkpoints, whose own deletion has failed. Raises CriError."""
+    directory = _directory(node, container_id)
+    if os.path.lexists(directory):
+        try:
+            await asyncio.to_thread(_discard, directory)
+        except OSError as e:
+            raise CriError(f"{directory} cannot be deleted: {e}") from e
+
+
 def _check_location(location: str) -> None:
     if not os.path.isabs(location) or "\0" in location:
         raise InvalidArgumentError(f"location = {quoted(location)} is not an absolute path")
@@ -148,6 +163,7 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
             raise DeadlineExceededError(f"the checkpoint of {container_id} was not done within {timeout:g} s")
 
     loop = asyncio.get_running_loop()
+    frozen = False
     try:
         async with node.lock(container_id):
             container = _running(node, container_id)
@@ -157,13 +173,15 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
         log.info("container checkpointed", container=container_id, location=checkpoint.location)
     except (CriError, OSError) as e:
         log.warning("container not checkpointed", container=container_id, error=str(e))
+        frozen = isinstance(e, _FrozenError)
         if isinstance(e, CriError):
             raise
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (ResourceExhaustedError if full else CriError)(f"the checkpoint of {container_id} failed: {e}") from e
     finally:
         try:
-            await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
+            if not frozen:
+                await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
         except OSError as e:
             log.warning("parts of a checkpoint stay until the next start", container=container_id, error=str(e))
         finally:
@@ -199,18 +217,35 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     except BaseException:
         _undo(node, container)
         raise
-    cgroups.thaw(cgroups.path(container.parent_cgroup(sandbox), container.id))
+    _thaw(node, container)
     _write_json(content, "deleted.files", deleted)
 
 
 def _undo(node: Node, container: Container) -> None:
     """Thaw a container whose dump was cut off, and unblock its pod's network. The dump's processes have ended."""
-    parent = container.parent_cgroup(node.records.sandbox(container.sandbox_id))
-    cgroups.thaw(cgroups.path(parent, container.id))
+    _thaw(node, container)
     network = network_pin(node, container.sandbox_id)
     if os.path.exists(network):
         command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _thaw(node: Node, container: Container) -> None:
+    """Thaw a container. A shortage of a moment, such as of descriptors, does not leave it frozen.
+
+    Raises CriError if another program freezes it again, and _FrozenError if it cannot be thawed: then the directory
+    stays, by which the next start of the daemon thaws it.
+    """
+    parent = container.parent_cgroup(node.records.sandbox(container.sandbox_id))
+    for pause in (*_THAW_PAUSES, None):
+        try:
+            cgroups.thaw(cgroups.path(parent, container.id))
+        except OSError as e:
+            if pause is None:
+                raise _FrozenError(f"container {container.id} is frozen, and cannot be thawed: {e}") from e
+            time.sleep(pause)
+        else:
+            return
 
 
 def _check_criu(directory: str, wait: Callable[..., None]) -> None:

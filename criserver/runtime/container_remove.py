@@ -8,7 +8,7 @@ import structlog
 
 from criserver import logs
 from criserver.errors import NotFoundError
-from criserver.runtime import filesystems, process_records
+from criserver.runtime import container_checkpoint, filesystems, process_records
 from criserver.runtime.container_stop import kill
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
@@ -41,6 +41,8 @@ async def remove_locked(node: Node, container: Container) -> None:
         await process.wait_cleaned_up()
         await process.destroy()
         await filesystems.discard(node, found.id)
+        if process.checkpoint is None:
+            await container_checkpoint.discard_rest(node, found.id)
         await node.plugins.container_removed(found)
         await node.records.forget(found)
         for attempt in (f"container {name}", f"start {found.id}"):
