@@ -330,13 +330,20 @@ class Snapshotter:
                 below = [layer] if layer.opaque else [layer, *below]
 
     async def _delete_layer(self, layer: Layer) -> None:
-        """It is no layer any more before this waits: nobody can begin to use it. If it cannot be moved, it is again."""
+        """It is no layer any more before this waits: nobody can begin to use it. If it cannot be moved, it is again.
+
+        Once it is moved, its files are deleted also if the caller is cancelled.
+        """
         del self._layers[layer.chain_id]
         unsettled = layer.chain_id in self._unsettled
         self._unsettled.discard(layer.chain_id)
         name = self._staging.removed_name()
         try:
             await self._mounter.run(self._staging.retire, layer.path, name)
+        except asyncio.CancelledError:
+            if not os.path.exists(layer.path):
+                await in_thread(self._staging.discard, name)
+            raise
         finally:
             if os.path.exists(layer.path) and layer.chain_id not in self._layers:
                 self._layers[layer.chain_id] = layer

@@ -216,7 +216,7 @@ async def test_a_registry_that_restarts_is_waited_for(
 
 
 async def test_a_server_that_stalls_is_given_up(server: Server, rooms: Rooms, image: BuiltImage) -> None:
-    rooms.change(progress_timeout=1.5)
+    rooms.change(progress_timeout=2.4)
     for name in ("1", first_layer(image)[0]):
         ended = asyncio.Event()
 

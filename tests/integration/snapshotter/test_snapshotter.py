@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -292,6 +293,28 @@ async def test_snapshot_is_written_measured_and_removed(snapshotter: Snapshotter
     assert snapshotter.layer(layer.chain_id) is None
     assert os.listdir(f"{disk}/snapshots/layers") == []
     assert staging(disk) == []
+
+
+async def test_a_removal_of_a_layer_that_is_cancelled_half_way_deletes_its_files(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the check of an image's layers is cancelled, if one of its blobs is damaged."""
+    layer = await unpack(snapshotter, write_blob(f"{disk}/blob", item("f", b"1")))
+    retire, moved, go_on = snapshotter._staging.retire, threading.Event(), threading.Event()
+
+    def slow(path: str, name: str) -> None:
+        retire(path, name)
+        moved.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(snapshotter._staging, "retire", slow)
+    removal = asyncio.create_task(snapshotter.remove_layer(layer.chain_id))
+    await until(moved.is_set)
+    removal.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await removal
+    assert (dict(snapshotter.layers()), staging(disk)) == ({}, [])
 
 
 async def test_a_view_is_read_only(snapshotter: Snapshotter, disk: str) -> None:
