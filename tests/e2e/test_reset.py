@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -42,9 +43,7 @@ def traces(node: Node) -> list[str]:
     found = [point for point in mounts.mounts_below(node.base) if point != node.root]
     found += [f"{pid} {words}" for pid, words in processes() if node.base in words]
     found += [path for path in own_cgroups() if any(pod in path for pod in node.pods)]
-    found += [
-        link for link in os.listdir(f"/sys/class/net/{BRIDGE}/brif") if os.path.exists(f"/sys/class/net/{BRIDGE}")
-    ]
+    found += glob.glob(f"/sys/class/net/{BRIDGE}/brif/*")
     return found + [f"lease {name}" for name in os.listdir(f"{node.base}/ipam/{NETWORK}") if name[0].isdigit()]
 
 
