@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import glob
 import os
 import shutil
 import signal
@@ -491,7 +492,7 @@ async def until_a_worker_writes(disk: str) -> int:
     async with asyncio.timeout(30):
         while True:
             for area in staging(disk):
-                if os.listdir(f"{disk}/snapshots/staging/{area}/fs"):
+                if glob.glob(f"{disk}/snapshots/staging/{area}/fs/*"):  # "fs" is made a moment after its directory
                     return worker_of(f"{disk}/snapshots/staging/{area}")
             await asyncio.sleep(0.002)
 
