@@ -84,9 +84,8 @@ def test_a_record_of_a_newer_release_keeps_the_daemon_from_starting_and_its_cont
     node.start()
     assert refused.returncode == 1
     assert f"the record {container} of containers is of version 99" in refused.stderr
-    assert (
-        "start that one again. To go back to this one, take the node's pods down with the newer one's" in refused.stderr
-    )
+    words = "start that one again. To go back to this one, first take the node's pods down with the newer one's"
+    assert words in refused.stderr
     assert node.pid(container) == pid
 
 
