@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Awaitable, Sequence
@@ -23,6 +24,9 @@ log = structlog.get_logger(__name__)
 # it the next daemon finds what a killed one has left.
 OWNER = "CRISERVER_DAEMON"
 
+# A line of logrus, the logging library of runc: time="2026-11-27T04:33:44Z" level=error msg="container does not exist"
+_LOG_LINE = re.compile(r'time="[^"]*" level=\w+ msg=("(?:[^"\\]|\\.)*"|\S+)')
+
 
 class Done(NamedTuple):
     """The exit code of a program, and its output."""
@@ -33,8 +37,19 @@ class Done(NamedTuple):
 
     @property
     def message(self) -> str:
-        """Its standard error, as text for people."""
-        return self.stderr.decode(errors="replace").strip()
+        """Its standard error, as text for people: of a line of runc's log only the message."""
+        lines = self.stderr.decode(errors="replace").strip().splitlines()
+        return "\n".join(_without_log_fields(line) for line in lines)
+
+
+def _without_log_fields(line: str) -> str:
+    match = _LOG_LINE.fullmatch(line)
+    if match is None:
+        return line
+    try:
+        return str(json.loads(match[1]))
+    except ValueError:  # Go has escapes that JSON has not
+        return match[1].strip('"')
 
 
 @functools.cache
