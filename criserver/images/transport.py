@@ -6,6 +6,7 @@ Only this module and its callers import aiohttp, which takes 9 MiB and 80 ms. So
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -102,10 +103,10 @@ class Transport:
         except aiohttp.ClientConnectorCertificateError as e:
             raise _not_connected(host, url, what, e.certificate_error) from e
         except aiohttp.ClientProxyConnectionError as e:
-            raise _not_connected(host, url, what, f"the proxy: {e.os_error}") from e
+            raise _not_connected(host, url, what, f"the proxy: {_reason(e.os_error)}") from e
         except aiohttp.ClientConnectorError as e:
             plain = getattr(e.os_error, "reason", None) in _PLAIN_TEXT
-            raise _not_connected(host, url, what, e.os_error, plain=plain) from e
+            raise _not_connected(host, url, what, _reason(e.os_error), plain=plain) from e
         except aiohttp.ClientHttpProxyError as e:
             raise _not_connected(host, url, what, f"the proxy answers {e.status} {e.message}") from e
         except aiohttp.ConnectionTimeoutError as e:
@@ -139,6 +140,13 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) 
             raise InvalidArgumentError(f"{what} is larger than {limit} bytes")
     coding = coding_of(response.headers)
     return decoded(bytes(body), coding, limit, what) if coding else bytes(body)
+
+
+def _reason(error: OSError) -> str:
+    """Why there is no connection, without numbers and addresses: the caller tells the host."""
+    if isinstance(error, ssl.SSLError) or not error.errno:
+        return str(error)
+    return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno)
 
 
 def _not_connected(host: RegistryHost, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:

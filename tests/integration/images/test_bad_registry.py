@@ -277,7 +277,7 @@ async def test_the_registrys_own_answer_is_told_first_where_all_hosts_fail(
         hosts = '[host."http://127.0.0.1:1"]\n'
         rooms.configure("r.example", f'server = "http://{server.address}"\n{hosts}[host."http://{mirror.address}"]')
         own, other = f"http://{server.address}: {told}", f"http://{mirror.address}: manifests/1: 404 Not Found"
-        words = "; and ".join((own, other, "http://127.0.0.1:1: cannot connect: "))
+        words = "; and ".join((own, other, "http://127.0.0.1:1: cannot connect: Connection refused"))
         await refused(rooms, "r.example/app:1", error, f"image r.example/app:1: {words}")
 
 
