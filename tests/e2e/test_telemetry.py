@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -20,6 +16,7 @@ from criserver import __version__
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
 from tests.support.node import Node, refused
+from tests.support.prometheus import scraping
 from tests.support.registry import free_port
 from tests.support.waiting import eventually
 
@@ -144,35 +141,17 @@ def test_recovery_at_the_start_and_the_process(node: Node, scrapes: Scrapes) -> 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH")
 def test_a_prometheus_scrapes_the_node_and_an_alert_fires(node: Node, scrapes: Scrapes, tmp_path: Path) -> None:
-    rules, address = Path(__file__).parents[2] / "contrib/prometheus/criserver.rules.yml", f"127.0.0.1:{free_port()}"
-    configuration = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(rules)],
-        "scrape_configs": [{"job_name": "criserver", "static_configs": [{"targets": [scrapes.address]}]}],
-    }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(configuration))
+    rules = Path(__file__).parents[2] / "contrib/prometheus/criserver.rules.yml"
     node.run(node.run_pod(), "c", ["sleep", "1000"])
-    words = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
-    process = subprocess.Popen(
-        [*words, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def asked(path: str) -> Any:
-        with suppress(OSError), urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def value(expression: str) -> str | None:
-        found = asked(f"query?query={expression}")
-        return found["result"][0]["value"][1] if found and found["result"] else None
-
-    try:
-        eventually(lambda: value("criserver_sandboxes%7Bstate=%22ready%22%7D") == "1")
-        eventually(lambda: value("instance:criserver_event_loop_lag_seconds:p99_rate5m"))
-        groups = asked("rules")["groups"]
-        assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
-        node.stop()
-        eventually(lambda: "CriserverDown" in {alert["labels"]["alertname"] for alert in asked("alerts")["alerts"]})
-    finally:
-        process.terminate()
-        process.wait(30)
-        node.start()
+    with scraping(scrapes.address, tmp_path, [str(rules)]) as prometheus:
+        try:
+            eventually(lambda: prometheus.value('criserver_sandboxes{state="ready"}') == "1")
+            eventually(lambda: prometheus.value("instance:criserver_event_loop_lag_seconds:p99_rate5m"))
+            groups = prometheus.asked("rules")["groups"]
+            assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+            node.stop()
+            eventually(
+                lambda: "CriserverDown" in {a["labels"]["alertname"] for a in prometheus.asked("alerts")["alerts"]}
+            )
+        finally:
+            node.start()
