@@ -94,9 +94,12 @@ class Troubles:
             with self._one():
                 pass
         time.sleep(max(0, left))
+        assert self.node.process is not None
         with self._one() if self._pick.random() < 0.3 else contextlib.nullcontext():
-            self.node.kill()
+            # Its end is not waited for here: a thread that writes to a frozen disk ends when the disk is thawed.
+            self.node.process.kill()
             self.kills.append(self.seconds())
+        self.node.kill()
         self.node.start()
 
     @contextmanager
