@@ -68,7 +68,7 @@ SUITES = (
         "runc, systemd driver",
         [*_files("resources", "stats"), "tests/e2e/test_node_defaults.py::test_a_writable_cgroup_needs_version_2"],
         _daemon("systemd", RUNC),
-        420,
+        480,
     ),
     Suite("newer runc, systemd driver", _files("userns", "mounts"), _daemon("systemd", NEWER_RUNC), 420),
     Suite("crun, systemd driver", _files("userns"), _daemon("systemd", CRUN), 420),
