@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from criserver.errors import CriError, InvalidArgumentError, NotFoundError
-from criserver.images.references import parse
+from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.images.references import full_name
 from criserver.pb.criserver.v1 import admin_pb2 as admin
 from criserver.telemetry import spans
 from criserver.telemetry.spans import Span, Trace
@@ -30,7 +30,7 @@ def traced_calls(subject: str) -> admin.TraceResponse:
 
 
 def _calls_for(subject: str, calls: list[Trace]) -> list[Trace]:
-    image = _full_name(subject)
+    image = full_name(subject)
     found = [call for call in calls if _is_for(subject, call) or _is_of_image(image, call)]
     if not found:
         raise NotFoundError(
@@ -58,15 +58,7 @@ def _is_for(subject: str, call: Trace) -> bool:
 
 def _is_of_image(image: str, call: Trace) -> bool:
     """Whether a call pulled or removed the image with this full name."""
-    return call.method in _OF_IMAGES and _full_name(str(call.about.get("reference", ""))) == image
-
-
-def _full_name(reference: str) -> str:
-    """An image's name with its registry and its tag; an ID, or what is no name, as it is."""
-    try:
-        return str(parse(reference))
-    except CriError:
-        return reference
+    return call.method in _OF_IMAGES and full_name(str(call.about.get("reference", ""))) == image
 
 
 def _message(call: Trace) -> admin.TracedCall:

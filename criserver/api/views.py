@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from criserver.api.lists import make_each
-from criserver.errors import InvalidArgumentError
 from criserver.images import Image, references
 from criserver.model import Namespaces, Resources
 from criserver.oci.spec_resources import in_force
@@ -133,10 +132,7 @@ def image_name(sent: cri.ImageSpec) -> str:
     name = sent.user_specified_image
     if not name or references.is_digest(name):
         return name or sent.image
-    try:
-        return str(references.parse(name))
-    except InvalidArgumentError:
-        return name
+    return references.full_name(name)
 
 
 def _in_force(sent: cri.LinuxContainerResources, requested: Resources) -> cri.LinuxContainerResources:

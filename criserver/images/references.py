@@ -73,6 +73,14 @@ def parse(text: str) -> Reference:
     return Reference(domain, path, tag or None, digest or None)
 
 
+def full_name(text: str) -> str:
+    """A name with its registry and its tag or digest; a text that is no name, as it is."""
+    try:
+        return str(parse(text))
+    except InvalidArgumentError:
+        return text
+
+
 def is_digest(text: str) -> bool:
     """Whether ``text`` is a sha256 digest. Image IDs have this form too."""
     return _DIGEST.fullmatch(text) is not None

@@ -24,7 +24,7 @@ from tests.support import https, kubelet, static_pod
 from tests.support.node import Node
 from tests.support.services import Services, fetched
 from tests.support.terminal import Terminal
-from tests.support.waiting import eventually
+from tests.support.waiting import end, eventually
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubelet", "kubectl")
 # The node's address, on the loopback interface: the API server does not speak to a kubelet at 127.0.0.1.
@@ -116,12 +116,7 @@ class Cluster:
             with contextlib.suppress(AssertionError):
                 eventually(self._idle, 30)
         for process in reversed(self._processes):
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process, 20)
         self.node.remove_pods()
         subprocess.run(["ip", "address", "delete", f"{ADDRESS}/32", "dev", "lo"], check=False)
         kubelet.remove_cgroups()

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.support import https
 from tests.support.registry import free_port
+from tests.support.waiting import end
 
 
 def configuration(socket: str, manifests: str, **settings: Any) -> dict[str, Any]:
@@ -94,9 +95,4 @@ class StandaloneKubelet:
 
     def end(self) -> None:
         """End it. Its pods stay."""
-        self._process.terminate()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process, 60)

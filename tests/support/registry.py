@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support.imagebuilder import BuiltImage, write_directory
-from tests.support.waiting import SLOWNESS, eventually
+from tests.support.waiting import SLOWNESS, end, eventually
 
 # User "me", password "secret", by bcrypt.
 HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
@@ -102,12 +102,7 @@ class Registry:
 
     def close(self) -> None:
         """End the registry."""
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process, 10)
 
     def _wait(self) -> None:
         host, _, port = self.address.partition(":")
