@@ -12,6 +12,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
 from tests.support.node import Node, refused
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(host.apparmor_profiles() is None, reason="this node's kernel has no AppArmor")
 
@@ -81,7 +82,8 @@ def test_what_is_started_in_the_container_later_is_confined_too(node: Node, pod:
 
 
 def test_a_confined_container_is_stopped_by_its_signal(node: Node, pod: str) -> None:
-    container = node.run(pod, "c", ["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"])
+    container = node.run(pod, "c", ["sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"])
+    eventually(lambda: node.log(container) == "ready\n")
     node.client.StopContainer(container_id=container, timeout=30)
     assert node.status(container).exit_code == 7
 

@@ -309,8 +309,10 @@ def test_an_orderly_stop_invents_no_exit_code(node: Node) -> None:
     pod = node.run_pod("exact")
     begin = len(node.daemon_log())
     # The grandchild keeps the log's pipe open, so that the shim is still draining it when the daemon goes.
-    container = node.run(pod, "c", ["sh", "-c", "(trap '' HUP; sleep 3) & sleep 1; exit 7"])
+    script = "while [ ! -e /go ]; do sleep 0.05; done; (trap '' HUP; sleep 3) & exit 7"
+    container = node.run(pod, "c", ["sh", "-c", script])
     pid = node.pid(container)
+    Path(f"/proc/{pid}/root/go").touch()
     eventually(lambda: not os.path.exists(f"/proc/{pid}"))
     assert node.stop() == 0
     eventually(lambda: os.path.exists(f"{node.state}/containers/{container}/exit.json"))

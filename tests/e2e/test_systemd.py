@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason
 ROOT = Path(__file__).parents[2]
 UNIT = "criserver-e2e.service"
 CGROUP = f"/system.slice/{UNIT}"
+UNTIL_GO = "while [ ! -e /go ]; do sleep 0.1; done"
 
 
 def systemctl(*words: str) -> str:
@@ -116,27 +117,29 @@ def test_started_means_that_it_serves_and_its_status_tells_of_pods(service: Serv
 def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service) -> None:
     pod = service.run_pod()
     stays = service.run(pod, "stays", ["sleep", "1000"])
-    ends = service.run(pod, "ends", ["sh", "-c", "sleep 4; exit 42"])
-    pids = [service.pid(c) for c in (stays, ends)]
-    before = main_pid()
+    ends = service.run(pod, "ends", ["sh", "-c", f"{UNTIL_GO}; exit 42"])
+    pid, before = service.pid(stays), main_pid()
     subprocess.run(["journalctl", "--sync"], check=True)
     service.client.channel.close()
     systemctl("restart", UNIT)
     service.client = Client(service.socket)
     assert main_pid() != before
-    assert service.pid(stays) == pids[0]
+    assert service.pid(stays) == pid
     assert service.sh(stays, "echo still here") == "still here\n"
-    assert service.wait(ends, 30).exit_code == 42
+    service.sh(ends, "touch /go")
+    assert service.wait(ends).exit_code == 42
     assert "left-over process" not in journal("-o", "cat")
 
 
 def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service) -> None:
     pod = service.run_pod()
-    container = service.run(pod, "c", ["sh", "-c", "sleep 3; exit 7"])
+    container = service.run(pod, "c", ["sh", "-c", f"{UNTIL_GO}; exit 7"])
+    root = Path(f"/proc/{service.pid(container)}/root")
     systemctl("stop", UNIT)
     assert shown("ActiveState") == "inactive"
     # Nothing is left in the unit: what goes on is elsewhere.
     assert not os.path.exists(f"/sys/fs/cgroup{CGROUP}")
+    (root / "go").touch()
     in_time(lambda: os.path.exists(f"{service.state}/containers/{container}/exit.json"))
     service.client.channel.close()
     service.start()
