@@ -119,7 +119,7 @@ class Cluster:
             end(process, 20)
         self.node.remove_pods()
         subprocess.run(["ip", "address", "delete", f"{ADDRESS}/32", "dev", "lo"], check=False)
-        kubelet.remove_cgroups()
+        kubelet.remove_cgroups("cgroupfs")
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _idle(self) -> bool:

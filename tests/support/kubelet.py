@@ -53,8 +53,15 @@ def another_runs() -> bool:
     return bool(_cgroups("kubepods*"))
 
 
-def remove_cgroups() -> None:
-    """Remove the cgroups that a kubelet with the driver cgroupfs leaves when it ends."""
+def cgroups_of_pods() -> list[str]:
+    """The cgroups of pods that a kubelet has made."""
+    return _cgroups("kubepods*/*/*pod*")
+
+
+def remove_cgroups(driver: str) -> None:
+    """Remove the cgroups that a kubelet with this driver, cgroupfs or systemd, leaves when it ends."""
+    if driver == "systemd":
+        subprocess.run(["systemctl", "stop", "kubepods.slice"], check=False)
     if tops := _cgroups("kubepods"):
         command = ["find", *tops, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
         subprocess.run(command, capture_output=True, check=False)
