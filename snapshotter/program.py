@@ -32,6 +32,7 @@ class Program:
         stderr: the last ``most_errors`` bytes of its error output.
         returncode: as in subprocess; None until it has ended.
         failure: why it could not be started.
+        started: is done when the program runs, or could not be started.
         exited: is done when the program has ended and is reaped, or could not be started.
         ended: is done when its output is complete too, or when it has printed too much.
 
@@ -58,6 +59,7 @@ class Program:
         self.stderr = bytearray()
         self.returncode: int | None = None
         self.failure: OSError | None = None
+        self.started: asyncio.Future[None] = self._loop.create_future()
         self.exited: asyncio.Future[None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._most, self._most_errors = most, most_errors
@@ -76,16 +78,20 @@ class Program:
                 finally:
                     os.close(writer)
             theirs.extend(_copy(fd) for fd in passed)
-            started = self._loop.run_in_executor(None, program_start.start, argv, env, directory, theirs)
+            starting = self._loop.run_in_executor(None, program_start.start, argv, env, directory, theirs)
         except OSError:
             self._close_files(theirs)
             raise
-        started.add_done_callback(lambda done: self._started(done, theirs))
+        starting.add_done_callback(lambda done: self._started(done, theirs))
+
+    def is_running(self) -> bool:
+        """Whether ``pid`` is the program's: later the number may be of another process."""
+        return self.pid != -1 and not self._reaped
 
     def kill_group(self) -> None:
         """Kill the program and all processes of its group, as soon as it is started."""
         self._doomed = True
-        if self.pid != -1 and not self._reaped:  # the number may be of another process then
+        if self.is_running():
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -119,12 +125,14 @@ class Program:
             if self.pid != -1:
                 self.kill_group()
                 os.waitpid(self.pid, 0)
+            self.started.set_result(None)
             self.exited.set_result(None)
             self._close_pipes()
             self._end()
             return
         if self._doomed:
             self.kill_group()
+        self.started.set_result(None)
         self._loop.add_reader(self._pidfd, self._exit)
         for pipe in self._pipes:
             self._loop.add_reader(pipe, self._readable, pipe)
@@ -184,6 +192,18 @@ class Program:
     def _end(self) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
+
+
+def input_file(data: bytes) -> IO[bytes]:
+    """A file in memory with a program's input, at its beginning. A pipe could block its writer. Raises OSError."""
+    file = os.fdopen(os.memfd_create("program-input"), "w+b", 0)
+    try:
+        file.write(data)
+        file.seek(0)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _copy(fd: int) -> int:

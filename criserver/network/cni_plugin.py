@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO
 
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.network.cni_result import decode, excerpt
-from snapshotter.program import Program
+from snapshotter.program import Program, input_file
 
 _MAX_STDOUT = 1 << 20
 _MAX_STDERR = 4096
@@ -39,7 +37,7 @@ async def run(path: str, *, run_name: str, env: Mapping[str, str], request: byte
     process group are dead. When it is cancelled, the plugin gets a short time to end, and is killed after that.
     """
     try:
-        with _file(request) as stdin:
+        with input_file(request) as stdin:
             plugin = Program([path], env=env, stdin=stdin.fileno(), most=_MAX_STDOUT, most_errors=_MAX_STDERR)
     except OSError as e:
         raise _start_error(run_name, path, e) from e
@@ -74,18 +72,6 @@ def failure(reply: PluginReply) -> tuple[int, str]:
     code = document.get("code")
     texts = [excerpt(str(document[key])) for key in ("msg", "details") if document.get(key)]
     return code if isinstance(code, int) else 0, f"{': '.join(texts) or 'no message'} (code {excerpt(str(code))})"
-
-
-def _file(request: bytes) -> IO[bytes]:
-    """A file with a request, at its beginning. A pipe could block its writer."""
-    file = os.fdopen(os.memfd_create("cni-request"), "w+b", 0)
-    try:
-        file.write(request)
-        file.seek(0)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 def _start_error(run_name: str, path: str, e: OSError) -> CriError:

@@ -9,9 +9,10 @@ import asyncio
 import errno
 import itertools
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError, UnavailableError
@@ -19,18 +20,20 @@ from criserver.model import IdMapping
 from criserver.network.namespace_calls import clone_flags, unshare_error
 from criserver.network.sysctls import Sysctl, write_once
 from criserver.text import quoted
+from snapshotter.program import Program
 
 # Seconds for the helper process, which takes milliseconds, and for its end after a kill.
 _DEADLINE = 10.0
 _GRACE = 1.0
 _MAX_STDERR = 2000
 
-# Both helper processes print the error number of each of their steps, 0 for none.
+# Standard input of both helper processes is a socket. They write the error number of each of their steps into it, 0 for
+# none.
 _STEPS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 def report(number):
-    os.write(1, b"%d\\n" % number)
+    os.write(0, b"%d\\n" % number)
 def call(function, *arguments):
     report(ctypes.get_errno() if function(*arguments) else 0)
 def become_root():
@@ -106,11 +109,10 @@ async def make_user_namespace(
     try:
         flags = (str(clone_flags(["user"])), str(clone_flags(kinds)))
         async with asyncio.timeout(_DEADLINE), _helper(_MAKER, flags, sysctls) as helper:
-            assert helper.stdin is not None
             await _check_unshared(helper, ["user"])
             _write_map(helper.pid, "uid_map", user.uids)
             _write_map(helper.pid, "gid_map", user.gids)
-            helper.stdin.write(b"\n")
+            helper.writer.write(b"\n")
             await _check_unshared(helper, kinds)
             remaining = [sysctl for sysctl in sysctls if not await _written(helper, sysctl, final=False)]
             for kind in ("user", *kinds):
@@ -145,39 +147,53 @@ async def write_as_pods_root(user: str, net: str, sysctls: list[Sysctl]) -> list
         raise CriError(f"cannot set the pod's sysctls: {e}") from e
 
 
+@dataclass(frozen=True, slots=True)
+class _Helper:
+    """A helper process that runs, and the connection to its standard input."""
+
+    program: Program
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @property
+    def pid(self) -> int:
+        return self.program.pid
+
+
 @asynccontextmanager
-async def _helper(
-    script: str, arguments: Iterable[str], sysctls: list[Sysctl]
-) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _helper(script: str, arguments: Iterable[str], sysctls: list[Sysctl]) -> AsyncIterator[_Helper]:
+    """Raises OSError if the process cannot be started."""
     for sysctl in sysctls:
         if "\0" in sysctl.value:
             raise InvalidArgumentError(f"sysctl {sysctl.path} = {quoted(sysctl.value)} has a zero byte")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-I", "-S", "-c", script, *arguments),
-        *itertools.chain.from_iterable((sysctl.path, sysctl.value) for sysctl in sysctls),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={},
-    )
+    values = itertools.chain.from_iterable((sysctl.path, sysctl.value) for sysctl in sysctls)
+    argv = [sys.executable, "-I", "-S", "-c", script, *arguments, *values]
+    ours, theirs = socket.socketpair()
     try:
-        yield process
+        with theirs:
+            program = Program(argv, env={}, stdin=theirs.fileno(), most=0, most_errors=_MAX_STDERR)
+    except OSError:
+        ours.close()
+        raise
+    try:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            await asyncio.wait({program.started})
+            if program.failure is not None:
+                raise program.failure
+            yield _Helper(program, reader, writer)
+        finally:
+            writer.close()
     finally:
-        if process.returncode is None:
-            process.kill()
-        # A killed process takes longer only if the kernel is stuck. asyncio reaps it when it ends.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE):
-                await process.wait()
+        await program.finish(_GRACE)
 
 
-async def _check_unshared(helper: asyncio.subprocess.Process, kinds: list[str]) -> None:
+async def _check_unshared(helper: _Helper, kinds: list[str]) -> None:
     if number := await _error_number(helper):
         raise unshare_error(kinds, number)
 
 
-async def _written(helper: asyncio.subprocess.Process, sysctl: Sysctl, *, final: bool) -> bool:
+async def _written(helper: _Helper, sysctl: Sysctl, *, final: bool) -> bool:
     """Whether the helper is done with a sysctl; False where it is not allowed to write it."""
     number = await _error_number(helper)
     if number in (errno.EACCES, errno.EPERM):
@@ -187,14 +203,16 @@ async def _written(helper: asyncio.subprocess.Process, sysctl: Sysctl, *, final:
     return True
 
 
-async def _error_number(helper: asyncio.subprocess.Process) -> int:
+async def _error_number(helper: _Helper) -> int:
     """The error number of the helper's next step."""
-    assert helper.stdout is not None
-    assert helper.stderr is not None
-    line = await helper.stdout.readline()
+    try:
+        line = await helper.reader.readline()
+    except ConnectionError:  # it ended before it had read its line
+        line = b""
     if not line:
-        reason = (await helper.stderr.read(_MAX_STDERR)).decode(errors="replace").strip()
-        if (code := await helper.wait()) < 0:
+        await asyncio.wait({helper.program.ended})
+        code, reason = helper.program.returncode or 0, helper.program.stderr.decode(errors="replace").strip()
+        if code < 0:
             raise UnavailableError(f"the process in the pod's user namespace was ended by signal {-code}")
         raise CriError(f"the process in the pod's user namespace ended early: {reason or 'without a message'}")
     return int(line)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +19,17 @@ import structlog
 from criserver.errors import UnavailableError, exhaustion, os_words
 from criserver.runtime import pidfd
 from shims import tree
+from snapshotter.program import Program, input_file
 
 log = structlog.get_logger(__name__)
 
 # In the environment of each program: the PID and the start of the daemon that runs it, as :func:`owner` tells them. By
 # it the next daemon finds what a killed one has left.
 OWNER = "CRISERVER_DAEMON"
+
+_MAX_STDOUT, _MAX_STDERR = 16 << 20, 64 << 10  # bytes
+# Seconds for a killed program to end. It takes longer only if the kernel is stuck.
+_KILL = 1.0
 
 # A line of logrus, the logging library of runc: time="2026-11-27T04:33:44Z" level=error msg="container does not exist"
 _LOG_LINE = re.compile(r'time="[^"]*" level=\w+ msg=("(?:[^"\\]|\\.)*"|\S+)')
@@ -86,24 +93,36 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"", cwd: s
     """Run a program until it ends; ``timeout`` in seconds. It starts in ``cwd``, else where the daemon is.
 
     The program and all processes that it has started are killed at the timeout, and when the caller is cancelled.
-    Raises TimeoutError, and OSError if the program cannot be started.
+    Raises TimeoutError, and OSError if the program cannot be started or prints more than 16 MiB.
     """
+    path = argv[0] if "/" in argv[0] else shutil.which(argv[0])
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
     began = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        cwd=cwd,
-        stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, OWNER: owner()},
-    )
+    with input_file(stdin) as file:
+        program = Program(
+            [path, *argv[1:]],
+            env={**os.environ, OWNER: owner()},
+            stdin=file.fileno(),
+            directory=cwd or ".",
+            most=_MAX_STDOUT,
+            most_errors=_MAX_STDERR,
+        )
     try:
-        async with asyncio.timeout(timeout):
-            stdout, stderr = await process.communicate(stdin or None)
+        done, _ = await asyncio.wait({program.ended}, timeout=timeout)
+        if not done:
+            raise TimeoutError
+        if program.failure is not None:
+            raise program.failure
+        if len(program.stdout) > _MAX_STDOUT:
+            raise OSError(errno.EFBIG, f"it printed more than {_MAX_STDOUT} bytes", path)
     finally:
-        if process.returncode is None:
-            tree.end(process.pid)  # asyncio reaps it, also if the kernel ends it only later
-    assert process.returncode is not None
+        try:
+            if program.is_running():
+                await asyncio.to_thread(tree.end, program.pid, program.is_running)
+        finally:
+            await program.finish(_KILL)
+    assert program.returncode is not None
     seconds = round(time.monotonic() - began, 3)
-    log.debug("program done", program=shlex.join(argv), code=process.returncode, seconds=seconds)
-    return Done(process.returncode, stdout, stderr)
+    log.debug("program done", program=shlex.join(argv), code=program.returncode, seconds=seconds)
+    return Done(program.returncode, bytes(program.stdout), bytes(program.stderr))

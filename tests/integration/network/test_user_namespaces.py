@@ -13,6 +13,7 @@ from criserver.model import IdMapping
 from criserver.network import namespaces, user_namespace
 from criserver.network.namespaces import PinnedNamespaces, UserMapping
 from tests.support.usernamespaces import GID, UID, USER, base, inside, owner_of
+from tests.support.waiting import until
 
 __all__ = ["base"]
 
@@ -152,6 +153,7 @@ async def test_a_maker_that_hangs_is_killed(base: str, monkeypatch: pytest.Monke
 
 
 async def test_cancellation_leaves_nothing(base: str) -> None:
+    before = len(os.listdir("/proc/self/fd"))
     for delay in (0, 0.001, 0.003, 0.006, 0.009, 0.012, 0.014, 0.016, 0.02):
         task = asyncio.create_task(namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, user=USER))
         await asyncio.sleep(delay)
@@ -162,6 +164,8 @@ async def test_cancellation_leaves_nothing(base: str) -> None:
         except asyncio.CancelledError:
             pass
         assert os.listdir(base) == []
+    # The loop reaps a process whose end nobody could wait for.
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 # Snapshots
