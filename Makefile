@@ -18,13 +18,17 @@ TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu
 demo: run-packages $(VENV)/ready
 	$(BIN)/python contrib/demo.py
 
+# Tests with a daemon wait more than they work. Workers share no port, bridge, address or directory.
+WORKERS ?= 2
+SHARED := --numprocesses $(WORKERS) --dist loadfile
+
 # Coverage has a floor (pyproject.toml). Tests with a daemon are not measured here: some of them take time.
 test: test-packages $(VENV)/ready lint
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest tests/unit tests/integration
+	$(BIN)/coverage run -m pytest $(SHARED) tests/unit tests/integration
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-	$(BIN)/pytest tests --ignore tests/unit --ignore tests/integration
+	$(BIN)/pytest $(SHARED) tests --ignore tests/unit --ignore tests/integration
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check $(SOURCES)
@@ -34,13 +38,13 @@ lint: $(VENV)/ready
 	$(BIN)/codespell $(SOURCES) $(WORDS)
 
 unit: $(VENV)/ready
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(SHARED) tests/unit
 
 integration: test-packages $(VENV)/ready
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest $(SHARED) tests/integration
 
 e2e: test-packages $(VENV)/ready
-	$(BIN)/pytest tests/e2e tests/field tests/security tests/conformance
+	$(BIN)/pytest $(SHARED) tests/e2e tests/field tests/security tests/conformance
 
 # Of all tests, those with a daemon too.
 coverage: test-packages $(VENV)/ready

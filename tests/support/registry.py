@@ -25,6 +25,7 @@ HTPASSWD = "me:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
 
 _START_TIMEOUT = 60.0 * SLOWNESS  # seconds
 _given: set[int] = set()  # the ports of free_port
+_WORKERS = 16  # the largest number of workers with ports of their own
 # The lines of a registry's log, of a request that it has begun with and of one that it has answered.
 _BEGUN = 'msg="authorizing request"'
 _ANSWERED = re.compile(r'\S+ - \S+ \[[^]]*\] "[A-Z]+ /.* HTTP/1.1" [0-9]+ ')
@@ -141,7 +142,9 @@ def free_port() -> int:
     """A port of 127.0.0.1 for a server that is started later. No connection gets it, and no other call of this run."""
     with open("/proc/sys/net/ipv4/ip_local_port_range") as f:
         first = int(f.read().split()[0])
-    for port in random.sample(range(first // 2, first), first // 2):
+    # Each worker of pytest-xdist has ports of its own.
+    ports = range(first // 2 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")), first, _WORKERS)
+    for port in random.sample(ports, len(ports)):
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             if port not in _given:

@@ -253,6 +253,7 @@ async def test_a_compressed_archive(rooms: Rooms, tmp_path: Path, by: str) -> No
         (b"\x28\xb5\x2f\xfd" + b"\xff" * 100, InvalidArgumentError, "is damaged: its compressed data"),
         (gzip.compress(bytes(3 << 20)), ResourceExhaustedError, "max_bytes and max_ratio"),
     ],
+    ids=["no archive", "no layout", "cut off", "zeros", "no zstd frame", "a bomb"],
 )
 async def test_a_compressed_archive_that_is_refused(
     rooms: Rooms, tmp_path: Path, data: bytes, error: type[CriError], message: str

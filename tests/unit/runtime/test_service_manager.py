@@ -72,6 +72,7 @@ def test_without_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "", None),
         ("soon", "", None),
     ],
+    ids=["own PID", "no PID", "another's PID", "zero", "empty", "no number"],
 )
 def test_the_interval_is_half_of_what_the_watchdog_waits(
     monkeypatch: pytest.MonkeyPatch, usec: str, pid: str, interval: float | None
