@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import pytest
 
+from criserver.runtime import cgroups
 from tests.support.node import BRIDGE, NETWORK, SCRATCH, SUBNET, Node, cgroups_of_pods, processes
-from tests.support.waiting import SLOWNESS
+from tests.support.waiting import SLOWNESS, eventually
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,13 +51,35 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail the module that leaves something behind."""
     scratch = str(tmp_path_factory.getbasetemp())
     before = host_state(scratch)
-    yield
+    with parent_cgroup_kept():
+        yield
     # 1. The kernel deletes a veth some time after its network namespace.
     # 2. Another runtime's veth joins its bridge some time after it is made.
     deadline = time.monotonic() + 60 * SLOWNESS
     while (left := host_state(scratch) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == set()
+
+
+@contextmanager
+def parent_cgroup_kept() -> Iterator[None]:
+    """The parent of all pods' cgroups is not empty: the daemon of another run on this machine would remove it.
+
+    This would fail the start of a container whose cgroup is made in that moment.
+    """
+    kept = [f"{root}{cgroups.OWN}/{NETWORK}" for root in set(cgroups.roots().values())] if os.geteuid() == 0 else []
+    for path in kept:
+        eventually(partial(_is_made, path))
+    yield
+    for path in kept:
+        os.rmdir(path)
+    cgroups.remove_own()
+
+
+def _is_made(cgroup: str) -> bool:
+    with suppress(FileNotFoundError):  # the other run removes the parent in this moment
+        os.makedirs(cgroup, exist_ok=True)
+    return os.path.isdir(cgroup)
 
 
 @pytest.fixture(scope="session")
