@@ -278,8 +278,11 @@ def _pin_namespace(node: Node, sandbox: Sandbox, container: Container, target: C
     return pin
 
 
-async def undo(node: Node, container: Container, reason: str) -> None:
-    """Undo the making of a container. If that fails, the container is shown as exited, and the kubelet removes it."""
+async def undo(node: Node, container: Container, reason: str) -> bool:
+    """Undo the making of a container. Returns whether nothing of it is left.
+
+    If that fails, the container is shown as exited, and the kubelet removes it.
+    """
     try:
         await filesystems.discard(node, container.id)
         await node.plugins.container_removed(container)
@@ -287,9 +290,10 @@ async def undo(node: Node, container: Container, reason: str) -> None:
     except Exception:
         log.exception("a container that cannot be made cannot be undone either", container=container.id)
         await node.records.observe(container.ended(128, "CreateError", status(reason)))
-        return
+        return False
     # Its image may have been removed while it was being made.
     node.background(node.images.collect(), "garbage collection after a container that was not made failed")
+    return True
 
 
 def signal_number(name: str) -> int:

@@ -93,8 +93,8 @@ async def _container(node: Node, container: Container) -> None:
         match container.state:
             case ContainerState.CREATING:
                 log.warning("rolling back a container whose making was cut off", container=container.id)
-                await container_create.undo(node, container, "the daemon ended while it was being made")
-                families.RECOVERY.add(1, "container", "rolled_back")
+                undone = await container_create.undo(node, container, "the daemon ended while it was being made")
+                families.RECOVERY.add(1, "container", "rolled_back" if undone else "failed")
             case ContainerState.REMOVING:
                 await remove_locked(node, container)
                 families.RECOVERY.add(1, "container", "finished")
@@ -140,8 +140,8 @@ async def _sandbox(node: Node, sandbox: Sandbox) -> None:
         match sandbox.state:
             case SandboxState.CREATING:
                 log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
-                await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
-                families.RECOVERY.add(1, "sandbox", "rolled_back")
+                undone = await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
+                families.RECOVERY.add(1, "sandbox", "rolled_back" if undone else "failed")
             case SandboxState.REMOVING:
                 await strays.wait("CNI_CONTAINERID", sandbox.id)
                 await remove_sandbox(node, sandbox.id)

@@ -96,8 +96,8 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
     return sandbox_id
 
 
-async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = None) -> None:
-    """Undo the making of a sandbox, after what is to be awaited ``before``.
+async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = None) -> bool:
+    """Undo the making of a sandbox, after what is to be awaited ``before``. Returns whether nothing of it is left.
 
     If that fails, the sandbox is shown as not ready, and the kubelet stops and removes it.
     """
@@ -110,6 +110,8 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
     except Exception as e:
         log.exception("a pod sandbox that cannot be made cannot be undone either", sandbox=sandbox.id)
         await node.records.observe(sandbox.not_ready(f"it could not be made, and undoing that failed: {e}"))
+        return False
+    return True
 
 
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
@@ -14,6 +15,7 @@ from criserver.errors import CriError
 from criserver.runtime import filesystems, process_records, recovery, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.record_store import RecordStore
+from criserver.telemetry import families
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 
@@ -36,12 +38,22 @@ class FakeNode(SimpleNamespace):
 
 
 @pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, ...]]:
+    """What is counted of records, by kind and outcome."""
+    found = Counter[tuple[str, ...]]()
+    monkeypatch.setattr(families.RECOVERY, "add", lambda amount, *labels: found.update({labels: amount}))
+    return found
+
+
+@pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNode:
     monkeypatch.setattr(strays, "end_orphans", AsyncMock())  # it would end those of other tests' daemons
     return FakeNode(tmp_path)
 
 
-async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_container_that_cannot_be_rolled_back_is_seen(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]]
+) -> None:
     brought_to(node.records, container("c", node.records.sandboxes["p"]))
     monkeypatch.setattr(filesystems, "discard", AsyncMock(side_effect=CriError("something is mounted there")))
     monkeypatch.setattr(filesystems, "unmount", AsyncMock())
@@ -49,11 +61,12 @@ async def test_a_container_that_cannot_be_rolled_back_is_seen(node: FakeNode, mo
     (seen,) = node.records.visible_containers()
     assert (seen.state, seen.reason) == (ContainerState.EXITED, "CreateError")
     assert seen.message == "the daemon ended while it was being made"
+    assert counted == {("sandbox", "found"): 1, ("container", "found"): 1, ("container", "failed"): 1}
 
 
 @pytest.mark.parametrize("trouble", ["plugins that do not end", "an infra process that does not", "its network"])
 async def test_a_pod_that_cannot_be_rolled_back_is_seen(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch, trouble: str
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]], trouble: str
 ) -> None:
     brought_to(node.records, sandbox("q"))
     steps = {
@@ -69,3 +82,16 @@ async def test_a_pod_that_cannot_be_rolled_back_is_seen(
     await recovery.recover(node)
     assert {s.id: s.state for s in node.records.visible_sandboxes()}["q"] is SandboxState.NOT_READY
     assert os.listdir(node.config.root) == []
+    assert counted == {("sandbox", "found"): 2, ("container", "found"): 0, ("sandbox", "failed"): 1}
+
+
+async def test_what_is_rolled_back_is_counted(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]]
+) -> None:
+    brought_to(node.records, sandbox("q"))
+    monkeypatch.setattr(strays, "wait", AsyncMock())
+    monkeypatch.setattr(process_records, "of_infra", lambda node, sandbox: Mock(end_start=AsyncMock()))
+    monkeypatch.setattr(sandbox_run, "release", AsyncMock())
+    node.plugins = Mock(sandbox_removed=AsyncMock())
+    await recovery.recover(node)
+    assert counted == {("sandbox", "found"): 2, ("container", "found"): 0, ("sandbox", "rolled_back"): 1}
