@@ -229,11 +229,17 @@ class _Lines:
         try:
             written = os.write(self._fd, data)
         except OSError:
-            self.dropped += 1
-            families.LOG_DROPPED.add(1)
+            self._drop()
             return
         self._torn = written < len(data)
-        self.dropped = self.dropped + 1 if self._torn else 0
+        if self._torn:
+            self._drop()
+        else:
+            self.dropped = 0
+
+    def _drop(self) -> None:
+        self.dropped += 1
+        families.LOG_DROPPED.add(1)
 
     debug = info = warning = warn = error = critical = exception = msg = write
 

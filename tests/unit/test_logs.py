@@ -8,8 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from criserver import logs
+from criserver.telemetry import families
 
 SCRIPT = """
 import sys, structlog
@@ -85,6 +89,22 @@ def test_a_reader_that_is_stuck_is_not_waited_for_and_told_what_it_missed() -> N
     assert len(some) - len(whole) <= 1
     assert told["dropped"] == 1000 - len(whole)
     os.close(reader)
+
+
+def test_a_record_of_which_a_part_was_written_counts_as_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[float] = []
+    monkeypatch.setattr(families.LOG_DROPPED, "_real", SimpleNamespace(inc=counted.append))
+    reader, writer = os.pipe()
+    records = logs._Lines(writer)
+    while not records.dropped:
+        assert counted == []
+        records.write("x" * 10_000)  # the kernel writes a part of what has more than PIPE_BUF bytes
+    assert len(os.read(reader, 1 << 20)) % 10_001 > 0
+    assert (records.dropped, counted) == (1, [1])
+    records.write("fits again")
+    assert (records.dropped, counted) == (0, [1])
+    for fd in {reader, writer, records._fd}:
+        os.close(fd)
 
 
 def test_a_reader_that_is_gone_is_no_reason_to_fail() -> None:
