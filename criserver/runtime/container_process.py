@@ -136,6 +136,11 @@ class ContainerProcess:
         self._cleaning: asyncio.Task[None] | None = None
         self._killing = False
 
+    @property
+    def has_lost_shim(self) -> bool:
+        """Whether the process runs and the daemon has no connection to its shim."""
+        return self.started is not None and not self.exited.is_set() and not self.shim.connected
+
     # The start
 
     @contextmanager

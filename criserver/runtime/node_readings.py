@@ -22,6 +22,7 @@ def read_from(node: Node) -> None:
     families.SANDBOXES.read(lambda: _by_state(SandboxState, (s.state for s in records.sandboxes.values())))
     families.CONTAINERS.read(lambda: _by_state(ContainerState, (c.state for c in records.containers.values())))
     families.SHIMS.read(lambda: {(): sum(process.shim.connected for process in node.processes.values())})
+    families.SHIMS_LOST.read(lambda: {(): sum(process.has_lost_shim for process in node.processes.values())})
     families.STREAMS.read(lambda: {(): node.streaming.clients})
     families.IMAGES.read(lambda: {(): len(images.list())})
     families.IMAGE_BYTES.read(lambda: {(): images.fs_usage().bytes})

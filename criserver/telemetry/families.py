@@ -75,6 +75,10 @@ RUNTIME_FAILURES = Counter(
 SANDBOXES = Reading("criserver_sandboxes", "Pod sandboxes, by the state of their record.", "state")
 CONTAINERS = Reading("criserver_containers", "Containers, by the state of their record.", "state")
 SHIMS = Reading("criserver_shims", "Shims that the daemon has a connection to.")
+SHIMS_LOST = Reading(
+    "criserver_shims_lost",
+    "Running containers, and infra processes of pods, whose shim the daemon has no connection to.",
+)
 EXECS = Counter("criserver_execs_total", "Commands that were begun in containers, by Exec or ExecSync.")
 EXECS_RUNNING = Gauge("criserver_execs_running", "Commands of Exec and ExecSync that run.")
 STREAMS = Reading("criserver_streaming_connections", "Clients of exec, attach and port-forward that are connected.")

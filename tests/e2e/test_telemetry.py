@@ -77,6 +77,7 @@ def test_the_life_of_a_pod(node: Node, scrapes: Scrapes) -> None:
     node.client.StartContainer(container_id=container)
     assert value("containers", state="running") == 1
     assert value("shims") == 1
+    assert value("shims_lost") == 0
     assert value("oci_runtime_call_duration_seconds_count", handler="runc", verb="run") == 1
     assert node.sh(container, "echo x") == "x\n"
     assert value("execs_total") == 1
@@ -96,6 +97,7 @@ def test_the_life_of_a_pod(node: Node, scrapes: Scrapes) -> None:
     assert value("sandboxes", state="not_ready") == 1
     node.client.RemovePodSandbox(pod_sandbox_id=pod)
     eventually(lambda: value("shims") == 0)
+    assert value("shims_lost") == 0
     assert value("sandboxes", state="not_ready") == 0
     assert value("database_write_duration_seconds_count") > 5
     assert value("database_write_failures_total") == 0
@@ -129,6 +131,7 @@ def test_recovery_at_the_start_and_the_process(node: Node, scrapes: Scrapes) -> 
     eventually(lambda: scrapes.value("recovery_records_total", kind="container", outcome="found") == 1)
     assert scrapes.value("recovery_records_total", kind="sandbox", outcome="found") == 1
     assert scrapes.value("recovery_records_total", kind="container", outcome="failed") == 0
+    assert scrapes.value("shims_lost") == 0
     assert scrapes.value("recovery_duration_seconds") > 0
     assert scrapes.value("shims") == 1
     assert scrapes.value("containers", state="running") == 1
