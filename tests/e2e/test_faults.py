@@ -22,7 +22,9 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
 from tests.support.fixtures import import_image
+from tests.support.frozen_disk import frozen, give_disk
 from tests.support.node import RUNTIME, Node, handler, processes, refused
+from tests.support.shell_network import REFUSES, network_of
 from tests.support.waiting import SLOWNESS, eventually
 
 # An OCI runtime after which the disk stands still, where there is a file "freeze" beside it.
@@ -41,27 +43,13 @@ def disk(busybox_archive: str) -> Iterator[Node]:
     program.chmod(0o755)
     with open(node.config, "a") as f:
         f.write(handler("freezing", str(program)))
-    image = f"{node.base}/disk"
-    with open(image, "wb") as f:
-        f.truncate(256 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, node.root], check=True)
-    os.chmod(node.root, 0o711)
+    give_disk(node)
     try:
         node.start()
         import_image(node, busybox_archive)
         yield node
     finally:
         node.close()
-
-
-@contextlib.contextmanager
-def frozen(path: str) -> Iterator[None]:
-    subprocess.run(["fsfreeze", "--freeze", path], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["fsfreeze", "--unfreeze", path], check=True)
 
 
 def test_reading_does_not_wait_for_a_disk_that_stands_still(disk: Node, busybox_archive: str) -> None:
@@ -285,25 +273,6 @@ def test_a_nursery_that_does_not_answer_is_replaced(node: Node) -> None:
 def command(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "criserver", *words]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60 * SLOWNESS, check=False)
-
-
-@contextlib.contextmanager
-def network_of(node: Node, script: str) -> Iterator[None]:
-    """The network of new pods is one plugin of a shell script."""
-    os.makedirs(f"{node.base}/bin", exist_ok=True)
-    with open(f"{node.base}/bin/stuck", "w") as f:
-        f.write(f"#!/bin/sh\ncat >/dev/null\ncase $CNI_COMMAND in\n{script}\nesac\n")
-        os.fchmod(f.fileno(), 0o755)
-    path = f"{node.cni}/05-stuck.conflist"
-    with open(path, "w") as f:
-        json.dump({"cniVersion": "1.0.0", "name": "stuck", "plugins": [{"type": "stuck"}]}, f)
-    try:
-        yield
-    finally:
-        os.unlink(path)
-
-
-REFUSES = """echo '{"code": 999, "msg": "the cluster does not answer"}'; exit 1;;"""
 
 
 def test_a_pod_whose_network_can_never_be_undone_is_removed_by_force(node: Node) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from criserver.pb.criserver.v1 import admin_pb2 as admin
+from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.telemetry.families import TABLE
 from criserver.telemetry.instruments import Histogram
 from tests.support.pages import ROOT
+from tests.support.prometheus import in_seconds
 
 PROMETHEUS = ROOT / "contrib/prometheus"
 RULES: list[dict[str, Any]] = [
@@ -71,6 +76,36 @@ def test_each_alert_has_a_summary_and_a_test_that_fires_it_and_one_that_does_not
     for name, alert in ALERTS.items():
         assert set(alert["annotations"]) == {"summary", "description"}, name
         assert alert["labels"]["severity"] in ("warning", "critical"), name
+
+
+def test_each_alert_has_a_cause_that_is_made_end_to_end() -> None:
+    made = re.findall(r'^@cause\("\w+", "(\w+)"\)$', (ROOT / "tests/e2e/test_alerts.py").read_text(), re.MULTILINE)
+    assert sorted(made) == sorted(ALERTS)
+
+
+def test_each_method_that_is_named_is_one_of_the_daemon() -> None:
+    services = [file.services_by_name.values() for file in (cri.DESCRIPTOR, admin.DESCRIPTOR)]
+    methods = {method.name for service in itertools.chain(*services) for method in service.methods}
+    named = {
+        name
+        for text in expressions()
+        for names in re.findall(r'method[=!]~?"([\w|]+)"', text)
+        for name in names.split("|")
+    }
+    assert len(named) > 8
+    assert named - methods == set()
+
+
+def test_a_copy_of_the_rules_in_which_a_minute_is_a_second(tmp_path: Path) -> None:
+    """Nothing else differs."""
+    copy = Path(in_seconds(PROMETHEUS / "criserver.rules.yml", tmp_path))
+    rules = [rule for group in yaml.safe_load(copy.read_text())["groups"] for rule in group["rules"]]
+    for rule in rules:
+        assert not re.search(r"\[\d+[^s\d]", rule["expr"])
+        assert rule.get("for", "0s").endswith("s")
+        rule["expr"] = re.sub(r"\[(\d+)s\]", r"[\1m]", rule["expr"])
+        rule |= {"for": rule["for"].replace("s", "m")} if "for" in rule else {}
+    assert rules == RULES
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not on PATH (Debian's package prometheus)")
