@@ -231,8 +231,8 @@ def _has_process(directory: str, container_id: str) -> bool:
     try:
         with open(os.path.join(directory, "init.pid")) as f:
             pid = int(f.read())
-        with open(f"/proc/{pid}/cgroup") as f:
-            return container_id in f.read()
+        with open(f"/proc/{pid}/cgroup", "rb") as f:  # a container may give its own cgroups any names
+            return container_id.encode() in f.read()
     except (OSError, ValueError):
         return False
 

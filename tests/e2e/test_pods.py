@@ -166,7 +166,7 @@ def test_a_pod_on_the_hosts_namespaces(node: Node) -> None:
     assert node.client.PodSandboxStatus(pod_sandbox_id=pod).status.network.ip == ""
     assert node.sh(container, "hostname").strip() == os.uname().nodename
     # Programs in the node's /dev/shm may be executable; those in a pod's own are not.
-    nodes = Path("/proc/self/mountinfo").read_text()
+    nodes = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     assert flags_of_shm(node.sh(container, "cat /proc/self/mountinfo")) == flags_of_shm(nodes)
 
 

@@ -532,7 +532,7 @@ def test_a_container_that_was_never_started_lets_go_of_its_targets_namespace(nod
     debugger = node.create(pod, "debugger", SLEEP, linux=beside(target))
     node.client.RemoveContainer(container_id=debugger)
     assert not os.path.exists(f"{node.state}/containers/{debugger}")
-    with open("/proc/self/mountinfo") as f:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as f:
         assert debugger not in f.read()
 
 

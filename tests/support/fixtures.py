@@ -29,7 +29,7 @@ def host_state(scratch: str) -> set[str]:
 
     ``scratch`` is the directory of this run's temporary directories. Those of other runs on this machine do not count.
     """
-    with open("/proc/self/mountinfo") as f:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as f:
         points = [line.split()[4] for line in f]
     found = {"mount " + point for point in points if point.startswith((SCRATCH, scratch))}
     found |= {"link " + name for name in os.listdir("/sys/class/net") if name == BRIDGE or _is_stray(name)}

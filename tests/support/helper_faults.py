@@ -97,7 +97,7 @@ def _peer(name: str) -> int:
         if not entry.isdecimal():
             continue
         try:
-            with open(f"/proc/{entry}/comm") as f:
+            with open(f"/proc/{entry}/comm", errors="surrogateescape") as f:
                 program = f.read().strip()
             if name == NURSERY and program == "criserver-nurse" and _parent(int(entry)) == os.getpid():
                 return int(entry)

@@ -371,7 +371,7 @@ def processes() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid():
             with contextlib.suppress(OSError):
-                with open(f"/proc/{name}/cmdline") as f:
+                with open(f"/proc/{name}/cmdline", errors="surrogateescape") as f:
                     words = f.read().replace("\0", " ")
                 if words:  # one that is just ending has none
                     yield int(name), f"{words} in {os.readlink(f'/proc/{name}/cwd')}"

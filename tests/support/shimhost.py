@@ -212,7 +212,7 @@ def shim_in(directory: str) -> int:
 
 def is_shim_of(pid: int, directory: str) -> bool:
     try:
-        name = Path(f"/proc/{pid}/comm").read_text()
+        name = Path(f"/proc/{pid}/comm").read_text(errors="surrogateescape")
         return name == "criserver-shim\n" and os.readlink(f"/proc/{pid}/cwd") == directory
     except OSError:
         return False

@@ -49,7 +49,7 @@ def base() -> Iterator[str]:
 
 
 def pinned(base: str) -> list[str]:
-    with open("/proc/self/mountinfo") as f:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as f:
         return [fields[4] for fields in map(str.split, f) if fields[4].startswith(base)]
 
 
