@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def parent_cgroup_kept() -> Iterator[None]:
 
     This would fail the start of a container whose cgroup is made in that moment.
     """
-    kept = [f"{root}{cgroups.OWN}/{NETWORK}" for root in set(cgroups.roots().values())] if os.geteuid() == 0 else []
+    name = f"{NETWORK}-{secrets.token_hex(4)}"  # runs in PID namespaces may have the same NETWORK
+    kept = [f"{root}{cgroups.OWN}/{name}" for root in set(cgroups.roots().values())] if os.geteuid() == 0 else []
     for path in kept:
         eventually(partial(_is_made, path))
     yield
