@@ -11,6 +11,8 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 MS_RDONLY = 0x1
@@ -226,24 +228,48 @@ def mounts_below(directory: str) -> list[str]:
     return sorted((p for p in reversed(points) if p.startswith(prefix)), key=lambda p: -p.count("/"))
 
 
-def mount_of(path: str) -> tuple[str, list[str]]:
-    """The mount point of the mount that ``path`` is in, and its tags, as "shared:1" (proc_pid_mountinfo(5)).
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """A line of the kernel's list of mounts (proc_pid_mountinfo(5))."""
 
-    Raises OSError where there is no such path.
+    number: int
+    point: str
+    options: tuple[str, ...]
+    tags: tuple[str, ...]  # as "shared:1"
+    kind: str
+    file_system_options: tuple[str, ...]
+
+
+def entries(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
+    """The mounts in the order in which they were made. Raises OSError where the list cannot be read.
+
+    The list is read as bytes, and a space alone ends a field: a path may be in any encoding, it may have other white
+    space, and the source of a mount may be empty.
     """
+    with open(path, "rb") as file:
+        for line in file:
+            fields = line.rstrip(b"\n").split(b" ")
+            end = fields.index(b"-", 6)
+            texts = [os.fsdecode(field) for field in fields]
+            yield MountEntry(
+                number=int(fields[0]),
+                point=os.fsdecode(_unescaped(fields[4])),
+                options=tuple(texts[5].split(",")),
+                tags=tuple(texts[6:end]),
+                kind=texts[end + 1],
+                file_system_options=tuple(texts[end + 3].split(",")),
+            )
+
+
+def mount_of(path: str) -> tuple[str, tuple[str, ...]]:
+    """The mount point of the mount that ``path`` is in, and its tags. Raises OSError where there is no such path."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            wanted = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
+            wanted = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
     finally:
         os.close(fd)
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.split(b" ")
-            if fields[0] == wanted:
-                tags = fields[6 : fields.index(b"-")]
-                return os.fsdecode(_unescaped(fields[4])), [tag.decode() for tag in tags]
-    return path, []
+    return next(((entry.point, entry.tags) for entry in entries() if entry.number == wanted), (path, ()))
 
 
 def _unescaped(field: bytes) -> bytes:

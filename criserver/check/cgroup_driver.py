@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from criserver.check.examined_node import ExaminedNode, MountEntry
+from criserver.check.examined_node import ExaminedNode
 from criserver.check.finding import Finding, missing, ok, warning
 from criserver.config import Config
+from snapshotter.mounts import MountEntry
 
 _NEEDED = ("cpu", "memory", "pids")
 _NEEDED_V1 = (*_NEEDED, "devices", "freezer")
@@ -20,7 +21,7 @@ _WANTED = {
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """Layout, controllers, driver."""
-    mounts = list(host.mounts())
+    mounts = host.mounts()
     unified = [m for m in mounts if m.kind == "cgroup2"]
     legacy = [m for m in mounts if m.kind == "cgroup"]
     if legacy:
@@ -35,7 +36,7 @@ def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
 
 
 def _version_1(mounts: list[MountEntry], *, hybrid: bool) -> Iterator[Finding]:
-    there = {option for mount in mounts for option in mount.options}
+    there = {option for mount in mounts for option in mount.file_system_options}
     if lacking := [name for name in _NEEDED_V1 if name not in there]:
         yield missing(
             f"cgroup version 1 without the controllers {', '.join(lacking)}",
@@ -59,7 +60,7 @@ def _version_2(host: ExaminedNode, mount: MountEntry) -> Iterator[Finding]:
             "delegate them (Delegate=yes)",
         )
         return
-    if "ro" in mount.options:
+    if "ro" in (*mount.options, *mount.file_system_options):
         yield missing(
             f"cgroup version 2 is mounted read-only at {mount.point}",
             f"mount -o remount,rw {mount.point}; a container needs a cgroup namespace of its own and to be privileged",

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from criserver.check import tries
 from criserver.config import Config, RuntimeHandler
 from criserver.runtime import selinux
-
-
-@dataclass(frozen=True, slots=True)
-class MountEntry:
-    """A mount of the host (proc_pid_mountinfo(5)), with the options of the mount and of its file system."""
-
-    point: str
-    kind: str
-    options: frozenset[str]
+from snapshotter.mounts import MountEntry, entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +48,17 @@ class ExaminedNode:
     def read(self, path: str) -> str | None:
         """A file's text without the space around it; None if the file does not exist or cannot be read."""
         try:
-            with open(self.path(path)) as f:
+            with open(self.path(path), errors="surrogateescape") as f:
                 return f.read().strip()
         except OSError:
             return None
 
-    def mounts(self) -> Iterator[MountEntry]:
-        """The host's mounts, in the order in which they were made."""
-        for line in (self.read("/proc/self/mountinfo") or "").splitlines():
-            before, _, after = line.partition(" - ")
-            fields, (kind, _, options) = before.split(), after.split()[:3]
-            point = fields[4].replace("\\040", " ")
-            yield MountEntry(point, kind, frozenset((*fields[5].split(","), *options.split(","))))
+    def mounts(self) -> list[MountEntry]:
+        """The host's mounts, in the order in which they were made; none if the list cannot be read."""
+        try:
+            return list(entries(self.path("/proc/self/mountinfo")))
+        except OSError:
+            return []
 
     def mount_of(self, path: str) -> MountEntry | None:
         """The mount that contains a path: the last one that was made at the longest mount point."""

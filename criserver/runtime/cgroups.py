@@ -25,7 +25,7 @@ import structlog
 from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from criserver.runtime import service_manager
 from criserver.text import quoted
-from snapshotter import file_tree, removal
+from snapshotter import file_tree, mounts, removal
 
 log = structlog.get_logger(__name__)
 
@@ -87,16 +87,12 @@ def pod_path(parent: str) -> str:
 def roots() -> dict[str, str]:
     """The mount point of each cgroup hierarchy, by controller; "" stands for the unified hierarchy (cgroups(7))."""
     points: dict[str, str] = {}
-    with open("/proc/self/mountinfo") as f:
-        for line in f:
-            before, _, after = line.partition(" - ")
-            kind, _, options = after.split()[:3]
-            point = before.split()[4]
-            if kind == "cgroup2":
-                points.setdefault("", point)
-            elif kind == "cgroup":
-                for option in options.split(","):
-                    points.setdefault(option, point)
+    for mount in mounts.entries():
+        if mount.kind == "cgroup2":
+            points.setdefault("", mount.point)
+        elif mount.kind == "cgroup":
+            for option in mount.file_system_options:
+                points.setdefault(option, mount.point)
     return points
 
 

@@ -223,6 +223,25 @@ def test_an_orderly_stop_leaves_the_containers_running(node: Node) -> None:
     assert node.sh(container, "echo still here") == "still here\n"
 
 
+def test_a_mount_of_the_node_may_have_a_name_in_any_encoding(node: Node) -> None:
+    """As of a disk of another system. The daemon reads the list of all mounts at its start."""
+    node.stop()
+    point = os.fsencode(node.base) + b"/disk-\xe9"
+    os.mkdir(point)
+    subprocess.run(["mount", "-t", "tmpfs", "cri-e2e", point], check=True)
+    try:
+        node.start()
+        container = node.run(node.run_pod("encoding"), "c", ["echo", "ran"])
+        assert node.wait(container).exit_code == 0
+        command = [sys.executable, "-m", "criserver", "check", "--config", node.config]
+        checked = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
+        assert "Traceback" not in checked.stderr
+        assert "cgroup version" in checked.stdout
+    finally:
+        subprocess.run(["umount", point], check=True)
+        os.rmdir(point)
+
+
 def test_ten_pods_survive_a_killed_daemon_and_an_exit_meanwhile_is_not_lost(node: Node) -> None:
     script = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo $i; sleep 0.01; done; "
     pods = [node.run_pod(f"pod-{n}") for n in range(10)]
