@@ -1,7 +1,7 @@
 """The Container Device Interface: files of device vendors with the changes that a container needs to use a device.
 
 :func:`load` reads the directories, :func:`resolve` finds the edits for the devices that a container names, and
-:func:`apply` makes them to its OCI spec. Container Device Interface specification 0.3.0 to 1.0.0 (SPEC.md).
+:func:`apply` makes them to its OCI spec. Container Device Interface specification 0.3.0 to 1.1.0 (SPEC.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from criserver.errors import InvalidArgumentError, NotFoundError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.oci.adjustment_faults import RuntimeFacts
 from criserver.oci.cdi_edits import ContainerEdits, apply
 from criserver.oci.cdi_files import QUALIFIED_NAME, CdiFile, read_file
 from criserver.text import quoted
@@ -78,16 +79,17 @@ def from_annotations(annotations: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def resolve(names: Iterable[str], catalog: CdiCatalog) -> ContainerEdits:
+def resolve(names: Iterable[str], catalog: CdiCatalog, runtime: RuntimeFacts) -> ContainerEdits:
     """The edits for the devices ``names``, in their order. The common edits of a file come once, before its devices.
 
     Raises InvalidArgumentError for a malformed name. Raises NotFoundError for devices that are in no file, or in more
-    than one; it lists the directories.
+    than one; it lists the directories. Raises FailedPreconditionError for edits that the OCI ``runtime`` cannot make.
     """
     edits = ContainerEdits()
     seen: set[str] = set()
     faults = []
-    for name in dict.fromkeys(names):
+    names = list(dict.fromkeys(names))
+    for name in names:
         parse_name(name)
         files = catalog.devices.get(name, ())
         if len(files) != 1:
@@ -103,6 +105,10 @@ def resolve(names: Iterable[str], catalog: CdiCatalog) -> ContainerEdits:
         unused = "".join(f"; {f.path} is not used: {f.fault}" for f in catalog.files if f.fault)
         raise NotFoundError(
             f"CDI devices cannot be resolved: {', '.join(faults)} (looked in {', '.join(catalog.directories)}{unused})"
+        )
+    if missing := edits.lacking(runtime):
+        raise FailedPreconditionError(
+            f"CDI devices {', '.join(names)} need an OCI runtime that reports {missing}, such as runc 1.4 or crun 1.27"
         )
     return edits
 

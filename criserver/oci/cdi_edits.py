@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from criserver.errors import FailedPreconditionError
+from criserver.oci.adjustment_faults import RuntimeFacts
 from criserver.oci.spec_inputs import Spec
 from criserver.oci.spec_mounts import in_mount_order, normal_path
 
@@ -35,7 +36,10 @@ class CdiDeviceNode:
 
 @dataclass(frozen=True, slots=True)
 class ContainerEdits:
-    """Changes of a spec. ``mounts`` and ``hooks`` (with the hook's name) are OCI objects."""
+    """Changes of a spec. ``mounts`` and ``hooks`` (with the hook's name) are OCI objects.
+
+    ``net_devices`` are pairs: the name of an interface of the node, and its name in the container.
+    """
 
     env: tuple[str, ...] = ()
     nodes: tuple[CdiDeviceNode, ...] = ()
@@ -43,6 +47,7 @@ class ContainerEdits:
     hooks: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     groups: tuple[int, ...] = ()
     intel_rdt: Mapping[str, Any] | None = None
+    net_devices: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: ContainerEdits) -> ContainerEdits:
         """These edits, then ``other``."""
@@ -53,7 +58,18 @@ class ContainerEdits:
             self.hooks + other.hooks,
             self.groups + other.groups,
             other.intel_rdt or self.intel_rdt,
+            self.net_devices + other.net_devices,
         )
+
+    def lacking(self, runtime: RuntimeFacts) -> str:
+        """What these edits need and an OCI runtime does not report, which would leave it out silently; "" for none."""
+        rdt = self.intel_rdt or {}
+        needed = (
+            ("netDevices", bool(self.net_devices), runtime.net_devices),
+            ("intelRdt.schemata", bool(rdt.get("schemata")), runtime.rdt_schemata),
+            ("intelRdt.enableMonitoring", bool(rdt.get("enableMonitoring")), runtime.rdt_monitoring),
+        )
+        return ", ".join(name for name, asked, has in needed if asked and not has)
 
 
 def apply(spec: Spec, edits: ContainerEdits, stat_of: StatCall = os.stat) -> Spec:
@@ -86,6 +102,8 @@ def apply(spec: Spec, edits: ContainerEdits, stat_of: StatCall = os.stat) -> Spe
         edited["hooks"] = hooks
     if edits.intel_rdt is not None:
         linux["intelRdt"] = dict(edits.intel_rdt)
+    if edits.net_devices:
+        linux["netDevices"] = {**linux.get("netDevices", {}), **{name: {"name": to} for name, to in edits.net_devices}}
     return edited
 
 

@@ -19,8 +19,11 @@ from criserver.oci.cdi_edits import CdiDeviceNode, ContainerEdits
 from criserver.text import quoted
 from snapshotter import files
 
-# Ascending. Files of 1.1.0 may also move network devices into a container, which needs a newer OCI runtime.
-VERSIONS = ("0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0")
+# Ascending.
+VERSIONS = ("0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
+# Keys whose values are no text: a YAML file may have a number as any other value, such as `name: 0`.
+_NO_TEXT = frozenset({"major", "minor", "fileMode", "uid", "gid", "additionalGids", "timeout"})
+_NO_TEXT |= {"enableCMT", "enableMBM", "enableMonitoring", "cdiVersion", "kind"}
 MAX_FILE = 4 << 20
 
 _LABEL = r"[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
@@ -71,7 +74,7 @@ def _parsed(path: str, stamp: tuple[int, int, int]) -> CdiFile:
         text = files.read(path, MAX_FILE)
     except OSError as e:
         raise _CdiFileError(f"it cannot be read: {e.strerror}") from e
-    document = _yaml(text) if path.endswith(".yaml") else _json(text)
+    document = _without_null(_with_texts(_yaml(text), "") if path.endswith(".yaml") else _json(text))
     _check(document)
     devices: dict[str, ContainerEdits] = {}
     for index, device in enumerate(document["devices"]):
@@ -100,11 +103,31 @@ def _yaml(text: bytes) -> Any:
         raise _CdiFileError(f"it is not valid YAML: {e}") from e
 
 
+def _with_texts(value: Any, key: str) -> Any:
+    """The value of a YAML file with texts where the specification has texts, as the specification's own library."""
+    if isinstance(value, dict):
+        return {name: _with_texts(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_texts(inner, key) for inner in value]
+    if key in _NO_TEXT or not isinstance(value, int | float):
+        return value
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _without_null(value: Any) -> Any:
+    """The value without keys that are null: for Go, which writes such files, these are not set."""
+    if isinstance(value, dict):
+        return {name: _without_null(inner) for name, inner in value.items() if inner is not None}
+    return [_without_null(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _check(document: Any) -> None:
     # First, because keys of a later version would be reported as unknown keys.
     version = document.get("cdiVersion") if isinstance(document, dict) else None
-    if isinstance(version, str) and version not in VERSIONS:
-        raise _CdiFileError(f"key cdiVersion: {quoted(version)} is not one of {', '.join(VERSIONS)}")
+    if isinstance(version, str):
+        version = document["cdiVersion"] = version.removeprefix("v")
+        if version not in VERSIONS:
+            raise _CdiFileError(f"key cdiVersion: {quoted(version)} is not one of {', '.join(VERSIONS)}")
     for error in _validator().iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"
         raise _CdiFileError(f"key {key}: {error.message[:300]}")
@@ -125,7 +148,10 @@ def _least_version(document: Mapping[str, Any]) -> tuple[str, str]:
     """The lowest version for the file, and the feature that needs it (specification, "Released versions")."""
     parts = [document, *document["devices"]]
     edits = [part.get("containerEdits", {}) for part in parts]
+    rdt = [e.get("intelRdt", {}) for e in edits]
     uses = (
+        ("1.1.0", "netDevices", any("netDevices" in e for e in edits)),
+        ("1.1.0", "schemata or enableMonitoring", any({"schemata", "enableMonitoring"} & r.keys() for r in rdt)),
         ("0.7.0", "intelRdt", any("intelRdt" in e for e in edits)),
         ("0.7.0", "additionalGids", any("additionalGids" in e for e in edits)),
         ("0.6.0", "annotations", any("annotations" in part for part in parts)),
@@ -148,6 +174,7 @@ def _edits(table: Mapping[str, Any]) -> ContainerEdits:
         ),
         groups=tuple(table.get("additionalGids", ())),
         intel_rdt=table.get("intelRdt"),
+        net_devices=tuple((one["hostInterfaceName"], one["name"]) for one in table.get("netDevices", ())),
     )
 
 

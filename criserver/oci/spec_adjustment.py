@@ -41,7 +41,7 @@ def adjust(
     if adjustment.hooks:
         adjusted["hooks"] = _with_hooks(spec.get("hooks", {}), adjustment.hooks)
     if adjustment.cdi_devices:
-        adjusted = _with_cdi(adjusted, adjustment, catalog)
+        adjusted = _with_cdi(adjusted, adjustment, runtime, catalog)
         process, linux = adjusted["process"], adjusted["linux"]
     _adjust_process(process, adjustment)
     _adjust_linux(linux, adjustment, host)
@@ -71,10 +71,10 @@ def _with_hooks(hooks: Mapping[str, Iterable[Spec]], more: Iterable[tuple[str, M
     return merged
 
 
-def _with_cdi(spec: Spec, adjustment: SpecAdjustment, catalog: cdi.CdiCatalog | None) -> Spec:
+def _with_cdi(spec: Spec, adjustment: SpecAdjustment, runtime: RuntimeFacts, catalog: cdi.CdiCatalog | None) -> Spec:
     for name in adjustment.cdi_devices:
         try:
-            spec = cdi.apply(spec, cdi.resolve([name], catalog or cdi.CdiCatalog((), (), {})))
+            spec = cdi.apply(spec, cdi.resolve([name], catalog or cdi.CdiCatalog((), (), {}), runtime))
         except CriError as e:
             raise FailedPreconditionError(f"{adjustment.asked_by('CdiDevices', name)}: {e}") from e
     return spec

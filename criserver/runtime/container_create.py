@@ -76,7 +76,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     _check_features(node, sandbox, config)
     profile = await apparmor.choose(config)
     filter_ = await _seccomp(config)
-    edits = await _device_edits(node, config) + await node_defaults.hooks(node, sandbox, config, command)
+    edits = await _device_edits(node, sandbox, config) + await node_defaults.hooks(node, sandbox, config, command)
     of_node = await node_defaults.spec_defaults(node, node.handler(sandbox.runtime))
     container = Container(
         id=secrets.token_hex(32),
@@ -139,12 +139,12 @@ async def _seccomp(config: ContainerConfig) -> Spec | None:
     return await asyncio.to_thread(seccomp.localhost_profile, profile, capabilities, architecture, os.uname().release)
 
 
-async def _device_edits(node: Node, config: ContainerConfig) -> cdi.ContainerEdits:
-    """What the container's CDI devices change in its spec. Raises NotFoundError for an unknown device."""
+async def _device_edits(node: Node, sandbox: Sandbox, config: ContainerConfig) -> cdi.ContainerEdits:
+    """What the container's CDI devices change in its spec. Raises as :func:`cdi.resolve` does."""
     if not config.cdi_devices:
         return cdi.ContainerEdits()
     node.cdi = await asyncio.to_thread(cdi.load, node.config.cdi_dirs, node.cdi)
-    return cdi.resolve(config.cdi_devices, node.cdi)
+    return cdi.resolve(config.cdi_devices, node.cdi, node.features[sandbox.runtime].facts)
 
 
 async def _prepare(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from criserver.oci import cdi
+from criserver.oci.adjustment_faults import RuntimeFacts
 from tests.support.bundles import PATH, Bundles
 
 pytestmark = [
@@ -68,7 +69,7 @@ def edits(tmp_path: Path) -> cdi.ContainerEdits:
         ],
     }
     (tmp_path / "vendor.json").write_text(json.dumps(document))
-    return cdi.resolve(["vendor.com/camera=front"], cdi.load([str(tmp_path)]))
+    return cdi.resolve(["vendor.com/camera=front"], cdi.load([str(tmp_path)]), RuntimeFacts())
 
 
 def user(spec: dict[str, Any], uid: int) -> dict[str, Any]:

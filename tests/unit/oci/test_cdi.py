@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.oci import cdi, cdi_edits, cdi_files
+from criserver.oci.adjustment_faults import RuntimeFacts, runtime_facts
 from snapshotter import files
 
 KIND = "vendor.com/gpu"
+PLAIN = RuntimeFacts()
 
 
 def write(directory: Path, name: str = "vendor.json", **changes: Any) -> Path:
@@ -36,7 +38,7 @@ def device(name: str, **edits: Any) -> dict[str, Any]:
 
 def edits_of(tmp_path: Path, *names: str, **changes: Any) -> cdi.ContainerEdits:
     write(tmp_path, **changes)
-    return cdi.resolve(names or [f"{KIND}=0"], cdi.load([str(tmp_path)]))
+    return cdi.resolve(names or [f"{KIND}=0"], cdi.load([str(tmp_path)]), PLAIN)
 
 
 def spec(**process: Any) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def test_any_other_name_is_refused(text: str) -> None:
 )
 def test_malformed_names(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="form vendor"):
-        cdi.resolve([name], cdi.load([]))
+        cdi.resolve([name], cdi.load([]), PLAIN)
 
 
 def test_annotations_name_devices() -> None:
@@ -133,9 +135,9 @@ def test_annotations_name_devices() -> None:
 
 def test_no_directories_and_no_devices(tmp_path: Path) -> None:
     registry = cdi.load([str(tmp_path / "no"), str(tmp_path / "neither")])
-    assert cdi.resolve([], registry) == cdi.ContainerEdits()
+    assert cdi.resolve([], registry, PLAIN) == cdi.ContainerEdits()
     with pytest.raises(NotFoundError, match=f"vendor.com/gpu=0 is in no file .*{tmp_path}/no, {tmp_path}/neither"):
-        cdi.resolve(["vendor.com/gpu=0"], registry)
+        cdi.resolve(["vendor.com/gpu=0"], registry, PLAIN)
 
 
 def test_common_edits_come_once_and_first(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_common_edits_come_once_and_first(tmp_path: Path) -> None:
     )
     write(tmp_path, "nic.json", kind="vendor.com/nic", devices=[device("a", env=["NIC=1"])])
     names = ["vendor.com/nic=a", f"{KIND}=1", f"{KIND}=0", f"{KIND}=1"]
-    assert cdi.resolve(names, cdi.load([str(tmp_path)])).env == ("NIC=1", "COMMON=1", "ONE=1", "ZERO=1")
+    assert cdi.resolve(names, cdi.load([str(tmp_path)]), PLAIN).env == ("NIC=1", "COMMON=1", "ONE=1", "ZERO=1")
 
 
 def test_a_later_directory_overrides(tmp_path: Path) -> None:
@@ -155,8 +157,8 @@ def test_a_later_directory_overrides(tmp_path: Path) -> None:
         write(directory, devices=[device("0", env=[f"FROM={directory.name}"])])
     write(low, "b.json", devices=[device("1", env=["FROM=only"])])
     registry = cdi.load([str(low), str(high)])
-    assert cdi.resolve([f"{KIND}=0"], registry).env == ("FROM=high",)
-    assert cdi.resolve([f"{KIND}=1"], registry).env == ("FROM=only",)
+    assert cdi.resolve([f"{KIND}=0"], registry, PLAIN).env == ("FROM=high",)
+    assert cdi.resolve([f"{KIND}=1"], registry, PLAIN).env == ("FROM=only",)
 
 
 def test_two_files_of_one_directory_are_a_conflict(tmp_path: Path) -> None:
@@ -165,15 +167,15 @@ def test_two_files_of_one_directory_are_a_conflict(tmp_path: Path) -> None:
         write(low, name)
     registry = cdi.load([str(low)])
     with pytest.raises(NotFoundError, match=f"=0 is in each of {low}/a.json, {low}/b.json"):
-        cdi.resolve([f"{KIND}=0"], registry)
+        cdi.resolve([f"{KIND}=0"], registry, PLAIN)
     write(high)
-    assert cdi.resolve([f"{KIND}=0"], cdi.load([str(low), str(high)])) == cdi.ContainerEdits()
+    assert cdi.resolve([f"{KIND}=0"], cdi.load([str(low), str(high)]), PLAIN) == cdi.ContainerEdits()
 
 
 def test_every_missing_device_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(NotFoundError) as caught:
-        cdi.resolve([f"{KIND}=7", f"{KIND}=0", "other.org/x=y"], cdi.load([str(tmp_path)]))
+        cdi.resolve([f"{KIND}=7", f"{KIND}=0", "other.org/x=y"], cdi.load([str(tmp_path)]), PLAIN)
     assert f"{KIND}=7 is in no file" in str(caught.value)
     assert "other.org/x=y is in no file" in str(caught.value)
     assert f"{KIND}=0" not in str(caught.value)
@@ -192,10 +194,10 @@ def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch:
     write(tmp_path, devices=[device("0", env=["LONGER=1"])])
     second = cdi.load([str(tmp_path)], first)
     assert read[2:] == [str(path)]
-    assert cdi.resolve([f"{KIND}=0"], second).env == ("LONGER=1",)
+    assert cdi.resolve([f"{KIND}=0"], second, PLAIN).env == ("LONGER=1",)
     path.unlink()
     with pytest.raises(NotFoundError):
-        cdi.resolve([f"{KIND}=0"], cdi.load([str(tmp_path)], second))
+        cdi.resolve([f"{KIND}=0"], cdi.load([str(tmp_path)], second), PLAIN)
 
 
 def test_what_is_no_cdi_file_is_not_looked_at(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_what_is_no_cdi_file_is_not_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cdiVersion": "1.1.0"}, "key cdiVersion: '1.1.0' is not one of"),
+        ({"cdiVersion": "1.2.0"}, "key cdiVersion: '1.2.0' is not one of"),
         ({"cdiVersion": None}, "cdiVersion"),
         ({"cdiVersion": 1}, "key cdiVersion"),
         ({"kind": "gpu"}, "key kind"),
@@ -218,7 +220,12 @@ def test_what_is_no_cdi_file_is_not_looked_at(tmp_path: Path) -> None:
         ({"devices": [{"name": "a"}, {"name": "a"}]}, "key devices.1.name: .*twice"),
         ({"device": []}, "'device'"),
         ({"containerEdits": {"env": ["A"]}}, "key containerEdits.env.0"),
-        ({"containerEdits": {"netDevices": []}}, "'netDevices'"),
+        ({"containerEdits": {"netDevices": []}}, "does not have netDevices.*1.1.0"),
+        ({"containerEdits": {"intelRdt": {"schemata": []}}}, "does not have schemata.*1.1.0"),
+        (
+            {"cdiVersion": "1.1.0", "containerEdits": {"netDevices": [{"hostInterfaceName": "a/b", "name": "c"}]}},
+            "netDevices.0.hostInterfaceName",
+        ),
         ({"containerEdits": {"deviceNodes": [{"path": "dev/a"}]}}, "key containerEdits.deviceNodes.0.path"),
         ({"containerEdits": {"deviceNodes": [{"path": "/a", "type": "x"}]}}, "deviceNodes.0.type"),
         ({"containerEdits": {"deviceNodes": [{"path": "/a", "permissions": "rx"}]}}, "deviceNodes.0.permissions"),
@@ -250,8 +257,8 @@ def test_a_file_that_breaks_the_rules_is_passed_over(tmp_path: Path, changes: di
     write(tmp_path, "good.json", kind="vendor.com/good")
     registry = cdi.load([str(tmp_path)])
     with pytest.raises(NotFoundError, match=f"{path} is not used: .*{message}"):
-        cdi.resolve([f"{KIND}=0"], registry)
-    assert cdi.resolve(["vendor.com/good=0"], registry) == cdi.ContainerEdits()
+        cdi.resolve([f"{KIND}=0"], registry, PLAIN)
+    assert cdi.resolve(["vendor.com/good=0"], registry, PLAIN) == cdi.ContainerEdits()
 
 
 @pytest.mark.parametrize("version", cdi_files.VERSIONS)
@@ -272,14 +279,42 @@ devices:
 
 def test_yaml_files_are_as_good_as_json(tmp_path: Path) -> None:
     (tmp_path / "nvidia.yaml").write_text(YAML)
-    edits = cdi.resolve(["nvidia.com/gpu=0"], cdi.load([str(tmp_path)]))
+    edits = cdi.resolve(["nvidia.com/gpu=0"], cdi.load([str(tmp_path)]), PLAIN)
     assert edits.env == ("GPU=0",)
+
+
+def test_a_yaml_file_may_have_numbers_where_texts_are_due(tmp_path: Path) -> None:
+    text = YAML.replace('"0"', "0").replace(
+        "[GPU=0]", "[GPU=0]\n      hooks: [{hookName: prestart, path: /a, args: [a, 5]}]"
+    )
+    (tmp_path / "nvidia.yaml").write_text(text)
+    edits = cdi.resolve(["nvidia.com/gpu=0"], cdi.load([str(tmp_path)]), PLAIN)
+    assert edits.hooks == (("prestart", {"path": "/a", "args": ["a", "5"]}),)
+
+
+def test_keys_that_are_null_are_not_set(tmp_path: Path) -> None:
+    nodes = [{"path": "/dev/a", "hostPath": None, "type": "c", "major": 1, "fileMode": None}]
+    changes = device("0", env=None, mounts=None, hooks=None, intelRdt=None, deviceNodes=nodes)
+    found = edits_of(tmp_path, cdiVersion="v0.5.0", devices=[changes])
+    assert (found.nodes[0].host_path, found.nodes[0].mode) == ("/dev/a", None)
+
+
+def test_a_runtime_that_would_leave_an_edit_out_is_refused(tmp_path: Path) -> None:
+    able = runtime_facts({"linux": {"netDevices": {"enabled": True}, "intelRdt": {"schemata": True}}})
+    nics = [{"hostInterfaceName": "eth5", "name": "net1"}]
+    write(tmp_path, cdiVersion="1.1.0", devices=[device("0", netDevices=nics, intelRdt={"schemata": ["MB:0=10"]})])
+    catalog = cdi.load([str(tmp_path)])
+    with pytest.raises(FailedPreconditionError, match=r"gpu=0 need an OCI runtime that reports netDevices, intelRdt\."):
+        cdi.resolve([f"{KIND}=0"], catalog, PLAIN)
+    found = cdi.apply(spec(), cdi.resolve([f"{KIND}=0"], catalog, able))
+    assert found["linux"]["netDevices"] == {"eth5": {"name": "net1"}}
+    assert found["linux"]["intelRdt"] == {"schemata": ["MB:0=10"]}
 
 
 def test_a_yaml_file_that_is_none_is_named_where_a_device_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "nvidia.yaml").write_text("cdiVersion: [")
     with pytest.raises(NotFoundError, match=r"nvidia\.yaml is not used: it is not valid YAML"):
-        cdi.resolve(["nvidia.com/gpu=0"], cdi.load([str(tmp_path)]))
+        cdi.resolve(["nvidia.com/gpu=0"], cdi.load([str(tmp_path)]), PLAIN)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -316,7 +351,7 @@ def test_no_file_hinders_the_others(
     write(directory, kind=kind, devices=devices, containerEdits=edits)
     write(directory, "good.json", kind="vendor.com/good")
     try:
-        assert cdi.resolve(["vendor.com/good=0"], cdi.load([str(directory)])) == cdi.ContainerEdits()
+        assert cdi.resolve(["vendor.com/good=0"], cdi.load([str(directory)]), PLAIN) == cdi.ContainerEdits()
     except CriError as e:
         pytest.fail(str(e))
 
