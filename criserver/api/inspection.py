@@ -11,10 +11,12 @@ from google.protobuf.message import Message
 
 from criserver.api import views
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
+from criserver.oci.spec_namespaces import sandbox_namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
 from criserver.runtime.ignored import ignored
 from criserver.runtime.node import Node
+from criserver.runtime.pod_namespaces import pod_facts
 from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.spec_file import read_spec
 from criserver.text import shown
@@ -33,6 +35,8 @@ def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
         "resources": _document(sent.linux.resources),
         "overhead": _document(sent.linux.overhead),
         "network": json.loads(sandbox.attachment) if sandbox.attachment else None,
+        # Tools read the path of a pod's network namespace here, as with containerd and CRI-O.
+        "runtimeSpec": {"linux": {"namespaces": sandbox_namespaces(pod_facts(node, sandbox))}},
     }
 
 

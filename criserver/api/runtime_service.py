@@ -142,7 +142,7 @@ class RuntimeService(StatsRpcs):
 
     async def create_container(self, request: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
         sandbox = self._node.records.sandbox(request.pod_sandbox_id)
-        check_container(request.config, sandbox.config)
+        check_container(request.config, sandbox.config, request.sandbox_config)
         config = container_config(request.config, sandbox.config)
         sent = request.config.SerializeToString(deterministic=True)
         return cri.CreateContainerResponse(container_id=await create_container(self._node, sandbox.id, config, sent))

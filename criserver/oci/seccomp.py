@@ -190,9 +190,10 @@ def resolve(text: bytes, profile_name: str, capabilities: Collection[str], archi
     if document.get("flags"):
         profile["flags"] = document["flags"]
     profile["syscalls"] = [
-        _rule(rule, f"{profile_name}: key syscalls.{index}")
+        _rule(rule, names, f"{profile_name}: key syscalls.{index}")
         for index, rule in enumerate(document.get("syscalls") or ())
-        if _applies(rule, capabilities, architecture, _version(kernel))
+        if (names := _names(rule, f"{profile_name}: key syscalls.{index}"))
+        and _applies(rule, capabilities, architecture, _version(kernel))
     ]
     return profile
 
@@ -269,9 +270,9 @@ def _applies(
         return False
     if architecture in (excludes.get("arches") or ()):
         return False
-    if "minKernel" in includes and kernel < _version(includes["minKernel"]):
+    if includes.get("minKernel") and kernel < _version(includes["minKernel"]):
         return False
-    return "minKernel" not in excludes or kernel < _version(excludes["minKernel"])
+    return not excludes.get("minKernel") or kernel < _version(excludes["minKernel"])
 
 
 def _version(release: str) -> tuple[int, int]:
@@ -281,14 +282,23 @@ def _version(release: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _rule(rule: Mapping[str, Any], rule_name: str) -> Seccomp:
-    if ("name" in rule) == ("names" in rule):
+def _names(rule: Mapping[str, Any], rule_name: str) -> list[str]:
+    """The system calls of a rule. A list may be empty, and programs that write profiles write unset keys as "" or null.
+
+    Raises InvalidArgumentError.
+    """
+    names, name = rule.get("names"), rule.get("name")
+    if (names and name) or not {"name", "names"} & rule.keys():
         raise InvalidArgumentError(f"{rule_name}: it must have either names or, as in old profiles, name")
-    oci_rule: Seccomp = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
+    return list(names or ([name] if name else ()))
+
+
+def _rule(rule: Mapping[str, Any], names: list[str], rule_name: str) -> Seccomp:
+    oci_rule: Seccomp = {"names": names, "action": rule["action"]}
     if (number := _errno(rule, "errnoRet", "errno", rule_name)) is not None:
         oci_rule["errnoRet"] = number
     if rule.get("args"):
-        oci_rule["args"] = rule["args"]
+        oci_rule["args"] = [{"value": 0, **argument} for argument in rule["args"]]
     return oci_rule
 
 

@@ -33,3 +33,8 @@ def pod_namespaces(pod: PodFacts) -> list[Spec]:
         ("ipc", pod.ipc_namespace),
         ("uts", pod.uts_namespace),
     )
+
+
+def sandbox_namespaces(pod: PodFacts) -> list[Spec]:
+    """All namespaces that a pod has for itself, by the paths at which they are pinned."""
+    return _joined(("pid", pod.pid_namespace)) + pod_namespaces(pod)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from criserver.model import (
     ContainerConfig,
@@ -67,8 +67,8 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         log_directory=_normal(sent.log_directory),
         dns=Dns(
             tuple(sent.dns_config.servers),
-            tuple(sent.dns_config.searches),
-            tuple(sent.dns_config.options),
+            words(sent.dns_config.searches),
+            words(sent.dns_config.options),
         ),
         port_mappings=tuple(_port_mapping(p) for p in sent.port_mappings),
         labels=dict(sent.labels),
@@ -79,6 +79,11 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
         privileged=security.privileged,
         selinux=_selinux(security.selinux_options),
     )
+
+
+def words(texts: Iterable[str]) -> tuple[str, ...]:
+    """The words of a line of resolv.conf(5). A text may be empty or have several: Kubernetes does not check options."""
+    return tuple(word for text in texts for word in text.replace("\t", " ").split(" ") if word)
 
 
 def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConfig:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import MAX_ID, NamespaceMode, PodConfig
+from criserver.network.sysctls import sysctl_path
 from criserver.oci import cdi
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import parse
@@ -20,9 +21,6 @@ from criserver.text import quoted
 _LABEL_PART = re.compile(r"[A-Za-z0-9_.:,-]*")
 # The characters that end a word or a line in the pod's files: resolv.conf(5), hosts(5).
 _WORD_END = re.compile(r"[\s\x00-\x1f\x7f]")
-_SYSCTL = re.compile(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_-]+)+")
-# Sysctls that belong to a namespace of the pod, and so cannot touch the host (kernel Documentation/admin-guide/sysctl).
-_IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
 # The annotations that ask for a class of resources (goresctrl, pkg/rdt and pkg/blockio): of containers, and of pods.
 _CLASSES = {
     "RDT": ("io.kubernetes.cri.rdt-class", "rdt.resources.beta.kubernetes.io/"),
@@ -45,8 +43,9 @@ def check_pod(sent: cri.PodSandboxConfig) -> None:
         raise InvalidArgumentError(
             f"hostname {quoted(sent.hostname)} has {len(sent.hostname)} characters; the kernel takes 64"
         )
-    for field in ("servers", "searches", "options"):
-        _check_words(f"dns_config.{field}", getattr(sent.dns_config, field))
+    _check_words("dns_config.servers", sent.dns_config.servers)
+    for field in ("searches", "options"):
+        _check_words(f"dns_config.{field}", parse.words(getattr(sent.dns_config, field)))
     _check_absolute("log_directory", sent.log_directory)
     for port in sent.port_mappings:
         _check_port(port)
@@ -61,8 +60,12 @@ def check_pod(sent: cri.PodSandboxConfig) -> None:
     _check_selinux(security.selinux_options)
 
 
-def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
-    """Raises InvalidArgumentError for a request for a container that no node could run in ``pod``."""
+def check_container(sent: cri.ContainerConfig, pod: PodConfig, described: cri.PodSandboxConfig) -> None:
+    """Raises InvalidArgumentError for a request for a container that no node could run in ``pod``.
+
+    ``described`` is the pod as the request describes it. It may have become privileged since it was run: by `kubectl
+    debug --profile=sysadmin` it gets a privileged container.
+    """
     name = sent.metadata.name
     if not name:
         raise InvalidArgumentError("the container's metadata.name is empty; it must be given")
@@ -72,7 +75,7 @@ def check_container(sent: cri.ContainerConfig, pod: PodConfig) -> None:
     if not sent.image.image:
         raise InvalidArgumentError(f"{what}: image.image is empty; an image must be named")
     security = sent.linux.security_context
-    if security.privileged and not pod.privileged:
+    if security.privileged and not (pod.privileged or described.linux.security_context.privileged):
         raise InvalidArgumentError(
             f"{what} is privileged, but its pod sandbox is not; set security_context.privileged of both"
         )
@@ -214,17 +217,8 @@ def _check_id_mapping(what: str, sent: cri.IDMapping) -> None:
 
 
 def _check_sysctl(name: str, options: cri.NamespaceOption) -> None:
-    if not _SYSCTL.fullmatch(name):
-        raise InvalidArgumentError(f"sysctl {quoted(name)} is not a sysctl's name")
-    dotted = name.replace("/", ".")
-    if dotted.startswith("net."):
-        owner = options.network
-    elif dotted.startswith(_IPC_SYSCTLS):
-        owner = options.ipc
-    else:
-        raise InvalidArgumentError(f"sysctl {name} does not belong to a namespace of the pod; it would change the node")
-    if owner == cri.NODE:
-        raise InvalidArgumentError(f"sysctl {name} would change the node: the pod uses the node's namespace for it")
+    own = {"net": options.network, "uts": options.network, "ipc": options.ipc}
+    sysctl_path(name, [kind for kind, mode in own.items() if mode != cri.NODE])
 
 
 def _check_port(sent: cri.PortMapping) -> None:

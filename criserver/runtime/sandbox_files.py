@@ -9,23 +9,20 @@ from __future__ import annotations
 import errno
 import os
 
-from criserver.errors import CriError, ResourceExhaustedError
+from criserver.errors import CriError, FailedPreconditionError, ResourceExhaustedError, exhaustion
 from criserver.model import Dns, NamespaceMode, PodConfig
 from criserver.runtime import selinux
 from snapshotter import mounts, removal
 from snapshotter.files import make_private
 
 _FILES = ("resolv.conf", "hostname", "hosts")
+_RESOLV_CONF, _HOSTS = "/etc/resolv.conf", "/etc/hosts"  # the node's
 
 
 def resolv_conf(dns: Dns) -> str:
     """The text of resolv.conf (resolv.conf(5)): the pod's DNS settings, or the node's file if the pod has none."""
     if not (dns.servers or dns.searches or dns.options):
-        try:
-            with open("/etc/resolv.conf") as f:
-                return f.read()
-        except FileNotFoundError:
-            return ""
+        return _of_node(_RESOLV_CONF) or ""
     lines = []
     if dns.searches:
         lines.append("search " + " ".join(dns.searches))
@@ -58,7 +55,8 @@ def write(files: str, directory: str, config: PodConfig, label: str, shm_size: i
     """Make the directory ``files`` with its files, and ``directory`` with /dev/shm. Blocks.
 
     The hosts file of a pod with its own network comes later, as it needs the pod's addresses. ``label`` is a SELinux
-    label, "" for none. ``shm_size`` is the size of /dev/shm in bytes. Raises ResourceExhaustedError on a full disk.
+    label, "" for none. ``shm_size`` is the size of /dev/shm in bytes. Raises ResourceExhaustedError on a full disk,
+    FailedPreconditionError for a file of the node that cannot be read.
     """
     make_private(files)
     _put(files, "resolv.conf", resolv_conf(config.dns), label)
@@ -80,10 +78,8 @@ def write(files: str, directory: str, config: PodConfig, label: str, shm_size: i
 def write_hosts(files: str, config: PodConfig, ips: tuple[str, ...], label: str) -> None:
     """Write the hosts file, with the pod's addresses; a pod on the node's network gets the node's file. Blocks."""
     if config.namespaces.network is NamespaceMode.NODE:
-        try:
-            with open("/etc/hosts") as f:
-                text = f.read()
-        except FileNotFoundError:
+        text = _of_node(_HOSTS)
+        if text is None:
             text = hosts(hostname(config), ())
     else:
         text = hosts(hostname(config), ips)
@@ -99,8 +95,7 @@ def adopt(files: str, directory: str, label: str) -> None:
         return
     make_private(files)
     for name in _FILES:
-        with open(os.path.join(directory, name)) as f:
-            _put(files, name, f.read(), label)
+        _put(files, name, _read(os.path.join(directory, name)), label)
 
 
 def shm(directory: str, config: PodConfig) -> str:
@@ -118,9 +113,27 @@ def remove(files: str, directory: str) -> None:
         raise CriError(f"a pod's files cannot be removed: {e}") from e
 
 
+def _of_node(path: str) -> str | None:
+    """A file of the node for a pod; None if it does not exist. Raises FailedPreconditionError if it cannot be read."""
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        if exhaustion(e):  # a lack of descriptors is temporary, and has another status
+            raise
+        raise FailedPreconditionError(f"{path} of the node cannot be read for a pod: {e.strerror}") from e
+
+
+def _read(path: str) -> str:
+    """A file that :func:`_put` copies byte by byte: the node's files may have comments in any encoding."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
+        return f.read()
+
+
 def _put(directory: str, name: str, text: str, label: str) -> None:
     try:
-        with open(os.path.join(directory, name), "w") as f:
+        with open(os.path.join(directory, name), "w", encoding="utf-8", errors="surrogateescape", newline="") as f:
             os.fchmod(f.fileno(), 0o644)
             selinux.set_label(f.fileno(), label)
             f.write(text)

@@ -48,6 +48,11 @@ def test_verbose_status_shows_where_the_pod_lives(node: Node) -> None:
     assert info["sandboxID"] == pod
     assert os.path.isdir(info["namespaces"])
     assert info["network"]["result"]["ips"]
+    # The idiom of many scripts: crictl inspectp POD | jq '.info.runtimeSpec.linux.namespaces[] | ...'
+    paths = {one["type"]: one["path"] for one in info["runtimeSpec"]["linux"]["namespaces"]}
+    assert paths.keys() == {"network", "ipc", "uts"}
+    addresses = subprocess.run(["nsenter", f"--net={paths['network']}", "ip", "addr"], capture_output=True, text=True)
+    assert info["network"]["result"]["ips"][0]["address"] in addresses.stdout
 
 
 def test_listing_by_every_filter(node: Node) -> None:

@@ -71,6 +71,17 @@ def test_a_privileged_container_in_a_pod_that_is_not(node: Node, pod: str) -> No
         node.create(pod, "c", ["true"], **secured(privileged=True))
 
 
+def test_a_pod_that_becomes_privileged_for_the_debugger(node: Node, pod: str) -> None:
+    """`kubectl debug --profile=sysadmin`: the kubelet describes the pod as privileged from then on."""
+    described = node.pod("pod")
+    described.linux.security_context.privileged = True
+    node.described[pod] = described
+    debugger = node.run(pod, "debugger", ["sleep", "1000"], **secured(privileged=True))
+    assert node.sh(debugger, "mkdir /mnt; mount -t tmpfs x /mnt && echo mounted") == "mounted\n"
+    plain = node.run(pod, "plain", ["sleep", "1000"])
+    assert "denied" in node.sh(plain, "mkdir -p /mnt; mount -t tmpfs x /mnt 2>&1 || true")
+
+
 def test_masked_and_read_only_paths(node: Node, pod: str) -> None:
     container = node.run(
         pod, "c", ["sleep", "1000"], **secured(masked_paths=["/proc/meminfo"], readonly_paths=["/proc/sys"])

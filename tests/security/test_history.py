@@ -262,7 +262,7 @@ def test_a_sysctl_of_a_namespace_that_is_the_nodes(node: Node, options: cri.Name
     before = path.read_text()
     config = node.pod("bad", linux=sandbox(namespace_options=options))
     config.linux.sysctls[name] = str(int(before) + 1)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, name, "would change the node"):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, name, "a namespace that the pod has for itself"):
         node.client.RunPodSandbox(config=config)
     assert path.read_text() == before
 

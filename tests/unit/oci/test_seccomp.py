@@ -354,6 +354,26 @@ def test_architectures_by_the_hosts() -> None:
     assert "architectures" not in resolve(document, architecture="arm64")
 
 
+def test_unset_keys_are_those_of_programs_that_write_profiles() -> None:
+    """Go's JSON has "", null and empty lists where nothing is set. A rule that names no call does nothing."""
+    document = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [
+            {"names": [], "action": "SCMP_ACT_ERRNO"},
+            {"names": None, "action": "SCMP_ACT_ERRNO"},
+            {"name": "", "action": "SCMP_ACT_ERRNO"},
+            {"names": ["read"], "name": "", "action": "SCMP_ACT_ERRNO", "comment": None, "includes": {"minKernel": ""}},
+            {"name": "open", "names": None, "action": "SCMP_ACT_ERRNO", "excludes": {"minKernel": None}},
+            {"names": ["clone"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "op": "SCMP_CMP_EQ"}]},
+        ],
+    }
+    assert resolve(document)["syscalls"] == [
+        {"names": ["read"], "action": "SCMP_ACT_ERRNO"},
+        {"names": ["open"], "action": "SCMP_ACT_ERRNO"},
+        {"names": ["clone"], "action": "SCMP_ACT_ERRNO", "args": [{"value": 0, "index": 0, "op": "SCMP_CMP_EQ"}]},
+    ]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -373,7 +393,7 @@ def test_architectures_by_the_hosts() -> None:
             "architectures and archMap",
         ),
         (rules(name="read"), "key syscalls.0: .* names or"),
-        (rules(names=[]), "key syscalls.0.names"),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"action": "SCMP_ACT_LOG"}]}, "key syscalls.0: .* names or"),
         (rules(action="SCMP_ACT_NOTIFY"), "key syscalls.0.action"),
         (rules(errnoRet=4096), "key syscalls.0.errnoRet"),
         (rules(errno="__name__"), "key syscalls.0: key errno"),

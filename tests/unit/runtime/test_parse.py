@@ -20,7 +20,7 @@ def pod_config(sent: cri.PodSandboxConfig) -> PodConfig:
 
 
 def container_config(sent: cri.ContainerConfig, pod: PodConfig) -> ContainerConfig:
-    check_container(sent, pod)
+    check_container(sent, pod, cri.PodSandboxConfig())
     return parse.container_config(sent, pod)
 
 
@@ -83,13 +83,22 @@ def test_a_pods_fields() -> None:
         ({"port_mappings": [cri.PortMapping(protocol=UNKNOWN)]}, InvalidArgumentError, "protocol = 9"),
         ({"hostname": "a\nb"}, InvalidArgumentError, "hostname"),
         ({"dns_config": cri.DNSConfig(servers=["1.1.1.1\nsearch evil"])}, InvalidArgumentError, "dns_config.servers"),
-        ({"dns_config": cri.DNSConfig(searches=["a b"])}, InvalidArgumentError, "dns_config.searches"),
-        ({"dns_config": cri.DNSConfig(options=["\t"])}, InvalidArgumentError, "dns_config.options"),
+        ({"dns_config": cri.DNSConfig(servers=["1.1.1.1 2.2.2.2"])}, InvalidArgumentError, "dns_config.servers"),
+        ({"dns_config": cri.DNSConfig(searches=["a\nnameserver"])}, InvalidArgumentError, "dns_config.searches"),
+        ({"dns_config": cri.DNSConfig(options=["\x0b"])}, InvalidArgumentError, "dns_config.options"),
     ],
 )
 def test_a_pod_that_is_refused(fields: dict[str, Any], kind: type[InvalidArgumentError], word: str) -> None:
     with pytest.raises(kind, match=word):
         pod_config(pod(**fields))
+
+
+def test_searches_and_options_are_words_of_a_line() -> None:
+    """Kubernetes checks neither names nor values of a pod's DNS options."""
+    dns = cri.DNSConfig(searches=["a.b", "", "."], options=["ndots: 5", "rotate\ttimeout:1 ", ""])
+    found = pod_config(pod(dns_config=dns)).dns
+    assert found.searches == ("a.b", ".")
+    assert found.options == ("ndots:", "5", "rotate", "timeout:1")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,9 @@ def test_a_pod_that_is_refused(fields: dict[str, Any], kind: type[InvalidArgumen
         ("net/core/somaxconn", {}, True),
         ("kernel.shmmax", {}, True),
         ("fs.mqueue.msg_max", {}, True),
+        ("net.ipv4.conf.eth0/100.arp_filter", {}, True),  # of the VLAN interface eth0.100, as kubelets write it
+        ("kernel.domainname", {}, True),
+        ("kernel.domainname", {"network": cri.NODE}, False),
         ("net.core.somaxconn", {"network": cri.NODE}, False),
         ("kernel.shmmax", {"ipc": cri.NODE}, False),
         ("kernel.panic", {}, False),

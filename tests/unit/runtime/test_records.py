@@ -236,7 +236,7 @@ def test_what_is_refused_has_the_strictest_meaning_in_a_record(
 ) -> None:
     sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="c"), image=cri.ImageSpec(image="i"), **fields)
     with pytest.raises(InvalidArgumentError):
-        refusals.check_container(sent, POD)
+        refusals.check_container(sent, POD, cri.PodSandboxConfig())
     found = parse.container_config(sent, POD).security
     assert (found.seccomp, found.apparmor, found.supplemental_groups_strict) == strictest
 
@@ -320,5 +320,5 @@ def test_unified_limits_are_read_on_a_host_that_could_not_set_them(monkeypatch: 
     monkeypatch.setattr("os.path.exists", lambda path: False)
     sent = records.full_container()
     with pytest.raises(InvalidArgumentError, match="unified"):
-        refusals.check_container(sent, POD)
+        refusals.check_container(sent, POD, cri.PodSandboxConfig())
     assert parse.container_config(sent, POD) == CONTAINER
