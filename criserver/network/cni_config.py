@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +20,8 @@ from criserver.errors import FailedPreconditionError
 
 # Ascending. Older versions have no plugin lists and no lists of addresses. The newest one is implemented here.
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+# A file of these, or without a version, is taken as one of 0.3.1: the keys are the same, and the plugins speak it.
+_BEFORE_LISTS, _FIRST_WITH_LISTS = re.compile(r"0\.[12]\.0"), "0.3.1"
 
 # The keys of this specification whose null means that they are not there, as for programs in Go. Other keys are the
 # plugins' own.
@@ -190,13 +193,16 @@ def _check(document: dict[str, Any], kind: str) -> None:
 
 def _version(document: Mapping[str, Any]) -> str:
     """The highest version of the file that is supported here (specification 1.1, "Version considerations")."""
-    versions = [document["cniVersion"]] if "cniVersion" in document else []
-    versions += document.get("cniVersions", [])
+    named = [document["cniVersion"]] if document.get("cniVersion") else []
+    versions = [*named, *document.get("cniVersions", [])]
     supported = [v for v in VERSIONS if v in versions]
-    if not supported:
-        fault = f"{', '.join(versions)} is not supported" if versions else "it is missing"
-        raise _CniConfigError(f"key cniVersion: {fault}; it must be one of {', '.join(VERSIONS)}")
-    return supported[-1]
+    if supported:
+        return supported[-1]
+    if not versions or any(_BEFORE_LISTS.fullmatch(version) for version in versions):
+        return _FIRST_WITH_LISTS
+    raise _CniConfigError(
+        f"key cniVersion: {', '.join(versions)} is not supported; it must be one of {', '.join(VERSIONS)}"
+    )
 
 
 def _true(switch: bool | str) -> bool:

@@ -12,7 +12,8 @@ from criserver.oci.spec_inputs import PodFacts, Spec
 
 # Mounts that a base_runtime_spec cannot give: the pod's shared memory, and the /run of `ctr oci spec`, which would hide
 # files of images. containerd leaves both out too.
-_NOT_OF_A_BASE = frozenset({"/dev/shm", "/run"})  # noqa: S108 - the container's
+_SHM = "/dev/shm"  # noqa: S108 - the container's
+_NOT_OF_A_BASE = frozenset({_SHM, "/run"})
 
 
 def check_mounts(config: ContainerConfig) -> None:
@@ -50,13 +51,16 @@ def _is_free(destination: str, config: ContainerConfig) -> bool:
     """Whether the daemon's own mount is made at ``destination``. It is not made:
 
     1. where the pod has a mount of its own,
-    2. below a /dev of the pod,
+    2. below a /dev of the pod. The pod's shared memory is made below the node's /dev, which has a directory for it:
+       what the pod writes there would stay on the node otherwise, and its containers would not share it.
     3. below a mount with Bidirectional propagation, as it would appear on the node too.
     """
     for mount in config.mounts:
         if mount.container_path == destination:
             return False
         covers_all = mount.container_path == "/dev" or mount.propagation is Propagation.BIDIRECTIONAL
+        if destination == _SHM and mount.container_path == mount.host_path == "/dev":
+            covers_all = mount.propagation is Propagation.BIDIRECTIONAL
         if covers_all and _is_in(destination, mount.container_path):
             return False
     return True
@@ -133,7 +137,7 @@ def _base_mounts(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
             "options": [*quiet, "relatime", writable],
         },
         {
-            "destination": "/dev/shm",  # noqa: S108 - the container's
+            "destination": _SHM,
             "type": "bind",
             "source": pod.shm,
             "options": ["bind", *shm],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-from tests.field import archives, configurations, pods, registries
+from tests.field import archives, configurations, kubelets, pods, registries
 from tests.support.field import FieldCase
 
 CASES: tuple[FieldCase, ...] = tuple(
-    sorted((*configurations.CASES, *registries.CASES, *archives.CASES, *pods.CASES), key=lambda case: case.item)
+    sorted(
+        (*configurations.CASES, *registries.CASES, *archives.CASES, *pods.CASES, *kubelets.CASES),
+        key=lambda case: case.item,
+    )
 )
 # The release line whose outcomes the cases have.
 CONTAINERD = "2.1"
@@ -29,6 +32,7 @@ _ITEMS = (
     "Devices that are directories",
     "Updates and statuses",
     "Differences that stay",
+    "What kubelets and their users ask of pods",
 )
 _HEAD = f"""\
 # What runs on other runtimes

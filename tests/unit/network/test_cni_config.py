@@ -96,8 +96,7 @@ def test_without_a_file_the_message_says_what_to_do(tmp_path: Path) -> None:
         (conflist(plugins=[{}]), "key plugins.0: 'type' is a required property"),
         (conflist(plugins=[BRIDGE, {"type": "../bin/sh"}]), "key plugins.1.type: "),
         (conflist(plugins=[BRIDGE | {"capabilities": {"dns": "yes"}}]), "key plugins.0.capabilities.dns: "),
-        (conflist(cniVersion=None), "key cniVersion: it is missing"),
-        (conflist(cniVersion="0.2.0"), "key cniVersion: 0.2.0 is not supported; it must be one of 0.3.0, "),
+        (conflist(cniVersion="0.5.0"), "key cniVersion: 0.5.0 is not supported; it must be one of 0.3.0, "),
         (conflist(cniVersion="1"), "key cniVersion: '1' does not match"),
         (conflist(cniVersion="2.0.0", cniVersions=["3.0.0"]), "key cniVersion: 2.0.0, 3.0.0 is not supported"),
         (conflist(disableCheck="perhaps"), "key disableCheck: "),
@@ -122,6 +121,14 @@ def test_every_supported_version_is_taken(tmp_path: Path, version: str) -> None:
     config = load(tmp_path)
     assert config.cni_version == version
     assert config.has_version("0.4.0") is (version not in ("0.3.0", "0.3.1"))
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", None])
+def test_a_file_from_before_lists_is_one_of_the_first_version_with_them(tmp_path: Path, version: str | None) -> None:
+    """As in the example that CNI's own README had for years, and in files without a version."""
+    document = {"cniVersion": version, "name": "mynet", "type": "bridge"}
+    (tmp_path / "10-mynet.conf").write_text(json.dumps({key: value for key, value in document.items() if value}))
+    assert load(tmp_path).cni_version == "0.3.1"
 
 
 @pytest.mark.parametrize(

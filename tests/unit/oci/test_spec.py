@@ -196,6 +196,25 @@ def test_capabilities_that_the_node_does_not_have_are_left_out() -> None:
     assert set(dropped["bounding"]) == set(DEFAULT_CAPABILITIES)
 
 
+@pytest.mark.parametrize(
+    ("source", "propagation", "has"),
+    [
+        ("/dev", Propagation.PRIVATE, True),
+        ("/dev", Propagation.HOST_TO_CONTAINER, True),
+        ("/dev", Propagation.BIDIRECTIONAL, False),  # the mount would appear on the node
+        ("/volume", Propagation.PRIVATE, False),  # the runtime would make a directory in it
+    ],
+)
+def test_a_container_with_the_nodes_dev_has_the_pods_shared_memory(
+    source: str, propagation: Propagation, has: bool
+) -> None:
+    dev = Mount("/dev", source, readonly=False, propagation=propagation)
+    places = [m["destination"] for m in build(mounts=(dev,))["mounts"]]
+    assert ("/dev/shm" in places) is has
+    assert not {"/dev/pts", "/dev/mqueue"} & set(places)
+    assert places.count("/dev") == 1
+
+
 def test_dev_shm_of_the_node_keeps_its_mount_flags() -> None:
     def options(ipc: NamespaceMode) -> list[str]:
         mounts = build(namespaces=Namespaces(ipc=ipc))["mounts"]
