@@ -306,6 +306,9 @@ def run(settings: Settings, path: str) -> int:
         return 1
     # systemd's watchdog ends the daemon by SIGABRT. The stack of every thread then goes to the log.
     faulthandler.enable()
+    # Pods' users enter directories that the daemon makes, as for host paths. A node's service manager or shell may have
+    # another umask. Files that are private have a mode of their own.
+    os.umask(0o022)
     allocator.return_memory()
     watch_children()
     try:

@@ -25,6 +25,8 @@ WRITE_LIMIT = 256 << 10
 ANSWER_LIMIT = 1 << 20
 # Seconds for a client to open all streams of a command, or both of a forwarded connection.
 STREAMS_TIMEOUT = 30.0
+# Seconds for a client to take its last bytes when the server stops.
+END_TIMEOUT = 2.0
 # Seconds between two checks whether a client is still there while its bytes are not read.
 _CHECK_INTERVAL = 1.0
 # Seconds that a client has to close the connection, or to acknowledge more bytes, at the end.

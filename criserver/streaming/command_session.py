@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from criserver.errors import CriError
 from criserver.streaming import remotecommand
 from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
-from criserver.streaming.client_link import STREAMS_TIMEOUT, UpgradedConnection
+from criserver.streaming.client_link import END_TIMEOUT, STREAMS_TIMEOUT, UpgradedConnection
 from criserver.streaming.client_stream import ClientStream
 from criserver.streaming.handshake import Upgrade
 from criserver.streaming.remotecommand import ProtocolFeatures, RequestedStreams, StreamType, TerminalSize
@@ -19,6 +20,8 @@ from criserver.streaming.spdy.headers import Pairs
 from criserver.text import status
 
 log = structlog.get_logger(__name__)
+
+_STOPPED = "the daemon is being stopped, and has ended this command or attachment; the container goes on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,10 @@ class Command:
 
 
 async def serve_command(connection: UpgradedConnection, command: Command) -> None:
-    """Run a command on the client's streams and tell the client how the command ended."""
+    """Run a command on the client's streams and tell the client how the command ended.
+
+    If this is cancelled while the command runs, the command is cancelled, and the client is told so.
+    """
     carrier: SpdyCarrier | ChannelCarrier
     if connection.upgrade is Upgrade.SPDY:
         features = remotecommand.SPDY_PROTOCOLS[connection.protocol]
@@ -61,9 +67,16 @@ async def serve_command(connection: UpgradedConnection, command: Command) -> Non
         streams = {StreamType(number): stream for number, stream in carrier.streams.items()}
         carrier.receive(connection.rest)
         await streams[command.requested.greeting_channel()].write(b"")
-    message = await connection.link.while_connected(_end_message(command, streams, features))
+    limit = None
+    try:
+        message = await connection.link.while_connected(_end_message(command, streams, features))
+    except asyncio.CancelledError:
+        # The server stops. Over SPDY, a client takes a connection that ends without a status for a success.
+        message, limit = remotecommand.failure_message(_STOPPED, features), END_TIMEOUT
     if message:
-        await streams[StreamType.ERROR].write(message)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await streams[StreamType.ERROR].write(message)
     for stream in streams.values():
         stream.close()
     carrier.close()

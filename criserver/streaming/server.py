@@ -10,13 +10,14 @@ import asyncio
 import resource
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import structlog
 
 from criserver.errors import CriError
 from criserver.streaming import portforward, remotecommand
-from criserver.streaming.client_link import READ_SIZE, ClientLink, UpgradedConnection
+from criserver.streaming.client_link import END_TIMEOUT, READ_SIZE, ClientLink, UpgradedConnection
 from criserver.streaming.command_session import Command, serve_command
 from criserver.streaming.forward_session import Forward, serve_forward
 from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
@@ -70,6 +71,7 @@ class StreamingServer:
         self._unlogged_drops = 0
         self._last_log = -_LOG_PAUSE
         self._base = ""
+        self._stopping = False
 
     async def start(self) -> None:
         """Listen. Raises CriError where the address is in use or does not belong to this node."""
@@ -106,8 +108,9 @@ class StreamingServer:
         self._listeners.clear()
 
     async def stop(self) -> None:
-        """Stop listening, and end all connections."""
+        """Stop listening, and end all connections. The clients of commands are told so."""
         self._unlisten()
+        self._stopping = True
         for session in self._sessions:
             session.cancel()
         if self._sessions:
@@ -180,7 +183,9 @@ class StreamingServer:
         try:
             if await self._connect(sock, link):
                 await self._serve(link, reader)
-                await link.finish()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(END_TIMEOUT if self._stopping else None):
+                        await link.finish()
         except ConnectionError:
             pass  # the client is gone
         except Exception as e:

@@ -223,16 +223,23 @@ def test_an_orderly_stop_leaves_the_containers_running(node: Node) -> None:
     assert node.sh(container, "echo still here") == "still here\n"
 
 
-def test_a_mount_of_the_node_may_have_a_name_in_any_encoding(node: Node) -> None:
-    """As of a disk of another system. The daemon reads the list of all mounts at its start."""
+def test_a_strict_umask_and_a_mount_whose_name_is_in_another_encoding(node: Node) -> None:
+    """As on a hardened node, and with a disk of another system. The daemon reads the list of mounts at its start."""
     node.stop()
+    volume = f"{node.base}/made-by-the-daemon"
     point = os.fsencode(node.base) + b"/disk-\xe9"
     os.mkdir(point)
     subprocess.run(["mount", "-t", "tmpfs", "cri-e2e", point], check=True)
     try:
-        node.start()
-        container = node.run(node.run_pod("encoding"), "c", ["echo", "ran"])
+        mask = os.umask(0o077)
+        try:
+            node.start()
+        finally:
+            os.umask(mask)
+        mount = cri.Mount(container_path="/volume", host_path=volume)
+        container = node.run(node.run_pod("strict"), "c", ["echo", "ran"], mounts=[mount])
         assert node.wait(container).exit_code == 0
+        assert [oct(stat.S_IMODE(os.stat(path).st_mode)) for path in (volume, f"{node.logs}/strict")] == ["0o755"] * 2
         command = [sys.executable, "-m", "criserver", "check", "--config", node.config]
         checked = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
         assert "Traceback" not in checked.stderr

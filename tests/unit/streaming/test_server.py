@@ -648,7 +648,11 @@ async def test_no_descriptor_left_is_no_end_of_listening(
     assert (await blocking(run_command, url))[0] == b"hi"
 
 
-async def test_a_stop_ends_what_is_under_way(serving: StreamingServer) -> None:
+@pytest.mark.parametrize("connect", [lambda url: Spdy(url).open_command("error", "stdout"), WebSocket])
+async def test_a_stop_ends_what_is_under_way_and_says_so(
+    serving: StreamingServer, connect: Callable[[str], Spdy | WebSocket]
+) -> None:
+    """Over SPDY, kubectl and crictl take a connection that ends without a status for a success."""
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(streams: CommandStreams) -> int:
@@ -659,12 +663,36 @@ async def test_a_stop_ends_what_is_under_way(serving: StreamingServer) -> None:
             ended.set()
         return 0
 
-    client = await blocking(lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, wait)))
+    client = await blocking(connect, serving.offer(Command(OUTPUT, wait)))
+    await begun.wait()
+    stopping = asyncio.create_task(serving.stop())
+    status = await blocking(client.finish)
+    await stopping
+    assert ended.is_set()
+    assert status["status"] == "Failure"
+    assert "the daemon is being stopped" in status["message"]
+
+
+async def test_a_client_that_takes_nothing_does_not_keep_the_server_from_stopping(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(command_session, "END_TIMEOUT", 0.05)
+    begun = asyncio.Event()
+
+    async def flood(streams: CommandStreams) -> int:
+        assert streams.stdout is not None
+        begun.set()
+        while True:
+            await streams.stdout.write(b"x" * 65536)
+
+    client = await blocking(
+        lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, flood))
+    )
     await begun.wait()
     await serving.stop()
-    assert ended.is_set()
-    while await blocking(client.read):
-        pass
+    assert not serving._sessions
+    client.close()
 
 
 async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer) -> None:
