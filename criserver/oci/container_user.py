@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 from criserver.errors import FailedPreconditionError
-from criserver.model import MAX_GROUPS, User
+from criserver.model import MAX_GROUPS, User, UserNamespace
 from criserver.oci.accounts import Account, accounts, claimed, group_id, memberships
 from criserver.text import quoted
 
@@ -89,3 +89,17 @@ def _gid(group: int | str, groups: BinaryIO) -> int:
             f"group {quoted(group, _SHOWN)} is not in the image's /etc/group; use one that is, or a number"
         )
     return gid
+
+
+def check_mapped(user: User, namespace: UserNamespace | None, container: str) -> None:
+    """Raises FailedPreconditionError for a user or group that the pod's user namespace does not have."""
+    if namespace is None:
+        return
+    used = (("user", [user.uid], namespace.uids), ("group", [user.gid, *user.groups], namespace.gids))
+    for kind, numbers, mapping in used:
+        for number in numbers:
+            if mapping.host_id_of(number) is None:
+                raise FailedPreconditionError(
+                    f"container {container}: {kind} ID {number} is not in the pod's user namespace, which has the IDs "
+                    f"0 to {mapping.length - 1}; use a lower one, or run the pod with hostUsers: true"
+                )

@@ -5,6 +5,7 @@ Runtime specification 1.0.2 (config.md, config-linux.md), with what Kubernetes a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from criserver.model import ContainerConfig, Propagation, User
 from criserver.oci import base_spec
 from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, Spec, SpecDefaults
-from criserver.oci.spec_mounts import container_mounts
+from criserver.oci.spec_mounts import container_mounts, renamed_devices
 from criserver.oci.spec_namespaces import container_namespaces
 from criserver.oci.spec_resources import device_rules, in_force, oci_device, resource_limits
 
@@ -48,6 +49,7 @@ def build(
     """
     security, resources = config.security, config.resources
     nodes, defaults = list(devices), defaults or SpecDefaults()
+    renamed = renamed_devices(config)
     base: Mapping[str, Any] = defaults.base
     base_process = base.get("process", {})
     spec: Spec = {
@@ -64,14 +66,18 @@ def build(
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
         "mounts": container_mounts(
-            config, pod, base.get("mounts", ()), defaults.mounts, cgroup_writable=defaults.cgroup_writable
+            dataclasses.replace(config, mounts=(*config.mounts, *renamed.values())),
+            pod,
+            base.get("mounts", ()),
+            defaults.mounts,
+            cgroup_writable=defaults.cgroup_writable,
         ),
         "annotations": dict(annotations or {}),
         "linux": {
             "cgroupsPath": cgroups_path,
             "namespaces": container_namespaces(config, pod, host),
             "resources": {**resource_limits(resources, host), "devices": device_rules(config, nodes, host_devices)},
-            "devices": [oci_device(n) for n in nodes],
+            "devices": [oci_device(n) for n in nodes if n.path not in renamed],
             "maskedPaths": [] if security.privileged else list(security.masked_paths),
             "readonlyPaths": [] if security.privileged else list(security.readonly_paths),
         },

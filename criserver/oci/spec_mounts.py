@@ -98,6 +98,21 @@ def container_mounts(
     return in_mount_order(mounts)
 
 
+def renamed_devices(config: ContainerConfig) -> dict[str, Mount]:
+    """The devices of a container in a user namespace that have another path than on the node, as mounts by their paths.
+
+    No device node can be made there. An OCI runtime mounts the node's instead, and looks for it at the path that the
+    device has in the container.
+    """
+    if config.namespaces.user is None:
+        return {}
+    return {
+        device.container_path: Mount(device.container_path, device.host_path, False, Propagation.PRIVATE)
+        for device in config.devices
+        if device.container_path != device.host_path
+    }
+
+
 def in_mount_order(mounts: Iterable[Mapping[str, Any]]) -> list[Spec]:
     """The mounts with each one behind those of its parent directories: runc mounts in this order."""
     return [dict(m) for m in sorted(mounts, key=lambda m: normal_path(m["destination"]).count("/"))]

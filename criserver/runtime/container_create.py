@@ -326,7 +326,7 @@ def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
     if user == "":
         user, group = named.user, named.group if group == "" else group
     with _account_file(rootfs, "etc/passwd") as passwd, _account_file(rootfs, "etc/group") as groups:
-        return container_user.resolve(
+        found = container_user.resolve(
             user=user,
             group=group,
             supplemental=security.supplemental_groups,
@@ -334,6 +334,8 @@ def _user(config: ContainerConfig, image: Image, rootfs: str) -> User:
             passwd=passwd,
             groups=groups,
         )
+    container_user.check_mapped(found, config.namespaces.user, config.name)
+    return found
 
 
 def _check_dev(config: ContainerConfig, rootfs: str) -> None:

@@ -97,7 +97,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
     Raises NotFoundError if an image, or a path in it, does not exist, InvalidArgumentError if a host path cannot be
     made.
     """
-    requested = container.config.mounts
+    requested, user = container.config.mounts, container.config.namespaces.user
+    root = (0, 0) if user is None else (user.uids.host_id, user.gids.host_id)
     image_volumes = () if node.config.pod_defaults.ignore_image_defined_volumes else image.config.volumes
     paths = [*(m.container_path for m in requested), *image_volumes]
     resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths) if paths else {}
@@ -106,6 +107,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
         mount = dataclasses.replace(mount, container_path=resolved_paths[mount.container_path])
         if mount.image:
             path = await _mount_image(node, container, number, mount)
+            if user is not None:
+                mount = dataclasses.replace(mount, uids=(), gids=())  # the image is mounted with the pod's mapping
             resolved.append(dataclasses.replace(mount, host_path=path, guarded=True))
         else:
             what = f"mount {mount.container_path}: host path {mount.host_path}"
@@ -116,7 +119,7 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
         if volume == "/" or volume.split("/")[1] in _KERNEL_DIRECTORIES:
             continue
         path = os.path.join(_volumes_dir(node, container.id), str(number))
-        await _copy_up(rootfs, volume, path)
+        await _copy_up(rootfs, volume, path, root)
         volumes.append(
             Mount(
                 volume,
@@ -292,13 +295,17 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
         os.close(fd)
 
 
-async def _copy_up(rootfs: str, volume: str, target: str) -> None:
-    """Make a volume with what the image has at its path: content, owners, modes and extended attributes."""
+async def _copy_up(rootfs: str, volume: str, target: str, root: tuple[int, int]) -> None:
+    """Make a volume with what the image has at its path: content, owners, modes and extended attributes.
+
+    A volume at a path that the image does not have belongs to ``root``, the IDs of the pod's root on the node.
+    """
     files.make_private(os.path.dirname(target))
     os.mkdir(target, 0o755)
     try:
         fd = _open_inside(rootfs, volume)
     except FileNotFoundError:
+        os.chown(target, *root)
         return
     except OSError as e:
         raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.fixtures import newer
+from tests.support.fixtures import import_image, newer
+from tests.support.imagebuilder import busybox_image, write_archive
 from tests.support.node import Node, refused
 from tests.support.pods import BASE, run, secured, userns
 from tests.support.waiting import eventually
@@ -112,6 +114,40 @@ def test_a_user_opens_its_streams_and_root_changes_the_pods_files(newer: Node) -
         assert newer.sh(container, again) == "out\ndone\n"
     files = "/etc/hosts /etc/hostname /etc/resolv.conf"
     assert newer.sh(root, f"for file in {files}; do echo '# by root' >>$file && stat -c %u $file; done") == "0\n0\n0\n"
+    newer.remove_pods()
+    assert newer.settled() == []
+
+
+def test_devices_volumes_and_images_within(newer: Node, tmp_path: Path) -> None:
+    name, archive = "localhost/with-volumes:1", str(tmp_path / "image.tar")
+    write_archive(busybox_image(config={"Volumes": {"/not-in-the-image": {}}}), archive, name)
+    import_image(newer, archive)
+    mapped = [cri.IDMapping(container_id=0, host_id=BASE, length=65536)]
+    image = cri.Mount(container_path="/image", image=cri.ImageSpec(image=name), readonly=True)
+    also_mapped = cri.Mount(uidMappings=mapped, gidMappings=mapped)
+    also_mapped.MergeFrom(image)
+    also_mapped.container_path = "/also"
+    # The device has another path in the container, and nothing of its container path is on the node.
+    device = cri.Device(container_path="/dev/of-a-plugin", host_path="/dev/null", permissions="rw")
+    _, container = run(newer, "within", userns(), image=name, mounts=[image, also_mapped], devices=[device])
+    assert newer.sh(container, "stat -c %u /not-in-the-image; touch /not-in-the-image/file && echo made") == "0\nmade\n"
+    assert newer.sh(container, "stat -c %u /image/bin /also/bin") == "0\n0\n"
+    assert newer.sh(container, "echo x >/dev/of-a-plugin && test -c /dev/of-a-plugin && echo device") == "device\n"
+    newer.remove_pods()
+    assert newer.settled() == []
+
+
+@pytest.mark.parametrize(
+    ("security", "words"),
+    [
+        ({"run_as_user": cri.Int64Value(value=70000)}, "user ID 70000"),
+        ({"supplemental_groups": [70001]}, "group ID 70001"),
+    ],
+)
+def test_a_user_that_the_namespace_does_not_have(newer: Node, security: dict[str, Any], words: str) -> None:
+    pod = newer.run_pod("unmapped", handler="newer", linux=userns())
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, words, "which has the IDs 0 to 65535", "hostUsers"):
+        newer.create(pod, "c", ["true"], **secured(**security))
     newer.remove_pods()
     assert newer.settled() == []
 
