@@ -87,11 +87,16 @@ def apply(spec: Spec, edits: ContainerEdits, stat_of: StatCall = os.stat) -> Spe
         user = process["user"]
         groups = dict.fromkeys((*user.get("additionalGids", ()), *(g for g in edits.groups if g)))
         process["user"] = {**user, "additionalGids": list(groups)}
+    # In a user namespace an OCI runtime mounts the node's device, and looks for it at the path in the container.
+    within = any(namespace["type"] == "user" for namespace in linux.get("namespaces", ()))
+    renamed = [_device_mount(node) for node in edits.nodes if within and node.path != node.host_path]
     if edits.nodes:
         _add_nodes(process["user"], linux, edits.nodes, stat_of)
-    if edits.mounts:
-        replaced = {normal_path(m["destination"]) for m in edits.mounts}
-        last = {normal_path(m["destination"]): dict(m) for m in edits.mounts}
+        places = {mount["destination"] for mount in renamed}
+        linux["devices"] = [device for device in linux["devices"] if device["path"] not in places]
+    if more := [*edits.mounts, *renamed]:
+        replaced = {normal_path(m["destination"]) for m in more}
+        last = {normal_path(m["destination"]): dict(m) for m in more}
         mounts = [m for m in spec.get("mounts", ()) if normal_path(m["destination"]) not in replaced]
         edited["mounts"] = in_mount_order([*mounts, *last.values()])
     if edits.hooks:
@@ -128,6 +133,11 @@ def _add_nodes(user: Mapping[str, Any], linux: Spec, nodes: Iterable[CdiDeviceNo
                 rules.append(rule)
     linux["devices"] = list(devices.values())
     linux["resources"] = {**limits, "devices": rules}
+
+
+def _device_mount(node: CdiDeviceNode) -> Spec:
+    options = ["rbind", "rprivate", "rw"]
+    return {"destination": node.path, "type": "bind", "source": node.host_path, "options": options}
 
 
 def _device(node: CdiDeviceNode, user: Mapping[str, Any], stat_of: StatCall) -> Spec:

@@ -373,6 +373,23 @@ def test_a_node_is_filled_in_from_the_host(tmp_path: Path) -> None:
     ]
 
 
+def test_a_node_of_another_path_is_mounted_in_a_user_namespace(tmp_path: Path) -> None:
+    nodes = [{"path": "/dev/a", "hostPath": "/dev/b"}, {"path": "/dev/c"}]
+    edits = edits_of(tmp_path, containerEdits={"deviceNodes": nodes})
+    before = spec()
+    before["linux"]["namespaces"] = [{"type": "user", "path": "/n/user"}]
+    found = cdi.apply(before, edits, host())
+    assert [device["path"] for device in found["linux"]["devices"]] == ["/dev/c"]
+    assert found["mounts"][-1] == {
+        "destination": "/dev/a",
+        "type": "bind",
+        "source": "/dev/b",
+        "options": ["rbind", "rprivate", "rw"],
+    }
+    assert len(found["linux"]["resources"]["devices"]) == 2  # the denial of all, and one device by its number
+    assert cdi.apply(found, edits, host()) == found
+
+
 def test_a_node_says_everything_itself(tmp_path: Path) -> None:
     node = {"path": "/dev/a", "type": "b", "major": 8, "minor": 1, "fileMode": 0o60600, "uid": 1, "gid": 2}
     edits = edits_of(tmp_path, containerEdits={"deviceNodes": [node]})
