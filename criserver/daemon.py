@@ -312,7 +312,11 @@ def run(settings: Settings, path: str) -> int:
     allocator.return_memory()
     watch_children()
     try:
-        asyncio.run(serve(settings, path))
+        runner = asyncio.Runner()
+        with told_in_words(_NO_START):
+            runner.get_loop()
+        with runner:
+            runner.run(serve(settings, path))
     except CriError as e:
         print(f"criserver: {e}", file=sys.stderr)
         return 1
