@@ -172,15 +172,15 @@ class Store:
         if mirror is None:
             self._commit(changes)
             return
+        mirror.agree(self.get)
         with mirror.together(changes):
-            for table, key, value in changes:
-                if value is not None:
-                    mirror.put(table, key, value)
             try:
+                for table, key, value in changes:
+                    if value is not None:
+                        mirror.put(table, key, value)
                 self._commit(changes)
-            except ResourceExhaustedError:
-                for table, key, _ in changes:
-                    mirror.put(table, key, self.get(table, key))
+            except (OSError, ResourceExhaustedError):
+                mirror.agree(self.get, *((table, key) for table, key, _ in changes))
                 raise
             for table, key, value in changes:
                 if value is None:
@@ -206,7 +206,12 @@ class Store:
             raise ResourceExhaustedError(f"database {self._path} cannot be written: {e}; is its disk full?") from e
 
     async def checkpoint(self) -> None:
-        """Write the write-ahead log into the database, in a thread, with a connection of its own. Raises CriError."""
+        """Write the write-ahead log into the database, in a thread, with a connection of its own. Raises CriError.
+
+        Copies that an earlier error has left are corrected before.
+        """
+        if self._mirror is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._mirror.agree, self.get)
 
         def run() -> None:
             db = sqlite3.connect(self._path)

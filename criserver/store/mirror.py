@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
@@ -35,6 +35,9 @@ class Mirror:
         """Make the directories, for root alone: records hold environment variables. Raises OSError."""
         self._directory = directory
         self._tables = sorted(tables)
+        # The records whose copy could not be deleted, and whether the changes that are made together are still listed.
+        self._left = set[tuple[str, str]]()
+        self._listed = False
         for path in (directory, *(os.path.join(directory, table) for table in self._tables)):
             os.makedirs(path, mode=0o700, exist_ok=True)
 
@@ -50,8 +53,10 @@ class Mirror:
     @contextmanager
     def together(self, changes: Sequence[tuple[str, str, bytes | None]]) -> Iterator[None]:
         """The changes of the block: table, key, value (None deletes). After a kill :meth:`finish` makes all of them."""
-        path = os.path.join(self._directory, _TOGETHER)
+        if self._listed:
+            self._end_list()
         if len(changes) > 1:
+            path = os.path.join(self._directory, _TOGETHER)
             texts = [(table, key, None if data is None else data.decode("latin-1")) for table, key, data in changes]
             try:
                 _write(path, json.dumps(texts).encode())
@@ -61,8 +66,25 @@ class Mirror:
             yield
         finally:
             if len(changes) > 1:
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+                self._end_list()
+
+    def _end_list(self) -> None:
+        # A list that stays would bring old values back at a later start.
+        self._listed = True
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._directory, _TOGETHER))
+        self._listed = False
+
+    def agree(self, stored: Callable[[str, str], bytes | None], *changed: tuple[str, str]) -> None:
+        """Give records the copies of what is ``stored``: those ``changed``, and those that an earlier error has left.
+
+        A copy that can't be deleted is logged, and the next call tries it again.
+        """
+        for table, key in sorted({*self._left, *changed}):
+            try:
+                self.put(table, key, stored(table, key))
+            except OSError as e:
+                log.warning("the copy of a record cannot be deleted", path=self.path(table, key), error=str(e))
 
     def finish(self) -> None:
         """Make the changes that an earlier daemon was making together. Raises OSError."""
@@ -109,19 +131,23 @@ class Mirror:
         """Write a record in place of the key's last one, or delete it for None.
 
         A copy that cannot be written is deleted, so that none is older than the database. Raises OSError if not even
-        that works.
+        that works; :meth:`agree` tries it again.
         """
         path = self.path(table, key)
         if value is not None:
             try:
                 _write(path, key.encode() + b"\n" + value)
+                self._left.discard((table, key))
                 return
             except OSError as e:
                 log.warning("the copy of a record cannot be written", path=path, error=str(e))
+        self._left.add((table, key))
+        if value is not None:
             self._not_whole()
         for name in (path, path + _UNFINISHED):
             with suppress(FileNotFoundError):
                 os.unlink(name)
+        self._left.discard((table, key))
 
     def _read(self, table: str, path: str) -> tuple[str, bytes]:
         """Key and value of a file. Raises OSError, and ValueError if it has no key, or another one than its name."""

@@ -263,3 +263,71 @@ def test_a_copy_is_written_whole_or_not_at_all(path: str, tmp_path: Path, monkey
     store.write_now(Change("containers", "c", b"whole"))
     store.close()
     assert (tmp_path / "records" / "containers" / "c").read_bytes() == b"c\nwhole"
+
+
+def failing(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("value", [b"2", None])
+async def test_a_copy_that_an_error_has_left_goes_with_the_next_write(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes | None
+) -> None:
+    store = Store(path, str(tmp_path / "records"))
+    store.write_now(Change("containers", "c", b"1"))
+    write = partial(store.write, Change("sandboxes", "p", b"1"))
+    for agree in (write, store.checkpoint):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", failing)
+            patch.setattr(os, "unlink", failing)
+            with pytest.raises(OSError, match="error"):
+                store.write_now(Change("containers", "c", value))
+        await agree()
+        stored = dict(store.items("containers"))
+        copies = {name: (tmp_path / "records/containers" / name).read_bytes() for name in stored}
+        assert copies == {key: f"{key}\n".encode() + value for key, value in stored.items()}
+        assert sorted(os.listdir(tmp_path / "records/containers")) == sorted(stored)
+        store.write_now(Change("containers", "c", b"1"))
+    store.close()
+
+
+def test_changes_that_belong_together_are_not_made_in_half(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(path, str(tmp_path / "records"))
+    store.write_now(Change("images", "i", b"1"), Change("image_names", "n", b"1"))
+    assert store._mirror is not None
+    put = store._mirror.put
+    failures = ["image_names"]
+
+    def put_or_fail(table: str, key: str, value: bytes | None) -> None:
+        if table in failures:
+            failures.remove(table)
+            failing()
+        put(table, key, value)
+
+    monkeypatch.setattr(store._mirror, "put", put_or_fail)
+    with pytest.raises(OSError, match="error"):
+        store.write_now(Change("images", "i", b"2"), Change("image_names", "n", b"2"))
+    store.close()
+    store = Store(path, str(tmp_path / "records"))
+    assert (store.items("images"), store.items("image_names")) == ([("i", b"1")], [("n", b"1")])
+    store.close()
+
+
+def test_a_list_of_changes_that_stays_brings_no_old_values_back(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(path, str(tmp_path / "records"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing)
+        with pytest.raises(OSError, match="error"):
+            store.write_now(Change("images", "i", b"1"), Change("image_names", "n", b"1"))
+        with pytest.raises(OSError, match="error"):
+            store.write_now(Change("images", "i", b"2"))
+    assert store.items("images") == [("i", b"1")]
+    store.write_now(Change("images", "i", b"2"))
+    store.close()
+    store = Store(path, str(tmp_path / "records"))
+    assert store.items("images") == [("i", b"2")]
+    store.close()
