@@ -55,6 +55,8 @@ class ContentStore:
         # Two renames of one blob, into the store and out of it, must come one after the other.
         self._renaming = asyncio.Lock()
         self._arriving: set[Ingest] = set()
+        # Files of blobs that were not committed. Their deletion has failed.
+        self._rest: set[str] = set()
         for directory in (self._blobs, self._ingest):
             make_private(directory)
         for name in os.listdir(self._ingest):
@@ -156,6 +158,16 @@ class ContentStore:
         finally:
             self._arriving.remove(ingest)
             await in_thread(ingest.close)
+
+    async def delete_rest(self) -> None:
+        """Delete the files whose own deletion has failed. One that still cannot be deleted is logged."""
+        for path in list(self._rest):
+            await in_thread(self._discard, path)
+
+    def _discard(self, path: str) -> None:
+        self._rest.add(path)
+        if _sweep(path):
+            self._rest.remove(path)
 
     def scratch(self) -> BinaryIO:
         """A file without a name, for bytes that are no blob. Raises CriError, ResourceExhaustedError."""
@@ -291,20 +303,25 @@ class Ingest:
             self.committed = not os.path.exists(self._path)
 
     def close(self) -> None:
-        """Close the file, and delete it if it is not committed. Blocks."""
+        """Close the file, and delete it if it is not committed. Blocks.
+
+        A deletion that fails is logged, and :meth:`ContentStore.delete_rest` tries it again.
+        """
         if self._fd < 0:
             return
         os.close(self._fd)
         if not self.committed:
-            os.unlink(self._path)
+            self._store._discard(self._path)
 
 
-def _sweep(path: str) -> None:
-    """Delete a file that should not be there. The daemon starts also if that fails."""
+def _sweep(path: str) -> bool:
+    """Delete a file that should not be there, and return whether it is gone. A failure is logged."""
     try:
         removal.remove_path(path)
     except OSError as e:
         _log.warning("a deletion in the content store failed", path=path, error=str(e))
+        return False
+    return True
 
 
 def _occupied(size: int) -> int:

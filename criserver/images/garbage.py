@@ -61,6 +61,7 @@ class GarbageCollector:
         stuck: set[str] = set()
         async with self._collecting:
             await self._snapshotter.delete_rest()
+            await self._content.delete_rest()
             for digest in self._content.digests() - self._needed_blobs():
                 # A pull may need it since the deletion of the blob before.
                 if digest in self._needed_blobs():

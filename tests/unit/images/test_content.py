@@ -68,6 +68,25 @@ async def test_what_is_not_committed_leaves_nothing(root: str) -> None:
     assert files(root) == []
 
 
+async def test_what_could_not_be_deleted_goes_with_the_next_collection(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ContentStore(root)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(KeyError), monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing)
+        async with store.ingest() as ingest:
+            await ingest.write(DATA)
+            raise KeyError
+    assert files(root) == ["ingest/0"]
+    await store.delete_rest()
+    assert files(root) == []
+    assert store.usage() == (0, 0)
+
+
 async def test_a_cancelled_writer_leaves_nothing(root: str) -> None:
     store = ContentStore(root)
     started = asyncio.Event()
