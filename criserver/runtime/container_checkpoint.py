@@ -5,7 +5,8 @@ The operator writes further options of criu (tcp-established) into /etc/criu/run
 
 The container is frozen before the dump and thawed when its changed files are copied, so that both show one moment. One
 blocking function in a thread does all of that: a task could be cancelled before it has thawed the container. The
-checkpoint's directory below the root is its intention: start-up thaws the container of each that it finds.
+checkpoint's directory below the root is its intention: start-up thaws the container of each that it finds. If a
+checkpoint cannot be undone, as for want of a descriptor, that is tried again until it is done.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ log = structlog.get_logger(__name__)
 # Seconds. Without a timeout of its user the kubelet sends that of all its CRI calls, two minutes.
 DEFAULT_TIMEOUT = 120.0
 _LOOK = 0.005
-_THAW_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+_THAW_PAUSES = (0.1, 0.2, 0.5)
 _MAX_WORDS = 2000
 # The OCI runtime and criu have this variable in their environment. Its value is the checkpoint's directory.
 _VARIABLE = "CRISERVER_CHECKPOINT"
@@ -69,8 +70,8 @@ done
 """
 
 
-class _FrozenError(CriError):
-    """A container could not be thawed."""
+class _NotUndoneError(CriError):
+    """A container could not be thawed, or its pod's network not be unblocked."""
 
 
 async def checkpoint_container(node: Node, id_or_prefix: str, location: str, timeout: float) -> None:
@@ -113,14 +114,35 @@ async def recover_checkpoint(node: Node, container_id: str) -> None:
     if not os.path.lexists(_directory(node, container_id)):
         return
     log.warning("undoing a checkpoint that was cut off", container=container_id)
-    container = node.records.containers.get(container_id)
     try:
         await strays.wait(_VARIABLE, _directory(node, container_id))
-        if container is not None:
-            await asyncio.to_thread(_undo, node, container)
-        await asyncio.to_thread(_discard, _directory(node, container_id))
+        await _undo_rest(node, container_id)
     except Exception:
         log.exception("recovery of a checkpoint failed", container=container_id)
+        _undo_later(node, container_id)
+
+
+def _undo_later(node: Node, container_id: str) -> None:
+    async def undo() -> None:
+        process = node.processes.get(container_id)
+        # A new checkpoint that is under way undoes what is left of the last one too.
+        if process is None or process.checkpoint is None:
+            await _undo_rest(node, container_id)
+
+    node.try_again(container_id, undo, "a checkpoint cannot be undone")
+
+
+async def _undo_rest(node: Node, container_id: str) -> None:
+    """Undo what is left of a checkpoint. Raises OSError, and CriError if something cannot be undone now."""
+    if (container := node.records.containers.get(container_id)) is not None:
+        try:
+            await asyncio.to_thread(_undo, node, container)
+        except _NotUndoneError:
+            raise
+        except CriError as e:
+            # Another program has frozen it.
+            log.warning("the container of a checkpoint stays frozen", container=container_id, error=str(e))
+    await asyncio.to_thread(_discard, _directory(node, container_id))
 
 
 async def discard_rest(node: Node, container_id: str) -> None:
@@ -163,7 +185,7 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
             raise DeadlineExceededError(f"the checkpoint of {container_id} was not done within {timeout:g} s")
 
     loop = asyncio.get_running_loop()
-    frozen = False
+    undone = True
     try:
         async with node.lock(container_id):
             container = _running(node, container_id)
@@ -173,19 +195,22 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
         log.info("container checkpointed", container=container_id, location=checkpoint.location)
     except (CriError, OSError) as e:
         log.warning("container not checkpointed", container=container_id, error=str(e))
-        frozen = isinstance(e, _FrozenError)
+        undone = not isinstance(e, _NotUndoneError)
         if isinstance(e, CriError):
             raise
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (ResourceExhaustedError if full else CriError)(f"the checkpoint of {container_id} failed: {e}") from e
     finally:
         try:
-            if not frozen:
+            if undone:
                 await loop.run_in_executor(_threads, _discard, _directory(node, container_id))
         except OSError as e:
-            log.warning("parts of a checkpoint stay until the next start", container=container_id, error=str(e))
+            log.warning("parts of a checkpoint are deleted later", container=container_id, error=str(e))
+            undone = False
         finally:
             process.checkpoint = None
+            if not undone:
+                _undo_later(node, container_id)
 
 
 def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
@@ -222,27 +247,34 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
 
 
 def _undo(node: Node, container: Container) -> None:
-    """Thaw a container whose dump was cut off, and unblock its pod's network. The dump's processes have ended."""
-    _thaw(node, container)
-    network = network_pin(node, container.sandbox_id)
-    if os.path.exists(network):
-        command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    """End the programs of a dump, thaw its container, and unblock its pod's network.
+
+    Raises _NotUndoneError if that is not possible now: then the directory stays, by which it is tried again. Raises
+    CriError if another program freezes the container again.
+    """
+    try:
+        strays.kill(_VARIABLE, _directory(node, container.id))
+        try:
+            _thaw(node, container)
+        finally:
+            network = network_pin(node, container.sandbox_id)
+            if os.path.exists(network):
+                command = ("timeout", "20", "nsenter", f"--net={network}", "sh", "-c", _UNLOCK)
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as e:
+        raise _NotUndoneError(f"the checkpoint of {container.id} cannot be undone now; that is tried again: {e}") from e
 
 
 def _thaw(node: Node, container: Container) -> None:
-    """Thaw a container. A shortage of a moment, such as of descriptors, does not leave it frozen.
-
-    Raises CriError if another program freezes it again, and _FrozenError if it cannot be thawed: then the directory
-    stays, by which the next start of the daemon thaws it.
-    """
+    """Thaw a container. A shortage of a moment, such as of descriptors, is waited for. Raises as :func:`_undo`."""
     parent = container.parent_cgroup(node.records.sandbox(container.sandbox_id))
     for pause in (*_THAW_PAUSES, None):
         try:
             cgroups.thaw(cgroups.path(parent, container.id))
         except OSError as e:
             if pause is None:
-                raise _FrozenError(f"container {container.id} is frozen, and cannot be thawed: {e}") from e
+                words = f"container {container.id} is frozen, and cannot be thawed now; that is tried again: {e}"
+                raise _NotUndoneError(words) from e
             time.sleep(pause)
         else:
             return

@@ -69,10 +69,31 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
         except Exception as e:
             # The node has run out of descriptors, for example. The container must not stay in STARTING: no call but its
             # removal would be possible.
-            await process.end_start()
-            process.start_failed(str(e))
+            await fail(node, process, str(e))
             raise
         await node.plugins.container_started(container)
+
+
+async def fail(node: Node, process: ContainerProcess, reason: str) -> None:
+    """End a start, and let its container be exited.
+
+    If it cannot be ended, as for want of a descriptor, that is tried again until it is done. The container is STARTING
+    until then.
+    """
+
+    async def end() -> None:
+        container = node.records.containers.get(process.id)
+        # It may have been stopped or removed meanwhile.
+        if container is not None and container.state is ContainerState.STARTING:
+            await process.end_start()
+            process.start_failed(reason)
+
+    try:
+        await end()
+    except Exception:
+        what = "a failed start cannot be ended"
+        log.exception(what, container=process.id)
+        node.try_again(process.id, end, what)
 
 
 def _check_target(node: Node, container: Container) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -35,6 +35,10 @@ from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
+
+# Seconds before work that has failed is tried again: the first time, and at most.
+_FIRST_PAUSE = 1.0
+_LAST_PAUSE = 10.0
 
 
 class _RecordLock(asyncio.Lock):
@@ -154,6 +158,27 @@ class Node:
                 log.exception(what, error=str(e))
 
         return self.begin(run())
+
+    def try_again(self, owner: str, work: Callable[[], Awaitable[object]], what: str) -> None:
+        """Let work be done later that has failed, within the lock of its owner, as often as it takes.
+
+        Each failure is logged as ``what``.
+        """
+
+        async def run() -> None:
+            pause = _FIRST_PAUSE
+            while True:
+                await asyncio.sleep(pause)
+                try:
+                    async with self.lock(owner):
+                        await work()
+                except Exception as e:
+                    log.exception(f"{what}; that is tried again", id=owner, error=str(e))
+                    pause = min(2 * pause, _LAST_PAUSE)
+                else:
+                    return
+
+        self.begin(run())
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start work that the daemon waits for at its stop. The event loop itself keeps no task alive."""

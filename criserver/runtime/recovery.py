@@ -24,6 +24,7 @@ from criserver.runtime import (
     cadvisor_cgroup,
     cgroups,
     container_create,
+    container_start,
     filesystems,
     passage,
     pidfd,
@@ -124,8 +125,7 @@ async def _running(node: Node, container: Container) -> None:
         # It does not become created again: a late shim could start it a second time. Its root file system is
         # unmounted, so that a late shim finds nothing to run. The kubelet makes a new container.
         log.warning("a start was cut off", container=container.id)
-        await process.end_start()
-        process.start_failed("the daemon was ended while the container was being started")
+        await container_start.fail(node, process, "the daemon was ended while the container was being started")
         return
     process.without_shim()
     await process.wait_cleaned_up()

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import stat
 import subprocess
@@ -284,7 +285,6 @@ def test_callers_that_give_up_and_ask_again_leave_the_container_running(
                 location=str(tmp_path / f"{moments.randrange(2)}.tar"),
                 timeout=60,
             )
-    eventually(lambda: not os.listdir(f"{node.root}/checkpoints"))
     assert_counts(node, counter)
     eventually(lambda: count(node, counter) > before + 20)
     assert_nothing_left(node, tmp_path)
@@ -449,6 +449,26 @@ def test_a_checkpoint_past_its_timeout_is_undone(node: Node, criu: Criu, counter
     with within(PROMPT):
         assert call.wait().code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "not done within 1 s" in str(call.outcome.details())
+    assert_counts(node, counter)
+    assert_nothing_left(node, tmp_path)
+
+
+def test_a_container_that_cannot_be_thawed_for_want_of_descriptors_is_thawed_once_there_are_some(
+    node: Node, criu: Criu, counter: str, tmp_path: Path
+) -> None:
+    assert node.process is not None
+    pid, go = node.process.pid, tmp_path / "go"
+    criu.script(f'{UNTIL} [ -e {go} ]; do sleep 0.01; done; [ "$1" = check ]')
+    call = Call(node, counter, tmp_path / "c.tar")
+    eventually(lambda: is_frozen(container_cgroup(node, counter)) and criu.started.exists())
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        go.touch()
+        assert call.wait().code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    go.unlink()
     assert_counts(node, counter)
     assert_nothing_left(node, tmp_path)
 

@@ -173,6 +173,22 @@ def test_a_daemon_that_has_had_no_descriptors_left_goes_on(node: Node, pings: Ca
     eventually(lambda: measured(node, container))
 
 
+def test_a_start_that_fails_for_want_of_descriptors_is_ended_once_there_are_some(node: Node) -> None:
+    assert node.process is not None
+    pid = node.process.pid
+    container = node.create(node.run_pod("short"), "c", ["sleep", "1000"], log_path="")
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(grpc.RpcError, match="no file descriptors left") as refused:
+            node.client.StartContainer(container_id=container)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    eventually(lambda: node.status(container).state == cri.CONTAINER_EXITED)
+    assert node.status(container).reason == "StartError"
+
+
 @pytest.mark.skipif(not os.path.isdir("/sys/fs/cgroup/pids"), reason="the pids controller of cgroup version 1")
 def test_a_daemon_that_could_start_no_process_and_no_thread_goes_on(node: Node, pings: Callable[[], int]) -> None:
     assert node.process is not None

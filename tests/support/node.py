@@ -310,7 +310,7 @@ class Node:
                 user_specified_image=fields.pop("user_specified_image", ""),
             ),
             command=command or [],
-            log_path=f"{name}.log",
+            log_path=fields.pop("log_path", f"{name}.log"),
             **fields,
         )
         described = self.described.get(pod)

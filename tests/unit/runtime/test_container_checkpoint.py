@@ -43,7 +43,7 @@ def test_a_thaw_is_tried_again(thaws: list[Exception | None]) -> None:
 
 def test_a_container_that_stays_frozen_is_told(thaws: list[Exception | None]) -> None:
     thaws += [shortage(), shortage(), shortage()]
-    with pytest.raises(container_checkpoint._FrozenError, match=r"is frozen, and cannot be thawed: .*open files"):
+    with pytest.raises(container_checkpoint._NotUndoneError, match=r"is frozen, and .*open files"):
         container_checkpoint._thaw(NODE, CONTAINER)
 
 
