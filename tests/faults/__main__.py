@@ -1,7 +1,8 @@
 """``python -m tests.faults``: the whole matrix, and its tables. ``make faults`` runs it.
 
-Words are operations whose names contain them. ``--points`` lists the points. ``--kinds kill``, ``--kinds error`` and
-``--kinds helper`` run a part: kills of the daemon, errors of the kernel, and faults of helper processes.
+Words are operations whose names contain them. ``--points`` lists the points. ``--kinds kill``, ``--kinds error``,
+``--kinds lasting`` and ``--kinds helper`` run a part: kills of the daemon, errors of the kernel once, errors that last
+until the call has ended, and faults of helper processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("operation", nargs="*")
     parser.add_argument("--points", action="store_true")
-    parser.add_argument("--kinds", choices=("kill", "error", "helper"))
+    parser.add_argument("--kinds", choices=("kill", "error", "lasting", "helper"))
     parser.add_argument("--match", default="", help="only points that contain this")
     options = parser.parse_args()
     results: list[Result] = []
@@ -61,22 +62,29 @@ def _of_the_daemon(options: argparse.Namespace, base: str, chosen: list[Operatio
             points = [point for point in matrix.points(operation) if options.match in point]
             with _tried(operation.name, points, options) as (result, tried):
                 for point in tried:
-                    if options.kinds != "error":
+                    if options.kinds in (None, "kill"):
                         matrix.kill(operation, point, result)
-                    for number in errors_of(point) if options.kinds != "kill" else ():
-                        matrix.error(operation, point, number, result)
+                    for number, lasting in _errors(point, options):
+                        matrix.error(operation, point, number, result, lasting=lasting)
             results.append(result)
         if not options.operation or START_UP in options.operation:
             points = [point for point in matrix.points_of_start() if options.match in point]
             with _tried(START_UP, points, options) as (result, tried):
                 for point in tried:
-                    for number in (0, *errors_of(point)):
-                        if options.kinds != ("kill" if number else "error"):
-                            matrix.fail_start(point, number, result)
+                    if options.kinds in (None, "kill"):
+                        matrix.fail_start(point, 0, result)
+                    for number, lasting in _errors(point, options):
+                        matrix.fail_start(point, number, result, lasting=lasting)
             results.append(result)
     finally:
         node.close()
     return results
+
+
+def _errors(point: str, options: argparse.Namespace) -> list[tuple[int, bool]]:
+    """The errors that are tried at a point, each with whether it lasts."""
+    kinds = [lasting for kind, lasting in (("error", False), ("lasting", True)) if options.kinds in (None, kind)]
+    return [(number, lasting) for number in errors_of(point) for lasting in kinds]
 
 
 def _of_helpers(options: argparse.Namespace, base: str, chosen: list[Operation]) -> list[Result]:

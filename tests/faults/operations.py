@@ -13,6 +13,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.faults.plugged import with_plugin
 from tests.support.imagebuilder import build_image, busybox_image, write_archive
 from tests.support.node import Node
+from tests.support.waiting import eventually
 
 ADMIN = admin.DESCRIPTOR.services_by_name["AdminService"]
 BASE_IMAGE = "localhost/busybox:latest"
@@ -101,11 +102,15 @@ def _start(node: Node, container: str) -> None:
 
 
 def _start_again(node: Node, container: str) -> None:
-    """A container that runs stays; one that is created is started; in place of one that has ended comes a new one."""
+    """A container that runs stays; one that is created is started; in place of one that has ended comes a new one.
+
+    One that cannot be started is one whose failed start is still being ended.
+    """
     (listed,) = node.client.ListContainers(filter={"id": container}).containers
-    if listed.state == cri.CONTAINER_CREATED:
-        _start(node, container)
-    elif listed.state != cri.CONTAINER_RUNNING:
+    if listed.state == cri.CONTAINER_CREATED and fails(lambda: _start(node, container)):
+        eventually(lambda: node.status(container).state == cri.CONTAINER_EXITED)
+        listed.state = cri.CONTAINER_EXITED
+    if listed.state not in (cri.CONTAINER_CREATED, cri.CONTAINER_RUNNING):
         container = node.run(listed.pod_sandbox_id, "c", ["sleep", "1000"], attempt=1)
     assert node.status(container).state == cri.CONTAINER_RUNNING
 

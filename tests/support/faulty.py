@@ -86,9 +86,9 @@ class Control:
         """Write each point to the log, with the number of its occurrence since this call."""
         self._set({"mode": "record"})
 
-    def hit(self, point: str, error: int = 0) -> None:
-        """Fail at ``point`` once with this errno; 0 is a SIGKILL."""
-        self._set({"mode": "hit", "point": point, "error": error})
+    def hit(self, point: str, error: int = 0, *, lasting: bool = False) -> None:
+        """Fail at ``point`` with this errno; 0 is a SIGKILL. A ``lasting`` error also fails all later points."""
+        self._set({"mode": "hit", "point": point, "error": error, "lasting": lasting})
 
     def harm(self, point: str, fault: str) -> None:
         """At ``point``, have the helper process that is started or told there "killed", "stopped" or "hanging"."""
@@ -141,23 +141,27 @@ class Faults:
             if order["mode"] == "record":
                 self._tell(point)
                 return
-            if point != order.get("point"):
+            if order["mode"] == "hit" and point == order["point"]:
+                self._order = {**order, "mode": "lasting" if order.get("lasting") else "off"}
+                self._tell(f"hit {point}")
+            elif order["mode"] != "lasting" or order["error"] not in EVENTS[event]:
                 return
-            self._order = {"mode": "off"}
-            self._tell(f"hit {point}")
         if fault := order.get("fault"):
             self._helpers.harm(event, args, fault)
-            return
-        error: int = order["error"]
-        if not error:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if event == "criserver.commit":
-            raise sqlite3.OperationalError(f"{os.strerror(error)} (injected)")
-        path = args[0] if args and isinstance(args[0], str | bytes) else None
-        raise OSError(error, f"{os.strerror(error)} (injected)", path)
+        else:
+            _fail(event, args, order["error"])
 
     def _tell(self, line: str) -> None:
         os.write(self._log, f"{line}\n".encode())
+
+
+def _fail(event: str, args: tuple[Any, ...], error: int) -> None:
+    if not error:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "criserver.commit":
+        raise sqlite3.OperationalError(f"{os.strerror(error)} (injected)")
+    path = args[0] if args and isinstance(args[0], str | bytes) else None
+    raise OSError(error, f"{os.strerror(error)} (injected)", path)
 
 
 def _writes(args: tuple[Any, ...]) -> bool:
