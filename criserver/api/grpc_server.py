@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -30,6 +31,8 @@ log = structlog.get_logger(__name__)
 # Bytes of the largest message where the configuration has no say, as the kubelet has it.
 MAX_MESSAGE = 16 << 20
 
+# More than a server of gRPC takes.
+_DESCRIPTORS = 16
 # Metadata by which a call joins its caller's trace (W3C Trace Context).
 _TRACE_HEADERS = ("traceparent", "tracestate")
 
@@ -233,8 +236,9 @@ async def listen(
 ) -> grpc.aio.Server:
     """A server on the unix socket ``address``, for root alone. Raises CriError where it cannot be bound.
 
-    ``max_request`` and ``max_answer`` are the bytes of the largest messages.
+    ``max_request`` and ``max_answer`` are the bytes of the largest messages. Raises OSError without descriptors for it.
     """
+    _find_descriptors()
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", max_request),
@@ -253,6 +257,17 @@ async def listen(
         os.umask(mask)
     await server.start()
     return server
+
+
+def _find_descriptors() -> None:
+    """Raises OSError if the process has few descriptors left. gRPC would end the process then."""
+    found = [end.detach() for end in socket.socketpair()]
+    try:
+        while len(found) < _DESCRIPTORS:
+            found.append(os.dup(found[0]))
+    finally:
+        for fd in found:
+            os.close(fd)
 
 
 async def ended(server: grpc.aio.Server) -> None:

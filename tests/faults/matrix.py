@@ -162,7 +162,9 @@ class Matrix:
         fault = f"{'lasting ' if lasting else ''}{errno.errorcode[number]}" if number else "SIGKILL"
         where = f"{START_UP}: {fault} at {point}"
         if node.process.poll() is not None:
-            if number and not _in_words(words := node.daemon_log()[told:]):
+            # gRPC ends the process if it gets no socket. The daemon looks for descriptors just before.
+            words = node.daemon_log()[told:]
+            if number and not _in_words(words) and "grpc/aio/_server.py" not in words:
                 result.fail(f"{where}: the daemon has ended without saying why: {words[-1000:]}")
             node.client.channel.close()
             said = fails(node.start)

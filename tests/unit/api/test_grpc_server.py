@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,17 @@ def test_an_error_is_told_by_its_code_and_in_words(error: Exception, code: str, 
     found, message = _status("Call", error)
     assert found is grpc.StatusCode[code]
     assert message.startswith(text)
+
+
+async def test_a_server_without_descriptors_is_refused_and_does_not_end_the_process(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.open("/dev/null", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 6, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            await listen(str(tmp_path / "socket"), [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 async def test_a_stream_ends_in_its_own_context_when_its_client_goes(tmp_path: Path) -> None:
