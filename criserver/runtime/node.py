@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -85,6 +86,7 @@ class Node:
     # Of all ExecSync calls under way.
     output: OutputRoom = field(default_factory=OutputRoom)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def handler(self, name: str) -> RuntimeHandler:
@@ -162,13 +164,12 @@ class Node:
     def try_again(self, owner: str, work: Callable[[], Awaitable[object]], what: str) -> None:
         """Let work be done later that has failed, within the lock of its owner, as often as it takes.
 
-        Each failure is logged as ``what``.
+        Each failure is logged as ``what``. The stop of the daemon does not wait for it: the next start undoes the rest.
         """
 
         async def run() -> None:
             pause = _FIRST_PAUSE
-            while True:
-                await asyncio.sleep(pause)
+            while not await self._stops_within(pause):
                 try:
                     async with self.lock(owner):
                         await work()
@@ -179,6 +180,12 @@ class Node:
                     return
 
         self.begin(run())
+
+    async def _stops_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        return self._stopping.is_set()
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start work that the daemon waits for at its stop. The event loop itself keeps no task alive."""
@@ -193,6 +200,7 @@ class Node:
 
     async def settle(self) -> None:
         """Wait for all work under way, at the daemon's orderly stop. Checkpoints are cut short."""
+        self._stopping.set()
         for process in self.processes.values():
             if process.checkpoint is not None:
                 process.checkpoint.cut.set()
