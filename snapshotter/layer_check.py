@@ -23,7 +23,7 @@ from snapshotter import allocator, confine, errors, file_tree, settling, tar
 from snapshotter.layer_stream import LayerStream, decoder
 from snapshotter.limits import LayerLimits
 from snapshotter.mounts import RESOLVE_IN_ROOT, openat2
-from snapshotter.unpacker import ACCESS_LIST, OPAQUE_MARK, RESERVED, WHITEOUT, is_kept
+from snapshotter.unpacker import ACCESS_LIST, OPAQUE_MARK, PSEUDO_LINKS, RESERVED, WHITEOUT, is_kept
 
 _MOST = 5  # differences that are named
 _PIECE = 1 << 20
@@ -94,6 +94,7 @@ class _Layer:
     def __init__(self, reader: tar.TarReader, left_out: Collection[bytes]) -> None:
         self._left_out = left_out  # names of extended attributes
         self.wanted: dict[bytes, _Wanted] = {}
+        self._pseudo_links: dict[bytes, _Wanted] = {}  # by path
         self.hidden: dict[bytes, int] = {}
         self.opaque: dict[bytes, int] = {}
         for order, entry in enumerate(reader):
@@ -102,24 +103,30 @@ class _Layer:
             if base == OPAQUE_MARK:
                 self.opaque[parent] = order
             elif any(part.startswith(RESERVED) for part in path.split(b"/")):
-                continue
+                if entry.kind == tar.FILE and parent == PSEUDO_LINKS:
+                    self._pseudo_links[path] = self._described(order, entry, reader)
             elif base.startswith(WHITEOUT):
                 self.hidden[path[: len(path) - len(base)] + base.removeprefix(WHITEOUT)] = order
             else:
                 self._add(path, order, entry, reader)
 
     def _add(self, path: bytes, order: int, entry: tar.Entry, reader: tar.TarReader) -> None:
-        digest = hashlib.sha256()
-        for piece in reader.content():
-            digest.update(piece)
         # A hard link is compared with its target's entry as it is now: a later entry may replace the target.
         if not path and entry.kind == tar.LINK:
             return  # the root as a hard link to itself
-        target = self.wanted.get(_path(entry.link)) if entry.kind == tar.LINK else None
-        if target is not None:
-            self.wanted[path] = target._replace(order=order)
-            return
-        self.wanted[path] = _Wanted(
+        if entry.kind == tar.LINK:
+            link = _path(entry.link)
+            target = self.wanted.get(link) or self._pseudo_links.get(link)
+            if target is not None:
+                self.wanted[path] = target._replace(order=order)
+                return
+        self.wanted[path] = self._described(order, entry, reader)
+
+    def _described(self, order: int, entry: tar.Entry, reader: tar.TarReader) -> _Wanted:
+        digest = hashlib.sha256()
+        for piece in reader.content():
+            digest.update(piece)
+        return _Wanted(
             order,
             entry.kind,
             entry.mode,

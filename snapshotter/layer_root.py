@@ -23,6 +23,7 @@ _IMPLICIT_MODE = 0o755
 _MAX_PATH = 4095
 _MAX_NOTED = 16 << 20  # bytes of the names of directories that are noted for snapshotter.settling
 _MAX_LINKS = 40  # on one path, as in the kernel
+_PSEUDO_LINKS = "pseudo-links"
 
 
 class LayerRoot:
@@ -49,6 +50,7 @@ class LayerRoot:
         self.with_whiteouts: set[bytes] = set()
         self.left_out: set[bytes] = set()  # names of extended attributes
         self._noted_bytes = 0
+        self._has_pseudo_links = False
 
     @property
     def implied(self) -> Collection[bytes]:
@@ -78,6 +80,19 @@ class LayerRoot:
     def open_target(self, path: bytes) -> int:
         """A descriptor of the directory ``path``, which is there already; the caller closes it. Raises OSError."""
         return self._open_directory(parts_of(path), make=False)
+
+    def open_pseudo_links(self) -> int:
+        """A descriptor of the directory of AUFS's pseudo-links, outside of the root; the caller closes it."""
+        if not self._has_pseudo_links:
+            os.mkdir(_PSEUDO_LINKS, 0o700, dir_fd=self._area)
+            self._has_pseudo_links = True
+        return os.open(_PSEUDO_LINKS, _DIRECTORY, dir_fd=self._area)
+
+    def remove_pseudo_links(self) -> None:
+        """Remove that directory, when the layer has all its hard links."""
+        if self._has_pseudo_links:
+            removal.remove(self._area, _PSEUDO_LINKS)
+            self._has_pseudo_links = False
 
     @contextmanager
     def opened(self, path: bytes) -> Iterator[int | None]:

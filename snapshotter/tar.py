@@ -29,7 +29,7 @@ BLOCK = 512
 
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _ZEROS = bytes(BLOCK)
-_USTAR = b"ustar\x0000"
+_USTAR = b"ustar\0"  # a version comes after it, which some writers leave out
 _MAX_PAX = 1 << 20
 _MAX_EXTENSIONS = 16  # headers before one entry; real archives have up to three: x, L, K
 _MAX_GLOBAL = 64  # records; git writes one
@@ -235,7 +235,7 @@ class TarReader:
          _, _, major, minor, prefix) = _HEADER.unpack(header)
         # fmt: on
         name = name.partition(b"\0")[0]
-        if magic == _USTAR and prefix[0]:
+        if magic.startswith(_USTAR) and prefix[0]:
             name = prefix.partition(b"\0")[0] + b"/" + name
         link = link.partition(b"\0")[0]
         if records:

@@ -93,7 +93,10 @@ def parse_device(major: bytes, minor: bytes) -> int:
 
 
 def parse_time(field: bytes, record: bytes | None) -> int:
-    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25`` or ``+17``."""
+    """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25`` or ``+17``.
+
+    A time that no kernel can keep is the epoch, as in containerd: some writers leave rubbish in this field.
+    """
     if record:
         whole, _, fraction = record.partition(b".")
         if _SIGNED.fullmatch(whole) is None or (fraction and not fraction.isdigit()):
@@ -104,9 +107,7 @@ def parse_time(field: bytes, record: bytes | None) -> int:
     else:
         seconds = parse_number(field, "time")
         nanoseconds = seconds * 10**9
-    if abs(seconds) > _MAX_SECONDS:
-        raise LayerError(f"its time {seconds} is out of range")
-    return nanoseconds
+    return nanoseconds if abs(seconds) <= _MAX_SECONDS else 0
 
 
 def parse_pax_records(data: bytes) -> dict[bytes, bytes]:

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from snapshotter import marks, settling, tar
@@ -20,6 +21,8 @@ from snapshotter.layer_root import LayerRoot, is_whiteout, parts_of, split, stat
 WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 RESERVED = b".wh..wh."
+# The directory of AUFS's pseudo-links. Docker 1.3 and earlier wrote layers with hard links to the files in it.
+PSEUDO_LINKS = b".wh..wh.plnk"
 ACCESS_LIST = b"system.posix_acl_access"
 CAPABILITY = b"security.capability"
 _DEFAULT_LIST = b"system.posix_acl_default"
@@ -108,7 +111,7 @@ class _Unpacker:
             if not base:
                 self._change_root(entry)
                 return
-        if WHITEOUT in entry.name and self._is_mark(entry.name, parent, base):
+        if WHITEOUT in entry.name and self._is_mark(entry, parent, base):
             return
         maker = self._makers[entry.kind]
         fd = self._root.open_parent(parent)
@@ -119,10 +122,11 @@ class _Unpacker:
             maker(fd, base, entry)
 
     def finish(self) -> None:
-        """Set the default access lists and the times of directories.
+        """Remove what was outside of the root, and set the default access lists and the times of directories.
 
         Both come last. A new file takes over its directory's default list, and changes the directory's time.
         """
+        self._root.remove_pseudo_links()
         for name, value in self._default_lists.items():
             with self._root.opened(name) as fd:
                 if fd is not None:
@@ -132,7 +136,7 @@ class _Unpacker:
                 if fd is not None:
                     os.utime(fd, ns=(mtime, mtime))
 
-    def _file(self, fd: int, base: bytes, entry: tar.Entry) -> None:
+    def _file(self, fd: int, base: bytes, entry: tar.Entry, *, fresh: bool = True) -> None:
         file = os.open(base, _NEW_FILE, entry.mode & 0o777, dir_fd=fd)
         try:
             if entry.extents is None:
@@ -142,7 +146,7 @@ class _Unpacker:
                         written += os.write(file, piece[written:])
             else:
                 self._fill(file, entry.size, entry.extents)
-            self._set_attributes(file, entry, fresh=True)
+            self._set_attributes(file, entry, fresh=fresh)
             os.utime(file, ns=(entry.mtime, entry.mtime))
         finally:
             os.close(file)
@@ -202,7 +206,10 @@ class _Unpacker:
         if not target:
             raise LayerError("has the layer's root as its target")
         try:
-            source = fd if parent == self._root.parent else self._root.open_target(parent)
+            if parent == PSEUDO_LINKS:
+                source = self._root.open_pseudo_links()
+            else:
+                source = fd if parent == self._root.parent else self._root.open_target(parent)
         except OSError as e:
             raise LayerError(f"has a target {shown(entry.link)} that cannot be reached: {e.strerror}") from e
         try:
@@ -216,16 +223,21 @@ class _Unpacker:
             if source != fd:
                 os.close(source)
 
-    def _is_mark(self, name: bytes, parent: bytes, base: bytes) -> bool:
-        """Whether the entry is a whiteout, which is made here, or one of AUFS's own files, which is left out."""
+    def _is_mark(self, entry: tar.Entry, parent: bytes, base: bytes) -> bool:
+        """Whether the entry is a whiteout, which is made here, or one of AUFS's own files, which is left out.
+
+        The files of AUFS's pseudo-links are made outside of the layer's root. They get names in it by hard links.
+        """
         if base == OPAQUE_MARK:
             fd = self._root.open_parent(parent)
             self._root.set_opaque(fd)
             if os.path.sameopenfile(fd, self._root.fd):
                 self.opaque = True
             return True
-        parts = parts_of(name)
+        parts = parts_of(entry.name)
         if any(part.startswith(RESERVED) for part in parts):
+            if entry.kind is tar.FILE and parts[:-1] == [PSEUDO_LINKS]:
+                self._pseudo_link(parts[-1], entry)
             return True
         # A whiteout is told by its last component alone: an entry below a name with ".wh." is an ordinary one.
         if not base.startswith(WHITEOUT):
@@ -244,6 +256,15 @@ class _Unpacker:
             if status is not None and stat.S_ISDIR(status.st_mode):
                 self._root.make_opaque(fd, hidden)
         return True
+
+    def _pseudo_link(self, base: bytes, entry: tar.Entry) -> None:
+        fd = self._root.open_pseudo_links()
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(base, dir_fd=fd)
+            self._file(fd, base, entry, fresh=False)
+        finally:
+            os.close(fd)
 
     def _change_root(self, entry: tar.Entry) -> None:
         if entry.kind is tar.LINK and not parts_of(entry.link):

@@ -126,6 +126,7 @@ def patched(data: bytes, at: int, text: bytes) -> bytes:
 
 ONE = archive(item("file", b"content"))
 CAT = "cat file"
+PSEUDO = ".wh..wh.plnk/1.2"
 
 CASES = (
     FieldCase(
@@ -244,6 +245,54 @@ CASES = (
         "content",
         REFUSED,
         "moby/moby#47962",
+    ),
+    FieldCase(
+        8,
+        "A header of ustar without a version, with a directory in its prefix",
+        layer(patched(patched(ONE, 263, b"\0\0"), 345, b"d"), "cat d/file"),
+        "content",
+        "content",
+    ),
+    FieldCase(
+        8,
+        "Hard links to the pseudo-links of AUFS",
+        layer(
+            archive(item(PSEUDO, b"content"), hardlink("a", PSEUDO), hardlink("b", PSEUDO)),
+            "cat b; ls -A / | grep wh; true",
+        ),
+        "content",
+        "content.wh..wh.plnk",
+        "moby/moby#3884",
+    ),
+    FieldCase(
+        8,
+        "A time that no kernel can keep",
+        layer(archive(item("file", b"1", pax_headers={"mtime": "9223372036854775807"})), "stat -c %Y file"),
+        "0",
+        "0",
+    ),
+    FieldCase(
+        8,
+        "A time before 1970",
+        layer(archive(item("file", b"1", pax_headers={"mtime": "-17"})), "stat -c %Y file"),
+        "-17",
+        "0",
+    ),
+    FieldCase(
+        8,
+        "A whiteout of what the same layer has",
+        layer(archive(item("d/file", b"content"), item("d/.wh.file")), "cat d/file", {"d/file": b"old"}),
+        "content",
+        REFUSED,
+    ),
+    FieldCase(
+        14,
+        "The mode of the root in a layer",
+        layer(archive(directory("./", 0o700)), "stat -c %a /"),
+        "700",
+        "755",
+        "moby/moby#41261, containers/storage#743",
+        differs="The owner, mode and time of `/` in a layer",
     ),
     FieldCase(
         14,

@@ -240,6 +240,10 @@ HARMLESS = {
     "a whiteout of a symlink": ([symlink("s", "@outside"), item(".wh.s")], {}),
     "a hard link to a symlink": ([symlink("s", "@outside/canary"), hardlink("h", "s"), item("f", b"1")], {"f": b"1"}),
     "reserved names of AUFS": ([directory(".wh..wh.plnk"), item(".wh..wh.plnk/1.2"), item("f", b"1")], {"f": b"1"}),
+    "a pseudo-link of AUFS twice": (
+        [item(".wh..wh.plnk/1.2", b"old"), item(".wh..wh.plnk/1.2", b"new"), hardlink("f", ".wh..wh.plnk/1.2")],
+        {"f": b"new"},
+    ),
 }  # fmt: skip
 
 
@@ -255,6 +259,7 @@ async def test_what_stays_inside_is_accepted(snapshotter: Snapshotter, disk: str
             with open(f"{root}/{path.replace('@outside', outside(disk))}", "rb") as file:
                 assert file.read() == content
         assert not os.path.exists(f"{root}/.wh..wh.plnk")
+        assert not os.path.exists(f"{root}/../pseudo-links")
     assert_untouched(disk)
 
 
