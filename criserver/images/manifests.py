@@ -74,9 +74,9 @@ class OtherPlatformError(NotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A blob by type, digest and size in bytes; ``platform`` is only in the entries of an index.
+    """A blob by type, digest and size in bytes; ``platform`` and ``artifact_type`` are only in the entries of an index.
 
-    The type is in lower case.
+    The types are in lower case.
     """
 
     media_type: str
@@ -84,6 +84,7 @@ class Descriptor:
     size: int
     platform: Platform | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +225,18 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
 def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     """The manifest for ``platform``: the newest variant that it can run, and the first of equals.
 
-    An entry without a platform comes after those with one; its caller checks the configuration's platform. Raises
-    OtherPlatformError with the platforms that there are, InvalidArgumentError if the digest of the chosen one is none.
+    An entry without a platform comes after those with one; its caller checks the configuration's platform. An artifact
+    comes after all images, as it may be for a platform too. Raises OtherPlatformError with the platforms that there
+    are, InvalidArgumentError if the digest of the chosen one is none.
     """
     best: Descriptor | None = None
-    best_rank = -1
+    best_rank = (False, -1)
     for entry in index.manifests:
         if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or is_attestation(entry):
             continue
-        found = 0 if entry.platform is None else rank(entry.platform, platform)
-        if found > best_rank:
+        suits = 0 if entry.platform is None else rank(entry.platform, platform)
+        found = (entry.artifact_type in _CONFIGS, suits)
+        if suits >= 0 and found > best_rank:
             best, best_rank = entry, found
     if best is None:
         others = sorted({str(e.platform) for e in index.manifests if e.platform and e.platform.os != "unknown"})
@@ -272,6 +275,7 @@ def _descriptor(found: Mapping[str, Any]) -> Descriptor:
         int(found.get("size", 0)),
         _platform(found["platform"]) if "platform" in found else None,
         found.get("annotations", {}),
+        _media_type(found.get("artifactType")),
     )
 
 

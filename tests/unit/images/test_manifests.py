@@ -478,6 +478,19 @@ def test_choosing_passes_over_attestations_and_other_types() -> None:
     assert choose(index, AMD64, "i").digest == C
 
 
+def test_choosing_takes_an_image_before_an_artifact() -> None:
+    """As of an index that a client of artifacts has added an SBOM to, with a platform or without."""
+    platform = {"os": "linux", "architecture": "amd64"}
+    sbom = described(OCI_MANIFEST, platform=platform, artifactType="application/spdx+json")
+    for image in (described(OCI_MANIFEST, B), described(OCI_MANIFEST, B, artifactType=OCI_CONFIG)):
+        found = parse(index(sbom, image))
+        assert isinstance(found, Index)
+        assert choose(found, AMD64, "i").digest == B
+    alone = parse(index(sbom, described(OCI_MANIFEST, B, platform={"os": "linux", "architecture": "s390x"})))
+    assert isinstance(alone, Index)
+    assert choose(alone, AMD64, "i").digest == A, "its manifest says what it is"
+
+
 def test_choosing_where_nothing_fits() -> None:
     index = Index((entry("linux/arm64/v8"), entry("linux/s390x"), entry("unknown/unknown")))
     with pytest.raises(NotFoundError, match=r"i has no image for linux/amd64; it has linux/arm64/v8, linux/s390x$"):
