@@ -12,14 +12,13 @@ from yarl import URL
 from criserver.errors import UnavailableError
 from criserver.images.auth import Authorizer
 from criserver.images.hosts import RegistryHost
+from criserver.images.redirects import MAX_REDIRECTS, is_redirect, redirected
 from criserver.images.registry_errors import refusal
 from criserver.images.transport import Transport
 
-_MAX_REDIRECTS = 10
 # To the 401s of a server: the first says what the server wants, the second may be for a token that has expired.
 _MAX_ANSWERS = 2
 _SUCCESS = frozenset({200, 201, 202, 203, 206})
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 class Exchange:
@@ -65,13 +64,13 @@ class Exchange:
                 if response.status in _SUCCESS:
                     yield response
                     return
-                if response.status in _REDIRECTS and "Location" in response.headers:
+                if is_redirect(response):
                     redirects += 1
-                    if redirects > _MAX_REDIRECTS:
+                    if redirects > MAX_REDIRECTS:
                         raise UnavailableError(
-                            f"{path}: {response.status} after {_MAX_REDIRECTS} redirects; no more are followed"
+                            f"{path}: {response.status} after {MAX_REDIRECTS} redirects; no more are followed"
                         )
-                    url = _redirected(url, response, trusted)
+                    url = redirected(url, response, trusted=trusted)
                     continue
                 if response.status != 401 or answers[server] >= _MAX_ANSWERS:
                     raise await refusal(response, path, server)
@@ -91,11 +90,3 @@ def _identity(host: RegistryHost, authorization: str) -> list[tuple[str, str]]:
     if not authorization:
         return list(host.headers)
     return [*(h for h in host.headers if h[0].lower() != "authorization"), ("Authorization", authorization)]
-
-
-def _redirected(url: URL, response: aiohttp.ClientResponse, trusted: bool) -> URL:
-    # The URL is taken as encoded already: a signed URL must not change.
-    target = url.join(URL(response.headers.get("Location", ""), encoded=True))
-    if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
-        raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
-    return target

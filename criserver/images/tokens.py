@@ -13,14 +13,18 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import aiohttp
 from yarl import URL
 
 from criserver.errors import UnauthenticatedError, UnavailableError
 from criserver.images.credentials import Credentials
+from criserver.images.go_json import folded
 from criserver.images.hosts import RegistryHost
+from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_same_server, redirected
 from criserver.images.retries import TryAgainError, retry_after
 from criserver.images.transport import Transport, read_bounded
 
+_ACCEPT = ("Accept", "application/json")
 _IDLE = 30.0
 _MAX_ANSWER = 1 << 20
 _MAX_REALM = 2048
@@ -93,7 +97,9 @@ def _items(header: str) -> Iterable[re.Match[str]]:
 def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -> TokenRequest:
     """The token that a host's bearer challenge asks for, with ``scopes`` beside the challenge's.
 
-    Raises UnauthenticatedError for a realm that is no URL of a server, or that is plain HTTP if the host has TLS.
+    A realm of plain HTTP is asked over HTTPS if the host has TLS: a registry behind a proxy often does not know that
+    its clients use TLS. Raises UnauthenticatedError for a realm that is no URL of a server, or that has another port
+    for plain HTTP.
     """
     text = challenge.parameters.get("realm", "")
     try:
@@ -104,10 +110,13 @@ def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -
     if not valid:
         raise UnauthenticatedError(f"wants a token from {text[:_MAX_REALM]!r}, which is no URL of a server")
     if realm.scheme == "http" and not host.url.startswith("http:"):
-        raise UnauthenticatedError(
-            f"wants a token from {text!r}, over plain HTTP, though it is asked over TLS itself: correct the realm in "
-            "the registry's configuration"
-        )
+        secure = (realm.with_port(None) if realm.is_default_port() else realm).with_scheme("https")
+        if not secure.is_default_port() and secure.authority != host.authority:
+            raise UnauthenticatedError(
+                f"wants a token from {text!r}, over plain HTTP, though it is asked over TLS itself: correct the realm "
+                "in the registry's configuration"
+            )
+        realm = secure
     asked = challenge.parameters.get("scope", "").split()[:_MAX_SCOPES]
     return TokenRequest(realm, challenge.parameters.get("service", ""), tuple(sorted({*scopes, *asked})))
 
@@ -117,11 +126,38 @@ async def fetch_token(
 ) -> Token:
     """Ask for a token, with ``credentials`` or anonymously.
 
-    Raises UnauthenticatedError if the server refuses it, TryAgainError, UnavailableError.
+    A redirect is followed, with the credentials as long as it stays at one server, and then without them. Raises
+    UnauthenticatedError if the server refuses the token or redirects an identity token to another server,
+    TryAgainError, UnavailableError.
     """
     began = time.monotonic()
-    what = f"token from {wanted.realm.origin()}"
-    url, headers, form = wanted.realm, [("Accept", "application/json")], None
+    url, headers, form = _request(host, wanted, credentials)
+    identified = True
+    for _ in range(MAX_REDIRECTS + 1):
+        what = f"token from {url.origin()}"
+        async with transport.send(
+            host, url, headers, what, identified=identified, idle=_IDLE, total=2 * _IDLE, form=form
+        ) as response:
+            if not is_redirect(response):
+                _check(response, what, host, credentials if identified else None)
+                return _token(await read_bounded(response, _MAX_ANSWER, what), began, what)
+            target = redirected(url, response, trusted=True)
+        if not is_same_server(url, target):
+            if form is not None:
+                raise UnauthenticatedError(
+                    f"{what}: {response.status} redirects to {target.origin()}, which must not get the identity token: "
+                    "correct the realm in the registry's configuration"
+                )
+            headers, identified = [_ACCEPT], False
+        url = target
+    raise UnavailableError(f"{what}: more than {MAX_REDIRECTS} redirects")
+
+
+def _request(
+    host: RegistryHost, wanted: TokenRequest, credentials: Credentials | None
+) -> tuple[URL, list[tuple[str, str]], Mapping[str, str] | None]:
+    """The URL, the headers and the form of a request for a token; no form for a GET."""
+    headers = [_ACCEPT]
     if wanted.realm.origin() == URL(host.url).origin():
         headers += host.headers
     if credentials is not None and credentials.identity_token:
@@ -132,35 +168,34 @@ async def fetch_token(
             "service": wanted.service,
             "scope": " ".join(wanted.scopes),
         }
-    else:
-        query = [("service", wanted.service)] if wanted.service else []
-        url = url.extend_query([*query, *(("scope", scope) for scope in wanted.scopes)])
-        if credentials is not None and credentials.username:
-            # They replace the operator's own, as in requests to the registry.
-            headers = [header for header in headers if header[0].lower() != "authorization"]
-            headers.append(("Authorization", credentials.basic))
-    async with transport.send(
-        host, url, headers, what, identified=True, idle=_IDLE, total=2 * _IDLE, form=form
-    ) as response:
-        answer = f"{what}: {response.status} {response.reason or ''}".rstrip()
-        match response.status:
-            case status if 200 <= status < 300:
-                body = await read_bounded(response, _MAX_ANSWER, what)
-            case 400 | 401 | 403:
-                known = (
-                    "the server refuses the credentials"
-                    if credentials
-                    else "the server gives no token without credentials"
-                )
-                if host.anonymous:
-                    known += f", and {host.url}, which is asked after a redirect, must get none of ours"
-                    raise UnauthenticatedError(f"{answer}; {known}")
-                raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
-            case 408 | 429 | 500 | 502 | 503 | 504:
-                raise TryAgainError(answer, retry_after(response.headers))
-            case _:
-                raise UnavailableError(answer)
-    return _token(body, began, what)
+        return wanted.realm, headers, form
+    query = [("service", wanted.service)] if wanted.service else []
+    url = wanted.realm.extend_query([*query, *(("scope", scope) for scope in wanted.scopes)])
+    if credentials is not None and credentials.username:
+        # They replace the operator's own, as in requests to the registry.
+        headers = [header for header in headers if header[0].lower() != "authorization"]
+        headers.append(("Authorization", credentials.basic))
+    return url, headers, None
+
+
+def _check(response: aiohttp.ClientResponse, what: str, host: RegistryHost, credentials: Credentials | None) -> None:
+    """Raise an error if the server gives no token; ``credentials`` are those that it got."""
+    answer = f"{what}: {response.status} {response.reason or ''}".rstrip()
+    match response.status:
+        case status if 200 <= status < 300:
+            return
+        case 400 | 401 | 403:
+            known = (
+                "the server refuses the credentials" if credentials else "the server gives no token without credentials"
+            )
+            if host.anonymous:
+                known += f", and {host.url}, which is asked after a redirect, must get none of ours"
+                raise UnauthenticatedError(f"{answer}; {known}")
+            raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
+        case 408 | 429 | 500 | 502 | 503 | 504:
+            raise TryAgainError(answer, retry_after(response.headers))
+        case _:
+            raise UnavailableError(answer)
 
 
 def _token(body: bytes, began: float, what: str) -> Token:
@@ -170,6 +205,7 @@ def _token(body: bytes, began: float, what: str) -> Token:
         document = None
     if not isinstance(document, dict):
         raise UnavailableError(f"{what}: the answer is no JSON object")
+    document = {folded(name): value for name, value in document.items()}
     text = document.get("token") or document.get("access_token")
     if not isinstance(text, str) or not _TOKEN.fullmatch(text):
         raise UnavailableError(f"{what}: the answer has no token")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 
-from tests.field import archives, configurations, kubelets, pods, registries
+from tests.field import archives, configurations, kubelets, pods, registries, tokens
 from tests.support.field import FieldCase
 
 CASES: tuple[FieldCase, ...] = tuple(
     sorted(
-        (*configurations.CASES, *registries.CASES, *archives.CASES, *pods.CASES, *kubelets.CASES),
+        (
+            *configurations.CASES,
+            *registries.CASES,
+            *tokens.CASES,
+            *archives.CASES,
+            *pods.CASES,
+            *kubelets.CASES,
+        ),
         key=lambda case: case.item,
     )
 )

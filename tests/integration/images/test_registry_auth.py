@@ -291,6 +291,7 @@ async def test_a_busy_authorisation_server_is_asked_again(gate: Gate, rooms: Roo
         (lambda: web.json_response({"token": "a" * 100_000}), UnavailableError, "has no token"),
         (lambda: web.Response(body=b" " * (2 << 20)), InvalidArgumentError, "is larger than 1048576 bytes"),
         (lambda: web.Response(status=404), UnavailableError, "404"),
+        (lambda: web.Response(status=307), UnavailableError, "307"),
         (lambda: web.Response(status=403), UnauthenticatedError, "403"),
         (lambda: web.Response(status=500), UnavailableError, "500"),
     ],
@@ -305,17 +306,65 @@ async def test_answers_that_are_no_token(
     await refused(rooms, f"{gate.server.address}/app:1", error, f"token from {gate.realm[:-6]}", words)
 
 
-async def test_an_authorisation_server_that_redirects_is_not_followed(
+async def test_the_fields_of_a_tokens_answer_have_no_case(gate: Gate, rooms: Rooms, image: BuiltImage) -> None:
+    async def issue(request: web.Request) -> web.Response:
+        gate.tokens.append("one")
+        return web.json_response({"Token": "one", "Expires_In": 300})
+
+    gate.issue = issue
+    assert (await rooms.images.pull(f"{gate.server.address}/app:1")).id == image.id
+
+
+async def test_an_authorisation_server_that_redirects_at_home_gets_the_credentials(
     gate: Gate, rooms: Rooms, image: BuiltImage
 ) -> None:
-    async with Server(image).running() as elsewhere:
+    issue = gate.issue
+    asked: list[web.Request] = []
+
+    async def moved(request: web.Request) -> web.Response:
+        asked.append(request)
+        if request.path == "/token":
+            return web.Response(status=301, headers={"Location": f"/new/token?{request.query_string}"})
+        return await issue(request)
+
+    gate.issue = moved
+    await rooms.images.pull(f"{gate.server.address}/app:1", ME)
+    assert [request.path for request in asked] == ["/token", "/new/token"]
+    assert asked[0].query == asked[1].query
+    assert asked[0].headers["Authorization"] == asked[1].headers["Authorization"] == ME.basic
+
+
+async def test_an_authorisation_server_that_redirects_to_another_gives_it_no_credentials(
+    gate: Gate, rooms: Rooms, image: BuiltImage
+) -> None:
+    asked: list[web.Request] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        asked.append(request)
+        return web.json_response({"token": gate.tokens[-1]})
+
+    async with serving(elsewhere) as address:
 
         async def issue(request: web.Request) -> web.Response:
-            return web.Response(status=307, headers={"Location": f"http://{elsewhere.address}/token"})
+            gate.tokens.append("anonymous")
+            return web.Response(status=307, headers={"Location": f"http://{address}/token"})
 
         gate.issue = issue
-        await refused(rooms, f"{gate.server.address}/app:1", UnavailableError, "307", credentials=ME)
-        assert elsewhere.requests == []
+        name = f"{gate.server.address}/app:1"
+        await rooms.images.pull(name, ME)
+        assert [request.headers.get("Authorization") for request in asked] == [None]
+        await rooms.images.remove(name)
+        identity = Credentials(identity_token="identity")
+        await refused(rooms, name, UnauthenticatedError, "307", address, "identity token", credentials=identity)
+        assert len(asked) == 1
+
+
+async def test_an_authorisation_server_that_redirects_without_end(gate: Gate, rooms: Rooms) -> None:
+    async def issue(request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": "/token"})
+
+    gate.issue = issue
+    await refused(rooms, f"{gate.server.address}/app:1", UnavailableError, "more than 10 redirects")
 
 
 async def test_nobody_at_the_authorisation_server(gate: Gate, rooms: Rooms) -> None:
@@ -339,6 +388,23 @@ async def test_credentials_do_not_go_from_tls_to_plain_http(rooms: Rooms, image:
         rooms.configure(address, f'server = "https://{address}"\nskip_verify = true')
         await refused(rooms, f"{address}/app:1", UnauthenticatedError, "over plain HTTP", credentials=ME)
     assert issued == []
+
+
+async def test_a_registry_that_does_not_know_of_its_tls(rooms: Rooms, image: BuiltImage, tmp_path: Path) -> None:
+    """As behind a proxy: it gives its own address for tokens, with the wrong scheme."""
+    certificate = Authority(str(tmp_path)).issue("server")
+    found = Gate(Server(image))
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.path == "/token":
+            assert request.headers["Authorization"] == ME.basic
+            return await found.issue(request)
+        return await found.check(request)
+
+    async with serving(handle, certificate.server_context()) as address:
+        found.realm = f"http://{address}/token"
+        rooms.configure(address, f'server = "https://{address}"\nskip_verify = true')
+        assert (await rooms.images.pull(f"{address}/app:1", ME)).id == image.id
 
 
 async def test_basic_authentication(server: Server, rooms: Rooms, image: BuiltImage) -> None:

@@ -96,6 +96,9 @@ TAKEN: dict[str, Respond] = {
     "a wrong length beside chunks": lambda body, kind: response(
         chunked(body), kind, "Content-Length: 3", "Transfer-Encoding: Chunked"
     ),
+    "space before a colon": lambda body, kind: sized(body, kind, "X-Old : y"),
+    "space before the colon of the length": lambda body, kind: response(body, kind, f"Content-Length\t : {len(body)}"),
+    "more than the length": lambda body, kind: sized(body, kind) + b"\r\n<html>",
     "an early hint": lambda body, kind: b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n" + sized(body, kind),
     "five early hints": lambda body, kind: b"HTTP/1.1 103 Early Hints\r\n\r\n" * 5 + sized(body, kind),
     "an early hint and the length twice": lambda body, kind: (
@@ -194,6 +197,28 @@ async def test_ten_redirects_are_followed(rooms: Rooms, image: BuiltImage, count
         def redirect(path: str, _: str) -> bytes | None:
             at = int(path.partition("?n=")[2] or 0)
             return sized(b"", "text/plain", f"Location: ?n={at + 1}", status="307 No") if at < count else None
+
+        server.special = redirect
+        rooms.configure(server.address, f'server = "http://{server.address}"')
+        assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("/a b/data?x=a b", "/a%20b/data?x=a%20b"),
+        ("/\u00fc/data?sig=a%2Fb%3D&x=y+z|", "/%C3%BC/data?sig=a%2Fb%3D&x=y+z|"),
+    ],
+)
+async def test_a_redirect_to_what_is_no_url(rooms: Rooms, image: BuiltImage, location: str, asked: str) -> None:
+    async with RawServer(image, sized).running() as server:
+        layer = image.manifest["layers"][0]["digest"]
+
+        def redirect(path: str, _: str) -> bytes | None:
+            if path == asked:
+                return sized(image.blobs[layer], "application/octet-stream")
+            wanted = path.endswith(layer)
+            return sized(b"", "text/plain", f"Location: {location}", status="307 No") if wanted else None
 
         server.special = redirect
         rooms.configure(server.address, f'server = "http://{server.address}"')

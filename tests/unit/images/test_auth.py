@@ -150,8 +150,8 @@ def test_secrets_are_not_shown() -> None:
         (OWN, "https://user:pass@a.example/", "no URL"),
         (OWN, "https://a.example/" + "a" * 3000, "no URL"),
         (OWN, "http://[::", "no URL"),
-        (OWN, "http://a.example/token", "over plain HTTP"),
-        (OWN, "http://169.254.169.254/latest", "over plain HTTP"),
+        (OWN, "http://a.example:8080/token", "over plain HTTP"),
+        (OWN, "http://169.254.169.254:81/latest", "over plain HTTP"),
     ],
 )
 def test_authorisation_servers_that_nobody_is_sent_to(host: RegistryHost, realm: str | None, words: str) -> None:
@@ -166,6 +166,18 @@ def test_what_a_challenge_asks_for() -> None:
     assert wanted_by(challenge, plain, ["b", "d"]) == TokenRequest(URL("http://a/t?x=1"), "s", ("a", "b", "c", "d"))
     endless = Challenge("bearer", {"realm": "https://a/t", "scope": " ".join(map(str, range(10_000)))})
     assert len(wanted_by(endless, OWN, []).scopes) == 20
+
+
+@pytest.mark.parametrize(
+    ("realm", "asked"),
+    [
+        ("http://a.example/token?x=1", "https://a.example/token?x=1"),
+        ("http://a.example:80/token", "https://a.example/token"),
+        ("http://r.example:5000/token", "https://r.example:5000/token"),
+    ],
+)
+def test_a_realm_of_plain_http_is_asked_over_tls(realm: str, asked: str) -> None:
+    assert wanted_by(Challenge("bearer", {"realm": realm}), OWN, []).realm == URL(asked)
 
 
 class Tokens:
