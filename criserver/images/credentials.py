@@ -139,6 +139,8 @@ def _table(where: str, document: Mapping[str, Any], name: str) -> Mapping[str, A
 
 def _entry(file: str, server: str, entry: Any) -> Credentials:
     where = f"{file}: auths.{server!r}"
+    if entry is None:
+        return Credentials()  # Go reads null as a table without fields
     if not isinstance(entry, dict):
         raise FailedPreconditionError(f"{where} is no JSON object")
     values = {key: entry.get(key) or "" for key in ("auth", "username", "password", "identitytoken", "registrytoken")}

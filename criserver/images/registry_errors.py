@@ -16,7 +16,7 @@ from criserver.errors import (
     UnavailableError,
 )
 from criserver.images.hosts import RegistryHost
-from criserver.images.retries import TryAgainError, retry_after
+from criserver.images.retries import TEMPORARY, TryAgainError, retry_after
 from criserver.images.transport import read_bounded
 from criserver.text import shown
 
@@ -46,7 +46,7 @@ async def refusal(response: aiohttp.ClientResponse, path: str, server: RegistryH
             return NotFoundError(answer)
         case 416:
             return DataLossError(f"{answer}: the host's blob is shorter than what was received already")
-        case 408 | 429 | 500 | 502 | 503 | 504:
+        case status if status in TEMPORARY:
             after = retry_after(response.headers)
             asks = f"; the server asks to wait {after:.0f} s" if after else ""
             return TryAgainError(f"{answer}{asks}", after)

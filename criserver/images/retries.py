@@ -14,6 +14,8 @@ from email.utils import parsedate_to_datetime
 
 from criserver.errors import UnavailableError
 
+# Statuses of failures that may be over soon; Cloudflare's are above 510, and say that it does not reach the registry.
+TEMPORARY = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 MAX_WAIT = 30.0  # seconds: the longest Retry-After of a server that a pull waits for
 
 _ATTEMPTS = 5

@@ -21,7 +21,7 @@ from criserver.images.credentials import Credentials
 from criserver.images.go_json import folded
 from criserver.images.hosts import RegistryHost
 from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_same_server, redirected
-from criserver.images.retries import TryAgainError, retry_after
+from criserver.images.retries import TEMPORARY, TryAgainError, retry_after
 from criserver.images.transport import Transport, read_bounded
 
 _ACCEPT = ("Accept", "application/json")
@@ -192,7 +192,7 @@ def _check(response: aiohttp.ClientResponse, what: str, host: RegistryHost, cred
                 known += f", and {host.url}, which is asked after a redirect, must get none of ours"
                 raise UnauthenticatedError(f"{answer}; {known}")
             raise UnauthenticatedError(f"{answer}; {known}: check the pull secret")
-        case 408 | 429 | 500 | 502 | 503 | 504:
+        case status if status in TEMPORARY:
             raise TryAgainError(answer, retry_after(response.headers))
         case _:
             raise UnavailableError(answer)

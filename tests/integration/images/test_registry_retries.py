@@ -286,7 +286,7 @@ async def test_a_slow_server_may_take_its_time(server: Server, rooms: Rooms, ima
     assert len(server.asked(digest)) == 1
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 522])
 @pytest.mark.parametrize("what", ["manifest", "layer"])
 async def test_a_busy_registry_is_asked_again(
     server: Server, rooms: Rooms, image: BuiltImage, status: int, what: str

@@ -46,9 +46,10 @@ def load(tmp_path: Path) -> Load:
         ({"auth": auth("0000:"), "identitytoken": "i"}, Credentials("0000", "", identity_token="i")),
         ({"registrytoken": "r"}, Credentials(registry_token="r")),
         ({}, None),
+        (None, None),
     ],
 )
-def test_entries(load: Load, entry: dict[str, str], credentials: Credentials | None) -> None:
+def test_entries(load: Load, entry: dict[str, str] | None, credentials: Credentials | None) -> None:
     assert load({"auths": {"r.example": entry}}).find("r.example", "app") == credentials
 
 
