@@ -66,7 +66,7 @@ def _docker_entry(export: Export) -> dict[str, Any]:
     return {
         "Config": _place(export.manifest.config.digest),
         "RepoTags": [name for name in export.names if "@" not in name],
-        "Layers": [_place(layer.digest) for layer in export.manifest.layers],
+        "Layers": [_place(layer.digest) for layer in export.manifest.files],
     }
 
 

@@ -308,7 +308,8 @@ class ImageStore:
         body = self._content.read(manifest.config.digest, MAX_CONFIG)
         configuration = parse_config(body, f"configuration {manifest.config.digest}")
         layers = layers_with_diff_ids(manifest, configuration)
-        for blob in (manifest.config, *(layer for layer, _ in layers)):
+        needed = (manifest.config, *(layer for layer, _ in layers), *manifest.others)
+        for blob in needed:
             if self._content.size(blob.digest) != blob.size:
                 raise DataLossError(f"blob {blob.digest} is missing or not of {blob.size} bytes")
         chain = chain_ids([diff_id for _, diff_id in layers])
@@ -326,7 +327,7 @@ class ImageStore:
             manifest=descriptor.digest,
             pinned=pinned,
         )
-        blobs = (descriptor.digest, manifest.config.digest, *(layer.digest for layer, _ in layers))
+        blobs = (descriptor.digest, *(blob.digest for blob in needed))
         return _Entry(image, pinned, descriptor, frozenset(blobs), frozenset(chain))
 
     def _manifest(self, descriptor: Descriptor) -> Manifest:

@@ -96,10 +96,23 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The configuration and the layers of one image, the lowest layer first."""
+    """The configuration and the layers of one image, the lowest layer first.
+
+    ``layers`` are all entries of that field. Some builders put other blobs there too, beside the layers of files.
+    """
 
     config: Descriptor
     layers: tuple[Descriptor, ...]
+
+    @property
+    def files(self) -> tuple[Descriptor, ...]:
+        """The layers of files."""
+        return tuple(layer for layer in self.layers if _compression(layer) is not None)
+
+    @property
+    def others(self) -> tuple[Descriptor, ...]:
+        """The blobs that are no layers of files. They are kept for exports, and nothing else is done with them."""
+        return tuple(layer for layer in self.layers if _compression(layer) is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +197,31 @@ def parse_config(body: bytes, what: str) -> Configuration:
 
 
 def check_layers(manifest: Manifest, configuration: Configuration, what: str) -> None:
-    """Raise an error if manifest and configuration disagree, or if a layer has an unsupported type."""
-    if len(manifest.layers) != len(configuration.diff_ids):
-        raise InvalidArgumentError(
-            f"{what} has {len(manifest.layers)} layers, and its configuration {len(configuration.diff_ids)}"
-        )
+    """Raise an error if manifest and configuration disagree, or if a layer has an unsupported type.
+
+    Blobs that are no layers of files are allowed if the configuration has the layers of files alone. An artifact has
+    no such layer.
+    """
+    wanted = len(configuration.diff_ids)
+    if wanted and len(manifest.files) == wanted:
+        return
+    if len(manifest.layers) != wanted:
+        raise InvalidArgumentError(f"{what} has {len(manifest.layers)} layers, and its configuration {wanted}")
     for layer in manifest.layers:
         compression(layer, what)
 
 
 def compression(layer: Descriptor, what: str) -> Compression:
     """The compression of a layer by its media type. Raises UnimplementedError."""
-    found = _COMPRESSIONS.get(_FOREIGN.get(layer.media_type, layer.media_type))
+    found = _compression(layer)
     if found is None:
         kind = shown(layer.media_type) or "no type"
         raise UnimplementedError(f"{what}: layer {layer.digest} has the type {kind}, which is no layer of files")
     return found
+
+
+def _compression(layer: Descriptor) -> Compression | None:
+    return _COMPRESSIONS.get(_FOREIGN.get(layer.media_type, layer.media_type))
 
 
 def is_foreign(layer: Descriptor) -> bool:
@@ -209,7 +231,7 @@ def is_foreign(layer: Descriptor) -> bool:
 
 def layers_with_diff_ids(manifest: Manifest, configuration: Configuration) -> tuple[tuple[Descriptor, str], ...]:
     """What is unpacked for an image, the lowest layer first: :data:`EMPTY_LAYER` for an image without layers."""
-    found = tuple(zip(manifest.layers, configuration.diff_ids, strict=True))
+    found = tuple(zip(manifest.files, configuration.diff_ids, strict=True))
     return found or ((EMPTY_LAYER, EMPTY_LAYER.digest),)
 
 

@@ -148,14 +148,15 @@ class Loader:
             )
         layers = layers_with_diff_ids(manifest, configuration)
         chain = chain_ids([diff_id for _, diff_id in layers])
-        lease.blobs.update(layer.digest for layer, _ in layers)
+        lease.blobs.update(blob.digest for blob in (*(layer for layer, _ in layers), *manifest.others))
         lease.layers.update(chain)
         lease.plan = tuple((layer, chain_id) for (layer, _), chain_id in zip(layers, chain, strict=True))
         slots = asyncio.Semaphore(_DOWNLOADS)
-        await _all(
+        work = [
             self._layer(source, layer, diff_id, chain_id, parent, slots)
             for (layer, diff_id), chain_id, parent in zip(layers, chain, (None, *chain), strict=False)
-        )
+        ]
+        await _all([*work, *(self._other(source, blob, slots) for blob in manifest.others)])
         return descriptor
 
     async def _manifest(self, source: BlobSource, target: Descriptor, lease: Lease) -> tuple[Descriptor, Manifest]:
@@ -225,6 +226,11 @@ class Loader:
         except SnapshotError as e:
             raise worker_fault(e)(f"{source.name}: layer {layer.digest} cannot be unpacked: {e}") from e
         families.LAYERS_UNPACKED.add(is_new)
+
+    async def _other(self, source: BlobSource, blob: Descriptor, slots: asyncio.Semaphore) -> None:
+        """Bring a blob that is no layer of files."""
+        async with slots:
+            await self._fetch(source, blob)
 
     async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
         async with self._alone(source.origin, descriptor.digest):

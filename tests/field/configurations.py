@@ -13,6 +13,7 @@ from tests.support.imagebuilder import BuiltImage, add_blob, build_image, build_
 
 NOWHERE = ["http://127.0.0.1:1/"]
 NONDISTRIBUTABLE = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+SBOM = "application/spdx+json"
 FOREIGN = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 HERE = {"os": "linux", "architecture": host_platform().architecture}
 OTHER = Platform("linux", "s390x")
@@ -64,6 +65,28 @@ def retyped(kind: str, **more: Any) -> Any:
         return field.runs(rebuilt(built, {}, {"layers": [{**base, "mediaType": kind, **more}, *others]}))
 
     return run
+
+
+def beside_the_layers(field: Field) -> str:
+    """A manifest that has another blob among its layers."""
+    built = busybox_image()
+    blobs = dict(built.blobs)
+    other = add_blob(blobs, "application/vnd.example", b"{}")
+    image = rebuilt(replace(built, blobs=blobs), {}, {"layers": [*built.manifest["layers"], other]})
+    return field.runs(image)
+
+
+def with_an_sbom(field: Field) -> str:
+    """An index that has an artifact for this platform before its image."""
+    built = busybox_image()
+    blobs = dict(built.blobs)
+    config = add_blob(blobs, "application/vnd.oci.empty.v1+json", b"{}")
+    body = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": SBOM, "config": config, "layers": []}
+    artifact = {**add_blob(blobs, OCI_MANIFEST, json.dumps(body).encode()), "artifactType": SBOM, "platform": HERE}
+    image = {**built.descriptor, "platform": HERE}
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [artifact, image]}
+    top = add_blob(blobs, OCI_INDEX, json.dumps(document).encode())
+    return field.runs(replace(built, blobs=blobs, descriptor=top))
 
 
 def without_layers(field: Field) -> str:
@@ -192,5 +215,14 @@ CASES = (
     ),
     FieldCase(3, "A nondistributable layer whose blob the registry has", retyped(NONDISTRIBUTABLE), "runs", "runs"),
     FieldCase(3, "A layer with Docker's media type in an OCI manifest", retyped(DOCKER_LAYER_GZIP), "runs", "runs"),
+    FieldCase(3, "A blob that is no layer of files, beside the layers", beside_the_layers, "runs", "runs"),
+    FieldCase(
+        3,
+        "An index with an SBOM for this platform before the image",
+        with_an_sbom,
+        "runs",
+        REFUSED,
+        "bazel-contrib/rules_img#742",
+    ),
     FieldCase(3, "An image without layers: pull and create", without_layers, "created", "created"),
 )

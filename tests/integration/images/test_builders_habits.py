@@ -126,6 +126,28 @@ async def test_a_foreign_layer_that_the_registry_has(server: Server, rooms: Room
     assert rooms.leftovers() == []
 
 
+async def test_a_blob_beside_the_layers_of_files(server: Server, rooms: Rooms, tmp_path: Path) -> None:
+    """It is kept for exports, as the manifest names it."""
+    built = build_image([{"a": b"1"}])
+    blobs = dict(built.blobs)
+    beside = add_blob(blobs, "application/vnd.example", b"something else")
+    server.image = rebuilt(replace(built, blobs=blobs), layers=[beside, *built.manifest["layers"]])
+    name = f"{server.address}/app:1"
+    found = await rooms.images.pull(name)
+    assert rooms.read(found, "a") == b"1"
+    again = Rooms(rooms.root)
+    assert again.images.list() == [found]
+    again.close()
+    (tmp_path / "a.tar").write_bytes(b"".join([piece async for piece in rooms.images.export([name])]))
+    await rooms.images.remove(name)
+    assert not [left for left in rooms.leftovers() if left != "a.tar"]
+    assert await rooms.images.import_archive(str(tmp_path / "a.tar")) == [found]
+    await rooms.images.remove(name)
+    server.answers[beside["digest"]] = lambda _: web.Response(status=404)
+    with pytest.raises(NotFoundError, match=beside["digest"]):
+        await rooms.images.pull(name)
+
+
 @pytest.fixture
 async def empty(server: Server, rooms: Rooms) -> AsyncIterator[str]:
     """The name of an image without layers that was pulled."""

@@ -415,6 +415,23 @@ def test_layers_that_are_refused(media_type: str, message: str) -> None:
         compression(Descriptor(media_type, A, 1), "m")
 
 
+def test_blobs_beside_the_layers_of_files() -> None:
+    """The configuration says how many layers there are. An artifact has no layer of files."""
+    layers = [described("application/vnd.example", A), described(OCI_LAYER, B), described("", C)]
+    found = parse(manifest(layers=layers))
+    assert isinstance(found, Manifest)
+    one = parse_config(json.dumps(config()).encode(), "c")
+    check_layers(found, one, "m")
+    assert [(layer.digest, diff_id) for layer, diff_id in layers_with_diff_ids(found, one)] == [(B, A)]
+    assert [blob.digest for blob in found.others] == [A, C]
+    artifact = parse(manifest(layers=layers[:1]))
+    assert isinstance(artifact, Manifest)
+    for diff_ids, words in (([], "has 1 layers, and its configuration 0"), ([A], "no layer of files")):
+        configuration = parse_config(json.dumps(config(rootfs={"diff_ids": diff_ids})).encode(), "c")
+        with pytest.raises((InvalidArgumentError, UnimplementedError), match=words):
+            check_layers(artifact, configuration, "m")
+
+
 def test_chain_ids() -> None:
     # By hand: printf '%s' "$A $B" | sha256sum, and the same with that and $C.
     ab = "sha256:ccd722928bd92476ba1745586fed6e45a102504185ad88cd89e01ff116fd146c"
