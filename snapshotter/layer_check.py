@@ -183,6 +183,8 @@ def _all_differences(root: int, layer: _Layer, dropped: Collection[bytes]) -> It
     hidden = [(path, order) for path, order in layer.hidden.items() if path.rpartition(b"/")[0] not in dropped]
     for path, order in [*hidden, *layer.opaque.items()]:
         if path and places.of(path) not in last and _status(root, path) is None and not layer.replaced(path, order):
+            if _is_below_no_directory(root, path):
+                continue  # a file or a whiteout hides more than this one
             yield f"{errors.shown(path)} is missing"
     for path in last.values():
         if what := _difference(root, path, alive[path]):
@@ -278,6 +280,17 @@ def _status(root: int, path: bytes) -> os.stat_result | None:
     status = os.fstat(fd)
     os.close(fd)
     return status
+
+
+def _is_below_no_directory(root: int, path: bytes) -> bool:
+    """Whether what is there of the way to ``path`` ends with something else than a directory."""
+    try:
+        os.close(openat2(root, path.rpartition(b"/")[0] or b".", os.O_PATH | os.O_DIRECTORY, RESOLVE_IN_ROOT))
+    except NotADirectoryError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class _Places:

@@ -81,6 +81,21 @@ class LayerRoot:
         """A descriptor of the directory ``path``, which is there already; the caller closes it. Raises OSError."""
         return self._open_directory(parts_of(path), make=False)
 
+    def hides(self, path: bytes) -> bool:
+        """Whether the layer has something else than directories on the way to the directory ``path``.
+
+        A file or a whiteout there hides already what the layers below have in that directory.
+        """
+        if path == self.parent:
+            return False
+        try:
+            os.close(openat2(self.fd, b"/".join(parts_of(path)) or b".", _DIRECTORY & ~os.O_NOFOLLOW, _INSIDE))
+        except NotADirectoryError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def open_pseudo_links(self) -> int:
         """A descriptor of the directory of AUFS's pseudo-links, outside of the root; the caller closes it."""
         if not self._has_pseudo_links:

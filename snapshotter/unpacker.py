@@ -245,6 +245,8 @@ class _Unpacker:
         hidden = base.removeprefix(WHITEOUT)
         if hidden in (b"", b".", b".."):
             raise LayerError("is a whiteout that names no file")
+        if self._root.hides(parent):
+            return True
         fd = self._root.open_parent(parent)
         try:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=fd)

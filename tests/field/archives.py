@@ -280,6 +280,18 @@ CASES = (
     ),
     FieldCase(
         8,
+        "Whiteouts below a whiteout, and below a file",
+        layer(
+            archive(item(".wh.d"), item("d/.wh.x"), item("f", b"content"), item("f/.wh.x")),
+            "ls -d d 2>/dev/null; cat f",
+            {"d/x": b"old", "f/x": b"old"},
+        ),
+        "content",
+        REFUSED,
+        "GoogleContainerTools/kaniko#2398",
+    ),
+    FieldCase(
+        8,
         "A whiteout of what the same layer has",
         layer(archive(item("d/file", b"content"), item("d/.wh.file")), "cat d/file", {"d/file": b"old"}),
         "content",
