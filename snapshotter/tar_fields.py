@@ -95,7 +95,7 @@ def parse_device(major: bytes, minor: bytes) -> int:
 def parse_time(field: bytes, record: bytes | None) -> int:
     """Nanoseconds since the epoch, from whole seconds or from a PAX record such as ``-1.25`` or ``+17``.
 
-    A time that no kernel can keep is the epoch, as in containerd: some writers leave rubbish in this field.
+    A time that no kernel can keep is the epoch, as in containerd. One of more than 64 bits is refused, as by Go.
     """
     if record:
         whole, _, fraction = record.partition(b".")
@@ -107,6 +107,8 @@ def parse_time(field: bytes, record: bytes | None) -> int:
     else:
         seconds = parse_number(field, "time")
         nanoseconds = seconds * 10**9
+    if abs(seconds) >= 1 << 63:
+        raise LayerError(f"its time {seconds} is out of range")
     return nanoseconds if abs(seconds) <= _MAX_SECONDS else 0
 
 

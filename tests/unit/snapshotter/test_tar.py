@@ -153,7 +153,7 @@ def test_the_time_of_gnus_header_is_no_prefix() -> None:
 
 def test_a_time_that_no_kernel_can_keep_is_the_epoch() -> None:
     data = archive((member("file", mtime=17), b""))
-    assert read(patched(data, 136, b"\x80" + b"\xff" * 11))[0][0].mtime == 0
+    assert read(patched(data, 136, b"\x80\0\0\0\x7f" + b"\xff" * 7))[0][0].mtime == 0
     assert read(archive((member("file", pax_headers={"mtime": "-9223372036854775807.5"}), b"")))[0][0].mtime == 0
 
 
@@ -292,6 +292,7 @@ def test_truncation_within_an_entry_is_told_at_every_block() -> None:
         (108, b"\x80" + b"\xff" * 7, "owner .* out of range"),
         (108, b"644 x\0\0\0", "octal"),
         (108, b"+000644\0", "octal"),
+        (136, b"\x80" + b"\xff" * 11, "time .* out of range"),
         (156, b"V", "unknown type"),
     ],
 )
