@@ -11,7 +11,7 @@ from typing import Any
 from criserver.errors import FailedPreconditionError
 from criserver.oci.adjustment_faults import RuntimeFacts
 from criserver.oci.spec_inputs import Spec
-from criserver.oci.spec_mounts import in_mount_order, normal_path
+from criserver.oci.spec_mounts import device_mount, in_mount_order, normal_path
 
 StatCall = Callable[[str], os.stat_result]
 
@@ -89,7 +89,7 @@ def apply(spec: Spec, edits: ContainerEdits, stat_of: StatCall = os.stat) -> Spe
         process["user"] = {**user, "additionalGids": list(groups)}
     # In a user namespace an OCI runtime mounts the node's device, and looks for it at the path in the container.
     within = any(namespace["type"] == "user" for namespace in linux.get("namespaces", ()))
-    renamed = [_device_mount(node) for node in edits.nodes if within and node.path != node.host_path]
+    renamed = [device_mount(n.path, n.host_path) for n in edits.nodes if within and n.path != n.host_path]
     if edits.nodes:
         _add_nodes(process["user"], linux, edits.nodes, stat_of)
         places = {mount["destination"] for mount in renamed}
@@ -133,11 +133,6 @@ def _add_nodes(user: Mapping[str, Any], linux: Spec, nodes: Iterable[CdiDeviceNo
                 rules.append(rule)
     linux["devices"] = list(devices.values())
     linux["resources"] = {**limits, "devices": rules}
-
-
-def _device_mount(node: CdiDeviceNode) -> Spec:
-    options = ["rbind", "rprivate", "rw"]
-    return {"destination": node.path, "type": "bind", "source": node.host_path, "options": options}
 
 
 def _device(node: CdiDeviceNode, user: Mapping[str, Any], stat_of: StatCall) -> Spec:

@@ -5,7 +5,6 @@ Runtime specification 1.0.2 (config.md, config-linux.md), with what Kubernetes a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,11 +65,7 @@ def build(
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
         "mounts": container_mounts(
-            dataclasses.replace(config, mounts=(*config.mounts, *renamed.values())),
-            pod,
-            base.get("mounts", ()),
-            defaults.mounts,
-            cgroup_writable=defaults.cgroup_writable,
+            config, pod, base.get("mounts", ()), defaults.mounts, cgroup_writable=defaults.cgroup_writable
         ),
         "annotations": dict(annotations or {}),
         "linux": {

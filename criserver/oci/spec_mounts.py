@@ -94,23 +94,26 @@ def container_mounts(
     if config.security.privileged or cgroup_writable:
         own["/sys/fs/cgroup"] = _writable(own["/sys/fs/cgroup"])
     own |= {m["destination"]: m for m in _sandbox_files(config, pod)}
-    mounts = [*(m for m in own.values() if _is_free(m["destination"], config)), *map(_user_mount, config.mounts)]
-    return in_mount_order(mounts)
+    devices = (device_mount(inside, outside) for inside, outside in renamed_devices(config).items())
+    free = (m for m in own.values() if _is_free(m["destination"], config))
+    return in_mount_order([*free, *map(_user_mount, config.mounts), *devices])
 
 
-def renamed_devices(config: ContainerConfig) -> dict[str, Mount]:
-    """The devices of a container in a user namespace that have another path than on the node, as mounts by their paths.
+def renamed_devices(config: ContainerConfig) -> dict[str, str]:
+    """The devices of a container in a user namespace that have another path than on the node: their paths on both.
 
     No device node can be made there. An OCI runtime mounts the node's instead, and looks for it at the path that the
-    device has in the container.
+    device has in the container. So these devices are mounts of their own: :func:`device_mount`.
     """
     if config.namespaces.user is None:
         return {}
-    return {
-        device.container_path: Mount(device.container_path, device.host_path, False, Propagation.PRIVATE)
-        for device in config.devices
-        if device.container_path != device.host_path
-    }
+    devices = ((device.container_path, device.host_path) for device in config.devices)
+    return {inside: outside for inside, outside in devices if inside != outside}
+
+
+def device_mount(inside: str, outside: str) -> Spec:
+    """The mount of a device of the node at its path in a container."""
+    return _user_mount(Mount(inside, outside, False, Propagation.PRIVATE))
 
 
 def in_mount_order(mounts: Iterable[Mapping[str, Any]]) -> list[Spec]:
