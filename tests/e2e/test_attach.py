@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.node import Node, refused
+from tests.support.node import UNTIL_GO, Node, refused
 from tests.support.streaming_client import Spdy, WebSocket
 from tests.support.waiting import eventually
 
@@ -148,7 +148,7 @@ def test_a_client_of_input_alone(node: Node, pod: str) -> None:
 
 
 def test_input_for_a_container_that_has_none(node: Node, pod: str) -> None:
-    container = node.run(pod, "c", ["sh", "-c", "until [ -e /go ]; do sleep 0.05; done; echo end"])
+    container = node.run(pod, "c", ["sh", "-c", f"{UNTIL_GO}; echo end"])
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")
     client.send("stdin", b"x" * 1_000_000)
     node.sh(container, "touch /go")

@@ -25,7 +25,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
-from tests.support.node import DRIVER, NETWORK, Node, filled, processes
+from tests.support.node import DRIVER, NETWORK, UNTIL_GO, Node, filled, go, processes
 from tests.support.waiting import SLOWNESS, eventually, within
 
 
@@ -351,10 +351,9 @@ def test_an_orderly_stop_invents_no_exit_code(node: Node) -> None:
     pod = node.run_pod("exact")
     begin = len(node.daemon_log())
     # The grandchild keeps the log's pipe open, so that the shim is still draining it when the daemon goes.
-    script = "while [ ! -e /go ]; do sleep 0.05; done; (trap '' HUP; sleep 3) & exit 7"
-    container = node.run(pod, "c", ["sh", "-c", script])
+    container = node.run(pod, "c", ["sh", "-c", f"{UNTIL_GO}; (trap '' HUP; sleep 3) & exit 7"])
     pid = node.pid(container)
-    Path(f"/proc/{pid}/root/go").touch()
+    go(pid)
     eventually(lambda: not os.path.exists(f"/proc/{pid}"))
     assert node.stop() == 0
     eventually(lambda: os.path.exists(f"{node.state}/containers/{container}/exit.json"))

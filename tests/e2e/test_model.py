@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import pidfd
-from tests.support.node import Node
+from tests.support.node import UNTIL_GO, Node
 from tests.support.waiting import SLOWNESS, eventually
 
 EXAMPLES = os.environ.get("CRISERVER_MODEL_EXAMPLES")
@@ -62,7 +62,7 @@ METHODS = (
 )
 
 # It ends by itself with 3 once there is a file; a stop signal ends it with 7.
-SCRIPT = 'trap "exit 7" TERM; while [ ! -e /go ]; do sleep 0.02; done; exit 3'
+SCRIPT = f'trap "exit 7" TERM; {UNTIL_GO}; exit 3'
 BY_ITSELF, KILLED, CUT = frozenset({3}), frozenset({137}), frozenset({128, 137})
 # The signal may come before the trap is set. The first process of a PID namespace ignores it then.
 STOPPED = frozenset({7, 137, 143})

@@ -16,7 +16,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
-from tests.support.node import Client, Node
+from tests.support.node import UNTIL_GO, Client, Node, go
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason="systemd is not this machine's init")
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(not os.path.isdir("/run/systemd/system"), reason
 ROOT = Path(__file__).parents[2]
 UNIT = "criserver-e2e.service"
 CGROUP = f"/system.slice/{UNIT}"
-UNTIL_GO = "while [ ! -e /go ]; do sleep 0.1; done"
 
 
 def systemctl(*words: str) -> str:
@@ -134,12 +133,12 @@ def test_a_restart_leaves_containers_and_commands_in_them_alone(service: Service
 def test_an_exit_while_the_service_is_stopped_is_not_lost(service: Service) -> None:
     pod = service.run_pod()
     container = service.run(pod, "c", ["sh", "-c", f"{UNTIL_GO}; exit 7"])
-    root = Path(f"/proc/{service.pid(container)}/root")
+    pid = service.pid(container)
     systemctl("stop", UNIT)
     assert shown("ActiveState") == "inactive"
     # Nothing is left in the unit: what goes on is elsewhere.
     assert not os.path.exists(f"/sys/fs/cgroup{CGROUP}")
-    (root / "go").touch()
+    go(pid)
     in_time(lambda: os.path.exists(f"{service.state}/containers/{container}/exit.json"))
     service.client.channel.close()
     service.start()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.node.installed import InstalledNode, in_time, shown
 from tests.node.pods import Pods
+from tests.support.node import UNTIL_GO, go
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,12 @@ def pods(node: InstalledNode) -> Iterator[Pods]:
 
 
 def test_a_restart_leaves_containers_and_exit_codes(node: InstalledNode, pods: Pods) -> None:
-    script = "while [ ! -e /go ]; do sleep 0.1; done; exit 42"
-    ends = node.run(pods.own, "ends", ["sh", "-c", script])
-    root = f"/proc/{node.pid(ends)}/root"
+    ends = node.run(pods.own, "ends", ["sh", "-c", f"{UNTIL_GO}; exit 42"])
+    pid = node.pid(ends)
     node.systemctl("stop")
     assert not os.path.exists("/sys/fs/cgroup/system.slice/criserver.service"), "nothing is left in the unit"
-    with open(f"{root}/go", "w"):
-        pass
-    in_time(lambda: not os.path.exists(root))
+    go(pid)
+    in_time(lambda: not os.path.exists(f"/proc/{pid}/root"))
     node.systemctl("start")
     ended = node.wait(ends)
     assert (ended.exit_code, ended.reason) == (42, "Error")

@@ -18,6 +18,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import migrations
 from tests.node.installed import PACKAGES, InstalledNode, command, in_time, shown
 from tests.node.pods import Pods, leftovers
+from tests.support.node import UNTIL_GO
 from tests.support.pods import BASE, shared, userns
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS
@@ -52,7 +53,7 @@ class EveryKind(Pods):
         self.in_crun = node.run(self.crun, "sleeps", ["sleep", "1000"])
         self.in_users = node.run(self.users, "sleeps", ["sleep", "1000"])
         self.terminal = node.run(self.own, "terminal", ["sh"], stdin=True, tty=True)
-        self.later = node.run(self.own, "later", ["sh", "-c", "while [ ! -e /go ]; do sleep 0.2; done; exit 7"])
+        self.later = node.run(self.own, "later", ["sh", "-c", f"{UNTIL_GO}; exit 7"])
         self.created = node.create(self.own, "created", ["sh", "-c", "cat /etc/hosts; sleep 1000"])
         self.exited = node.run(self.own, "exited", ["sh", "-c", "echo over; exit 3"])
         node.wait(self.exited)

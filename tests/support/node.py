@@ -366,6 +366,15 @@ def filled(mount: str) -> Iterator[None]:
         subprocess.run(["mount", "-o", "remount,size=8g", mount], check=True)
 
 
+# A shell script that waits in a container until the test lets it go on.
+UNTIL_GO = "while [ ! -e /go ]; do sleep 0.05; done"
+
+
+def go(pid: int) -> None:
+    """Let the container with this first process go on from UNTIL_GO. No daemon is needed for it."""
+    Path(f"/proc/{pid}/root/go").touch()
+
+
 def processes() -> Iterator[tuple[int, str]]:
     """The PIDs of all processes, each with its command line and its directory, which is what tells shims apart."""
     for name in os.listdir("/proc"):

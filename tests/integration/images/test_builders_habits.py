@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from criserver.errors import InvalidArgumentError, NotFoundError
-from criserver.images import Platform, host_platform
+from criserver.images import Image, Platform, host_platform
 from criserver.images.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from tests.support.imagebuilder import BuiltImage, add_blob, build_image, build_index
 from tests.support.ownregistry import Server, image, rooms, server
@@ -37,6 +37,17 @@ def rebuilt(built: BuiltImage, config: dict[str, Any] | None = None, **manifest:
 def indexed(built: BuiltImage, platform: dict[str, Any] | None) -> BuiltImage:
     """An index of the image alone, as one for ``platform``."""
     return build_index([replace(built, descriptor={**built.descriptor, "platform": platform})])
+
+
+async def is_stored_and_exported_whole(rooms: Rooms, name: str, found: Image, archive: Path) -> None:
+    """A pulled image is known after a restart. It is the same when it is exported, removed and imported."""
+    again = Rooms(rooms.root)
+    assert again.images.list() == [found]
+    again.close()
+    archive.write_bytes(b"".join([piece async for piece in rooms.images.export([name])]))
+    await rooms.images.remove(name)
+    assert not [left for left in rooms.leftovers() if left != archive.name]
+    assert await rooms.images.import_archive(str(archive)) == [found]
 
 
 @pytest.mark.parametrize("platform", [HERE, {"architecture": host_platform().architecture.upper()}])
@@ -135,13 +146,7 @@ async def test_a_blob_beside_the_layers_of_files(server: Server, rooms: Rooms, t
     name = f"{server.address}/app:1"
     found = await rooms.images.pull(name)
     assert rooms.read(found, "a") == b"1"
-    again = Rooms(rooms.root)
-    assert again.images.list() == [found]
-    again.close()
-    (tmp_path / "a.tar").write_bytes(b"".join([piece async for piece in rooms.images.export([name])]))
-    await rooms.images.remove(name)
-    assert not [left for left in rooms.leftovers() if left != "a.tar"]
-    assert await rooms.images.import_archive(str(tmp_path / "a.tar")) == [found]
+    await is_stored_and_exported_whole(rooms, name, found, tmp_path / "a.tar")
     await rooms.images.remove(name)
     server.answers[beside["digest"]] = lambda _: web.Response(status=404)
     with pytest.raises(NotFoundError, match=beside["digest"]):
@@ -168,13 +173,7 @@ async def test_an_image_without_layers(server: Server, rooms: Rooms, empty: str,
         await rooms.snapshotter.unmount(str(tmp_path / "root"))
     await rooms.snapshotter.remove("key")
     assert [damage async for verified in rooms.images.verify() for damage in verified.damage] == []
-    again = Rooms(rooms.root)
-    assert again.images.list() == [found]
-    again.close()
-    (tmp_path / "a.tar").write_bytes(b"".join([piece async for piece in rooms.images.export([empty])]))
-    await rooms.images.remove(empty)
-    assert not [name for name in rooms.leftovers() if name != "a.tar"]
-    assert await rooms.images.import_archive(str(tmp_path / "a.tar")) == [found]
+    await is_stored_and_exported_whole(rooms, empty, found, tmp_path / "a.tar")
 
 
 async def test_an_image_without_layers_is_mended_after_an_unclean_boot(rooms: Rooms, empty: str) -> None:
