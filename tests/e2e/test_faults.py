@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.runtime import cgroups, recovery
 from snapshotter import mounts
 from tests.support.fixtures import import_image
 from tests.support.frozen_disk import frozen, give_disk
@@ -183,6 +185,26 @@ def test_what_lives_without_any_record_is_left_alone_until_a_reset(busybox_archi
         assert not any("sleep 987654" in words for _, words in processes())
     finally:
         node.close()
+
+
+def test_a_process_counts_whatever_its_cgroup_is_called(tmp_path: Path) -> None:
+    """A container may give the cgroups in its own one any names."""
+    hierarchies, container = cgroups.roots(), secrets.token_hex(32)
+    top = f"{hierarchies.get('pids') or hierarchies['']}{cgroups.OWN}/{container}"
+    inner = os.fsencode(top) + b"/\xe9"
+    os.makedirs(inner)
+    process = subprocess.Popen(["sleep", "1000"])
+    try:
+        Path(os.fsdecode(inner), "cgroup.procs").write_text(str(process.pid))
+        (tmp_path / "init.pid").write_text(str(process.pid))
+        assert recovery._has_process(str(tmp_path), container)
+        assert not recovery._has_process(str(tmp_path), secrets.token_hex(32))
+    finally:
+        process.kill()
+        process.wait()
+        eventually(lambda: Path(os.fsdecode(inner), "cgroup.procs").read_text() == "")
+        os.rmdir(inner)
+        os.rmdir(top)
 
 
 HANGING = """#!/bin/sh
