@@ -23,6 +23,7 @@ _ALIASES = {
     "x86-64": ("amd64", ""),
     "x86_64": ("amd64", ""),
 }
+_CPU_INFO = "/proc/cpuinfo"
 _SYSTEMS = {"": "linux", "macos": "darwin"}
 # The levels of variants by architecture; "" is the variant that a platform without one has. A later level runs what an
 # earlier one runs. A minor version of arm64 is one level.
@@ -75,7 +76,7 @@ def host_platform() -> Platform:
     """The platform of this host."""
     found = normalized("linux", host.machine())
     if found.architecture == "amd64":
-        with open("/proc/cpuinfo") as f:
+        with open(_CPU_INFO, errors="replace") as f:  # a virtual machine may give its processor any name
             return replace(found, variant=amd64_variant(f.read()))
     return found
 

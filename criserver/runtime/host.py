@@ -14,6 +14,8 @@ from criserver.oci.capabilities import CAPABILITIES
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.huge_pages import huge_page_sizes
 
+_APPARMOR_SWITCH = "/sys/module/apparmor/parameters/enabled"
+_APPARMOR_PROFILES = "/sys/kernel/security/apparmor/profiles"
 # The most entries of a directory that is requested as a device, with all below it. A large /dev has some hundred.
 _MAX_DEVICE_ENTRIES = 4096
 
@@ -24,10 +26,10 @@ _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc
 def apparmor_profiles() -> frozenset[str] | None:
     """The names of the loaded AppArmor profiles; None if the kernel does not enforce AppArmor."""
     try:
-        with open("/sys/module/apparmor/parameters/enabled") as f:
+        with open(_APPARMOR_SWITCH) as f:
             if f.read().strip() != "Y":
                 return None
-        with open("/sys/kernel/security/apparmor/profiles") as f:
+        with open(_APPARMOR_PROFILES, errors="surrogateescape") as f:  # a profile may have a program's path as its name
             return frozenset(line.rpartition(" (")[0] for line in f)
     except OSError:
         return None

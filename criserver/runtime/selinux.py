@@ -174,7 +174,7 @@ def types(root: str = "/etc/selinux") -> tuple[str, str]:
 
 def _values(path: str) -> dict[str, str]:
     """The settings in a file with lines of the form NAME=VALUE."""
-    with open(path) as f:
+    with open(path, errors="surrogateescape") as f:  # comments may be in any encoding
         lines = [line.partition("=") for line in f if "=" in line and not line.lstrip().startswith("#")]
     return {name.strip(): value.strip() for name, _, value in lines}
 

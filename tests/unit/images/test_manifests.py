@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
+from criserver.images import platforms
 from criserver.images.manifests import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -555,6 +557,13 @@ V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
 def test_levels_of_amd64(flags: str, variant: str) -> None:
     cpuinfo = f"processor\t: 0\nflags\t\t: fpu {flags} sse2\nvmx flags\t: ept\n\nprocessor\t: 1\nflags\t\t: {V4}\n"
     assert amd64_variant(cpuinfo) == variant
+
+
+def test_the_name_of_a_processor_may_be_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_bytes(b"model name\t: \xe9\nflags\t\t: fpu sse2\n")
+    monkeypatch.setattr(platforms, "_CPU_INFO", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert host_platform() == Platform("linux", "amd64", "")
 
 
 @pytest.mark.parametrize("config_type", ["application/octet-stream", "application/json", "text/html", ""])

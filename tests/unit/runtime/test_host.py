@@ -1,4 +1,4 @@
-"""The device nodes of the node."""
+"""The device nodes of the node, and its AppArmor profiles."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def test_a_node_below_a_directory_keeps_its_path(asked: str, inside: str, monkey
     monkeypatch.setattr(host, "_nodes_below", lambda top, most: [(f"{top}/null", status)])
     ((path, node),) = host.device_nodes("/usr", asked).items()
     assert (path, node.path, node.kind, node.major, node.minor) == ("/usr/null", inside, "c", 1, 3)
+
+
+def test_the_names_of_profiles_may_be_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_APPARMOR_SWITCH", "_APPARMOR_PROFILES"):
+        monkeypatch.setattr(host, name, str(tmp_path / name))
+    assert host.apparmor_profiles() is None
+    (tmp_path / "_APPARMOR_SWITCH").write_text("Y\n")
+    (tmp_path / "_APPARMOR_PROFILES").write_bytes(b"/opt/\xe9 (enforce)\nown (x) (complain)\n")
+    assert host.apparmor_profiles() == frozenset({"/opt/\udce9", "own (x)"})

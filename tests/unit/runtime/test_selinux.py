@@ -119,7 +119,7 @@ def test_with_a_policy_no_option_is_ignored(policy: Policy) -> None:
 
 
 def test_the_types_are_the_policys(tmp_path: Path) -> None:
-    (tmp_path / "config").write_text("# a comment = 1\nSELINUX=enforcing\nSELINUXTYPE=strict\n")
+    (tmp_path / "config").write_bytes(b"# a comment = \xe9\nSELINUX=enforcing\nSELINUXTYPE=strict\n")
     contexts = tmp_path / "strict/contexts/lxc_contexts"
     contexts.parent.mkdir(parents=True)
     contexts.write_text('process = "system_u:system_r:pod_t:s0"\nfile = "system_u:object_r:pod_file_t:s0"\n')
