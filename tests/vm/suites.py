@@ -56,7 +56,7 @@ CRITEST = Suite(
 
 # The most worth first: what is over the budget is told, but not run.
 SUITES = (
-    # The first, as it is skipped on a node that has the cgroups of a kubelet's pods. The package's suite makes some.
+    # This suite is skipped on a node that has cgroups of a kubelet's pods. So it comes before those that make some.
     Suite(
         "names in a kubelet's metrics",
         ["tests/conformance/test_standalone_kubelet.py"],
