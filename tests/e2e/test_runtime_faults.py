@@ -19,6 +19,7 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, pidfd
 from tests.support.fixtures import import_image
+from tests.support.frozen_disk import frozen, mount_disk
 from tests.support.node import RUNTIME, Node, processes, refused
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -146,16 +147,12 @@ def has_cgroup(container: str) -> bool:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[str]:
     """A file system that can be frozen: from then on the kernel holds each process that writes to it."""
-    image, point = tmp_path / "image", tmp_path / "disk"
-    with open(image, "wb") as f:
-        f.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    point = tmp_path / "disk"
     point.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, point], check=True)
+    mount_disk(tmp_path / "image", point, 16 << 20)
     try:
         yield str(point)
     finally:
-        subprocess.run(["fsfreeze", "--unfreeze", point], check=False, capture_output=True)
         subprocess.run(["umount", point], check=True)
 
 
@@ -167,21 +164,20 @@ def test_a_process_that_the_kernel_holds_keeps_its_record(faulty: Node, disk: st
     script = f"while true; do echo {SLEEP} >/disk/file; done >/dev/null 2>&1 & exec {SLEEP}"
     container = run(node, pod, "c", cri.NODE, script, mounts=[volume])
     set_fault(node, fault)
-    subprocess.run(["fsfreeze", "--freeze", disk], check=True)
-    eventually(held)
-    with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "have not ended", "the kernel holds them"):
-        node.client.RemoveContainer(container_id=container)
-    (listed,) = node.client.ListContainers().containers
-    assert (listed.id, listed.state) == (container, cri.CONTAINER_EXITED)
-    assert len(alive()) == 1
-    for call in (node.client.StopPodSandbox, node.client.RemovePodSandbox):
+    with frozen(disk):
+        eventually(held)
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "have not ended", "the kernel holds them"):
+            node.client.RemoveContainer(container_id=container)
+        (listed,) = node.client.ListContainers().containers
+        assert (listed.id, listed.state) == (container, cri.CONTAINER_EXITED)
+        assert len(alive()) == 1
+        for call in (node.client.StopPodSandbox, node.client.RemovePodSandbox):
+            with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the kernel holds them"):
+                call(pod_sandbox_id=pod)
+        node.kill()
+        node.start()
         with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the kernel holds them"):
-            call(pod_sandbox_id=pod)
-    node.kill()
-    node.start()
-    with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the kernel holds them"):
-        node.client.RemoveContainer(container_id=container)
-    subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+            node.client.RemoveContainer(container_id=container)
     node.client.RemoveContainer(container_id=container)
     assert alive() == []
     node.remove_pods()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from criserver.runtime import cgroups
+from tests.support.frozen_disk import frozen, give_disk
 from tests.support.node import Node, processes
 
 _DISK = 1 << 30
@@ -31,12 +31,7 @@ exec /usr/lib/cni/bridge
 def soak_node(scratch: str, watch: str | None) -> Node:
     """A node whose root is an ext4 of its own, with a bridge plugin that can fail, and a limit of processes."""
     node = Node()
-    image = f"{scratch}/disk"
-    with open(image, "wb") as f:
-        f.truncate(_DISK)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, node.root], check=True)
-    os.chmod(node.root, 0o711)
+    give_disk(node, f"{scratch}/disk", _DISK)
     plugin = Path(node.base, "bin", "bridge")
     plugin.parent.mkdir()
     plugin.write_text(_BRIDGE.format(base=node.base))
@@ -79,7 +74,7 @@ class Troubles:
             "CNI fails": self._cni_fails,
             "process limit": self._process_limit,
             "disk full": self._disk_full,
-            "disk frozen": self._disk_frozen,
+            "disk frozen": lambda: frozen(node.root),
         }
 
     def seconds(self) -> float:
@@ -155,14 +150,6 @@ class Troubles:
             yield
         finally:
             os.unlink(path)
-
-    @contextmanager
-    def _disk_frozen(self) -> Iterator[None]:
-        subprocess.run(["fsfreeze", "--freeze", self.node.root], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["fsfreeze", "--unfreeze", self.node.root], check=True)
 
     def _helpers(self) -> Iterator[tuple[int, str, str]]:
         """PID, program and directory of the nursery and the shims."""

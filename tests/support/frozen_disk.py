@@ -6,18 +6,26 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.support.node import Node
 
 
-def give_disk(node: Node) -> None:
-    """Have the root directory of a node on a disk. Its daemon does not run yet."""
-    image = f"{node.base}/disk"
-    with open(image, "wb") as f:
-        f.truncate(256 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, node.root], check=True)
+def give_disk(node: Node, image: str = "", size: int = 256 << 20) -> None:
+    """Have the root directory of a node on a disk of so many bytes. Its daemon does not run yet.
+
+    The disk's content is in the file ``image``, by default one of the node's.
+    """
+    mount_disk(image or f"{node.base}/disk", node.root, size)
     os.chmod(node.root, 0o711)
+
+
+def mount_disk(image: str | Path, point: str | Path, size: int) -> None:
+    """Make a disk of so many bytes in the file ``image``, and mount it at ``point``."""
+    with open(image, "wb") as f:
+        f.truncate(size)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, point], check=True)
 
 
 @contextmanager
