@@ -122,6 +122,7 @@ def test_names_and_network_of_a_pod_over_a_restart_of_its_container(node: Node, 
     assert [c["name"] for c in found["containers"]] == ["c"]
     assert found["network"]["name"] == "eth0"
     assert found["containers"][0]["memory"]["workingSetBytes"] > 0
+    assert found["containers"][0]["rootfs"]["inodesUsed"] > 0
 
     node.client.StopContainer(container_id=first, timeout=0)
     eventually(lambda: 1 in running(node), 60)
