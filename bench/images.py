@@ -17,6 +17,9 @@ from typing import Any
 IMAGE = "localhost/bench:latest"
 PAUSE = "localhost/pause:latest"
 
+# How layers are packed: the command, and the suffix of the media type.
+GZIP, ZSTD = (["gzip", "-6"], "gzip"), (["zstd", "-q", "-3"], "zstd")
+
 _INFRA = "/usr/bin/catatonit"  # a very small program
 _LARGE_FILES = 5  # of a layer
 _SMALL_SIZES = (300, 900, 1800, 5000)

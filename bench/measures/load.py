@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench.images import GZIP, large_layer
 from bench.lives import Pod, timed
 from bench.nodes import Client, Node
+from bench.registry import Registry
 from bench.run import Run, name_of
 from bench.table import percentile
+from criserver.pb.runtime.v1 import api_pb2 as cri
 
 _WIDTH = 8
 _PAUSE = 0.01  # seconds between two calls of the prober
+_LAYERS = 4
 
 
 def measure(run: Run) -> None:
-    """Pods up a second, execs a second, and the tail of short calls."""
-    with run.nodes() as nodes:
+    """Pods up a second, execs a second, and the tail of short calls: beside pods, and beside pods and pulls."""
+    with run.nodes() as nodes, run.place() as (directory, _), Registry(f"{directory}/registry") as registry:
         for number, node in run.turns([None, *nodes], warm_up=True):
             _rates(run, node, number)
-        for number, node in run.turns(list(nodes)):
-            for row, values in beside_workers(run, node, number).items():
-                run.add(row, node.name, percentile(values, 0.99))
+        registry.push("large", lambda n: large_layer(n, run.sizes.pull_megabytes // _LAYERS), _LAYERS, *GZIP)
+        for beside, image in (("", ""), ("-pull", f"{registry.address}/large:latest")):
+            for number, node in run.turns(list(nodes)):
+                for call, values in _beside_workers(run, node, f"{number}{beside}", image).items():
+                    run.add(f"{call}{beside}-p99", node.name, percentile(values, 0.99))
 
 
 def _rates(run: Run, node: Node | None, number: int) -> None:
@@ -50,12 +55,13 @@ def _wide(calls: list[Callable[[], Any]]) -> float:
     return len(calls) / (time.monotonic() - began)
 
 
-def beside_workers(run: Run, node: Node, number: int) -> dict[str, list[float]]:
-    """Milliseconds of each call of a prober, by row, while eight workers make and remove pods.
+def _beside_workers(run: Run, node: Node, name: str, image: str) -> dict[str, list[float]]:
+    """Milliseconds of a prober's calls, by call, while eight workers make and remove pods.
 
-    The prober is a process of its own: threads of the workers do not delay it.
+    ``image`` is what a ninth worker pulls and removes meanwhile, again and again; empty for none. The prober is a
+    process of its own, so that the workers' threads do not delay it.
     """
-    standing = Pod(node, f"standing{number}")
+    standing = Pod(node, f"standing{name}")
     standing.up()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -64,28 +70,29 @@ def beside_workers(run: Run, node: Node, number: int) -> dict[str, list[float]]:
     ours.recv()  # it is ready
     until = time.monotonic() + run.sizes.churn
     ours.send(until)
-    failures: list[BaseException] = []
 
-    def work(worker: int) -> None:
-        try:
-            for life in itertools.count():
-                if time.monotonic() > until:
-                    break
-                pod = Pod(node, f"churn{number}-{worker}-{life}")
-                pod.up()
-                pod.down()
-        except BaseException as e:
-            failures.append(e)
+    def make_pods(worker: int) -> None:
+        for life in itertools.count():
+            if time.monotonic() > until:
+                break
+            pod = Pod(node, f"churn{name}-{worker}-{life}")
+            pod.up()
+            pod.down()
 
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(_WIDTH)]
-    for thread in workers:
-        thread.start()
-    found: dict[str, list[float]] = ours.recv()
+    def pull() -> None:
+        spec = cri.ImageSpec(image=image)
+        while time.monotonic() < until:
+            node.client.PullImage(image=spec)
+            node.client.RemoveImage(image=spec)
+
+    with ThreadPoolExecutor(_WIDTH + 1) as threads:
+        workers = [threads.submit(make_pods, n) for n in range(_WIDTH)]
+        if image:
+            workers.append(threads.submit(pull))
+        found: dict[str, list[float]] = ours.recv()
     prober.join()
-    for thread in workers:
-        thread.join()
-    if failures:
-        raise RuntimeError(f"{node.name}: a worker failed") from failures[0]
+    for worker in workers:
+        worker.result()
     standing.down()
     return found
 
@@ -95,12 +102,12 @@ def _probe(socket: str, container: str, parent: Connection) -> None:
     client.Version()
     parent.send("ready")
     until = parent.recv()
-    found: dict[str, list[float]] = {"status-p99": [], "list-p99": [], "exec-p99": []}
+    found: dict[str, list[float]] = {"status": [], "list": [], "exec": []}
     while time.monotonic() < until:
-        found["status-p99"].append(timed(client.Status)[1])
+        found["status"].append(timed(client.Status)[1])
         time.sleep(_PAUSE)
-        found["list-p99"].append(timed(client.ListContainers)[1])
+        found["list"].append(timed(client.ListContainers)[1])
         time.sleep(_PAUSE)
-        if len(found["status-p99"]) % 4 == 1:
-            found["exec-p99"].append(timed(client.ExecSync, container_id=container, cmd=["true"], timeout=30)[1])
+        if len(found["status"]) % 4 == 1:
+            found["exec"].append(timed(client.ExecSync, container_id=container, cmd=["true"], timeout=30)[1])
     parent.send(found)

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from bench.images import archive, large_layer, small_layer
+from bench.images import GZIP, ZSTD, archive, large_layer, small_layer
 from bench.nodes import Containerd, Criserver
 from bench.processes import memory, peak_memory, with_ended_children
 from bench.registry import Registry
@@ -19,7 +19,6 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 
 _LAYERS = 4
 _DEADLINE = 300.0
-_GZIP, _ZSTD = (["gzip", "-6"], "gzip"), (["zstd", "-q", "-3"], "zstd")
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,12 @@ def measure(run: Run) -> None:
     """Time and CPU of each image; then the peak of memory, in pulls of their own, because sampling takes time."""
     megabytes, files = run.sizes.pull_megabytes // _LAYERS, run.sizes.pull_files // _LAYERS
     images = {
-        "large": (lambda n: large_layer(n, megabytes), *_GZIP),
-        "small": (lambda n: small_layer(n, files), *_GZIP),
-        "zstd": (lambda n: large_layer(n, megabytes), *_ZSTD),
+        "large": (lambda n: large_layer(n, megabytes), *GZIP),
+        "small": (lambda n: small_layer(n, files), *GZIP),
+        "zstd": (lambda n: large_layer(n, megabytes), *ZSTD),
     }
     with run.place() as (directory, _), Registry(f"{directory}/registry") as registry:
-        registry.push("tiny", lambda _: archive(iter([("hello", b"hello\n")])), 1, *_GZIP)
+        registry.push("tiny", lambda _: archive(iter([("hello", b"hello\n")])), 1, *GZIP)
         for image, (layer, pack, suffix) in images.items():
             registry.push(image, layer, _LAYERS, pack, suffix)
             for number, who in run.turns([FLOOR, OURS, PEER], warm_up=True):
