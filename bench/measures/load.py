@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,10 +29,10 @@ def measure(run: Run) -> None:
     with run.nodes() as nodes, run.place() as (directory, _), Registry(f"{directory}/registry") as registry:
         for number, node in run.turns([None, *nodes], warm_up=True):
             _rates(run, node, number)
-        registry.push("large", lambda n: large_layer(n, run.sizes.pull_megabytes // _LAYERS), _LAYERS, *GZIP)
-        for beside, image in (("", ""), ("-pull", f"{registry.address}/large:latest")):
+        for beside, image in (("", ""), ("-pull", push_large(registry, run.sizes.pull_megabytes))):
             for number, node in run.turns(list(nodes)):
-                for call, values in _beside_workers(run, node, f"{number}{beside}", image).items():
+                found = beside_workers(node, f"{number}{beside}", run.sizes.churn, image)
+                for call, values in found.calls.items():
                     run.add(f"{call}{beside}-p99", node.name, percentile(values, 0.99))
 
 
@@ -55,8 +56,23 @@ def _wide(calls: list[Callable[[], Any]]) -> float:
     return len(calls) / (time.monotonic() - began)
 
 
-def _beside_workers(run: Run, node: Node, name: str, image: str) -> dict[str, list[float]]:
-    """Milliseconds of a prober's calls, by call, while eight workers make and remove pods.
+def push_large(registry: Registry, megabytes: int) -> str:
+    """Push an image of large files for ``beside_workers``. Its reference."""
+    registry.push("large", lambda n: large_layer(n, megabytes // _LAYERS), _LAYERS, *GZIP)
+    return f"{registry.address}/large:latest"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a prober saw beside workers: the milliseconds of its calls, by call; and what the workers did meanwhile."""
+
+    calls: dict[str, list[float]]
+    pods: int
+    pulls: int
+
+
+def beside_workers(node: Node, name: str, seconds: float, image: str = "") -> Beside:
+    """A kubelet's short calls, while eight workers make and remove pods.
 
     ``image`` is what a ninth worker pulls and removes meanwhile, again and again; empty for none. The prober is a
     process of its own, so that the workers' threads do not delay it.
@@ -68,33 +84,35 @@ def _beside_workers(run: Run, node: Node, name: str, image: str) -> dict[str, li
     prober = context.Process(target=_probe, args=(node.socket, standing.container, theirs))
     prober.start()
     ours.recv()  # it is ready
-    until = time.monotonic() + run.sizes.churn
+    until = time.monotonic() + seconds
     ours.send(until)
 
-    def make_pods(worker: int) -> None:
+    def make_pods(worker: int) -> int:
         for life in itertools.count():
             if time.monotonic() > until:
-                break
+                return life
             pod = Pod(node, f"churn{name}-{worker}-{life}")
             pod.up()
             pod.down()
+        return 0
 
-    def pull() -> None:
+    def pull() -> int:
         spec = cri.ImageSpec(image=image)
-        while time.monotonic() < until:
+        for number in itertools.count():
+            if time.monotonic() > until:
+                return number
             node.client.PullImage(image=spec)
             node.client.RemoveImage(image=spec)
+        return 0
 
     with ThreadPoolExecutor(_WIDTH + 1) as threads:
         workers = [threads.submit(make_pods, n) for n in range(_WIDTH)]
-        if image:
-            workers.append(threads.submit(pull))
-        found: dict[str, list[float]] = ours.recv()
+        puller = threads.submit(pull) if image else None
+        calls: dict[str, list[float]] = ours.recv()
     prober.join()
-    for worker in workers:
-        worker.result()
+    pods, pulls = sum(worker.result() for worker in workers), puller.result() if puller else 0
     standing.down()
-    return found
+    return Beside(calls, pods, pulls)
 
 
 def _probe(socket: str, container: str, parent: Connection) -> None:

@@ -37,7 +37,7 @@ def soak_node(scratch: str, watch: str | None) -> Node:
     plugin.write_text(_BRIDGE.format(base=node.base))
     plugin.chmod(0o755)
     os.mkdir(limit_of(node))
-    module = f"tests.support.watched {watch}" if watch else "criserver"
+    module = f"bench.watched {watch}" if watch else "criserver"
     script = f'echo $$ > {limit_of(node)}/cgroup.procs; exec {sys.executable} -m {module} "$@"'
     node.python, node.program = "/bin/sh", ["-c", script, "sh"]
     close = node.close

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import drawing, modules, pages, table
+from bench import drawing, loop, modules, pages, table
 from bench.__main__ import parse
+from bench.measures.load import Beside
 from tests.support.pages import ROOT
 
 DOCUMENT: dict[str, Any] = {
@@ -174,3 +175,21 @@ def test_only_a_run_of_all_rows_writes_pages(capsys: pytest.CaptureFixture[str])
     assert parse(["--pages", "--rows", "standing", "--growth"]).growth
     assert parse(["--pages"]).groups == list(table.GROUPS)
     assert parse(["--pages", "--from", "run.json"]).source == "run.json"
+
+
+def test_the_report_on_the_loop_has_the_calls_and_the_longest_delay_first() -> None:
+    late = [
+        {"ms": 31, "cpu_ms": 30, "turn_ms": 0, "stack": ["a.py:1 f"]},
+        {"ms": 64, "cpu_ms": 3, "turn_ms": 60, "stack": ["b.py:2 g", *["c.py:3 h"] * 9]},
+    ]
+    lines = loop.report(Beside({"status": [1.0, 2.0, 9.0]}, 42, 7), late).splitlines()
+    assert lines == [
+        "42 pods made and removed, 7 pulls",
+        "status: median 2.0, p99 9.0, longest 9.0 ms",
+        "the loop was late 2 times",
+        "64 ms: 3 ms of work, 60 ms until it had a processor",
+        "    b.py:2 g",
+        *["    c.py:3 h"] * 4,
+        "31 ms: 30 ms of work, 0 ms until it had a processor",
+        "    a.py:1 f",
+    ]

@@ -1,6 +1,6 @@
 """A daemon whose event loop is watched: what blocks it for long is written down.
 
-``python -m tests.support.watched LOG serve --config FILE`` runs ``criserver serve``. The loop leaves a time stamp every
+``python -m bench.watched LOG serve --config FILE`` runs ``criserver serve``. The loop leaves a time stamp every
 5 ms. A thread looks at it. Where it is late, the thread takes the main thread's stack every few milliseconds. When the
 loop goes on, LOG gets a line of JSON: how long it was late, the CPU time that the main thread took of that, the time
 that it waited for a processor (schedstat, Documentation/scheduler/sched-stats.rst), and the stack that was seen most.
