@@ -7,6 +7,7 @@ from typing import Any
 
 from criserver.api.lists import make_each
 from criserver.images import Image, references
+from criserver.images.digests import is_digest
 from criserver.model import Namespaces, Resources
 from criserver.oci.spec_resources import in_force
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -130,7 +131,7 @@ def container_status(record: Container) -> cri.ContainerStatus:
 def image_name(sent: cri.ImageSpec) -> str:
     """The name by which the pod has its image. A kubelet names it by its ID, and says the name beside it."""
     name = sent.user_specified_image
-    if not name or references.is_digest(name):
+    if not name or is_digest(name):
         return name or sent.image
     return references.full_name(name)
 

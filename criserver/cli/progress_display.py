@@ -106,5 +106,5 @@ def _line(layer: admin.LayerProgress, columns: int) -> str:
 
 
 def short(digest: str) -> str:
-    """The beginning of a digest or an ID, without "sha256:"."""
-    return digest.removeprefix("sha256:")[:_DIGEST]
+    """The beginning of a digest or an ID, without its algorithm."""
+    return digest.rpartition(":")[2][:_DIGEST]

@@ -22,8 +22,9 @@ _WIDTH = 100
 _DURATIONS = 26
 _MIN_BAR = 10
 _MIN_NAME = 16
-# What digests begin with, and how many characters of an ID tell it from others.
-_DIGEST = "sha256:"
+# What digests begin with, how many digits they and IDs have, and how many of these tell an ID from others.
+_DIGESTS = ("sha256:", "sha512:")
+_ID_LENGTHS = (64, 128)
 _SHOWN_ID = 12
 # Seconds from which a duration is not written in milliseconds.
 _LONG = 100
@@ -115,8 +116,8 @@ def _bar(part: admin.TracedPart, whole: float, width: int) -> str:
 
 def _shortened(name: str) -> str:
     """A name whose digests and IDs have only their first characters."""
-    words = (word.removeprefix(_DIGEST) for word in name.split(" "))
-    return " ".join(word[:_SHOWN_ID] if len(word) == 64 else word for word in words)
+    words = (word.partition(":")[2] if word.startswith(_DIGESTS) else word for word in name.split(" "))
+    return " ".join(word[:_SHOWN_ID] if len(word) in _ID_LENGTHS else word for word in words)
 
 
 def _milliseconds(seconds: float) -> str:

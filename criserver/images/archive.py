@@ -7,7 +7,6 @@ first (criserver.images.archive_file).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import posixpath
@@ -20,7 +19,8 @@ from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
 from criserver.images.archive_file import GZIP, ZSTD, plain_file
 from criserver.images.archive_members import Member, read_members
 from criserver.images.archive_names import is_whole
-from criserver.images.content import ContentStore, Watcher, digest_of
+from criserver.images.content import ContentStore, Watcher
+from criserver.images.digests import digest_of, new_hash, written
 from criserver.images.manifests import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -175,16 +175,16 @@ class Archive:
         return descriptor
 
     def _hashed(self, member: Member) -> str:
-        digest, position = hashlib.sha256(), 0
+        found, position = new_hash(), 0
         while piece := self._piece(member, position):
-            digest.update(piece)
+            found.update(piece)
             position += len(piece)
-        return f"sha256:{digest.hexdigest()}"
+        return written(found)
 
     def _read_manifest(self, digest: str) -> bytes:
         body = self._read(self._place(digest), MAX_MANIFEST)
-        if digest_of(body) != digest:
-            raise DataLossError(f"{self.name}: the content of manifest {digest} has digest {digest_of(body)}")
+        if (found := digest_of(body, digest)) != digest:
+            raise DataLossError(f"{self.name}: the content of manifest {digest} has digest {found}")
         return body
 
     def _place(self, digest: str) -> str:

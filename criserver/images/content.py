@@ -1,7 +1,7 @@
 """The content store: blobs in files that are named by their digest and never change.
 
-``blobs/sha256/HEX`` has the verified blobs. ``ingest/`` has blobs that are being written or deleted, and is emptied at
-the start. Nothing is synced, as an fsync for each layer would slow down every pull:
+``blobs/ALGORITHM/HEX`` has the verified blobs. ``ingest/`` has blobs that are being written or deleted, and is emptied
+at the start. Nothing is synced, as an fsync for each layer would slow down every pull:
 
 1. A SIGKILL of the daemon does not affect the page cache.
 2. After a power cut a blob may have a wrong size, which the start finds by the manifest that names it. Or it may have a
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import os
-import re
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,32 +22,27 @@ from typing import BinaryIO, Protocol
 import structlog
 
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
+from criserver.images.digests import ALGORITHMS, digest_of, is_digest, new_hash, written
 from snapshotter import removal
 from snapshotter.files import make_private
 from snapshotter.threads import in_thread
 
 _log = structlog.get_logger(__name__)
 
-_NAME = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 4096
 _PIECE = 1 << 20
-
-
-def digest_of(data: bytes) -> str:
-    """The sha256 digest, as descriptors write it."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 class ContentStore:
     """Blobs under the directory ``root``, for one daemon at a time.
 
-    Methods that take a digest expect one that was checked to be ``sha256:`` and 64 hexadecimal digits.
+    Methods that take a digest expect one for which :func:`~criserver.images.digests.is_digest` holds.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.commits = 0  # blobs committed by this object
-        self._blobs = os.path.join(root, "blobs", "sha256")
+        self._blobs = os.path.join(root, "blobs")
         self._ingest = os.path.join(root, "ingest")
         self._numbers = count()
         # Two renames of one blob, into the store and out of it, must come one after the other.
@@ -57,20 +50,26 @@ class ContentStore:
         self._arriving: set[Ingest] = set()
         # Files of blobs that were not committed. Their deletion has failed.
         self._rest: set[str] = set()
-        for directory in (self._blobs, self._ingest):
+        for directory in (*(os.path.join(self._blobs, name) for name in ALGORITHMS), self._ingest):
             make_private(directory)
         for name in os.listdir(self._ingest):
             _sweep(os.path.join(self._ingest, name))
         self._sizes: dict[str, int] = {}
-        with os.scandir(self._blobs) as entries:
+        for algorithm in ALGORITHMS:
+            self._find(algorithm)
+        self._bytes = sum(map(_occupied, self._sizes.values()))
+
+    def _find(self, algorithm: str) -> None:
+        """Add the blobs on disk whose digests are of an algorithm."""
+        with os.scandir(os.path.join(self._blobs, algorithm)) as entries:
             for entry in entries:
-                if not _NAME.fullmatch(entry.name):
+                digest = f"{algorithm}:{entry.name}"
+                if not is_digest(digest):
                     continue
                 if entry.is_file(follow_symlinks=False):
-                    self._sizes[f"sha256:{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+                    self._sizes[digest] = entry.stat(follow_symlinks=False).st_size
                 else:
                     _sweep(entry.path)  # or the blob could never be committed
-        self._bytes = sum(map(_occupied, self._sizes.values()))
 
     def digests(self) -> set[str]:
         """The digests of all blobs."""
@@ -82,7 +81,7 @@ class ContentStore:
 
     def path(self, digest: str) -> str:
         """The path of a blob's file, which may be missing. Nobody may write to the file."""
-        return os.path.join(self._blobs, digest.removeprefix("sha256:"))
+        return os.path.join(self._blobs, *digest.split(":"))
 
     def open(self, digest: str) -> BinaryIO:
         """The blob for reading; its content is not checked again. Raises NotFoundError."""
@@ -100,8 +99,8 @@ class ContentStore:
             data = f.read(limit + 1)
         if len(data) > limit:
             raise ResourceExhaustedError(f"blob {digest} is larger than {limit} bytes")
-        if digest_of(data) != digest:
-            raise DataLossError(f"blob {digest} is damaged on disk: its content has digest {digest_of(data)}")
+        if (found := digest_of(data, digest)) != digest:
+            raise DataLossError(f"blob {digest} is damaged on disk: its content has digest {found}")
         return data
 
     def check(self, digest: str, go_on: Callable[[int], bool] = lambda _: True) -> str:
@@ -111,7 +110,7 @@ class ContentStore:
         the node has no descriptors or memory left, which says nothing of the blob.
         """
         size = self.size(digest)
-        found = hashlib.sha256()
+        found = new_hash(digest)
         length = 0
         try:
             with open(self.path(digest), "rb", buffering=0) as file:
@@ -131,14 +130,14 @@ class ContentStore:
             return f"it cannot be read: {e.strerror}"
         if length != size:
             return f"it has {length} bytes in place of {size}"
-        if f"sha256:{found.hexdigest()}" != digest:
-            return f"its content has digest sha256:{found.hexdigest()}"
+        if written(found) != digest:
+            return f"its content has digest {written(found)}"
         return ""
 
-    async def put(self, data: bytes) -> str:
-        """Store a small blob, such as a manifest, and return its digest."""
-        digest = digest_of(data)
-        async with self.ingest() as ingest:
+    async def put(self, data: bytes, like: str = "") -> str:
+        """Store a small blob, such as a manifest, and return its digest. ``like`` is one of the same algorithm."""
+        digest = digest_of(data, like)
+        async with self.ingest(digest) as ingest:
             await ingest.write(data)
             await ingest.commit(digest)
         return digest
@@ -147,7 +146,8 @@ class ContentStore:
     async def ingest(self, digest: str = "", watcher: Watcher | None = None) -> AsyncIterator[Ingest]:
         """A new blob that is written while the block lasts. It is deleted at the end if it is not committed.
 
-        With a ``digest``, :meth:`arrived` says how much of it has arrived. ``watcher`` is told how it grows.
+        ``digest`` is the one that it is to have, if that is known: it is then hashed by that algorithm, and
+        :meth:`arrived` says how much of it has arrived. ``watcher`` is told how it grows.
         """
         path = os.path.join(self._ingest, str(next(self._numbers)))
         ingest = Ingest(self, path, digest, watcher)
@@ -252,7 +252,7 @@ class Ingest:
         self.digest = digest
         self._watcher = watcher
         self._fd = -1
-        self._hash = hashlib.sha256()
+        self._hash = new_hash(self.digest)
         self.size = 0
         self.committed = False
 
@@ -286,14 +286,14 @@ class Ingest:
         """Delete the content so far: the blob begins anew."""
         await in_thread(os.ftruncate, self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
-        self._hash = hashlib.sha256()
+        self._hash = new_hash(self.digest)
         self.size = 0
         if self._watcher is not None:
             self._watcher.reset()
 
     async def commit(self, digest: str) -> None:
         """Make the blob part of the store. Raises DataLossError if its content has another digest."""
-        found = f"sha256:{self._hash.hexdigest()}"
+        found = written(self._hash)
         if found != digest:
             raise DataLossError(f"blob {digest}: the content received has digest {found}")
         try:

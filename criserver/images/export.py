@@ -6,7 +6,6 @@ same images always give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from criserver.errors import DataLossError
 from criserver.images.content import ContentStore
+from criserver.images.digests import new_hash, written
 from criserver.images.manifests import OCI_INDEX, Descriptor, Manifest
 
 _PIECE = 1 << 20
@@ -71,14 +71,14 @@ def _docker_entry(export: Export) -> dict[str, Any]:
 
 
 def _content(digest: str, size: int, content: ContentStore) -> Iterator[bytes]:
-    found = hashlib.sha256()
+    found = new_hash(digest)
     left = size
     with content.open(digest) as file:
         while left and (piece := file.read(min(_PIECE, left))):
             found.update(piece)
             left -= len(piece)
             yield piece
-    if left or f"sha256:{found.hexdigest()}" != digest:
+    if left or written(found) != digest:
         raise DataLossError(
             f"blob {digest} is damaged on disk; `criserver image verify` tells which images have it and what to do"
         )

@@ -16,6 +16,7 @@ import structlog
 from criserver.errors import CriError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import references
 from criserver.images.content import ContentStore
+from criserver.images.digests import begins_with, digits, is_digest
 from criserver.images.export import Export
 from criserver.images.image import Image, ImageUsage
 from criserver.images.manifests import (
@@ -76,15 +77,15 @@ class ImageStore:
         A text that is a name and the beginning of an ID is the name. Raises InvalidArgumentError if several IDs have
         the beginning.
         """
-        if references.is_digest(ref_or_id):
+        if is_digest(ref_or_id):
             entry = self._entries.get(ref_or_id)
             return entry.image if entry else None
         if name := self.name_in(ref_or_id):
             return self._entries[self._names[name]].image
-        start = ref_or_id.removeprefix("sha256:")
+        start = digits(ref_or_id)
         if not start or not _HEX.issuperset(start):
             return None
-        found = [entry.image for key, entry in self._entries.items() if key.startswith(f"sha256:{start}")]
+        found = [entry.image for key, entry in self._entries.items() if begins_with(key, ref_or_id)]
         if len(found) > 1:
             raise InvalidArgumentError(f"{len(found)} image IDs begin with {ref_or_id}; give more digits of the ID")
         return found[0] if found else None

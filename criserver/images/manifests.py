@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from criserver.errors import InvalidArgumentError, NotFoundError, UnimplementedError
 from criserver.images import go_json, image_user
+from criserver.images.digests import is_digest
 from criserver.images.platforms import Platform, normalized, rank
-from criserver.images.references import is_digest
 from criserver.text import shown
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -266,7 +266,9 @@ def choose(index: Index, platform: Platform, what: str) -> Descriptor:
             f"{what} has no image for {platform}; it has {shown(', '.join(others)) if others else 'none at all'}"
         )
     if not is_digest(best.digest):
-        raise InvalidArgumentError(f"{what}: the manifest for {platform} has digest {shown(best.digest)!r}, no sha256")
+        raise InvalidArgumentError(
+            f"{what}: the manifest for {platform} has digest {shown(best.digest)!r}, which is neither sha256 nor sha512"
+        )
     return best
 
 

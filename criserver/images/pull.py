@@ -171,7 +171,7 @@ class Loader:
             what = f"{source.name}: manifest {descriptor.digest}"
             parsed = parse_manifest(body, descriptor.media_type, what)
             if isinstance(parsed, Manifest):
-                await self._content.put(body)
+                await self._content.put(body, descriptor.digest)
                 kind = descriptor.media_type if descriptor.media_type in MANIFEST_TYPES else OCI_MANIFEST
                 return replace(descriptor, media_type=kind, size=len(body)), parsed
             descriptor = choose(parsed, self._platform, source.name)

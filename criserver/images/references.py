@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from criserver.errors import InvalidArgumentError
+from criserver.images.digests import is_digest
 from criserver.text import quoted
 
 DEFAULT_DOMAIN = "docker.io"
@@ -26,7 +27,6 @@ _ATOM = r"[a-z0-9]+"
 _COMPONENT = rf"{_ATOM}(?:(?:[._]|__|-+){_ATOM})*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,7 +52,7 @@ class Reference:
 def parse(text: str) -> Reference:
     """The canonical form of ``text``; without tag and digest the tag is ``latest``.
 
-    Raises InvalidArgumentError with the part that is wrong. Digests other than sha256 are refused.
+    Raises InvalidArgumentError with the part that is wrong. Digests other than sha256 and sha512 are refused.
     """
     if not text:
         raise InvalidArgumentError("the image reference is empty; an image must be named")
@@ -66,8 +66,9 @@ def parse(text: str) -> Reference:
     _check_name(text, domain, path)
     if colon and not _TAG.fullmatch(tag):
         raise _invalid(text, f"tag {quoted(tag)} is not 1 to 128 letters, digits, '_', '.' and '-'")
-    if at and not _DIGEST.fullmatch(digest):
-        raise _invalid(text, f"digest {quoted(digest)} is not 'sha256:' and 64 lowercase hexadecimal digits")
+    if at and not is_digest(digest):
+        what = "'sha256:' and 64 lowercase hexadecimal digits, or 'sha512:' and 128"
+        raise _invalid(text, f"digest {quoted(digest)} is not {what}")
     if not colon and not at:
         tag = _DEFAULT_TAG
     return Reference(domain, path, tag or None, digest or None)
@@ -79,11 +80,6 @@ def full_name(text: str) -> str:
         return str(parse(text))
     except InvalidArgumentError:
         return text
-
-
-def is_digest(text: str) -> bool:
-    """Whether ``text`` is a sha256 digest. Image IDs have this form too."""
-    return _DIGEST.fullmatch(text) is not None
 
 
 def _split_domain(text: str) -> tuple[str, str]:

@@ -24,8 +24,9 @@ from criserver.errors import (
     UnavailableError,
 )
 from criserver.images.auth import Authorizer, Keyring
-from criserver.images.content import ContentStore, Watcher, digest_of
+from criserver.images.content import ContentStore, Watcher
 from criserver.images.credentials import Credentials
+from criserver.images.digests import digest_of, is_digest
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
 from criserver.images.hosts import PULL, RESOLVE, RegistryHost
@@ -41,7 +42,7 @@ from criserver.images.manifests import (
     parse_manifest,
 )
 from criserver.images.platforms import Platform, runs_on
-from criserver.images.references import Reference, is_digest
+from criserver.images.references import Reference
 from criserver.images.retries import MAX_WAIT, Retries, TryAgainError
 from criserver.images.tokens import Token, TokenRequest, fetch_token
 from criserver.images.transport import NotConnectedError, Transport, read_bounded
@@ -248,8 +249,8 @@ class RegistryClient:
             host, f"manifests/{name}", headers, idle=self._idle, total=self._patience, trusted=digest is None
         ) as response:
             body = await read_bounded(response, MAX_MANIFEST, f"manifest {name}")
-            found = digest_of(body)
             stated = response.headers.get("Docker-Content-Digest", "") if digest is None else digest
+            found = digest_of(body, stated)
             if found != stated and is_digest(stated):
                 raise DataLossError(f"manifest {name}: the content received has digest {found}, not {stated}")
             return Descriptor(_media_type(response), found, len(body)), body
@@ -274,7 +275,7 @@ class RegistryClient:
             host, f"blobs/{config.digest}", {}, idle=self._idle, total=self._patience
         ) as response:
             sent = await read_bounded(response, MAX_CONFIG, f"configuration {config.digest}")
-        if digest_of(sent) != config.digest:
+        if digest_of(sent, config.digest) != config.digest:
             return  # it is fetched again from all hosts, and checked then
         platform = parse_config(sent, f"configuration {config.digest}").platform
         if not runs_on(platform, self._platform):

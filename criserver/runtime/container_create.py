@@ -19,6 +19,7 @@ import structlog
 from criserver import logs
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from criserver.images import Image, host_platform
+from criserver.images.digests import begins_with
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
 from criserver.oci import cdi, container_user, cri_annotations, seccomp, spec
@@ -221,7 +222,7 @@ def _with_names_of_images(node: Node, image: Image, sent: bytes) -> bytes:
     Raises NotFoundError for an image that is not here.
     """
     config = cri.ContainerConfig.FromString(sent)
-    is_id = image.id.removeprefix("sha256:").startswith(config.image.image.removeprefix("sha256:"))
+    is_id = begins_with(image.id, config.image.image)
     if is_id and image.repo_tags and not config.image.user_specified_image:
         config.image.user_specified_image = image.repo_tags[0]
     for mount in config.mounts:

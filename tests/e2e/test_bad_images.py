@@ -12,7 +12,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support import layers
-from tests.support.imagebuilder import BuiltImage, build_image
+from tests.support.imagebuilder import BuiltImage, build_image, by_sha512
 from tests.support.lyingregistry import IMAGE, Server, server, stored
 from tests.support.node import Node, refused
 
@@ -40,6 +40,19 @@ def test_a_wrong_digest(pull: Callable[[], object], server: Server) -> None:
     server.bodies[LAYER] = b"x" * len(IMAGE.blobs[LAYER])
     with refused(grpc.StatusCode.DATA_LOSS, LAYER, f"127.0.0.1:{server.server_port}"):
         pull()
+
+
+def test_a_wrong_digest_by_sha512(node: Node, server: Server) -> None:
+    """Where all that the manifest names is right, and one blob of it is not."""
+    server.image = by_sha512(IMAGE)
+    for wrong in (server.image.id, server.image.manifest["layers"][0]["digest"], server.image.digest):
+        before = stored(node)
+        server.bodies = {wrong: b"x" * len(server.image.blobs[wrong])}
+        with refused(grpc.StatusCode.DATA_LOSS, wrong, "has digest sha512:"):
+            node.client.PullImage(
+                image=cri.ImageSpec(image=f"127.0.0.1:{server.server_port}/bad@{server.image.digest}")
+            )
+        assert stored(node) == before
 
 
 def test_a_truncated_layer(pull: Callable[[], object], server: Server) -> None:

@@ -32,16 +32,20 @@ from tests.support.imagebuilder import (
     Link,
     build_image,
     busybox_image,
+    by_sha512,
+    digest,
     tar_of,
     write_archive,
 )
+from tests.support.lyingregistry import Server as ImageServer
+from tests.support.lyingregistry import server
 from tests.support.node import Node
 from tests.support.ownregistry import Server
 from tests.support.registry import HTPASSWD, Registry, registry, running
 from tests.support.screen import Screen
 from tests.support.waiting import eventually
 
-__all__ = ["registry"]
+__all__ = ["registry", "server"]
 
 MB = 1_000_000
 
@@ -548,3 +552,46 @@ def test_commands_without_a_daemon(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (3, "")
         assert f"no daemon answers at {tmp_path}/none.sock" in done.stderr
     assert os.listdir(tmp_path) == ["c.toml"]
+
+
+def test_an_image_whose_blobs_are_named_by_sha512(node: Node, server: ImageServer, tmp_path: Path) -> None:
+    """Pulled by tag and by digest, run by its ID, exported, imported, verified and removed, as any other."""
+    image = server.image = by_sha512(busybox_image(layers=[{"file": b"named by sha512"}]))
+    repository = f"127.0.0.1:{server.server_port}/long"
+    blobs = f"{node.root}/content/blobs/sha512"
+    name = f"{repository}@{image.digest}"
+    assert node.client.PullImage(image=cri.ImageSpec(image=name)).image_ref == image.id
+    assert {f"sha512:{found}" for found in os.listdir(blobs)} == set(image.blobs)
+    for given in (name, image.id, image.id[:20], image.id[7:19]):
+        status = node.client.ImageStatus(image=cri.ImageSpec(image=given)).image
+        assert (status.id, list(status.repo_digests)) == (image.id, [name])
+
+    container = node.run(node.run_pod("long"), "c", ["sleep", "1000"], image=image.id)
+    assert node.sh(container, "cat /file") == "named by sha512"
+    told = node.client.ContainerStatus(container_id=container).status
+    assert (told.image_id, told.image_ref) == (image.id, name)
+
+    path = str(tmp_path / "image.tar")
+    command(node, "export", name, path)
+    node.remove_pods()
+    command(node, "remove", name)
+    assert os.listdir(blobs) == []
+    command(node, "import", path)
+    node.kill()
+    node.start()
+    assert node.client.ImageStatus(image=cri.ImageSpec(image=image.id)).image.id == image.id
+    assert "no damage" in command(node, "verify").stdout
+
+    layer = image.manifest["layers"][1]["digest"]
+    with open(f"{blobs}/{layer[7:]}", "r+b") as file:
+        file.write(b"damaged")
+    assert layer in command(node, "verify", code=1).stdout
+    command(node, "remove", image.id)
+    # The registry says the digest of a tag's manifest, or does not: that is named by sha256 then.
+    for said, named in ((image.digest, image.digest), ("", digest(image.blobs[image.digest]))):
+        server.digest = said
+        tag = cri.ImageSpec(image=f"{repository}:latest")
+        assert node.client.PullImage(image=tag).image_ref == image.id
+        assert list(node.client.ImageStatus(image=tag).image.repo_digests) == [f"{repository}@{named}"]
+        command(node, "remove", image.id)
+        assert os.listdir(blobs) == []

@@ -150,6 +150,19 @@ def busybox_image(*, config: Mapping[str, Any] | None = None, layers: Iterable[L
     return build_image([base, *layers], {"Cmd": ["sh"], "Env": ["PATH=/bin"], **(config or {})})
 
 
+def by_sha512(image: BuiltImage) -> BuiltImage:
+    """The same image of one manifest, with all of its blobs named by sha512."""
+    blobs: dict[str, bytes] = {}
+
+    def renamed(descriptor: Mapping[str, Any]) -> dict[str, Any]:
+        return {**descriptor, **add_blob(blobs, descriptor["mediaType"], image.blobs[descriptor["digest"]], "sha512")}
+
+    manifest = image.manifest
+    manifest |= {"config": renamed(manifest["config"]), "layers": [renamed(layer) for layer in manifest["layers"]]}
+    top = add_blob(blobs, manifest["mediaType"], json.dumps(manifest).encode(), "sha512")
+    return BuiltImage(blobs, {**image.descriptor, **top}, image.layers)
+
+
 def write_layout(image: BuiltImage, directory: str, name: str = "latest") -> None:
     """The image as an OCI layout; ``name`` is its org.opencontainers.image.ref.name."""
     for path, content in _layout(image, {"org.opencontainers.image.ref.name": name}).items():
@@ -213,15 +226,16 @@ def tar_of(members: Layer) -> bytes:
     return stream.getvalue()
 
 
-def digest(data: bytes) -> str:
-    """The sha256 digest of a blob."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+def digest(data: bytes, algorithm: str = "sha256") -> str:
+    """The digest of a blob."""
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
 
 
-def add_blob(blobs: dict[str, bytes], media_type: str, data: bytes) -> dict[str, Any]:
+def add_blob(blobs: dict[str, bytes], media_type: str, data: bytes, algorithm: str = "sha256") -> dict[str, Any]:
     """Put ``data`` among the blobs and describe it."""
-    blobs[digest(data)] = data
-    return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
+    name = digest(data, algorithm)
+    blobs[name] = data
+    return {"mediaType": media_type, "digest": name, "size": len(data)}
 
 
 def vars_of(platform: Platform) -> dict[str, str]:

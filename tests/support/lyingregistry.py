@@ -22,6 +22,7 @@ class Server(http.server.ThreadingHTTPServer):
     image: BuiltImage = IMAGE
     bodies: dict[str, bytes]
     lengths: dict[str, int]
+    digest: str = ""  # what the registry says of every manifest
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,6 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         kind = "manifests" in self.path and self.server.image.manifest["mediaType"]
         self.send_header("Content-Type", kind or "application/octet-stream")
+        if self.server.digest:
+            self.send_header("Docker-Content-Digest", self.server.digest)
         self.send_header("Content-Length", str(self.server.lengths.get(wanted, len(body))))
         self.end_headers()
         self.wfile.write(body)
@@ -58,5 +61,6 @@ def server() -> Iterator[Server]:
 
 
 def stored(node: Node) -> set[str]:
-    directories = ("content/blobs/sha256", "content/ingest", "snapshots/layers", "snapshots/staging")
+    directories = [f"content/{place}" for place in ("blobs/sha256", "blobs/sha512", "ingest")]
+    directories += ["snapshots/layers", "snapshots/staging"]
     return {f"{d}/{name}" for d in directories for name in os.listdir(f"{node.root}/{d}")}

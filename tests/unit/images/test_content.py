@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from criserver.errors import DataLossError, NotFoundError, ResourceExhaustedError
-from criserver.images.content import ContentStore, digest_of
+from criserver.images.content import ContentStore
+from criserver.images.digests import digest_of
 
 DATA = os.urandom(200_000)
 DIGEST = digest_of(DATA)
@@ -26,7 +27,7 @@ def files(root: str) -> list[str]:
 
 
 async def fill(store: ContentStore, data: bytes, digest: str) -> None:
-    async with store.ingest() as ingest:
+    async with store.ingest(digest) as ingest:
         for start in range(0, len(data), 70_000):
             await ingest.write(data[start : start + 70_000])
         await ingest.commit(digest)
@@ -43,6 +44,27 @@ async def test_a_blob_comes_in_whole(root: str) -> None:
     assert store.usage() == (200_704, 1)
     assert ContentStore(root).digests() == {DIGEST}
     assert ContentStore(root).usage() == (200_704, 1)
+
+
+async def test_a_blob_by_sha512_is_beside_those_by_sha256(root: str) -> None:
+    store = ContentStore(root)
+    digest = digest_of(DATA, "sha512:")
+    await fill(store, DATA, DIGEST)
+    await fill(store, DATA, digest)
+    assert files(root) == [f"blobs/sha256/{DIGEST[7:]}", f"blobs/sha512/{digest[7:]}"]
+    store = ContentStore(root)
+    assert (store.digests(), store.usage()) == ({DIGEST, digest}, (2 * 200_704, 2))
+    assert (store.read(digest, len(DATA)), store.check(digest)) == (DATA, "")
+    other = digest_of(b"x", digest)
+    with pytest.raises(DataLossError, match=f"blob {other}: the content received has digest {digest}"):
+        await fill(store, DATA, other)
+    with open(store.path(digest), "r+b") as file:
+        file.write(b"damaged")
+    assert store.check(digest).startswith("its content has digest sha512:")
+    with pytest.raises(DataLossError, match="its content has digest sha512:"):
+        store.read(digest, len(DATA))
+    assert await store.delete(digest) == 200_704
+    assert files(root) == [f"blobs/sha256/{DIGEST[7:]}"]
 
 
 async def test_the_same_blob_twice_counts_once(root: str) -> None:
