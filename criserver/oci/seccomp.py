@@ -33,6 +33,8 @@ MAX_PROFILE = 1 << 20
 _NATIVE = {"amd64": "X86_64", "386": "X86", "arm64": "AARCH64"}
 # The error of a call that the table does not list.
 _UNLISTED = "ENOSYS"
+# A program answers the call (seccomp_unotify(2)). The OCI runtime connects to its socket, listenerPath.
+_NOTIFY = "SCMP_ACT_NOTIFY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +191,32 @@ def resolve(text: bytes, profile_name: str, capabilities: Collection[str], archi
         profile["architectures"] = architectures
     if document.get("flags"):
         profile["flags"] = document["flags"]
+    for key in ("listenerPath", "listenerMetadata"):
+        if document.get(key):
+            profile[key] = document[key]
     profile["syscalls"] = [
         _rule(rule, names, f"{profile_name}: key syscalls.{index}")
         for index, rule in enumerate(document.get("syscalls") or ())
         if (names := _names(rule, f"{profile_name}: key syscalls.{index}"))
         and _applies(rule, capabilities, architecture, _version(kernel))
     ]
+    _check_listener(profile, profile_name)
     return profile
+
+
+def _check_listener(profile: Seccomp, profile_name: str) -> None:
+    """Refuse what no OCI runtime can start: calls that a program answers (SCMP_ACT_NOTIFY), without its socket."""
+    if profile["defaultAction"] == _NOTIFY:
+        raise InvalidArgumentError(
+            f"{profile_name}: key defaultAction: {_NOTIFY} is for rules only, as the runtime makes calls of its own"
+        )
+    if not profile.get("listenerPath"):
+        if any(rule["action"] == _NOTIFY for rule in profile["syscalls"]):
+            raise InvalidArgumentError(
+                f"{profile_name}: key listenerPath: a rule has {_NOTIFY}; give the socket of the program that answers"
+            )
+        if profile.get("listenerMetadata"):
+            raise InvalidArgumentError(f"{profile_name}: key listenerMetadata: it needs a listenerPath")
 
 
 def _by_argument(one: Filter) -> list[Seccomp]:
@@ -230,11 +251,6 @@ def _document(text: bytes, profile_name: str) -> Mapping[str, Any]:
         document = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise InvalidArgumentError(f"{profile_name} is not valid JSON: {e}") from e
-    # An error of its own: this is a documented feature, and the error of the schema would not say that.
-    if isinstance(document, dict) and (document.get("listenerPath") or document.get("listenerMetadata")):
-        raise InvalidArgumentError(
-            f"{profile_name}: key listenerPath: a program that answers system calls (SCMP_ACT_NOTIFY) is not supported"
-        )
     for error in _validator().iter_errors(document):
         key = ".".join(str(part) for part in error.absolute_path) or "top level"
         raise InvalidArgumentError(f"{profile_name}: key {key}: {error.message[:300]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.node import Node, refused
 from tests.support.pods import secured
+from tests.support.seccomp_agent import SeccompAgent
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -135,6 +138,25 @@ def test_seccomp_unconfined_default_and_of_the_node(node: Node, pod: str, tmp_pa
     assert "Permission denied" in node.sh(local, "mkdir /x 2>&1 || true")
     old = node.run(pod, "o", ["sleep", "1000"], **secured(seccomp_profile_path="runtime/default"))
     assert status_of(node, old, "Seccomp") == "2"
+
+
+def test_a_program_of_the_node_answers_system_calls(node: Node, pod: str, tmp_path: Path) -> None:
+    """A profile with SCMP_ACT_NOTIFY: the OCI runtime gives the program at listenerPath what it answers by."""
+    path = str(tmp_path / "agent.sock")
+    rule = {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_NOTIFY"}
+    document = {"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": path, "syscalls": [rule]}
+    (tmp_path / "asks.json").write_text(json.dumps({**document, "listenerMetadata": "of the test"}))
+    asks = secured(seccomp=profile(cri.SecurityProfile.Localhost, str(tmp_path / "asks.json")))
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, path):
+        node.run(pod, "early", ["sleep", "1000"], **asks)
+    agent = SeccompAgent(path, errno.EDQUOT)
+    with agent.serving():
+        container = node.run(pod, "c", ["sh", "-c", "mkdir /x; exec sleep 1000"], **asks)
+        eventually(lambda: "quota exceeded" in node.log(container))
+        assert "quota exceeded" in node.sh(container, "mkdir /y 2>&1; true")
+        node.client.StopContainer(container_id=container, timeout=0)
+    assert [state["metadata"] for state in agent.states] == ["of the test"] * 2
+    assert {state["state"]["id"] for state in agent.states} == {container}
 
 
 def test_a_device_of_the_kubelets_and_one_of_a_vendors(node: Node, pod: str, tmp_path: Path) -> None:

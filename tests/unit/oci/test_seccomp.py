@@ -312,6 +312,15 @@ def test_a_file_becomes_the_runtimes_object() -> None:
     }
 
 
+def test_a_program_may_answer_calls_but_only_where_a_rule_for_this_node_says_so() -> None:
+    document = {**rules(action="SCMP_ACT_NOTIFY"), "listenerPath": "/run/agent.sock", "listenerMetadata": "for it"}
+    found = resolve(document)
+    assert (found["listenerPath"], found["listenerMetadata"]) == ("/run/agent.sock", "for it")
+    assert found["syscalls"] == [{"names": ["read"], "action": "SCMP_ACT_NOTIFY"}]
+    elsewhere = rules(action="SCMP_ACT_NOTIFY", includes={"arches": ["s390x"]})
+    assert resolve({**elsewhere, "listenerPath": None, "listenerMetadata": None})["syscalls"] == []
+
+
 def test_the_shortest_file() -> None:
     assert resolve({"defaultAction": "SCMP_ACT_LOG"}) == {"defaultAction": "SCMP_ACT_LOG", "syscalls": []}
 
@@ -381,7 +390,10 @@ def test_unset_keys_are_those_of_programs_that_write_profiles() -> None:
         ({}, "defaultAction"),
         ({"defaultAction": "ALLOW"}, "key defaultAction"),
         ({"defaultAction": "SCMP_ACT_NOTIFY"}, "key defaultAction"),
-        ({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent"}, "key listenerPath"),
+        ({"defaultAction": "SCMP_ACT_NOTIFY", "listenerPath": "/run/agent"}, "key defaultAction"),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "agent"}, "key listenerPath"),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/" + "a" * 107}, "key listenerPath"),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "m"}, "key listenerMetadata"),
         ({"defaultAction": "SCMP_ACT_ALLOW", "sycalls": []}, "sycalls"),
         ({"defaultAction": "SCMP_ACT_ALLOW", "defaultErrno": "EVERYTHING"}, "key defaultErrno"),
         (
@@ -394,7 +406,7 @@ def test_unset_keys_are_those_of_programs_that_write_profiles() -> None:
         ),
         (rules(name="read"), "key syscalls.0: .* names or"),
         ({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"action": "SCMP_ACT_LOG"}]}, "key syscalls.0: .* names or"),
-        (rules(action="SCMP_ACT_NOTIFY"), "key syscalls.0.action"),
+        (rules(action="SCMP_ACT_NOTIFY"), "key listenerPath"),
         (rules(errnoRet=4096), "key syscalls.0.errnoRet"),
         (rules(errno="__name__"), "key syscalls.0: key errno"),
         (rules(args=[{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]), "key syscalls.0.args.0.index"),
