@@ -11,7 +11,7 @@ export COVERAGE_FILE := $(CURDIR)/$(VENV)/coverage
 RUN_PACKAGES := python3-venv runc containernetworking-plugins catatonit busybox-static iptables iproute2 procps
 VM_PACKAGES := qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs git
 BENCH_PACKAGES := docker-registry e2fsprogs curl gzip zstd
-TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev
+TEST_PACKAGES := docker-registry skopeo umoci buildah openssl gcc libc6-dev criu golang-github-opencontainers-specs-dev microsocks
 
 .PHONY: bench demo test test-vm lint unit integration e2e coverage faults soak format proto wheel deb release run-packages test-packages clean
 

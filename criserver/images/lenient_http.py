@@ -68,10 +68,10 @@ def _value(line: bytes) -> bytes:
 
 
 class LenientConnector(aiohttp.TCPConnector):
-    """Makes connections that are LenientHandlers. aiohttp has no public parameter for it."""
+    """Makes connections that are LenientHandlers. aiohttp has no public parameter for it. ``options`` are its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._factory = functools.partial(_new_handler, loop=self._loop)
 
 

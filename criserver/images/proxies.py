@@ -14,6 +14,8 @@ from criserver.errors import FailedPreconditionError
 from criserver.numbers import decimal
 
 _PORTS = {"http": 80, "https": 443}
+# The second is the first with names that the proxy resolves, which programs in Go leave to it anyway.
+SOCKS = ("socks5", "socks5h")
 
 
 class Proxies:
@@ -27,7 +29,7 @@ class Proxies:
     def proxy_for(self, scheme: str, host: str, port: int) -> str | None:
         """The URL of the proxy for a request, or None if the request goes to ``host`` directly.
 
-        Raises FailedPreconditionError for a proxy that is not http or https.
+        Raises FailedPreconditionError for a proxy that is not http, https or socks5.
         """
         name, proxy = self._proxies[scheme]
         if not proxy or self._is_direct(host.lower(), port):
@@ -35,11 +37,11 @@ class Proxies:
         url = proxy if "://" in proxy else f"http://{proxy}"
         try:
             parts = urlsplit(url)
-            valid = parts.scheme in _PORTS and parts.hostname and parts.port != 0
+            valid = parts.scheme in (*_PORTS, *SOCKS) and parts.hostname and parts.port != 0
         except ValueError:
             valid = False
         if not valid:  # the error is without the value, which may have a password in it
-            raise FailedPreconditionError(f"the environment's {name} is not an http or https URL of a proxy")
+            raise FailedPreconditionError(f"the environment's {name} is not an http, https or socks5 URL of a proxy")
         return url
 
     def _is_direct(self, host: str, port: int) -> bool:

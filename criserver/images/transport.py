@@ -21,7 +21,7 @@ from criserver.errors import InvalidArgumentError, UnavailableError
 from criserver.images.content_codings import coding_of, decoded
 from criserver.images.hosts import RegistryHost
 from criserver.images.lenient_http import MAX_HEAD, MAX_HEADERS, LenientConnector
-from criserver.images.proxies import Proxies
+from criserver.images.proxies import SOCKS, Proxies
 from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
@@ -46,23 +46,17 @@ class Transport:
         self._contexts: dict[tuple[RegistryHost, bool], ssl.SSLContext] = {}
         self._proxies = Proxies(os.environ)
 
+        # By the SOCKS proxy behind which its connections are, "" for those without one.
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            auto_decompress=False,  # digests are of the bytes as they are sent
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
-            read_bufsize=_READ_BUFFER,
-            connector=LenientConnector(),
-            max_line_size=MAX_HEAD,
-            max_field_size=MAX_HEAD,
-            max_headers=MAX_HEADERS,
-        )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
     @asynccontextmanager
     async def send(
@@ -88,15 +82,17 @@ class Transport:
         timeout = aiohttp.ClientTimeout(
             total, connect=host.dial_timeout, sock_connect=host.dial_timeout, sock_read=idle
         )
+        proxy = self._proxies.proxy_for(url.scheme, url.host or "", url.port or 0)
+        socks = proxy if proxy and proxy.startswith(SOCKS) else ""
         try:
-            async with self._session.request(
+            async with self._session(socks).request(
                 method if form is None else "POST",
                 url,
                 headers=list(headers),
                 data=form,
                 allow_redirects=False,
                 ssl=self._context(host, identified),
-                proxy=self._proxies.proxy_for(url.scheme, url.host or "", url.port or 0),
+                proxy=None if socks else proxy,
                 timeout=timeout,
             ) as response:
                 yield response
@@ -125,10 +121,30 @@ class Transport:
         except (aiohttp.ClientError, ValueError) as e:
             raise UnavailableError(f"{what}: {str(e) or type(e).__name__}") from e
 
+    def _session(self, socks: str) -> aiohttp.ClientSession:
+        if socks not in self._sessions:
+            self._sessions[socks] = aiohttp.ClientSession(
+                auto_decompress=False,  # digests are of the bytes as they are sent
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
+                read_bufsize=_READ_BUFFER,
+                connector=_socks_connector(socks) if socks else LenientConnector(),
+                max_line_size=MAX_HEAD,
+                max_field_size=MAX_HEAD,
+                max_headers=MAX_HEADERS,
+            )
+        return self._sessions[socks]
+
     def _context(self, host: RegistryHost, identified: bool) -> ssl.SSLContext:
         if (host, identified) not in self._contexts:
             self._contexts[host, identified] = context_for(host, identified=identified)
         return self._contexts[host, identified]
+
+
+def _socks_connector(url: str) -> aiohttp.BaseConnector:
+    from criserver.images.socks import SocksConnector
+
+    return SocksConnector(url)
 
 
 async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:

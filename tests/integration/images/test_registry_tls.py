@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import ssl
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,8 +21,9 @@ from criserver.images import Credentials
 from tests.support.certificates import Authority, Certificate
 from tests.support.imagebuilder import BuiltImage
 from tests.support.ownregistry import Server, image, refused, rooms, server
-from tests.support.registry import Registry, registry, running
+from tests.support.registry import Registry, free_port, registry, running
 from tests.support.rooms import Rooms
+from tests.support.waiting import eventually
 
 __all__ = ["image", "registry", "rooms", "server"]
 
@@ -292,6 +295,59 @@ async def test_a_registry_without_tls_behind_a_proxy(
         monkeypatch.setenv("http_proxy", proxy.address)
         assert (await rooms.images.pull("r.example/app:1")).id == image.id
         assert proxy.lines[0] == "GET http://registry.example/v2/app/manifests/1?ns=r.example HTTP/1.1"
+
+
+@asynccontextmanager
+async def socks_proxy(*options: str) -> AsyncIterator[str]:
+    """The address of a SOCKS proxy, for which registry.example is the loopback address."""
+    with tempfile.NamedTemporaryFile("w") as hosts:
+        hosts.write("127.0.0.1 registry.example\n")
+        hosts.flush()
+        port = free_port()
+        command = f'mount --bind {hosts.name} /etc/hosts; exec microsocks -i 127.0.0.1 -p {port} "$@"'
+        words = ["unshare", "--mount", "sh", "-c", command, "sh", *options]
+        proxy = await asyncio.create_subprocess_exec(*words, stderr=asyncio.subprocess.DEVNULL)
+        try:
+            await asyncio.to_thread(eventually, lambda: listens(port))
+            yield f"127.0.0.1:{port}"
+        finally:
+            proxy.kill()
+            await proxy.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+async def test_a_registry_behind_a_socks_proxy(
+    secure: Secure, rooms: Rooms, image: BuiltImage, name: str, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """With a user and a password. The proxy resolves the registry's name."""
+    port = secure.registry.address.rpartition(":")[2]
+    async with socks_proxy("-u", "me", "-P", "sec:ret") as address:
+        monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:sec%3Aret@{address}")
+        rooms.configure("r.example", 'server = "https://registry.example:1"')
+        await refused(rooms, name, UnavailableError, "cannot connect: the proxy: ")
+        rooms.configure("r.example", f'server = "https://registry.example:{port}"')
+        await refused(rooms, name, UnavailableError, "certificate")
+        rooms.configure("r.example", f'server = "https://registry.example:{port}"\n{secure.pair}skip_verify = true')
+        monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:wrong@{address}")
+        await refused(rooms, name, UnavailableError, "cannot connect: the proxy: ")
+        monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://me:sec%3Aret@{address}")
+        assert (await rooms.images.pull(name)).id == image.id
+
+
+async def test_a_registry_without_tls_behind_a_socks_proxy(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms.configure("r.example", f'server = "http://registry.example:{server.address.rpartition(":")[2]}"')
+    async with socks_proxy() as address:
+        monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
+        await refused(rooms, "r.example/app:1", UnavailableError, "cannot connect: the proxy: Connection refused")
+        monkeypatch.setenv("HTTP_PROXY", f"socks5://{address}")
+        assert (await rooms.images.pull("r.example/app:1")).id == image.id
 
 
 async def test_no_proxy(server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ def test_without_an_environment() -> None:
         ({"ALL_PROXY": PROXY}, "https", None),
         ({"HTTPS_PROXY": "proxy.example:3128"}, "https", PROXY),
         ({"HTTPS_PROXY": "https://me:pass@proxy.example"}, "https", "https://me:pass@proxy.example"),
+        ({"HTTPS_PROXY": "socks5://me:pass@proxy.example"}, "https", "socks5://me:pass@proxy.example"),
+        ({"HTTP_PROXY": "socks5h://proxy.example:9"}, "http", "socks5h://proxy.example:9"),
     ],
 )
 def test_which_variable_counts(environment: dict[str, str], scheme: str, proxy: str | None) -> None:
@@ -34,7 +36,7 @@ def test_which_variable_counts(environment: dict[str, str], scheme: str, proxy: 
 
 
 @pytest.mark.parametrize(
-    "value", ["socks5://me:pass@proxy.example", "http://", "http://[::", "http://x:99999", "ftp://x"]
+    "value", ["socks4://me:pass@proxy.example", "socks5://", "http://", "http://[::", "http://x:99999", "ftp://x"]
 )
 def test_a_proxy_that_is_no_url_is_refused_without_its_password(value: str) -> None:
     with pytest.raises(FailedPreconditionError, match="HTTPS_PROXY") as caught:

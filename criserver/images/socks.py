@@ -1,0 +1,67 @@
+"""Connections through a SOCKS proxy of version 5 (RFC 1928, and RFC 1929 for a user with a password).
+
+Only a daemon whose environment names such a proxy imports this module, and python-socks with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from python_socks import ProxyError, ProxyType
+from python_socks.async_.asyncio import Proxy
+
+from criserver.images.lenient_http import LenientConnector
+
+_PORT = 1080
+
+
+class SocksConnector(LenientConnector):
+    """Makes connections through the proxy ``url``. The proxy resolves the names of hosts, as for programs in Go.
+
+    aiohttp has no public way to use another program's connection, so this replaces what makes one. Failures are the
+    errors that aiohttp has for its own connections.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(resolver=_Unresolved())
+        parts = urlsplit(url)
+        user, password = (unquote(text) if text else None for text in (parts.username, parts.password))
+        self._proxy = Proxy(ProxyType.SOCKS5, str(parts.hostname), parts.port or _PORT, user, password, rdns=True)
+
+    async def _wrap_create_connection(
+        self, *args: Any, addr_infos: Any, req: Any, timeout: Any, **options: Any
+    ) -> tuple[asyncio.Transport, Any]:
+        options.pop("client_error", None)
+        host, port = addr_infos[0][4][:2]
+        async with asyncio.timeout(timeout.sock_connect):
+            try:
+                tunnel = await self._proxy.connect(host, port)
+            except (ProxyError, OSError) as e:
+                raise aiohttp.ClientProxyConnectionError(req.connection_key, _as_os_error(e)) from e
+            try:
+                return await self._loop.create_connection(*args, **options, sock=tunnel)
+            except ssl.CertificateError as e:
+                raise aiohttp.ClientConnectorCertificateError(req.connection_key, e) from e
+            except ssl.SSLError as e:
+                raise aiohttp.ClientConnectorSSLError(req.connection_key, e) from e
+            except OSError as e:
+                raise aiohttp.ClientConnectorError(req.connection_key, e) from e
+
+
+class _Unresolved(AbstractResolver):
+    """Leaves names to the proxy."""
+
+    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
+        return [ResolveResult(hostname=host, host=host, port=port, family=family, proto=0, flags=0)]
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+def _as_os_error(error: Exception) -> OSError:
+    return error if isinstance(error, OSError) and error.errno else OSError(str(error))
