@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from criserver.api.lists import Slices, make_each
 from criserver.api.views import image_name
@@ -47,6 +48,9 @@ _DEFAULT_INTERFACE = "eth0"
 # Seconds to count the descriptors of all containers. Containers after that have no count in the answer.
 _COUNT_TIME = 2.0
 
+# The fields of a message by name. A message that is made of them at once takes half the time of one made of messages.
+Fields = dict[str, Any]
+
 _KINDS = {True: cri.COUNTER, False: cri.GAUGE}
 
 
@@ -59,23 +63,23 @@ class StatsViews:
 
     def container(self, record: Container) -> cri.ContainerStats:
         """Statistics of a container. One that does not run has the attributes and the writable layer alone."""
-        config = record.config
-        stats = cri.ContainerStats(
-            attributes=cri.ContainerAttributes(
-                id=record.id,
-                metadata=cri.ContainerMetadata(name=config.name, attempt=config.attempt),
-                labels=config.labels,
-                annotations=config.annotations,
-            ),
-            writable_layer=self._writable_layer(record),
-        )
+        config, measured = record.config, {}
         sandbox = self._node.records.sandboxes.get(record.sandbox_id)
         if record.state is ContainerState.RUNNING and sandbox is not None:
             usage = self._node.stats.cgroups.reader(cgroups.path(record.parent_cgroup(sandbox), record.id)).usage()
-            _fill(stats, usage)
+            measured = _measured(usage)
             if usage.swap is not None:
-                stats.swap.CopyFrom(_swap(usage.timestamp, usage.swap))
-        return stats
+                measured["swap"] = _swap(usage.timestamp, usage.swap)
+        return cri.ContainerStats(
+            attributes={
+                "id": record.id,
+                "metadata": {"name": config.name, "attempt": config.attempt},
+                "labels": config.labels,
+                "annotations": config.annotations,
+            },
+            writable_layer=self._writable_layer(record),
+            **measured,
+        )
 
     async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
         """Statistics of each container."""
@@ -139,38 +143,41 @@ class StatsViews:
                     await slices.end()
                 yield response
 
-    def _writable_layer(self, record: Container) -> cri.FilesystemUsage | None:
+    def _writable_layer(self, record: Container) -> Fields | None:
         usage = self._node.stats.disk.latest(record.id)
         if usage is None:
             return None
-        return cri.FilesystemUsage(
-            timestamp=usage.timestamp,
-            fs_id=cri.FilesystemIdentifier(mountpoint=self._directory),
-            used_bytes=_number(usage.bytes),
-            inodes_used=_number(usage.inodes),
-        )
+        return {
+            "timestamp": usage.timestamp,
+            "fs_id": {"mountpoint": self._directory},
+            "used_bytes": _number(usage.bytes),
+            "inodes_used": _number(usage.inodes),
+        }
 
     def _sandbox(
         self, record: Sandbox, containers: list[Container], interfaces: tuple[InterfaceCounters, ...] | None
     ) -> cri.PodSandboxStats:
         config = record.config
-        linux = cri.LinuxPodSandboxStats(containers=[self.container(c) for c in containers])
+        linux: Fields = {"containers": [self.container(c) for c in containers]}
         if record.state is SandboxState.READY:
             usage = self._node.stats.cgroups.reader(cgroups.pod_path(record.cgroup_parent)).usage()
-            _fill(linux, usage)
             count = sum(len(pids) for pids in self._processes(record, containers).values())
-            linux.process.CopyFrom(cri.ProcessUsage(timestamp=usage.timestamp, process_count=_number(count)))
+            linux |= _measured(usage)
+            linux["process"] = {"timestamp": usage.timestamp, "process_count": _number(count)}
             if interfaces is not None:
-                linux.network.CopyFrom(_network(interfaces))
+                linux["network"] = _network(interfaces)
         return cri.PodSandboxStats(
-            attributes=cri.PodSandboxAttributes(
-                id=record.id,
-                metadata=cri.PodSandboxMetadata(
-                    name=config.name, uid=config.uid, namespace=config.namespace, attempt=config.attempt
-                ),
-                labels=config.labels,
-                annotations=config.annotations,
-            ),
+            attributes={
+                "id": record.id,
+                "metadata": {
+                    "name": config.name,
+                    "uid": config.uid,
+                    "namespace": config.namespace,
+                    "attempt": config.attempt,
+                },
+                "labels": config.labels,
+                "annotations": config.annotations,
+            },
             linux=linux,
         )
 
@@ -292,73 +299,77 @@ def _file_system(directory: str) -> FileSystem:
     )
 
 
-def _fill(stats: cri.ContainerStats | cri.LinuxPodSandboxStats, usage: CgroupUsage) -> None:
-    """Set the fields that containers and pods have in common."""
+def _measured(usage: CgroupUsage) -> Fields:
+    """The fields that containers and pods have in common."""
+    fields: Fields = {}
     if usage.cpu is not None:
-        stats.cpu.CopyFrom(_cpu(usage, usage.cpu))
+        fields["cpu"] = _cpu(usage, usage.cpu)
     if usage.memory is not None:
-        stats.memory.CopyFrom(_memory(usage, usage.memory))
+        fields["memory"] = _memory(usage, usage.memory)
     if usage.io_pressure is not None:
-        stats.io.CopyFrom(cri.IoUsage(timestamp=usage.timestamp, psi=_psi(usage.io_pressure)))
+        fields["io"] = {"timestamp": usage.timestamp, "psi": _psi(usage.io_pressure)}
+    return fields
 
 
-def _cpu(usage: CgroupUsage, cpu: Cpu) -> cri.CpuUsage:
-    return cri.CpuUsage(
-        timestamp=usage.timestamp,
-        usage_core_nano_seconds=_number(cpu.total_ns),
-        usage_nano_cores=_number(cpu.rate),
-        psi=_psi(usage.cpu_pressure),
-    )
+def _cpu(usage: CgroupUsage, cpu: Cpu) -> Fields:
+    return {
+        "timestamp": usage.timestamp,
+        "usage_core_nano_seconds": _number(cpu.total_ns),
+        "usage_nano_cores": _number(cpu.rate),
+        "psi": _psi(usage.cpu_pressure),
+    }
 
 
-def _memory(usage: CgroupUsage, memory: Memory) -> cri.MemoryUsage:
-    return cri.MemoryUsage(
-        timestamp=usage.timestamp,
-        working_set_bytes=_number(memory.working_set),
-        available_bytes=_number(memory.available),
-        usage_bytes=_number(memory.usage),
-        rss_bytes=_number(memory.rss),
-        page_faults=_number(memory.page_faults),
-        major_page_faults=_number(memory.major_page_faults),
-        psi=_psi(usage.memory_pressure),
-    )
+def _memory(usage: CgroupUsage, memory: Memory) -> Fields:
+    return {
+        "timestamp": usage.timestamp,
+        "working_set_bytes": _number(memory.working_set),
+        "available_bytes": _number(memory.available),
+        "usage_bytes": _number(memory.usage),
+        "rss_bytes": _number(memory.rss),
+        "page_faults": _number(memory.page_faults),
+        "major_page_faults": _number(memory.major_page_faults),
+        "psi": _psi(usage.memory_pressure),
+    }
 
 
-def _swap(timestamp: int, swap: Swap) -> cri.SwapUsage:
-    return cri.SwapUsage(
-        timestamp=timestamp, swap_available_bytes=_number(swap.available), swap_usage_bytes=_number(swap.usage)
-    )
+def _swap(timestamp: int, swap: Swap) -> Fields:
+    return {
+        "timestamp": timestamp,
+        "swap_available_bytes": _number(swap.available),
+        "swap_usage_bytes": _number(swap.usage),
+    }
 
 
-def _network(interfaces: tuple[InterfaceCounters, ...]) -> cri.NetworkUsage:
+def _network(interfaces: tuple[InterfaceCounters, ...]) -> Fields:
     """CRI's field ``interfaces`` has all interfaces except the default one."""
     default = [_interface(i) for i in interfaces if i.name == _DEFAULT_INTERFACE]
-    return cri.NetworkUsage(
-        timestamp=time.time_ns(),
-        default_interface=default[0] if default else None,
-        interfaces=[_interface(i) for i in interfaces if i.name != _DEFAULT_INTERFACE],
-    )
+    return {
+        "timestamp": time.time_ns(),
+        "default_interface": default[0] if default else None,
+        "interfaces": [_interface(i) for i in interfaces if i.name != _DEFAULT_INTERFACE],
+    }
 
 
-def _interface(interface: InterfaceCounters) -> cri.NetworkInterfaceUsage:
-    return cri.NetworkInterfaceUsage(
-        name=interface.name,
-        rx_bytes=_number(interface.rx_bytes),
-        rx_errors=_number(interface.rx_errors),
-        tx_bytes=_number(interface.tx_bytes),
-        tx_errors=_number(interface.tx_errors),
-    )
+def _interface(interface: InterfaceCounters) -> Fields:
+    return {
+        "name": interface.name,
+        "rx_bytes": _number(interface.rx_bytes),
+        "rx_errors": _number(interface.rx_errors),
+        "tx_bytes": _number(interface.tx_bytes),
+        "tx_errors": _number(interface.tx_errors),
+    }
 
 
-def _psi(pressure: Pressure | None) -> cri.PsiStats | None:
-    return None if pressure is None else cri.PsiStats(Full=_stall(pressure.full), Some=_stall(pressure.some))
+def _psi(pressure: Pressure | None) -> Fields | None:
+    return None if pressure is None else {"Full": _stall(pressure.full), "Some": _stall(pressure.some)}
 
 
-def _stall(stall: Stall | None) -> cri.PsiData | None:
+def _stall(stall: Stall | None) -> Fields | None:
     if stall is None:
         return None
-    return cri.PsiData(Total=stall.total_ns, Avg10=stall.avg10, Avg60=stall.avg60, Avg300=stall.avg300)
+    return {"Total": stall.total_ns, "Avg10": stall.avg10, "Avg60": stall.avg60, "Avg300": stall.avg300}
 
 
-def _number(value: int | None) -> cri.UInt64Value | None:
-    return None if value is None else cri.UInt64Value(value=value)
+def _number(value: int | None) -> Fields | None:
+    return None if value is None else {"value": value}

@@ -56,9 +56,19 @@ class KeptFiles:
 
 
 def read_whole(path: str) -> bytes:
-    """A whole file, up to 1 MiB; empty where it cannot be read. The kernel returns a long list page by page."""
+    """A whole file, up to 1 MiB; empty where it cannot be read. The kernel returns a long list page by page.
+
+    A file object takes twice the time: it asks for the file's kind, size and position first.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_WHOLE_SIZE)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            whole = piece = os.read(fd, _FILE_SIZE)
+            while piece and len(whole) < _MAX_WHOLE_SIZE:
+                piece = os.read(fd, _FILE_SIZE)
+                whole += piece
+            return whole
+        finally:
+            os.close(fd)
     except OSError:
         return b""

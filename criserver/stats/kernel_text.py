@@ -154,7 +154,9 @@ def interfaces(text: bytes) -> Iterator[InterfaceCounters]:
     """/proc/net/dev without the loopback interface."""
     for line in text.splitlines():
         name, colon, rest = line.rpartition(b":")
+        if not colon or name.strip() == b"lo":
+            continue
         counts = [number(field) for field in rest.split()]
         known = [count for count in counts if count is not None]
-        if colon and len(known) == len(counts) == 16 and name.strip() != b"lo":
+        if len(known) == len(counts) == 16:
             yield InterfaceCounters(name.strip().decode(errors="replace"), *known[:4], *known[8:12])
