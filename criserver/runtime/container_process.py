@@ -443,6 +443,19 @@ class ContainerProcess:
             await self.runtime.delete(self.id, self._cgroup_parent)
         await self.runtime.forget(self.id)
 
+    def let_go(self) -> None:
+        """Forget the process, of which nothing is left but its shim. A shim that does not end by itself is ended."""
+        if self.shim.connected:
+            asyncio.get_running_loop().call_later(_GONE_PATIENCE, self._end_shim)
+        else:
+            self.shim.abandon()
+
+    def _end_shim(self) -> None:
+        if self.shim.connected:
+            log.warning("a shim is stuck whose container was removed; it is ended", owner=self.id)
+            self._background(self.shim.end(END_TIMEOUT), "a stuck shim cannot be ended")
+        self.shim.abandon()
+
 
 def _started(message: StartedEvent | RunningGreeting) -> Started:
     return Started(message["init"], message["start_ticks"], message["started_at"])

@@ -135,7 +135,7 @@ class Node:
         """Forget the process of a container or pod sandbox that is completely removed."""
         process = self.processes.pop(owner_id, None)
         if process is not None:
-            process.shim.abandon()
+            process.let_go()
 
     def lock(self, record_id: str) -> asyncio.Lock:
         """The lock of a sandbox or container: one operation at a time. It exists while an operation refers to it."""

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState,
 from criserver.runtime.oci_runtime import OciRuntime
 from criserver.runtime.record_store import RecordStore
 from criserver.runtime.records import Container
+from criserver.runtime.shim_link import ShimLink
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 from tests.support.waiting import until
@@ -82,8 +84,10 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> FakeNode:
 
 
 @pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as process:
+def sleeper(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a directory of its own."""
+    (tmp_path / "sleeper").mkdir()
+    with subprocess.Popen(["sleep", "60"], cwd=tmp_path / "sleeper") as process:
         yield process
         process.kill()
 
@@ -233,6 +237,30 @@ async def test_an_end_that_a_stuck_shim_does_not_tell_is_kept_for_the_next_daemo
     late.process.without_shim()
     assert (late.container.exit_code, late.container.reason) == (137, "Error")
     await asyncio.gather(*late.work)
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["that ends", "that is stopped"])
+async def test_a_shim_does_not_outlive_its_container(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """It has told of everything, and the container is removed with its directory."""
+    monkeypatch.setattr(container_process, "_GONE_PATIENCE", 0.05)
+    directory = tmp_path / "sleeper"
+    process = (node := FakeNode(str(directory), ContainerState.EXITED)).process
+    ours, theirs = socket.socketpair()
+    process.shim._link = ShimLink(ours, Mock(), Mock())
+    directory.rmdir()
+    process.let_go()
+    if ends:
+        theirs.close()
+    await until(lambda: process.shim._abandoned)
+    await asyncio.gather(*node.work)
+    assert ours.fileno() < 0
+    theirs.close()
+    if ends:
+        assert sleeper.poll() is None
+    else:
+        assert sleeper.wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("node", [ContainerState.RUNNING], indirect=True)
