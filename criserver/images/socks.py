@@ -64,4 +64,8 @@ class _Unresolved(AbstractResolver):
 
 
 def _as_os_error(error: Exception) -> OSError:
-    return error if isinstance(error, OSError) and error.errno else OSError(str(error))
+    """The kernel's or the resolver's own error, where python-socks has one of its own around it."""
+    for found in (error.__cause__, error):
+        if isinstance(found, OSError) and found.errno:
+            return found
+    return OSError(str(error))

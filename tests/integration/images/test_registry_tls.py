@@ -346,6 +346,8 @@ async def test_a_registry_without_tls_behind_a_socks_proxy(
     async with socks_proxy() as address:
         monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
         await refused(rooms, "r.example/app:1", UnavailableError, "cannot connect: the proxy: Connection refused")
+        monkeypatch.setenv("HTTP_PROXY", "socks5://no-such-host.invalid")
+        await refused(rooms, "r.example/app:1", UnavailableError, "cannot connect: the proxy: ", "ame")
         monkeypatch.setenv("HTTP_PROXY", f"socks5://{address}")
         assert (await rooms.images.pull("r.example/app:1")).id == image.id
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import drawing, loop, modules, pages, table
+from bench import drawing, loop, modules, pages, processes, table
 from bench.__main__ import parse
 from bench.measures.load import Beside
 from tests.support.pages import ROOT
@@ -140,6 +142,18 @@ def test_a_run_of_the_growth_alone_replaces_the_growth_alone(tmp_path: Path) -> 
     assert "| pod up, ms | containerd | 90.0 | 91.0 |" in (tmp_path / "docs/performance.md").read_text()
     assert (tmp_path / "docs/growth.svg").exists()
     assert not (tmp_path / "docs/performance.svg").exists()
+
+
+def test_the_cpu_time_of_a_process_has_that_of_its_ended_threads() -> None:
+    """Programs in Go end threads that were in another namespace, and their time would be missing."""
+    script = "import threading, time\n"
+    script += "def work():\n while time.thread_time() < 0.1: pass\n"
+    script += "t = threading.Thread(target=work); t.start(); t.join(); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        assert processes.on_cpu([process.pid]) >= 0.1
+        process.stdin.close()
+    assert processes.on_cpu([process.pid]) == 0
 
 
 def test_memory_by_module_is_of_packages_with_the_median_of_runs_and_one_row_for_small_ones() -> None:
