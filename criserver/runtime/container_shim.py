@@ -167,7 +167,10 @@ class ContainerShim:
 
         Returns the processes that the kernel has not ended within ``seconds``.
         """
-        left = await asyncio.to_thread(pidfd.end_all_in, os.path.realpath(self._directory), seconds)
+        directory = os.path.realpath(self._directory)
+        if not os.path.lexists(directory):
+            directory += " (deleted)"  # the kernel's name of it (proc_pid_cwd(5))
+        left = await asyncio.to_thread(pidfd.end_all_in, directory, seconds)
         if left:
             log.error("killed processes of a shim do not end", owner=self._id, pids=left)
         return left

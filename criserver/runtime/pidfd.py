@@ -97,14 +97,14 @@ def watch(pid: int, started: int, on_end: Callable[[], None]) -> bool:
 
 
 def processes_in(directory: str) -> list[int]:
-    """The processes with this working directory, which may be deleted: a shim, and the OCI runtime while it runs."""
+    """The processes with this working directory: a container's shim, and the OCI runtime while it runs."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and is_in(int(name), directory)]
 
 
 def is_in(pid: int, directory: str) -> bool:
-    """Whether a process has this working directory, or had it until it was deleted; False if it has ended."""
+    """Whether a process has this working directory; False if it has ended."""
     try:
-        return os.readlink(f"/proc/{pid}/cwd") in (directory, f"{directory} (deleted)")
+        return os.readlink(f"/proc/{pid}/cwd") == directory
     except OSError:
         return False
 
