@@ -76,9 +76,9 @@ class OverlayMounter:
         # With an empty layer below, one layer is mounted as several are: overlayfs wants two.
         await self._mount(_mount_overlay, target, f"{_lowerdir(chain)}:../empty,index=off", mounts.MS_RDONLY)
 
-    async def unmount(self, target: str) -> None:
-        """Unmount all that is mounted on ``target``; see :meth:`Snapshotter.unmount`."""
-        await self.run(_unmount, os.path.abspath(target))
+    async def unmount(self, *targets: str) -> None:
+        """Unmount all that is mounted on ``targets``; see :meth:`Snapshotter.unmount`."""
+        await self.run(_unmount, *map(os.path.abspath, targets))
 
     async def idmap_trouble(self) -> str:
         """Why snapshots cannot be mounted for a user namespace; see :meth:`Snapshotter.idmap_trouble`."""
@@ -238,8 +238,9 @@ async def _user_namespace() -> AsyncIterator[str]:
         await process.wait()
 
 
-def _unmount(target: str) -> None:
-    try:
-        mounts.unmount(target)
-    except OSError as e:
-        raise SnapshotError(f"cannot unmount {target}: {e.strerror}") from e
+def _unmount(*targets: str) -> None:
+    for target in targets:
+        try:
+            mounts.unmount(target)
+        except OSError as e:
+            raise SnapshotError(f"cannot unmount {target}: {e.strerror}") from e

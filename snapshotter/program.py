@@ -33,7 +33,7 @@ class Program:
         returncode: as in subprocess; None until it has ended.
         failure: why it could not be started.
         started: is done when the program runs, or could not be started.
-        exited: is done when the program has ended and is reaped, or could not be started.
+        exited: is done when the program has ended, or could not be started.
         ended: is done when its output is complete too, or when it has printed too much.
 
     """
@@ -138,14 +138,14 @@ class Program:
             self._loop.add_reader(pipe, self._readable, pipe)
 
     def _exit(self) -> None:
-        # In a thread: the kernel forgets the files of /proc/PID then, which takes milliseconds if many were read.
         self._loop.remove_reader(self._pidfd)
+        how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert how is not None
+        self.returncode = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
+        # In a thread: the kernel forgets the files of /proc/PID then, which takes milliseconds if many were read.
+        # Nobody waits for that.
         self._reaped = True
-        reaping = self._loop.run_in_executor(None, os.waitpid, self.pid, 0)
-        reaping.add_done_callback(lambda done: self._exited(done.result()[1]))
-
-    def _exited(self, status: int) -> None:
-        self.returncode = os.waitstatus_to_exitcode(status)
+        self._loop.run_in_executor(None, os.waitpid, self.pid, 0)
         self.exited.set_result(None)
         if self._closed:
             self._close_pidfd()

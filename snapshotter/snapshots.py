@@ -182,9 +182,12 @@ class Snapshotter:
         await self._settle(chain_id)
         await self._mounter.mount_layers(self._chain(chain_id), target)
 
-    async def unmount(self, target: str) -> None:
-        """Unmount all that is mounted on ``target``, lazily if it is busy. It is no error if nothing is."""
-        await self._mounter.unmount(target)
+    async def unmount(self, *targets: str) -> None:
+        """Unmount all that is mounted on each of ``targets``, in this order, lazily if it is busy.
+
+        It is no error if nothing is mounted there. Raises SnapshotError for one that cannot be unmounted.
+        """
+        await self._mounter.unmount(*targets)
 
     async def remove(self, key: str) -> None:
         """Remove the writable snapshot ``key``, which must be unmounted. It is no error if it is missing.

@@ -171,8 +171,7 @@ async def unmount(node: Node, container_id: str) -> None:
     with operations.UNMOUNT.timed():
         # In a thread: the kernel lets a reader of the list wait while other mounts are made.
         below = await asyncio.to_thread(mounts.mounts_below, node.container_dir(container_id))
-        for point in (*below, node.rootfs(container_id)):
-            await node.snapshotter.unmount(point)
+        await node.snapshotter.unmount(*below, node.rootfs(container_id))
 
 
 async def discard(node: Node, container_id: str) -> None:
@@ -189,16 +188,23 @@ async def discard(node: Node, container_id: str) -> None:
                     await node.snapshotter.remove(key)
     except SnapshotError as e:
         raise CriError(f"the files of container {container_id} cannot be removed: {e}") from e
-    for directory in (_volumes_dir(node, container_id), node.container_dir(container_id)):
-        await delete(directory)
+    await delete(_volumes_dir(node, container_id), node.container_dir(container_id))
 
 
-async def delete(path: str) -> None:
-    """Delete a file or directory tree that containers may have written to. Raises CriError with the reason."""
-    try:
-        await asyncio.to_thread(removal.remove_path, path)
-    except OSError as e:
-        raise CriError(f"{path} cannot be deleted: {e}") from e
+async def delete(*paths: str) -> None:
+    """Delete files or directory trees that containers may have written to, in this order.
+
+    Raises CriError with the reason for one that cannot be deleted. Those after it stay too.
+    """
+
+    def remove() -> None:
+        for path in paths:
+            try:
+                removal.remove_path(path)
+            except OSError as e:
+                raise CriError(f"{path} cannot be deleted: {e}") from e
+
+    await asyncio.to_thread(remove)
 
 
 def owner(key: str) -> str:

@@ -85,7 +85,8 @@ async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -
 
     Raises CriError where a network plugin fails. With a list ``left`` its failure goes there, and the rest goes on.
     """
-    await stop_infra(node, sandbox)
+    if sandbox.has_infra:
+        await stop_infra(node, sandbox)
     if sandbox.attachment:
         attachment = Attachment.from_json(sandbox.attachment)
         if left is None:
@@ -93,8 +94,7 @@ async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -
         else:
             left += await node.network.delete_by_force(attachment)
     node.stats.networks.forget(pod_namespaces.network_pin(node, sandbox.id))
-    await asyncio.to_thread(namespaces.unpin, node.namespaces_dir(sandbox.id))
-    await asyncio.to_thread(sandbox_files.remove, node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
+    await asyncio.to_thread(_remove_pins_and_files, node, sandbox)
     if sandbox.config.namespaces.user is not None:
         passage.update(node, leaving=sandbox.id)
     await cadvisor_cgroup.remove(node, sandbox)
@@ -112,8 +112,14 @@ def cut_infra_start(node: Node, sandbox_id: str) -> None:
         process.cut_start()
 
 
+def _remove_pins_and_files(node: Node, sandbox: Sandbox) -> None:
+    """Undo what the pod has below the state directory. Blocks. Raises CriError."""
+    namespaces.unpin(node.namespaces_dir(sandbox.id))
+    sandbox_files.remove(node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id))
+
+
 async def stop_infra(node: Node, sandbox: Sandbox) -> None:
-    """End the process that holds the pod's PID namespace, where it has one."""
+    """End the pod's own process; there may be none any more."""
     await asyncio.to_thread(pod_namespaces.unpin_pids, node, sandbox.id)
     directory = node.container_dir(sandbox.id)
     if not os.path.lexists(directory):

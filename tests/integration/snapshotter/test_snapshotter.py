@@ -531,7 +531,7 @@ async def test_cancelling_the_last_caller_leaves_nothing(snapshotter: Snapshotte
         caller.cancel()
     await asyncio.wait(callers)
     assert all(caller.cancelled() for caller in callers)
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not os.path.exists(f"/proc/{pid}/exe")
     assert staging(disk) == []
     assert dict(snapshotter.layers()) == {}
     # And the layer can be unpacked afterwards.
@@ -609,7 +609,7 @@ async def test_cancelling_ends_a_worker_that_is_stopped(snapshotter: Snapshotter
         caller.cancel()
         async with asyncio.timeout(30):
             await asyncio.wait([caller])
-        assert not os.path.exists(f"/proc/{pid}")
+        assert not os.path.exists(f"/proc/{pid}/exe")
         assert staging(disk) == []
 
 
@@ -631,7 +631,7 @@ async def test_a_worker_that_does_nothing_has_a_deadline(disk: str) -> None:
     async with stopped_worker(snapshotter, disk) as (pid, caller):
         with pytest.raises(HelperTimeoutError, match=r"did nothing for 2\.5 seconds"):
             await caller
-        assert not os.path.exists(f"/proc/{pid}")
+        assert not os.path.exists(f"/proc/{pid}/exe")
         assert staging(disk) == []
     snapshotter.close()
 
