@@ -138,9 +138,10 @@ class Program:
             self._loop.add_reader(pipe, self._readable, pipe)
 
     def _exit(self) -> None:
+        how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if how is None:
+            return  # its first thread has ended, and another one is about to execute a program in its place
         self._loop.remove_reader(self._pidfd)
-        how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        assert how is not None
         self.returncode = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
         # In a thread: the kernel forgets the files of /proc/PID then, which takes milliseconds if many were read.
         # Nobody waits for that.
