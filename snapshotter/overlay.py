@@ -46,7 +46,7 @@ class OverlayMounter:
         self._staging = staging
         self._idmap_trouble: str | None = None
         self._trying_idmap = asyncio.Lock()
-        self._threads = Threads(_THREADS, "mounts", self._enter_layers)
+        self._threads = Threads(_THREADS, "mounts")
 
     def close(self) -> None:
         """End the threads. What is mounted stays mounted."""
@@ -86,7 +86,7 @@ class OverlayMounter:
             if self._idmap_trouble is None:
                 try:
                     async with _user_namespace() as userns:
-                        await self.run(self._try_idmap, userns)
+                        await self.run(self._in_layers, self._try_idmap, userns)
                     self._idmap_trouble = ""
                 except (SnapshotError, OSError) as e:
                     if is_temporary(e):
@@ -95,7 +95,7 @@ class OverlayMounter:
             return self._idmap_trouble
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Make a blocking call in one of the threads."""
+        """Make a blocking call in one of the threads. Its directory is any."""
         return await in_thread(call, *arguments, executor=self._threads)
 
     async def _mount(self, call: Callable[..., None], target: str, options: str, *arguments: Any) -> None:
@@ -103,7 +103,7 @@ class OverlayMounter:
             raise SnapshotError(f"cannot mount {target}: its layers do not fit into one page of options")
         place = os.path.abspath(target)
         try:
-            await self.run(call, place, options, *arguments)
+            await self.run(self._in_layers, call, place, options, *arguments)
         except asyncio.CancelledError:
             await self.run(_unmount, place)
             raise
@@ -144,15 +144,20 @@ class OverlayMounter:
                 os.chdir(point)
                 yield
             finally:
-                os.chdir(self._layers)
+                os.chdir("/")  # a directory in it would keep it mounted
                 _unmount(point)
         finally:
             os.rmdir(point)
 
-    def _enter_layers(self) -> None:
-        # Without CLONE_FS the chdir would be for the whole daemon.
-        mounts.unshare(mounts.CLONE_FS)
-        os.chdir(self._layers)
+    def _in_layers(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call with layers/ as this thread's directory, whatever an earlier call has left."""
+        try:
+            # Without CLONE_FS the chdir would be for the whole daemon.
+            mounts.unshare(mounts.CLONE_FS)
+            os.chdir(self._layers)
+        except OSError as e:
+            raise SnapshotError(f"cannot enter {self._layers}: {e.strerror}") from e
+        call(*arguments)
 
 
 def _lowerdir(chain: Sequence[Layer]) -> str:

@@ -231,6 +231,29 @@ async def test_an_opaque_root_hides_all_layers_below(snapshotter: Snapshotter, d
     await snapshotter.unmount(f"{disk}/target")
 
 
+@pytest.mark.parametrize("refused", [(mounts, "unshare"), (os, "chdir")])
+async def test_mounts_go_on_after_a_thread_could_not_have_a_directory_of_its_own(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch, refused: tuple[Any, str]
+) -> None:
+    one = await unpack(snapshotter, write_blob(f"{disk}/one", item("file")))
+    mounts.mount("tmpfs", f"{disk}/target", "tmpfs")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*refused, refuse)
+        calls = (snapshotter.mount_layer(one.chain_id, f"{disk}/target") for _ in range(8))  # for all threads
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(e) for e in errors] == [SnapshotError] * 8
+        assert all("Cannot allocate memory" in str(e) for e in errors)
+        await snapshotter.unmount(f"{disk}/target")
+    assert mounts.mounts_below(f"{disk}/target") == []
+    await snapshotter.mount_layer(one.chain_id, f"{disk}/target")
+    assert os.listdir(f"{disk}/target") == ["file"]
+    await snapshotter.unmount(f"{disk}/target")
+
+
 async def test_later_entries_win(snapshotter: Snapshotter, disk: str) -> None:
     blob = write_blob(
         f"{disk}/blob",
