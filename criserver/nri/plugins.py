@@ -141,7 +141,9 @@ class Plugins:
         validators = list(self._subscribed("ValidateContainerAdjustment"))
         if not validators and self._validator is None:
             return
-        request = adjustments.validation(nri.PluginInstance(name=p.base, index=p.index) for p in self._plugins)
+        # A plugin that has just gone is in the list until its connection has been served.
+        present = [plugin for plugin in self._plugins if not plugin.closed]
+        request = adjustments.validation(nri.PluginInstance(name=p.base, index=p.index) for p in present)
         if self._validator is not None:
             validate(self._validator, request)
         answers = await asyncio.gather(

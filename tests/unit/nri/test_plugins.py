@@ -107,3 +107,28 @@ async def test_an_error_of_a_plugin_fails_what_begins_and_not_what_has_ended() -
             await tell(plugins, "StartContainer")
         await plugins.tell_all("StopContainer", nri.StopContainerRequest(pod=POD))
         assert not plugin.closed
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
+async def test_a_plugin_that_goes_while_it_is_asked_has_not_seen_the_container(hangs: bool) -> None:
+    """A container that needs the plugin is not made without its adjustments."""
+    validator = {**settings().default_validator, "enable": True, "required_plugins": ["needed"]}
+    plugins = Plugins(settings(default_validator=validator), None)  # type: ignore[arg-type]
+    async with connected(plugin_request_timeout=60) as (plugin, peer, serving, started):
+        ready(peer)
+        await peer.register("10", "needed")
+        await started.wait()
+        plugins._plugins = [plugin]
+        await tell(plugins, "CreateContainer")
+
+        async def fail(_: bytes) -> bytes:
+            if not hangs:
+                peer.multiplexer.close()
+            return await asyncio.Future[bytes]()
+
+        peer.handlers["nri.pkg.api.v1alpha1.Plugin", "CreateContainer"] = fail
+        if hangs:
+            plugin._settings = settings(plugin_request_timeout=0.05)
+        with pytest.raises(FailedPreconditionError, match="needs NRI plugins that are not there: needed"):
+            await tell(plugins, "CreateContainer")
+        await serving
