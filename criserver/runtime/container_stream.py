@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 DIAL_TIMEOUT = 30.0  # seconds
 # A WebSocket's channels are named by one character; each port takes two.
 MAX_PORTS = 40
-_LOCALHOSTS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+_LOCALHOSTS = (("IPv4", socket.AF_INET, "127.0.0.1"), ("IPv6", socket.AF_INET6, "::1"))
 
 
 def exec_address(node: Node, id_or_prefix: str, command: Sequence[str], wanted: RequestedStreams) -> str:
@@ -110,13 +110,13 @@ async def _exec(
             stdout.writer if streams.stdout else null,
             stderr.writer if streams.stderr else null,
         ]
-        ended = await stack.enter_async_context(exec_process(node, container, command, stdio=stdio))
+        process = await stack.enter_async_context(exec_process(node, container, command, stdio=stdio))
         stdin.close_reader()
         stdout.close_writer()
         stderr.close_writer()
         inputs = [_feed(streams.stdin, stdin)] if streams.stdin else []
         outputs = [(stdout.reader, streams.stdout), (stderr.reader, streams.stderr)]
-        return await _carry(inputs, outputs, ended)
+        return await _carry(inputs, outputs, process.ended)
 
 
 async def _feed(source: ClientSource, pipe: Pipe) -> None:
@@ -128,7 +128,7 @@ async def _feed(source: ClientSource, pipe: Pipe) -> None:
 async def _exec_on_terminal(node: Node, container: Container, command: Sequence[str], streams: CommandStreams) -> int:
     async with AsyncExitStack() as stack:
         console = stack.enter_context(closing(Console(node.container_dir(container.id))))
-        ended = await stack.enter_async_context(exec_process(node, container, command, console=console.path))
+        ended = (await stack.enter_async_context(exec_process(node, container, command, console=console.path))).ended
         arrival = asyncio.create_task(console.master())
         stack.push_async_callback(_let_go, arrival)
         await asyncio.wait({arrival, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -283,12 +283,12 @@ async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
     """A connection to a port of a pod on its loopback interface, over IPv4 or else IPv6. Raises UnavailableError."""
     network = _network_of(node, sandbox_id)
     loop = asyncio.get_running_loop()
-    words = "no address family"
-    for family, host in _LOCALHOSTS:
+    failures: dict[str, str] = {}
+    for name, family, host in _LOCALHOSTS:
         try:
             sock = await stream_socket(network, family)
         except OSError as e:
-            words = e.strerror or str(e)
+            failures[name] = e.strerror or str(e)
             continue
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
@@ -297,8 +297,12 @@ async def _dial(node: Node, sandbox_id: str, port: int) -> socket.socket:
         except (OSError, TimeoutError) as e:
             sock.close()
             # The message of asyncio's own exception has no more to say than the error's number.
-            words = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else f"no answer in {DIAL_TIMEOUT:g} s"
+            failures[name] = (
+                os.strerror(e.errno) if isinstance(e, OSError) and e.errno else f"no answer in {DIAL_TIMEOUT:g} s"
+            )
         except BaseException:
             sock.close()
             raise
+    different = len(set(failures.values())) > 1
+    words = "; ".join(f"{name}: {why}" for name, why in failures.items()) if different else failures["IPv4"]
     raise UnavailableError(f"port {port} of pod sandbox {sandbox_id}: {words}")
