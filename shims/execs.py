@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .loop import Call, Loop
-    from .messages import ExecExitedEvent, ExecFailedEvent
+    from .messages import ExecExitedEvent, ExecFailedEvent, ExecStartedEvent
     from .runtime import Runtime
     from .wire import Channel, Message
 
@@ -63,7 +63,7 @@ class Execs:
         loop: Loop,
         runtime: Runtime,
         directory: str,
-        send: Callable[[Channel, ExecFailedEvent | ExecExitedEvent], None],
+        send: Callable[[Channel, ExecStartedEvent | ExecFailedEvent | ExecExitedEvent], None],
     ) -> None:
         self._loop = loop
         self._runtime = runtime
@@ -102,14 +102,14 @@ class Execs:
 
     def _entered(self, execution: _Exec, code: int, pid_file: str, log: str) -> None:
         """The OCI runtime has ended: take over the process that it started."""
-        failed: ExecFailedEvent | None = None
+        told: ExecStartedEvent | ExecFailedEvent = {"event": "exec-started", "exec": execution.id}
         try:
             pid = self._runtime.started_pid("exec", execution.call, code, pid_file, log)
             self._loop.adopt(pid, lambda status: self._ended(execution, status))
         except (OSError, ValueError, RequestError) as error:
             _end_unseen(pid_file)
             del self._execs[execution.id]
-            failed = {
+            told = {
                 "event": "exec-failed",
                 "exec_id": execution.id,
                 "exec": execution.id,
@@ -121,8 +121,7 @@ class Execs:
         for path in (pid_file, log):
             if os.path.lexists(path):
                 os.unlink(path)
-        if failed is not None:
-            self._send(execution.channel, failed)
+        self._send(execution.channel, told)
 
     def _ended(self, execution: _Exec, status: int) -> None:
         del self._execs[execution.id]

@@ -248,6 +248,14 @@ class GoneEvent(TypedDict):
 
 
 @final
+class ExecStartedEvent(TypedDict):
+    """The exec's process runs. Shims of version 1 do not tell."""
+
+    event: Literal["exec-started"]
+    exec: str  # not "exec_id": daemons of 0.2.0 take each event with that for the end of the exec
+
+
+@final
 class ExecFailedEvent(TypedDict):
     """The OCI runtime could not start the exec's process."""
 
@@ -290,7 +298,16 @@ Request = (
 )
 Reply = OkReply | ErrorReply
 ShimGreeting = StartingGreeting | RunningGreeting | ExitedGreeting
-ShimEvent = StartedEvent | FailedEvent | ExitedEvent | GoneEvent | ExecFailedEvent | ExecExitedEvent | UpdatedEvent
+ShimEvent = (
+    StartedEvent
+    | FailedEvent
+    | ExitedEvent
+    | GoneEvent
+    | ExecStartedEvent
+    | ExecFailedEvent
+    | ExecExitedEvent
+    | UpdatedEvent
+)
 # All that a shim sends unasked. In full, since mypy does not tell the members of a union of unions apart by their keys.
 ShimMessage = (
     StartingGreeting
@@ -300,6 +317,7 @@ ShimMessage = (
     | FailedEvent
     | ExitedEvent
     | GoneEvent
+    | ExecStartedEvent
     | ExecFailedEvent
     | ExecExitedEvent
     | UpdatedEvent

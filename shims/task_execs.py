@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .loop import Loop
-    from .messages import ExecExitedEvent, ExecFailedEvent
+    from .messages import ExecExitedEvent, ExecFailedEvent, ExecStartedEvent
     from .task_link import TaskLink
     from .wire import Channel, Message
 
@@ -116,7 +116,7 @@ class TaskExecs:
         loop: Loop,
         container: str,
         link: Callable[[], TaskLink],
-        send: Callable[[Channel, ExecFailedEvent | ExecExitedEvent], None],
+        send: Callable[[Channel, ExecStartedEvent | ExecFailedEvent | ExecExitedEvent], None],
     ) -> None:
         self._loop = loop
         self._container = container
@@ -219,6 +219,8 @@ class TaskExecs:
             return
         execution.let_go()
         execution.running = True
+        started: ExecStartedEvent = {"event": "exec-started", "exec": execution.id}
+        self._send(execution.channel, started)
         if execution.killed:
             self._kill(execution)
         if execution.stdin_ended:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     Message = dict[str, Any]
     """A message as it was received. Its keys are not checked yet."""
 
-VERSION = 1
+# 2: a shim tells when the process of an exec runs. Receivers refuse no version.
+VERSION = 2
 MAX_FRAME = 1 << 20
 MAX_FDS = 8
 

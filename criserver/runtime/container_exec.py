@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from criserver.errors import DeadlineExceededError, InvalidArgumentError
-from criserver.runtime.exec_process import exec_process, running_container
+from criserver.runtime.exec_process import ExecProcess, exec_process, running_container
 from criserver.runtime.node import Node
 from criserver.runtime.output_room import Collected
 from criserver.runtime.pipes import DRAIN_TIMEOUT, Pipe
@@ -18,6 +18,9 @@ from criserver.streaming import OutputCopier
 from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
+
+# Seconds until a command runs, if a shim gets stuck. It gives an OCI runtime 60 s, and a runtime's own shim 120 s.
+_START_LIMIT = 130.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,9 @@ class ExecResult:
 
 
 async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeout: float) -> ExecResult:
-    """Run a command to its end; ``timeout`` in seconds, 0 for none.
+    """Run a command to its end; ``timeout`` in seconds from when it runs, 0 for none.
+
+    A busy node may take longer to start a command than a probe of it may.
 
     Raises FailedPreconditionError where the container does not run or the command does not exist in it,
     DeadlineExceededError at the timeout; the command's process group is killed then. Output beyond the room for
@@ -45,7 +50,7 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
         try:
             async with (
                 asyncio.timeout(timeout or None) as limit,
-                exec_process(node, container, command, stdio=stdio) as ended,
+                exec_process(node, container, command, stdio=stdio) as process,
             ):
                 for pipe in (out, err):
                     pipe.close_writer()  # the command has the only writer then, and its exit closes the pipe
@@ -54,7 +59,11 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
                     for pipe, sink in zip((out, err), sinks, strict=True)
                 ]
                 try:
-                    code = await ended
+                    if timeout:
+                        limit.reschedule(None)
+                        await _until_started(container.id, process)
+                        limit.reschedule(asyncio.get_running_loop().time() + timeout)
+                    code = await process.ended
                     limit.reschedule(None)
                     await asyncio.wait(reading, timeout=DRAIN_TIMEOUT)
                 finally:
@@ -72,3 +81,10 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
         log.info("output of a command was dropped: there was no room for it", container=container.id, kept=kept)
     # Not as bytes: a copy would need the memory a second time.
     return ExecResult(sinks[0].data, sinks[1].data, code)
+
+
+async def _until_started(container_id: str, process: ExecProcess) -> None:
+    either = (process.started, process.ended)
+    done, _ = await asyncio.wait(either, timeout=_START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+    if not done:
+        raise DeadlineExceededError(f"the shim of container {container_id} started no command in {_START_LIMIT:g} s")

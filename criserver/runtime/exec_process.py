@@ -14,6 +14,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from criserver.errors import (
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from shims.messages import ExecRequest, ShimMessage
 
 _numbers = itertools.count(1)
+# The first version of shims that tell when a command runs.
+_TELLS_START = 2
 
 
 def running_container(node: Node, id_or_prefix: str) -> Container:
@@ -48,14 +51,26 @@ def running_container(node: Node, id_or_prefix: str) -> Container:
     return container
 
 
+@dataclass(frozen=True, slots=True)
+class ExecProcess:
+    """A command that the shim was asked for.
+
+    ``started`` is done once the command runs. Where the shim does not tell that, it is done from the beginning.
+    ``ended`` is its exit code: 128 + a signal's number if one killed it.
+    """
+
+    started: asyncio.Future[None]
+    ended: asyncio.Future[int]
+
+
 @asynccontextmanager
 async def exec_process(
     node: Node, container: Container, command: Sequence[str], *, stdio: Sequence[int] = (), console: str = ""
-) -> AsyncIterator[asyncio.Future[int]]:
-    """Start a command in a running container. The future is its exit code: 128 + a signal's number if one killed it.
+) -> AsyncIterator[ExecProcess]:
+    """Start a command in a running container.
 
     ``stdio`` are its standard input, output and error, which stay the caller's to close; or ``console`` is the path
-    of a socket to which the OCI runtime sends its terminal. The future raises FailedPreconditionError where the command
+    of a socket to which the OCI runtime sends its terminal. ``ended`` raises FailedPreconditionError where the command
     cannot be run, DeadlineExceededError where the OCI runtime hangs. When the context ends, the command's process group
     is killed, or the OCI runtime that is still starting it. Raises InvalidArgumentError for an empty command, CriError
     where the shim cannot be reached or does not answer.
@@ -63,9 +78,15 @@ async def exec_process(
     if not command:
         raise InvalidArgumentError("the command is empty; it must be given")
     exec_id = f"{os.getpid()}-{next(_numbers)}"
-    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    started: asyncio.Future[None] = loop.create_future()
+    ended: asyncio.Future[int] = loop.create_future()
 
     def on_event(message: ShimMessage) -> None:
+        # The greeting comes before the shim is asked for the command.
+        no_news = "hello" in message and message["version"] < _TELLS_START
+        if (no_news or message.get("event") == "exec-started") and not started.done():
+            started.set_result(None)
         if "exec_id" not in message or message["exec_id"] != exec_id or ended.done():
             return
         if message["event"] == "exec-exited":
@@ -95,7 +116,7 @@ async def exec_process(
             families.EXECS.add(1)
             families.EXECS_RUNNING.add(1)
             try:
-                yield ended
+                yield ExecProcess(started, ended)
             finally:
                 families.EXECS_RUNNING.add(-1)
         finally:

@@ -213,7 +213,6 @@ def present_shape(message: dict[str, Any]) -> ShimMessage:
     2. Their "started" event has the container's first process as "pid".
     3. Their exec events name the exec "exec".
     4. Their events of failures have no "late".
-    5. They tell "exec-started", which no daemon reads.
 
     Present shims send the old keys of 2 and 3 as well, for daemons of 0.1.0.
     """

@@ -203,7 +203,7 @@ def test_the_shim_outlives_the_daemon_and_the_nursery(host: Host) -> None:
         os.kill(container.shim, number)
     client = container.reconnect()
     greeting = client.greeting()
-    assert greeting["version"] == 1
+    assert greeting["version"] == 2
     assert (greeting["state"], greeting["init"]) == ("running", container.init)
     eventually(lambda: container.log() == b"up\n")
     container.kill(signal.SIGTERM)
@@ -301,6 +301,8 @@ def test_exec(host: Host) -> None:
     os.close(streams["stdin"])
     assert _read_all(streams["stdout"]) == b"in and out"
     assert _read_all(streams["stderr"]) == b"err\n"
+    started = container.client.expect("exec-started")
+    assert started == {"event": "exec-started", "exec": "e1"}  # daemons of 0.2.0 take "exec_id" for the end
     exited = container.client.expect("exec-exited")
     assert (exited["exec_id"], exited["code"]) == ("e1", 4)
     assert exited["exec"] == exited["exec_id"]  # a daemon of 0.1.0 reads this one

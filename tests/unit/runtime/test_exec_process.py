@@ -8,17 +8,21 @@ import os
 import resource
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from criserver.runtime import container_exec
+from criserver.errors import DeadlineExceededError
+from criserver.runtime import container_exec, exec_process, process_records
 from criserver.runtime.container_stream import _let_go
-from criserver.runtime.exec_process import Console
+from criserver.runtime.exec_process import Console, ExecProcess
 from criserver.runtime.node import Node
+from criserver.runtime.output_room import OutputRoom
+from criserver.runtime.records import Container
 
 
 def descriptors() -> set[str]:
@@ -98,3 +102,87 @@ async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Pat
     asyncio.get_running_loop().remove_reader(reader)
     os.close(reader)
     os.close(writer)
+
+
+class SlowRuntime:
+    """A runtime that takes its time: the test says when the command runs and ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.process: ExecProcess
+        self.asked = asyncio.Event()
+        monkeypatch.setattr(container_exec, "running_container", lambda node, given: SimpleNamespace(id="c"))
+        monkeypatch.setattr(container_exec, "exec_process", self._exec_process)
+
+    @asynccontextmanager
+    async def _exec_process(self, *_: Any, **__: Any) -> AsyncIterator[ExecProcess]:
+        loop = asyncio.get_running_loop()
+        self.process = ExecProcess(loop.create_future(), loop.create_future())
+        self.asked.set()
+        yield self.process
+
+
+def begin(timeout: float) -> asyncio.Task[container_exec.ExecResult]:
+    node = cast(Node, SimpleNamespace(output=OutputRoom(1 << 20)))
+    return asyncio.create_task(container_exec.exec_sync(node, "c", ["probe"], timeout))
+
+
+async def test_the_time_of_a_command_begins_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy node may take longer to start a probe than the probe itself may take."""
+    runtime = SlowRuntime(monkeypatch)
+    probe = begin(0.01)
+    await runtime.asked.wait()
+    await asyncio.wait({probe}, timeout=0.1)  # ten times as long as the command may take
+    assert not probe.done()
+    runtime.process.started.set_result(None)
+    runtime.process.ended.set_result(0)
+    assert (await probe).code == 0
+
+
+async def test_a_command_that_runs_too_long_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SlowRuntime(monkeypatch)
+    probe = begin(0.01)
+    await runtime.asked.wait()
+    runtime.process.started.set_result(None)
+    with pytest.raises(DeadlineExceededError, match=r"timed out after 0\.01 s"):
+        await probe
+
+
+async def test_a_command_that_nobody_starts_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SlowRuntime(monkeypatch)
+    monkeypatch.setattr(container_exec, "_START_LIMIT", 0.01)
+    probe = begin(1000)
+    await runtime.asked.wait()
+    with pytest.raises(DeadlineExceededError, match="the shim of container c started no command"):
+        await probe
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_shim_of_before_0_3_0_does_not_tell_when_a_command_runs(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    class Link:
+        async def request(self, *_: Any) -> None:
+            """Asked, and not yet started."""
+
+        def close(self) -> None:
+            """The command has ended."""
+
+    async def open_link(on_event: Any, _: Any) -> Link:
+        events.append(on_event)
+        on_event({"hello": "shim", "version": version, "state": "running"})
+        return Link()
+
+    shim = SimpleNamespace(shim=SimpleNamespace(open_link=open_link))
+    monkeypatch.setattr(process_records, "of_container", lambda *_: shim)
+    monkeypatch.setattr(exec_process, "stream_owner", lambda *_: None)
+    monkeypatch.setattr(exec_process, "_write_process", lambda *_, **__: None)
+    records = SimpleNamespace(sandbox=lambda _: None)
+    node = cast(Node, SimpleNamespace(records=records, container_dir=lambda _: str(tmp_path)))
+    container = cast(Container, SimpleNamespace(id="c", sandbox_id="p", user=None))
+    async with exec_process.exec_process(node, container, ["probe"]) as process:
+        assert process.started.done() is (version == 1)
+        events[0]({"event": "exec-started", "exec": "e"})
+        assert process.started.done()
+        assert not process.ended.done()
