@@ -164,7 +164,7 @@ class StatsViews:
             count = sum(len(pids) for pids in self._processes(record, containers).values())
             linux |= _measured(usage)
             linux["process"] = {"timestamp": usage.timestamp, "process_count": _number(count)}
-            if interfaces is not None:
+            if interfaces:
                 linux["network"] = _network(interfaces)
         return cri.PodSandboxStats(
             attributes={
@@ -342,12 +342,15 @@ def _swap(timestamp: int, swap: Swap) -> Fields:
 
 
 def _network(interfaces: tuple[InterfaceCounters, ...]) -> Fields:
-    """CRI's field ``interfaces`` has all interfaces except the default one."""
-    default = [_interface(i) for i in interfaces if i.name == _DEFAULT_INTERFACE]
+    """CRI's field ``interfaces`` has all interfaces except the default one.
+
+    There is always a default one: the kubelet crashes without. A pod may rename its own, so any other will do.
+    """
+    default = next((i for i in interfaces if i.name == _DEFAULT_INTERFACE), interfaces[0])
     return {
         "timestamp": time.time_ns(),
-        "default_interface": default[0] if default else None,
-        "interfaces": [_interface(i) for i in interfaces if i.name != _DEFAULT_INTERFACE],
+        "default_interface": _interface(default),
+        "interfaces": [_interface(i) for i in interfaces if i is not default],
     }
 
 

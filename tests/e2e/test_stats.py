@@ -114,6 +114,19 @@ def test_network_counters_move_and_are_the_pods_own(node: Node) -> None:
     assert grown < 4000  # what is told to all; the other's were 5 KiB
 
 
+def test_a_pod_without_eth0_has_another_default_interface(node: Node) -> None:
+    """A kubelet reads the default one without a look whether it is there, and a pod may rename or delete it."""
+    pod = node.run_pod()
+    capabilities = cri.Capability(add_capabilities=["NET_ADMIN"])
+    security = cri.LinuxContainerSecurityContext(capabilities=capabilities)
+    container = node.run(pod, "c", SLEEP, linux=cri.LinuxContainerConfig(security_context=security))
+    node.sh(container, "ip link set eth0 down && ip link set eth0 name other")
+    network = pod_of(node, pod).network
+    assert (network.default_interface.name, list(network.interfaces)) == ("other", [])
+    node.sh(container, "ip link delete other")
+    assert not pod_of(node, pod).HasField("network")
+
+
 def test_a_stopped_pods_namespace_is_let_go(node: Node) -> None:
     pod = node.run_pod()
     assert pod_of(node, pod).network.default_interface.name == "eth0"
