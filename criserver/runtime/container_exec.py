@@ -19,8 +19,9 @@ from criserver.text import quoted
 
 log = structlog.get_logger(__name__)
 
-# Seconds until a command runs, if a shim gets stuck. It gives an OCI runtime 60 s, and a runtime's own shim 120 s.
-_START_LIMIT = 130.0
+# Seconds a command with a shorter timeout may take to start: more than a busy node's, and a container that makes its
+# OCI runtime hang (say, by a FIFO for its users) still holds up a kubelet's probes for no longer.
+_START_LIMIT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class ExecResult:
 async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeout: float) -> ExecResult:
     """Run a command to its end; ``timeout`` in seconds from when it runs, 0 for none.
 
-    A busy node may take longer to start a command than a probe of it may.
+    A busy node may take longer to start a command than a probe of it may: it has the timeout for this too, or 5 s.
 
     Raises FailedPreconditionError where the container does not run or the command does not exist in it,
     DeadlineExceededError at the timeout; the command's process group is killed then. Output beyond the room for
@@ -61,7 +62,7 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
                 try:
                     if timeout:
                         limit.reschedule(None)
-                        await _until_started(container.id, process)
+                        await _until_started(container.id, command, process, max(timeout, _START_LIMIT))
                         limit.reschedule(asyncio.get_running_loop().time() + timeout)
                     code = await process.ended
                     limit.reschedule(None)
@@ -83,8 +84,9 @@ async def exec_sync(node: Node, id_or_prefix: str, command: Sequence[str], timeo
     return ExecResult(sinks[0].data, sinks[1].data, code)
 
 
-async def _until_started(container_id: str, process: ExecProcess) -> None:
+async def _until_started(container_id: str, command: Sequence[str], process: ExecProcess, limit: float) -> None:
     either = (process.started, process.ended)
-    done, _ = await asyncio.wait(either, timeout=_START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
     if not done:
-        raise DeadlineExceededError(f"the shim of container {container_id} started no command in {_START_LIMIT:g} s")
+        words = f"command {quoted(' '.join(command))} in container {container_id} did not start within {limit:g} s"
+        raise DeadlineExceededError(words)

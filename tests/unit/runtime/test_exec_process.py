@@ -147,12 +147,15 @@ async def test_a_command_that_runs_too_long_is_late(monkeypatch: pytest.MonkeyPa
         await probe
 
 
-async def test_a_command_that_nobody_starts_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("timeout", "limit"), [(0.01, 0.02), (0.03, 0.03)])
+async def test_a_command_that_nobody_starts_is_late(
+    timeout: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = SlowRuntime(monkeypatch)
-    monkeypatch.setattr(container_exec, "_START_LIMIT", 0.01)
-    probe = begin(1000)
+    monkeypatch.setattr(container_exec, "_START_LIMIT", 0.02)
+    probe = begin(timeout)
     await runtime.asked.wait()
-    with pytest.raises(DeadlineExceededError, match="the shim of container c started no command"):
+    with pytest.raises(DeadlineExceededError, match=f"command 'probe' in container c did not start within {limit} s"):
         await probe
 
 
