@@ -25,7 +25,7 @@ WRITE_LIMIT = 256 << 10
 ANSWER_LIMIT = 1 << 20
 # Seconds for a client to open all streams of a command, or both of a forwarded connection.
 STREAMS_TIMEOUT = 30.0
-# Seconds for a client to take its last bytes when the server stops.
+# Seconds for a client to take its last bytes when the server stops, or the connection was idle for too long.
 END_TIMEOUT = 2.0
 # Seconds between two checks whether a client is still there while its bytes are not read.
 _CHECK_INTERVAL = 1.0
@@ -49,8 +49,9 @@ class UpgradedConnection:
 class ClientLink(asyncio.BufferedProtocol):
     """One client's connection. ``received`` is called with the client's bytes: set it before there is a connection.
 
-    ``lost`` is done when the connection is closed. ``used`` is the loop's time of the last traffic. ``buffer`` has
-    READ_SIZE bytes. All links of one loop may share it: a link takes its bytes out before another link reads.
+    ``lost`` is done when the connection is closed. ``used`` is the loop's time of the last traffic; ``idle`` tells that
+    the session is being ended for it. ``buffer`` has READ_SIZE bytes. All links of one loop may share it: a link takes
+    its bytes out before another link reads.
     """
 
     def __init__(self, buffer: memoryview) -> None:
@@ -65,6 +66,7 @@ class ClientLink(asyncio.BufferedProtocol):
         self.received: Callable[[bytes], None] = lambda _: None
         self.lost: asyncio.Future[None] = loop.create_future()
         self.used = loop.time()
+        self.idle = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

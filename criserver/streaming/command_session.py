@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from criserver.errors import CriError
+from criserver.errors import CriError, os_words
 from criserver.streaming import remotecommand
 from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import END_TIMEOUT, STREAMS_TIMEOUT, UpgradedConnection
@@ -22,6 +22,7 @@ from criserver.text import status
 log = structlog.get_logger(__name__)
 
 _STOPPED = "the daemon is being stopped, and has ended this command or attachment; the container goes on"
+_IDLE = "this command or attachment was ended, as nothing moved on its connection for streaming.idle_timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,9 @@ async def serve_command(connection: UpgradedConnection, command: Command) -> Non
     try:
         message = await connection.link.while_connected(_end_message(command, streams, features))
     except asyncio.CancelledError:
-        # The server stops. Over SPDY, a client takes a connection that ends without a status for a success.
-        message, limit = remotecommand.failure_message(_STOPPED, features), END_TIMEOUT
+        # Over SPDY, a client takes a connection that ends without a status for a success.
+        words = _IDLE if connection.link.idle else _STOPPED
+        message, limit = remotecommand.failure_message(words, features), END_TIMEOUT
     if message:
         with suppress(TimeoutError):
             async with asyncio.timeout(limit):
@@ -120,4 +122,10 @@ async def _end_message(command: Command, streams: dict[StreamType, ClientStream]
     except CriError as e:
         log.info("a streamed command failed", error=str(e))
         return remotecommand.failure_message(status(str(e)), features)
+    except ConnectionError:
+        raise  # the client is gone
+    except Exception as e:
+        log.exception("a streamed command failed", error=str(e))
+        words = os_words(e) if isinstance(e, OSError) else e
+        return remotecommand.failure_message(status(f"{type(e).__name__}: {words}"), features)
     return remotecommand.exit_message(code, features)

@@ -179,12 +179,14 @@ class StreamingServer:
         """Serve one connection: TLS, one request, the offer that it takes, and a clean end."""
         link = ClientLink(self._buffer)
         reader = _RequestReader(link)
-        idle_watch = asyncio.create_task(self._close_when_idle(link))
+        session = asyncio.current_task()
+        assert session is not None
+        idle_watch = asyncio.create_task(self._end_when_idle(link, session))
         try:
             if await self._connect(sock, link):
                 await self._serve(link, reader)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(END_TIMEOUT if self._stopping else None):
+                    async with asyncio.timeout(END_TIMEOUT if self._stopping or link.idle else None):
                         await link.finish()
         except ConnectionError:
             pass  # the client is gone
@@ -206,12 +208,13 @@ class StreamingServer:
             return False
         return True
 
-    async def _close_when_idle(self, link: ClientLink) -> None:
+    async def _end_when_idle(self, link: ClientLink, session: asyncio.Task[None]) -> None:
         loop = asyncio.get_running_loop()
         while (left := link.used + self._idle - loop.time()) > 0:
             await asyncio.sleep(left)
         log.info("a streaming connection was idle for too long", seconds=self._idle)
-        link.abort()
+        link.idle = True
+        session.cancel()
 
     async def _serve(self, link: ClientLink, reader: _RequestReader) -> None:
         handshake = reader.handshake

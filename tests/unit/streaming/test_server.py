@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -15,7 +16,7 @@ import subprocess
 import threading
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -502,7 +503,20 @@ async def test_a_client_that_goes_leaves_no_complaint(serving: StreamingServer) 
     assert complaints == []
 
 
+def flood(begun: asyncio.Event) -> Callable[[CommandStreams], Awaitable[int]]:
+    """A command that never ends to write."""
+
+    async def run(streams: CommandStreams) -> int:
+        assert streams.stdout is not None
+        begun.set()
+        while True:
+            await streams.stdout.write(b"x" * 65536)
+
+    return run
+
+
 async def test_a_connection_on_which_nothing_moves() -> None:
+    """Its client is told: it would take the end of the connection for the command's success."""
     found = StreamingServer("127.0.0.1", 0, idle=0.3)
     await found.start()
     begun, gone = asyncio.Event(), asyncio.Event()
@@ -515,15 +529,33 @@ async def test_a_connection_on_which_nothing_moves() -> None:
             gone.set()
         return 0
 
-    def work(url: str) -> None:
+    def work(url: str) -> dict[str, Any]:
         with contextlib.suppress(Refused, ConnectionError):  # a client that is slow is idle before its command begins
-            client = Spdy(url).open_command("error", "stdout")
-            while client.read():
-                pass
+            return Spdy(url).open_command("error", "stdout").finish()
+        return {}
 
+    status: dict[str, Any] = {}
     while not begun.is_set():
-        await blocking(work, found.offer(Command(OUTPUT, wait)))
+        status = await blocking(work, found.offer(Command(OUTPUT, wait)))
     await asyncio.wait_for(gone.wait(), 10)
+    assert status["status"] == "Failure"
+    assert "nothing moved on its connection" in status["message"]
+    await until(lambda: not found._sessions)
+    await found.stop()
+
+
+async def test_a_client_that_takes_nothing_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(command_session, "END_TIMEOUT", 0.05)
+    found = StreamingServer("127.0.0.1", 0, idle=1)
+    await found.start()
+    begun = asyncio.Event()
+    client = await blocking(
+        lambda url: Spdy(url).open_command("error", "stdout"), found.offer(Command(OUTPUT, flood(begun)))
+    )
+    await begun.wait()
+    await until(lambda: not found._sessions)
+    client.close()
     await found.stop()
 
 
@@ -679,15 +711,8 @@ async def test_a_client_that_takes_nothing_does_not_keep_the_server_from_stoppin
     monkeypatch.setattr(server, "END_TIMEOUT", 0.05)
     monkeypatch.setattr(command_session, "END_TIMEOUT", 0.05)
     begun = asyncio.Event()
-
-    async def flood(streams: CommandStreams) -> int:
-        assert streams.stdout is not None
-        begun.set()
-        while True:
-            await streams.stdout.write(b"x" * 65536)
-
     client = await blocking(
-        lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, flood))
+        lambda url: Spdy(url).open_command("error", "stdout"), serving.offer(Command(OUTPUT, flood(begun)))
     )
     await begun.wait()
     await serving.stop()
@@ -695,12 +720,17 @@ async def test_a_client_that_takes_nothing_does_not_keep_the_server_from_stoppin
     client.close()
 
 
-async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection(serving: StreamingServer) -> None:
+async def test_an_error_of_a_command_is_told_and_so_is_one_of_ours(serving: StreamingServer) -> None:
+    """Over SPDY, kubectl takes an end without a status for a success."""
+
     async def refuse(streams: CommandStreams) -> int:
         raise CriError("it cannot be done")
 
     async def crash(streams: CommandStreams) -> int:
         raise RuntimeError("a bug")
+
+    async def run_out(streams: CommandStreams) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async def quote(streams: CommandStreams) -> int:
         raise CriError("it says \ud800\x1b" + "x" * 100_000)
@@ -710,7 +740,10 @@ async def test_an_error_of_a_command_is_told_and_one_of_ours_ends_the_connection
     assert len(status["message"]) < 4200
     _, status = await blocking(run_command, serving.offer(Command(OUTPUT, refuse)))
     assert status["message"] == "Internal error occurred: it cannot be done"
-    assert (await blocking(run_command, serving.offer(Command(OUTPUT, crash)))) == (b"", {})
+    _, status = await blocking(run_command, serving.offer(Command(OUTPUT, crash)))
+    assert status["message"] == "Internal error occurred: RuntimeError: a bug"
+    _, status = await blocking(run_command, serving.offer(Command(OUTPUT, run_out)))
+    assert status["message"] == "Internal error occurred: OSError: Too many open files"
 
 
 @pytest.fixture(scope="module")
