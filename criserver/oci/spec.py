@@ -6,6 +6,7 @@ Runtime specification 1.0.2 (config.md, config-linux.md), with what Kubernetes a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
@@ -37,12 +38,14 @@ def build(
     mount_label: str = "",
     annotations: Mapping[str, str] | None = None,
     defaults: SpecDefaults | None = None,
+    real_paths: Mapping[str, str] = MappingProxyType({}),
 ) -> Spec:
     """The whole spec.
 
     ``devices`` are the host's nodes for ``config.devices``, in their order. A privileged container may use all devices
     with ``host_devices``, and all other nodes of the host come before them. ``seccomp`` is the filter
-    (config-linux.md, "Seccomp") or None. ``defaults`` are what the node gives to every container.
+    (config-linux.md, "Seccomp") or None. ``defaults`` are what the node gives to every container. ``real_paths`` are as
+    for :func:`container_mounts`.
 
     Raises InvalidArgumentError for a container without a command, and for an unknown capability.
     """
@@ -65,7 +68,12 @@ def build(
         },
         "root": {"path": rootfs, "readonly": security.readonly_rootfs},
         "mounts": container_mounts(
-            config, pod, base.get("mounts", ()), defaults.mounts, cgroup_writable=defaults.cgroup_writable
+            config,
+            pod,
+            base.get("mounts", ()),
+            defaults.mounts,
+            cgroup_writable=defaults.cgroup_writable,
+            real_paths=real_paths,
         ),
         "annotations": dict(annotations or {}),
         "linux": {

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from criserver.errors import InvalidArgumentError
 from criserver.model import ContainerConfig, IdMapping, Mount, NamespaceMode, Propagation
-from criserver.oci.spec_inputs import PodFacts, Spec
+from criserver.oci.spec_inputs import PodFacts, Spec, SpecDefaults
 
 # Mounts that a base_runtime_spec cannot give: the pod's shared memory, and the /run of `ctr oci spec`, which would hide
 # files of images. containerd leaves both out too.
 _SHM = "/dev/shm"  # noqa: S108 - the container's
 _NOT_OF_A_BASE = frozenset({_SHM, "/run"})
+_RESOLV_CONF, _HOSTS, _HOSTNAME = "/etc/resolv.conf", "/etc/hosts", "/etc/hostname"
+
+
+def own_paths(defaults: SpecDefaults) -> tuple[str, ...]:
+    """The container paths of the daemon's own mounts that may lead through links of the image."""
+    of_base = (normal_path(m["destination"]) for m in defaults.base.get("mounts", ()))
+    return (_RESOLV_CONF, _HOSTS, _HOSTNAME, *(inside for _, inside in defaults.mounts), *filter(None, of_base))
 
 
 def check_mounts(config: ContainerConfig) -> None:
@@ -78,12 +86,14 @@ def container_mounts(
     defaults: Iterable[tuple[str, str]] = (),
     *,
     cgroup_writable: bool = False,
+    real_paths: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Spec]:
     """All mounts of a container.
 
     ``base`` are the mounts of the handler's base_runtime_spec, ``defaults`` the pairs of paths of default_mounts. A
     mount replaces an earlier one at the same path: this runtime's own, the defaults, the base's, the pod's. With
-    ``cgroup_writable`` the container may write below /sys/fs/cgroup.
+    ``cgroup_writable`` the container may write below /sys/fs/cgroup. ``real_paths`` are the paths to which the image's
+    links lead from those of :func:`own_paths`.
     """
     own = {m["destination"]: m for m in _base_mounts(config, pod)}
     own |= {inside: _default_mount(outside, inside) for outside, inside in defaults}
@@ -95,7 +105,8 @@ def container_mounts(
         own["/sys/fs/cgroup"] = _writable(own["/sys/fs/cgroup"])
     own |= {m["destination"]: m for m in _sandbox_files(config, pod)}
     devices = (device_mount(inside, outside) for inside, outside in renamed_devices(config).items())
-    free = (m for m in own.values() if _is_free(m["destination"], config))
+    real = ({**m, "destination": real_paths.get(path, m["destination"])} for path, m in own.items())
+    free = (m for m in real if _is_free(m["destination"], config))
     return in_mount_order([*free, *map(_user_mount, config.mounts), *devices])
 
 
@@ -178,9 +189,9 @@ def _sys(config: ContainerConfig, options: list[str]) -> Spec:
 def _sandbox_files(config: ContainerConfig, pod: PodFacts) -> list[Spec]:
     access = "ro" if config.security.readonly_rootfs else "rw"
     files = (
-        ("/etc/resolv.conf", pod.resolv_conf),
-        ("/etc/hosts", pod.hosts),
-        ("/etc/hostname", pod.hostname_file),
+        (_RESOLV_CONF, pod.resolv_conf),
+        (_HOSTS, pod.hosts),
+        (_HOSTNAME, pod.hostname_file),
     )
     options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
     user = config.namespaces.user

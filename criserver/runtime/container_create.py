@@ -25,7 +25,7 @@ from criserver.numbers import decimal
 from criserver.oci import cdi, container_user, cri_annotations, seccomp, spec
 from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec, SpecDefaults
-from criserver.oci.spec_mounts import check_mounts
+from criserver.oci.spec_mounts import check_mounts, own_paths
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, bundle, cgroups, filesystems, host, node_defaults, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
@@ -170,7 +170,8 @@ async def _prepare(
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
     rootfs = await filesystems.make_root(node, container, image)
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
-    config = dataclasses.replace(config, mounts=await filesystems.resolve_mounts(node, container, image, rootfs))
+    all_mounts, real_paths = await filesystems.resolve_mounts(node, container, image, rootfs, own_paths(of_node))
+    config = dataclasses.replace(config, mounts=all_mounts)
     check_mounts(config)
     labels = selinux.labels(config.security, sandbox.selinux_level)
     if labels.files:
@@ -183,6 +184,7 @@ async def _prepare(
         config=config,
         image=defaults,
         defaults=of_node,
+        real_paths=real_paths,
         pod=dataclasses.replace(pod, pid_namespace=pid_namespace or pod.pid_namespace),
         host=host.facts(),
         cgroups_path=cgroups.spec_path(sandbox.cgroup_parent, container.id),

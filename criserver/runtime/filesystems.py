@@ -11,7 +11,7 @@ import dataclasses
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
@@ -88,11 +88,15 @@ async def _mount(node: Node, container: Container, key: str, image: Image, point
         await node.snapshotter.mount(key, point, userns=pinned, label=labels.files)
 
 
-async def resolve_mounts(node: Node, container: Container, image: Image, rootfs: str) -> tuple[Mount, ...]:
-    """The image's volumes, followed by the container's mounts, all with resolved paths.
+async def resolve_mounts(
+    node: Node, container: Container, image: Image, rootfs: str, own: Iterable[str]
+) -> tuple[tuple[Mount, ...], Mapping[str, str]]:
+    """The image's volumes, followed by the container's mounts, all with resolved paths; and the real paths of ``own``.
 
     1. Container paths are resolved through the image's links.
     2. Host paths are resolved through the node's links.
+
+    ``own`` are container paths at which the daemon has mounts of its own.
 
     Raises NotFoundError if an image, or a path in it, does not exist, InvalidArgumentError if a host path cannot be
     made.
@@ -100,8 +104,8 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
     requested, user = container.config.mounts, container.config.namespaces.user
     root = (0, 0) if user is None else (user.uids.host_id, user.gids.host_id)
     image_volumes = () if node.config.pod_defaults.ignore_image_defined_volumes else image.config.volumes
-    paths = [*(m.container_path for m in requested), *image_volumes]
-    resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths) if paths else {}
+    paths = [*(m.container_path for m in requested), *image_volumes, *own]
+    resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths)
     resolved = []
     for number, mount in enumerate(requested):
         mount = dataclasses.replace(mount, container_path=resolved_paths[mount.container_path])
@@ -131,28 +135,36 @@ async def resolve_mounts(node: Node, container: Container, image: Image, rootfs:
                 guarded=not container.config.security.privileged,
             )
         )
-    return (*volumes, *resolved)
+    return (*volumes, *resolved), resolved_paths
 
 
 def _resolve_in_image(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
     """The real path of each container path, through the image's links, as the OCI runtime resolves them. Blocks.
 
-    Raises FailedPreconditionError for links that lead in a circle.
+    The links below another mount are covered by it, and lead nowhere: mounts are made behind those of their parent
+    directories. Raises FailedPreconditionError for links that lead in a circle.
     """
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return {path: _resolve_path(root, path) for path in paths}
+        resolved, covered = dict[str, str](), {f"/{name}" for name in _KERNEL_DIRECTORIES}
+        for path in sorted(paths, key=lambda path: path.count("/")):
+            resolved[path] = _resolve_path(root, path, covered)
+            covered.add(resolved[path])
+        return resolved
     finally:
         os.close(root)
 
 
-def _resolve_path(root: int, path: str) -> str:
+def _resolve_path(root: int, path: str, covered: Set[str]) -> str:
     todo, here, links = path.split("/")[::-1], list[str](), 0
     while todo:
         part = todo.pop()
         if part == "..":
             here = here[:-1]
         elif part not in ("", "."):
+            if any("/" + "/".join(here[:depth]) in covered for depth in range(len(here) + 1)):
+                here.append(part)
+                continue
             try:
                 target = os.readlink("/".join([*here, part]), dir_fd=root)
             except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.support.fixtures import import_image
-from tests.support.imagebuilder import File, Layer, busybox_image, write_archive
+from tests.support.imagebuilder import File, Layer, Link, busybox_image, write_archive
 from tests.support.node import Node, refused
 
 
@@ -103,6 +104,33 @@ def test_a_recursive_read_only_mount(node: Node, pod: str, tmp_path: Path) -> No
         node.client.StopContainer(container_id=container, timeout=0)
     finally:
         subprocess.run(["umount", str(inner)], check=True)
+
+
+def test_links_of_an_image_at_the_paths_of_mounts(node: Node, pod: str, tmp_path: Path) -> None:
+    """A link below another mount is covered by it. The pod's own files follow a link to the kubelet's mount there."""
+    layer: Layer = {
+        "dev/shm": Link("/run/shm"),
+        "data/link": Link("/elsewhere"),
+        "etc/hosts": Link("/hosts"),
+        "etc/hostname": Link("/real/hostname"),
+        "etc/resolv.conf": Link("../run/systemd/resolve/stub-resolv.conf"),
+    }
+    write_archive(busybox_image(layers=[layer]), str(tmp_path / "l.tar"), "localhost/links:1")
+    import_image(node, str(tmp_path / "l.tar"))
+    for name in ("memory", "volume", "below"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / "hosts").write_text("10.0.0.1 alias\n")
+    places = {"/dev/shm": "memory", "/data": "volume", "/data/link": "below", "/etc/hosts": "hosts"}
+    requested = [cri.Mount(container_path=path, host_path=str(tmp_path / name)) for path, name in places.items()]
+    script = "ls /dev/shm /data/link && cat /etc/hosts /etc/hostname && grep -c nameserver /etc/resolv.conf"
+    container = node.run(pod, "c", ["sh", "-c", script], image="localhost/links:1", mounts=requested)
+    seen = "/data/link:\nbelow\n\n/dev/shm:\nmemory\n10.0.0.1 alias\npod\n1\n"
+    node.wait(container)
+    assert node.log(container) == seen
+    spec = json.loads(node.client.ContainerStatus(container_id=container, verbose=True).info["info"])["runtimeSpec"]
+    # Some versions of runc refuse to mount at a link that leads nowhere (opencontainers/runc#5090).
+    assert "/run/systemd/resolve/stub-resolv.conf" in [mount["destination"] for mount in spec["mounts"]]
 
 
 def test_the_volumes_of_an_image_are_copied_up_and_writable_under_a_read_only_root(
