@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 
 import structlog
 
 from criserver.errors import NotFoundError
 from criserver.runtime import cgroups, process_records
-from criserver.runtime.container_process import STOPPED
+from criserver.runtime.container_process import STOPPED, ContainerProcess
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
@@ -21,8 +22,9 @@ log = structlog.get_logger(__name__)
 async def stop_container(node: Node, id_or_prefix: str, grace: float) -> None:
     """Stop a container: its stop signal, ``grace`` seconds, then SIGKILL. Idempotent (CRI).
 
-    A grace of 0 or less kills at once. A start under way is ended at once, as no process can take a signal yet. Raises
-    DeadlineExceededError where even SIGKILL does not end the container.
+    Only the first call for a container sends the stop signal: many programs end at once with a second one. Each call
+    waits for its own grace. A grace of 0 or less kills at once. A start under way is ended at once, as no process can
+    take a signal yet. Raises DeadlineExceededError where even SIGKILL does not end the container.
     """
     try:
         container = node.records.container(id_or_prefix)
@@ -67,11 +69,20 @@ async def _stop(node: Node, container_id: str, grace: float) -> None:
     await asyncio.to_thread(cgroups.thaw, process.cgroup)
     if grace > 0:
         with operations.STOP.timed(_signal_name(container.stop_signal)):
-            process.signal(container.stop_signal)
+            _signal_once(node, container_id, process)
             if await process.wait(grace):
                 return
         log.info("grace is over", container=container_id, seconds=grace)
     await process.kill(node.config.ctr_stop_timeout)
+
+
+def _signal_once(node: Node, container_id: str, process: ContainerProcess) -> None:
+    """Send the stop signal unless an earlier call has. A later daemon knows of it too."""
+    container = node.records.containers.get(container_id)
+    if container is None or container.stop_signalled:
+        return
+    process.signal(container.stop_signal)
+    node.records.observe(dataclasses.replace(container, stop_signalled=True))
 
 
 def _signal_name(number: int) -> str:

@@ -31,8 +31,13 @@ def _containers_since_0_2(fields: Fields) -> Fields:
     return {**fields, "cgroup_parent": ""}
 
 
+def _containers_signalled_each_time(fields: Fields) -> Fields:
+    """Each StopContainer sent the stop signal, and none was recorded."""
+    return {**fields, "stop_signalled": False}
+
+
 SANDBOX: tuple[Migration, ...] = (_since_0_2,)
-CONTAINER: tuple[Migration, ...] = (_containers_since_0_2,)
+CONTAINER: tuple[Migration, ...] = (_containers_since_0_2, _containers_signalled_each_time)
 
 
 def newest(migrations: Sequence[Migration]) -> int:

@@ -75,6 +75,7 @@ class Container:
 
     ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together identify the first process: the PID alone may be
     another process's by now. ``cgroup_parent`` is what a plugin of the node has put in place of the pod's.
+    ``stop_signalled`` says that the stop signal has been sent.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Container:
     reason: str = ""
     message: str = ""
     cgroup_parent: str = ""
+    stop_signalled: bool = False
 
     def parent_cgroup(self, sandbox: Sandbox) -> str:
         """The cgroup parent of the container, which is in the pod ``sandbox``."""

@@ -183,6 +183,23 @@ def test_a_kill_does_not_wait_for_an_earlier_stops_grace(node: Node, pod: str) -
     assert node.status(deaf).exit_code == 137
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["kubelet", "daemon"])
+def test_the_stop_signal_is_sent_once(node: Node, pod: str, restarted: bool) -> None:
+    """A kubelet stops its pods anew after it or the daemon was started anew. Many programs end with a second signal."""
+    graceful = trapping(node, pod, "graceful", "trap 'trap \"exit 9\" TERM; echo told' TERM")
+    first = node.client.StopContainer.begin(container_id=graceful, timeout=1000)
+    eventually(lambda: node.log(graceful) == "ready\ntold\n")
+    if restarted:
+        record = Path(node.state, "records", "containers", graceful)
+        eventually(lambda: '"stop_signalled":true' in record.read_text())
+        node.kill()
+        node.start()
+    else:
+        first.cancel()
+    node.client.StopContainer(container_id=graceful, timeout=1)
+    assert node.status(graceful).exit_code == 137, "the second call waits for its own grace"
+
+
 @pytest.mark.parametrize("asked", ["image", "kubelet"])
 def test_the_stop_signal_is_the_kubelets_or_the_images(node: Node, pod: str, tmp_path: Path, asked: str) -> None:
     from tests.support.fixtures import import_image
