@@ -69,7 +69,7 @@ def _pod_defaults(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     given = config.pod_defaults
     for name in given.sysctls:
         try:
-            path = sysctl_path(name, ["net", "ipc", "uts"])
+            path = sysctl_path(name, ["net", "ipc", "uts", "user"])
         except CriError as e:
             yield missing(f"runtime.default_sysctls: {e}: no pod starts", "take it out of the configuration")
             continue

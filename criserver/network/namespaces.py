@@ -82,7 +82,7 @@ async def make(
         raise InvalidArgumentError(
             f"hostname {quoted(hostname)} cannot be set: the pod shares the node's UTS namespace"
         )
-    settings = requested(sysctls or {}, kinds)
+    settings = requested(sysctls or {}, kinds if user is None else [*kinds, "user"])
     named = {sysctl.path for sysctl in settings}
     settings += [Sysctl(path, value, optional=True) for path, value in (defaults or {}).items() if path not in named]
     made: dict[str, int] = {}

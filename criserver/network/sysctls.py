@@ -15,6 +15,7 @@ _PREFIXES = {
     "net": ("net/",),
     "ipc": ("kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/"),
     "uts": ("kernel/domainname",),
+    "user": ("user/",),
 }
 
 

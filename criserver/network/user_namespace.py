@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from criserver.errors import CriError, DeadlineExceededError, InvalidArgumentError, UnavailableError
 from criserver.model import IdMapping
 from criserver.network.namespace_calls import clone_flags, unshare_error
-from criserver.network.sysctls import Sysctl, write_once
+from criserver.network.sysctls import Sysctl, belongs, write_once
 from criserver.text import quoted
 from snapshotter.program import Program
 
@@ -194,9 +194,12 @@ async def _check_unshared(helper: _Helper, kinds: list[str]) -> None:
 
 
 async def _written(helper: _Helper, sysctl: Sysctl, *, final: bool) -> bool:
-    """Whether the helper is done with a sysctl; False where it is not allowed to write it."""
+    """Whether the helper is done with a sysctl; False where the node's root has to write it.
+
+    A limit of the user namespace is refused in this case. The node's root would write the node's limit.
+    """
     number = await _error_number(helper)
-    if number in (errno.EACCES, errno.EPERM):
+    if number in (errno.EACCES, errno.EPERM) and not belongs(sysctl.path, ["user"]):
         return False
     if number:
         sysctl.refused(number, final=final)

@@ -217,7 +217,8 @@ def _check_id_mapping(what: str, sent: cri.IDMapping) -> None:
 
 
 def _check_sysctl(name: str, options: cri.NamespaceOption) -> None:
-    own = {"net": options.network, "uts": options.network, "ipc": options.ipc}
+    user = options.userns_options.mode if options.HasField("userns_options") else cri.NODE
+    own = {"net": options.network, "uts": options.network, "ipc": options.ipc, "user": user}
     sysctl_path(name, [kind for kind, mode in own.items() if mode != cri.NODE])
 
 

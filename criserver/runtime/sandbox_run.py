@@ -226,7 +226,12 @@ def _sysctls(node: Node, config: PodConfig) -> dict[str, str]:
     if not defaults:
         return dict(config.sysctls)
     own_network = config.namespaces.network is not NamespaceMode.NODE
-    own = {"net": own_network, "uts": own_network, "ipc": config.namespaces.ipc is not NamespaceMode.NODE}
+    own = {
+        "net": own_network,
+        "uts": own_network,
+        "ipc": config.namespaces.ipc is not NamespaceMode.NODE,
+        "user": config.namespaces.user is not None,
+    }
     try:
         paths = {sysctl_path(name, list(own)): value for name, value in defaults.items()}
     except InvalidArgumentError as e:

@@ -63,6 +63,31 @@ async def test_namespaces_are_owned_by_the_pods_user_namespace(base: str) -> Non
     assert os.listdir(base) == []
 
 
+async def test_limits_of_a_user_namespace_are_its_own(base: str) -> None:
+    """A kubelet of Kubernetes 1.37 gives them to pods with a user namespace (KEP-5996)."""
+    path, sysctls = "/proc/sys/user/max_net_namespaces", {"user.max_net_namespaces": "7", "net.ipv4.ip_forward": "1"}
+    with open(path) as f:
+        before = f.read()
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=False, uts=False, sysctls=sysctls, user=USER)
+    await namespaces.set_sysctls(pin, sysctls)
+    assert inside(pin, "cat", path, "/proc/sys/net/ipv4/ip_forward").split() == ["7", "1"]
+    with open(path) as f:
+        assert f.read() == before, "the node has its own"
+    namespaces.unpin(f"{base}/ns")
+
+
+async def test_a_limit_that_only_the_nodes_root_might_write_is_not_written_on_the_node(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = user_namespace._MAKER.replace("write_all(sys.argv[3:])", "report(13)")
+    monkeypatch.setattr(user_namespace, "_MAKER", script)
+    with pytest.raises(InvalidArgumentError, match=r"max_net_namespaces = '7' is refused .* Permission denied"):
+        await namespaces.make(
+            f"{base}/ns", net=True, ipc=False, uts=False, sysctls={"user.max_net_namespaces": "7"}, user=USER
+        )
+    assert os.listdir(base) == []
+
+
 async def test_sysctls_are_set_again_as_the_pods_root(base: str) -> None:
     """Group IDs in a value are the pod's own, before and after the plugins."""
     sysctls = {"net.ipv4.conf.eth0.rp_filter": "1", "net.ipv4.ping_group_range": "0 1000"}

@@ -44,6 +44,8 @@ def options(**modes: Any) -> cri.LinuxPodSandboxConfig:
 
 
 POD = pod_config(pod())
+IDS = cri.IDMapping(host_id=65536, container_id=0, length=65536)
+USERNS = cri.UserNamespace(mode=cri.POD, uids=[IDS], gids=[IDS])
 PRIVILEGED = pod_config(
     pod(linux=cri.LinuxPodSandboxConfig(security_context=cri.LinuxSandboxSecurityContext(privileged=True)))
 )
@@ -113,6 +115,9 @@ def test_searches_and_options_are_words_of_a_line() -> None:
         ("kernel.domainname", {"network": cri.NODE}, False),
         ("net.core.somaxconn", {"network": cri.NODE}, False),
         ("kernel.shmmax", {"ipc": cri.NODE}, False),
+        ("user.max_net_namespaces", {}, False),
+        ("user.max_net_namespaces", {"userns_options": USERNS}, True),
+        ("user.max_net_namespaces", {"userns_options": cri.UserNamespace(mode=cri.NODE)}, False),
         ("kernel.panic", {}, False),
         ("net/../vm/swappiness", {}, False),
     ],
