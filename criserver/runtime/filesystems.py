@@ -264,6 +264,8 @@ def _resolved(mount: Mount) -> Mount:
     if not os.path.lexists(real):
         try:
             os.makedirs(real, mode=0o755)
+        except FileExistsError:
+            pass  # another container has made it meanwhile
         except OSError as e:
             message = f"mount {mount.container_path}: host path {mount.host_path} cannot be made: {e.strerror}"
             raise InvalidArgumentError(message) from e
