@@ -129,11 +129,18 @@ def all_devices() -> list[DeviceNode]:
 def _nodes_below(top: str, most: int) -> Iterator[tuple[str, os.stat_result]]:
     """Path and status of each device node below a directory. No link is followed, and no directory twice.
 
-    Raises OSError, and InvalidArgumentError for a directory with more than ``most`` entries.
+    What is removed meanwhile is left out. Raises OSError, and InvalidArgumentError for a directory with more than
+    ``most`` entries.
     """
     pending, entries_seen = [top], 0
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        try:
+            directory = os.scandir(path := pending.pop())
+        except FileNotFoundError:
+            if path == top:
+                raise
+            continue  # it goes with the last device in it
+        with directory as entries:
             for entry in entries:
                 entries_seen += 1
                 if entries_seen > most:

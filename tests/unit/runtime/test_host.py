@@ -35,3 +35,20 @@ def test_the_names_of_profiles_may_be_in_any_encoding(tmp_path: Path, monkeypatc
     (tmp_path / "_APPARMOR_SWITCH").write_text("Y\n")
     (tmp_path / "_APPARMOR_PROFILES").write_bytes(b"/opt/\xe9 (enforce)\nown (x) (complain)\n")
     assert host.apparmor_profiles() == frozenset({"/opt/\udce9", "own (x)"})
+
+
+def test_a_directory_of_devices_that_goes_while_its_parent_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel removes /dev/bus/usb/002 with the last device in it."""
+    monkeypatch.setattr(host, "_is_node", lambda _: True)  # only root can make device nodes
+    (tmp_path / "kept").touch()
+    (tmp_path / "gone").mkdir()
+    found = host._nodes_below(str(tmp_path), 10)
+    assert next(found)[0] == str(tmp_path / "kept")
+    (tmp_path / "gone").rmdir()
+    assert list(found) == []
+    tmp_path.joinpath("kept").unlink()
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError):
+        list(host._nodes_below(str(tmp_path), 10))
