@@ -20,8 +20,8 @@ _RESOLV_CONF, _HOSTS, _HOSTNAME = "/etc/resolv.conf", "/etc/hosts", "/etc/hostna
 
 def own_paths(defaults: SpecDefaults) -> tuple[str, ...]:
     """The container paths of the daemon's own mounts that may lead through links of the image."""
-    of_base = (normal_path(m["destination"]) for m in defaults.base.get("mounts", ()))
-    return (_RESOLV_CONF, _HOSTS, _HOSTNAME, *(inside for _, inside in defaults.mounts), *filter(None, of_base))
+    of_base = {normal_path(m["destination"]) for m in defaults.base.get("mounts", ())} - _NOT_OF_A_BASE - {""}
+    return (_RESOLV_CONF, _HOSTS, _HOSTNAME, *(inside for _, inside in defaults.mounts), *sorted(of_base))
 
 
 def check_mounts(config: ContainerConfig) -> None:

@@ -147,7 +147,7 @@ def _resolve_in_image(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         resolved, covered = dict[str, str](), {f"/{name}" for name in _KERNEL_DIRECTORIES}
-        for path in sorted(paths, key=lambda path: path.count("/")):
+        for path in sorted(paths, key=lambda path: path.rstrip("/").count("/")):
             resolved[path] = _resolve_path(root, path, covered)
             covered.add(resolved[path])
         return resolved
@@ -162,13 +162,14 @@ def _resolve_path(root: int, path: str, covered: Set[str]) -> str:
         if part == "..":
             here = here[:-1]
         elif part not in ("", "."):
-            if any("/" + "/".join(here[:depth]) in covered for depth in range(len(here) + 1)):
-                here.append(part)
+            whole = [*here, part]
+            if any("/" + "/".join(whole[:depth]) in covered for depth in range(len(whole) + 1)):
+                here = whole
                 continue
             try:
-                target = os.readlink("/".join([*here, part]), dir_fd=root)
+                target = os.readlink("/".join(whole), dir_fd=root)
             except OSError:
-                here.append(part)  # it is no link, or does not exist yet
+                here = whole  # it is no link, or does not exist yet
                 continue
             links += 1
             if links > _MAX_LINKS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from criserver.model import (
 from criserver.oci import spec
 from criserver.oci.capabilities import DEFAULT_CAPABILITIES, lacking
 from criserver.oci.spec_inputs import DeviceNode, HostFacts, ImageDefaults, PodFacts, SpecDefaults
+from criserver.oci.spec_mounts import own_paths
 from criserver.oci.spec_resources import in_force, resource_limits, unenforced
 from tests.support.samples import CONFIG
 
@@ -54,6 +55,7 @@ def build(
     mount_label: str = "",
     apparmor_profile: str = "",
     defaults: SpecDefaults | None = None,
+    real_paths: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     return spec.build(
@@ -69,6 +71,7 @@ def build(
         mount_label=mount_label,
         apparmor_profile=apparmor_profile,
         defaults=defaults,
+        real_paths=real_paths or {},
     )
 
 
@@ -377,3 +380,23 @@ def test_limits_and_environment_of_the_base_win_over_those_of_the_node() -> None
     }
     assert {"A=node", "B=base", "C=image"} <= set(found["process"]["env"])
     assert found["hooks"] == {}
+
+
+def test_the_daemons_own_mounts_are_where_the_links_of_the_image_lead() -> None:
+    base = {
+        "mounts": [{"destination": path, "type": "bind", "source": "/s"} for path in ("/run", "/x/", "/dev/shm", "/")]
+    }
+    defaults = SpecDefaults(mounts=(("/outside", "/inside"),), base=base)
+    paths = own_paths(defaults)
+    assert paths == ("/etc/resolv.conf", "/etc/hosts", "/etc/hostname", "/inside", "/x")
+    real_paths = {path: f"/real{path}" for path in paths}
+    hosts = Mount("/real/etc/hosts", "/kubelet/hosts", False, Propagation.PRIVATE)
+    made = build(defaults=defaults, real_paths=real_paths, mounts=(hosts,))["mounts"]
+    sources = {m["destination"]: m["source"] for m in made}
+    assert sources["/real/etc/hosts"] == "/kubelet/hosts"
+    assert (sources["/real/etc/hostname"], sources["/real/inside"], sources["/real/x"]) == (
+        POD.hostname_file,
+        "/outside",
+        "/s",
+    )
+    assert not {"/etc/hosts", "/etc/hostname", "/inside", "/x"} & sources.keys()
