@@ -38,7 +38,7 @@ MAX_CONFIG = 8 << 20
 Compression = Literal["gzip", "none", "zstd"]
 
 _COMPRESSIONS: dict[str, Compression] = {
-    OCI_LAYER: "none",
+    OCI_LAYER: "gzip",  # or none, as for DOCKER_LAYER: there are builders that give it to compressed layers
     OCI_LAYER_GZIP: "gzip",
     OCI_LAYER_ZSTD: "zstd",
     DOCKER_LAYER: "gzip",  # or none: this type says nothing about it, and the unpacker looks at the first bytes

@@ -7,7 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from criserver.images import Platform, host_platform
-from criserver.images.manifests import DOCKER_LAYER_GZIP, DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
+from criserver.images.manifests import (
+    DOCKER_LAYER_GZIP,
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+)
 from tests.support.field import REFUSED, Field, FieldCase
 from tests.support.imagebuilder import BuiltImage, add_blob, build_image, build_index, busybox_image
 
@@ -65,6 +72,14 @@ def retyped(kind: str, **more: Any) -> Any:
         return field.runs(rebuilt(built, {}, {"layers": [{**base, "mediaType": kind, **more}, *others]}))
 
     return run
+
+
+def plain_by_its_type(field: Field) -> str:
+    """A layer that no other case has, compressed, and called a plain tar file."""
+    built = build_image([{"plain": field.name.encode()}])
+    (layer,) = built.manifest["layers"]
+    field.pull(rebuilt(built, {}, {"layers": [{**layer, "mediaType": OCI_LAYER}]}))
+    return "pulled"
 
 
 def beside_the_layers(field: Field) -> str:
@@ -215,6 +230,14 @@ CASES = (
     ),
     FieldCase(3, "A nondistributable layer whose blob the registry has", retyped(NONDISTRIBUTABLE), "runs", "runs"),
     FieldCase(3, "A layer with Docker's media type in an OCI manifest", retyped(DOCKER_LAYER_GZIP), "runs", "runs"),
+    FieldCase(
+        3,
+        "A compressed layer whose media type says that it is not compressed",
+        plain_by_its_type,
+        "pulled",
+        REFUSED,
+        "podman-container-tools/buildah#1589, containerd/containerd#3326, containerd/containerd#9981",
+    ),
     FieldCase(3, "A blob that is no layer of files, beside the layers", beside_the_layers, "runs", "runs"),
     FieldCase(
         3,

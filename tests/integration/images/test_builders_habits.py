@@ -13,7 +13,7 @@ from aiohttp import web
 
 from criserver.errors import InvalidArgumentError, NotFoundError
 from criserver.images import Image, Platform, host_platform
-from criserver.images.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
+from criserver.images.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
 from tests.support.imagebuilder import BuiltImage, add_blob, build_image, build_index
 from tests.support.ownregistry import Server, image, rooms, server
 from tests.support.rooms import Rooms
@@ -48,6 +48,20 @@ async def is_stored_and_exported_whole(rooms: Rooms, name: str, found: Image, ar
     await rooms.images.remove(name)
     assert not [left for left in rooms.leftovers() if left != archive.name]
     assert await rooms.images.import_archive(str(archive)) == [found]
+
+
+@pytest.mark.parametrize("packed", ["gzip", "zstd"])
+async def test_a_compressed_layer_that_its_type_calls_plain(
+    server: Server, rooms: Rooms, tmp_path: Path, packed: str
+) -> None:
+    built = build_image([{"a": b"1"}], compression=packed)
+    (layer,) = built.manifest["layers"]
+    server.image = rebuilt(built, layers=[{**layer, "mediaType": OCI_LAYER}])
+    name = f"{server.address}/app:1"
+    found = await rooms.images.pull(name)
+    assert rooms.read(found, "a") == b"1"
+    assert [verified.damage async for verified in rooms.images.verify() if verified.damage] == []
+    await is_stored_and_exported_whole(rooms, name, found, tmp_path / "archive.tar")
 
 
 @pytest.mark.parametrize("platform", [HERE, {"architecture": host_platform().architecture.upper()}])

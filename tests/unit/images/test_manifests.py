@@ -389,7 +389,7 @@ def test_manifest_and_configuration_must_agree() -> None:
 @pytest.mark.parametrize(
     ("media_type", "expected"),
     [
-        (OCI_LAYER, "none"),
+        (OCI_LAYER, "gzip"),
         (OCI_LAYER_GZIP, "gzip"),
         (OCI_LAYER_ZSTD, "zstd"),
         (DOCKER_LAYER, "gzip"),  # or none: the unpacker looks
@@ -397,7 +397,7 @@ def test_manifest_and_configuration_must_agree() -> None:
         (DOCKER_LAYER_ZSTD, "zstd"),
         ("application/vnd.docker.image.rootfs.foreign.diff.tar", "gzip"),
         ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "gzip"),
-        ("application/vnd.oci.image.layer.nondistributable.v1.tar", "none"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar", "gzip"),
         ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "gzip"),
         ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", "zstd"),
     ],
