@@ -68,6 +68,12 @@ class Download:
             raise
 
     async def _fetch(self, host: RegistryHost, *, other_way: bool = False) -> None:
+        if not self._ingest.size or self._ingest.size < self._descriptor.size:
+            await self._ask(host, other_way=other_way)
+        await self._ingest.commit(self._descriptor.digest)
+
+    async def _ask(self, host: RegistryHost, *, other_way: bool) -> None:
+        """Ask for what is missing."""
         digest, size, offset = self._descriptor.digest, self._descriptor.size, self._ingest.size
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         async with self._exchange.get(host, f"blobs/{digest}", headers, idle=self._idle) as response:
@@ -82,7 +88,6 @@ class Download:
             if self._coded:
                 raise DataLossError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
             raise TryAgainError(f"blob {digest} ended after {self._ingest.size} of {size} bytes")
-        await self._ingest.commit(digest)
 
     async def _receive(self, response: aiohttp.ClientResponse, offset: int, decoder: Decoder | None, host: str) -> None:
         digest, size = self._descriptor.digest, self._descriptor.size

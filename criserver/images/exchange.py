@@ -73,7 +73,7 @@ class Exchange:
                     url = redirected(url, response, trusted=trusted)
                     continue
                 if response.status != 401 or answers[server] >= _MAX_ANSWERS:
-                    raise await refusal(response, path, server)
+                    raise await refusal(response, path, server, ranged="Range" in headers)
                 answers[server] += 1
                 challenges = response.headers.getall("WWW-Authenticate", ())
                 refused = await refusal(response, path, server)

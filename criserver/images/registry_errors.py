@@ -25,8 +25,14 @@ _MAX_BODY = 16 << 10
 _BODY_TIMEOUT = 10.0
 
 
-async def refusal(response: aiohttp.ClientResponse, path: str, server: RegistryHost) -> CriError:
-    """The error for a response that is no success, with the registry's own words if it has some."""
+async def refusal(
+    response: aiohttp.ClientResponse, path: str, server: RegistryHost, *, ranged: bool = False
+) -> CriError:
+    """The error for a response that is no success, with the registry's own words if it has some.
+
+    ``ranged`` says that a part of a blob was asked for. DataLossError is for a host that does not send that part, but
+    may send the whole.
+    """
     words = await _words(response)
     answer = f"{path}: {response.status} {response.reason or ''}".rstrip() + (f" ({words})" if words else "")
     if server.anonymous:
@@ -44,12 +50,12 @@ async def refusal(response: aiohttp.ClientResponse, path: str, server: RegistryH
             return PermissionDeniedError(f"{answer}; the credentials do not allow to pull it")
         case 404:
             return NotFoundError(answer)
-        case 416:
-            return DataLossError(f"{answer}: the host's blob is shorter than what was received already")
         case status if status in TEMPORARY:
             after = retry_after(response.headers)
             asks = f"; the server asks to wait {after:.0f} s" if after else ""
             return TryAgainError(f"{answer}{asks}", after)
+        case _ if ranged:
+            return DataLossError(f"{answer}: the host does not send what comes after the part that was received")
         case _:
             return UnavailableError(answer)
 

@@ -116,17 +116,42 @@ async def test_a_server_that_sends_another_range_is_asked_for_the_whole(
     assert ["Range" in request.headers for request in server.asked(digest)] == [False, True, False]
 
 
+@pytest.mark.parametrize("status", [400, 416, 501])
 async def test_a_server_that_refuses_ranges_is_asked_for_the_whole(
-    server: Server, rooms: Rooms, image: BuiltImage
+    server: Server, rooms: Rooms, image: BuiltImage, status: int
 ) -> None:
     digest, body = first_layer(image)
     broken = breaking(body, 60_000, times=1)
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        return web.Response(status=416) if "Range" in request.headers else await broken(request)
+        return web.Response(status=status) if "Range" in request.headers else await broken(request)
 
     server.answers[digest] = answer
     await rooms.images.pull(f"{server.address}/app:1")
+    assert ["Range" in request.headers for request in server.asked(digest)] == [False, True, False]
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_response_that_breaks_off_behind_its_last_byte_brings_the_layer(
+    server: Server, rooms: Rooms, image: BuiltImage, right: bool
+) -> None:
+    digest, body = first_layer(image)
+    sent = body if right else bytes(len(body))
+
+    async def unended(request: web.Request) -> web.StreamResponse:
+        if len(server.asked(digest)) > 1:
+            return web.Response(body=body)
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await response.write(sent)
+        await until(lambda: rooms.content.arrived(digest) == len(body))
+        request.transport.close()  # without the last chunk
+        return response
+
+    server.answers[digest] = unended
+    assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
+    assert ["Range" in request.headers for request in server.asked(digest)] == [False] * (1 if right else 2)
 
 
 @pytest.mark.parametrize("told", [True, False])
