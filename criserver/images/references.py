@@ -6,6 +6,7 @@ Pure functions.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ _MAX_TEXT = 1024  # a name, a tag and a digest at their longest
 _MAX_NAME = 255
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
-_DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_DOMAIN = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[(?P<address>[a-fA-F0-9:]+)\])(?::(?P<port>[0-9]{{1,5}}))?")
 _ATOM = r"[a-z0-9]+"
 _COMPONENT = rf"{_ATOM}(?:(?:[._]|__|-+){_ATOM})*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
@@ -98,6 +99,8 @@ def _check_name(text: str, domain: str, path: str) -> None:
     match = _DOMAIN.fullmatch(domain)
     if match is None:
         raise _invalid(text, f"{quoted(domain)} is not a host name with an optional port")
+    if match["address"] and not _is_ipv6(match["address"]):
+        raise _invalid(text, f"{quoted(match['address'])} is not an IPv6 address")
     if match["port"] and not 0 < int(match["port"]) < 65536:
         raise _invalid(text, f"port {match['port']} is not between 1 and 65535")
     if path != path.lower():
@@ -106,6 +109,14 @@ def _check_name(text: str, domain: str, path: str) -> None:
         raise _invalid(text, f"{quoted(path)} is not a repository name")
     if len(domain) + 1 + len(path) > _MAX_NAME:
         raise _invalid(text, f"the name is longer than {_MAX_NAME} characters")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _invalid(text: str, reason: str) -> InvalidArgumentError:

@@ -82,7 +82,7 @@ class Transport:
         timeout = aiohttp.ClientTimeout(
             total, connect=host.dial_timeout, sock_connect=host.dial_timeout, sock_read=idle
         )
-        proxy = self._proxies.proxy_for(url.scheme, url.host or "", url.port or 0)
+        proxy = self._proxies.proxy_for(url.scheme, url.raw_host or "", url.port or 0)
         socks = proxy if proxy and proxy.startswith(SOCKS) else ""
         try:
             async with self._session(socks).request(

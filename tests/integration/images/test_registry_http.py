@@ -225,6 +225,10 @@ async def test_a_redirect_to_what_is_no_url(rooms: Rooms, image: BuiltImage, loc
         assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
 
 
+async def test_a_name_that_is_no_domain_is_told(rooms: Rooms) -> None:
+    await refused(rooms, "xn--a.example/app:1", UnavailableError, "cannot connect")
+
+
 def wants_token(realm: str, granted: dict[str, str]) -> Callable[[str, str], bytes | None]:
     """A registry's gate and its token server, under one address. ``granted`` has the tokens by scope."""
 
