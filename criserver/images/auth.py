@@ -77,7 +77,12 @@ class _Identity:
 
 
 class Authorizer:
-    """The Authorization headers of one pull. ``scope`` is the access that authorisation servers are asked for."""
+    """The Authorization headers of one pull.
+
+    ``scope`` is the access that authorisation servers are asked for, beside what a challenge names. It is not asked for
+    if the challenge of a host that may have another name for the repository names a scope: an authorisation server may
+    refuse all scopes for one that it does not know.
+    """
 
     def __init__(self, keyring: Keyring, fetch_token: FetchToken, scope: str) -> None:
         self._keyring = keyring
@@ -119,9 +124,9 @@ class Authorizer:
         if credentials is not None and credentials.registry_token:
             sent, identity.header = identity.header, f"Bearer {credentials.registry_token}"
             return identity.header != sent
-        scopes = {self._scope, *(identity.wanted.scopes if identity.wanted else ())}
-        if host.anonymous and challenge.parameters.get("scope"):
-            scopes.discard(self._scope)  # the repository may have another name there
+        scopes = set(identity.wanted.scopes if identity.wanted else ())
+        if not (host.may_rename and challenge.parameters.get("scope")):
+            scopes.add(self._scope)
         await self._fetch(host, identity, wanted_by(challenge, host, scopes))
         return True
 

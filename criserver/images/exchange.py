@@ -12,7 +12,7 @@ from yarl import URL
 from criserver.errors import UnavailableError
 from criserver.images.auth import Authorizer
 from criserver.images.hosts import RegistryHost
-from criserver.images.redirects import MAX_REDIRECTS, is_redirect, redirected
+from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_upgrade, redirected
 from criserver.images.registry_errors import refusal
 from criserver.images.transport import Transport
 
@@ -44,8 +44,8 @@ class Exchange:
         """A response with a status of success (2xx). See Transport.send for ``idle`` and ``total``.
 
         1. ``trusted`` content has no digest that proves it. So a redirect from HTTPS to plain HTTP is refused for it.
-        2. Redirects are followed here. Credentials go to the configured host only. Another server that answers 401 to
-           a redirected request is asked with an anonymous token of its own.
+        2. Redirects are followed here. Credentials go to the configured host only, also if it redirects to itself with
+           TLS. Another server that answers 401 to a redirected request is asked with an anonymous token of its own.
 
         Raises NotFoundError, UnauthenticatedError, PermissionDeniedError, UnavailableError, DataLossError for a missing
         range, and TryAgainError for a failure that may be over soon.
@@ -70,7 +70,10 @@ class Exchange:
                         raise UnavailableError(
                             f"{path}: {response.status} after {MAX_REDIRECTS} redirects; no more are followed"
                         )
-                    url = redirected(url, response, trusted=trusted)
+                    target = redirected(url, response, trusted=trusted)
+                    if own and is_upgrade(url, target):
+                        host, asked = host.over_tls(str(target.origin())), target
+                    url = target
                     continue
                 if response.status != 401 or answers[server] >= _MAX_ANSWERS:
                     raise await refusal(response, path, server, ranged="Range" in headers)

@@ -24,6 +24,7 @@ from criserver.images.references import DEFAULT_DOMAIN
 PULL = "pull"
 RESOLVE = "resolve"
 
+_API = "/v2"
 _DOCKER_HUB = "registry-1.docker.io"
 _CAPABILITIES = frozenset({PULL, RESOLVE, "push", "referrers"})
 _HOST_KEYS = frozenset({"capabilities", "ca", "client", "skip_verify", "header", "dial_timeout", "override_path"})
@@ -47,7 +48,7 @@ class RegistryHost:
     """
 
     url: str
-    path: str = "/v2"
+    path: str = _API
     capabilities: frozenset[str] = _CAPABILITIES
     ca: tuple[str, ...] = ()
     client: tuple[tuple[str, str | None], ...] = ()
@@ -67,6 +68,15 @@ class RegistryHost:
     def redirected_to(self, url: str) -> RegistryHost:
         """The server with the origin ``url`` to which this host redirects: it gets no secret of this host."""
         return replace(self, url=url, client=(), headers=(), namespace="", origin=False, anonymous=True)
+    @property
+    def may_rename(self) -> bool:
+        """Whether a repository may have another name there than in the image's reference."""
+        return self.anonymous or self.path != _API
+
+    def over_tls(self, url: str) -> RegistryHost:
+        """The same server, which has said by a redirect that it is to be asked with TLS at the origin ``url``."""
+        return replace(self, url=url)
+
 
 
 def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:
@@ -132,7 +142,7 @@ def _certificate_files(directory: str) -> RegistryHost:
 
 def _default(domain: str, settings: RegistryHost) -> RegistryHost:
     """The registry itself, for a file without the key ``server``; ``settings`` has the TLS keys for it."""
-    server = replace(settings, path="/v2", capabilities=_CAPABILITIES, origin=True)
+    server = replace(settings, path=_API, capabilities=_CAPABILITIES, origin=True)
     if domain == DEFAULT_DOMAIN:
         return replace(server, url=f"https://{_DOCKER_HUB}")
     if not _is_loopback(domain):

@@ -40,7 +40,13 @@ def is_same_server(url: URL, target: URL) -> bool:
 
     It does if nothing but the path changes, or if the same host is asked over TLS.
     """
-    return target.origin() == url.origin() or (target.host == url.host and target.scheme == "https")
+    return target.origin() == url.origin() or (target.raw_host == url.raw_host and target.scheme == "https")
+
+
+def is_upgrade(url: URL, target: URL) -> bool:
+    """Whether a redirect from ``url`` asks for the same over TLS, from the same host at any port."""
+    is_same = (url.raw_host, url.raw_path_qs) == (target.raw_host, target.raw_path_qs)
+    return is_same and url.scheme == "http" and target.scheme == "https"
 
 
 def _encoded(character: re.Match[str]) -> str:

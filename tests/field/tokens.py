@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from tests.field.registries import IMAGE
-from tests.support.field import Field, FieldCase, FieldHandler
+from tests.support.field import REFUSED, Field, FieldCase, FieldHandler
 
 TOKEN = b'{"token": "anonymous"}'
 SECRET = cri.AuthConfig(username="me", password="secret")
@@ -66,6 +67,31 @@ def answered(status: int, key: str = "token") -> Callable[[Field], str]:
     return pull
 
 
+def below_a_path(field: Field) -> str:
+    """A registry's project has the image, and its authorisation server refuses the scope of another repository."""
+    address, name = field.registry.address, field.name
+    field.registry.images[f"cache/{name}"] = IMAGE
+    own = f"repository:cache/{name}:pull"
+
+    def gate(handler: FieldHandler) -> None:
+        if handler.headers.get("Authorization") == "Bearer anonymous":
+            handler.serve()
+        else:
+            challenge = f'Bearer realm="http://{address}/token",service="here",scope="{own}"'
+            handler.answer(401, b"", [("WWW-Authenticate", challenge)])
+
+    def issue(handler: FieldHandler) -> None:
+        asked = parse_qs(urlsplit(handler.path).query)["scope"]
+        handler.answer(200 if asked == [own] else 403, TOKEN, [])
+
+    for part in ("1", *IMAGE.blobs):
+        field.registry.answers[part] = gate
+    field.registry.answers["token"] = issue
+    field.hosts(f"{name}.example", f'server = "http://{address}/v2/cache"\noverride_path = true\n')
+    field.pull_name(f"{name}.example/{name}:1")
+    return "pulled"
+
+
 def moved(field: Field) -> str:
     """The authorisation server redirects to another path, with a pull secret."""
     wanted = f"Basic {base64.b64encode(b'me:secret').decode()}"
@@ -111,6 +137,14 @@ CASES = (
         "pulled without the secret",
         "pulled, and the other registry got the secret",
         "containerd/containerd#5503",
+    ),
+    FieldCase(
+        6,
+        "A `hosts.toml` with a path, and an authorisation server that refuses foreign scopes",
+        below_a_path,
+        "pulled",
+        REFUSED,
+        "containerd/containerd#9648, containerd/containerd#8415, containerd/containerd#4358",
     ),
     FieldCase(6, "A token answered with 201", answered(201), "pulled", "pulled"),
     FieldCase(6, "A token in a field `Token`", answered(200, "Token"), "pulled", "pulled"),

@@ -480,3 +480,41 @@ async def test_an_authorization_of_the_operators_own(server: Server, rooms: Room
     rooms.configure(server.address, f'server = "http://{server.address}"\n[header]\nauthorization = "{header}"')
     assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
     assert all(request.headers.getall("Authorization") == [header] for request in server.requests)
+
+
+async def test_a_registry_that_redirects_to_tls_at_its_own_name_gets_the_credentials(
+    rooms: Rooms, image: BuiltImage, tmp_path: Path
+) -> None:
+    certificate = Authority(str(tmp_path)).issue("server")
+    seen: list[str | None] = []
+
+    async with Server(image, password="secret").running(certificate.server_context()) as own:
+
+        async def upgrade(request: web.BaseRequest) -> web.Response:
+            seen.append(request.headers.get("Authorization"))
+            return web.Response(status=301, headers={"Location": f"https://{own.address}{request.path_qs}"})
+
+        async with serving(upgrade) as address:
+            text = f'server = "http://{address}"\nskip_verify = true\n[header]\nX-Node = "us"'
+            rooms.configure("r.example", text)
+            assert (await rooms.images.pull("r.example/app:1", Credentials("me", "secret"))).id == image.id
+    assert seen
+    assert set(seen) == {None}
+    assert {request.headers["X-Node"] for request in own.requests} == {"us"}
+
+
+@pytest.mark.parametrize("target", ["https://localhost:{port}{path}", "https://127.0.0.1:{port}/other{path}"])
+async def test_a_registry_that_redirects_to_tls_elsewhere_gives_it_no_credentials(
+    rooms: Rooms, image: BuiltImage, tmp_path: Path, target: str
+) -> None:
+    certificate = Authority(str(tmp_path)).issue("server")
+    async with Server(image, password="secret").running(certificate.server_context()) as other:
+        port = other.address.rpartition(":")[2]
+
+        async def lead(request: web.BaseRequest) -> web.Response:
+            return web.Response(status=301, headers={"Location": target.format(port=port, path=request.path_qs)})
+
+        async with serving(lead) as address:
+            rooms.configure("r.example", f'server = "http://{address}"\nskip_verify = true')
+            await refused(rooms, "r.example/app:1", UnauthenticatedError, "401", credentials=ME)
+    assert all("Authorization" not in request.headers for request in other.requests)

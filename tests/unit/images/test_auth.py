@@ -277,6 +277,22 @@ async def test_scopes_add_up() -> None:
     assert [wanted.scopes for wanted, _ in tokens.asked] == [(own,), (other, own), (other, own)]
 
 
+@pytest.mark.parametrize("host", [PROXY, replace(PROXY, origin=True), MIRROR.redirected_to("https://other.example")])
+async def test_where_the_repository_may_have_another_name_the_challenge_says_the_scope(host: RegistryHost) -> None:
+    tokens = Tokens()
+    who = authorizer(tokens)
+    await who.answer(host, [f'{BEARER},scope="repository:cache/team/app:pull"'], "")
+    await who.answer(MIRROR, [f'{BEARER},scope="repository:other:pull"'], "")
+    mirrored = ("repository:other:pull", "repository:team/app:pull")
+    assert [wanted.scopes for wanted, _ in tokens.asked] == [("repository:cache/team/app:pull",), mirrored]
+
+
+async def test_a_challenge_without_a_scope_is_answered_with_the_references_everywhere() -> None:
+    tokens = Tokens()
+    await authorizer(tokens).answer(PROXY, [BEARER], "")
+    assert [wanted.scopes for wanted, _ in tokens.asked] == [("repository:team/app:pull",)]
+
+
 async def test_a_mirrors_token_is_asked_for_as_nobody() -> None:
     tokens = Tokens()
     who = authorizer(tokens, Credentials("me", "secret"))
