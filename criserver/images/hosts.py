@@ -26,9 +26,12 @@ RESOLVE = "resolve"
 
 _API = "/v2"
 _DOCKER_HUB = "registry-1.docker.io"
+# Other names of Docker Hub, which operators write for it. There are web pages at them, and no registry.
+_HUB_PAGES = frozenset({DEFAULT_DOMAIN, "index.docker.io"})
 _CAPABILITIES = frozenset({PULL, RESOLVE, "push", "referrers"})
 _HOST_KEYS = frozenset({"capabilities", "ca", "client", "skip_verify", "header", "dial_timeout", "override_path"})
 _MAX_FILE = 1 << 20
+_NO_URL = re.compile(r"[\s\\]")
 _DIAL_TIMEOUT = 30.0
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -65,9 +68,6 @@ class RegistryHost:
         """host[:port], as in the URL."""
         return urlsplit(self.url).netloc
 
-    def redirected_to(self, url: str) -> RegistryHost:
-        """The server with the origin ``url`` to which this host redirects: it gets no secret of this host."""
-        return replace(self, url=url, client=(), headers=(), namespace="", origin=False, anonymous=True)
     @property
     def may_rename(self) -> bool:
         """Whether a repository may have another name there than in the image's reference."""
@@ -77,6 +77,9 @@ class RegistryHost:
         """The same server, which has said by a redirect that it is to be asked with TLS at the origin ``url``."""
         return replace(self, url=url)
 
+    def redirected_to(self, url: str) -> RegistryHost:
+        """The server with the origin ``url`` to which this host redirects: it gets no secret of this host."""
+        return replace(self, url=url, client=(), headers=(), namespace="", origin=False, anonymous=True)
 
 
 def hosts_for(domain: str, config_path: str) -> tuple[RegistryHost, ...]:
@@ -219,17 +222,17 @@ class _File:
         )
 
     def _url(self, key: str, url: str, override_path: bool) -> tuple[str, str]:
-        parts = urlsplit(url if "://" in url else f"https://{url}")
         try:
-            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            parts = urlsplit(url if "://" in url else f"https://{url}")
+            valid = not _NO_URL.search(url) and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
-            valid = False
+            valid = False  # also for an IPv6 address that is none
         if not valid or parts.query or parts.fragment or "@" in parts.netloc:
             raise self._error(key, f"{url!r} is not an http or https URL of a host")
         path = posixpath.normpath(parts.path) if parts.path.strip("/") else ""
-        if not override_path and not path.endswith("/v2"):
-            path += "/v2"
-        return f"{parts.scheme}://{parts.netloc}", path
+        if not override_path and not path.endswith(_API):
+            path += _API
+        return f"{parts.scheme}://{_DOCKER_HUB if parts.netloc in _HUB_PAGES else parts.netloc}", path
 
     def _capabilities(self, key: str, table: Mapping[str, Any]) -> frozenset[str]:
         values = table.get("capabilities") or sorted(_CAPABILITIES)

@@ -80,6 +80,14 @@ def test_mirrors_in_file_order_then_the_server(write: Write) -> None:
     assert hosts[1].headers == (("X-One", "1"), ("X-Two", "2"), ("X-Two", "3"))
 
 
+@pytest.mark.parametrize("server", ["https://docker.io", "https://index.docker.io/", "docker.io/v2"])
+def test_docker_hubs_own_names_mean_its_registry(write: Write, server: str) -> None:
+    path = write("docker.io", f'server = "{server}"\n[host."https://docker.io"]')
+    assert [(host.url, host.path, host.origin, host.namespace) for host in hosts_for("docker.io", path)] == [
+        ("https://registry-1.docker.io", "/v2", True, "")
+    ] * 2
+
+
 def test_a_server_elsewhere_is_the_registry_under_another_name(write: Write) -> None:
     hosts = hosts_for("example.com", write("example.com", 'server = "https://inside.example"'))
     assert (hosts[0].url, hosts[0].namespace, hosts[0].origin) == ("https://inside.example", "example.com", True)
@@ -165,6 +173,9 @@ def test_dial_timeout(write: Write, text: str, seconds: float | int) -> None:
         ('server = "https://user@x"', "key server:"),
         ('server = "https://x:99999"', "key server:"),
         ('server = "https://x?y"', "key server:"),
+        ('server = "https://[::1"', "key server:"),
+        ('server = "https://[1:2]:5000"', "key server:"),
+        ('server = "https://a b"', "key server:"),
         ("host = 1", "key host:"),
         ('[host]\n"https://x" = 1', 'key host."https://x":'),
         ('[host."https://x"]\ncapabilities = ["fly"]', "key host.\"https://x\".capabilities: 'fly'"),
