@@ -45,7 +45,7 @@ from criserver.images.platforms import Platform, runs_on
 from criserver.images.references import Reference
 from criserver.images.retries import MAX_WAIT, Retries, TryAgainError
 from criserver.images.tokens import Token, TokenRequest, fetch_token
-from criserver.images.transport import NotConnectedError, Transport, read_bounded
+from criserver.images.transport import NotConnectedError, SilentError, Transport, read_bounded
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -215,8 +215,9 @@ class RegistryClient:
     async def _ask(self, host: RegistryHost, attempt: Callable[[RegistryHost], Awaitable[_T]], *, first: bool) -> _T:
         """One attempt at one host.
 
-        A host that could not be connected to is not asked again in the ``first`` round of a later request, as that may
-        take its whole dial timeout. It is asked again later only if a connection has succeeded before.
+        A host that could not be connected to, or that has not answered, is not asked again in the ``first`` round of a
+        later request, as that may take a whole timeout. One without a connection is asked again later only if a
+        connection has succeeded before.
         """
         if first and host in self._unreachable:
             raise self._unreachable[host]
@@ -228,6 +229,9 @@ class RegistryClient:
                 if host in self._reached:
                     self._unreachable[host] = TryAgainError(str(e))
                     raise self._unreachable[host] from e
+                self._unreachable[host] = e
+                raise
+            if isinstance(e, SilentError):
                 self._unreachable[host] = e
                 raise
             self._has_been_reached(host)

@@ -39,6 +39,10 @@ class NotConnectedError(UnavailableError):
         self.plain = plain
 
 
+class SilentError(TryAgainError):
+    """A host has taken a request, and has not begun to answer it."""
+
+
 class Transport:
     """The connections of one pull. An async context manager."""
 
@@ -77,13 +81,14 @@ class Transport:
         1. ``host`` has the settings for TLS, also if ``url`` is another server's after a redirect. The host's client
            certificate is used if ``identified``.
         2. ``idle`` is the longest time without a byte, ``total`` that of the whole request, in seconds.
-        3. A failure before the response is closed is NotConnectedError, TryAgainError or UnavailableError.
+        3. A failure before the response is closed is NotConnectedError, SilentError, TryAgainError or UnavailableError.
         """
         timeout = aiohttp.ClientTimeout(
             total, connect=host.dial_timeout, sock_connect=host.dial_timeout, sock_read=idle
         )
         proxy = self._proxies.proxy_for(url.scheme, url.raw_host or "", url.port or 0)
         socks = proxy if proxy and proxy.startswith(SOCKS) else ""
+        answered = False
         try:
             async with self._session(socks).request(
                 method if form is None else "POST",
@@ -95,6 +100,7 @@ class Transport:
                 proxy=None if socks else proxy,
                 timeout=timeout,
             ) as response:
+                answered = True
                 yield response
         except aiohttp.ClientConnectorCertificateError as e:
             raise _not_connected(host, url, what, e.certificate_error) from e
@@ -108,7 +114,8 @@ class Transport:
         except aiohttp.ConnectionTimeoutError as e:
             raise _not_connected(host, url, what, f"no connection within {host.dial_timeout:g} s") from e
         except TimeoutError as e:
-            raise TryAgainError(f"{what}: no progress within its deadline") from e
+            kind = TryAgainError if answered else SilentError
+            raise kind(f"{what}: no progress within its deadline") from e
         except aiohttp.ClientPayloadError as e:
             raise TryAgainError(f"{what}: the connection ended in the middle of the content") from e
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:

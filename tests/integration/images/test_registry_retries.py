@@ -16,7 +16,7 @@ from aiohttp import web
 from criserver.errors import NotFoundError, UnavailableError
 from criserver.images import RegistrySettings
 from tests.support.imagebuilder import BuiltImage, build_image
-from tests.support.ownregistry import Answer, Server, image, offset, refused, rooms, server
+from tests.support.ownregistry import Answer, Server, image, offset, refused, rooms, server, serving
 from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
 from tests.support.waiting import until, within
@@ -271,6 +271,37 @@ async def test_a_server_that_never_answers_is_given_up(server: Server, rooms: Ro
 
     server.answers["1"] = silent
     await refused(rooms, f"{server.address}/app:1", UnavailableError, "no progress")
+    ended.set()
+
+
+async def test_a_mirror_that_never_answers_is_waited_for_once(server: Server, rooms: Rooms, image: BuiltImage) -> None:
+    rooms.change(progress_timeout=3)
+    ended = asyncio.Event()
+
+    async def silent(_: web.BaseRequest) -> web.Response:
+        asked.append(1)
+        await ended.wait()
+        return web.Response(status=408)
+
+    asked: list[int] = []
+    async with serving(silent) as mirror:
+        rooms.configure("r.example", f'server = "http://{server.address}"\n[host."http://{mirror}"]')
+        assert (await rooms.images.pull("r.example/app:1")).id == image.id
+        ended.set()
+    assert len(asked) == 1
+
+
+async def test_a_registry_that_is_silent_once_is_asked_again(server: Server, rooms: Rooms, image: BuiltImage) -> None:
+    rooms.change(progress_timeout=3)
+    ended = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        if len(server.asked("1")) == 1:
+            await ended.wait()
+        return server.serve(request)
+
+    server.answers["1"] = silent
+    assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
     ended.set()
 
 
