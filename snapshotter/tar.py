@@ -32,7 +32,6 @@ _ZEROS = bytes(BLOCK)
 _USTAR = b"ustar\0"  # a version comes after it, which some writers leave out
 _MAX_PAX = 1 << 20
 _MAX_EXTENSIONS = 16  # headers before one entry; real archives have up to three: x, L, K
-_MAX_GLOBAL = 64  # records; git writes one
 _MAX_MAP = 1 << 20  # bytes of a sparse file's map
 _XATTR = b"SCHILY.xattr."
 _SPARSE = b"GNU.sparse."
@@ -105,11 +104,10 @@ class TarReader:
         self._at = 0
         self._left = 0  # content of the current entry not yet taken
         self._padding = 0
-        self._global: dict[bytes, bytes] = {}
 
     def __iter__(self) -> Iterator[Entry]:
         """Yield the entries up to the end of the archive."""
-        records: dict[bytes, bytes] = dict(self._global)
+        records: dict[bytes, bytes] = {}
         entries = extensions = 0
         while (header := self._next_header()) is not None:
             flag = header[156:157]
@@ -134,9 +132,9 @@ class TarReader:
                 entry = self._sparse(header, entry, records)
             yield entry
             extensions = 0
-            if records or self._global:
-                records = dict(self._global)
-        if records != self._global:
+            if records:
+                records = {}
+        if records:
             raise TruncatedLayerError("the tar stream ends after an extended header, before its entry")
 
     def content(self) -> Iterator[memoryview]:
@@ -211,7 +209,12 @@ class TarReader:
         return header
 
     def _read_extension(self, flag: bytes, size: int, records: dict[bytes, bytes]) -> None:
-        """Add an extended header to ``records``; it is for the next entry (x, L, K) or for all that follow (g)."""
+        """Add an extended header to ``records``, which are for the next entry.
+
+        A global header (g), which is for all that follow, is read and left out. Other runtimes do so, and so do the
+        programs that look into images for vulnerabilities. With its records an image would have other files than
+        theirs.
+        """
         limit = _MAX_PAX if flag in b"xg" else self._limits.max_name + 1
         if not 0 <= size <= limit:
             raise LayerError(f"an extended header of {size} bytes; {limit} are allowed")
@@ -223,11 +226,8 @@ class TarReader:
             records[b"linkpath"] = data.rstrip(b"\0")
         else:
             update = parse_pax_records(data)
-            if flag == b"g":
-                self._global.update(update)
-                if len(self._global) > _MAX_GLOBAL:
-                    raise LayerError(f"there are more than {_MAX_GLOBAL} records in global headers")
-            records.update(update)
+            if flag == b"x":
+                records.update(update)
 
     def _entry(self, header: bytes, records: dict[bytes, bytes]) -> Entry:
         # fmt: off
