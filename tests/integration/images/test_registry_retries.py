@@ -275,7 +275,7 @@ async def test_a_server_that_never_answers_is_given_up(server: Server, rooms: Ro
 
 
 async def test_a_mirror_that_never_answers_is_waited_for_once(server: Server, rooms: Rooms, image: BuiltImage) -> None:
-    rooms.change(progress_timeout=3)
+    rooms.change(progress_timeout=15)  # a third of it is waited for the mirror, and may not be over for the registry
     ended = asyncio.Event()
 
     async def silent(_: web.BaseRequest) -> web.Response:
