@@ -8,6 +8,7 @@ import aiohttp
 from yarl import URL
 
 from criserver.errors import UnavailableError
+from criserver.images.references import is_ipv6
 
 MAX_REDIRECTS = 10
 
@@ -29,10 +30,25 @@ def redirected(url: URL, response: aiohttp.ClientResponse, *, trusted: bool) -> 
     """
     # The URL is taken as encoded already: a signed URL must not change.
     location = _NO_URL.sub(_encoded, response.headers.get("Location", ""))
-    target = url.join(URL(location, encoded=True))
+    try:
+        target = url.join(URL(location, encoded=True))
+        valid = target.scheme not in ("http", "https") or names_server(target)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UnavailableError(f"{url.path}: {response.status} redirects to what is no URL of a server")
     if target.scheme not in ("http", "https") or (trusted and url.scheme == "https" != target.scheme):
         raise UnavailableError(f"{url.path}: {response.status} redirects from {url.scheme} to {target.scheme}")
     return target
+
+
+def names_server(url: URL) -> bool:
+    """Whether there is a host and a port in an absolute URL. Raises ValueError for some that have none.
+
+    yarl looks at them late, and takes anything between brackets for an address.
+    """
+    host = url.raw_host or ""
+    return bool(host and url.port) and (":" not in host or is_ipv6(host.partition("%")[0]))
 
 
 def is_same_server(url: URL, target: URL) -> bool:

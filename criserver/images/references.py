@@ -99,7 +99,7 @@ def _check_name(text: str, domain: str, path: str) -> None:
     match = _DOMAIN.fullmatch(domain)
     if match is None:
         raise _invalid(text, f"{quoted(domain)} is not a host name with an optional port")
-    if match["address"] and not _is_ipv6(match["address"]):
+    if match["address"] and not is_ipv6(match["address"]):
         raise _invalid(text, f"{quoted(match['address'])} is not an IPv6 address")
     if match["port"] and not 0 < int(match["port"]) < 65536:
         raise _invalid(text, f"port {match['port']} is not between 1 and 65535")
@@ -111,7 +111,8 @@ def _check_name(text: str, domain: str, path: str) -> None:
         raise _invalid(text, f"the name is longer than {_MAX_NAME} characters")
 
 
-def _is_ipv6(text: str) -> bool:
+def is_ipv6(text: str) -> bool:
+    """Whether a text is an IPv6 address."""
     try:
         ipaddress.IPv6Address(text)
     except ValueError:

@@ -20,7 +20,7 @@ from criserver.errors import UnauthenticatedError, UnavailableError
 from criserver.images.credentials import Credentials
 from criserver.images.go_json import folded
 from criserver.images.hosts import RegistryHost
-from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_same_server, redirected
+from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_same_server, names_server, redirected
 from criserver.images.retries import TEMPORARY, TryAgainError, retry_after
 from criserver.images.transport import Transport, read_bounded
 
@@ -104,7 +104,8 @@ def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -
     text = challenge.parameters.get("realm", "")
     try:
         realm = URL(text)
-        valid = realm.scheme in ("https", "http") and realm.host and realm.user is None and len(text) <= _MAX_REALM
+        is_server = realm.scheme in ("https", "http") and realm.host and names_server(realm)
+        valid = is_server and realm.user is None and len(text) <= _MAX_REALM
     except ValueError:
         valid = False
     if not valid:

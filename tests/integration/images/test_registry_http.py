@@ -225,6 +225,15 @@ async def test_a_redirect_to_what_is_no_url(rooms: Rooms, image: BuiltImage, loc
         assert (await rooms.images.pull(f"{server.address}/app:1")).id == image.id
 
 
+@pytest.mark.parametrize("location", ["https://", "http://r.example:70000/a", "http://[::1/a", "https://a:%/"])
+async def test_a_redirect_to_nowhere_is_told(rooms: Rooms, image: BuiltImage, location: str) -> None:
+    async with RawServer(image, sized).running() as server:
+        moved = sized(b"", "text/plain", f"Location: {location}", status="307 Temporary Redirect")
+        server.special = lambda _path, _head: moved
+        rooms.configure(server.address, f'server = "http://{server.address}"')
+        await refused(rooms, f"{server.address}/app:1", UnavailableError, "307 redirects to what is no URL of a server")
+
+
 async def test_a_name_that_is_no_domain_is_told(rooms: Rooms) -> None:
     await refused(rooms, "xn--a.example/app:1", UnavailableError, "cannot connect")
 

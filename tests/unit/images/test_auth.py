@@ -150,6 +150,8 @@ def test_secrets_are_not_shown() -> None:
         (OWN, "https://user:pass@a.example/", "no URL"),
         (OWN, "https://a.example/" + "a" * 3000, "no URL"),
         (OWN, "http://[::", "no URL"),
+        (OWN, "http://a.example:70000/token", "no URL"),
+        (OWN, "https://[e2c24:b0]:020240", "no URL"),
         (OWN, "http://a.example:8080/token", "over plain HTTP"),
         (OWN, "http://169.254.169.254:81/latest", "over plain HTTP"),
     ],
