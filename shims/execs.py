@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .loop import Call, Loop
+    from .loop import ChildProgram, Loop
     from .messages import ExecExitedEvent, ExecFailedEvent, ExecStartedEvent
     from .runtime import Runtime
     from .wire import Channel, Message
@@ -29,7 +29,7 @@ class _Exec:
     def __init__(self, exec_id: str, channel: Channel) -> None:
         self.id = exec_id
         self.channel = channel
-        self.call: Call | None = None
+        self.call: ChildProgram | None = None
         self._pid = 0
         self._killed = False
 

@@ -33,7 +33,7 @@ def wake(_number: int, _frame: FrameType | None) -> None:
     """The handler of SIGCHLD, to be set before a Loop is made. With a handler, Python writes to the wake-up pipe."""
 
 
-class Call:
+class ChildProgram:
     """A program that runs. `late` says that it was killed because it ran for `limit` seconds."""
 
     __slots__ = ("_argv", "_pid", "late", "limit")
@@ -115,7 +115,7 @@ class Loop:
         limit: float,
         ended: Callable[[int], None],
         environment: dict[str, str] | None = None,
-    ) -> Call:
+    ) -> ChildProgram:
         """Run a program; `environment` are variables beside PATH. What it leaves behind may become children here.
 
         `ended` gets its exit code, or minus the signal that ended it. `stdio` are the descriptors of its standard
@@ -132,7 +132,7 @@ class Loop:
             setsigdef=_DEFAULT_SIGNALS,
         )
         self._calls += 1
-        call = Call(pid, argv, limit)
+        call = ChildProgram(pid, argv, limit)
         timer = self.later(limit, call.expire)
 
         def finished(code: int) -> None:

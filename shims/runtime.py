@@ -9,7 +9,7 @@ from .shim_config import RequestError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .loop import Call
+    from .loop import ChildProgram
 
 _TAIL = 64 * 1024
 _MAX_ERROR = 4096
@@ -51,7 +51,7 @@ class Runtime:
         """Kill what is left in the container's cgroup and remove it. No error if it is removed already."""
         return [*self._base, "--log", log, "delete", "--force", self._container]
 
-    def started_pid(self, verb: str, call: Call | None, code: int, pid_file: str, log: str) -> int:
+    def started_pid(self, verb: str, call: ChildProgram | None, code: int, pid_file: str, log: str) -> int:
         """The process that a run or an exec has started, once it has ended itself with `code`.
 
         Raises RequestError, also where there is no good PID file; LateError where it was killed at its limit: its log

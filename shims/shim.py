@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .connections import Answer
-    from .loop import Call
+    from .loop import ChildProgram
     from .messages import ExitRecord, FailedEvent, GoneEvent, OkReply, ShimGreeting, ShimMessage, StartedEvent
     from .shim_config import ShimConfig
     from .task_execs import TaskExecs
@@ -62,7 +62,7 @@ class Shim:
         self._outputs: dict[str, Output] = {}
         self._input = -1
         self._pipes: list[int] = []
-        self._call: Call | None = None
+        self._call: ChildProgram | None = None
         self._failure: RequestError | None = None
         self._init = 0
         self._start_ticks = 0

@@ -20,7 +20,7 @@ _STAGE = re.compile(r"[-~.]?(alpha|beta|dev|rc)[.-]?([0-9]{0,6})")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Version:
+class ProgramVersion:
     """A version that can be compared: eight numbers. A release candidate or other stage comes before its release."""
 
     numbers: tuple[int, ...]
@@ -43,7 +43,7 @@ class Advisory:
     fixed: tuple[str, ...]
     since: str = "0.0"
 
-    def of(self, found: Version) -> bool:
+    def of(self, found: ProgramVersion) -> bool:
         """Whether a version of the program has the fault."""
         if found < version(self.since):
             return False
@@ -116,23 +116,23 @@ def of(told: str) -> Iterator[Advisory]:
         yield from (one for one in TABLE if one.program == found[0] and one.of(found[1]))
 
 
-def parse(told: str) -> tuple[str, Version] | None:
+def parse(told: str) -> tuple[str, ProgramVersion] | None:
     """The name and version in the text ``told`` that a program prints for --version; None if they are not in it."""
     found = _TOLD.match(told)
     return (found[1], _version(found[2], found[3])) if found else None
 
 
-def version(text: str) -> Version:
+def version(text: str) -> ProgramVersion:
     """The version that ``text`` from the tables of this module stands for."""
     numbers = re.match(r"[0-9.]+", text)
     assert numbers is not None
     return _version(numbers[0], text[numbers.end() :])
 
 
-def _version(numbers: str, rest: str) -> Version:
+def _version(numbers: str, rest: str) -> ProgramVersion:
     found = [int(part) for part in numbers.split(".")]
     stage = _STAGE.match(rest)
-    return Version(
+    return ProgramVersion(
         numbers=(*found, *[0] * (8 - len(found))),
         final=stage is None,
         stage=stage[1] if stage else "",

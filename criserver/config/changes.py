@@ -35,7 +35,7 @@ _RELOADED: tuple[Key, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class KeyChange:
     """A key whose value differs. ``old`` or ``new`` is None where the key is not there. ``file`` set the new value."""
 
     key: Key
@@ -49,12 +49,12 @@ class Change:
         return any(self.key[: len(known)] == known for known in _RELOADED)
 
 
-def changes(old: Settings, new: Settings) -> Iterator[Change]:
+def changes(old: Settings, new: Settings) -> Iterator[KeyChange]:
     """The keys whose values differ."""
     before, after = old.flat(), new.flat()
     for key in dict.fromkeys((*before, *after)):
         if before.get(key) != after.get(key):
-            yield Change(key, before.get(key), after.get(key), new.origin(*key))
+            yield KeyChange(key, before.get(key), after.get(key), new.origin(*key))
 
 
 def reloaded(old: Settings, new: Settings) -> Settings:

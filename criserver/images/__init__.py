@@ -15,7 +15,7 @@ from criserver.images.platforms import Platform, host_platform
 from criserver.images.policy import ImagePolicy
 from criserver.images.progress import LayerProgress, Stage
 from criserver.images.references import Reference, parse
-from criserver.images.settings import RegistrySettings
+from criserver.images.registry_settings import RegistrySettings
 from criserver.images.verify import Damage, Verified
 
 __all__ = [

@@ -36,7 +36,7 @@ from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.progress import LayerProgress, progress
 from criserver.images.pull import Lease, Loader, NoSource
 from criserver.images.references import Reference
-from criserver.images.settings import RegistrySettings
+from criserver.images.registry_settings import RegistrySettings
 from criserver.images.suspects import Suspects
 from criserver.images.verify import Verified, Verifier
 from criserver.store import Store

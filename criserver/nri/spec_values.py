@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from criserver.errors import FailedPreconditionError
 from criserver.nri.ownership import removed
-from criserver.oci.adjustment_faults import Fault, resource_faults
+from criserver.oci.adjustment_faults import AdjustmentFault, resource_faults
 from criserver.oci.adjustment_value import SpecAdjustment
 from criserver.oci.spec_inputs import HostFacts
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
@@ -91,7 +91,7 @@ def update_limits(
     """
     limits = oci_resources(asked)
     asking = SpecAdjustment(container_id=container_id, resources=limits, owners=_named_owners(container_id, owners))
-    reasons = (Fault(field, "", reason) for field, reason in unsupported_classes(asked).items())
+    reasons = (AdjustmentFault(field, "", reason) for field, reason in unsupported_classes(asked).items())
     for fault in (*reasons, *resource_faults(limits, host)):
         if (fault.field, fault.key) in asking.owners:
             raise FailedPreconditionError(f"{asking.asked_by(fault.field, fault.key)}: {fault.reason}")

@@ -37,7 +37,7 @@ _VERSION_1_MEMORY |= {"kernelTCP": ("MemTCPLimit", None)}
 _VERSION_1_CPU = {"realtimeRuntime": "CPURealtimeRuntime", "realtimePeriod": "CPURealtimePeriod"}
 
 
-class Fault(NamedTuple):
+class AdjustmentFault(NamedTuple):
     """A part of an adjustment that cannot be had: the name of its NRI field, its key or "", and the reason."""
 
     field: str
@@ -97,10 +97,12 @@ def _names(value: object) -> frozenset[str] | None:
     return frozenset(map(str, value)) if isinstance(value, list) else None
 
 
-def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[Fault]:
+def faults(
+    before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts
+) -> Iterator[AdjustmentFault]:
     """The parts of ``asked`` that cannot be made. ``asked`` makes the spec ``after`` out of ``before``."""
     for nri_field, reason in asked.unsupported.items():
-        yield Fault(nri_field, "", reason)
+        yield AdjustmentFault(nri_field, "", reason)
     yield from resource_faults(asked.resources, host)
     yield from _mount_faults(asked, runtime)
     yield from _process_faults(asked, host, runtime)
@@ -112,32 +114,36 @@ def faults(before: Spec, after: Spec, asked: SpecAdjustment, host: HostFacts, ru
         yield from _cgroup_faults(asked.cgroups_path, before["linux"]["cgroupsPath"])
 
 
-def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[Fault]:
+def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[AdjustmentFault]:
     """The parts of the ``resources`` of an adjustment or an update that cannot be set."""
     memory, cpu = asked.get("memory", {}), asked.get("cpu", {})
     if "kernel" in memory:
-        yield Fault("MemKernelLimit", "", "OCI runtimes ignore a limit of the kernel's memory, which Linux has no more")
+        yield AdjustmentFault(
+            "MemKernelLimit", "", "OCI runtimes ignore a limit of the kernel's memory, which Linux has no more"
+        )
     if memory.get("useHierarchy") is False:
-        yield Fault("MemUseHierarchy", "", "Linux counts the memory of a cgroup with that of its children always")
+        yield AdjustmentFault(
+            "MemUseHierarchy", "", "Linux counts the memory of a cgroup with that of its children always"
+        )
     if host.unified_cgroups:
         for name, (nri_field, nothing) in _VERSION_1_MEMORY.items():
             if name in memory and (nothing is None or memory[name] is not nothing):
-                yield Fault(nri_field, "", "the node has cgroup version 2, which has no such setting")
+                yield AdjustmentFault(nri_field, "", "the node has cgroup version 2, which has no such setting")
         for name, nri_field in _VERSION_1_CPU.items():
             if name in cpu:
-                yield Fault(nri_field, "", "the node has cgroup version 2, which has no such setting")
+                yield AdjustmentFault(nri_field, "", "the node has cgroup version 2, which has no such setting")
     else:
         for key in asked.get("unified", {}):
-            yield Fault("CgroupsUnified", key, "the node has cgroup version 1; unified needs version 2")
+            yield AdjustmentFault("CgroupsUnified", key, "the node has cgroup version 1; unified needs version 2")
     if not host.swap_accounting and memory.get("swap"):
-        yield Fault("MemSwapLimit", "", "the node's kernel does not count swap for cgroups")
+        yield AdjustmentFault("MemSwapLimit", "", "the node's kernel does not count swap for cgroups")
     for one in asked.get("hugepageLimits", ()):
         if one["pageSize"] not in host.hugepage_sizes:
             sizes = ", ".join(sorted(host.hugepage_sizes)) or "none"
-            yield Fault("HugepageLimits", one["pageSize"], f"this node can limit page sizes: {sizes}")
+            yield AdjustmentFault("HugepageLimits", one["pageSize"], f"this node can limit page sizes: {sizes}")
 
 
-def _cgroup_faults(asked: str, own: str) -> Iterator[Fault]:
+def _cgroup_faults(asked: str, own: str) -> Iterator[AdjustmentFault]:
     """A plugin may give another parent. The daemon finds the cgroup, and all processes of the container, by its name.
 
     The name has the container's ID, so no other container can have it: the end of this one kills all that is in it.
@@ -146,108 +152,116 @@ def _cgroup_faults(asked: str, own: str) -> Iterator[Fault]:
     fits = (_SLICE if ":" in own else _DIRECTORY).fullmatch(parent)
     if not fits or {".", ".."} & set(parent.split("/")) or asked != parent + own_end:
         wanted = "SLICE" if ":" in own else "/PARENT"
-        yield Fault("CgroupsPath", "", f"{quoted(asked)} is not of the form {wanted}{own_end}, as {own} is")
+        yield AdjustmentFault("CgroupsPath", "", f"{quoted(asked)} is not of the form {wanted}{own_end}, as {own} is")
 
 
-def _mount_faults(asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[Fault]:
+def _mount_faults(asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     for destination, mount in asked.mounts.items():
         if mount is None:
             continue
         options: Iterable[str] = mount["options"]
         if not destination.startswith("/"):
-            yield Fault("Mounts", destination, "the path in the container must be absolute")
+            yield AdjustmentFault("Mounts", destination, "the path in the container must be absolute")
         if "relabel" in options:
-            yield Fault("Mounts", destination, "this daemon does not relabel the mounts of plugins")
+            yield AdjustmentFault("Mounts", destination, "this daemon does not relabel the mounts of plugins")
         if {"bind", "rbind"} & set(options) and not mount["source"].startswith("/"):
-            yield Fault("Mounts", destination, f"the source {quoted(mount['source'])} must be an absolute path")
+            yield AdjustmentFault(
+                "Mounts", destination, f"the source {quoted(mount['source'])} must be an absolute path"
+            )
         for option in sorted(_RUNTIME_OPTIONS & set(options)):
             if option not in (runtime.mount_options or ()):
-                yield Fault("Mounts", destination, f"the OCI runtime does not have the mount option {option}")
+                yield AdjustmentFault("Mounts", destination, f"the OCI runtime does not have the mount option {option}")
 
 
-def _process_faults(asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[Fault]:
+def _process_faults(asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     score = asked.oom_score_adj
     if score is not None and not -1000 <= score <= 1000:
-        yield Fault("OomScoreAdj", "", f"{score} is not between -1000 and 1000")
+        yield AdjustmentFault("OomScoreAdj", "", f"{score} is not between -1000 and 1000")
     elif score is not None and score < host.oom_score_adj_floor:
-        yield Fault("OomScoreAdj", "", f"the daemon may not set less than {host.oom_score_adj_floor}: {score}")
+        yield AdjustmentFault(
+            "OomScoreAdj", "", f"the daemon may not set less than {host.oom_score_adj_floor}: {score}"
+        )
     for nri_field, value in (("IoPriority", asked.io_priority), ("LinuxSched", asked.scheduler)):
         if value and not runtime.process_priorities:
-            yield Fault(nri_field, "", "the OCI runtime does not have version 1.1 of the runtime specification")
+            yield AdjustmentFault(
+                nri_field, "", "the OCI runtime does not have version 1.1 of the runtime specification"
+            )
     if asked.io_priority and not 0 <= asked.io_priority["priority"] <= 7:
-        yield Fault("IoPriority", "", f"priority {asked.io_priority['priority']} is not between 0 and 7")
+        yield AdjustmentFault("IoPriority", "", f"priority {asked.io_priority['priority']} is not between 0 and 7")
     for limit in asked.rlimits:
         if limit["type"] not in _RLIMITS:
-            yield Fault("Rlimits", limit["type"], "Linux has no such limit; an example is RLIMIT_NOFILE")
+            yield AdjustmentFault("Rlimits", limit["type"], "Linux has no such limit; an example is RLIMIT_NOFILE")
         elif limit["soft"] > limit["hard"]:
-            yield Fault("Rlimits", limit["type"], f"soft limit {limit['soft']} exceeds hard limit {limit['hard']}")
+            yield AdjustmentFault(
+                "Rlimits", limit["type"], f"soft limit {limit['soft']} exceeds hard limit {limit['hard']}"
+            )
 
 
-def _hook_faults(asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[Fault]:
+def _hook_faults(asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     for name, hook in asked.hooks:
         if runtime.hooks is not None and name not in runtime.hooks:
-            yield Fault("OciHooks", "", f"the OCI runtime has no {name} hooks")
+            yield AdjustmentFault("OciHooks", "", f"the OCI runtime has no {name} hooks")
         if not hook["path"].startswith("/"):
-            yield Fault(
+            yield AdjustmentFault(
                 "OciHooks", "", f"the program {quoted(hook['path'])} of a {name} hook must have an absolute path"
             )
 
 
-def _device_faults(asked: SpecAdjustment) -> Iterator[Fault]:
+def _device_faults(asked: SpecAdjustment) -> Iterator[AdjustmentFault]:
     for path, device in asked.devices.items():
         if not path.startswith("/"):
-            yield Fault("Devices", path, "the path in the container must be absolute")
+            yield AdjustmentFault("Devices", path, "the path in the container must be absolute")
         if device is not None and device["type"] not in ("b", "c", "u", "p"):
-            yield Fault("Devices", path, f"type {quoted(device['type'])} is none of b, c, u and p")
+            yield AdjustmentFault("Devices", path, f"type {quoted(device['type'])} is none of b, c, u and p")
 
 
-def _namespace_faults(spec: Spec, asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[Fault]:
+def _namespace_faults(spec: Spec, asked: SpecAdjustment, runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     for kind, path in asked.namespaces.items():
         if path is not None and runtime.namespaces is not None and kind not in runtime.namespaces:
-            yield Fault("Namespace", kind, "the OCI runtime has no such namespace")
+            yield AdjustmentFault("Namespace", kind, "the OCI runtime has no such namespace")
         if path and not path.startswith("/"):
-            yield Fault("Namespace", kind, f"the path {quoted(path)} must be absolute")
+            yield AdjustmentFault("Namespace", kind, f"the path {quoted(path)} must be absolute")
     kinds = {one["type"] for one in spec["linux"]["namespaces"]}
     for name, value in asked.sysctls.items():
         if value is None:
             continue
         kind = next((kind for pattern, kind in _SYSCTL_NAMESPACES if pattern.match(name)), "")
         if not kind:
-            yield Fault("Sysctl", name, "it is of the whole node, as no namespace of a container has it")
+            yield AdjustmentFault("Sysctl", name, "it is of the whole node, as no namespace of a container has it")
         elif kind not in kinds:
-            yield Fault("Sysctl", name, f"the container has the node's {kind} namespace")
+            yield AdjustmentFault("Sysctl", name, f"the container has the node's {kind} namespace")
     if "network" not in kinds:
         for name, device in asked.net_devices.items():
             if device is not None:
-                yield Fault("LinuxNetDevices", name, "the container has the node's network namespace")
+                yield AdjustmentFault("LinuxNetDevices", name, "the container has the node's network namespace")
 
 
-def _feature_faults(asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[Fault]:
+def _feature_faults(asked: SpecAdjustment, host: HostFacts, runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     if asked.seccomp:
         yield from _seccomp_faults(asked.seccomp, runtime)
     if not runtime.net_devices:
         for name, device in asked.net_devices.items():
             if device is not None:
-                yield Fault("LinuxNetDevices", name, "the OCI runtime cannot move network devices")
+                yield AdjustmentFault("LinuxNetDevices", name, "the OCI runtime cannot move network devices")
     if asked.memory_policy and asked.memory_policy["mode"] not in runtime.memory_policies:
-        yield Fault("MemoryPolicy", "", f"the OCI runtime does not have mode {asked.memory_policy['mode']}")
+        yield AdjustmentFault("MemoryPolicy", "", f"the OCI runtime does not have mode {asked.memory_policy['mode']}")
     rdt = {"closID": ("RdtClosID", runtime.rdt), "schemata": ("RdtSchemata", runtime.rdt_schemata)}
     rdt["enableMonitoring"] = ("RdtEnableMonitoring", runtime.rdt_monitoring)
     for name, (nri_field, has) in rdt.items():
         if not (asked.rdt or {}).get(name):
             continue
         if not host.resctrl:
-            yield Fault(nri_field, "", "the node has no resctrl file system at /sys/fs/resctrl")
+            yield AdjustmentFault(nri_field, "", "the node has no resctrl file system at /sys/fs/resctrl")
         elif not has:
-            yield Fault(nri_field, "", f"the OCI runtime does not have {name} of intelRdt")
+            yield AdjustmentFault(nri_field, "", f"the OCI runtime does not have {name} of intelRdt")
 
 
-def _seccomp_faults(asked: Mapping[str, Any], runtime: RuntimeFacts) -> Iterator[Fault]:
+def _seccomp_faults(asked: Mapping[str, Any], runtime: RuntimeFacts) -> Iterator[AdjustmentFault]:
     if not runtime.seccomp:
-        yield Fault("SeccompPolicy", "", "the OCI runtime is built without seccomp")
+        yield AdjustmentFault("SeccompPolicy", "", "the OCI runtime is built without seccomp")
     if runtime.seccomp_actions is None:
         return
     for action in (asked["defaultAction"], *(call["action"] for call in asked.get("syscalls", ()))):
         if action not in runtime.seccomp_actions:
-            yield Fault("SeccompPolicy", "", f"the OCI runtime does not have the action {quoted(action)}")
+            yield AdjustmentFault("SeccompPolicy", "", f"the OCI runtime does not have the action {quoted(action)}")
             return

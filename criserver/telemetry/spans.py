@@ -85,7 +85,7 @@ class Sample:
     above: object
 
 
-class Export(Protocol):
+class CallExporter(Protocol):
     """What gives calls to a collector."""
 
     def sample(self, metadata: Mapping[str, str]) -> Sample | None:
@@ -241,10 +241,10 @@ _place: ContextVar[tuple[Trace, int] | None] = ContextVar("place", default=None)
 _under_way: dict[int, Trace] = {}
 _kept: deque[Trace] = deque()
 _kept_bytes = 0
-_export: Export | None = None
+_export: CallExporter | None = None
 
 
-def export_to(export: Export | None) -> None:
+def export_to(export: CallExporter | None) -> None:
     """Give the calls that begin from now on to ``export``. None is the end of it."""
     global _export
     _export = export

@@ -53,8 +53,8 @@ _ABOUT = {
 class TraceExport:
     """From its creation to :meth:`stop`, sends the calls to the collector at ``endpoint``, HOST:PORT.
 
-    It is an :class:`~criserver.telemetry.spans.Export`. A call whose caller has a trace is sampled as the caller says.
-    ``rate`` is how many of a million others are.
+    It is a :class:`~criserver.telemetry.spans.CallExporter`. A call whose caller has a trace is sampled as the caller
+    says. ``rate`` is how many of a million other calls are sampled.
     """
 
     def __init__(self, endpoint: str, rate: int) -> None:
@@ -76,7 +76,7 @@ class TraceExport:
         self._sampler = ParentBased(TraceIdRatioBased(rate / _MILLION))
 
     def sample(self, metadata: Mapping[str, str]) -> Sample | None:
-        """See Export. The trace of a call without a caller's trace gets its ID here."""
+        """See CallExporter. The trace of a call without a caller's trace gets its ID here."""
         above = self._propagator.extract(metadata)
         caller = get_current_span(above).get_span_context()
         trace_id = caller.trace_id if caller.is_valid else self._ids.new()
@@ -95,7 +95,7 @@ class TraceExport:
         logging.getLogger("opentelemetry").removeHandler(self._told)
 
     def send(self, trace: Trace) -> None:
-        """See Export."""
+        """See CallExporter."""
         assert trace.sample is not None
         above = trace.sample.above
         assert isinstance(above, Context)

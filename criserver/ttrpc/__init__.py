@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from criserver.ttrpc.call_client import TtrpcClient
 from criserver.ttrpc.call_server import Handler, TtrpcServer
-from criserver.ttrpc.channel import Channel, StreamChannel
+from criserver.ttrpc.channel import ByteChannel, StreamChannel
 from criserver.ttrpc.message_frames import MAX_PAYLOAD
 from criserver.ttrpc.statuses import CallError, StatusCode
 
 __all__ = [
     "MAX_PAYLOAD",
+    "ByteChannel",
     "CallError",
-    "Channel",
     "Handler",
     "StatusCode",
     "StreamChannel",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
 
+from criserver.ttrpc.call_messages import MethodCall, decode_answer, encode_call
 from criserver.ttrpc.call_streams import (
     CallStreams,
     Oversized,
@@ -15,8 +16,7 @@ from criserver.ttrpc.call_streams import (
     Responded,
     StreamMisuseError,
 )
-from criserver.ttrpc.channel import Channel
-from criserver.ttrpc.messages import Call, decode_answer, encode_call
+from criserver.ttrpc.channel import ByteChannel
 from criserver.ttrpc.statuses import CallError, StatusCode
 
 
@@ -27,7 +27,7 @@ class TtrpcClient:
     protocol has no message for it; it knows the timeout.
     """
 
-    def __init__(self, channel: Channel, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, channel: ByteChannel, metadata: Mapping[str, str] | None = None) -> None:
         """``metadata`` is sent with each call."""
         self._channel = channel
         self._metadata = metadata or {}
@@ -39,7 +39,7 @@ class TtrpcClient:
 
     async def call(self, service: str, method: str, payload: bytes, timeout: float | None = None) -> bytes:
         """Call a method and return its answer. ``timeout`` is in seconds. Raises CallError."""
-        request = encode_call(Call(service, method, payload, timeout), self._metadata)
+        request = encode_call(MethodCall(service, method, payload, timeout), self._metadata)
         try:
             async with asyncio.timeout(timeout):
                 return await self._response(request)

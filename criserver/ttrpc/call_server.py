@@ -9,6 +9,7 @@ import structlog
 
 from criserver.errors import CriError
 from criserver.text import quoted
+from criserver.ttrpc.call_messages import MethodCall, decode_call, encode_answer, encode_failure
 from criserver.ttrpc.call_streams import (
     CallStreams,
     Oversized,
@@ -17,8 +18,7 @@ from criserver.ttrpc.call_streams import (
     Requested,
     StreamEvent,
 )
-from criserver.ttrpc.channel import Channel
-from criserver.ttrpc.messages import Call, decode_call, encode_answer, encode_failure
+from criserver.ttrpc.channel import ByteChannel
 from criserver.ttrpc.statuses import CallError, StatusCode
 
 log = structlog.get_logger()
@@ -36,7 +36,7 @@ MAX_HELD = 8 << 20
 class TtrpcServer:
     """Serves one channel. While too much is under way it does not read, so the client has to wait."""
 
-    def __init__(self, channel: Channel, handlers: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, channel: ByteChannel, handlers: Mapping[tuple[str, str], Handler]) -> None:
         """``handlers`` is by service and method."""
         self._channel = channel
         self._handlers = handlers
@@ -127,5 +127,5 @@ class TtrpcServer:
             return await handler(call.payload)
 
 
-def _name(call: Call) -> str:
+def _name(call: MethodCall) -> str:
     return quoted(f"{call.service}/{call.method}")

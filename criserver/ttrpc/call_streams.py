@@ -18,7 +18,7 @@ from criserver.ttrpc.message_frames import (
     MessageType,
     message_frame,
 )
-from criserver.ttrpc.stages import FIRST, RULES, Stage, Step
+from criserver.ttrpc.stages import FIRST, RULES, StreamStage, StreamStep
 
 MAX_STREAMS = 4096
 """The streams that a client may have open at a server."""
@@ -87,7 +87,7 @@ class CallStreams:
 
     def __init__(self, *, client: bool) -> None:
         self._client = client
-        self._streams: dict[int, Stage] = {}
+        self._streams: dict[int, StreamStage] = {}
         self._last = 0 if not client else -1  # the newest stream: every request has a higher ID
         self._reader = MessageReader()
         self._out: list[bytes] = []
@@ -98,9 +98,9 @@ class CallStreams:
         """The streams that have not ended."""
         return tuple(self._streams)
 
-    def stage(self, stream: int) -> Stage:
+    def stage(self, stream: int) -> StreamStage:
         """What may still be sent on a stream; ENDED for one that is not there."""
-        return self._streams.get(stream, Stage.ENDED)
+        return self._streams.get(stream, StreamStage.ENDED)
 
     def request(self, payload: bytes, flags: int = 0) -> int:
         """Open a stream, and return its ID. ``flags`` is REMOTE_OPEN, REMOTE_CLOSED, or 0 for a unary call."""
@@ -117,7 +117,7 @@ class CallStreams:
         """Answer a request, and end its stream."""
         if self._client:
             raise StreamMisuseError("a client does not respond")
-        after = self._allowed(stream, Step.RESPONSE)
+        after = self._allowed(stream, StreamStep.RESPONSE)
         self._frame(MessageType.RESPONSE, stream, payload)
         self._move(stream, after)
 
@@ -173,7 +173,7 @@ class CallStreams:
             return
         ended = frame.kind == MessageType.DATA and frame.flags & MessageFlag.REMOTE_CLOSED != 0
         after = RULES[
-            stage, Step.RESPONSE if frame.kind == MessageType.RESPONSE else _data_step(not self._client, ended)
+            stage, StreamStep.RESPONSE if frame.kind == MessageType.RESPONSE else _data_step(not self._client, ended)
         ]
         if isinstance(after, str):
             raise MessageFault(f"stream {frame.stream}: {after}")
@@ -197,9 +197,9 @@ class CallStreams:
         if frame.data is None:
             events.append(Oversized(frame.stream, frame.size))
         else:
-            events.append(Requested(frame.stream, frame.data, stage is Stage.UNARY))
+            events.append(Requested(frame.stream, frame.data, stage is StreamStage.UNARY))
 
-    def _allowed(self, stream: int, step: Step) -> Stage:
+    def _allowed(self, stream: int, step: StreamStep) -> StreamStage:
         stage = self._streams.get(stream)
         if stage is None:
             raise StreamMisuseError(f"stream {stream} is not open")
@@ -208,8 +208,8 @@ class CallStreams:
             raise StreamMisuseError(f"stream {stream}: {after}")
         return after
 
-    def _move(self, stream: int, after: Stage) -> None:
-        if after is Stage.ENDED:
+    def _move(self, stream: int, after: StreamStage) -> None:
+        if after is StreamStage.ENDED:
             del self._streams[stream]
         else:
             self._streams[stream] = after
@@ -220,7 +220,7 @@ class CallStreams:
         self._out.append(message_frame(kind, stream, payload, flags))
 
 
-def _data_step(client: bool, end: bool) -> Step:
+def _data_step(client: bool, end: bool) -> StreamStep:
     if client:
-        return Step.CLIENT_END if end else Step.CLIENT_DATA
-    return Step.SERVER_END if end else Step.SERVER_DATA
+        return StreamStep.CLIENT_END if end else StreamStep.CLIENT_DATA
+    return StreamStep.SERVER_END if end else StreamStep.SERVER_DATA

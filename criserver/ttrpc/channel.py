@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol
 
 
-class Channel(Protocol):
+class ByteChannel(Protocol):
     """A connection of bytes: a socket, or a part of one that carries several connections."""
 
     async def read(self) -> bytes:

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from criserver.ttrpc.message_frames import MessageFlag
 
 
-class Stage(Enum):
+class StreamStage(Enum):
     """What may still be sent on a stream."""
 
     UNARY = auto()  # the server's response alone
@@ -17,7 +17,7 @@ class Stage(Enum):
     ENDED = auto()  # nothing: the stream is forgotten
 
 
-class Step(Enum):
+class StreamStep(Enum):
     """What one side sends on a stream. An END is a DATA frame with REMOTE_CLOSED."""
 
     CLIENT_DATA = auto()
@@ -29,27 +29,27 @@ class Step(Enum):
 
 # The stage after a step; a text for a step that is not allowed. A stream ends as soon as the server has ended it, also
 # while the client may still send: the server's end is the outcome of the call.
-RULES: Mapping[tuple[Stage, Step], Stage | str] = {
-    (Stage.UNARY, Step.CLIENT_DATA): "data on a stream of one request and one response",
-    (Stage.UNARY, Step.CLIENT_END): "data on a stream of one request and one response",
-    (Stage.UNARY, Step.SERVER_DATA): "data on a stream of one request and one response",
-    (Stage.UNARY, Step.SERVER_END): "data on a stream of one request and one response",
-    (Stage.UNARY, Step.RESPONSE): Stage.ENDED,
-    (Stage.SERVER_SENDS, Step.CLIENT_DATA): "data after the client's end of the stream",
-    (Stage.SERVER_SENDS, Step.CLIENT_END): "data after the client's end of the stream",
-    (Stage.SERVER_SENDS, Step.SERVER_DATA): Stage.SERVER_SENDS,
-    (Stage.SERVER_SENDS, Step.SERVER_END): Stage.ENDED,
-    (Stage.SERVER_SENDS, Step.RESPONSE): Stage.ENDED,
-    (Stage.BOTH_SEND, Step.CLIENT_DATA): Stage.BOTH_SEND,
-    (Stage.BOTH_SEND, Step.CLIENT_END): Stage.SERVER_SENDS,
-    (Stage.BOTH_SEND, Step.SERVER_DATA): Stage.BOTH_SEND,
-    (Stage.BOTH_SEND, Step.SERVER_END): Stage.ENDED,
-    (Stage.BOTH_SEND, Step.RESPONSE): Stage.ENDED,
+RULES: Mapping[tuple[StreamStage, StreamStep], StreamStage | str] = {
+    (StreamStage.UNARY, StreamStep.CLIENT_DATA): "data on a stream of one request and one response",
+    (StreamStage.UNARY, StreamStep.CLIENT_END): "data on a stream of one request and one response",
+    (StreamStage.UNARY, StreamStep.SERVER_DATA): "data on a stream of one request and one response",
+    (StreamStage.UNARY, StreamStep.SERVER_END): "data on a stream of one request and one response",
+    (StreamStage.UNARY, StreamStep.RESPONSE): StreamStage.ENDED,
+    (StreamStage.SERVER_SENDS, StreamStep.CLIENT_DATA): "data after the client's end of the stream",
+    (StreamStage.SERVER_SENDS, StreamStep.CLIENT_END): "data after the client's end of the stream",
+    (StreamStage.SERVER_SENDS, StreamStep.SERVER_DATA): StreamStage.SERVER_SENDS,
+    (StreamStage.SERVER_SENDS, StreamStep.SERVER_END): StreamStage.ENDED,
+    (StreamStage.SERVER_SENDS, StreamStep.RESPONSE): StreamStage.ENDED,
+    (StreamStage.BOTH_SEND, StreamStep.CLIENT_DATA): StreamStage.BOTH_SEND,
+    (StreamStage.BOTH_SEND, StreamStep.CLIENT_END): StreamStage.SERVER_SENDS,
+    (StreamStage.BOTH_SEND, StreamStep.SERVER_DATA): StreamStage.BOTH_SEND,
+    (StreamStage.BOTH_SEND, StreamStep.SERVER_END): StreamStage.ENDED,
+    (StreamStage.BOTH_SEND, StreamStep.RESPONSE): StreamStage.ENDED,
 }
 
 # The first stage, by the flags of the request. Both flags together contradict each other.
-FIRST: Mapping[int, Stage] = {
-    0: Stage.UNARY,
-    MessageFlag.REMOTE_CLOSED: Stage.SERVER_SENDS,
-    MessageFlag.REMOTE_OPEN: Stage.BOTH_SEND,
+FIRST: Mapping[int, StreamStage] = {
+    0: StreamStage.UNARY,
+    MessageFlag.REMOTE_CLOSED: StreamStage.SERVER_SENDS,
+    MessageFlag.REMOTE_OPEN: StreamStage.BOTH_SEND,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
+from criserver.ttrpc.call_messages import decode_answer, decode_call
 from criserver.ttrpc.call_streams import (
     MAX_STREAMS,
     CallStreams,
@@ -15,8 +16,7 @@ from criserver.ttrpc.call_streams import (
     StreamMisuseError,
 )
 from criserver.ttrpc.message_frames import HEAD, MAX_PAYLOAD, MessageReader, MessageType, message_frame
-from criserver.ttrpc.messages import decode_answer, decode_call
-from criserver.ttrpc.stages import Stage
+from criserver.ttrpc.stages import StreamStage
 from criserver.ttrpc.statuses import CallError
 
 
@@ -40,7 +40,7 @@ class Session:
                     self.decode(payload)
                 case Responded(stream, payload):
                     assert self.client
-                    assert self.streams.stage(stream) is Stage.ENDED
+                    assert self.streams.stage(stream) is StreamStage.ENDED
                     self.decode(payload)
                 case DataCame(stream, payload):
                     assert stream % 2 == 1
@@ -52,7 +52,7 @@ class Session:
                     self.failed = True
         assert len(self.streams._reader._partial) <= MAX_PAYLOAD
         assert self.client or len(self.streams.streams) <= MAX_STREAMS
-        assert Stage.ENDED not in map(self.streams.stage, self.streams.streams)
+        assert StreamStage.ENDED not in map(self.streams.stage, self.streams.streams)
 
     def decode(self, payload: bytes) -> None:
         for decode in (decode_call, decode_answer):

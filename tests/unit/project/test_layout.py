@@ -1,8 +1,12 @@
-"""Where tests lie: a unit test as its module does, an integration test with its room, helpers in tests/support."""
+"""Where tests lie, and that one name means one thing.
+
+A unit test lies as its module does, an integration test with its room, and helpers are in tests/support.
+"""
 
 from __future__ import annotations
 
 import ast
+import collections
 import re
 from pathlib import Path
 
@@ -13,6 +17,14 @@ from tests.support.pages import ROOT
 # Directory below tests/unit -> the package that it mirrors. Tests in project/ are of no module: docs, package, layout.
 ROOMS = {"snapshotter": ROOT / "snapshotter", "shims": ROOT / "shims", "": ROOT / "criserver"}
 UNIT, INTEGRATION = ROOT / "tests/unit", ROOT / "tests/integration"
+# The errors of each package, and the command of which the other file of this name does the work.
+SHARED_NAMES = {"__init__.py", "errors.py", "reset.py"}
+SOURCES = [
+    path
+    for room in ("snapshotter", "shims", "criserver")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if ROOT / "criserver/pb" not in path.parents
+]
 FILES = [path for path in UNIT.rglob("test_*.py") if UNIT / "project" not in path.parents]
 
 
@@ -50,3 +62,19 @@ def test_nothing_is_imported_from_a_test() -> None:
             names += [name.name for name in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             for name in names:
                 assert not re.search(r"(^|\.)test_\w+$", name), f"{path}: {name} is a test"
+
+
+def test_no_two_modules_have_one_name() -> None:
+    counted = collections.Counter(path.name for path in SOURCES)
+    assert len(counted) > 200
+    assert {name for name, count in counted.items() if count > 1} == SHARED_NAMES
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert len(places) > 300
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

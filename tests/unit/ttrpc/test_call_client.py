@@ -12,8 +12,8 @@ import pytest
 from criserver.errors import NotFoundError
 from criserver.pb.ttrpc.ttrpc_pb2 import Request
 from criserver.ttrpc import MAX_PAYLOAD, CallError, Handler, StatusCode, StreamChannel, TtrpcClient, TtrpcServer
+from criserver.ttrpc.call_messages import encode_answer, encode_failure
 from criserver.ttrpc.message_frames import HEAD, MessageType, message_frame
-from criserver.ttrpc.messages import encode_answer, encode_failure
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

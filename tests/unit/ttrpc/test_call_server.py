@@ -11,8 +11,8 @@ import pytest
 
 from criserver.pb.ttrpc.ttrpc_pb2 import Response
 from criserver.ttrpc import MAX_PAYLOAD, Handler, StatusCode, StreamChannel, TtrpcServer, call_server
+from criserver.ttrpc.call_messages import MethodCall, encode_call
 from criserver.ttrpc.message_frames import HEAD, MessageFlag, MessageType, message_frame
-from criserver.ttrpc.messages import Call, encode_call
 
 Serving = tuple[asyncio.Task[str], asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -32,7 +32,7 @@ async def served(handlers: Mapping[tuple[str, str], Handler]) -> AsyncIterator[S
 
 
 def request(stream: int, payload: bytes = b"", timeout: float | None = None, flags: int = 0) -> bytes:
-    return message_frame(MessageType.REQUEST, stream, encode_call(Call("s", "m", payload, timeout), {}), flags)
+    return message_frame(MessageType.REQUEST, stream, encode_call(MethodCall("s", "m", payload, timeout), {}), flags)
 
 
 async def response(reader: asyncio.StreamReader) -> tuple[int, Response]:

@@ -17,38 +17,42 @@ from criserver.ttrpc.call_streams import (
     StreamMisuseError,
 )
 from criserver.ttrpc.message_frames import HEAD, MAX_PAYLOAD, MessageFlag, MessageType, message_frame
-from criserver.ttrpc.stages import Stage, Step
+from criserver.ttrpc.stages import StreamStage, StreamStep
 
-FLAGS = {Stage.UNARY: 0, Stage.SERVER_SENDS: MessageFlag.REMOTE_CLOSED, Stage.BOTH_SEND: MessageFlag.REMOTE_OPEN}
+FLAGS = {
+    StreamStage.UNARY: 0,
+    StreamStage.SERVER_SENDS: MessageFlag.REMOTE_CLOSED,
+    StreamStage.BOTH_SEND: MessageFlag.REMOTE_OPEN,
+}
 
 # The stage before, what is sent, and the stage after it; None for a step that the specification forbids.
-TABLE: list[tuple[Stage, Step, Stage | None]] = [
-    (Stage.UNARY, Step.CLIENT_DATA, None),
-    (Stage.UNARY, Step.CLIENT_END, None),
-    (Stage.UNARY, Step.SERVER_DATA, None),
-    (Stage.UNARY, Step.SERVER_END, None),
-    (Stage.UNARY, Step.RESPONSE, Stage.ENDED),
-    (Stage.SERVER_SENDS, Step.CLIENT_DATA, None),
-    (Stage.SERVER_SENDS, Step.CLIENT_END, None),
-    (Stage.SERVER_SENDS, Step.SERVER_DATA, Stage.SERVER_SENDS),
-    (Stage.SERVER_SENDS, Step.SERVER_END, Stage.ENDED),
-    (Stage.SERVER_SENDS, Step.RESPONSE, Stage.ENDED),
-    (Stage.BOTH_SEND, Step.CLIENT_DATA, Stage.BOTH_SEND),
-    (Stage.BOTH_SEND, Step.CLIENT_END, Stage.SERVER_SENDS),
-    (Stage.BOTH_SEND, Step.SERVER_DATA, Stage.BOTH_SEND),
-    (Stage.BOTH_SEND, Step.SERVER_END, Stage.ENDED),
-    (Stage.BOTH_SEND, Step.RESPONSE, Stage.ENDED),
+TABLE: list[tuple[StreamStage, StreamStep, StreamStage | None]] = [
+    (StreamStage.UNARY, StreamStep.CLIENT_DATA, None),
+    (StreamStage.UNARY, StreamStep.CLIENT_END, None),
+    (StreamStage.UNARY, StreamStep.SERVER_DATA, None),
+    (StreamStage.UNARY, StreamStep.SERVER_END, None),
+    (StreamStage.UNARY, StreamStep.RESPONSE, StreamStage.ENDED),
+    (StreamStage.SERVER_SENDS, StreamStep.CLIENT_DATA, None),
+    (StreamStage.SERVER_SENDS, StreamStep.CLIENT_END, None),
+    (StreamStage.SERVER_SENDS, StreamStep.SERVER_DATA, StreamStage.SERVER_SENDS),
+    (StreamStage.SERVER_SENDS, StreamStep.SERVER_END, StreamStage.ENDED),
+    (StreamStage.SERVER_SENDS, StreamStep.RESPONSE, StreamStage.ENDED),
+    (StreamStage.BOTH_SEND, StreamStep.CLIENT_DATA, StreamStage.BOTH_SEND),
+    (StreamStage.BOTH_SEND, StreamStep.CLIENT_END, StreamStage.SERVER_SENDS),
+    (StreamStage.BOTH_SEND, StreamStep.SERVER_DATA, StreamStage.BOTH_SEND),
+    (StreamStage.BOTH_SEND, StreamStep.SERVER_END, StreamStage.ENDED),
+    (StreamStage.BOTH_SEND, StreamStep.RESPONSE, StreamStage.ENDED),
 ]
 IDS = [f"{before.name}-{step.name}" for before, step, _ in TABLE]
-CLIENTS = (Step.CLIENT_DATA, Step.CLIENT_END)
+CLIENTS = (StreamStep.CLIENT_DATA, StreamStep.CLIENT_END)
 
 
 def test_the_table_has_every_step() -> None:
     assert {(before, step) for before, step, _ in TABLE} == set(stages.RULES)
-    assert len(TABLE) == 3 * len(Step)
+    assert len(TABLE) == 3 * len(StreamStep)
 
 
-def opened(stage: Stage, *, client: bool) -> CallStreams:
+def opened(stage: StreamStage, *, client: bool) -> CallStreams:
     """One side of a connection whose stream 1 is at this stage."""
     streams = CallStreams(client=client)
     if client:
@@ -60,13 +64,13 @@ def opened(stage: Stage, *, client: bool) -> CallStreams:
     return streams
 
 
-def step_frame(step: Step) -> bytes:
-    kind = MessageType.RESPONSE if step is Step.RESPONSE else MessageType.DATA
-    return message_frame(kind, 1, b"x", 1 if step in (Step.CLIENT_END, Step.SERVER_END) else 0)
+def step_frame(step: StreamStep) -> bytes:
+    kind = MessageType.RESPONSE if step is StreamStep.RESPONSE else MessageType.DATA
+    return message_frame(kind, 1, b"x", 1 if step in (StreamStep.CLIENT_END, StreamStep.SERVER_END) else 0)
 
 
 @pytest.mark.parametrize(("before", "step", "after"), TABLE, ids=IDS)
-def test_what_the_peer_sends(before: Stage, step: Step, after: Stage | None) -> None:
+def test_what_the_peer_sends(before: StreamStage, step: StreamStep, after: StreamStage | None) -> None:
     streams = opened(before, client=step not in CLIENTS)
     events = streams.receive(step_frame(step))
     expected: list[StreamEvent]
@@ -75,21 +79,21 @@ def test_what_the_peer_sends(before: Stage, step: Step, after: Stage | None) -> 
         assert streams.streams == ()
         assert streams.receive(step_frame(step)) == [], "no event follows a fault"
         return
-    ended = step in (Step.CLIENT_END, Step.SERVER_END)
-    expected = [Responded(1, b"x") if step is Step.RESPONSE else DataCame(1, b"x", ended)]
+    ended = step in (StreamStep.CLIENT_END, StreamStep.SERVER_END)
+    expected = [Responded(1, b"x") if step is StreamStep.RESPONSE else DataCame(1, b"x", ended)]
     assert events == expected
     assert streams.stage(1) is after
 
 
 @pytest.mark.parametrize(("before", "step", "after"), TABLE, ids=IDS)
-def test_what_this_side_sends(before: Stage, step: Step, after: Stage | None) -> None:
+def test_what_this_side_sends(before: StreamStage, step: StreamStep, after: StreamStage | None) -> None:
     streams = opened(before, client=step in CLIENTS)
 
     def act() -> None:
-        if step is Step.RESPONSE:
+        if step is StreamStep.RESPONSE:
             streams.respond(1, b"x")
         else:
-            streams.send(1, b"x", end=step in (Step.CLIENT_END, Step.SERVER_END))
+            streams.send(1, b"x", end=step in (StreamStep.CLIENT_END, StreamStep.SERVER_END))
 
     if after is None:
         with pytest.raises(StreamMisuseError, match="stream 1"):
@@ -107,24 +111,24 @@ def test_ids_of_a_client_are_odd_and_grow() -> None:
 
 
 @pytest.mark.parametrize("stage", FLAGS)
-def test_a_request_says_whether_it_is_unary(stage: Stage) -> None:
+def test_a_request_says_whether_it_is_unary(stage: StreamStage) -> None:
     frame = message_frame(MessageType.REQUEST, 9, b"q", FLAGS[stage])
-    assert CallStreams(client=False).receive(frame) == [Requested(9, b"q", stage is Stage.UNARY)]
+    assert CallStreams(client=False).receive(frame) == [Requested(9, b"q", stage is StreamStage.UNARY)]
 
 
 def test_an_end_without_a_message() -> None:
-    streams = opened(Stage.BOTH_SEND, client=True)
+    streams = opened(StreamStage.BOTH_SEND, client=True)
     streams.send(1, None, end=True)
     frame = streams.take()
     assert frame == HEAD.pack(0, 1, 3, 5)
-    assert opened(Stage.BOTH_SEND, client=False).receive(frame) == [DataCame(1, None, True)]
+    assert opened(StreamStage.BOTH_SEND, client=False).receive(frame) == [DataCame(1, None, True)]
 
 
 def test_what_comes_for_a_stream_that_has_ended_is_ignored() -> None:
-    client = opened(Stage.UNARY, client=True)
+    client = opened(StreamStage.UNARY, client=True)
     client.abandon(1)
     assert client.receive(message_frame(MessageType.RESPONSE, 1, b"late")) == []
-    server = opened(Stage.BOTH_SEND, client=False)
+    server = opened(StreamStage.BOTH_SEND, client=False)
     server.respond(1, b"")
     assert server.receive(message_frame(MessageType.DATA, 1, b"late")) == []
 
@@ -167,7 +171,7 @@ def test_a_message_above_the_limit() -> None:
     server = CallStreams(client=False)
     assert server.receive(wire) == [Oversized(1, MAX_PAYLOAD + 1)]
     server.respond(1, b"no")
-    client = opened(Stage.UNARY, client=True)
+    client = opened(StreamStage.UNARY, client=True)
     wire = HEAD.pack(MAX_PAYLOAD + 1, 1, 2, 0) + bytes(MAX_PAYLOAD + 1)
     assert client.receive(wire) == [Oversized(1, MAX_PAYLOAD + 1)]
     assert client.streams == ()
@@ -177,7 +181,7 @@ def test_a_message_above_the_limit() -> None:
 
 
 def test_what_a_side_may_not_send() -> None:
-    client, server = opened(Stage.BOTH_SEND, client=True), CallStreams(client=False)
+    client, server = opened(StreamStage.BOTH_SEND, client=True), CallStreams(client=False)
     with pytest.raises(StreamMisuseError):
         client.respond(1, b"")
     with pytest.raises(StreamMisuseError):

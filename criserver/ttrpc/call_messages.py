@@ -15,7 +15,7 @@ _NANO = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class MethodCall:
     """A request. ``timeout`` is in seconds, None for no limit."""
 
     service: str
@@ -24,7 +24,7 @@ class Call:
     timeout: float | None
 
 
-def encode_call(call: Call, metadata: Mapping[str, str]) -> bytes:
+def encode_call(call: MethodCall, metadata: Mapping[str, str]) -> bytes:
     """The payload of a request."""
     return Request(
         service=call.service,
@@ -35,14 +35,14 @@ def encode_call(call: Call, metadata: Mapping[str, str]) -> bytes:
     ).SerializeToString()
 
 
-def decode_call(payload: bytes) -> Call:
+def decode_call(payload: bytes) -> MethodCall:
     """A request's payload. Raises CallError (INVALID_ARGUMENT)."""
     try:
         request = Request.FromString(payload)
     except DecodeError as error:
         raise CallError(StatusCode.INVALID_ARGUMENT, "the request is no message") from error
     timeout = request.timeout_nano / _NANO if request.timeout_nano > 0 else None
-    return Call(request.service, request.method, request.payload, timeout)
+    return MethodCall(request.service, request.method, request.payload, timeout)
 
 
 def encode_answer(payload: bytes) -> bytes:
