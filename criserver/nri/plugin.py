@@ -52,7 +52,7 @@ Update = Callable[["Plugin", nri.UpdateContainersRequest], Awaitable[nri.UpdateC
 
 
 class PluginGoneError(UnavailableError):
-    """The plugin was parted with. The operation goes on without it."""
+    """The plugin has gone, or was disconnected. The operation goes on without it."""
 
 
 class Plugin:
@@ -89,7 +89,7 @@ class Plugin:
 
     @property
     def closed(self) -> bool:
-        """Whether the plugin was parted with, or has gone."""
+        """Whether the plugin was disconnected, or has gone."""
         return self._multiplexer.closed
 
     def subscribed(self, method: str) -> bool:
@@ -100,17 +100,18 @@ class Plugin:
         """Serve until the plugin goes. ``started`` is awaited once it is registered and configured."""
         serving = asyncio.create_task(self._server.serve(), name="nri runtime service")
         starting = asyncio.create_task(self._start(started), name="nri plugin start")
+        reason = "it was closed"
         try:
             reason = await self._multiplexer.run()
         finally:
             for task in (serving, starting):
                 task.cancel()
-            self.part(reason if "reason" in locals() else "it was closed")
+            self.disconnect(self._server.fault or self._client.fault or reason)
             await asyncio.gather(serving, starting, self._client.wait_closed(), return_exceptions=True)
             self._registered.cancel()
             log.info("NRI plugin gone", plugin=self.name, reason=self._reason)
 
-    def part(self, reason: str) -> None:
+    def disconnect(self, reason: str) -> None:
         """Close the connection; the first reason is logged."""
         self._reason = self._reason or reason
         self._multiplexer.close()
@@ -123,12 +124,12 @@ class Plugin:
             await self._configure()
             await started(self)
         except TimeoutError:
-            self.part(f"it did not register within {limit} s")
+            self.disconnect(f"it did not register within {limit} s")
         except CriError as e:
-            self.part(str(e))
+            self.disconnect(str(e))
         except Exception as e:
             log.exception("an NRI plugin cannot be started", plugin=self.name)
-            self.part(str(e))
+            self.disconnect(str(e))
 
     async def _register(self, payload: bytes) -> bytes:
         request = nri.RegisterPluginRequest.FromString(payload)
@@ -167,7 +168,7 @@ class Plugin:
         """Tell the plugin of all pods and containers, in several messages if one is too large.
 
         It is the end of the registration, and all of it may take as long as a registration, not only as a request.
-        Raises CriError; the plugin is parted with then.
+        Raises CriError; the plugin is disconnected then.
         """
         limit = max(self._settings.plugin_registration_timeout, self._settings.plugin_request_timeout)
         try:
@@ -175,10 +176,10 @@ class Plugin:
                 return await self._synchronize(pods, containers, limit)
         except TimeoutError as e:
             reason = f"NRI plugin {self.name} does not answer Synchronize within {limit} s"
-            self.part(reason)
+            self.disconnect(reason)
             raise PluginGoneError(reason) from e
         except CriError as e:
-            self.part(str(e))
+            self.disconnect(str(e))
             raise
 
     async def _synchronize(
@@ -207,8 +208,8 @@ class Plugin:
     async def call(self, method: str, request: Message, response: type[Response]) -> Response:
         """Call a method of the plugin.
 
-        Raises PluginGoneError where the plugin is late, has gone or breaks the protocol: it is parted with then. Raises
-        FailedPreconditionError for an error of the plugin.
+        Raises PluginGoneError where the plugin is late, has gone or breaks the protocol: it is disconnected
+        then. Raises FailedPreconditionError for an error of the plugin.
         """
         try:
             return await self._send(method, request, response, self._settings.plugin_request_timeout)
@@ -222,14 +223,14 @@ class Plugin:
         try:
             return response.FromString(answer)
         except DecodeError as e:
-            reason = f"NRI plugin {self.name} answers {method} with what is no message"
-            self.part(reason)
+            reason = f"NRI plugin {self.name} answers {method} with bytes that are no message"
+            self.disconnect(reason)
             raise PluginGoneError(reason) from e
 
     def _failure(self, method: str, error: CallError) -> CriError:
         if error.lost or error.late:
             reason = f"NRI plugin {self.name} does not answer {method}: {error.message}"
-            self.part(reason)
+            self.disconnect(reason)
             return PluginGoneError(reason)
         return FailedPreconditionError(f"NRI plugin {self.name} fails {method}: {shown(error.message)}")
 
@@ -240,7 +241,7 @@ class Plugin:
                 await self.call("Shutdown", nri.Empty(), nri.Empty)
             except CriError as e:
                 log.debug("an NRI plugin does not take the shutdown", plugin=self.name, error=str(e))
-        self.part("the daemon stops")
+        self.disconnect("the daemon stops")
 
 
 def response_class(method: str) -> Any:

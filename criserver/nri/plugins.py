@@ -164,7 +164,7 @@ class Plugins:
 
 
 async def _ask(plugin: Plugin, method: str, request: Message) -> Any:
-    """The response of a plugin; None where the plugin was parted with, as the others go on then."""
+    """The response of a plugin; None where the plugin was disconnected, as the others go on then."""
     try:
         return await plugin.call(method, request, response_class(method))
     except PluginGoneError as e:

@@ -191,7 +191,7 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
             inputs.append(discard(streams.stdin))
         outputs = [(pipe.reader, wanted[name]) for name, pipe in pipes.items()]
         await _carry(inputs, outputs, None if outputs else gone)
-        return await _parted(node, container)
+        return await _disconnected(node, container)
 
 
 async def _feed_container(container: Container, source: ClientSource, stdin: int, link: ShimLink) -> None:
@@ -204,7 +204,7 @@ async def _feed_container(container: Container, source: ClientSource, stdin: int
             await link.request({"op": "close-stdin"})
 
 
-async def _parted(node: Node, container: Container) -> int:
+async def _disconnected(node: Node, container: Container) -> int:
     """0 where the container has ended. Raises UnavailableError where it runs on.
 
     The shim has then disconnected a client that did not read for too long, or the container has closed its output.

@@ -35,6 +35,7 @@ class TtrpcClient:
         self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._sending = asyncio.Lock()
         self._reason = ""  # why the connection has ended
+        self.fault = ""  # how the server broke the protocol
         self._reader = asyncio.create_task(self._read(), name="ttrpc client")
 
     async def call(self, service: str, method: str, payload: bytes, timeout: float | None = None) -> bytes:
@@ -94,11 +95,11 @@ class TtrpcClient:
                             message = f"the server sent a message of {size} bytes"
                             self._settle(stream, CallError(StatusCode.RESOURCE_EXHAUSTED, message))
                         case ProtocolBroken(reason):
-                            self._end(f"the server broke the protocol: {reason}")
+                            self._break(reason)
                             return
             self._end("the server closed it")
         except DecodeError:
-            self._end("the server broke the protocol: a response that is no message")
+            self._break("a response that is no message")
         except OSError as error:
             self._end(f"reading failed: {error}")
 
@@ -110,6 +111,10 @@ class TtrpcClient:
             answer.set_exception(outcome)
         else:
             answer.set_result(outcome)
+
+    def _break(self, reason: str) -> None:
+        self.fault = f"the server broke the protocol: {reason}"
+        self._end(self.fault)
 
     def _end(self, reason: str) -> None:
         if self._reason:

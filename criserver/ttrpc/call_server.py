@@ -44,6 +44,7 @@ class TtrpcServer:
         self._sending = asyncio.Lock()
         self._running: set[asyncio.Task[None]] = set()
         self._held = 0
+        self.fault = ""  # how the client broke the protocol
         self._room = asyncio.Event()
 
     async def serve(self) -> str:
@@ -65,7 +66,8 @@ class TtrpcServer:
         while data := await self._channel.read():
             for event in self._streams.receive(data):
                 if isinstance(event, ProtocolBroken):
-                    return f"the client broke the protocol: {event.reason}"
+                    self.fault = f"the client broke the protocol: {event.reason}"
+                    return self.fault
                 self._begin(event)
             while len(self._running) >= MAX_RUNNING or self._held >= MAX_HELD:
                 self._room.clear()

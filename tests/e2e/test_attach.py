@@ -123,7 +123,7 @@ def test_attach_after_the_daemon_was_killed(node: Node, pod: str) -> None:
     assert node.log(container).splitlines() == ["got before", "got after"]
 
 
-def test_a_client_that_does_not_read_is_parted_with_and_told(node: Node, pod: str) -> None:
+def test_a_client_that_does_not_read_is_disconnected_and_told(node: Node, pod: str) -> None:
     """For ten seconds the process waits for it, as for a slow terminal."""
     container = node.run(pod, "c", ["sh", "-c", "read x; yes $x | head -c 50000000; sleep 1000"], stdin=True)
     client = Spdy(attach(node, container, stdin=True, stdout=True)).open_command("error", "stdin", "stdout")

@@ -317,7 +317,7 @@ def test_a_plugin_that_connects_while_containers_are_made_learns_of_each_once(no
         plugin.stop()
 
 
-def test_a_plugin_that_is_late_is_parted_with(node: Node) -> None:
+def test_a_plugin_that_is_late_is_disconnected(node: Node) -> None:
     """The request timeout of the tests' nodes is five seconds, and so long this takes."""
     gate = threading.Event()
 
@@ -342,7 +342,7 @@ def test_a_plugin_that_is_late_is_parted_with(node: Node) -> None:
         ("10", "unknown", 1 << 20, "subscribes to unknown events"),
     ],
 )
-def test_a_plugin_that_is_wrong_is_parted_with(node: Node, index: str, name: str, events: int, reason: str) -> None:
+def test_a_plugin_that_is_wrong_is_disconnected(node: Node, index: str, name: str, events: int, reason: str) -> None:
     plugin = TestPlugin(socket_of(node), index, name, events)
     try:
         plugin._register = True

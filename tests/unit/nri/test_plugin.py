@@ -1,13 +1,15 @@
-"""A plugin's connection against a peer in the same process: registration, the split of Synchronize, and partings."""
+"""A plugin's connection against a peer in the same process: registration, the split of Synchronize, and how it ends."""
 
 from __future__ import annotations
 
 import pytest
 
 from criserver.errors import FailedPreconditionError
+from criserver.nri.multiplexer import PLUGIN_SERVICE, RUNTIME_SERVICE
 from criserver.nri.plugin import PluginGoneError
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 from criserver.ttrpc import CallError
+from criserver.ttrpc.message_frames import MessageType, message_frame
 from tests.support.nri_peer import connected
 
 
@@ -34,14 +36,14 @@ async def test_only_events_that_were_subscribed() -> None:
         assert not plugin.subscribed("CreateContainer")
 
 
-async def test_a_plugin_that_does_not_register_is_parted_with() -> None:
+async def test_a_plugin_that_does_not_register_is_disconnected() -> None:
     async with connected(plugin_registration_timeout=0.01) as (plugin, _, serving, _started):
         await serving
         assert plugin.closed
         assert "did not register within" in plugin._reason
 
 
-async def test_a_wrong_name_is_answered_and_parted_with() -> None:
+async def test_a_wrong_name_is_answered_and_disconnected() -> None:
     async with connected() as (plugin, peer, serving, _started):
         with pytest.raises(CallError, match="not two digits"):
             await peer.register(index="1")
@@ -69,7 +71,7 @@ async def test_a_large_synchronize_is_split() -> None:
         assert [p.id for request in peer.asked for p in request.pods] == [p.id for p in pods]
 
 
-async def test_a_plugin_that_cannot_take_parts_is_parted_with() -> None:
+async def test_a_plugin_that_cannot_take_parts_is_disconnected() -> None:
     async with connected() as (plugin, peer, serving, started):
         peer.answer("Synchronize", nri.SynchronizeRequest, lambda r: nri.SynchronizeResponse())
         await peer.register()
@@ -79,14 +81,32 @@ async def test_a_plugin_that_cannot_take_parts_is_parted_with() -> None:
         await serving
 
 
-async def test_what_is_no_message_parts_with_the_plugin() -> None:
+async def test_an_answer_that_is_no_message_disconnects_the_plugin() -> None:
     async with connected() as (plugin, peer, serving, started):
         peer.answer("CreateContainer", nri.CreateContainerRequest, lambda r: b"\xff")
         await peer.register()
         await started.wait()
-        with pytest.raises(PluginGoneError, match="what is no message"):
+        with pytest.raises(PluginGoneError, match="bytes that are no message"):
             await plugin.call("CreateContainer", nri.CreateContainerRequest(), nri.CreateContainerResponse)
         await serving
+
+
+@pytest.mark.parametrize(
+    ("connection", "frame", "reason"),
+    [
+        (RUNTIME_SERVICE, message_frame(MessageType.REQUEST, 2, b""), "the client broke the protocol: stream 2 cannot"),
+        (PLUGIN_SERVICE, message_frame(MessageType.REQUEST, 2, b""), "the server broke the protocol: a request of a"),
+    ],
+)
+async def test_the_reason_of_an_end_says_how_the_plugin_broke_the_protocol(
+    connection: int, frame: bytes, reason: str
+) -> None:
+    async with connected() as (plugin, peer, serving, started):
+        await peer.register()
+        await started.wait()
+        peer.multiplexer.send(connection, frame)
+        await serving
+        assert plugin._reason.startswith(reason)
 
 
 async def test_a_plugin_that_goes_fails_the_call_under_way() -> None:

@@ -93,7 +93,7 @@ async def test_a_request_that_cannot_be_served_is_answered_and_the_next_one_serv
         assert (stream, answer.payload) == (3, b"next")
 
 
-async def test_a_client_that_breaks_the_protocol_is_parted_with() -> None:
+async def test_a_client_that_breaks_the_protocol_is_disconnected() -> None:
     async with served({("s", "m"): echo}) as (task, reader, writer):
         writer.write(request(2))
         assert await task == "the client broke the protocol: stream 2 cannot be opened after stream 0"
