@@ -9,7 +9,7 @@ import sys
 
 def main() -> int:
     """Run the command line and return the process's exit code."""
-    # A program of the background ignores SIGINT, and goes on with that.
+    # A shell starts a program in the background with SIGINT ignored. Then it stays ignored.
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
         # Imports take a while, and Ctrl-C would end them with a traceback.

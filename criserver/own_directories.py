@@ -96,7 +96,7 @@ def foreign(directory: str, kind: Kind, socket: str = "") -> str:
         return ""
     except NotADirectoryError:
         if not os.path.exists(directory):
-            raise  # it is one above it
+            raise  # the path leads through something that is not a directory
         return f"{kind.key} = {directory}: it is not a directory; move it away, or give {kind.key} a directory"
     if is_ours(directory, kind):
         return ""

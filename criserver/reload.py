@@ -57,9 +57,9 @@ class Reloads:
         finally:
             notify("READY=1")
 
-    async def _take_over(self, given: Settings) -> None:
-        settings = reloaded(self._settings, given)
-        found = list(changes(self._settings, given))
+    async def _take_over(self, new_settings: Settings) -> None:
+        settings = reloaded(self._settings, new_settings)
+        found = list(changes(self._settings, new_settings))
         node, config = self._node, config_of(settings)
         new = [handler for name, handler in config.runtimes.items() if node.config.runtimes.get(name) != handler]
         runtimes = [runtime_of(handler, config.state) for handler in new]

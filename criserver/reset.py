@@ -59,7 +59,6 @@ def run(config: Config, *, grace: float, everything: bool, agreed: Callable[[int
     2. Each container gets its stop signal and ``grace`` seconds.
     3. A network plugin that fails does not keep its pod from being removed.
     4. A record that cannot be read is deleted. Its pod or container is cleared like one without a record.
-
     5. Only what criserver has made is deleted. Other files in the directories stay, and the outcome names them.
 
     Raises FailedPreconditionError while a daemon runs and if one of the directories is not ours, and CriError if the

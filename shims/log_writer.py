@@ -146,10 +146,10 @@ def _look(name: str, parent: int, path: str) -> int:
     return fd
 
 
-def _check(found: os.stat_result, path: str) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check(status: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(EINVAL, "a log must be a regular file", path)
-    if found.st_nlink > 1:
+    if status.st_nlink > 1:
         raise OSError(EINVAL, "a log must have no other name (hard link)", path)
 
 

@@ -144,7 +144,7 @@ class TaskExecs:
         for field, path in enumerate(paths, 4):
             request += data(field, path)
         request += any_of(7, _PROCESS, spec)
-        self._link().call("Exec", request, lambda _, error: self._made(execution, error), _EXEC_LIMIT)
+        self._link().call("Exec", request, lambda _, error: self._created(execution, error), _EXEC_LIMIT)
 
     def resize(self, console: str, width: int, height: int) -> None:
         """Set the size of the terminal of the exec that was given this console socket."""
@@ -204,7 +204,7 @@ class TaskExecs:
         Copier(self._loop, stdout, fd, lambda: None)
         return paths
 
-    def _made(self, execution: _TaskExec, error: RequestError | None) -> None:
+    def _created(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:
             self._failed(execution, error)
             return

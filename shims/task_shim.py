@@ -163,16 +163,16 @@ class TaskShim(Shim):
         self._mark({**found, "joined": True})
         return self._connect(found)
 
-    def _connect(self, found: dict[str, Any]) -> TaskLink:
-        service = f"containerd.task.v{found['version']}.Task"
-        return TaskLink(self._loop, found["address"], service, self._task["namespace"])
+    def _connect(self, bootstrap: dict[str, Any]) -> TaskLink:
+        service = f"containerd.task.v{bootstrap['version']}.Task"
+        return TaskLink(self._loop, bootstrap["address"], service, self._task["namespace"])
 
-    def _mark(self, found: dict[str, Any]) -> None:
+    def _mark(self, bootstrap: dict[str, Any]) -> None:
         """Write down how the runtime's shim is reached, and its program: a later configuration may not have it."""
-        found = {**found, "program": self._task["command"][0]}
+        bootstrap = {**bootstrap, "program": self._task["command"][0]}
         fd = os.open(MARK + ".tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, dumps(found).encode())
+            os.write(fd, dumps(bootstrap).encode())
         finally:
             os.close(fd)
         os.rename(MARK + ".tmp", MARK)
@@ -264,7 +264,7 @@ class TaskShim(Shim):
         self._connected().call(method, self._name() + rest, lambda _reply, _error: None, _CALL_LIMIT)
 
 
-def bootstrap_result(told: bytes) -> dict[str, Any]:
+def bootstrap_result(output: bytes) -> dict[str, Any]:
     """What a shim has printed at its start: "version" and "address". Raises RequestError.
 
     1. Shims of containerd before 1.7 print an address. They speak version 2.
@@ -275,15 +275,15 @@ def bootstrap_result(told: bytes) -> dict[str, Any]:
     address: object
     protocol: object
     try:
-        found = loads(told.decode())
+        found = loads(output.decode())
     except ValueError:
         found = None
     if isinstance(found, dict):
         version, address, protocol = found.get("version"), found.get("address"), found.get("protocol")
-    elif told.startswith((b"unix://", b"/")):
-        version, address, protocol = 2, told.decode(errors="replace").strip(), "ttrpc"
+    elif output.startswith((b"unix://", b"/")):
+        version, address, protocol = 2, output.decode(errors="replace").strip(), "ttrpc"
     else:
-        result = fields(told)
+        result = fields(output)
         version = integer(result, 1)
         address, protocol = (content(result, field).decode(errors="replace") for field in (2, 3))
     if version not in (2, 3) or protocol != "ttrpc" or not isinstance(address, str):

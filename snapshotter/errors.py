@@ -55,7 +55,7 @@ def shown(name: bytes) -> str:
 
 
 def no_thread(error: RuntimeError) -> OSError:
-    """What a thread that cannot be started means, which Python tells by a RuntimeError.
+    """The error for a thread that cannot be started. Python itself raises a RuntimeError then.
 
     EAGAIN, as from pthread_create(3): a limit of processes is reached (TasksMax, a cgroup's or the node's).
     """

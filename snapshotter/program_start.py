@@ -42,8 +42,8 @@ def start(argv: Sequence[str], env: Mapping[str, str], directory: str, fds: Sequ
         _call("posix_spawn_file_actions_addchdir_np", actions, os.fsencode(directory))
         _call("posix_spawnattr_setflags", attributes, ctypes.c_short(_SETSID | _SETSIGDEF))
         _call("posix_spawnattr_setsigdefault", attributes, _ignored_by_python())
-        words = _words([os.fsencode(word) for word in argv])
-        variables = _words([os.fsencode(f"{key}={value}") for key, value in env.items()])
+        words = _string_array([os.fsencode(word) for word in argv])
+        variables = _string_array([os.fsencode(f"{key}={value}") for key, value in env.items()])
         _call("posix_spawn", ctypes.byref(pid), words[0], actions, attributes, words, variables)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from None
@@ -59,7 +59,7 @@ def _call(function: str, *arguments: Any) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _words(values: list[bytes]) -> Any:
+def _string_array(values: list[bytes]) -> Any:
     return (ctypes.c_char_p * (len(values) + 1))(*values, None)
 
 

@@ -333,9 +333,11 @@ class Snapshotter:
                 below = [layer] if layer.opaque else [layer, *below]
 
     async def _delete_layer(self, layer: Layer) -> None:
-        """It is no layer any more before this waits: nobody can begin to use it. If it cannot be moved, it is again.
+        """Delete a layer.
 
-        Once it is moved, its files are deleted also if the caller is cancelled.
+        1. It is removed from the layers before the first await, so nobody can begin to use it.
+        2. If its directory cannot be moved to staging, it becomes a layer again.
+        3. Once its directory is moved, its files are deleted also if the caller is cancelled.
         """
         del self._layers[layer.chain_id]
         unsettled = layer.chain_id in self._unsettled

@@ -1,8 +1,8 @@
 """The three calls of containerd's API that a kubelet's cAdvisor makes, so that its metrics have the names of pods.
 
 cAdvisor knows only containerd and CRI-O. It calls Version once at the kubelet's start, and Containers.Get and Tasks.Get
-for each cgroup whose name has 64 hexadecimal digits. The calls change nothing of pods and containers. All pods are in
-one namespace of containerd, so the namespace in a call's metadata is not looked at.
+for each cgroup whose name has 64 hexadecimal digits. The calls do not change pods or containers. All pods are in
+one namespace of containerd, so the daemon ignores the namespace in a call's metadata.
 """
 
 from __future__ import annotations

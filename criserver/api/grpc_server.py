@@ -28,10 +28,10 @@ from criserver.text import status
 
 log = structlog.get_logger(__name__)
 
-# Bytes of the largest message where the configuration has no say, as the kubelet has it.
+# Bytes of the largest message where the configuration does not set it. The kubelet has the same limit.
 MAX_MESSAGE = 16 << 20
 
-# More than a server of gRPC takes.
+# File descriptors: more than a gRPC server opens.
 _DESCRIPTORS = 16
 # Metadata by which a call joins its caller's trace (W3C Trace Context).
 _TRACE_HEADERS = ("traceparent", "tracestate")
@@ -115,7 +115,7 @@ class _Observed:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self.code is grpc.StatusCode.OK:
-            self.code = grpc.StatusCode.CANCELLED  # the caller has gone: no error of the RPC passes here
+            self.code = grpc.StatusCode.CANCELLED  # the caller has gone; the RPC's own errors do not come here
         if self.trace is not None:
             self.trace.answered(self.code.name, self.error)
         if not families.RPCS.is_on:

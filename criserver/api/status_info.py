@@ -1,7 +1,7 @@
 """The ``info`` of a verbose Status: what `crictl info` shows beside the conditions, under containerd's names.
 
 Installers and network plugins read some of these fields of containerd. docs/node-tools.md says who reads which one. A
-field that would be no fact here, such as containerd's ``sandboxImage``, is left out.
+field that has no meaning here, such as containerd's ``sandboxImage``, is left out.
 """
 
 from __future__ import annotations

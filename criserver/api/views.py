@@ -137,7 +137,7 @@ def image_name(sent: cri.ImageSpec) -> str:
 
 
 def _in_force(sent: cri.LinuxContainerResources, requested: Resources) -> cri.LinuxContainerResources:
-    """The limits as they were sent, with those that this node enforces otherwise."""
+    """The limits as they were sent. If this node enforces another value, that one replaces the sent value."""
     enforced, shown = in_force(requested, host.facts()), cri.LinuxContainerResources()
     shown.CopyFrom(sent)
     shown.cpu_period = enforced.cpu_period

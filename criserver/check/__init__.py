@@ -58,9 +58,9 @@ def run(config: Config, host: ExaminedNode) -> list[Finding]:
     return found
 
 
-def able(found: Iterable[Finding]) -> bool:
+def able(findings: Iterable[Finding]) -> bool:
     """Whether pods can run. Warnings do not prevent it."""
-    return not any(finding.level is Level.MISSING for finding in found)
+    return not any(finding.level is Level.MISSING for finding in findings)
 
 
 def _named(

@@ -110,15 +110,15 @@ _CHANGELOGS = {
 }
 
 
-def of(told: str) -> Iterator[Advisory]:
-    """The known faults of a program that prints ``told`` for --version; none if that is not a version."""
-    if (found := parse(told)) is not None:
+def of(output: str) -> Iterator[Advisory]:
+    """The known faults of a program that prints ``output`` for --version; none if that is not a version."""
+    if (found := parse(output)) is not None:
         yield from (one for one in TABLE if one.program == found[0] and one.of(found[1]))
 
 
-def parse(told: str) -> tuple[str, ProgramVersion] | None:
-    """The name and version in the text ``told`` that a program prints for --version; None if they are not in it."""
-    found = _TOLD.match(told)
+def parse(output: str) -> tuple[str, ProgramVersion] | None:
+    """The name and version in the text ``output`` that a program prints for --version; None if they are not in it."""
+    found = _TOLD.match(output)
     return (found[1], _version(found[2], found[3])) if found else None
 
 

@@ -15,7 +15,7 @@ from criserver.images.hosts import hosts_for, unknown_keys
 
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
-    """Faults of these files. Pods run all the same, as far as their images are here or are pulled without them."""
+    """Faults of these files. Pods whose images are on the node, or are pulled without these files, still run."""
     yield from _auth_file(host, config.registry_auth_file)
     files = 0
     for directory in filter(None, config.registry_config_path.split(":")):

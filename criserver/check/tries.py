@@ -142,17 +142,17 @@ def iptables(program: str) -> str | None:
 
 def version(program: str) -> str | None:
     """The first line that ``--version`` prints; None if it fails."""
-    done = _told([program, "--version"])
+    done = _run([program, "--version"])
     return _first(done.stdout) if done is not None else None
 
 
 def plugin_version(program: str) -> str | None:
     """The first line that a CNI plugin prints without a command; None if it fails."""
-    done = _told([program], {name: value for name, value in os.environ.items() if not name.startswith("CNI_")})
+    done = _run([program], {name: value for name, value in os.environ.items() if not name.startswith("CNI_")})
     return _first(done.stderr or done.stdout) if done is not None else None
 
 
-def _told(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str] | None:
+def _run(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str] | None:
     try:
         done = subprocess.run(
             command,

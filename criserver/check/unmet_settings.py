@@ -1,4 +1,4 @@
-"""What the configuration gives to pods and containers, and this node does not have.
+"""Settings that give pods and containers something that this node does not have.
 
 A daemon starts with such settings, and the pods that they are for fail one by one.
 """
@@ -75,15 +75,15 @@ def _pod_defaults(host: ExaminedNode, config: Config) -> Iterator[Finding]:
             continue
         if not host.exists(f"/proc/sys/{path}") and not set(_OF_INTERFACES) & set(path.split("/")):
             yield missing(
-                f"runtime.default_sysctls has {name}, and this kernel does not: no pod starts that has its namespace "
-                "for itself",
+                f"runtime.default_sysctls has {name}, and this kernel does not: pods that have its namespace for "
+                "themselves do not start",
                 "take it out of the configuration, or load the module of the kernel that has it",
             )
     for outside, inside in given.mounts:
         if not host.exists(outside):
             yield missing(
-                f"runtime.default_mounts has {outside}, which is not there: no container starts that mounts nothing "
-                f"else at {inside}",
+                f"runtime.default_mounts has {outside}, which does not exist: containers do not start, except those "
+                f"that mount something else at {inside}",
                 f"make {outside}, or take it out of the configuration",
             )
     most = host.read(_MOST_OPEN_FILES)

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except OSError as e:
         if options is not None and options.run is _serve:
-            raise  # a fault of the daemon, whose log is to have the traceback
+            raise  # a fault of the daemon: its log needs the traceback
         # Standard output is a closed pipe or a full device, or a file of the operator's cannot be used.
         print(f"criserver: {os_words(e)}", file=sys.stderr)
         _give_up_output()
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _give_up_output() -> None:
-    """Let the interpreter's end not fail again for what standard output still has to write."""
+    """Redirect standard output, or the interpreter fails again at its end, when it writes what is left."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

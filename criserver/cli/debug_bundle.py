@@ -89,59 +89,59 @@ def bundle(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fill(made: _Bundle, options: argparse.Namespace) -> None:
+def _fill(bundle: _Bundle, options: argparse.Namespace) -> None:
     config: Config | None = None
-    with made.part("configuration"):
+    with bundle.part("configuration"):
         config = configuration(options)
-        made.add("config/effective.toml", text_without_secrets(text(settings(options))))
+        bundle.add("config/effective.toml", text_without_secrets(text(settings(options))))
     main = config_path(options)
     for file in (main, *sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(main)), "conf.d", "*.toml")))):
-        with made.part(file):
-            _add_file(made, f"config/{os.path.basename(file)}", file)
-    with made.part("versions"):
-        made.add("versions.txt", _versions(config))
+        with bundle.part(file):
+            _add_file(bundle, f"config/{os.path.basename(file)}", file)
+    with bundle.part("versions"):
+        bundle.add("versions.txt", _versions(config))
     if config is not None:
         for file in sorted(glob.glob(os.path.join(glob.escape(config.cni_conf_dir), "*.conf*"))):
-            with made.part(file):
-                _add_cni(made, file)
-    with made.part("daemon"):
-        _ask(made, address(options))
+            with bundle.part(file):
+                _add_cni(bundle, file)
+    with bundle.part("daemon"):
+        _ask(bundle, address(options))
     if os.path.isdir("/run/systemd/system"):
-        with made.part("journal"):
+        with bundle.part("journal"):
             command = ["journalctl", "--no-pager", f"--unit={_UNIT}", f"--lines={_JOURNAL_LINES}", "--output=short-iso"]
-            made.add("journal.txt", text_without_secrets(_output(command)))
+            bundle.add("journal.txt", text_without_secrets(_output(command)))
 
 
-def _ask(made: _Bundle, address: str) -> None:
+def _ask(bundle: _Bundle, address: str) -> None:
     with connected(address) as channel:
         # A daemon that hangs does not answer this one either.
         method(channel, RUNTIME, "Version")(cri.VersionRequest(), timeout=_PATIENCE)
-        with made.part("status"):
-            made.add_document("status.json", status_document(channel, address, stacks=True))
-        with made.part("disk use"):
-            made.add_document("disk.json", as_json(method(channel, ADMIN, "DiskUse")(admin.DiskUseRequest())))
-        with made.part("traces"):
-            made.add_document("trace.json", as_json(method(channel, ADMIN, "Trace")(admin.TraceRequest())))
+        with bundle.part("status"):
+            bundle.add_document("status.json", status_document(channel, address, stacks=True))
+        with bundle.part("disk use"):
+            bundle.add_document("disk.json", as_json(method(channel, ADMIN, "DiskUse")(admin.DiskUseRequest())))
+        with bundle.part("traces"):
+            bundle.add_document("trace.json", as_json(method(channel, ADMIN, "Trace")(admin.TraceRequest())))
         pods, containers = listed(channel)
         for kind, found in (("pods", pods), ("containers", containers)):
             for item in found:
-                with made.part(f"{kind}/{item.id}"):
+                with bundle.part(f"{kind}/{item.id}"):
                     answer = method(channel, ADMIN, "Inspect")(admin.InspectRequest(id=item.id))
-                    made.add_document(f"{kind}/{item.id}.json", json.loads(answer.document))
+                    bundle.add_document(f"{kind}/{item.id}.json", json.loads(answer.document))
 
 
-def _add_file(made: _Bundle, name: str, path: str) -> None:
+def _add_file(bundle: _Bundle, name: str, path: str) -> None:
     with open(path, errors="replace") as f:
-        made.add(name, text_without_secrets(f.read()))
+        bundle.add(name, text_without_secrets(f.read()))
 
 
-def _add_cni(made: _Bundle, path: str) -> None:
+def _add_cni(bundle: _Bundle, path: str) -> None:
     name = f"cni/{os.path.basename(path)}"
     try:
         with open(path) as f:
-            made.add_document(name, json.load(f))
+            bundle.add_document(name, json.load(f))
     except ValueError:
-        _add_file(made, name, path)
+        _add_file(bundle, name, path)
 
 
 def _versions(config: Config | None) -> str:

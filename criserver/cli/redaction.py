@@ -1,7 +1,8 @@
 """Secrets are taken out of what goes into a bug report.
 
-What a container's environment has is always replaced. Elsewhere a value is replaced whose name says that it is secret,
-and the user and password of a URL. So a secret under a name that says nothing stays: the operator is told to look.
+1. The values of a container's environment are always replaced.
+2. Elsewhere a value is replaced if its name says that it is secret. So are the user and the password of a URL.
+3. A secret under another name stays. The command tells the operator to read the file before sending it.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def uses(pods: Sequence[cri.PodSandboxStats], before: _Readings, *, containers: 
             found.append(_use(pod.attributes.id, name, "", pod.linux, before, processes, sum(layers)))
             continue
         for container, layer in zip(pod.linux.containers, layers, strict=True):
-            if container.HasField("cpu"):  # of one that does not run there is nothing to tell
+            if container.HasField("cpu"):  # one that does not run uses nothing
                 of = container.attributes
                 found.append(_use(of.id, name, of.metadata.name, container, before, None, layer))
     return found

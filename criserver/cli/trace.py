@@ -132,7 +132,7 @@ def _print_calls(calls: Sequence[admin.TracedCall]) -> None:
         code = Cell("under way", "yellow") if call.under_way else Cell(call.code, "red" if call.error else "")
         began = time.strftime("%H:%M:%S", time.localtime(call.at / 1e9))
         subject = short(about.get("container") or about.get("sandbox", "")) or "-"
-        whole = {part.parent for part in call.parts}  # what has parts itself tells less than these
+        whole = {part.parent for part in call.parts}  # a part with parts of its own says less than those do
         parts = (part for number, part in enumerate(call.parts) if number not in whole)
         longest = max(parts, key=lambda part: part.seconds, default=None)
         words = "-" if longest is None else f"{_shortened(longest.name)} {_milliseconds(longest.seconds)}"

@@ -118,8 +118,8 @@ def _flat(table: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]
             yield (*above, name), value
 
 
-def _merge(base: dict[str, Any], given: Mapping[str, Any], origins: dict[Key, str], path: str, above: Key = ()) -> None:
-    for name, value in given.items():
+def _merge(base: dict[str, Any], added: Mapping[str, Any], origins: dict[Key, str], path: str, above: Key = ()) -> None:
+    for name, value in added.items():
         key = (*above, name)
         if isinstance(value, dict):
             # The options of a shim may be of any type, also of another one than in an earlier file.
@@ -153,12 +153,12 @@ def _read(path: str) -> dict[str, Any]:
         raise InvalidArgumentError(f"configuration {path} is not valid TOML: {e}") from e
 
 
-def _check(path: str, given: dict[str, Any], *, complete: bool = True) -> None:
+def _check(path: str, tables: dict[str, Any], *, complete: bool = True) -> None:
     # Imported here: a daemon without a configuration file saves its memory.
     import jsonschema
 
     schema = json.loads(files("criserver.config").joinpath("schema.json").read_text())
-    for error in jsonschema.Draft202012Validator(schema).iter_errors(given):
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(tables):
         if complete or error.validator not in ("required", "anyOf"):
             raise InvalidArgumentError(f"configuration {path}: {_explain(schema, error)}; {_ADVICE}")
 

@@ -72,7 +72,8 @@ class Archive:
         self._members: dict[str, Member] = {}
         self._digests: dict[str, str] = {}  # the members of blobs that are not where a layout has them
         self._manifests: dict[str, bytes] = {}
-        # What Docker's format has no descriptors of. A layer that is not compressed has none of its own.
+        # Docker's format has no descriptors, so they are made here. None stands for a layer that is not compressed: its
+        # descriptor has the diff ID.
         self._configs: dict[Member, tuple[Descriptor, tuple[str, ...]]] = {}
         self._layers: dict[Member, Descriptor | None] = {}
 
@@ -240,7 +241,7 @@ def _name_of(entry: Descriptor) -> str:
 
 
 def _whole(name: str) -> str:
-    """A name that is none of a tag alone: Docker's default tag makes it whole."""
+    """A name with a tag: Docker's default tag for a name without one."""
     return name if is_whole(name) else f"{name}:latest"
 
 
@@ -261,11 +262,11 @@ def _without_repeats(named: dict[str, list[Descriptor]]) -> list[ArchivedImage]:
     return list(images.values())
 
 
-def _texts(found: object) -> list[str] | None:
+def _texts(value: object) -> list[str] | None:
     """A list of texts, which may be null; None if it is something else."""
-    if found is None:
+    if value is None:
         return []
-    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
 
 
 def _oci_manifest(config: Descriptor, layers: list[Descriptor]) -> bytes:

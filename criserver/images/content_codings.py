@@ -28,7 +28,7 @@ class Decoder:
         self._inflater = zlib.decompressobj(_WINDOW_BITS[coding])
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """The next content. Raises DataLossError for what has not the coding."""
+        """The next content. Raises DataLossError for bytes that do not have the coding."""
         try:
             while data:
                 if self._inflater.eof:
@@ -40,7 +40,7 @@ class Decoder:
 
 
 def decoded(body: bytes, coding: str, limit: int, what: str) -> bytes:
-    """A small body without its coding; as it is, if it has not that coding.
+    """A small body without its coding. A body that does not have that coding is returned as it is.
 
     Raises InvalidArgumentError if it is larger than ``limit`` bytes.
     """

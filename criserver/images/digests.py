@@ -30,9 +30,9 @@ def new_hash(like: str = "") -> _Hash:
     return ALGORITHMS.get(algorithm(like), ALGORITHMS[CANONICAL])()
 
 
-def written(found: _Hash) -> str:
+def written(computed: _Hash) -> str:
     """What a hash has found, as descriptors write it."""
-    return f"{found.name}:{found.hexdigest()}"
+    return f"{computed.name}:{computed.hexdigest()}"
 
 
 def digest_of(data: bytes, like: str = "") -> str:

@@ -16,7 +16,8 @@ from criserver.images.redirects import MAX_REDIRECTS, is_redirect, is_upgrade, r
 from criserver.images.registry_errors import refusal
 from criserver.images.transport import Transport
 
-# To the 401s of a server: the first says what the server wants, the second may be for a token that has expired.
+# How many times a 401 of one server is answered. The first 401 says what the server wants. The second may be for an
+# expired token.
 _MAX_ANSWERS = 2
 _SUCCESS = frozenset({200, 201, 202, 203, 206})
 

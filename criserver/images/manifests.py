@@ -292,19 +292,19 @@ def _media_type(text: object) -> str:
     return str(text or "").partition(";")[0].strip().lower()
 
 
-def _descriptor(found: Mapping[str, Any]) -> Descriptor:
+def _descriptor(entry: Mapping[str, Any]) -> Descriptor:
     return Descriptor(
-        _media_type(found.get("mediaType")),
-        found.get("digest", ""),
-        int(found.get("size", 0)),
-        _platform(found["platform"]) if "platform" in found else None,
-        found.get("annotations", {}),
-        _media_type(found.get("artifactType")),
+        _media_type(entry.get("mediaType")),
+        entry.get("digest", ""),
+        int(entry.get("size", 0)),
+        _platform(entry["platform"]) if "platform" in entry else None,
+        entry.get("annotations", {}),
+        _media_type(entry.get("artifactType")),
     )
 
 
-def _platform(found: Mapping[str, Any]) -> Platform:
-    return normalized(found.get("os", ""), found.get("architecture", ""), found.get("variant", ""))
+def _platform(entry: Mapping[str, Any]) -> Platform:
+    return normalized(entry.get("os", ""), entry.get("architecture", ""), entry.get("variant", ""))
 
 
 EMPTY_LAYER = Descriptor(OCI_LAYER, f"sha256:{hashlib.sha256(EMPTY_TAR).hexdigest()}", len(EMPTY_TAR))

@@ -14,7 +14,8 @@ from criserver.errors import FailedPreconditionError
 from criserver.numbers import decimal
 
 _PORTS = {"http": 80, "https": 443}
-# The second is the first with names that the proxy resolves, which programs in Go leave to it anyway.
+# In curl, socks5 means that the client resolves names, and socks5h that the proxy does. For programs in Go the proxy
+# resolves them in both cases, and here too.
 SOCKS = ("socks5", "socks5h")
 
 

@@ -202,10 +202,10 @@ class RegistryClient:
             last = list(failures.values())[-1]
             if not again or not isinstance(last, UnavailableError) or not await retries.wait(max(again.values())):
                 kind = UnavailableError if isinstance(last, UnavailableError) else type(last)
-                raise kind(f"{self.name}: {self._told(failures)}") from last
+                raise kind(f"{self.name}: {self._all_errors(failures)}") from last
             asked = list(again)
 
-    def _told(self, failures: Mapping[RegistryHost, CriError]) -> str:
+    def _all_errors(self, failures: Mapping[RegistryHost, CriError]) -> str:
         """The errors of all hosts, the one that says most first."""
         asked_without_tls = {self._hosts[self._hosts.index(host) - 1] for host in failures if host.fallback}
         hosts = [host for host in failures if host not in asked_without_tls]

@@ -33,7 +33,7 @@ async def refusal(
     ``ranged`` says that a part of a blob was asked for. DataLossError is for a host that does not send that part, but
     may send the whole.
     """
-    words = await _words(response)
+    words = await _reason(response)
     answer = f"{path}: {response.status} {response.reason or ''}".rstrip() + (f" ({words})" if words else "")
     if server.anonymous:
         answer += f" from {server.url}, to which the registry redirects"
@@ -60,7 +60,7 @@ async def refusal(
             return UnavailableError(answer)
 
 
-async def _words(response: aiohttp.ClientResponse) -> str:
+async def _reason(response: aiohttp.ClientResponse) -> str:
     """The reason that the registry gives for a refusal, "" if there is none.
 
     It is the first error of a document (OCI distribution-spec, "Error Codes"), or plain text. An answer that cannot be

@@ -114,8 +114,8 @@ def wanted_by(challenge: Challenge, host: RegistryHost, scopes: Iterable[str]) -
         secure = (realm.with_port(None) if realm.is_default_port() else realm).with_scheme("https")
         if not secure.is_default_port() and secure.authority != host.authority:
             raise UnauthenticatedError(
-                f"wants a token from {text!r}, over plain HTTP, though it is asked over TLS itself: correct the realm "
-                "in the registry's configuration"
+                f"wants a token from {text!r}, over plain HTTP, although the registry itself has TLS: correct the "
+                "realm in the registry's configuration"
             )
         realm = secure
     asked = challenge.parameters.get("scope", "").split()[:_MAX_SCOPES]

@@ -50,7 +50,7 @@ class Transport:
         self._contexts: dict[tuple[RegistryHost, bool], ssl.SSLContext] = {}
         self._proxies = Proxies(os.environ)
 
-        # By the SOCKS proxy behind which its connections are, "" for those without one.
+        # One session for each SOCKS proxy, by the proxy's URL; "" is the session for connections without one.
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> Self:

@@ -12,7 +12,7 @@ from criserver.text import quoted
 
 REQUIRED_PLUGINS = "required-plugins.noderesource.dev"
 
-# As a pod's annotation says yes or no: what Go's strconv.ParseBool takes.
+# The words for yes and no in an annotation: those that Go's strconv.ParseBool takes.
 _YES = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _NO = frozenset({"0", "f", "F", "FALSE", "false", "False"})
 

@@ -8,7 +8,7 @@ from criserver.errors import FailedPreconditionError
 from criserver.pb.nri.v1alpha1 import api_pb2 as nri
 from criserver.text import quoted
 
-# Before the name of what a plugin removes, and before the name of the plugin that has removed a field.
+# This mark stands before the name of what a plugin removes, and before the name of a plugin that has removed a field.
 REMOVAL = "-"
 Field = nri.Field
 

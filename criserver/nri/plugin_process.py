@@ -15,7 +15,8 @@ from criserver.nri.plugin_files import PluginFile
 
 log = structlog.get_logger(__name__)
 
-# Seconds before the next start. The pause doubles, and is the first again after a run as long as the last one.
+# Seconds before the next start: the first pause and the longest one. Each pause is twice the last one. After a run as
+# long as the longest pause, the pauses begin again with the first.
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
 
 Serve = Callable[[PluginFile, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -38,7 +39,7 @@ async def keep_running(file: PluginFile, serve: Serve) -> None:
 
 
 async def _run(file: PluginFile, serve: Serve) -> None:
-    """One life of the plugin. Raises OSError where it cannot be started."""
+    """Start the plugin and wait for its end. Raises OSError where it cannot be started."""
     ours, theirs = socket.socketpair()
     try:
         with theirs:

@@ -1,4 +1,4 @@
-"""The socket that plugins connect to. It is all there is of NRI until one does."""
+"""The socket that plugins connect to. Until a plugin connects, the daemon has nothing else of NRI in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why an adjustment cannot be had: of this node's kernel, its OCI runtime, or of any."""
+"""Why an adjustment cannot be made: the kernel or the OCI runtime of this node, or of every node, does not have it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _VERSION_1_CPU = {"realtimeRuntime": "CPURealtimeRuntime", "realtimePeriod": "CP
 
 
 class AdjustmentFault(NamedTuple):
-    """A part of an adjustment that cannot be had: the name of its NRI field, its key or "", and the reason."""
+    """A part of an adjustment that cannot be made: the name of its NRI field, its key or "", and the reason."""
 
     field: str
     key: str
@@ -119,11 +119,11 @@ def resource_faults(asked: Mapping[str, Any], host: HostFacts) -> Iterator[Adjus
     memory, cpu = asked.get("memory", {}), asked.get("cpu", {})
     if "kernel" in memory:
         yield AdjustmentFault(
-            "MemKernelLimit", "", "OCI runtimes ignore a limit of the kernel's memory, which Linux has no more"
+            "MemKernelLimit", "", "OCI runtimes ignore a limit of kernel memory, which Linux does not have any more"
         )
     if memory.get("useHierarchy") is False:
         yield AdjustmentFault(
-            "MemUseHierarchy", "", "Linux counts the memory of a cgroup with that of its children always"
+            "MemUseHierarchy", "", "Linux always counts the memory of a cgroup's children with its own"
         )
     if host.unified_cgroups:
         for name, (nri_field, nothing) in _VERSION_1_MEMORY.items():

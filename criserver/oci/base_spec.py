@@ -17,7 +17,7 @@ from snapshotter import files
 # Bytes.
 _MAX_FILE = 1 << 20
 
-# A base has no say in these: without them a container is unconfined, as the kubelet asked for it.
+# A base cannot set these. A container without them is unconfined, because the kubelet asked for that.
 _SECURITY = {"process": ("apparmorProfile", "selinuxLabel"), "linux": ("seccomp", "mountLabel", "rootfsPropagation")}
 
 

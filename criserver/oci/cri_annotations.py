@@ -49,7 +49,7 @@ def of_sandbox(pod: PodConfig, sandbox_id: str, pod_patterns: Iterable[str]) -> 
 
 
 def shm_size(pod: PodConfig, pod_patterns: Iterable[str]) -> int | None:
-    """The size of /dev/shm in bytes that the pod's annotation asks for; None if none does that the handler allows.
+    """The size of /dev/shm in bytes that a pod's annotation asks for. None without one that the handler allows.
 
     The annotation is CRI-O's. Raises InvalidArgumentError for a value that is not a number with one of k, m, g or Ki,
     Mi, Gi. As in CRI-O all of them are powers of 1024.

@@ -11,8 +11,9 @@ containerd this is the pause container. A pod has no process of its own here, so
    cAdvisor asks for the process again.
 4. A pod with a process of its own (see Sandbox.has_infra) has a cgroup with the right name already.
 5. A pod in the node's network has no network of its own, and no such cgroup.
-6. A daemon may end between the end of the container and step 3. The next daemon makes up for it.
-7. The cgroup is removed with the pod. The kubelet may have made its parent, so that is not enough.
+6. A daemon may end between the end of the container and step 3. The next daemon does step 3 then.
+7. The cgroup is removed with the pod. This is a step of its own, because a parent that the kubelet has
+   made stays.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def owner() -> str:
 
 
 async def report(running: Awaitable[Done], name: str) -> dict[str, Any] | None:
-    """The JSON object that a program prints which is ``running``; None if it fails, or prints none or an empty one.
+    """The JSON object that a program prints. None if the program fails, or prints no object or an empty one.
+
+    ``running`` is the program's run, as :func:`run` begins it.
 
     Raises UnavailableError, with the ``name`` of the program, if it may answer later: it hangs, was killed, or cannot
     be started now.

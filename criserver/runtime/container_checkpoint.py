@@ -1,4 +1,4 @@
-"""CheckpointContainer: a running container's processes and changed files are written to an archive; it runs on.
+"""CheckpointContainer: a running container's processes and changed files are written to an archive. It goes on.
 
 The kubelet's checkpoint API calls it (forensic container checkpointing). The OCI runtime has criu dump the processes.
 The operator writes further options of criu (tcp-established) into /etc/criu/runc.conf, which runc reads.
@@ -6,7 +6,7 @@ The operator writes further options of criu (tcp-established) into /etc/criu/run
 The container is frozen before the dump and thawed when its changed files are copied, so that both show one moment. One
 blocking function in a thread does all of that: a task could be cancelled before it has thawed the container. The
 checkpoint's directory below the root is its intention: start-up thaws the container of each that it finds. If a
-checkpoint cannot be undone, as for want of a descriptor, that is tried again until it is done.
+checkpoint cannot be undone, such as when no descriptor is left, that is tried again until it is done.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
         cgroups.freeze(cgroups.path(container.parent_cgroup(sandbox), container.id), wait)
         with operations.RUNTIME.timed(runtime.handler, "checkpoint"):
             if _run(directory, wait, *command):
-                words = _words(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
+                words = _criu_errors(os.path.join(content, "dump.log"), os.path.join(directory, "output"))
                 raise FailedPreconditionError(f"criu cannot dump container {container.id}: {words}")  # noqa: TRY301 - undone below
         deleted = checkpoint_archive.write_diff(upper, diff, sandbox.config.namespaces.user, wait)
     except BaseException:
@@ -266,7 +266,7 @@ def _undo(node: Node, container: Container) -> None:
 
 
 def _thaw(node: Node, container: Container) -> None:
-    """Thaw a container. A shortage of a moment, such as of descriptors, is waited for. Raises as :func:`_undo`."""
+    """Thaw a container. If the node lacks something, such as descriptors, try again a few times. Raises as _undo."""
     parent = container.parent_cgroup(node.records.sandbox(container.sandbox_id))
     for pause in (*_THAW_PAUSES, None):
         try:
@@ -285,7 +285,7 @@ def _check_criu(directory: str, wait: Callable[..., None]) -> None:
     if shutil.which("criu") is None:
         raise FailedPreconditionError("CheckpointContainer needs criu: install the package criu")
     if _run(directory, wait, "criu", "check"):
-        words = _words(os.path.join(directory, "output"))
+        words = _criu_errors(os.path.join(directory, "output"))
         raise FailedPreconditionError(f"criu cannot work on this node; is it older than the kernel? It says: {words}")
 
 
@@ -311,7 +311,7 @@ def _run(directory: str, wait: Callable[..., None], *command: str) -> int:
     return code
 
 
-def _words(*paths: str) -> str:
+def _criu_errors(*paths: str) -> str:
     """criu's first errors, of the first file that has any: they cause the others. Else the last line of the files."""
     last = ""
     for path in paths:

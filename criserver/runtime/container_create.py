@@ -27,7 +27,7 @@ from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec, SpecDefaults
 from criserver.oci.spec_mounts import check_mounts, own_paths
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, bundle, cgroups, filesystems, host, node_defaults, pidfd, selinux
+from criserver.runtime import apparmor, bundle_adjustment, cgroups, filesystems, host, node_defaults, pidfd, selinux
 from criserver.runtime.container_log import prepare_log
 from criserver.runtime.ignored import log_ignored
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -102,7 +102,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
             user, document = await _prepare(node, sandbox, container, image, defaults, of_node, filter_, profile, edits)
             adjusted = await node.plugins.create_container(container, document)
             if adjusted is not None:
-                container = await bundle.adjust(node, sandbox, container, document, adjusted)
+                container = await bundle_adjustment.adjust(node, sandbox, container, document, adjusted)
             created = dataclasses.replace(container, state=ContainerState.CREATED, user=user)
             created = await node.records.save(created)
             await node.plugins.container_created(created)

@@ -50,7 +50,7 @@ _GONE_PATIENCE = 2.0
 _SHIM_PATIENCE = 5.0
 # The time that the kernel has to end killed processes. It takes milliseconds, unless they wait for a dead disk.
 END_TIMEOUT = 5.0
-# How long to wait before the kernel is asked again that could not answer, for want of a descriptor or of memory.
+# Seconds before the daemon asks the kernel again, after it had no descriptor or no memory left for the question.
 _ASK_AGAIN = 1.0
 
 # Why a start was ended early, for its caller and for the record.
@@ -274,7 +274,7 @@ class ContainerProcess:
 
     def _on_close(self) -> None:
         if self._killing:
-            # The shim may have ended with the signal in its hands.
+            # The shim may have ended before it sent the signal.
             with suppress(OSError):
                 self.signal(signal.SIGKILL)
         self.without_shim()
@@ -284,7 +284,7 @@ class ContainerProcess:
     def signal(self, number: int) -> None:
         """Send a signal to the process; one that has ended is no error. Needs no answer of the shim.
 
-        Raises OSError where the kernel cannot say whether it runs, as for want of a descriptor.
+        Raises OSError where the kernel cannot say whether it runs, such as when no descriptor is left.
         """
         if self.runtime.has_signals and self.shim.connected:
             # The process may be in a virtual machine, and the PID that of the machine.
@@ -358,7 +358,7 @@ class ContainerProcess:
             if not self.exited.is_set():
                 self._find_end()
         except OSError as e:
-            # A process of which nothing can be seen, as for want of a descriptor, has not ended for that.
+            # Without a descriptor, for example, nothing can be seen of a process. That does not mean that it has ended.
             log.warning("it cannot be seen now whether a process has ended", owner=self.id, error=str(e))
             asyncio.get_running_loop().call_later(_ASK_AGAIN, self.without_shim)
         if self.exited.is_set() and not self._gone.is_set():

@@ -157,7 +157,7 @@ class ContainerShim:
         return True
 
     def abandon(self) -> None:
-        """Let go of the shim without another word: it is to be ended, or another daemon takes it over."""
+        """Close the connection and send nothing more: the shim is to be ended, or another daemon takes it over."""
         self._abandoned = True
         if self._link is not None:
             self._link.abandon()

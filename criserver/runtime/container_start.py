@@ -77,8 +77,8 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
 async def fail(node: Node, process: ContainerProcess, reason: str) -> None:
     """End a start, and let its container be exited.
 
-    If it cannot be ended, as for want of a descriptor, that is tried again until it is done. The container is STARTING
-    until then.
+    If it cannot be ended, such as when no descriptor is left, that is tried again until it is done. The container is
+    STARTING until then.
     """
 
     async def end() -> None:

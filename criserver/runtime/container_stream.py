@@ -264,7 +264,7 @@ async def _resize(streams: CommandStreams, terminal: int, process: ContainerProc
             with suppress(OSError):  # a terminal that is gone has no size
                 fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
         else:
-            with suppress(CriError):
+            with suppress(CriError):  # the command or its shim has ended
                 shim = process.shim
                 await shim.request({"op": "resize", "console": console, "width": size.width, "height": size.height})
 

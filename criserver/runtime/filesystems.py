@@ -58,7 +58,7 @@ def make_directory(node: Node, key: str, config: PodConfig) -> str:
     """Make a container's directory with a mount point for its root file system, and return the mount point.
 
     Only root can open the directory: it contains environment variables, and set-user-ID programs of images. The root
-    user of a user namespace may pass through it to its root file system, but not list it (see passage.py).
+    user of a user namespace may pass through it to its root file system, but not list it (see userns_access.py).
     """
     directory, rootfs = node.container_dir(key), node.rootfs(key)
     files.make_private(os.path.dirname(directory))

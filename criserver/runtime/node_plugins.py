@@ -2,8 +2,8 @@
 
 The events come in the order of the protocol: RunPodSandbox, CreateContainer, PostCreateContainer, StartContainer,
 PostStartContainer, UpdateContainer, PostUpdateContainer, StopContainer once, RemoveContainer, StopPodSandbox once,
-RemovePodSandbox. A container's own end is a StopContainer too. The events that begin something can fail it; the errors
-of the others are logged. No operation waits until plugins have taken a Post event.
+RemovePodSandbox. A container's own end is a StopContainer too. An error of an event that begins something fails it. The
+errors of the others are logged. No operation waits until plugins have taken a Post event.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 
 
 class PluginEvents(Protocol):
-    """The events, where there may be plugins. Each changes what is known, as it is the plugins' turn."""
+    """The events, where there may be plugins. Each also changes ``NodePlugins.known``, while it holds the turn."""
 
     @property
     def idle(self) -> bool:

@@ -31,7 +31,7 @@ def read_from(node: Node) -> None:
     families.THREADS.read(lambda: {(): threading.active_count()})
 
 
-def _by_state(states: Iterable[State], found: Iterable[State]) -> dict[Labels, float]:
+def _by_state(states: Iterable[State], records: Iterable[State]) -> dict[Labels, float]:
     """The number of records in each state, also 0."""
-    numbers = Counter(found)
+    numbers = Counter(records)
     return {(state.value.replace("-", "_"),): numbers[state] for state in states}

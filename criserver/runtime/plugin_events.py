@@ -226,7 +226,7 @@ class PluginCalls:
 
     async def _view(self, container: Container) -> nri.Container:
         current = self._node.records.containers.get(container.id, container)
-        view = nri.Container.FromString(await self._made(current))
+        view = nri.Container.FromString(await self._spec_view(current))
         set_status(view, current)
         # A process that starts is known before its record says so.
         process = self._node.processes.get(container.id)
@@ -234,7 +234,7 @@ class PluginCalls:
             view.pid = process.started.pid
         return view
 
-    async def _made(self, container: Container) -> bytes:
+    async def _spec_view(self, container: Container) -> bytes:
         """The view of a container with its spec, which is read again once it changes."""
         path = self._spec_path(container)
         version = _version(path)

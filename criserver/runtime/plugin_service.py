@@ -1,4 +1,4 @@
-"""The door for plugins of the node (NRI): the socket, and the plugins that the daemon starts itself.
+"""How plugins of the node (NRI) come to the daemon: by its socket, or because the daemon starts them.
 
 What plugins need is imported when the first one comes, so a node without plugins has only a listening socket.
 """

@@ -12,7 +12,7 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.records import Container, Sandbox
 
 _STATES = {
-    # Only plugins see one that is being made, as what it will be.
+    # Callers do not see a container that is being made, but plugins do: as one that is created.
     ContainerState.CREATING: nri.CONTAINER_CREATED,
     ContainerState.CREATED: nri.CONTAINER_CREATED,
     ContainerState.STARTING: nri.CONTAINER_CREATED,

@@ -26,13 +26,13 @@ from criserver.runtime import (
     container_create,
     container_start,
     filesystems,
-    passage,
     pidfd,
     process_records,
     sandbox_files,
     sandbox_run,
     selinux,
     strays,
+    userns_access,
 )
 from criserver.runtime.container_checkpoint import checkpoints, recover_checkpoint
 from criserver.runtime.container_process import END_TIMEOUT
@@ -65,7 +65,7 @@ def begin(node: Node) -> None:
     families.RECOVERY.add(len(node.records.containers), "container", "found")
     if any(s.config.namespaces.user is not None for s in node.records.sandboxes.values()):
         try:
-            passage.update(node)
+            userns_access.update(node)
         except (CriError, OSError) as e:
             log.exception("the way of user namespaces cannot be set", error=str(e))
     for sandbox in node.records.sandboxes.values():
@@ -250,7 +250,7 @@ async def _remove_pod(node: Node, name: str, cgroup: str, turn: asyncio.Semaphor
 async def _remove_container(node: Node, name: str, cgroup: str, turn: asyncio.Semaphore) -> None:
     """Remove a container without a record. ``cgroup`` is the path of its cgroup, "" if it has none."""
     async with turn:
-        # Its files are what shows at the next start that something of it is left.
+        # The files are deleted last: by them the next start finds that something of the container is left.
         if await _swept("a container", name, _end(node, name, cgroup)):
             await _swept("a checkpoint", name, recover_checkpoint(node, name))
             await _swept("a container's files", name, filesystems.discard(node, name))

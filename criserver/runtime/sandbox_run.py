@@ -23,7 +23,16 @@ from criserver.network import Attachment, PodNetwork, namespaces
 from criserver.network.sysctls import belongs, sysctl_path
 from criserver.oci import cri_annotations
 from criserver.oci.infra_spec import build_infra
-from criserver.runtime import apparmor, cgroups, filesystems, host, passage, process_records, sandbox_files, selinux
+from criserver.runtime import (
+    apparmor,
+    cgroups,
+    filesystems,
+    host,
+    process_records,
+    sandbox_files,
+    selinux,
+    userns_access,
+)
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin, pin_pids, pod_facts
@@ -97,7 +106,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
 
 
 async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = None) -> bool:
-    """Undo the making of a sandbox, after what is to be awaited ``before``. Returns whether nothing of it is left.
+    """Await ``before``, then undo the making of a sandbox. Returns whether nothing of it is left.
 
     If that fails, the sandbox is shown as not ready, and the kubelet stops and removes it.
     """
@@ -124,7 +133,7 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
             raise FailedPreconditionError(f"log_directory = {quoted(config.log_directory)}: {e.strerror}") from e
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
-        passage.update(node)
+        userns_access.update(node)
     with operations.POD_FILES.timed():
         await asyncio.to_thread(
             sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label, _shm_size(node, sandbox)

@@ -14,10 +14,10 @@ from criserver.runtime import (
     cadvisor_cgroup,
     cgroups,
     filesystems,
-    passage,
     pod_namespaces,
     process_records,
     sandbox_files,
+    userns_access,
 )
 from criserver.runtime.container_stop import kill
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -96,7 +96,7 @@ async def release(node: Node, sandbox: Sandbox, left: list[str] | None = None) -
     node.stats.networks.forget(pod_namespaces.network_pin(node, sandbox.id))
     await asyncio.to_thread(_remove_pins_and_files, node, sandbox)
     if sandbox.config.namespaces.user is not None:
-        passage.update(node, leaving=sandbox.id)
+        userns_access.update(node, leaving=sandbox.id)
     await cadvisor_cgroup.remove(node, sandbox)
     if sandbox.cgroup_owned:
         await cgroups.remove_pod(sandbox.cgroup_parent)

@@ -35,7 +35,7 @@ class ServerCertificate:
             self._state = self._look()
             self._context = self._read()
         except OSError as e:
-            raise FailedPreconditionError(self._words(e)) from e
+            raise FailedPreconditionError(self._message(e)) from e
 
     async def context(self) -> ssl.SSLContext:
         """The context for the next connection. Files that cannot be used are logged, and the last ones stay in use."""
@@ -53,7 +53,7 @@ class ServerCertificate:
             # The certificate and its key are replaced one after the other: the next connection tries again.
             if state != self._refused or not state:
                 self._refused = state
-                log.warning("streaming: the last certificate stays in use", error=self._words(e))
+                log.warning("streaming: the last certificate stays in use", error=self._message(e))
         return self._context
 
     def _look(self) -> _State:
@@ -69,7 +69,7 @@ class ServerCertificate:
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def _words(self, error: OSError) -> str:
+    def _message(self, error: OSError) -> str:
         keys = ", ".join(("tls_cert", "tls_key", "tls_ca")[: len(self._files)])
         where = error.filename or ", ".join(self._files)
         return f"the files of [streaming] {keys} cannot be used: {where}: {error.strerror or error}"

@@ -2,7 +2,7 @@
 
 Names and units follow Prometheus' conventions: base units (seconds, bytes), ``_total`` for counters. No label has the
 name of a pod, of a container or of an image: the kubelet serves these, and their number has no limit. The table of
-docs/metrics.md is printed by :mod:`criserver.telemetry.page`.
+docs/metrics.md is printed by :mod:`criserver.telemetry.metrics_page`.
 """
 
 from __future__ import annotations

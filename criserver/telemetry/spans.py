@@ -34,7 +34,7 @@ MAX_SPANS = 300
 _CALL_BYTES, _SPAN_BYTES = 700, 220
 _MAX_ERROR = 300
 
-# Calls that only look at something are not kept: there would be nothing else.
+# Calls that change nothing are not kept. There are so many of them that they would displace all others.
 KEPT = frozenset(
     {
         "CheckpointContainer",
@@ -152,7 +152,7 @@ class Trace:
         self.end_part()
 
     def end_part(self) -> None:
-        """One thing of it is no more under way."""
+        """One part of the call's work has ended."""
         self.open -= 1
         if self.open == 0:
             _under_way.pop(id(self), None)

@@ -60,8 +60,8 @@ class TraceExport:
     def __init__(self, endpoint: str, rate: int) -> None:
         self.configure(rate)
         self._ids = _TraceIds()
-        self._told = _Told(endpoint)
-        logging.getLogger("opentelemetry").addHandler(self._told)
+        self._sdk_failures = _SdkFailures(endpoint)
+        logging.getLogger("opentelemetry").addHandler(self._sdk_failures)
         resource = Resource.create({"service.name": "criserver", "service.version": __version__})
         # The SDK gets only calls that are sampled.
         self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False, id_generator=self._ids)
@@ -92,7 +92,7 @@ class TraceExport:
                 await in_loose_thread(self._provider.shutdown, "tracing-stop")
         except TimeoutError:
             log.warning("the last traces are lost: the collector did not take them in time")
-        logging.getLogger("opentelemetry").removeHandler(self._told)
+        logging.getLogger("opentelemetry").removeHandler(self._sdk_failures)
 
     def send(self, trace: Trace) -> None:
         """See CallExporter."""
@@ -137,7 +137,7 @@ class _TraceIds(RandomIdGenerator):
         return self.given
 
 
-class _Told(logging.Handler):
+class _SdkFailures(logging.Handler):
     """Puts what the SDK says of its failures into the daemon's log, once a minute: a collector may be down for days."""
 
     def __init__(self, endpoint: str) -> None:

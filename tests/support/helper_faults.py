@@ -64,7 +64,7 @@ class HelperFaults:
         fault = self._take_fault() if function == "posix_spawn" else ""
         if fault == "hanging":
             pid, _, actions, attributes, _, variables = arguments
-            words = program_start._words(_hanging())
+            words = program_start._string_array(_hanging())
             arguments = (pid, words[0], actions, attributes, words, variables)
         self._call_libc(function, *arguments)
         if fault in _SIGNALS:

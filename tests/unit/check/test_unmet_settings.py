@@ -90,7 +90,7 @@ def test_an_option_of_a_handler_is_graver_for_the_default(node: Examined, settin
     [
         ('default_sysctls = ["net.ipv4.no_such=1"]', Level.MISSING, "has net.ipv4.no_such, and this kernel does not"),
         ('default_sysctls = ["vm.swappiness=1"]', Level.MISSING, "does not belong to a namespace"),
-        ('default_mounts = ["/etc/none:/etc/in"]', Level.MISSING, "/etc/none, which is not there"),
+        ('default_mounts = ["/etc/none:/etc/in"]', Level.MISSING, "/etc/none, which does not exist"),
         ('default_ulimits = ["nofile=1024:1048577"]', Level.MISSING, "fs.nr_open (1048576)"),
         ('default_ulimits = ["nofile=-1"]', Level.MISSING, "fs.nr_open (1048576)"),
         ('hooks_dir = ["/etc/bad.d"]', Level.MISSING, "a.json is not valid JSON"),

@@ -8,7 +8,7 @@ import pytest
 
 from criserver.telemetry.families import TABLE
 from criserver.telemetry.instruments import Counter, Histogram, Instrument
-from criserver.telemetry.page import rows
+from criserver.telemetry.metrics_page import rows
 from tests.support.pages import ROOT
 
 
@@ -32,6 +32,6 @@ def test_names_units_and_labels_follow_the_conventions(family: Instrument) -> No
 
 
 def test_the_page_has_the_table() -> None:
-    """``python -m criserver.telemetry.page`` prints what has to be there."""
+    """``python -m criserver.telemetry.metrics_page`` prints what has to be there."""
     page = (ROOT / "docs/metrics.md").read_text()
     assert "\n".join(rows()) in page

@@ -1,4 +1,4 @@
-"""The tables of docs/metrics.md: ``python -m criserver.telemetry.page`` prints them."""
+"""The tables of docs/metrics.md: ``python -m criserver.telemetry.metrics_page`` prints them."""
 
 from __future__ import annotations
 

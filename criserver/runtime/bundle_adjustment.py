@@ -17,7 +17,7 @@ from criserver.runtime.spec_file import write_spec
 
 
 async def adjust(node: Node, sandbox: Sandbox, container: Container, document: Spec, adjusted: Adjusted) -> Container:
-    """Make what plugins change of a container to its spec, and to its record, which a status shows.
+    """Change the spec of a container as plugins ask for, and its record, which a status shows.
 
     Raises FailedPreconditionError for what this node or its OCI runtime cannot give, with the plugin's name.
     """
