@@ -93,9 +93,7 @@ def run_pod(base: str, channel: grpc.Channel) -> None:
     call(channel, "StartContainer", start, cri.StartContainerResponse)
     say(f"a container, created and started in {(time.monotonic() - began) * 1000:.0f} ms", container_id[:13])
 
-    time.sleep(0.3)
-    with open(f"{base}/logs/hello.log") as log:
-        say("its log", log.read().rstrip())
+    say("its log", lines_of(f"{base}/logs/hello.log", 2))
 
     ask = cri.ExecSyncRequest(container_id=container_id, cmd=["ps", "-o", "pid,user,args"], timeout=10)
     answer = call(channel, "ExecSync", ask, cri.ExecSyncResponse)
@@ -104,6 +102,17 @@ def run_pod(base: str, channel: grpc.Channel) -> None:
     call(channel, "StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=sandbox), cri.StopPodSandboxResponse)
     call(channel, "RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=sandbox), cri.RemovePodSandboxResponse)
     say("the pod", "stopped and removed")
+
+
+def lines_of(path: str, count: int) -> str:
+    """The text of a log once it has so many lines, or what it has after ten seconds."""
+    deadline = time.monotonic() + 10
+    while True:
+        with open(path) as log:
+            text = log.read().rstrip()
+        if text.count("\n") + 1 >= count or time.monotonic() > deadline:
+            return text
+        time.sleep(0.01)
 
 
 def call(channel: grpc.Channel, rpc: str, request: Any, response: Any, ready: bool = False) -> Any:

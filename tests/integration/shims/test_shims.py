@@ -424,6 +424,13 @@ def test_standard_input_stays_open_without_any_client(host: Host) -> None:
     assert container.finished()["code"] == 0
 
 
+def unread(fd: int) -> int:
+    """How many bytes are in a pipe."""
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
+
+
 def test_a_slow_client_gets_all_and_one_that_leaves_holds_nothing_up(host: Host) -> None:
     script = "cat; yes 0123456789 | head -c 3000000; exit 0"
     container = host.start("c", "sh", "-c", script, stdin=True)
@@ -434,8 +441,8 @@ def test_a_slow_client_gets_all_and_one_that_leaves_holds_nothing_up(host: Host)
         os.close(writer)
         readers.append(reader)
     container.client.ask("close-stdin")
-    time.sleep(0.2)  # the pipe that nobody reads gets full
-    os.close(readers[0])  # full, never read
+    eventually(lambda: unread(readers[0]) > 32 << 10)
+    os.close(readers[0])  # it was never read
     data = _read_all(readers[1])
     assert container.finished()["code"] == 0
     assert len(data) == 3_000_000

@@ -90,7 +90,7 @@ async def test_a_terminal_that_nobody_waits_for_any_more_is_closed(tmp_path: Pat
     before = descriptors()
     with closing(Console(str(tmp_path))) as console:
         arrival = asyncio.create_task(console.master())
-        await asyncio.sleep(0.01)  # the task waits for a connection
+        await asyncio.sleep(0)  # the task begins to wait for a connection
         await _let_go(arrival)
     assert descriptors() == before
     # The number of the listener's descriptor is another's next, and nothing is left that watches the old one.

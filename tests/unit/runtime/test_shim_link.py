@@ -93,7 +93,7 @@ async def test_an_answer_that_comes_with_the_end_of_its_time_counts() -> None:
 
 
 async def test_an_event_that_cannot_be_taken_does_not_cost_the_next() -> None:
-    """Both may come in one breath, and the next may be an exit."""
+    """Both may come at the same time, and the next may be an exit."""
     ours, theirs = socket.socketpair()
     taken: list[object] = []
 

@@ -213,7 +213,7 @@ def open_port(client: Spdy, number: int) -> None:
 
 
 @pytest.mark.parametrize("flags", [0, spdy_peer.UNIDIRECTIONAL, spdy_peer.UNIDIRECTIONAL | spdy_peer.FIN])
-async def test_a_stream_that_is_opened_and_reset_in_one_breath(serving: StreamingServer, pod: Pod, flags: int) -> None:
+async def test_a_stream_that_is_opened_and_reset_at_once(serving: StreamingServer, pod: Pod, flags: int) -> None:
     """And one on which only the client may speak. Other connections on the same one are not to notice."""
 
     def work(url: str) -> None:
