@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 
 _SHOWN = 200
-# What may be there again later: processes, memory, descriptors, space.
-_SHORT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# What may be there again later: processes, memory, descriptors. Then space, and a disk that fails now.
+_LACKS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_SHORT = (*_LACKS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class SnapshotError(Exception):
@@ -46,6 +47,17 @@ def is_temporary(error: BaseException) -> bool:
     if isinstance(error, HelperKilledError | HelperTimeoutError):
         return True
     return any(isinstance(e, OSError) and e.errno in _SHORT for e in (error, error.__cause__))
+
+
+def is_lack(error: OSError) -> bool:
+    """Whether the node lacks something now. Such an error says nothing of the file that it came from."""
+    return error.errno in _LACKS
+
+
+def raise_lack(error: OSError) -> None:
+    """Raise the error if the node lacks something now."""
+    if is_lack(error):
+        raise error
 
 
 def shown(name: bytes) -> str:

@@ -1,7 +1,8 @@
 """The program that compares a layer on disk with the blob that it came from, and ends.
 
-Its directory is the layer's, and its standard input is the blob. It prints one JSON object: ``differences`` by name, or
-``unread`` with the reason if the blob cannot be read. It changes nothing, and runs at the lowest priority.
+Its directory is the layer's, and its standard input is the blob. It prints one JSON object: ``differences`` by name,
+``unread`` with the reason if the blob cannot be read, or ``lack`` with an error number if the node lacks something.
+It changes nothing, and runs at the lowest priority.
 
 1. Compared are: that every entry is there and nothing else is, kinds, contents, targets of links, modes, owners, users'
    extended attributes, capabilities and whiteouts.
@@ -80,7 +81,7 @@ def main() -> None:
     except errors.SnapshotError as e:
         result = {"unread": str(e)}
     except OSError as e:
-        result = {"differences": [f"it cannot be read: {e.strerror}"]}
+        result = {"lack": e.errno} if errors.is_lack(e) else {"differences": [f"it cannot be read: {e.strerror}"]}
     sys.stdout.write(json.dumps(result))
     sys.stdout.flush()
 
@@ -237,7 +238,8 @@ def _xattrs(root: int, path: bytes, wanted: _Wanted) -> str:
             if is_kept(name):
                 try:
                     found = os.getxattr(fd, name)
-                except OSError:
+                except OSError as e:
+                    errors.raise_lack(e)
                     return f"has lost its attribute {errors.shown(name)}"
                 if found != value:
                     return f"has another {errors.shown(name)}"
@@ -257,7 +259,8 @@ def _has_content(root: int, path: bytes, wanted: _Wanted) -> bool:
             while at < end and (piece := os.pread(fd, min(_PIECE, end - at), at)):
                 digest.update(piece)
                 at += len(piece)
-    except OSError:
+    except OSError as e:
+        errors.raise_lack(e)
         return False
     finally:
         os.close(fd)
@@ -275,7 +278,8 @@ def _target(root: int, path: bytes) -> bytes:
 def _status(root: int, path: bytes) -> os.stat_result | None:
     try:
         fd = openat2(root, path, os.O_PATH | os.O_NOFOLLOW, RESOLVE_IN_ROOT)
-    except OSError:
+    except OSError as e:
+        errors.raise_lack(e)
         return None
     status = os.fstat(fd)
     os.close(fd)
@@ -288,8 +292,8 @@ def _is_below_no_directory(root: int, path: bytes) -> bool:
         os.close(openat2(root, path.rpartition(b"/")[0] or b".", os.O_PATH | os.O_DIRECTORY, RESOLVE_IN_ROOT))
     except NotADirectoryError:
         return True
-    except OSError:
-        pass
+    except OSError as e:
+        errors.raise_lack(e)
     return False
 
 
@@ -326,8 +330,8 @@ class _Places:
             number = -len(self._numbers)
             try:
                 fd = openat2(self._root, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_IN_ROOT)
-            except OSError:
-                pass
+            except OSError as e:
+                errors.raise_lack(e)
             else:
                 number = os.fstat(fd).st_ino
                 os.close(fd)

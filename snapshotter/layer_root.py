@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from snapshotter import removal
-from snapshotter.errors import LayerError, LimitError
+from snapshotter.errors import LayerError, LimitError, raise_lack
 from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
 _INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
@@ -92,8 +92,8 @@ class LayerRoot:
             os.close(openat2(self.fd, b"/".join(parts_of(path)) or b".", _DIRECTORY & ~os.O_NOFOLLOW, _INSIDE))
         except NotADirectoryError:
             return True
-        except OSError:
-            return False
+        except OSError as e:
+            raise_lack(e)
         return False
 
     def open_pseudo_links(self) -> int:

@@ -27,6 +27,7 @@ WHITEOUTS = "whiteouts"
 DROPPED = "dropped"
 LEFT_OUT = "left-out"  # the unpacker's list of extended attributes that the file system has no place for
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+_NO_ATTRIBUTE = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT = ("user.", "system.posix_acl_")
 
@@ -169,27 +170,35 @@ def _walk(top: int, parts: Sequence[bytes]) -> tuple[int, bool, bool]:
     """Walk to the directory ``parts`` below ``top``.
 
     Returns a descriptor of the last directory that is there, whether that is the whole path, and whether the lower
-    layers are hidden.
+    layers are hidden. Raises OSError.
     """
     fd = os.dup(top)
     hides = False
     for part in parts:
         try:
             inner = os.open(part, _DIRECTORY, dir_fd=fd)
-        except FileNotFoundError:
-            return fd, False, hides
-        except OSError:
-            return fd, False, True  # a whiteout, a file, a link
+        except OSError as e:
+            if e.errno not in _GONE:
+                os.close(fd)
+                raise  # this says nothing of the layer: the process may have no descriptors left
+            # What is there and is no directory is a whiteout, a file or a link.
+            return fd, False, hides or e.errno != errno.ENOENT
         os.close(fd)
         fd = inner
-        hides = hides or _is_opaque(fd)
+        try:
+            hides = hides or _is_opaque(fd)
+        except OSError:
+            os.close(fd)
+            raise
     return fd, True, hides
 
 
 def _is_opaque(fd: int) -> bool:
     try:
         return os.getxattr(fd, OPAQUE_XATTR) == b"y"
-    except OSError:
+    except OSError as e:
+        if e.errno not in _NO_ATTRIBUTE:
+            raise
         return False
 
 

@@ -131,8 +131,8 @@ class Workers:
 async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits) -> str:
     """How the files of a layer differ from its blob; "" where they do not.
 
-    Raises OSError if one of the two has gone or the process cannot be started, LayerError if the blob cannot be read,
-    and SnapshotError if the process fails, stands still or takes too long.
+    Raises OSError if one of the two has gone, if the process cannot be started or if the node lacks something else,
+    LayerError if the blob cannot be read, and SnapshotError if the process fails, stands still or takes too long.
     """
     options = {
         "compression": compression,
@@ -144,6 +144,8 @@ async def compare(layer: Layer, blob: str, compression: str, limits: LayerLimits
         checker = _start(_CHECKER, options, file, layer.path)
         await _supervise("the layer checker", checker, file, limits)
     result = _result("the layer checker", checker)
+    if "lack" in result:
+        raise OSError(result["lack"], os.strerror(result["lack"]))
     if "unread" in result:
         raise errors.LayerError(f"the blob of layer {layer.diff_id} cannot be read: {result['unread']}")
     return "; ".join(result["differences"])

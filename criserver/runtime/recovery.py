@@ -227,14 +227,19 @@ def _living(node: Node, unowned: set[str], left_cgroups: Mapping[str, str]) -> s
 
 
 def _has_process(directory: str, container_id: str) -> bool:
-    """Whether the first process of a container runs. Its PID may be another's by now, so its cgroup has to name it."""
+    """Whether the first process of a container runs. Its PID may be another's by now, so its cgroup has to name it.
+
+    A process that cannot be looked up, such as when no descriptor is left, counts as one that runs.
+    """
     try:
         with open(os.path.join(directory, "init.pid")) as f:
             pid = int(f.read())
         with open(f"/proc/{pid}/cgroup", "rb") as f:  # a container may give its own cgroups any names
             return container_id.encode() in f.read()
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError, ValueError):
         return False
+    except OSError:
+        return True
 
 
 async def _remove_pod(node: Node, name: str, cgroup: str, turn: asyncio.Semaphore) -> None:

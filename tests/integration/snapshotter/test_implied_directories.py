@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 
 import pytest
 
-from snapshotter import Snapshotter
+from snapshotter import Snapshotter, settling
+from tests.support.descriptors import room_for
 from tests.support.layers import directory, item, symlink, unpack, write_blob
 
 
@@ -93,6 +95,20 @@ async def test_what_the_same_layer_hides_gives_nothing(snapshotter: Snapshotter,
     entries = item(".wh.etc", b""), item("etc/file", b"x")
     top = await unpack(snapshotter, write_blob(f"{disk}/top", *entries), base.chain_id)
     assert facts(f"{await mounted(snapshotter, disk, top.chain_id)}/etc")[:2] == (0o755, 0)
+
+
+@pytest.mark.parametrize("room", range(9))
+async def test_they_keep_it_or_are_tried_again_when_descriptors_are_short(
+    snapshotter: Snapshotter, disk: str, room: int
+) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", item("home/user/file", b"x")), base.chain_id)
+    with room_for(room), contextlib.suppress(OSError):
+        settling.settle(top.path, [base.path])
+    assert os.path.exists(f"{top.path}/implied") or facts(f"{top.path}/fs/home/user") == (0o700, 1000, 1000, 40)
+    settling.settle(top.path, [base.path])
+    assert facts(f"{top.path}/fs/home/user") == (0o700, 1000, 1000, 40)
+    assert not os.path.exists(f"{top.path}/implied")
 
 
 async def test_a_restart_finds_what_is_not_settled(snapshotter: Snapshotter, disk: str) -> None:

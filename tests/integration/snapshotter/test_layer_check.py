@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -184,6 +185,25 @@ async def test_a_checker_that_stands_still_has_a_deadline(disk: str, monkeypatch
             await snapshotter.check_layer("chain", blob.path)
     finally:
         snapshotter.close()
+
+
+async def test_a_checker_without_descriptors_finds_no_damage(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = directory("d"), item("d/f", b"content", pax_headers={"SCHILY.xattr.user.colour": "red"}), item("e/.wh.g")
+    blob = write_blob(f"{disk}/blob", *entries)
+    await unpacked(snapshotter, blob)
+    short = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (%d, 100))\nmain()"
+    outcomes: set[str | int | None] = set()
+    for limit in range(3, 9):
+        program = worker_process._CHECKER.replace("main()", short % limit)
+        monkeypatch.setattr(worker_process, "_CHECKER", program)
+        try:
+            outcomes.add(await snapshotter.check_layer("chain", blob.path))
+        except OSError as e:
+            outcomes.add(e.errno)
+        monkeypatch.undo()
+    assert outcomes == {"", errno.EMFILE}
 
 
 async def test_a_layer_that_cannot_be_compared_now_is_not_called_sound(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import tarfile
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter import Layer, Snapshotter
+from snapshotter import Layer, Snapshotter, settling
+from tests.support.descriptors import room_for
 from tests.support.layers import directory, item, symlink, unpack, write_blob
 
 Items = list[tuple[tarfile.TarInfo, bytes]]
@@ -85,6 +87,16 @@ async def test_no_whiteout_is_seen(snapshotter: Snapshotter, disk: str, tmp_path
     # A whiteout that was deleted is no damage.
     for number, layer in enumerate(made):
         assert await snapshotter.check_layer(layer.chain_id, f"{disk}/{number}") == ""
+
+
+@pytest.mark.parametrize("room", range(9))
+async def test_what_is_deleted_stays_so_when_descriptors_are_short(
+    snapshotter: Snapshotter, disk: str, room: int
+) -> None:
+    lower, upper = await unpacked(snapshotter, disk, [[item("a/b/gone")], [directory("a/b"), item("a/b/.wh.gone")]])
+    with room_for(room), contextlib.suppress(OSError):
+        settling.settle(upper.path, [lower.path])
+    assert os.path.exists(f"{upper.path}/fs/a/b/gone"), "the whiteout"
 
 
 async def test_a_settled_directory_keeps_its_time(snapshotter: Snapshotter, disk: str) -> None:

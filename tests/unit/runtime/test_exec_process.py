@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import resource
 import stat
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,25 +22,13 @@ from criserver.runtime.exec_process import Console, ExecProcess
 from criserver.runtime.node import Node
 from criserver.runtime.output_room import OutputRoom
 from criserver.runtime.records import Container
+from tests.support.descriptors import room_for
 
 
 def descriptors() -> set[str]:
     """What is open; not what earlier tests' rubbish has open, which may be collected at any moment."""
     gc.collect()
     return set(os.listdir("/proc/self/fd"))
-
-
-@contextmanager
-def room_for(count: int) -> Iterator[None]:
-    """No more than so many descriptors can be opened."""
-    free = os.open("/", os.O_PATH)
-    os.close(free)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + count, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_console_socket_is_for_root_alone_and_touches_no_other_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from criserver.runtime import filesystems, process_records, recovery, sandbox_ru
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.record_store import RecordStore
 from criserver.telemetry import families
+from tests.support.descriptors import room_for
 from tests.support.records import container, sandbox
 from tests.support.samples import FakeStore, brought_to
 
@@ -95,3 +96,12 @@ async def test_what_is_rolled_back_is_counted(
     node.plugins = Mock(sandbox_removed=AsyncMock())
     await recovery.recover(node)
     assert counted == {("sandbox", "found"): 2, ("container", "found"): 0, ("sandbox", "rolled_back"): 1}
+
+
+def test_a_process_that_cannot_be_looked_up_counts_as_alive(tmp_path: Path) -> None:
+    assert not recovery._has_process(str(tmp_path), "one")
+    for content in ("", "-1", str(os.getpid())):
+        (tmp_path / "init.pid").write_text(content)
+        assert not recovery._has_process(str(tmp_path), "one")
+    with room_for(0):
+        assert recovery._has_process(str(tmp_path), "one")
