@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from snapshotter import errors
+
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _META = "meta.json"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -60,7 +62,10 @@ def read_snapshot(path: str) -> Snapshot:
 
 
 def check(layer: Layer) -> str:
-    """What is wrong with the metadata of a layer on disk; "" if nothing is."""
+    """What is wrong with the metadata of a layer on disk; "" if nothing is.
+
+    Raises OSError if the node lacks something now.
+    """
     try:
         if read_layer(layer.path) != layer:
             return f"the metadata in {layer.path} is another layer's"
@@ -68,6 +73,7 @@ def check(layer: Layer) -> str:
     except (ValueError, TypeError) as e:
         return f"the metadata in {layer.path} is unusable: {e}"
     except OSError as e:
+        errors.raise_lack(e)
         return f"{layer.path} cannot be read: {e.strerror}"
     return ""
 

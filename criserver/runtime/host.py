@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 
-from criserver.errors import InvalidArgumentError
+from criserver.errors import InvalidArgumentError, exhaustion
 from criserver.oci.capabilities import CAPABILITIES
 from criserver.oci.spec_inputs import DeviceNode, HostFacts
 from criserver.stats.huge_pages import huge_page_sizes
@@ -24,14 +24,19 @@ _OWN_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx", ".lxc
 
 
 def apparmor_profiles() -> frozenset[str] | None:
-    """The names of the loaded AppArmor profiles; None if the kernel does not enforce AppArmor."""
+    """The names of the loaded AppArmor profiles; None if the kernel does not enforce AppArmor.
+
+    Raises OSError if the node has no descriptors or memory left, which says nothing of the kernel.
+    """
     try:
         with open(_APPARMOR_SWITCH) as f:
             if f.read().strip() != "Y":
                 return None
         with open(_APPARMOR_PROFILES, errors="surrogateescape") as f:  # a profile may have a program's path as its name
             return frozenset(line.rpartition(" (")[0] for line in f)
-    except OSError:
+    except OSError as e:
+        if exhaustion(e):
+            raise
         return None
 
 

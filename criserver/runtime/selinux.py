@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, exhaustion
 from criserver.model import Security, SelinuxOptions
 from snapshotter import file_tree
 
@@ -167,7 +167,9 @@ def types(root: str = "/etc/selinux") -> tuple[str, str]:
         config = _values(f"{root}/config")
         contexts = _values(f"{root}/{config['SELINUXTYPE']}/contexts/lxc_contexts")
         process, file = (contexts[name].strip('"').split(":")[2] for name in ("process", "file"))
-    except (OSError, KeyError, IndexError):
+    except (OSError, KeyError, IndexError) as e:
+        if exhaustion(e):
+            raise
         return _PROCESS_TYPE, _FILE_TYPE
     return process, file
 
@@ -189,6 +191,8 @@ def _is_known(label: str) -> bool:
     try:
         with open("/sys/fs/selinux/context", "r+b", buffering=0) as f:
             f.write(label.encode() + b"\0")
-    except OSError:
+    except OSError as e:
+        if exhaustion(e):
+            raise
         return False
     return True

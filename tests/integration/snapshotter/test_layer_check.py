@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from snapshotter import Layer, LayerLimits, SnapshotError, Snapshotter, mounts, worker_process
+from snapshotter import Layer, LayerLimits, SnapshotError, Snapshotter, metadata, mounts, worker_process
+from tests.support.descriptors import room_for
 from tests.support.layers import Blob, directory, hardlink, item, symlink, write_blob
 
 
@@ -185,6 +186,15 @@ async def test_a_checker_that_stands_still_has_a_deadline(disk: str, monkeypatch
             await snapshotter.check_layer("chain", blob.path)
     finally:
         snapshotter.close()
+
+
+async def test_metadata_that_cannot_be_read_without_descriptors_is_not_damaged(
+    snapshotter: Snapshotter, disk: str
+) -> None:
+    layer = await unpacked(snapshotter, write_blob(f"{disk}/blob", item("f", b"content")))
+    with room_for(0), pytest.raises(OSError, match="Too many open files"):
+        metadata.check(layer)
+    assert metadata.check(layer) == ""
 
 
 async def test_a_checker_without_descriptors_finds_no_damage(

@@ -8,6 +8,7 @@ import pytest
 
 from criserver.errors import InvalidArgumentError
 from criserver.runtime import host
+from tests.support.descriptors import room_for
 
 
 def test_a_directory_as_a_device_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +27,17 @@ def test_a_node_below_a_directory_keeps_its_path(asked: str, inside: str, monkey
     monkeypatch.setattr(host, "_nodes_below", lambda top, most: [(f"{top}/null", status)])
     ((path, node),) = host.device_nodes("/usr", asked).items()
     assert (path, node.path, node.kind, node.major, node.minor) == ("/usr/null", inside, "c", 1, 3)
+
+
+def test_without_descriptors_the_kernel_is_not_taken_for_one_without_apparmor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container would run without the profile that it asks for."""
+    for name in ("_APPARMOR_SWITCH", "_APPARMOR_PROFILES"):
+        monkeypatch.setattr(host, name, str(tmp_path / name))
+        (tmp_path / name).write_text("Y\n")
+    with room_for(0), pytest.raises(OSError, match="Too many open files"):
+        host.apparmor_profiles()
 
 
 def test_the_names_of_profiles_may_be_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

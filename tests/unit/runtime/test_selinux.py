@@ -12,6 +12,7 @@ import pytest
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import Security, SelinuxOptions
 from criserver.runtime import selinux
+from tests.support.descriptors import room_for
 
 PROCESS = "system_u:system_r:container_t:s0:c1,c2"
 FILES = "system_u:object_r:container_file_t:s0:c1,c2"
@@ -161,3 +162,11 @@ def test_a_volume_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_the_nodes_own_directories_are_not_labelled(path: str) -> None:
     with pytest.raises(InvalidArgumentError, match="node's own"):
         selinux.relabel(path, FILES)
+
+
+def test_without_descriptors_the_policy_is_not_taken_for_another(tmp_path: Path) -> None:
+    """The answers are kept: all later containers would have no label, or another type."""
+    (tmp_path / "config").write_text("SELINUXTYPE=own\n")
+    for ask in (lambda: selinux._is_known(PROCESS), lambda: selinux.types.__wrapped__(str(tmp_path))):
+        with room_for(0), pytest.raises(OSError, match="Too many open files"):
+            ask()
