@@ -240,7 +240,7 @@ class Plugin:
             try:
                 await self.call("Shutdown", nri.Empty(), nri.Empty)
             except CriError as e:
-                log.debug("an NRI plugin does not take the shutdown", plugin=self.name, error=str(e))
+                log.debug("an NRI plugin does not answer the shutdown", plugin=self.name, error=str(e))
         self.disconnect("the daemon stops")
 
 

@@ -113,7 +113,7 @@ class Plugins:
                 if updates is not None and response is not None:
                     updates.add(plugin.name, response)
             except CriError as e:
-                log.warning("an NRI plugin fails an event", plugin=plugin.name, nri_event=method, error=str(e))
+                log.warning("an NRI plugin answers with an error", plugin=plugin.name, nri_event=method, error=str(e))
 
     async def create_container(self, request: nri.CreateContainerRequest) -> ContainerAdjustments:
         """What the plugins change of a container. The caller holds ``turn``.

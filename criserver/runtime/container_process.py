@@ -341,13 +341,13 @@ class ContainerProcess:
             await self.shim.end(END_TIMEOUT)
         elif (record := _exit_record(self.directory)) is not None:
             # It is busy with what is left in the cgroup, or with a runtime that hangs.
-            log.warning("a shim is slow to tell of its container's end, which is taken from disk", owner=self.id)
+            log.warning("a shim is slow to report its container's end; the daemon reads it from disk", owner=self.id)
             self._take_exit(record)
             return
         elif await self.shim.answers():
             return
         else:
-            log.error("a shim is stuck that has its container's end and does not tell of it", owner=self.id)
+            log.error("a stuck shim does not report the end of its container", owner=self.id)
             await self.shim.end(END_TIMEOUT)
             self.without_shim()
         await self.destroy()
@@ -371,7 +371,7 @@ class ContainerProcess:
             return
         process = self.started
         if process is not None and pidfd.watch(process.pid, process.start_ticks, self._lost):
-            log.error("a container's shim is gone; its log is lost, its end will be seen", owner=self.id)
+            log.error("a container's shim is gone; its log is lost, and the daemon waits for its end", owner=self.id)
             return
         self._lost()
 
@@ -452,7 +452,7 @@ class ContainerProcess:
 
     def _end_shim(self) -> None:
         if self.shim.connected:
-            log.warning("a shim is stuck whose container was removed; it is ended", owner=self.id)
+            log.warning("the shim of a removed container is stuck; it is ended", owner=self.id)
             self._background(self.shim.end(END_TIMEOUT), "a stuck shim cannot be ended")
         self.shim.abandon()
 

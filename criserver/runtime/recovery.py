@@ -67,7 +67,7 @@ def begin(node: Node) -> None:
         try:
             userns_access.update(node)
         except (CriError, OSError) as e:
-            log.exception("the way of user namespaces cannot be set", error=str(e))
+            log.exception("user namespaces get no access to the root file systems of their pods", error=str(e))
     for sandbox in node.records.sandboxes.values():
         task = node.recovering[sandbox.id] = node.begin(_pod(node, sandbox))
         task.add_done_callback(lambda _, key=sandbox.id: node.recovering.pop(key))  # type: ignore[misc]
