@@ -6,13 +6,15 @@ Only a daemon whose environment names such a proxy imports this module, and pyth
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
 import ssl
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from python_socks import ProxyError, ProxyType
+from python_socks import ProxyConnectionError, ProxyError, ProxyType
 from python_socks.async_.asyncio import Proxy
 
 from criserver.images.lenient_http import LenientConnector
@@ -30,17 +32,17 @@ class SocksConnector(LenientConnector):
     def __init__(self, url: str) -> None:
         super().__init__(resolver=_Unresolved())
         parts = urlsplit(url)
-        user, password = (unquote(text) if text else None for text in (parts.username, parts.password))
-        self._proxy = Proxy(ProxyType.SOCKS5, str(parts.hostname), parts.port or _PORT, user, password, rdns=True)
+        self._address = (str(parts.hostname), parts.port or _PORT)
+        self._user, self._password = (unquote(text) if text else None for text in (parts.username, parts.password))
 
     async def _wrap_create_connection(
         self, *args: Any, addr_infos: Any, req: Any, timeout: Any, **options: Any
     ) -> tuple[asyncio.Transport, Any]:
         options.pop("client_error", None)
         host, port = addr_infos[0][4][:2]
-        async with asyncio.timeout(timeout.sock_connect):
+        async with asyncio.timeout(timeout.sock_connect or None):  # 0 is no limit, as for aiohttp
             try:
-                tunnel = await self._proxy.connect(host, port)
+                tunnel = await self._tunnel(host, port)
             except (ProxyError, OSError) as e:
                 raise aiohttp.ClientProxyConnectionError(req.connection_key, _as_os_error(e)) from e
             try:
@@ -51,6 +53,19 @@ class SocksConnector(LenientConnector):
                 raise aiohttp.ClientConnectorSSLError(req.connection_key, e) from e
             except OSError as e:
                 raise aiohttp.ClientConnectorError(req.connection_key, e) from e
+
+    async def _tunnel(self, host: str, port: int) -> socket.socket:
+        """A connection to a host, by the first of the proxy's addresses that can be connected to."""
+        # python-socks alone tries one address. Its own limit of a minute is off, as the caller has one.
+        found = await self._loop.getaddrinfo(*self._address, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in found]
+        while True:
+            proxy = Proxy(ProxyType.SOCKS5, addresses.pop(0), self._address[1], self._user, self._password, rdns=True)
+            try:
+                return await proxy.connect(host, port, timeout=math.inf)
+            except ProxyConnectionError:
+                if not addresses:
+                    raise
 
 
 class _Unresolved(AbstractResolver):
