@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from criserver.errors import FailedPreconditionError
 from criserver.numbers import decimal
@@ -17,6 +17,8 @@ _PORTS = {"http": 80, "https": 443}
 # In curl, socks5 means that the client resolves names, and socks5h that the proxy does. For programs in Go the proxy
 # resolves them in both cases, and here too.
 SOCKS = ("socks5", "socks5h")
+# The longest user and password for a SOCKS proxy (RFC 1929). python-socks sends ASCII alone.
+_MAX_SOCKS_TEXT = 255
 
 
 class Proxies:
@@ -30,7 +32,8 @@ class Proxies:
     def proxy_for(self, scheme: str, host: str, port: int) -> str | None:
         """The URL of the proxy for a request, or None if the request goes to ``host`` directly.
 
-        Raises FailedPreconditionError for a proxy that is not http, https or socks5.
+        Raises FailedPreconditionError for a proxy that is not http, https or socks5, and for a user or a password that
+        cannot be said to a SOCKS proxy.
         """
         name, proxy = self._proxies[scheme]
         if not proxy or self._is_direct(host.lower(), port):
@@ -43,7 +46,11 @@ class Proxies:
             valid = False
         if not valid:  # the error is without the value, which may have a password in it
             raise FailedPreconditionError(f"the environment's {name} is not an http, https or socks5 URL of a proxy")
-        return url
+        told = [unquote(text) for text in (parts.username, parts.password) if text]
+        if parts.scheme in SOCKS and not all(text.isascii() and len(text) <= _MAX_SOCKS_TEXT for text in told):
+            limit = f"at most {_MAX_SOCKS_TEXT} ASCII characters"
+            raise FailedPreconditionError(f"the environment's {name} has a user or a password that is not {limit}")
+        return f"{parts.scheme}://{url.partition('://')[2]}"
 
     def _is_direct(self, host: str, port: int) -> bool:
         try:

@@ -29,6 +29,7 @@ def test_without_an_environment() -> None:
         ({"HTTPS_PROXY": "https://me:pass@proxy.example"}, "https", "https://me:pass@proxy.example"),
         ({"HTTPS_PROXY": "socks5://me:pass@proxy.example"}, "https", "socks5://me:pass@proxy.example"),
         ({"HTTP_PROXY": "socks5h://proxy.example:9"}, "http", "socks5h://proxy.example:9"),
+        ({"HTTPS_PROXY": "SOCKS5://Me:Pass@proxy.example"}, "https", "socks5://Me:Pass@proxy.example"),
     ],
 )
 def test_which_variable_counts(environment: dict[str, str], scheme: str, proxy: str | None) -> None:
@@ -42,6 +43,14 @@ def test_a_proxy_that_is_no_url_is_refused_without_its_password(value: str) -> N
     with pytest.raises(FailedPreconditionError, match="HTTPS_PROXY") as caught:
         Proxies({"HTTPS_PROXY": value}).proxy_for("https", "r.example", 443)
     assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize("user", ["me:p%C3%A9ss", "m\u00e9:pass", f"me:{'p' * 256}", f"{'m' * 256}:pass"])
+def test_a_user_that_no_socks_proxy_can_be_told_is_refused(user: str) -> None:
+    with pytest.raises(FailedPreconditionError, match=r"HTTPS_PROXY .* at most 255 ASCII characters$") as caught:
+        Proxies({"HTTPS_PROXY": f"socks5://{user}@proxy.example"}).proxy_for("https", "r.example", 443)
+    assert "\u00e9" not in str(caught.value)
+    assert Proxies({"HTTPS_PROXY": f"http://{user}@proxy.example"}).proxy_for("https", "r.example", 443)
 
 
 @pytest.mark.parametrize(
