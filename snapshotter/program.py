@@ -138,10 +138,17 @@ class Program:
             self._loop.add_reader(pipe, self._readable, pipe)
 
     def _exit(self) -> None:
-        how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        if how is None:
-            return  # its first thread has ended, and another one is about to execute a program in its place
         self._loop.remove_reader(self._pidfd)
+        how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if how is not None:
+            self._exited(how)
+            return
+        # Another process traces it, as a debugger does, and is to see the end first (ptrace(2)).
+        waiting = self._loop.run_in_executor(None, os.waitid, os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        waiting.add_done_callback(lambda done: self._exited(done.result()))
+
+    def _exited(self, how: os.waitid_result | None) -> None:
+        assert how is not None
         self.returncode = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
         # In a thread: the kernel forgets the files of /proc/PID then, which takes milliseconds if many were read.
         # Nobody waits for that.
