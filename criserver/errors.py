@@ -90,6 +90,11 @@ def os_words(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
+def words_of(error: Exception) -> str:
+    """The text of an error. That of a failed system call is as :func:`os_words` has it."""
+    return os_words(error) if isinstance(error, OSError) else str(error)
+
+
 @contextmanager
 def told_in_words(what: str) -> Iterator[None]:
     """Turn an OSError of the block into a FailedPreconditionError: ``what`` cannot be done, on which path, and why."""

@@ -95,7 +95,7 @@ class OverlayMounter:
             return self._idmap_trouble
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Make a blocking call in one of the threads. Its directory is any."""
+        """Make a blocking call in one of the threads, which may have any working directory."""
         return await in_thread(call, *arguments, executor=self._threads)
 
     async def _mount(self, call: Callable[..., None], target: str, options: str, *arguments: Any) -> None:
@@ -144,7 +144,7 @@ class OverlayMounter:
                 os.chdir(point)
                 yield
             finally:
-                os.chdir("/")  # a directory in it would keep it mounted
+                os.chdir("/")  # the mount is busy while it has the working directory of this thread
                 _unmount(point)
         finally:
             os.rmdir(point)

@@ -20,7 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from criserver import logs
 from criserver.api import bounds
-from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, os_words
+from criserver.errors import CriError, UnimplementedError, disk_fault, exhaustion, words_of
 from criserver.runtime.attempts import deadline
 from criserver.telemetry import families, spans
 from criserver.telemetry.spans import Trace
@@ -195,7 +195,7 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, ExceptionGroup):
         return _status(rpc, error.exceptions[0])  # of concurrent tasks; the others were cancelled
     if reason := exhaustion(error):
-        message = status(f"{rpc}: {os_words(error) if isinstance(error, OSError) else error} ({reason})")
+        message = status(f"{rpc}: {words_of(error)} ({reason})")
         log.warning("call failed: the node has run out of something", error=message, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode.RESOURCE_EXHAUSTED, message
     if reason := disk_fault(error):
@@ -210,8 +210,7 @@ def _status(rpc: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         tell("call failed", error=message, code=error.code, rpc=rpc, seconds=logs.elapsed())
         return grpc.StatusCode[error.code], message
     log.error("call failed", rpc=rpc, exc_info=error, seconds=logs.elapsed())
-    words = os_words(error) if isinstance(error, OSError) else error
-    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {words}")
+    return grpc.StatusCode.INTERNAL, status(f"{rpc}: {type(error).__name__}: {words_of(error)}")
 
 
 def _absent(rpc: str, feature: str, *, streams: bool) -> Any:

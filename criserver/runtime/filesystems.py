@@ -141,8 +141,8 @@ async def resolve_mounts(
 def _resolve_in_image(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
     """The real path of each container path, through the image's links, as the OCI runtime resolves them. Blocks.
 
-    The links below another mount are covered by it, and lead nowhere: mounts are made behind those of their parent
-    directories. Raises FailedPreconditionError for links that lead in a circle.
+    A mount hides the image's files below it, so no link there is followed. Mounts of parent directories are made first.
+    Raises FailedPreconditionError for links that lead in a circle.
     """
     root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

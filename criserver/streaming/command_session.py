@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from criserver.errors import CriError, os_words
+from criserver.errors import CriError, words_of
 from criserver.streaming import remotecommand
 from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import END_TIMEOUT, STREAMS_TIMEOUT, UpgradedConnection
@@ -126,6 +126,5 @@ async def _end_message(command: Command, streams: dict[StreamType, ClientStream]
         raise  # the client is gone
     except Exception as e:
         log.exception("a streamed command failed", error=str(e))
-        words = os_words(e) if isinstance(e, OSError) else e
-        return remotecommand.failure_message(status(f"{type(e).__name__}: {words}"), features)
+        return remotecommand.failure_message(status(f"{type(e).__name__}: {words_of(e)}"), features)
     return remotecommand.exit_message(code, features)
