@@ -1,14 +1,16 @@
-"""Waiting for a task that goes on when its caller is cancelled."""
+"""Waiting for tasks: one that goes on when its caller is cancelled, and two at once."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import structlog
 
 log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 async def outlive(work: asyncio.Future[_T]) -> _T:
@@ -26,3 +28,13 @@ async def outlive(work: asyncio.Future[_T]) -> _T:
 def _unheard(work: asyncio.Future[Any]) -> None:
     if not work.cancelled() and (error := work.exception()) is not None:
         log.warning("work failed after its caller had gone", error=str(error))
+
+
+async def both(one: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, _S]) -> tuple[_T, _S]:
+    """Await both at once. If one fails, the other is still awaited; the error of the first one comes first.
+
+    A caller that is cancelled cancels both, and waits for their ends.
+    """
+    first, second = asyncio.ensure_future(one), asyncio.ensure_future(other)
+    await asyncio.gather(first, second, return_exceptions=True)
+    return first.result(), second.result()

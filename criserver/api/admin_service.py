@@ -137,7 +137,7 @@ class AdminService:
         return node_status(self._node, stacks=request.stacks)
 
     async def inspect(self, request: admin.InspectRequest) -> admin.InspectResponse:
-        return admin.InspectResponse(document=json.dumps(inspect(self._node, request.id)))
+        return admin.InspectResponse(document=json.dumps(await inspect(self._node, request.id)))
 
     async def disk_use(self, request: admin.DiskUseRequest) -> admin.DiskUseResponse:
         return await disk_use(self._node)

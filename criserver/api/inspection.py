@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from criserver.api import views
@@ -24,7 +25,7 @@ from snapshotter import mounts
 
 
 def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
-    """What a verbose PodSandboxStatus has beside the status."""
+    """What a verbose PodSandboxStatus has beside the status. Blocks."""
     sent = cri.PodSandboxConfig.FromString(sandbox.sent)
     return {
         "sandboxID": sandbox.id,
@@ -41,7 +42,7 @@ def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
 
 
 def container_info(node: Node, container: Container) -> dict[str, Any]:
-    """What a verbose ContainerStatus has beside the status."""
+    """What a verbose ContainerStatus has beside the status. Blocks."""
     return {
         "sandboxID": container.sandbox_id,
         "pid": container.pid,
@@ -76,13 +77,16 @@ def find(node: Node, text: str) -> Record:
     return every[matches[0]]
 
 
-def inspect(node: Node, text: str) -> dict[str, Any]:
+async def inspect(node: Node, text: str) -> dict[str, Any]:
     """The document of `criserver inspect` for what :func:`find` finds. Raises as that does."""
     record = find(node, text)
-    return _sandbox(node, record) if isinstance(record, Sandbox) else _container(node, record)
+    if isinstance(record, Sandbox):
+        containers = list(node.records.containers_of(record.id))
+        return await asyncio.to_thread(_sandbox, node, record, containers)
+    return await asyncio.to_thread(_container, node, record, node.records.sandboxes[record.sandbox_id])
 
 
-def _sandbox(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+def _sandbox(node: Node, sandbox: Sandbox, containers: Sequence[Container]) -> dict[str, Any]:
     pins, infra = node.namespaces_dir(sandbox.id), node.processes.get(sandbox.id)
     directories = (node.sandbox_dir(sandbox.id), pins)
     return {
@@ -99,20 +103,17 @@ def _sandbox(node: Node, sandbox: Sandbox) -> dict[str, Any]:
         "mounts": [point for directory in directories for point in mounts.mounts_below(directory)],
         "files": node.sandbox_files_dir(sandbox.id),
         "infraPid": infra.started.pid if infra is not None and infra.started else 0,
-        "containers": [
-            {"id": c.id, "name": c.config.name, "state": c.state.value} for c in node.records.containers_of(sandbox.id)
-        ],
+        "containers": [{"id": c.id, "name": c.config.name, "state": c.state.value} for c in containers],
     }
 
 
-def _container(node: Node, container: Container) -> dict[str, Any]:
-    sandbox = node.records.sandboxes[container.sandbox_id]
+def _container(node: Node, container: Container, sandbox: Sandbox) -> dict[str, Any]:
     directory, process = node.container_dir(container.id), node.processes.get(container.id)
     snapshot = node.snapshotter.snapshots().get(container.id)
     return {
         "kind": "container",
         "id": container.id,
-        "name": container_name(node, container),
+        "name": container_name(container, sandbox),
         "state": container.state.value,
         "recovering": sandbox.id in node.recovering,
         "status": _document(views.container_status(container)),
@@ -132,10 +133,9 @@ def _container(node: Node, container: Container) -> dict[str, Any]:
     }
 
 
-def container_name(node: Node, container: Container) -> str:
+def container_name(container: Container, sandbox: Sandbox) -> str:
     """NAMESPACE/POD/CONTAINER."""
-    pod = node.records.sandboxes[container.sandbox_id].config
-    return f"{pod.namespace}/{pod.name}/{container.config.name}"
+    return f"{sandbox.config.namespace}/{sandbox.config.name}/{container.config.name}"
 
 
 def _spec(node: Node, container_id: str) -> Any:
@@ -164,5 +164,7 @@ def _process_namespaces(pid: int) -> dict[str, str]:
 
 
 def _document(message: Message) -> dict[str, Any]:
+    from google.protobuf import json_format  # 1.6 MiB, and few nodes are asked for these documents
+
     document: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     return document

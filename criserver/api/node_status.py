@@ -60,7 +60,7 @@ def node_status(node: Node, *, stacks: bool) -> admin.NodeStatusResponse:
 async def disk_use(node: Node) -> admin.DiskUseResponse:
     """What each image and each container occupies. The sizes of logs are read from the disk, by a thread."""
     containers = list(node.records.containers.values())
-    names = {c.id: container_name(node, c) for c in containers}
+    names = {c.id: container_name(c, node.records.sandboxes[c.sandbox_id]) for c in containers}
     users = defaultdict(list)
     for container in containers:
         users[container.image_id].append(names[container.id])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -127,7 +128,7 @@ class RuntimeService(StatsRpcs):
             timestamp=time.time_ns(),
         )
         if request.verbose:
-            response.info.update(views.info(**sandbox_info(self._node, sandbox)))
+            response.info.update(views.info(**await asyncio.to_thread(sandbox_info, self._node, sandbox)))
         return response
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
@@ -161,10 +162,10 @@ class RuntimeService(StatsRpcs):
 
     async def container_status(self, request: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
         container = self._node.records.visible_container(request.container_id)
-        return cri.ContainerStatusResponse(
-            status=views.container_status(container),
-            info=views.info(**container_info(self._node, container)) if request.verbose else {},
-        )
+        response = cri.ContainerStatusResponse(status=views.container_status(container))
+        if request.verbose:
+            response.info.update(views.info(**await asyncio.to_thread(container_info, self._node, container)))
+        return response
 
     async def update_container_resources(
         self, request: cri.UpdateContainerResourcesRequest

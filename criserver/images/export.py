@@ -7,7 +7,6 @@ same images always give the same bytes.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from criserver.images.digests import new_hash, written
 from criserver.images.manifests import OCI_INDEX, Descriptor, Manifest
 
 _PIECE = 1 << 20
+_BLOCK = 512  # bytes (tar(5))
 _NAME = "io.containerd.image.name"
 _REF_NAME = "org.opencontainers.image.ref.name"
 
@@ -49,7 +49,7 @@ def archive_of(exports: Sequence[Export], content: ContentStore) -> Iterator[byt
         yield _header(_place(digest), size)
         yield from _content(digest, size, content)
         yield _padding(size)
-    yield bytes(2 * tarfile.BLOCKSIZE)
+    yield bytes(2 * _BLOCK)
 
 
 def _index(exports: Sequence[Export]) -> dict[str, Any]:
@@ -89,13 +89,15 @@ def _member(name: str, data: bytes) -> Iterator[bytes]:
 
 
 def _header(name: str, size: int) -> bytes:
+    import tarfile  # few nodes export images
+
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
 def _padding(size: int) -> bytes:
-    return bytes(-size % tarfile.BLOCKSIZE)
+    return bytes(-size % _BLOCK)
 
 
 def _place(digest: str) -> str:

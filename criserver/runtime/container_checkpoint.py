@@ -33,7 +33,7 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, checkpoint_archive, process_records, strays
+from criserver.runtime import cgroups, process_records, strays
 from criserver.runtime.container_process import Checkpoint, ContainerProcess
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
@@ -215,6 +215,8 @@ async def _checkpoint(node: Node, process: ContainerProcess, checkpoint: Checkpo
 
 def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     """Write all parts of the archive but the log into the directory. The container runs afterwards."""
+    from criserver.runtime import checkpoint_archive  # with tarfile, for the few nodes that make checkpoints
+
     directory = _directory(node, container.id)
     content, images = os.path.join(directory, "content"), os.path.join(directory, "content", "checkpoint")
     sandbox = node.records.sandbox(container.sandbox_id)
@@ -326,6 +328,8 @@ def _criu_errors(*paths: str) -> str:
 
 def _archive(node: Node, container: Container, location: str, wait: Callable[..., None]) -> None:
     """Write the archive beside its location, and rename it to that."""
+    from criserver.runtime import checkpoint_archive
+
     directory = _directory(node, container.id)
     partial = os.path.join(os.path.dirname(location), f".checkpoint-{secrets.token_hex(8)}")
     # _discard finds it by this.

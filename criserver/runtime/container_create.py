@@ -38,6 +38,7 @@ from criserver.runtime.spec_file import write_spec
 from criserver.telemetry import operations
 from criserver.text import status
 from snapshotter import files, mounts
+from snapshotter.tasks import both
 
 log = structlog.get_logger(__name__)
 
@@ -162,13 +163,13 @@ async def _prepare(
     """Make the container's files, and its bundle. Returns the user and the spec that the bundle has."""
     config, handler = container.config, node.handler(sandbox.runtime)
     target = _target(node, container)
-    await prepare_log(node, container)
     granted = await filesystems.device_nodes(config.devices)
     config = dataclasses.replace(config, devices=tuple(granted))
     devices = [node_defaults.owned(node, config, device) for device in granted.values()]
     if config.security.privileged and not handler.privileged_without_host_devices:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
-    rootfs = await filesystems.make_root(node, container, image)
+    # Both at once: each is a change to a thread and back.
+    _, rootfs = await both(prepare_log(node, container), filesystems.make_root(node, container, image))
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     all_mounts, real_paths = await filesystems.resolve_mounts(node, container, image, rootfs, own_paths(of_node))
     config = dataclasses.replace(config, mounts=all_mounts)

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 import structlog
 
@@ -40,6 +40,8 @@ from criserver.runtime.records import Sandbox
 from criserver.runtime.sandbox_stop import release
 from criserver.telemetry import operations
 from criserver.text import quoted
+from snapshotter.tasks import both
+from snapshotter.threads import in_thread
 
 log = structlog.get_logger(__name__)
 
@@ -134,22 +136,9 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
         userns_access.update(node)
-    with operations.POD_FILES.timed():
-        await asyncio.to_thread(
-            sandbox_files.write, files, node.sandbox_dir(sandbox.id), config, label, _shm_size(node, sandbox)
-        )
     sysctls = _sysctls(node, config)
-    with operations.NAMESPACES.timed():
-        pinned = await namespaces.make(
-            node.namespaces_dir(sandbox.id),
-            net=own_network,
-            uts=own_network,
-            ipc=config.namespaces.ipc is not NamespaceMode.NODE,
-            hostname=sandbox_files.hostname(config) if own_network else "",
-            sysctls=sysctls,
-            defaults=_default_sysctls(node, config) if own_network else {},
-            user=_user_mapping(config),
-        )
+    # Both at once: neither needs the other.
+    _, pinned = await both(_write_files(node, sandbox, label), _make_namespaces(node, sandbox, sysctls))
     # Both at once: the infra process takes about as long as one CNI plugin. If one fails, the other is still awaited: a
     # start that was cancelled could leave a process that nothing knows of.
     infra = asyncio.create_task(_start_infra(node, sandbox)) if sandbox.has_infra else None
@@ -167,6 +156,28 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
         # It ended while the record was written, when the sandbox was not yet ready.
         await node.records.observe(sandbox.not_ready("its own process has ended"))
     return sandbox
+
+
+async def _write_files(node: Node, sandbox: Sandbox, label: str) -> None:
+    files, directory = node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id)
+    with operations.POD_FILES.timed():
+        await in_thread(sandbox_files.write, files, directory, sandbox.config, label, _shm_size(node, sandbox))
+
+
+async def _make_namespaces(node: Node, sandbox: Sandbox, sysctls: Mapping[str, str]) -> namespaces.PinnedNamespaces:
+    config = sandbox.config
+    own_network = config.namespaces.network is not NamespaceMode.NODE
+    with operations.NAMESPACES.timed():
+        return await namespaces.make(
+            node.namespaces_dir(sandbox.id),
+            net=own_network,
+            uts=own_network,
+            ipc=config.namespaces.ipc is not NamespaceMode.NODE,
+            hostname=sandbox_files.hostname(config) if own_network else "",
+            sysctls=sysctls,
+            defaults=_default_sysctls(node, config) if own_network else {},
+            user=_user_mapping(config),
+        )
 
 
 async def _connect(node: Node, sandbox: Sandbox) -> Sandbox:

@@ -1,8 +1,7 @@
 """Exec, attach and port-forward, over SPDY/3.1 and WebSocket."""
 
-from criserver.streaming.command_session import Command, CommandStreams
 from criserver.streaming.copying import ClientSink, ClientSource, OutputCopier, copy_in, discard, ready
-from criserver.streaming.forward_session import Forward
+from criserver.streaming.offers import Command, CommandStreams, Forward
 from criserver.streaming.remotecommand import RequestedStreams
 from criserver.streaming.server import StreamingServer
 from criserver.streaming.server_certificate import ServerCertificate

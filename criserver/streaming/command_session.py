@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
 
@@ -15,7 +13,8 @@ from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import END_TIMEOUT, STREAMS_TIMEOUT, UpgradedConnection
 from criserver.streaming.client_stream import ClientStream
 from criserver.streaming.handshake import Upgrade
-from criserver.streaming.remotecommand import ProtocolFeatures, RequestedStreams, StreamType, TerminalSize
+from criserver.streaming.offers import Command, CommandStreams
+from criserver.streaming.remotecommand import ProtocolFeatures, RequestedStreams, StreamType
 from criserver.streaming.spdy.headers import Pairs
 from criserver.text import status
 
@@ -23,33 +22,6 @@ log = structlog.get_logger(__name__)
 
 _STOPPED = "the daemon is being stopped, and has ended this command or attachment; the container goes on"
 _IDLE = "this command or attachment was ended, as nothing moved on its connection for streaming.idle_timeout"
-
-
-@dataclass(frozen=True, slots=True)
-class CommandStreams:
-    """The client's streams of a command; None for a stream that the client did not ask for."""
-
-    stdin: ClientStream | None
-    stdout: ClientStream | None
-    stderr: ClientStream | None
-    resize: ClientStream | None
-
-    async def sizes(self) -> AsyncIterator[TerminalSize]:
-        """The sizes of the client's terminal, as they change."""
-        if self.resize is None:
-            return
-        decoder = remotecommand.ResizeDecoder()
-        while data := await self.resize.read():
-            if (size := decoder.feed(bytes(data))) is not None:
-                yield size
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Exec or attach: ``run`` returns the exit code. It raises CriError where the command has none."""
-
-    requested: RequestedStreams
-    run: Callable[[CommandStreams], Awaitable[int]]
 
 
 async def serve_command(connection: UpgradedConnection, command: Command) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -15,21 +14,11 @@ from criserver.streaming.carriers import ChannelCarrier, SpdyCarrier
 from criserver.streaming.client_link import STREAMS_TIMEOUT, UpgradedConnection
 from criserver.streaming.client_stream import ClientStream
 from criserver.streaming.handshake import Upgrade
+from criserver.streaming.offers import Forward
 from criserver.streaming.spdy.headers import Pairs
 from criserver.text import status
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Port forwarding: ``dial`` returns a connected socket, which does not block, for a port of the pod.
-
-    ``ports`` are for clients of a plain WebSocket, which cannot name a port.
-    """
-
-    ports: Sequence[int]
-    dial: Callable[[int], Awaitable[socket.socket]]
 
 
 async def serve_forward(connection: UpgradedConnection, forward: Forward) -> None:

@@ -7,27 +7,20 @@ WebSocket. The offer behind the address decides what happens with the streams: t
 from __future__ import annotations
 
 import asyncio
+import importlib
 import resource
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from types import ModuleType
 
 import structlog
 
-from criserver.errors import CriError
-from criserver.streaming import portforward, remotecommand
-from criserver.streaming.client_link import END_TIMEOUT, READ_SIZE, ClientLink, UpgradedConnection
-from criserver.streaming.command_session import Command, serve_command
-from criserver.streaming.forward_session import Forward, serve_forward
-from criserver.streaming.handshake import Handshake, Refusal, Request, Upgrade
-from criserver.streaming.offers import Offers
+from criserver.errors import CriError, ResourceExhaustedError, words_of
+from criserver.streaming.offers import Command, Offer, Offers
 from criserver.streaming.server_certificate import ServerCertificate
+from snapshotter.tasks import outlive
 
 log = structlog.get_logger(__name__)
 
-# Seconds for a client to send the head of its request.
-HEAD_TIMEOUT = 10.0
 # Accepted connections are those that have taken an offer: at most so many at once. Each may cost a few MiB: what its
 # client has sent, and what its client has not read yet.
 MAX_ACCEPTED = 1000
@@ -46,8 +39,6 @@ _ACCEPTS = 16
 _ACCEPT_PAUSE = 1.0
 _LOG_PAUSE = 60.0
 
-Offer = Command | Forward
-
 
 class StreamingServer:
     """Serves on one TCP address; :meth:`offer` gives out the address at which a client takes an offer.
@@ -60,18 +51,16 @@ class StreamingServer:
         self._port = port
         self._certificate = certificate
         self._idle = idle
-        self._offers: Offers[Offer] = Offers()
+        self._offers = Offers()
+        self._loading: asyncio.Future[ModuleType] | None = None
         self._listeners: list[socket.socket] = []
         self._sessions: set[asyncio.Task[None]] = set()
         self._pending: dict[asyncio.Task[None], None] = {}  # a part of the sessions, the oldest first
         self._max_accepted = MAX_ACCEPTED
         self._max_pending = MAX_PENDING
-        # A view, because asyncio's TLS fills slices of it.
-        self._buffer = memoryview(bytearray(READ_SIZE))
         self._unlogged_drops = 0
         self._last_log = -_LOG_PAUSE
         self._base = ""
-        self._stopping = False
 
     async def start(self) -> None:
         """Listen. Raises CriError where the address is in use or does not belong to this node."""
@@ -110,7 +99,6 @@ class StreamingServer:
     async def stop(self) -> None:
         """Stop listening, and end all connections. The clients of commands are told so."""
         self._unlisten()
-        self._stopping = True
         for session in self._sessions:
             session.cancel()
         if self._sessions:
@@ -176,107 +164,35 @@ class StreamingServer:
             self._unlogged_drops, self._last_log = 0, now
 
     async def _session(self, sock: socket.socket) -> None:
-        """Serve one connection: TLS, one request, the offer that it takes, and a clean end."""
-        link = ClientLink(self._buffer)
-        reader = _RequestReader(link)
-        session = asyncio.current_task()
-        assert session is not None
-        idle_watch = asyncio.create_task(self._end_when_idle(link, session))
         try:
-            if await self._connect(sock, link):
-                await self._serve(link, reader)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(END_TIMEOUT if self._stopping or link.idle else None):
-                        await link.finish()
-        except ConnectionError:
-            pass  # the client is gone
+            await self._load()
         except Exception as e:
-            log.exception("a streaming session failed", error=str(e))
-        finally:
-            idle_watch.cancel()
-            link.abort()
+            log.exception("a streaming connection cannot be served", error=words_of(e))
+            return
+        from criserver.streaming.session import serve
 
-    async def _connect(self, sock: socket.socket, link: ClientLink) -> bool:
-        """Connect the link to the socket. False where the client failed in the TLS handshake or took too long."""
-        limit = None if self._certificate is None else HEAD_TIMEOUT
-        tls = None if self._certificate is None else await self._certificate.context()
+        await serve(sock, certificate=self._certificate, idle=self._idle, take=self._take)
+
+    async def _load(self) -> None:
+        """Import what serves a connection: once, and in a thread, as it takes tens of milliseconds."""
+        if self._loading is None:
+            load = asyncio.to_thread(importlib.import_module, "criserver.streaming.session")
+            self._loading = asyncio.ensure_future(load)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: link, sock, ssl=tls, ssl_handshake_timeout=limit
-            )
-        except OSError:
-            return False
-        return True
+            await outlive(self._loading)
+        except Exception:
+            self._loading = None  # the next connection tries again
+            raise
 
-    async def _end_when_idle(self, link: ClientLink, session: asyncio.Task[None]) -> None:
-        loop = asyncio.get_running_loop()
-        while (left := link.used + self._idle - loop.time()) > 0:
-            await asyncio.sleep(left)
-        log.info("a streaming connection was idle for too long", seconds=self._idle)
-        link.idle = True
-        session.cancel()
+    def _take(self, token: str) -> Offer | None:
+        """The offer of a token, for the connection of the current task; None for a token that is not valid.
 
-    async def _serve(self, link: ClientLink, reader: _RequestReader) -> None:
-        handshake = reader.handshake
-        request = await reader.request()
-        if request is None:
-            return
+        Raises ResourceExhaustedError for too many clients. The offer is kept then: the client may come again.
+        """
         if self.clients >= self._max_accepted:
-            # Before the offer is taken: the client may come again with the same address.
-            link.send(handshake.refuse(503, f"{self._max_accepted} clients are being served; try again later"))
-            return
-        offer = self._offers.take(request.path.rpartition("/")[2])
-        if offer is None:
-            text = "this address is not valid, or not any more: an address works once, and for a short time"
-            link.send(handshake.refuse(404, text))
-            return
+            raise ResourceExhaustedError(f"{self._max_accepted} clients are being served; try again later")
+        offer = self._offers.take(token)
         task = asyncio.current_task()
-        assert task is not None
-        self._pending.pop(task, None)
-        protocols = _protocols(offer, request.upgrade)
-        protocol = remotecommand.negotiate(request.protocols, protocols)
-        if protocol is None:
-            link.send(handshake.refuse_protocols(protocols))
-            return
-        link.send(handshake.accept(protocol))
-        connection = UpgradedConnection(link, request.upgrade, protocol, handshake.rest)
-        await (serve_command(connection, offer) if isinstance(offer, Command) else serve_forward(connection, offer))
-
-
-def _protocols(offer: Offer, upgrade: Upgrade) -> Sequence[str]:
-    if isinstance(offer, Command):
-        return tuple(remotecommand.SPDY_PROTOCOLS if upgrade is Upgrade.SPDY else remotecommand.WEBSOCKET_PROTOCOLS)
-    return portforward.SPDY_PROTOCOLS if upgrade is Upgrade.SPDY else portforward.WEBSOCKET_PROTOCOLS
-
-
-class _RequestReader:
-    """Reads a client's request, from the first byte of the connection on."""
-
-    def __init__(self, link: ClientLink) -> None:
-        self.handshake = Handshake()
-        self._link = link
-        self._outcome: asyncio.Future[Request | Refusal] = asyncio.get_running_loop().create_future()
-        link.received = self._received
-
-    def _received(self, data: bytes) -> None:
-        outcome = self.handshake.receive(data)
-        if outcome is not None and not self._outcome.done():
-            self._outcome.set_result(outcome)
-            self._link.hold(self.handshake)  # until the session reads the bytes behind the request
-
-    async def request(self) -> Request | None:
-        """The request; None where it was refused, or did not come in time. Raises ConnectionError."""
-        link, outcome = self._link, self._outcome
-        either: set[asyncio.Future[Any]] = {outcome, link.lost}
-        await asyncio.wait(either, timeout=HEAD_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if link.lost.done():
-            raise ConnectionResetError("the client is gone")
-        link.release(self.handshake)
-        if not outcome.done():
-            link.send(self.handshake.refuse(408, f"the request did not come within {HEAD_TIMEOUT:g} s"))
-            return None
-        result = outcome.result()
-        if isinstance(result, Refusal):
-            link.send(result.response)
-            return None
-        return result
+        if offer is not None and task is not None:
+            self._pending.pop(task, None)
+        return offer

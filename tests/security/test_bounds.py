@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import output_room
 from criserver.streaming import server as streaming
+from criserver.streaming import session
 from tests.support.node import Node, refused
 from tests.support.streaming_client import Spdy
 from tests.support.waiting import SLOWNESS, eventually, within
@@ -466,7 +467,7 @@ def exec_url(node: Node, container: str) -> str:
 
 def promptly(node: Node, container: str) -> None:
     """An exec by a valid address succeeds, in a time that is well below that for which idle connections are kept."""
-    with within(streaming.HEAD_TIMEOUT / 2):
+    with within(session.HEAD_TIMEOUT / 2):
         client = Spdy(exec_url(node, container)).open_command("error", "stdout")
         assert client.finish() == {"status": "Success"}
     assert client.got["stdout"] == b"hi\n"

@@ -20,3 +20,20 @@ def test_a_daemon_that_gets_no_event_loop_says_what_is_short() -> None:
     assert done.stderr.startswith("criserver: the daemon cannot start: "), done.stderr
     assert "Too many open files" in done.stderr
     assert done.returncode == 1
+
+
+def test_what_few_nodes_need_is_not_imported_at_the_start() -> None:
+    needed_later = {
+        "aiohttp",  # a pull
+        "criserver.nri.plugins",
+        "google.protobuf.json_format",  # `criserver inspect`
+        "h11",  # exec, attach and port-forward
+        "opentelemetry",
+        "prometheus_client",
+        "tarfile",  # an export or a checkpoint
+        "wsproto",
+        "yaml",
+    }
+    program = f"import sys, criserver.daemon; print(*sys.modules.keys() & {needed_later})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

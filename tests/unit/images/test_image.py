@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from criserver.images import Image, ImageConfig
 from criserver.images.image_user import ImageUser
-
-
-def test_the_http_client_is_not_imported_before_the_first_pull() -> None:
-    program = "import sys, criserver.images; assert 'aiohttp' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_the_user_of_an_image_is_parsed_as_its_containers_run() -> None:

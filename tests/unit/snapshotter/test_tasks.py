@@ -1,4 +1,4 @@
-"""Work that outlives its caller: each failure is taken, so that asyncio does not log it."""
+"""Work that outlives its caller, and work beside other work: each failure is taken, so that asyncio does not log it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
-from snapshotter.tasks import outlive
+from snapshotter.tasks import both, outlive
 from snapshotter.threads import in_thread
 from tests.support.waiting import cancelled
 
@@ -24,6 +24,12 @@ async def complaints() -> list[str]:
 async def fail(gate: asyncio.Event) -> None:
     await gate.wait()
     raise ValueError("too late")
+
+
+async def turns() -> None:
+    """Let each task go as far as it can without waiting."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 async def test_who_waits_has_the_outcome() -> None:
@@ -72,4 +78,54 @@ async def test_a_thread_that_fails_after_its_caller_was_cancelled(complaints: li
         await asyncio.sleep(0)
         gc.collect()
     assert [line["error"] for line in logs] == ["busy"]
+    assert complaints == []
+
+
+async def test_both_go_on_at_once() -> None:
+    turn = asyncio.Event()
+
+    async def first() -> str:
+        await turn.wait()
+        return "first"
+
+    async def second() -> int:
+        turn.set()
+        return 2
+
+    assert await both(first(), second()) == ("first", 2)
+
+
+async def test_one_that_fails_leaves_the_other_to_its_end(complaints: list[str]) -> None:
+    gate, ended = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        await gate.wait()
+        ended.set()
+
+    async def failing(words: str) -> None:
+        raise ValueError(words)
+
+    work = asyncio.ensure_future(both(slow(), failing("at once")))
+    await turns()
+    assert not work.done()
+    gate.set()
+    with pytest.raises(ValueError, match="at once"):
+        await work
+    assert ended.is_set()
+    with pytest.raises(ValueError, match="one"):
+        await both(failing("one"), failing("other"))
+    gc.collect()
+    assert complaints == []
+
+
+async def test_a_caller_that_is_cancelled_waits_for_the_ends_of_both(complaints: list[str]) -> None:
+    gate = threading.Event()
+    work = asyncio.ensure_future(both(in_thread(gate.wait), asyncio.sleep(60)))
+    await turns()
+    work.cancel()
+    await turns()
+    assert not work.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
     assert complaints == []

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import importlib
 import os
 import resource
 import select
@@ -17,6 +18,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +38,7 @@ from criserver.streaming import (
     forward_session,
     offers,
     server,
+    session,
 )
 from tests.support import spdy_peer
 from tests.support.streaming_client import Refused, Spdy, WebSocket
@@ -146,7 +149,7 @@ async def test_requests_that_are_no_upgrade(serving: StreamingServer, head: byte
 
 
 async def test_a_request_that_does_not_come(serving: StreamingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(session, "HEAD_TIMEOUT", 0.2)
     answer = await blocking(raw, hi(serving), b"GET /command")
     assert answer.startswith(b"HTTP/1.1 408")
 
@@ -545,7 +548,7 @@ async def test_a_connection_on_which_nothing_moves() -> None:
 
 
 async def test_a_client_that_takes_nothing_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(session, "END_TIMEOUT", 0.05)
     monkeypatch.setattr(command_session, "END_TIMEOUT", 0.05)
     found = StreamingServer("127.0.0.1", 0, idle=1)
     await found.start()
@@ -611,7 +614,7 @@ async def test_a_thousand_idle_connections_keep_nobody_out(
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    monkeypatch.setattr(server, "HEAD_TIMEOUT", 300.0)  # it is not what makes room
+    monkeypatch.setattr(session, "HEAD_TIMEOUT", 300.0)  # it is not what makes room
     try:
         tracemalloc.start()
         with contextlib.ExitStack() as others:
@@ -657,6 +660,23 @@ async def test_clients_are_bounded_and_told(serving: StreamingServer, monkeypatc
     await blocking(known.finish)
     await until(lambda: not serving._sessions)
     assert (await blocking(run_command, url))[0] == b"hi", "the offer is still there"
+
+
+async def test_a_connection_that_cannot_be_served_is_closed_and_the_next_is_served(
+    serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: str) -> ModuleType:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    url = hi(serving)
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", failing)
+        with capture_logs() as logs:
+            assert await blocking(raw, url, b"") == b""
+    assert [(line["log_level"], line["event"]) for line in logs] == [
+        ("error", "a streaming connection cannot be served")
+    ]
+    assert (await blocking(run_command, url))[0] == b"hi"
 
 
 async def test_no_descriptor_left_is_no_end_of_listening(
@@ -708,7 +728,7 @@ async def test_a_stop_ends_what_is_under_way_and_says_so(
 async def test_a_client_that_takes_nothing_does_not_keep_the_server_from_stopping(
     serving: StreamingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(session, "END_TIMEOUT", 0.05)
     monkeypatch.setattr(command_session, "END_TIMEOUT", 0.05)
     begun = asyncio.Event()
     client = await blocking(
@@ -770,7 +790,7 @@ async def test_over_tls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failures: list[str] = []
-    monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
+    monkeypatch.setattr(session.log, "exception", lambda words, **_: failures.append(words), raising=False)
     found = StreamingServer("127.0.0.1", 0, certificate=ServerCertificate(*certificate), idle=60)
     await found.start()
     piece = os.urandom(1_000_000)
@@ -815,7 +835,7 @@ async def test_a_client_that_closes_when_it_has_heard_the_end(
 ) -> None:
     """As kubectl does; the server may find the connection closed before it closes it itself."""
     failures: list[str] = []
-    monkeypatch.setattr(server.log, "exception", lambda words, **_: failures.append(words), raising=False)
+    monkeypatch.setattr(session.log, "exception", lambda words, **_: failures.append(words), raising=False)
 
     def work(url: str) -> None:
         client = Spdy(url).open_command("error", "stdout")
