@@ -7,6 +7,7 @@ import json
 import os
 
 from criserver.config import RuntimeHandler
+from criserver.errors import exhaustion
 from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.oci_runtime import OciRuntime
 
@@ -26,13 +27,17 @@ def former_handler(name: str, bundle: str, default: RuntimeHandler) -> RuntimeHa
 
     1. Our shim has written down the program of a shim of containerd's kind (``shims/task_shim.py``).
     2. OCI runtimes understand each other's state: it is the default handler's program, or runc if that is a shim.
+
+    Raises OSError where the node lacks descriptors or memory. A wrong runtime would find nothing to delete.
     """
     from criserver.runtime.shim_v2 import MARK
 
     try:
         with open(os.path.join(bundle, MARK)) as f:
             program = json.load(f)["program"]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError) as e:
+        if exhaustion(e):
+            raise
         program = ""
     if program:
         return RuntimeHandler(name, shim=program)

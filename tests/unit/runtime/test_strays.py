@@ -6,12 +6,16 @@ import builtins
 import errno
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from criserver.config import RuntimeHandler
 from criserver.model import Dns
 from criserver.runtime import sandbox_files, strays
+from criserver.runtime.runtime_choice import former_handler
+from criserver.runtime.shim_v2 import MARK
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
@@ -48,3 +52,17 @@ def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_
         sandbox_files.resolv_conf(Dns((), (), ()))
     refuse(monkeypatch, "/etc/resolv.conf", errno.ENOENT)
     assert sandbox_files.resolv_conf(Dns((), (), ())) == ""
+
+
+def test_a_runtime_that_cannot_be_looked_up_is_not_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = RuntimeHandler("runc", "/usr/bin/runc")
+    (tmp_path / MARK).write_text('{"program": "/opt/containerd-shim-kata-v2"}')
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, MARK, errno.EMFILE)
+        with pytest.raises(OSError, match="Too many open files"):
+            former_handler("kata", str(tmp_path), default)
+    assert former_handler("kata", str(tmp_path), default).shim == "/opt/containerd-shim-kata-v2"
+    refuse(monkeypatch, MARK, errno.ENOENT)
+    assert former_handler("kata", str(tmp_path), default).path == default.path
