@@ -31,10 +31,12 @@ def _unheard(work: asyncio.Future[Any]) -> None:
 
 
 async def both(one: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, _S]) -> tuple[_T, _S]:
-    """Await both at once. If one fails, the other is still awaited; the error of the first one comes first.
+    """Await both at once. If one fails, the other is still awaited. If both fail, the error of ``other`` is logged.
 
     A caller that is cancelled cancels both, and waits for their ends.
     """
     first, second = asyncio.ensure_future(one), asyncio.ensure_future(other)
     await asyncio.gather(first, second, return_exceptions=True)
+    if first.exception() is not None and (error := second.exception()) is not None:
+        log.warning("work failed beside other work that failed too", error=str(error))
     return first.result(), second.result()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -22,6 +22,7 @@ from criserver.runtime.records import Container, Record, Sandbox
 from criserver.runtime.spec_file import read_spec
 from criserver.text import shown
 from snapshotter import mounts
+from snapshotter.threads import in_loose_thread
 
 
 def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
@@ -81,9 +82,23 @@ async def inspect(node: Node, text: str) -> dict[str, Any]:
     """The document of `criserver inspect` for what :func:`find` finds. Raises as that does."""
     record = find(node, text)
     if isinstance(record, Sandbox):
-        containers = list(node.records.containers_of(record.id))
-        return await asyncio.to_thread(_sandbox, node, record, containers)
-    return await asyncio.to_thread(_container, node, record, node.records.sandboxes[record.sandbox_id])
+        return await _looked_up(_sandbox, node, record, list(node.records.containers_of(record.id)))
+    return await _looked_up(_container, node, record, node.records.sandboxes[record.sandbox_id])
+
+
+async def verbose_info(node: Node, record: Record) -> dict[str, str]:
+    """The ``info`` of a verbose status: what :func:`sandbox_info` or :func:`container_info` has, as JSON."""
+    if isinstance(record, Sandbox):
+        return views.info(**await _looked_up(sandbox_info, node, record))
+    return views.info(**await _looked_up(container_info, node, record))
+
+
+async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a function that blocks returns. It has a thread of its own.
+
+    An operator asks when the disk stands still, and then all threads of the pool may wait for it.
+    """
+    return await in_loose_thread(partial(look, *arguments), "inspection")
 
 
 def _sandbox(node: Node, sandbox: Sandbox, containers: Sequence[Container]) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def _process_namespaces(pid: int) -> dict[str, str]:
 
 
 def _document(message: Message) -> dict[str, Any]:
-    from google.protobuf import json_format  # 1.6 MiB, and few nodes are asked for these documents
+    from google.protobuf import json_format  # few nodes are asked for these documents
 
     document: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     return document

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -11,7 +10,7 @@ import structlog
 from criserver import __version__
 from criserver.api import views
 from criserver.api.filters import batches, select_containers, select_sandboxes
-from criserver.api.inspection import container_info, sandbox_info
+from criserver.api.inspection import verbose_info
 from criserver.api.lists import Fragments, make_each
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.api.status_info import status_info
@@ -128,7 +127,7 @@ class RuntimeService(StatsRpcs):
             timestamp=time.time_ns(),
         )
         if request.verbose:
-            response.info.update(views.info(**await asyncio.to_thread(sandbox_info, self._node, sandbox)))
+            response.info.update(await verbose_info(self._node, sandbox))
         return response
 
     async def list_pod_sandbox(self, request: cri.ListPodSandboxRequest) -> bytes:
@@ -164,7 +163,7 @@ class RuntimeService(StatsRpcs):
         container = self._node.records.visible_container(request.container_id)
         response = cri.ContainerStatusResponse(status=views.container_status(container))
         if request.verbose:
-            response.info.update(views.info(**await asyncio.to_thread(container_info, self._node, container)))
+            response.info.update(await verbose_info(self._node, container))
         return response
 
     async def update_container_resources(

@@ -168,7 +168,7 @@ async def _prepare(
     devices = [node_defaults.owned(node, config, device) for device in granted.values()]
     if config.security.privileged and not handler.privileged_without_host_devices:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
-    # Both at once: each is a change to a thread and back.
+    # Both at once: neither needs the other.
     _, rootfs = await both(prepare_log(node, container), filesystems.make_root(node, container, image))
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     all_mounts, real_paths = await filesystems.resolve_mounts(node, container, image, rootfs, own_paths(of_node))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import assert_never
 
 import structlog
 
 from criserver import logs
-from criserver.errors import CriError
+from criserver.errors import CriError, exhaustion
 from criserver.network import namespaces
 from criserver.runtime import (
     cadvisor_cgroup,
@@ -89,36 +89,57 @@ async def _pod(node: Node, sandbox: Sandbox) -> None:
 
 async def _container(node: Node, container: Container) -> None:
     try:
-        # This comes first: a frozen container cannot be ended.
-        await recover_checkpoint(node, container.id)
-        match container.state:
-            case ContainerState.CREATING:
-                log.warning("rolling back a container whose making was cut off", container=container.id)
-                undone = await container_create.undo(node, container, "the daemon ended while it was being made")
-                families.RECOVERY.add(1, "container", "rolled_back" if undone else "failed")
-            case ContainerState.REMOVING:
-                await remove_locked(node, container)
-                families.RECOVERY.add(1, "container", "finished")
-            case ContainerState.STARTING | ContainerState.RUNNING:
-                await _running(node, container)
-            case ContainerState.CREATED:
-                if not os.path.ismount(node.rootfs(container.id)):
-                    await _lost_before_start(node, container)
-            case ContainerState.EXITED:
-                pass  # below
-            case never:
-                assert_never(never)
-        left = node.records.containers.get(container.id)
-        if left is not None and left.state is ContainerState.EXITED:
-            await filesystems.unmount(node, container.id)
-    except Exception:
+        await _finish_container(node, container)
+    except Exception as e:
         families.RECOVERY.add(1, "container", "failed")
-        log.exception("recovery of a container failed", container=container.id)
+        what = "recovery of a container failed"
+        log.exception(what, container=container.id)
+
+        async def again() -> None:
+            current = node.records.containers.get(container.id)
+            if current is not None and current.state in (ContainerState.STARTING, ContainerState.RUNNING):
+                await _finish_container(node, current)
+
+        _try_again(node, container.id, e, again, what)
+
+
+def _try_again(node: Node, record_id: str, error: Exception, again: Callable[[], Awaitable[None]], what: str) -> None:
+    """Have the recovery of what runs be done later, if it has failed for want of descriptors, memory or disk space.
+
+    Without it nobody would notice the end of the process. The rest is tried again by the kubelet's next call.
+    """
+    if exhaustion(error):
+        node.try_again(record_id, again, what)
+
+
+async def _finish_container(node: Node, container: Container) -> None:
+    # This comes first: a frozen container cannot be ended.
+    await recover_checkpoint(node, container.id)
+    match container.state:
+        case ContainerState.CREATING:
+            log.warning("rolling back a container whose making was cut off", container=container.id)
+            undone = await container_create.undo(node, container, "the daemon ended while it was being made")
+            families.RECOVERY.add(1, "container", "rolled_back" if undone else "failed")
+        case ContainerState.REMOVING:
+            await remove_locked(node, container)
+            families.RECOVERY.add(1, "container", "finished")
+        case ContainerState.STARTING | ContainerState.RUNNING:
+            await _running(node, container)
+        case ContainerState.CREATED:
+            if not os.path.ismount(node.rootfs(container.id)):
+                await _lost_before_start(node, container)
+        case ContainerState.EXITED:
+            pass  # below
+        case never:
+            assert_never(never)
+    left = node.records.containers.get(container.id)
+    if left is not None and left.state is ContainerState.EXITED:
+        await filesystems.unmount(node, container.id)
 
 
 async def _running(node: Node, container: Container) -> None:
     process = process_records.of_container(node, container)
-    if await process.shim.reconnect():
+    if process.shim.connected or await process.shim.reconnect():
         return
     cut_off = container.state is ContainerState.STARTING
     if cut_off and not os.path.exists(os.path.join(node.container_dir(container.id), "init.pid")):
@@ -137,30 +158,42 @@ async def _lost_before_start(node: Node, container: Container) -> None:
 
 async def _sandbox(node: Node, sandbox: Sandbox) -> None:
     try:
-        match sandbox.state:
-            case SandboxState.CREATING:
-                log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
-                undone = await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
-                families.RECOVERY.add(1, "sandbox", "rolled_back" if undone else "failed")
-            case SandboxState.REMOVING:
-                await strays.wait("CNI_CONTAINERID", sandbox.id)
-                await remove_sandbox(node, sandbox.id)
-                families.RECOVERY.add(1, "sandbox", "finished")
-            case SandboxState.READY:
-                if not await _whole(node, sandbox):
-                    log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
-                    await node.records.save(sandbox.not_ready("its namespaces are gone, as after a reboot of the node"))
-                else:
-                    files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
-                    await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
-                    await cadvisor_cgroup.recover(node, sandbox)
-            case SandboxState.NOT_READY:
-                pass  # its parts have been released
-            case never:
-                assert_never(never)
-    except Exception:
+        await _finish_sandbox(node, sandbox)
+    except Exception as e:
         families.RECOVERY.add(1, "sandbox", "failed")
-        log.exception("recovery of a pod sandbox failed", sandbox=sandbox.id)
+        what = "recovery of a pod sandbox failed"
+        log.exception(what, sandbox=sandbox.id)
+
+        async def again() -> None:
+            current = node.records.sandboxes.get(sandbox.id)
+            if current is not None and current.state is SandboxState.READY:
+                await _finish_sandbox(node, current)
+
+        _try_again(node, sandbox.id, e, again, what)
+
+
+async def _finish_sandbox(node: Node, sandbox: Sandbox) -> None:
+    match sandbox.state:
+        case SandboxState.CREATING:
+            log.warning("rolling back a pod sandbox whose making was cut off", sandbox=sandbox.id)
+            undone = await sandbox_run.undo(node, sandbox, _end_making(node, sandbox))
+            families.RECOVERY.add(1, "sandbox", "rolled_back" if undone else "failed")
+        case SandboxState.REMOVING:
+            await strays.wait("CNI_CONTAINERID", sandbox.id)
+            await remove_sandbox(node, sandbox.id)
+            families.RECOVERY.add(1, "sandbox", "finished")
+        case SandboxState.READY:
+            if not await _whole(node, sandbox):
+                log.warning("a pod sandbox has lost its namespaces", sandbox=sandbox.id)
+                await node.records.save(sandbox.not_ready("its namespaces are gone, as after a reboot of the node"))
+            else:
+                files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
+                await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
+                await cadvisor_cgroup.recover(node, sandbox)
+        case SandboxState.NOT_READY:
+            pass  # its parts have been released
+        case never:
+            assert_never(never)
 
 
 async def _end_making(node: Node, sandbox: Sandbox) -> None:
@@ -175,7 +208,8 @@ async def _whole(node: Node, sandbox: Sandbox) -> bool:
         return False
     if not sandbox.has_infra:
         return True
-    return await process_records.of_infra(node, sandbox).shim.reconnect()
+    shim = process_records.of_infra(node, sandbox).shim
+    return shim.connected or await shim.reconnect()
 
 
 async def _sweep(node: Node, *, end_living: bool) -> None:

@@ -148,7 +148,7 @@ class StreamingServer:
         def ended(task: asyncio.Task[None]) -> None:
             self._sessions.discard(task)
             self._pending.pop(task, None)
-            sock.close()  # for a task that was cancelled before it began
+            sock.close()  # for a task that has ended before its connection had a transport
 
         task.add_done_callback(ended)
 
@@ -166,12 +166,11 @@ class StreamingServer:
     async def _session(self, sock: socket.socket) -> None:
         try:
             await self._load()
+            from criserver.streaming.session import serve
+
+            await serve(sock, certificate=self._certificate, idle=self._idle, take=self._take)
         except Exception as e:
             log.exception("a streaming connection cannot be served", error=words_of(e))
-            return
-        from criserver.streaming.session import serve
-
-        await serve(sock, certificate=self._certificate, idle=self._idle, take=self._take)
 
     async def _load(self) -> None:
         """Import what serves a connection: once, and in a thread, as it takes tens of milliseconds."""

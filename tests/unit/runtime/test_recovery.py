@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
@@ -12,7 +14,7 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from criserver.errors import CriError
-from criserver.runtime import filesystems, process_records, recovery, sandbox_run, strays
+from criserver.runtime import filesystems, process_records, recovery, sandbox_files, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.record_store import RecordStore
 from criserver.telemetry import families
@@ -96,6 +98,41 @@ async def test_what_is_rolled_back_is_counted(
     node.plugins = Mock(sandbox_removed=AsyncMock())
     await recovery.recover(node)
     assert counted == {("sandbox", "found"): 2, ("container", "found"): 0, ("sandbox", "rolled_back"): 1}
+
+
+@pytest.mark.parametrize("what", ["container", "pod"])
+async def test_what_runs_is_recovered_later_if_there_are_no_descriptors_now(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]], what: str
+) -> None:
+    """Otherwise nobody would notice its end."""
+    later: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+    node.try_again = lambda key, work, words: later.append((key, work))
+    lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+    process = Mock(shim=Mock(connected=False, reconnect=AsyncMock(return_value=True)))
+
+    def found(*_: object) -> Mock:
+        if lack:
+            raise lack.pop()
+        return process
+
+    if what == "container":
+        brought_to(node.records, container("x", node.records.sandboxes["p"], ContainerState.RUNNING))
+        monkeypatch.setattr(recovery, "recover_checkpoint", AsyncMock())
+        monkeypatch.setattr(process_records, "of_container", found)
+    else:
+        brought_to(node.records, sandbox("x", SandboxState.READY))
+        monkeypatch.setattr(recovery, "unpinned", lambda *_: [])
+        monkeypatch.setattr(process_records, "of_infra", found)
+        monkeypatch.setattr(sandbox_files, "adopt", Mock())
+        node.sandbox_files_dir = node.sandbox_dir = str
+    await recovery.recover(node)
+    assert counted["container" if what == "container" else "sandbox", "failed"] == 1
+    assert not process.shim.reconnect.called
+    ((key, work),) = later
+    assert key == "x"
+    await work()
+    assert process.shim.reconnect.called
+    assert len(later) == 1
 
 
 def test_a_process_that_cannot_be_looked_up_counts_as_alive(tmp_path: Path) -> None:

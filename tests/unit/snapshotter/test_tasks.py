@@ -112,8 +112,9 @@ async def test_one_that_fails_leaves_the_other_to_its_end(complaints: list[str])
     with pytest.raises(ValueError, match="at once"):
         await work
     assert ended.is_set()
-    with pytest.raises(ValueError, match="one"):
+    with capture_logs() as logs, pytest.raises(ValueError, match="one"):
         await both(failing("one"), failing("other"))
+    assert [line["error"] for line in logs] == ["other"]
     gc.collect()
     assert complaints == []
 
