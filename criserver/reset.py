@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 
@@ -80,9 +80,9 @@ async def _reset(config: Config, grace: float, everything: bool, agreed: Callabl
         with told_in_words("the node cannot be reset"):
             outcome = await _take_down(config, grace, agreed)
         if outcome is not None and not outcome.left:
-            deleted = [await asyncio.to_thread(_delete, config.state, STATE, config.grpc_address)]
+            deleted = [await asyncio.to_thread(_delete, config.state, STATE, _sockets(config))]
             if everything:
-                deleted.append(await asyncio.to_thread(_delete, config.root, ROOT, config.grpc_address))
+                deleted.append(await asyncio.to_thread(_delete, config.root, ROOT, ()))
             kept = tuple(words for foreign_names, _ in deleted for words in foreign_names)
             left = tuple(words for _, undeleted in deleted for words in undeleted)
             outcome = dataclasses.replace(outcome, failures=(*outcome.failures, *kept), left=left)
@@ -168,16 +168,20 @@ def _left(config: Config) -> Iterator[str]:
             continue  # it has ended
 
 
-def _delete(directory: str, kind: Kind, socket: str) -> tuple[list[str], list[str]]:
+def _sockets(config: Config) -> list[str]:
+    """The sockets that a daemon which was killed may have left: its own, and others in its state directory."""
+    others = (config.containerd_address, config.metrics_address.removeprefix("unix://"))
+    below = os.path.join(config.state, "")
+    return [config.grpc_address, *(path for path in others if path.startswith(below))]
+
+
+def _delete(directory: str, kind: Kind, sockets: Iterable[str]) -> tuple[list[str], list[str]]:
     """Delete what we have made in a directory, and the directory itself if it is empty then and no mount point.
 
     Returns what is not ours and stays, and what cannot be deleted, both in words.
     """
     left = []
-    ours = [os.path.join(directory, name) for name in kind.names]
-    if kind is STATE:
-        ours.append(socket)
-    for path in ours:
+    for path in (*(os.path.join(directory, name) for name in kind.names), *sockets):
         try:
             removal.remove_path(path)
         except OSError as e:

@@ -30,9 +30,16 @@ def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
         yield _socket(host, config)
         yield from _streaming(config)
     for name, path in _OTHERS.items():
-        if path != config.grpc_address and host.exists(path):
+        if path == config.grpc_address or not host.exists(path):
+            continue
+        if path == config.containerd_address and serving and host.which("containerd") is None:
             yield warning(
-                f"{name} is here too, at {path}: kubeadm asks which runtime to use",
+                f"criserver answers the kubelet's cAdvisor at {path} too, which kubeadm takes for the socket of {name}",
+                f"give kubeadm criSocket: unix://{config.grpc_address}",
+            )
+        else:
+            yield warning(
+                f"{name} is here too, at {path}: kubeadm does not ask, and uses it unless criSocket names criserver",
                 f"give kubeadm criSocket: unix://{config.grpc_address}, or disable {name}",
             )
     if host.synchronised():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from criserver.check.examined_node import ExaminedNode
@@ -10,7 +11,12 @@ from criserver.config import Config
 
 
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
-    """One container for each handler whose program exists. A shim needs a daemon, and is not tried."""
+    """One container for each handler whose program exists. A shim needs a daemon, and is not tried.
+
+    The containers run the infra program. Without it there is no trial, and :mod:`criserver.check.programs` names it.
+    """
+    if not os.access(host.path(config.infra), os.X_OK):
+        return
     for runtime in config.runtimes.values():
         if runtime.shim or host.which(runtime.path) is None:
             continue

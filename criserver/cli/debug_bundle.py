@@ -70,6 +70,17 @@ class _Bundle:
             self.errors.append(f"{name}: {e}")
 
 
+class _Deadline(grpc.UnaryUnaryClientInterceptor):
+    """All calls together may take :data:`_PATIENCE` seconds, and each of the last ones another second."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + _PATIENCE
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        left = max(1.0, self._end - time.monotonic())
+        return continuation(details._replace(timeout=left), request)
+
+
 def bundle(options: argparse.Namespace) -> int:
     """Write the archive and print its name. Raises InvalidArgumentError if the file exists."""
     host = socket.gethostname()
@@ -113,9 +124,9 @@ def _fill(bundle: _Bundle, options: argparse.Namespace) -> None:
 
 
 def _ask(bundle: _Bundle, address: str) -> None:
-    with connected(address) as channel:
-        # A daemon that hangs does not answer this one either.
-        method(channel, RUNTIME, "Version")(cri.VersionRequest(), timeout=_PATIENCE)
+    with connected(address) as unlimited:
+        channel = grpc.intercept_channel(unlimited, _Deadline())
+        method(channel, RUNTIME, "Version")(cri.VersionRequest())
         with bundle.part("status"):
             bundle.add_document("status.json", status_document(channel, address, stacks=True))
         with bundle.part("disk use"):

@@ -199,7 +199,11 @@ def _handler(settings: Settings, name: str, table: Mapping[str, Any]) -> Runtime
     files = {file: None for key, file in settings.origins.items() if key[:2] == ("runtimes", name)}
     what = f"configuration {', '.join(files)}: runtimes.{name}"
     if table.get("path") and table.get("shim"):
-        raise InvalidArgumentError(f"{what} has path, for an OCI runtime, and shim; give one")
+        given_in = settings.origin("runtimes", name, "path")
+        raise InvalidArgumentError(
+            f"{what} has shim, and path, for an OCI runtime, from {given_in}; give one. "
+            'Beside shim, `path = ""` removes the path of another file'
+        )
     if table.get("options") and not table.get("shim"):
         raise InvalidArgumentError(f"{what}: options are for a shim; an OCI runtime has args")
     if table.get("args") and table.get("shim"):

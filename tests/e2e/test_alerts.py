@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from tests.support.alert_nodes import CAUSES, HOST_NETWORK, OF_TIME, PATIENCE, AlertNodes, cause, scraped
+from tests.support.alert_nodes import CAUSES, HOST_NETWORK, OF_TIME, AlertNodes, cause, scraped
 from tests.support.freezer import Freezer
 from tests.support.frozen_disk import frozen
 from tests.support.node import Node, filled
@@ -53,15 +53,14 @@ def calls_fail(nodes: AlertNodes, node: Node) -> None:
 
 @cause("failing", "CriserverRpcsStuck")
 def a_call_waits_and_callers_give_up(nodes: AlertNodes, node: Node) -> None:
-    """One caller waits for a container that ignores SIGTERM; others have deadlines, as a kubelet has."""
-    container = node.run(nodes.host_pod(node), "deaf", ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"])
+    """One caller waits for a network plugin that does not end; others have deadlines, as a kubelet has."""
     standing = node.run_pod("standing")
     Path(node.base, "stands").touch()
-    stop = node.client.StopContainer.begin(container_id=container, timeout=PATIENCE)
+    stop = node.client.StopPodSandbox.begin(pod_sandbox_id=standing)
     try:
-        give_up = functools.partial(node.client.StopPodSandbox, pod_sandbox_id=standing, deadline=1)
-        nodes.again(give_up, "CriserverRpcsStuck", method="StopPodSandbox")
-        nodes.again(lambda: None, "CriserverRpcsStuck", method="StopContainer")
+        give_up = functools.partial(node.client.RemovePodSandbox, pod_sandbox_id=standing, deadline=1)
+        nodes.again(give_up, "CriserverRpcsStuck", method="RemovePodSandbox")
+        nodes.again(lambda: None, "CriserverRpcsStuck", method="StopPodSandbox")
     finally:
         os.unlink(f"{node.base}/stands")
         stop.cancel()

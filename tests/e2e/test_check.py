@@ -76,12 +76,14 @@ def test_a_node_without_a_network_is_told_so(node: Node) -> None:
 
 def test_for_people_it_prints_lines_with_what_to_do(node: Node) -> None:
     with open(f"{node.base}/other.toml", "w") as f, open(node.config) as g:
-        f.write(re.sub('infra = ".*"', 'infra = "/nowhere/catatonit"', g.read()))
+        text = re.sub('infra = ".*"', 'infra = "/nowhere/catatonit"', g.read())
+        f.write(re.sub('conf_dir = ".*"', 'conf_dir = "/nowhere/net.d"', text, count=1))
     command = [sys.executable, "-m", "criserver", "check", "--config", f"{node.base}/other.toml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
     assert done.returncode == 1
-    assert "missing  runtimes      /nowhere/catatonit is not an executable" in done.stdout
+    assert "warning  runtimes      /nowhere/catatonit is not an executable" in done.stdout
     assert "-> install catatonit" in done.stdout
+    assert "missing  network       no CNI configuration in /nowhere/net.d" in done.stdout
     assert done.stdout.endswith("missing\n")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from criserver import reset
+from criserver.config import load
 from criserver.own_directories import STATE
 
 
@@ -28,11 +29,22 @@ def test_what_cannot_be_deleted_is_told_of_and_the_rest_goes(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refused)
-        kept, (left,) = reset._delete(str(state), STATE, str(socket))
+        kept, (left,) = reset._delete(str(state), STATE, [str(socket)])
     assert kept == []
     assert left.startswith(f"{state}/ns, which cannot be deleted: ")
     assert left.endswith(f"Input/output error: '{state}/ns/stays'")
     assert sorted(os.listdir(state)) == [STATE.marker, "ns"]
     assert not socket.exists()
-    assert reset._delete(str(state), STATE, str(socket)) == ([], [])
+    assert reset._delete(str(state), STATE, [str(socket)]) == ([], [])
     assert not state.exists()
+
+
+def test_sockets_that_a_killed_daemon_has_left_are_its_own(tmp_path: Path) -> None:
+    """Those elsewhere may be another program's, such as containerd's."""
+    file = tmp_path / "config.toml"
+    text = (
+        f'state = "{tmp_path}"\n[grpc]\naddress = "/elsewhere/own.sock"\ncontainerd_address = "/elsewhere/other.sock"\n'
+        f'[metrics]\naddress = "unix://{tmp_path}/metrics.sock"\n'
+    )
+    file.write_text(text)
+    assert reset._sockets(load(str(file))) == ["/elsewhere/own.sock", f"{tmp_path}/metrics.sock"]

@@ -149,7 +149,7 @@ def test_capabilities_that_root_lacks_are_named(node: Fake) -> None:
         ("proc/sys/kernel/seccomp/actions_avail", Level.WARNING, "RuntimeDefault"),
         ("proc/sys/net/bridge/bridge-nf-call-iptables", Level.WARNING, "br_netfilter"),
         ("proc/sys/net/ipv4/ip_forward", Level.WARNING, "ip_forward"),
-        ("usr/bin/catatonit", Level.MISSING, "share a PID namespace"),
+        ("usr/bin/catatonit", Level.WARNING, "share a PID namespace"),
         ("usr/lib/cni/portmap", Level.MISSING, "needs the plugin portmap, not in /opt/cni/bin or /usr/lib/cni"),
         ("usr/lib/cni/host-local", Level.MISSING, "needs the plugin host-local"),
         ("etc/cni/net.d/10-pods.conflist", Level.MISSING, "no CNI configuration in "),
@@ -353,6 +353,16 @@ def test_a_daemon_that_serves_already_is_as_it_should_be(node: Fake, listener: s
         fcntl.flock(f, fcntl.LOCK_EX)
         node.write("proc/locks", Path("/proc/locks").read_text())
         found = run(node.config, node.host)
+        node.write("run/containerd/containerd.sock", "")
+        assert "containerd is here too" in node.fault().words
+        address = "/run/containerd/containerd.sock"
+        sharing = dataclasses.replace(node.config, containerd_address=address)
+        node.change(which=lambda name: None if name == "containerd" else f"/usr/bin/{name}")
+        shared = [f.words for f in run(sharing, node.host) if f.level is Level.WARNING]
+        assert shared == [
+            f"criserver answers the kubelet's cAdvisor at {address} too, "
+            "which kubeadm takes for the socket of containerd"
+        ]
     assert able(found)
     assert f"criserver serves at /run/criserver/criserver.sock (PID {os.getpid()})" in [f.words for f in found]
     node.write("proc/locks", Path("/proc/locks").read_text())

@@ -110,7 +110,8 @@ def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp
         ("[images]\nmax_entries = 0", ["images.max_entries = 0"]),
         ("[images]\nmax_bytes = 9223372036854775808", ["images.max_bytes = 9223372036854775808"]),
         ("[images]\nmax_ratio = 1.5", ["images.max_ratio = 1.5", "integer"]),
-        ('[runtimes.a]\npath = "a"\nshim = "/a"', ["runtimes.a has path", "and shim"]),
+        ('[runtimes.a]\npath = "a"\nshim = "/a"', ["runtimes.a has shim, and path", "give one"]),
+        ('[runtimes.a]\npath = ""', ["runtimes.a has neither path", "nor shim"]),
         ('[runtimes.a]\nshim = ""', ["runtimes.a has neither path", "nor shim"]),
         ('[runtimes.a]\nshim = "kata"', ["runtimes.a.shim = 'kata'"]),
         ('[runtimes.a]\npath = "a"\n[runtimes.a.options]\nX = 1', ["runtimes.a: options are for a shim"]),
@@ -146,3 +147,17 @@ def test_tracing_is_off_and_its_endpoint_and_rate_have_a_form(tmp_path: Path) ->
     ):
         with pytest.raises(InvalidArgumentError, match=words):
             load(written(tmp_path, f"[tracing]\n{line}"))
+
+
+def test_a_drop_in_makes_a_handler_of_another_file_a_shim(tmp_path: Path) -> None:
+    main = written(tmp_path, '[runtimes.runc]\npath = "runc"')
+    drop_in = tmp_path / "conf.d/10-shim.toml"
+    drop_in.parent.mkdir()
+    drop_in.write_text('[runtimes.runc]\nshim = "io.containerd.runc.v2"')
+    with pytest.raises(InvalidArgumentError) as e:
+        load(main)
+    for words in (f"{drop_in}: runtimes.runc has shim, and path", f"from {main}", '`path = ""` removes the path'):
+        assert words in str(e.value)
+    drop_in.write_text('[runtimes.runc]\npath = ""\nshim = "io.containerd.runc.v2"')
+    found = load(main).runtimes["runc"]
+    assert (found.path, found.shim) == ("", "io.containerd.runc.v2")
