@@ -62,7 +62,9 @@ async def _start_in_turn(node: Node, container_id: str, process: ContainerProces
         except CriError as e:
             # The OCI runtime only says that it cannot fork. That is what happens in the PID namespace of a container
             # that has ended.
-            error = _target_ended(node, container) or e
+            error: CriError = e
+            with suppress(OSError):  # no descriptor is left to look
+                error = _target_ended(node, container) or e
             process.start_failed(str(error))
             node.background(give_up_if_lost(node, sandbox.id), "a pod cannot be checked after a failed start")
             raise type(error)(f"container {container.config.name} cannot be started: {error}") from e

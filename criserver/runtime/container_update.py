@@ -150,8 +150,8 @@ def _set_oom_score(node: Node, container: Container, score: int) -> None:
         try:
             with open(f"/proc/{pid}/oom_score_adj", "w") as f:
                 f.write(str(max(score, host.facts().oom_score_adj_floor)))
-        except ProcessLookupError:
-            continue
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
 
 
 def _rewrite(node: Node, container_id: str, limits: Spec, oom_score_adj: int) -> None:

@@ -112,15 +112,16 @@ def is_in(pid: int, directory: str) -> bool:
 def zombie_code(pid: int) -> int | None:
     """The exit code of a process that has ended but was not reaped; None for any other process.
 
-    A process that a signal has ended has the code 128 + the signal's number. The state and the exit status are fields
-    3 and 52 of /proc/PID/stat (proc(5)).
+    A process that a signal has ended has the code 128 + the signal's number. The state, the number of threads and the
+    exit status are fields 3, 20 and 52 of /proc/PID/stat (proc(5)). The state is that of the first thread. The process
+    has ended when no other thread is left.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
             fields = f.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    if fields[0] != b"Z":
+    if fields[0] != b"Z" or int(fields[17]) > 1:
         return None
     code = os.waitstatus_to_exitcode(int(fields[49]))
     return code if code >= 0 else 128 - code

@@ -19,14 +19,17 @@ async def update_sandbox(
 
     Raises NotFoundError, and the error of a plugin; nothing has changed then.
     """
-    sandbox = node.records.sandbox(id_or_prefix)
-    sent = cri.PodSandboxConfig.FromString(sandbox.sent)
-    sent.linux.resources.CopyFrom(resources)
-    sent.linux.overhead.CopyFrom(overhead)
-    changed = dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True))
+    sandbox_id = node.records.sandbox(id_or_prefix).id
 
     async def update() -> None:
-        await node.plugins.update_sandbox(sandbox, overhead, resources)
-        await node.plugins.sandbox_updated(await node.records.save(changed))
+        async with node.lock(sandbox_id):
+            await node.plugins.update_sandbox(node.records.sandbox(sandbox_id), overhead, resources)
+            # Read after the plugins' answer: the pod's own process may have ended meanwhile.
+            sandbox = node.records.sandbox(sandbox_id)
+            sent = cri.PodSandboxConfig.FromString(sandbox.sent)
+            sent.linux.resources.CopyFrom(resources)
+            sent.linux.overhead.CopyFrom(overhead)
+            changed = dataclasses.replace(sandbox, sent=sent.SerializeToString(deterministic=True))
+            await node.plugins.sandbox_updated(await node.records.save(changed))
 
     await node.finish(update())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from criserver.errors import FailedPreconditionError
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import container_update
+from criserver.runtime import cgroups, container_update
 from criserver.stats import CgroupUsage, Memory, Swap
 
 
@@ -56,3 +59,15 @@ def test_new_limits_are_merged() -> None:
     assert before == expected
     container_update._merge(before, cri.LinuxContainerResources(memory_swap_limit_in_bytes=90))
     assert (before.memory_limit_in_bytes, before.memory_swap_limit_in_bytes) == (72, 90)
+
+
+def test_a_process_that_ends_meanwhile_has_no_oom_score_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["true"]) as ended, subprocess.Popen(["sleep", "1000"]) as lives:
+        try:
+            ended.wait()
+            monkeypatch.setattr(cgroups, "processes", lambda _: [ended.pid, lives.pid])
+            monkeypatch.setattr(cgroups, "path", lambda *_: "")
+            container_update._set_oom_score(Mock(), Mock(), 500)
+            assert Path(f"/proc/{lives.pid}/oom_score_adj").read_text() == "500\n"
+        finally:
+            lives.kill()
