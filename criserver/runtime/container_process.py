@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
-from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
 from criserver.runtime import cgroups, pidfd
-from criserver.runtime.container_shim import GREETING_TIMEOUT, ContainerShim
+from criserver.runtime.container_shim import GREETING_TIMEOUT, ContainerShim, OnClose, OnEvent
 from criserver.runtime.handler_runtime import HandlerRuntime
 from criserver.runtime.nursery import Nursery
 from criserver.runtime.shim_link import kernel_error
@@ -206,7 +206,7 @@ class ContainerProcess:
         }
         with operations.RUNTIME.timed(self.runtime.handler, "run"):
             with operations.SHIM.timed():
-                await self.shim.fork(config, on_event, on_close)
+                await self._fork(config, on_event, on_close)
             if not await start.wait(START_TIMEOUT):
                 await self.end_start()
                 if start.is_cut:
@@ -222,6 +222,20 @@ class ContainerProcess:
                 kind = DeadlineExceededError if outcome["late"] else FailedPreconditionError
                 raise kind(outcome["error"]) from kernel_error(outcome)
             return _started(outcome)
+
+    async def _fork(self, config: ForkConfig, on_event: OnEvent, on_close: OnClose) -> None:
+        """Fork the shim, and a second time where the nursery has ended: that is no fault of the container.
+
+        The first nursery may have forked a shim that nobody hears. It is ended before, with all that it has begun.
+        """
+        try:
+            await self.shim.fork(config, on_event, on_close)
+        except UnavailableError as e:
+            log.warning("the nursery of shims has ended; the start is made once more", owner=self.id, error=str(e))
+            if left := await self.shim.end(END_TIMEOUT):
+                raise cgroups.unkillable(self.id, left, END_TIMEOUT) from e
+            await self.destroy()
+            await self.shim.fork(config, on_event, on_close)
 
     async def end_start(self) -> None:
         """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.

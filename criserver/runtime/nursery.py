@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from criserver.errors import CriError, DeadlineExceededError
+from criserver.errors import CriError, DeadlineExceededError, UnavailableError
 from criserver.runtime import service_manager
 from criserver.runtime.shim_link import ShimLink, peer_name
 from shims import launch, wire
@@ -86,16 +86,17 @@ class Nursery:
     async def fork(
         self, config: ForkConfig, on_event: Callable[[ShimMessage], None], on_close: Callable[[], None]
     ) -> ShimLink:
-        """Fork a shim, and return the connection to it. A nursery that does not answer is replaced once.
+        """Fork a shim, and return the connection to it.
 
-        Raises CriError if that fails.
+        Raises UnavailableError if the nursery ends before it answers, or does not answer and is ended for that. It may
+        have forked a shim all the same. The next call starts another nursery. Raises CriError for its refusal.
         """
         link = await self.start()
         try:
             return await self._fork(link, config, on_event, on_close)
-        except DeadlineExceededError:
+        except DeadlineExceededError as e:
             await self._end(link)
-        return await self._fork(await self.start(), config, on_event, on_close)
+            raise UnavailableError(f"the nursery of shims did not answer, and was ended: {e}") from e
 
     async def _fork(
         self,

@@ -13,11 +13,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from criserver.errors import CriError, FailedPreconditionError
+from criserver.errors import CriError, FailedPreconditionError, UnavailableError
 from criserver.runtime import cgroups, container_process, pidfd, process_records
 from criserver.runtime.container_process import ContainerProcess, Started
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
@@ -288,3 +288,19 @@ async def test_a_process_that_cannot_be_looked_at_has_not_ended(
     await until(process.exited.is_set)
     assert (node.container.exit_code, node.container.reason) == (255, "Unknown")
     await process.wait_cleaned_up()
+
+
+async def test_a_start_is_made_once_more_if_the_nursery_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first nursery may have forked is ended before."""
+    process = FakeNode(str(tmp_path), ContainerState.STARTING).process
+    steps = Mock()
+    steps.fork = AsyncMock(side_effect=[UnavailableError("it has ended"), None])
+    steps.end, steps.destroy = AsyncMock(return_value=[]), AsyncMock()
+    monkeypatch.setattr(process.shim, "fork", steps.fork)
+    monkeypatch.setattr(process.shim, "end", steps.end)
+    monkeypatch.setattr(process, "destroy", steps.destroy)
+    await process._fork(Mock(), Mock(), Mock())
+    assert [call[0] for call in steps.mock_calls] == ["fork", "end", "destroy", "fork"]
+    steps.fork.side_effect = [UnavailableError("it has ended")] * 2
+    with pytest.raises(UnavailableError):
+        await process._fork(Mock(), Mock(), Mock())
