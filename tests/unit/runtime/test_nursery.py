@@ -15,6 +15,7 @@ from criserver.errors import CriError, UnavailableError
 from criserver.runtime import nursery as nursery_module
 from criserver.runtime.nursery import Nursery
 from shims import launch
+from tests.support.waiting import until
 
 
 async def test_a_started_nursery_has_greeted_and_ends_with_its_daemon() -> None:
@@ -52,7 +53,7 @@ async def test_forks_under_way_hear_that_the_nursery_is_gone_and_the_next_ones_s
         os.kill(first, number)
     outcomes = await asyncio.gather(*forks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 3
-    assert not os.path.exists(f"/proc/{first}")
+    await until(lambda: not os.path.exists(f"/proc/{first}"))
     await nursery.start()
     assert nursery._process.pid != first
     await nursery.stop()
