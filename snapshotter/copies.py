@@ -5,29 +5,33 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack, closing
 
 from snapshotter.file_tree import Place, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095
+# Files with several names whose places are kept in memory. An image may have millions, made by a few bytes each.
+_MAX_LINKED = 100_000
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # The errors of a file system that does not have an attribute.
 _LACKING = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.ENODATA})
 
 
-def copy(source: int, target: int, check: Callable[[], None]) -> None:
+def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] = frozenset()) -> None:
     """Copy all that is in the directory ``source`` into the empty directory ``target``: files and their attributes.
 
     1. Pipes, sockets and devices are made anew. Symbolic links are copied as links.
-    2. A file with several names stays one file, except for names whose path is longer than the kernel takes.
+    2. A file with several names stays one file, except for names whose path is longer than the kernel takes, and for
+       files behind the first :data:`_MAX_LINKED`.
     3. Holes in files stay holes.
+    4. Directories at the paths ``hidden`` are made and left empty.
 
     No other process may change ``target``. This blocks. It calls ``check`` now and then, which raises an error to end
     the copy early. Raises OSError with the path below ``source``.
     """
-    copier = _Copier(target, check)
+    copier = _Copier(target, check, hidden)
     # In the target all directories are new, so their times say nothing about changes by others.
     with closing(Place(source)) as reader, closing(Place(target, lambda _: 0.0)) as writer:
         waiting: list[list[str]] = []
@@ -45,21 +49,26 @@ def copy(source: int, target: int, check: Callable[[], None]) -> None:
 
 
 class _Copier:
-    def __init__(self, target: int, check: Callable[[], None]) -> None:
+    def __init__(self, target: int, check: Callable[[], None], hidden: Set[str]) -> None:
         self._target = target
         self._check = check
-        self._linked: dict[tuple[int, int], str] = {}  # where files with several names are
+        self._hidden = hidden
+        # The directory and the name of the first of several names. All names of a directory share its path in memory.
+        self._linked: dict[tuple[int, int], tuple[str, str]] = {}
+        self._directory = ""
 
     def copy_entries(self, reader: Place, writer: Place) -> list[str]:
         """Copy all that is in a directory. Its directories are made, empty; their names are returned."""
         directories = []
+        self._directory = ""
         with os.scandir(reader.fd) as entries:
             for entry in entries:
                 self._check()
                 try:
                     if entry.is_dir(follow_symlinks=False):
                         os.mkdir(entry.name, 0o700, dir_fd=writer.fd)
-                        directories.append(entry.name)
+                        if not self._hidden or writer.path_of(entry.name) not in self._hidden:
+                            directories.append(entry.name)
                     else:
                         self._copy(entry.name, reader.fd, writer)
                 except OSError as e:
@@ -88,11 +97,12 @@ class _Copier:
         inode = (status.st_dev, status.st_ino)
         first = self._linked.get(inode)
         if first is not None:
-            os.link(first, name, src_dir_fd=self._target, dst_dir_fd=writer.fd, follow_symlinks=False)
+            path = os.path.join(*first)
+            os.link(path, name, src_dir_fd=self._target, dst_dir_fd=writer.fd, follow_symlinks=False)
             return True
-        path = writer.path_of(name)
-        if len(os.fsencode(path)) <= _MAX_PATH:
-            self._linked[inode] = path
+        if len(self._linked) < _MAX_LINKED and len(os.fsencode(writer.path_of(name))) <= _MAX_PATH:
+            self._directory = self._directory or writer.path
+            self._linked[inode] = self._directory, name
         return False
 
     def _copy_file(self, name: str, source_dir: int, target_dir: int) -> None:

@@ -27,7 +27,17 @@ from criserver.oci.capabilities import capability_sets
 from criserver.oci.spec_inputs import ImageDefaults, Spec, SpecDefaults
 from criserver.oci.spec_mounts import check_mounts, own_paths
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import apparmor, bundle_adjustment, cgroups, filesystems, host, node_defaults, pidfd, selinux
+from criserver.runtime import (
+    apparmor,
+    bundle_adjustment,
+    cgroups,
+    filesystems,
+    host,
+    mount_paths,
+    node_defaults,
+    pidfd,
+    selinux,
+)
 from criserver.runtime.container_log import prepare_log
 from criserver.runtime.ignored import log_ignored
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -39,6 +49,7 @@ from criserver.telemetry import operations
 from criserver.text import status
 from snapshotter import files, mounts
 from snapshotter.tasks import both
+from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
 
@@ -163,7 +174,7 @@ async def _prepare(
     """Make the container's files, and its bundle. Returns the user and the spec that the bundle has."""
     config, handler = container.config, node.handler(sandbox.runtime)
     target = _target(node, container)
-    granted = await filesystems.device_nodes(config.devices)
+    granted = await mount_paths.device_nodes(config.devices)
     config = dataclasses.replace(config, devices=tuple(granted))
     devices = [node_defaults.owned(node, config, device) for device in granted.values()]
     if config.security.privileged and not handler.privileged_without_host_devices:
@@ -178,7 +189,8 @@ async def _prepare(
     if labels.files:
         for mount in config.mounts:
             if mount.selinux_relabel:
-                await asyncio.to_thread(selinux.relabel, mount.host_path, labels.files)
+                # In a thread of its own: a large volume takes minutes, and a dead one for ever.
+                await in_loose_thread(partial(selinux.relabel, mount.host_path, labels.files), "relabel")
     pod = pod_facts(node, sandbox)
     build = partial(
         spec.build,

@@ -13,38 +13,26 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import ExitStack
-from functools import partial
 from typing import TypeVar
 
 from criserver.errors import (
     CriError,
-    DeadlineExceededError,
     FailedPreconditionError,
-    InvalidArgumentError,
     NotFoundError,
+    exhaustion,
 )
 from criserver.images import Image
-from criserver.model import Device, Mount, PodConfig, Propagation
-from criserver.oci.spec_inputs import DeviceNode
-from criserver.runtime import host, selinux
+from criserver.model import Mount, PodConfig, Propagation
+from criserver.runtime import mount_paths, selinux
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import user_pin
 from criserver.runtime.records import Container
 from criserver.telemetry import operations
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, removal
 from snapshotter.tasks import outlive
-from snapshotter.threads import Threads
+from snapshotter.threads import in_loose_thread
 
 T = TypeVar("T")
-
-# Seconds that looking up a host path may take.
-HOST_PATH_TIMEOUT = 20.0
-# The runtime mounts the kernel's file systems here. An image's volume in one of them would hide it, so it is ignored.
-_KERNEL_DIRECTORIES = ("dev", "proc", "sys")
-_MAX_LINKS = 40  # as many as the kernel follows (path_resolution(7))
-# A dead file system may hold these threads for ever. Unmounts and deletions need threads too, so they have others.
-_host_paths = Threads(8, "host-paths")
-_copies = Threads(4, "volumes")
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
@@ -105,7 +93,7 @@ async def resolve_mounts(
     root = (0, 0) if user is None else (user.uids.host_id, user.gids.host_id)
     image_volumes = () if node.config.pod_defaults.ignore_image_defined_volumes else image.config.volumes
     paths = [*(m.container_path for m in requested), *image_volumes, *own]
-    resolved_paths = await asyncio.to_thread(_resolve_in_image, rootfs, paths)
+    resolved_paths = await asyncio.to_thread(mount_paths.in_image, rootfs, paths)
     resolved = []
     for number, mount in enumerate(requested):
         mount = dataclasses.replace(mount, container_path=resolved_paths[mount.container_path])
@@ -115,15 +103,18 @@ async def resolve_mounts(
                 mount = dataclasses.replace(mount, uids=(), gids=())  # the image is mounted with the pod's mapping
             resolved.append(dataclasses.replace(mount, host_path=path, guarded=True))
         else:
-            what = f"mount {mount.container_path}: host path {mount.host_path}"
-            resolved.append(await _in_time(partial(_resolved, mount), what))
+            resolved.append(await mount_paths.on_host(mount))
     covered = {mount.container_path for mount in resolved}
-    volumes = []
-    for number, volume in enumerate(sorted({resolved_paths[volume] for volume in image_volumes} - covered)):
-        if volume == "/" or volume.split("/")[1] in _KERNEL_DIRECTORIES:
+    volumes: list[Mount] = []
+    copied = sorted({resolved_paths[volume] for volume in image_volumes} - covered)
+    for number, volume in enumerate(copied):
+        if volume == "/" or volume.split("/")[1] in mount_paths.KERNEL_DIRECTORIES:
             continue
         path = os.path.join(_volumes_dir(node, container.id), str(number))
-        await _copy_up(rootfs, volume, path, root)
+        below = os.path.join(volume, "")
+        # Each has a copy of its own, which hides what is at its place in this one.
+        hidden = frozenset(other.removeprefix(below) for other in copied if other.startswith(below))
+        await _copy_up(rootfs, volume, path, root, hidden)
         volumes.append(
             Mount(
                 volume,
@@ -136,47 +127,6 @@ async def resolve_mounts(
             )
         )
     return (*volumes, *resolved), resolved_paths
-
-
-def _resolve_in_image(rootfs: str, paths: Iterable[str]) -> dict[str, str]:
-    """The real path of each container path, through the image's links, as the OCI runtime resolves them. Blocks.
-
-    A mount hides the image's files below it, so no link there is followed. Mounts of parent directories are made first.
-    Raises FailedPreconditionError for links that lead in a circle.
-    """
-    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        resolved, covered = dict[str, str](), {f"/{name}" for name in _KERNEL_DIRECTORIES}
-        for path in sorted(paths, key=lambda path: path.rstrip("/").count("/")):
-            resolved[path] = _resolve_path(root, path, covered)
-            covered.add(resolved[path])
-        return resolved
-    finally:
-        os.close(root)
-
-
-def _resolve_path(root: int, path: str, covered: Set[str]) -> str:
-    todo, here, links = path.split("/")[::-1], list[str](), 0
-    while todo:
-        part = todo.pop()
-        if part == "..":
-            here = here[:-1]
-        elif part not in ("", "."):
-            whole = [*here, part]
-            if any("/" + "/".join(whole[:depth]) in covered for depth in range(len(whole) + 1)):
-                here = whole
-                continue
-            try:
-                target = os.readlink("/".join(whole), dir_fd=root)
-            except OSError:
-                here = whole  # it is no link, or does not exist yet
-                continue
-            links += 1
-            if links > _MAX_LINKS:
-                raise FailedPreconditionError(f"mount {path}: the image has links in this path that lead in a circle")
-            here = [] if target.startswith("/") else here
-            todo += target.split("/")[::-1]
-    return "/" + "/".join(here)
 
 
 async def unmount(node: Node, container_id: str) -> None:
@@ -234,60 +184,6 @@ def _volumes_dir(node: Node, container_id: str) -> str:
     return os.path.join(volumes_root(node), container_id)
 
 
-async def _in_time(work: Callable[[], T], what: str) -> T:
-    """Look up a host path in a thread, with a timeout: a dead network file system never answers."""
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(HOST_PATH_TIMEOUT):
-            return await loop.run_in_executor(_host_paths, work)
-    except TimeoutError:
-        raise DeadlineExceededError(f"{what} does not answer within {HOST_PATH_TIMEOUT:g} s") from None
-
-
-async def device_nodes(devices: Iterable[Device]) -> dict[Device, DeviceNode]:
-    """The node of each device. A device that is a directory is replaced by one for each node in it.
-
-    Raises InvalidArgumentError as :func:`criserver.runtime.host.device_nodes` does.
-    """
-    nodes = {}
-    for device in devices:
-        found = await _in_time(
-            partial(host.device_nodes, device.host_path, device.container_path), f"device {device.host_path}"
-        )
-        nodes.update({Device(node.path, path, device.permissions): node for path, node in found.items()})
-    return nodes
-
-
-def _resolved(mount: Mount) -> Mount:
-    """The mount with the node's links resolved. A missing directory is made, as hostPath volumes expect."""
-    real = os.path.realpath(mount.host_path)
-    _check_propagation(mount, real)
-    if not os.path.lexists(real):
-        try:
-            os.makedirs(real, mode=0o755)
-        except FileExistsError:
-            pass  # another container has made it meanwhile
-        except OSError as e:
-            message = f"mount {mount.container_path}: host path {mount.host_path} cannot be made: {e.strerror}"
-            raise InvalidArgumentError(message) from e
-    return dataclasses.replace(mount, host_path=real)
-
-
-def _check_propagation(mount: Mount, path: str) -> None:
-    """Raises FailedPreconditionError if the node's mount at ``path`` cannot propagate mounts as requested."""
-    if mount.propagation is Propagation.PRIVATE:
-        return
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)  # the missing directory will be made in this one
-    point, tags = mounts.mount_of(path)
-    suitable = ("shared:",) if mount.propagation is Propagation.BIDIRECTIONAL else ("shared:", "master:")
-    if not any(tag.startswith(suitable) for tag in tags):
-        raise FailedPreconditionError(
-            f"mount {mount.container_path}: propagation {mount.propagation.name} of {path} needs a shared mount, and "
-            f"{point} is not one; run `mount --make-rshared {point}` on the node"
-        )
-
-
 async def _mount_image(node: Node, container: Container, number: int, mount: Mount) -> str:
     """Mount another image for the container. Return the path, in the mounted image, that the container will see.
 
@@ -305,44 +201,31 @@ async def _mount_image(node: Node, container: Container, number: int, mount: Mou
     if not mount.image_sub_path:
         return point
     try:
-        fd = _open_inside(point, mount.image_sub_path)
+        return await asyncio.to_thread(_real_path, point, mount.image_sub_path)
     except OSError as e:
+        if exhaustion(e):
+            raise
         raise NotFoundError(
             f"mount {mount.container_path}: {mount.image_sub_path!r} in image {mount.image}: {e.strerror}"
         ) from e
+
+
+def _real_path(root: str, path: str) -> str:
+    """The path on the node of a file or directory in an image. Blocks. Raises OSError."""
+    fd = _open_inside(root, path)
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
 
 
-async def _copy_up(rootfs: str, volume: str, target: str, root: tuple[int, int]) -> None:
+async def _copy_up(rootfs: str, volume: str, target: str, root: tuple[int, int], hidden: Set[str]) -> None:
     """Make a volume with what the image has at its path: content, owners, modes and extended attributes.
 
     A volume at a path that the image does not have belongs to ``root``, the IDs of the pod's root on the node.
+    Directories at the paths ``hidden`` below it are left empty. It is done in a thread, as the disk may stand still. A
+    cancelled caller waits for the end of the thread.
     """
-    files.make_private(os.path.dirname(target))
-    os.mkdir(target, 0o755)
-    try:
-        fd = _open_inside(rootfs, volume)
-    except FileNotFoundError:
-        os.chown(target, *root)
-        return
-    except OSError as e:
-        raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e
-    try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISDIR(mode):
-            raise FailedPreconditionError(f"the image's volume {volume} is {files.kind(mode)} in it, not a directory")
-        await _copy(fd, target)
-    except OSError as e:
-        raise CriError(f"the image's volume {volume} cannot be copied: {e}") from e
-    finally:
-        os.close(fd)
-
-
-async def _copy(source: int, target: str) -> None:
-    """Copy a directory, given by a path descriptor, in a thread. A cancelled caller waits for the end of the thread."""
     cancelled = threading.Event()
 
     def check() -> None:
@@ -350,20 +233,44 @@ async def _copy(source: int, target: str) -> None:
             raise InterruptedError("the creation of its container was cancelled")
 
     def work() -> None:
-        with ExitStack() as stack:
-            fds = []
-            for path in (f"/proc/self/fd/{source}", target):
-                fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-                stack.callback(os.close, fds[-1])
-            copies.copy(fds[0], fds[1], check)
+        files.make_private(os.path.dirname(target))
+        os.mkdir(target, 0o755)
+        try:
+            fd = _open_inside(rootfs, volume)
+        except FileNotFoundError:
+            os.chown(target, *root)
+            return
+        except OSError as e:
+            if exhaustion(e):
+                raise
+            raise FailedPreconditionError(f"the image's volume {volume}: {e.strerror}") from e
+        try:
+            _copy(fd, volume, target, hidden, check)
+        except OSError as e:
+            raise CriError(f"the image's volume {volume} cannot be copied: {e}") from e
+        finally:
+            os.close(fd)
 
-    copying = asyncio.get_running_loop().run_in_executor(_copies, work)
+    copying = asyncio.ensure_future(in_loose_thread(work, "volumes"))
     try:
         await outlive(copying)
     except asyncio.CancelledError:
         cancelled.set()
         await asyncio.wait([copying])
         raise
+
+
+def _copy(source: int, volume: str, target: str, hidden: Set[str], check: Callable[[], None]) -> None:
+    """Copy what a path descriptor ``source`` refers to. Raises OSError and FailedPreconditionError."""
+    mode = os.fstat(source).st_mode
+    if not stat.S_ISDIR(mode):
+        raise FailedPreconditionError(f"the image's volume {volume} is {files.kind(mode)} in it, not a directory")
+    with ExitStack() as stack:
+        fds = []
+        for path in (f"/proc/self/fd/{source}", target):
+            fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            stack.callback(os.close, fds[-1])
+        copies.copy(fds[0], fds[1], check, hidden)
 
 
 def _open_inside(root: str, path: str) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -274,10 +274,12 @@ def nobody_checks() -> None:
     """Nothing ends it early."""
 
 
-def copied(source: Path, target: Path, check: Callable[[], None] = nobody_checks) -> None:
+def copied(
+    source: Path, target: Path, check: Callable[[], None] = nobody_checks, hidden: Set[str] = frozenset()
+) -> None:
     fds = [os.open(path, os.O_RDONLY) for path in (source, target)]
     try:
-        copies.copy(fds[0], fds[1], check)
+        copies.copy(fds[0], fds[1], check, hidden)
     finally:
         for fd in fds:
             os.close(fd)
@@ -286,6 +288,32 @@ def copied(source: Path, target: Path, check: Callable[[], None] = nobody_checks
 def facts(path: Path) -> tuple[int, int, int, int, int]:
     status = os.lstat(path)
     return status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
+
+
+def test_hidden_directories_are_not_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "s", tmp_path / "c"
+    (source / "a/b/c").mkdir(parents=True)
+    (source / "a/b/file").touch()
+    (source / "a/file").touch()
+    (source / "b").mkdir()
+    (source / "b/file").touch()
+    target.mkdir()
+    copied(source, target, hidden={"a/b", "b/file", "nowhere"})
+    assert sorted(found(target)) == ["a", "a/b", "a/file", "b", "b/file"]
+
+
+def test_the_places_of_files_with_several_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_MAX_LINKED", 2)
+    source, target = tmp_path / "s", tmp_path / "c"
+    (source / "d/e").mkdir(parents=True)
+    target.mkdir()
+    for name in ("one", "two", "three"):
+        (source / "d" / name).write_text(name)
+        os.link(source / "d" / name, source / "d/e" / name)
+    copied(source, target)
+    same = [(target / "d" / n).samefile(target / "d/e" / n) for n in ("one", "two", "three")]
+    assert sorted(same) == [False, True, True]
+    assert [(target / "d/e" / n).read_text() for n in ("one", "two", "three")] == ["one", "two", "three"]
 
 
 def test_a_copy_is_what_the_tree_was(tmp_path: Path) -> None:
