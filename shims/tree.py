@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Seconds. A process that is about to start another one is stopped by a signal only after a moment.
 _PAUSE = 0.002
+_MAX_ARGV = 64 << 10  # bytes
 
 
 def end(pid: int, sure: Callable[[], bool] | None = None) -> None:
@@ -86,11 +87,19 @@ def children(pid: int) -> list[int]:
 
 
 def argv(pid: int) -> list[str]:
-    """The command line of a process; empty if it has ended (proc(5), /proc/PID/cmdline)."""
+    """The command line of a process; empty if it has ended, or is longer than any of ours (/proc/PID/cmdline).
+
+    A process can show gigabytes of its memory as its command line (prctl(2), PR_SET_MM_MAP).
+    """
     try:
-        return [os.fsdecode(word) for word in _read(f"/proc/{pid}/cmdline").split(b"\0")[:-1]]
+        fd = os.open(f"/proc/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            line = os.read(fd, _MAX_ARGV)
+        finally:
+            os.close(fd)
     except OSError:
         return []
+    return [os.fsdecode(word) for word in line.split(b"\0")[:-1]] if len(line) < _MAX_ARGV else []
 
 
 def _parent(pid: int) -> int:

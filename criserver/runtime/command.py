@@ -104,7 +104,7 @@ async def run(argv: Sequence[str], timeout: float, *, stdin: bytes = b"", cwd: s
     with input_file(stdin) as file:
         program = Program(
             [path, *argv[1:]],
-            env={**os.environ, OWNER: owner()},
+            env={OWNER: owner()} | {key: value for key, value in os.environ.items() if key != OWNER},
             stdin=file.fileno(),
             directory=cwd or ".",
             most=_MAX_STDOUT,

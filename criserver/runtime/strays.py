@@ -10,8 +10,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 
 import structlog
 
@@ -26,6 +25,9 @@ _INTERVAL = 0.02
 _ORPHANS_PATIENCE, _ORPHANS_INTERVAL = 1.0, 0.25
 # Seconds that the kernel may need to end a killed process.
 _END = 10.0
+# Bytes. The programs have some hundred. Any process can show gigabytes of its memory as its environment (prctl(2),
+# PR_SET_MM_MAP).
+_MAX_ENVIRONMENT = 256 << 10
 
 
 async def wait(variable: str, value: str) -> None:
@@ -33,23 +35,20 @@ async def wait(variable: str, value: str) -> None:
 
     Call this before the work of these programs is undone: otherwise they could do more of it afterwards.
     """
+    is_meant = _has(variable, value)
     deadline = time.monotonic() + _PATIENCE
-    while _processes(variable, value) and time.monotonic() < deadline:
+    while await asyncio.to_thread(_found, is_meant) and time.monotonic() < deadline:
         await asyncio.sleep(_INTERVAL)
     await asyncio.to_thread(kill, variable, value)
 
 
 def kill(variable: str, value: str) -> None:
     """Kill all processes with ``variable=value`` and wait for their end. Blocks."""
+    is_meant = _has(variable, value)
     deadline = time.monotonic() + _END
     killed: set[int] = set()
-    while pids := _processes(variable, value):
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        killed.update(pids)
+    while pids := _found(is_meant):
+        killed.update(pid for pid in pids if _kill(pid, is_meant))
         if time.monotonic() > deadline:
             log.error("killed processes do not end", pids=pids, **{variable: value})
             return
@@ -64,23 +63,23 @@ async def end_orphans() -> None:
     Those that do not end in time are killed. Their work is done again by the recovery of their pod.
     """
     deadline = time.monotonic() + _ORPHANS_PATIENCE
-    while (pids := await asyncio.to_thread(_orphans)) and time.monotonic() < deadline:
+    while (pids := await asyncio.to_thread(_found, _is_orphan)) and time.monotonic() < deadline:
         await asyncio.sleep(_ORPHANS_INTERVAL)
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    if pids:
-        log.warning("killed programs that an earlier daemon was running", pids=pids)
+    killed = [pid for pid in pids if _kill(pid, _is_orphan)]
+    if killed:
+        log.warning("killed programs that an earlier daemon was running", pids=killed)
 
 
-def _orphans() -> list[int]:
-    prefix = f"{command.OWNER}=".encode()
-    pids = []
-    for pid, environment in _environments():
-        owners = [line.removeprefix(prefix).decode(errors="replace") for line in environment if line.startswith(prefix)]
-        if any(not _is_alive(owner) for owner in owners):
-            pids.append(pid)
-    return pids
+def _has(variable: str, value: str) -> Callable[[bytes], bool]:
+    """Whether an environment has this variable with this value."""
+    assignment = f"\0{variable}={value}\0".encode()
+    return lambda environment: assignment in environment
+
+
+def _is_orphan(environment: bytes) -> bool:
+    """Whether the environment is that of a program whose daemon has ended."""
+    _, found, rest = environment.partition(f"\0{command.OWNER}=".encode())
+    return bool(found) and not _is_alive(rest.partition(b"\0")[0].decode(errors="replace"))
 
 
 def _is_alive(owner: str) -> bool:
@@ -88,22 +87,36 @@ def _is_alive(owner: str) -> bool:
     return pid.isdecimal() and str(pidfd.start_ticks(int(pid))) == ticks
 
 
-def _processes(variable: str, value: str) -> list[int]:
-    """The processes that were started with this variable."""
-    assignment = f"{variable}={value}".encode()
-    return [pid for pid, environment in _environments() if assignment in environment]
+def _found(is_meant: Callable[[bytes], bool]) -> list[int]:
+    """The processes that were started with an environment of which ``is_meant`` is true. Blocks."""
+    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if is_meant(_environment(pid))]
 
 
-def _environments() -> Iterator[tuple[int, list[bytes]]]:
-    """Each process with the environment that it was started with. A process that has ended has none.
+def _kill(pid: int, is_meant: Callable[[bytes], bool]) -> bool:
+    """Kill a process if it still is the one that was found: the PID may be another's by now."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if not is_meant(_environment(pid)):
+            return False
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(process)
+    return True
 
-    Raises OSError if an environment cannot be read: the caller must not take this for the end of the process.
+
+def _environment(pid: int) -> bytes:
+    """The environment that a process was started with, with a zero byte before each variable and at the end.
+
+    It is empty for a process that has ended, or that the daemon did not start. Raises OSError if it cannot be read: the
+    caller must not take this for the end of the process.
     """
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/environ", "rb") as f:
-                    environment = f.read()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # it has ended, or the daemon did not start it
-            yield int(name), environment.split(b"\0")
+    try:
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as f:
+            return b"\0" + (f.read(_MAX_ENVIRONMENT) or b"") + b"\0"
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return b""

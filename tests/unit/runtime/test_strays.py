@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import errno
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from criserver.config import RuntimeHandler
 from criserver.model import Dns
-from criserver.runtime import sandbox_files, strays
+from criserver.runtime import command, sandbox_files, strays
 from criserver.runtime.runtime_choice import former_handler
 from criserver.runtime.shim_v2 import MARK
 
@@ -42,6 +43,39 @@ def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch
             assert process.wait(10) == -9
         finally:
             process.kill()
+
+
+def test_the_environment_of_any_process_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can show gigabytes of its memory as its environment."""
+    name = f"test-{os.getpid()}"
+    large = {f"V{number}": "x" * 100_000 for number in range(5)}
+    ours = {"CNI_CONTAINERID": name, **large}
+    with subprocess.Popen(["sleep", "1000"], env=ours) as one, subprocess.Popen(["sleep", "1000"], env=large) as other:
+        try:
+            assert len(strays._environment(other.pid)) == strays._MAX_ENVIRONMENT + 2
+            strays.kill("CNI_CONTAINERID", name)
+            assert one.wait(10) == -9
+            assert other.poll() is None
+        finally:
+            one.kill()
+            other.kill()
+
+
+def test_what_a_killed_daemon_was_running_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strays, "_ORPHANS_PATIENCE", 0.0)
+    monkeypatch.setattr(command, "OWNER", f"OWNER_{os.getpid()}")
+    own = command.owner()
+    gone = f"{os.getpid()}.1"
+    environments = [{command.OWNER: owner} for owner in (own, gone, "no daemon")]
+    programs = [subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments]
+    try:
+        asyncio.run(strays.end_orphans())
+        assert [program.wait(10) for program in programs[1:]] == [-9, -9]
+        assert programs[0].poll() is None
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_read(
