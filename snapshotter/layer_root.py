@@ -232,12 +232,11 @@ class LayerRoot:
     def _imply(self, directory: int, name: bytes) -> None:
         """Note that a directory has no entry so far: it will get its attributes from the layers below.
 
-        A name that is longer than a path may be is not noted, as no system call could find the directory by it.
+        A name that is longer than a path may be is counted only, as no system call could find the directory by it.
         """
-        if len(name) > _MAX_PATH:
-            return
-        self._implied[os.fstat(directory).st_ino] = name
         self._count_noted(name)
+        if len(name) <= _MAX_PATH:
+            self._implied[os.fstat(directory).st_ino] = name
 
     def _count_noted(self, name: bytes) -> None:
         self._noted_bytes += len(name)

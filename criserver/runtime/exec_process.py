@@ -15,6 +15,7 @@ import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from criserver.errors import (
@@ -30,15 +31,19 @@ from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import stream_owner
 from criserver.runtime.records import Container
-from criserver.runtime.spec_file import read_spec
+from criserver.runtime.spec_file import read_spec, spec_size
 from criserver.streaming import ready
 from criserver.telemetry import families
 from criserver.text import quoted
+from snapshotter.threads import in_thread
 
 if TYPE_CHECKING:
     from shims.messages import ExecRequest, ShimMessage
 
 _numbers = itertools.count(1)
+# Bytes of a spec that takes so long to read that a thread does it. Most specs have some 10 KB; an image may have
+# megabytes of environment variables.
+_LARGE_SPEC = 256 << 10
 # The first version of shims that tell when a command runs.
 _TELLS_START = 2
 
@@ -105,8 +110,12 @@ async def exec_process(
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 os.fchown(fd, *owner)
     path = os.path.join(node.container_dir(container.id), f"exec-{exec_id}.json")
-    _write_process(node, container, command, path, tty=bool(console))
     try:
+        write = partial(_write_process, node, container, command, path, tty=bool(console))
+        if spec_size(node, container.id) > _LARGE_SPEC:
+            await in_thread(write)
+        else:
+            write()
         link = await process_records.of_container(node, container).shim.open_link(on_event, on_close)
         try:
             request: ExecRequest = {"op": "exec", "exec_id": exec_id, "spec": path, "owned": True}

@@ -22,6 +22,14 @@ def write_spec(node: Node, container_id: str, document: Spec) -> None:
     os.rename(f"{path}.new", path)
 
 
+def spec_size(node: Node, container_id: str) -> int:
+    """The bytes of a container's spec; 0 if it is gone."""
+    try:
+        return os.stat(spec_path(node, container_id)).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
 def read_spec(node: Node, container_id: str) -> Spec:
     """A container's spec. Blocks. Raises DataLossError if somebody has deleted or damaged it."""
     path = spec_path(node, container_id)

@@ -284,6 +284,14 @@ async def test_too_many_entries_are_refused(snapshotter: Snapshotter, disk: str)
         await unpack(snapshotter, disk, archive(*(item(f"f{n}") for n in range(51))))
 
 
+async def test_directories_that_no_path_reaches_are_counted(snapshotter: Snapshotter, disk: str) -> None:
+    """A link shortens the names of entries, so that each makes a thousand directories below the longest path."""
+    deep = "/".join(["x" * 250] * 16)
+    many = (item(f"s/{number}/{'a/' * 1000}f") for number in range(6))
+    with pytest.raises(LayerError, match="directories with whiteouts or without an entry"):
+        await unpack(snapshotter, disk, archive(item(f"{deep}/f"), symlink("s", deep), *many))
+
+
 async def test_too_many_bytes_are_refused_even_after_the_archive(snapshotter: Snapshotter, disk: str) -> None:
     with pytest.raises(LayerError, match="larger than 1048576 bytes"):
         await unpack(snapshotter, disk, archive(item("f")) + bytes(1 << 20))
