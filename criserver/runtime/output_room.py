@@ -42,8 +42,9 @@ class Collected:
         self.data = bytearray()
         self.cut = False
 
-    async def room(self) -> None:
+    async def room(self) -> int:
         """The command never waits for room: output that is too much is dropped."""
+        return MAX_OUTPUT
 
     async def write(self, data: bytes) -> None:
         reserved = OWN + self._taken - len(self.data)

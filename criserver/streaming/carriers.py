@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import structlog
 
 from criserver.streaming import spdy, websocket
-from criserver.streaming.client_link import ClientLink
+from criserver.streaming.client_link import WRITE_LIMIT, ClientLink
 from criserver.streaming.client_stream import Buffer, ClientStream, ReadLimits
 from criserver.streaming.spdy.headers import Pairs
 
@@ -45,17 +45,25 @@ class SpdyCarrier:
             self._check(stream)
             room = self._spdy.window(stream)
             if room <= 0:
-                window = self._windows.setdefault(stream, asyncio.Event())
-                window.clear()
-                await window.wait()
+                await self._wait_for_window(stream)
                 continue
             self._spdy.send(stream, rest[:room])
             rest = rest[room:]
             self._flush()
             await self._link.drained()
 
-    async def room(self) -> None:
-        await self._link.drained()
+    async def room(self, stream: int) -> int:
+        while True:
+            await self._link.drained()
+            self._check(stream)
+            if (room := self._spdy.window(stream)) > 0:
+                return room
+            await self._wait_for_window(stream)
+
+    async def _wait_for_window(self, stream: int) -> None:
+        window = self._windows.setdefault(stream, asyncio.Event())
+        window.clear()
+        await window.wait()
 
     def _check(self, stream: int) -> None:
         if stream not in self._streams:
@@ -181,8 +189,9 @@ class ChannelCarrier:
         self._link.send(self._socket.take())
         await self._link.drained()
 
-    async def room(self) -> None:
+    async def room(self, stream: int) -> int:  # noqa: ARG002 - all channels of a WebSocket share its room
         await self._link.drained()
+        return WRITE_LIMIT
 
     def end(self, stream: int) -> None:
         self._socket.close(stream)

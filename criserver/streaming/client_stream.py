@@ -24,8 +24,11 @@ class Carrier(Protocol):
     async def send(self, stream: int, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionError where the client or its stream is gone."""
 
-    async def room(self) -> None:
-        """Wait until more may be sent on any stream. Raises ConnectionError where the client is gone."""
+    async def room(self, stream: int) -> int:
+        """Wait until more may be sent on a stream, and return how many bytes.
+
+        Raises ConnectionError where the client or its stream is gone.
+        """
 
     def end(self, stream: int) -> None:
         """Tell the client that the server sends nothing more on a stream."""
@@ -63,9 +66,9 @@ class ClientStream:
         self._carrier.taken(self, len(data))
         return data
 
-    async def room(self) -> None:
-        """Wait until more may be sent. Raises ConnectionResetError where the client is gone."""
-        await self._carrier.room()
+    async def room(self) -> int:
+        """Wait until more may be sent, and return how many bytes. Raises ConnectionError where the client is gone."""
+        return await self._carrier.room(self.number)
 
     async def write(self, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionResetError where the client is gone."""

@@ -20,8 +20,8 @@ class ClientSource(Protocol):
 class ClientSink(Protocol):
     """Bytes to the client."""
 
-    async def room(self) -> None:
-        """Wait until more may be sent. Raises ConnectionError where the client is gone."""
+    async def room(self) -> int:
+        """Wait until more may be sent, and return how many bytes. Raises ConnectionError where the client is gone."""
 
     async def write(self, data: bytes) -> None:
         """Send, and wait until more may be sent. Raises ConnectionError where the client is gone."""
@@ -44,10 +44,10 @@ class OutputCopier:
         """Copy until the end. Raises ConnectionError where the client is gone."""
         while True:
             # Wait for room before the read, and do not wait between both. So a connection keeps one chunk more than its
-            # limit at most, however many copiers share it.
-            await self._sink.room()
+            # limit at most, however many copiers share it, and none that the client does not take.
+            room = await self._sink.room()
             try:
-                data = os.read(self._fd, CHUNK)
+                data = os.read(self._fd, min(room, CHUNK))
             except BlockingIOError:
                 self.waiting = True
                 await ready(self._fd, write=False)

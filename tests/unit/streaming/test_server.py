@@ -30,6 +30,7 @@ from criserver.streaming import (
     Command,
     CommandStreams,
     Forward,
+    OutputCopier,
     RequestedStreams,
     ServerCertificate,
     StreamingServer,
@@ -436,6 +437,31 @@ async def test_output_of_many_streams_that_nobody_takes_is_bounded(
 
     await blocking(work, serving.offer(Forward((), pod.dial)))
     assert client_link.WRITE_LIMIT < most < 2 * client_link.WRITE_LIMIT
+
+
+async def test_no_more_is_read_than_a_client_has_a_window_for(
+    serving: StreamingServer, pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may open hundreds of streams, and grant a byte on each."""
+    copiers: list[OutputCopier] = []
+    run = OutputCopier.run
+    monkeypatch.setattr(OutputCopier, "run", lambda copier: (copiers.append(copier), run(copier))[1])
+
+    def work(url: str) -> None:
+        client = Spdy(url, "portforward.k8s.io")
+        client.sock.sendall(spdy_peer.control(spdy_peer.SETTINGS, struct.pack(">III", 1, 7, 10)))
+        open_port(client, 1)
+        with pod.accept() as connection:
+            connection.sendall(b"x" * 100_000)
+            client.until("data1", b"x" * 10)
+            (copier,) = copiers
+            assert copier.copied == 10
+            client.sock.sendall(spdy_peer.words(spdy_peer.WINDOW_UPDATE, client.ids["data1"], 5))
+            client.until("data1", b"x" * 15)
+            assert copier.copied == 15
+        client.close()
+
+    await blocking(work, serving.offer(Forward((), pod.dial)))
 
 
 async def test_a_client_that_goes_is_sent_no_more(
