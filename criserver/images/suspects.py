@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from criserver.boot import boot_id
 from criserver.errors import CriError
 from criserver.images import sync_note
 from criserver.images.content import ContentStore
@@ -35,7 +36,7 @@ class Suspects:
         self._content = content
         self._snapshotter = snapshotter
         self._note = note
-        self._boot = sync_note.boot_id() if note else ""
+        self._boot = boot_id() if note else ""
         self._written = sync_note.read(note) if note else None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._syncing = threading.Lock()

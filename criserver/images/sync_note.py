@@ -18,7 +18,6 @@ from snapshotter import files
 
 _log = structlog.get_logger(__name__)
 
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _LIMIT = 64 << 20
 
 
@@ -55,12 +54,6 @@ def stamp(path: str) -> str:
     except OSError:
         return ""
     return f"{status.st_ino}.{status.st_ctime_ns}"
-
-
-def boot_id() -> str:
-    """The ID of this boot."""
-    with open(_BOOT_ID, encoding="ascii") as file:
-        return file.read().strip()
 
 
 def read(path: str) -> Note | None:

@@ -36,7 +36,12 @@ def _containers_signalled_each_time(fields: Fields) -> Fields:
     return {**fields, "stop_signalled": False}
 
 
-SANDBOX: tuple[Migration, ...] = (_since_0_2,)
+def _sandboxes_without_a_boot(fields: Fields) -> Fields:
+    """The boot in which a pod was made was not recorded."""
+    return {**fields, "boot_id": ""}
+
+
+SANDBOX: tuple[Migration, ...] = (_since_0_2, _sandboxes_without_a_boot)
 CONTAINER: tuple[Migration, ...] = (_containers_since_0_2, _containers_signalled_each_time)
 
 

@@ -36,7 +36,8 @@ class Sandbox:
 
     ``handler`` is the runtime handler that the kubelet requested, "" for the default one. ``runtime`` is the name of
     the handler that was used, as the default may change later. ``sandbox_container`` says that the handler runs the pod
-    as a sandbox container, as the handler may be changed later. ``reason`` says why a pod is not ready.
+    as a sandbox container, as the handler may be changed later. ``reason`` says why a pod is not ready. ``boot_id`` is
+    the boot in which the pod was made, "" where it is not known.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Sandbox:
     selinux_level: str = ""
     sandbox_container: bool = False
     reason: str = ""
+    boot_id: str = ""
 
     def not_ready(self, reason: str) -> Sandbox:
         """The record of the pod that is not ready from now on; ``reason`` is for people."""

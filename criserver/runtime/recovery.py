@@ -18,6 +18,7 @@ from typing import assert_never
 import structlog
 
 from criserver import logs
+from criserver.boot import boot_id
 from criserver.errors import CriError, exhaustion
 from criserver.network import namespaces
 from criserver.runtime import (
@@ -203,8 +204,11 @@ async def _end_making(node: Node, sandbox: Sandbox) -> None:
 
 
 async def _whole(node: Node, sandbox: Sandbox) -> bool:
-    """Whether the sandbox still has its namespaces and its infra process. A reboot ends them all."""
-    if unpinned(node, sandbox):
+    """Whether the sandbox still has its namespaces and its infra process. A reboot ends them all.
+
+    A pod that shares the node's namespaces has none of its own. It is over too: its init containers have to run again.
+    """
+    if unpinned(node, sandbox) or sandbox.boot_id not in ("", boot_id()):
         return False
     if not sandbox.has_infra:
         return True

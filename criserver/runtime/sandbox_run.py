@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Mapping
 import structlog
 
 from criserver import logs
+from criserver.boot import boot_id
 from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.model import NamespaceMode, PodConfig
 from criserver.network import Attachment, PodNetwork, namespaces
@@ -87,6 +88,7 @@ async def _run(node: Node, config: PodConfig, sent: bytes, handler: str) -> str:
         runtime=runtime.name,
         selinux_level=selinux.pod_level(config.selinux, (s.selinux_level for s in node.records.sandboxes.values())),
         sandbox_container=runtime.sandbox_container,
+        boot_id=boot_id(),
     )
     if own_network:
         attachment = node.network.attach_plan(_pod_network(node, sandbox), runtime.cni_conf_dir)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from criserver import boot
 from criserver.errors import NotFoundError
-from criserver.images import sync_note
 from snapshotter import Layer, worker_process
 from tests.support.imagebuilder import Dir, build_image, write_archive
 from tests.support.powercut import RIGHT_SIZES, Disk
@@ -32,7 +32,7 @@ class Power:
         self.archive = str(base / "image.tar")
         self._boot = base / "boot_id"
         self._boot.write_text("first\n")
-        monkeypatch.setattr(sync_note, "_BOOT_ID", str(self._boot))
+        monkeypatch.setattr(boot, "_BOOT_ID", str(self._boot))
         # The first layer has an entry for its root, so it has no implied directories; the second has.
         image = build_image([{".": Dir(), "data": DATA, "few": FEW}, {"top": FEW, "more/top": b"x"}])
         write_archive(image, self.archive, NAME)

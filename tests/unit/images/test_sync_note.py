@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from criserver.boot import boot_id
 from criserver.images import sync_note
 from criserver.images.sync_note import Note
 
@@ -26,7 +27,7 @@ def test_which_start_has_suspects(note: Note | None, boot: str, unclean: bool) -
 
 
 def test_the_boot_has_an_id() -> None:
-    assert len(sync_note.boot_id()) == 36
+    assert len(boot_id()) == 36
 
 
 def test_a_note_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def stored(record: Sandbox | Container, **changes: object) -> bytes:
 @pytest.mark.parametrize(
     ("table", "value", "words"),
     [
-        ("sandboxes", stored(SAMPLES["host"], version=7), "of version 7, and this criserver knows 2 at most: a newer"),
+        ("sandboxes", stored(SAMPLES["host"], version=7), "of version 7, and this criserver knows 3 at most: a newer"),
         ("containers", stored(SAMPLES["full-c"], version=7, more="x"), "of version 7, and .* start that one again"),
         ("containers", stored(SAMPLES["full-c"], version=0), "damaged .*version 0"),
         ("containers", stored(SAMPLES["full-c"], version="1"), "damaged .*version '1'"),

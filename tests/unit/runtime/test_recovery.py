@@ -14,6 +14,7 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from criserver.errors import CriError
+from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import filesystems, process_records, recovery, sandbox_files, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
 from criserver.runtime.record_store import RecordStore
@@ -133,6 +134,21 @@ async def test_what_runs_is_recovered_later_if_there_are_no_descriptors_now(
     await work()
     assert process.shim.reconnect.called
     assert len(later) == 1
+
+
+@pytest.mark.parametrize(("boot", "state"), [("another", SandboxState.NOT_READY), ("", SandboxState.READY)])
+async def test_a_pod_without_namespaces_of_its_own_ends_with_the_boot(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, boot: str, state: SandboxState
+) -> None:
+    """Otherwise its init containers would not run again. The boot of an older release's pod is not known."""
+    options = cri.NamespaceOption(network=cri.NODE, ipc=cri.NODE, pid=cri.CONTAINER)
+    sent = cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name="x", namespace="n", uid="u"))
+    sent.linux.security_context.namespace_options.CopyFrom(options)
+    brought_to(node.records, sandbox("x", SandboxState.READY, sent, boot_id=boot))
+    node.namespaces_dir = node.sandbox_files_dir = node.sandbox_dir = str
+    monkeypatch.setattr(sandbox_files, "adopt", Mock())
+    await recovery.recover(node)
+    assert node.records.sandboxes["x"].state is state
 
 
 def test_a_process_that_cannot_be_looked_up_counts_as_alive(tmp_path: Path) -> None:
