@@ -139,6 +139,12 @@ class Loader:
             raise ResourceExhaustedError(
                 f"{what} has {len(manifest.layers)} layers, more than {most} (max_layers); {_LIMITED}"
             )
+        for blob in (*manifest.layers, *manifest.others):
+            # Before the first byte: a registry may send as many as the manifest says.
+            if blob.size > (room := self._snapshotter.limits.max_bytes):
+                raise ResourceExhaustedError(
+                    f"{what}: blob {blob.digest} has {blob.size} bytes, more than {room} (max_bytes); {_LIMITED}"
+                )
         lease.blobs.add(manifest.config.digest)
         configuration = await self._configuration(source, manifest)
         check_layers(manifest, configuration, what)

@@ -245,7 +245,7 @@ def test_records_that_cannot_be_read_do_not_keep_their_pods(own_node: Node) -> N
     done = reset(node, "--yes")
     assert (done.returncode, done.stdout) == (0, "removed 2 pods and 2 containers\n"), done.stderr
     for words in (
-        f"record {pods[0]} of sandboxes is of version 99, and this criserver knows 2 at most",
+        f"record {pods[0]} of sandboxes is of version 99, and this criserver knows 3 at most",
         "its network plugins did not clean up",
         f"record {containers[0]} of containers is damaged (ValueError: its pod sandbox {pods[0]} has no record)",
         f"record {containers[1]} of containers is damaged (ValueError: 'asleep'",

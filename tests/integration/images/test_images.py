@@ -19,9 +19,16 @@ from typing import Any
 
 import pytest
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import (
+    CriError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
 from criserver.images import Platform
 from criserver.store import Change
+from snapshotter import LayerLimits
 from tests.support.imagebuilder import (
     BuiltImage,
     Dir,
@@ -78,6 +85,15 @@ async def test_what_a_registry_does_not_have_is_told_in_its_own_words(rooms: Roo
     name = registry.push(two_layers(b"x"), "known:1").replace("known:1", "known:2")
     with pytest.raises(NotFoundError, match=r"manifests/2: 404 Not Found \(MANIFEST_UNKNOWN: manifest unknown\)"):
         await rooms.images.pull(name)
+
+
+async def test_a_blob_that_is_larger_than_any_layer_may_be_is_not_fetched(
+    rooms: Rooms, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms.snapshotter, "limits", LayerLimits(max_bytes=200_000))
+    with pytest.raises(ResourceExhaustedError, match=r"blob sha256:\w+ has \d+ bytes, more than 200000 \(max_bytes\)"):
+        await rooms.images.pull(registry.push(two_layers(), "large:1"))
+    assert rooms.leftovers() == []
 
 
 async def test_pull_by_digest_and_by_both(rooms: Rooms, registry: Registry) -> None:
