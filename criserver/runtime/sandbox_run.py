@@ -130,11 +130,6 @@ async def undo(node: Node, sandbox: Sandbox, before: Awaitable[None] | None = No
 async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
     config, files = sandbox.config, node.sandbox_files_dir(sandbox.id)
     own_network = config.namespaces.network is not NamespaceMode.NODE
-    if config.log_directory:
-        try:
-            os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
-        except OSError as e:
-            raise FailedPreconditionError(f"log_directory = {quoted(config.log_directory)}: {e.strerror}") from e
     label = selinux.pod_files(sandbox.selinux_level)
     if config.namespaces.user is not None:
         userns_access.update(node)
@@ -161,9 +156,18 @@ async def _set_up(node: Node, sandbox: Sandbox) -> Sandbox:
 
 
 async def _write_files(node: Node, sandbox: Sandbox, label: str) -> None:
-    files, directory = node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id)
+    config, size = sandbox.config, _shm_size(node, sandbox)
+
+    def write() -> None:
+        if config.log_directory:
+            try:
+                os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
+            except OSError as e:
+                raise FailedPreconditionError(f"log_directory = {quoted(config.log_directory)}: {e.strerror}") from e
+        sandbox_files.write(node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id), config, label, size)
+
     with operations.POD_FILES.timed():
-        await in_thread(sandbox_files.write, files, directory, sandbox.config, label, _shm_size(node, sandbox))
+        await in_thread(write)
 
 
 async def _make_namespaces(node: Node, sandbox: Sandbox, sysctls: Mapping[str, str]) -> namespaces.PinnedNamespaces:
