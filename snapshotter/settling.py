@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 from snapshotter.marks import OPAQUE_XATTR
@@ -58,22 +58,24 @@ def is_needed(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, name)) for name in (IMPLIED, WHITEOUTS))
 
 
-def settle(path: str, below: Sequence[str]) -> None:
+def settle(path: str, below: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
     """Settle the layer at ``path``; ``below`` are the layers below it, nearest first.
 
-    The layers below are settled already. The layer at ``path`` has never been mounted. Raises OSError.
+    The layers below are settled already. The layer at ``path`` has never been mounted. ``check`` is called for each
+    name, and may raise an error to end this early: another call then goes on. Raises OSError.
     """
     with ExitStack() as stack:
         root, *lower = (_open(stack, os.path.join(layer, "fs")) for layer in (path, *below))
         if os.path.exists(os.path.join(path, WHITEOUTS)):
-            _drop_whiteouts(path, root, lower)
+            _drop_whiteouts(path, root, lower, check)
         if os.path.exists(os.path.join(path, IMPLIED)):
-            _settle_implied(path, root, lower)
+            _settle_implied(path, root, lower, check)
 
 
-def _settle_implied(path: str, root: int, lower: Sequence[int]) -> None:
+def _settle_implied(path: str, root: int, lower: Sequence[int], check: Callable[[], None]) -> None:
     """Give the implied directories their attributes from the layers below."""
     for name in read(os.path.join(path, IMPLIED)):
+        check()
         try:
             directory = openat2(root, name or b".", _DIRECTORY, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
         except (FileNotFoundError, NotADirectoryError):
@@ -89,10 +91,13 @@ def _settle_implied(path: str, root: int, lower: Sequence[int]) -> None:
     os.unlink(os.path.join(path, IMPLIED))
 
 
-def _drop_whiteouts(path: str, root: int, lower: Sequence[int]) -> None:
+def _drop_whiteouts(path: str, root: int, lower: Sequence[int], check: Callable[[], None]) -> None:
     """Delete the whiteouts in directories that no layer below has too."""
-    names = read(os.path.join(path, WHITEOUTS))
-    dropped = {name for name in names if _drop_in(name, root, lower)}
+    dropped = set()
+    for name in read(os.path.join(path, WHITEOUTS)):
+        check()
+        if _drop_in(name, root, lower):
+            dropped.add(name)
     if dropped:
         list_path = os.path.join(path, DROPPED)
         with open(list_path + ".new", "wb") as file:

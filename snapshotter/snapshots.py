@@ -13,11 +13,14 @@ not at all.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -34,7 +37,8 @@ from snapshotter.metadata import KEY, Layer, Snapshot
 from snapshotter.overlay import OverlayMounter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.staging import Staging
-from snapshotter.threads import in_thread
+from snapshotter.tasks import outlive
+from snapshotter.threads import in_loose_thread, in_thread
 from snapshotter.worker_process import Workers, compare
 
 log = structlog.get_logger(__name__)
@@ -58,7 +62,7 @@ class Snapshotter:
         self._snapshots: dict[str, Snapshot] = {}
         self._preparing: dict[str, str] = {}  # the layers of snapshots that are being made, by key
         self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
-        self._settling = asyncio.Lock()
+        self._settlings: dict[str, asyncio.Future[None]] = {}  # those under way, by chain ID
         self._retiring = asyncio.Lock()  # of snapshots: two removals of one must not both rename it
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
         for name in ("", "layers", "active", "staging", "empty"):
@@ -319,18 +323,36 @@ class Snapshotter:
         chain = self._chain(chain_id)
         if self._unsettled.isdisjoint(layer.chain_id for layer in chain):
             return
-        async with self._settling:
-            below: list[Layer] = []
-            for layer in reversed(self._chain(chain_id)):
-                if layer.chain_id in self._unsettled:
-                    paths = [] if layer.opaque else [lower.path for lower in below]
-                    try:
-                        await self._mounter.run(settling.settle, layer.path, paths)
-                    except OSError as e:
-                        self._chain(chain_id)  # raises if it has been removed meanwhile
-                        raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
+        below: list[Layer] = []
+        for layer in reversed(chain):
+            if layer.chain_id in self._unsettled:
+                paths = [] if layer.opaque else [lower.path for lower in below]
+                try:
+                    await self._settle_layer(layer, paths)
+                except OSError as e:
+                    self._chain(chain_id)  # raises if it has been removed meanwhile
+                    raise SnapshotError(f"layer {layer.chain_id} cannot be made ready: {e}") from e
+            below = [layer] if layer.opaque else [layer, *below]
+
+    async def _settle_layer(self, layer: Layer, below: list[str]) -> None:
+        """Settle a layer once, whoever waits for it. An image that takes long holds up no other. Raises OSError."""
+        settling_now = self._settlings.get(layer.chain_id)
+        if settling_now is None:
+            deadline = time.monotonic() + self.limits.max_seconds
+
+            def check() -> None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "it takes longer than an unpack may take")
+
+            def settled(done: asyncio.Future[None]) -> None:
+                del self._settlings[layer.chain_id]
+                if not done.cancelled() and done.exception() is None:
                     self._unsettled.discard(layer.chain_id)
-                below = [layer] if layer.opaque else [layer, *below]
+
+            work = in_loose_thread(partial(settling.settle, layer.path, below, check), "settling")
+            settling_now = self._settlings[layer.chain_id] = asyncio.ensure_future(work)
+            settling_now.add_done_callback(settled)
+        await outlive(settling_now)
 
     async def _delete_layer(self, layer: Layer) -> None:
         """Delete a layer.

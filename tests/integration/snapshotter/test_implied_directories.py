@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import stat
+import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from snapshotter import Snapshotter, settling
+from snapshotter import SnapshotError, Snapshotter, settling
 from tests.support.descriptors import room_for
 from tests.support.layers import directory, item, symlink, unpack, write_blob
 
@@ -128,3 +130,42 @@ async def test_65000_files_in_one_directory(snapshotter: Snapshotter, disk: str)
     layer = await unpack(snapshotter, blob)
     assert len(os.listdir(f"{layer.path}/fs/many")) == 65_000
     assert layer.inodes == 65_001
+
+
+async def test_a_layer_that_takes_long_holds_up_no_other_image(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    slow = await unpack(snapshotter, write_blob(f"{disk}/slow", item("tmp/slow", b"x")), base.chain_id)
+    quick = await unpack(snapshotter, write_blob(f"{disk}/quick", item("tmp/quick", b"x")), base.chain_id)
+    gate, begun, settle = threading.Event(), list[str](), settling.settle
+
+    def gated(path: str, below: Sequence[str], check: Callable[[], None]) -> None:
+        if path == slow.path:
+            begun.append(path)
+            gate.wait()
+        settle(path, below, check)
+
+    monkeypatch.setattr(settling, "settle", gated)
+    waiting = [asyncio.ensure_future(mounted(snapshotter, disk, slow.chain_id, f"slow{n}")) for n in range(6)]
+    root = await mounted(snapshotter, disk, quick.chain_id, "other")
+    assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
+    assert not any(one.done() for one in waiting)
+    gate.set()
+    for root in await asyncio.gather(*waiting):
+        assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
+    assert begun == [slow.path]
+
+
+async def test_a_layer_that_takes_longer_than_an_unpack_may_is_an_error_of_its_image(
+    snapshotter: Snapshotter, disk: str
+) -> None:
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    top = await unpack(snapshotter, write_blob(f"{disk}/top", item("tmp/file", b"x")), base.chain_id)
+    usual = snapshotter.limits
+    snapshotter.limits = usual._replace(max_seconds=-1.0)
+    with pytest.raises(SnapshotError, match=f"layer {top.chain_id} cannot be made ready: .* longer than an unpack may"):
+        await snapshotter.prepare("late", top.chain_id)
+    snapshotter.limits = usual
+    root = await mounted(snapshotter, disk, top.chain_id)
+    assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
