@@ -60,6 +60,12 @@ class ResourceExhaustedError(CriError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class NotSupportedError(CriError):
+    """The node lacks a program for the call, in the code and with the first words that Kubernetes' tests know."""
+
+    code = "UNKNOWN"
+
+
 class UnavailableError(CriError):
     """Something outside the daemon did not answer (a registry, a plugin). The same call may succeed later."""
 

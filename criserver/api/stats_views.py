@@ -342,15 +342,17 @@ def _swap(timestamp: int, swap: Swap) -> Fields:
 
 
 def _network(interfaces: tuple[InterfaceCounters, ...]) -> Fields:
-    """CRI's field ``interfaces`` has all interfaces except the default one.
+    """The pod's interfaces, and which is the default one.
 
-    There is always a default one: the kubelet crashes without. A pod may rename its own, so any other will do.
+    1. ``interfaces`` has the default one too, though CRI says without: a kubelet makes the list of its Summary API from
+       it alone, and Kubernetes' node conformance suite wants a list. containerd 2.3 does the same.
+    2. There is always a default one: the kubelet crashes without. A pod may rename its own, so any other will do.
     """
     default = next((i for i in interfaces if i.name == _DEFAULT_INTERFACE), interfaces[0])
     return {
         "timestamp": time.time_ns(),
         "default_interface": _interface(default),
-        "interfaces": [_interface(i) for i in interfaces if i is not default],
+        "interfaces": [_interface(i) for i in interfaces],
     }
 
 

@@ -30,6 +30,7 @@ from criserver.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotSupportedError,
     ResourceExhaustedError,
 )
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -231,7 +232,7 @@ def _dump(node: Node, container: Container, wait: Callable[..., None]) -> None:
     _write_json(content, "config.dump", config)
     _write_json(content, "status", checkpoint_archive.status_dump(container))
     shutil.copyfile(spec_path(node, container.id), os.path.join(content, "spec.dump"))
-    _check_criu(directory, wait)
+    _check_criu(directory, container.id, wait)
     upper = os.path.join(node.snapshotter.snapshots()[container.id].path, "fs")
     diff = os.path.join(content, "rootfs-diff.tar")
     try:
@@ -282,13 +283,19 @@ def _thaw(node: Node, container: Container) -> None:
             return
 
 
-def _check_criu(directory: str, wait: Callable[..., None]) -> None:
-    """Raises FailedPreconditionError where criu is not installed, or says that it cannot work with this kernel."""
+def _check_criu(directory: str, container_id: str, wait: Callable[..., None]) -> None:
+    """Raises NotSupportedError where criu is not installed, or says that it cannot work with this kernel.
+
+    By the code UNKNOWN and the first words Kubernetes' node tests see that a runtime cannot make checkpoints.
+    """
+    known = f"CRIU binary not found or too old (<31600). Failed to checkpoint container {container_id}"
     if shutil.which("criu") is None:
-        raise FailedPreconditionError("CheckpointContainer needs criu: install the package criu")
+        raise NotSupportedError(f"{known}: CheckpointContainer needs criu: install the package criu")
     if _run(directory, wait, "criu", "check"):
         words = _criu_errors(os.path.join(directory, "output"))
-        raise FailedPreconditionError(f"criu cannot work on this node; is it older than the kernel? It says: {words}")
+        raise NotSupportedError(
+            f"{known}: criu cannot work on this node; is it older than the kernel? It says: {words}"
+        )
 
 
 def _run(directory: str, wait: Callable[..., None], *command: str) -> int:

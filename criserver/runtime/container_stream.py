@@ -64,9 +64,6 @@ def attach_address(node: Node, id_or_prefix: str, wanted: RequestedStreams) -> s
     """The URL at which a client can attach to a container's own process. Raises as :func:`exec_address`."""
     _check(wanted)
     container = running_container(node, id_or_prefix)
-    if wanted.tty != container.config.tty:
-        has = "has a" if container.config.tty else "has no"
-        raise InvalidArgumentError(f"tty = {wanted.tty} and container {container.id} {has} terminal; both must agree")
     return node.streaming.offer(Command(wanted, lambda streams: _attach(node, container.id, streams)))
 
 
@@ -168,7 +165,8 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
         process = process_records.of_container(node, container)
         link = await process.shim.open_link(lambda _: None, on_close)
         stack.callback(link.close)
-        names: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+        # A terminal has one output. The client may not know that the container has one.
+        names: tuple[Literal["stdout", "stderr"], ...] = ("stdout",) if container.config.tty else ("stdout", "stderr")
         wanted = {name: sink for name in names if (sink := getattr(streams, name)) is not None}
         pipes = {name: stack.enter_context(Pipe()) for name in wanted}
         request: AttachRequest = {"op": "attach", "streams": list(wanted)}

@@ -178,9 +178,11 @@ def _id_mapping(sent: cri.IDMapping) -> IdMapping:
 
 
 def container_namespaces(security: cri.LinuxContainerSecurityContext, pod: PodConfig) -> Namespaces:
+    """The namespaces of a container. Network and IPC are always its pod's, as with containerd and CRI-O."""
     if not security.HasField("namespace_options"):
         return pod.namespaces
     own = namespaces(security.namespace_options)
+    own = dataclasses.replace(own, network=pod.namespaces.network, ipc=pod.namespaces.ipc)
     if not security.namespace_options.HasField("userns_options"):
         own = dataclasses.replace(own, user=pod.namespaces.user)
     return own

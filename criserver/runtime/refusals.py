@@ -165,12 +165,6 @@ def _check_container_namespaces(security: cri.LinuxContainerSecurityContext, pod
             "namespace_options.pid = POD, but the pod sandbox was made without a shared PID namespace "
             f"(its mode is {pod.namespaces.pid.name}); both must agree"
         )
-    for kind in ("network", "ipc"):
-        if getattr(own, kind) is not getattr(pod.namespaces, kind):
-            raise InvalidArgumentError(
-                f"namespace_options.{kind} = {getattr(own, kind).name} differs from the pod sandbox's "
-                f"{getattr(pod.namespaces, kind).name}; a container uses its pod's"
-            )
 
 
 def _check_namespaces(options: cri.NamespaceOption) -> None:

@@ -206,7 +206,6 @@ def linux(**security: Any) -> dict[str, cri.LinuxContainerConfig]:
             InvalidArgumentError,
             "AppArmor",
         ),
-        (linux(namespace_options=cri.NamespaceOption(network=cri.NODE)), InvalidArgumentError, "network"),
         (
             linux(namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace(mode=cri.POD))),
             InvalidArgumentError,
@@ -235,6 +234,8 @@ def test_a_container_takes_its_pods_namespaces_unless_it_names_its_own() -> None
     assert container_config(container(), POD).namespaces.pid is NamespaceMode.POD
     own = container(**linux(namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)))
     assert container_config(own, POD).namespaces.pid is NamespaceMode.CONTAINER
+    other = container(**linux(namespace_options=cri.NamespaceOption(network=cri.NODE, ipc=cri.NODE, pid=cri.POD)))
+    assert container_config(other, POD).namespaces == POD.namespaces, "network and IPC are the pod's"
     shared = container(**linux(namespace_options=cri.NamespaceOption(pid=cri.POD)))
     with pytest.raises(InvalidArgumentError, match="shared PID namespace"):
         container_config(shared, alone)
