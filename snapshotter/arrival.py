@@ -33,6 +33,7 @@ class Arrival:
         self._pipe = pipe
         self._discard = discard
         self._told = 0
+        self._void = False
         task.add_done_callback(lambda _: self._hang_up())
 
     def grown(self, size: int) -> None:
@@ -47,6 +48,7 @@ class Arrival:
 
     def give_up(self) -> None:
         """The blob begins anew, so what was unpacked is void. :meth:`result` will be None."""
+        self._void = True
         self._task.cancel()
 
     async def result(self) -> Unpacked | None:
@@ -60,6 +62,9 @@ class Arrival:
         except asyncio.CancelledError:
             await self.close()
             raise
+        if self._void:
+            await self.close()  # the worker may have ended before: with a layer, or with an error of the first bytes
+            return None
         if self._task.cancelled():
             return None
         try:

@@ -8,6 +8,7 @@ and waits for the answer: one byte, an errno or zero. No path is sent.
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import stat
 import struct
@@ -51,7 +52,8 @@ def answer(sock: socket.socket, device: int) -> bool:
         fds = [fd for _, kind, body in sent if kind == _socket.SCM_RIGHTS for (fd,) in _FD.iter_unpack(body)]
         if not data:
             return False
-        number = 0
+        # None comes if the daemon has no descriptor left for it (unix(7), SCM_RIGHTS).
+        number = 0 if len(fds) == 1 else errno.EMFILE
         try:
             for fd in fds:
                 status = os.fstat(fd)

@@ -56,6 +56,7 @@ _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_LOOKUPS = 100  # of a path, before the error is taken for one that lasts
 _libc.syscall.restype = ctypes.c_long
 _libc.mount.argtypes = (
     ctypes.c_char_p,
@@ -143,10 +144,14 @@ def openat2(dir_fd: int, path: bytes | str, flags: int, resolve: int, mode: int 
     """openat2(2): the new descriptor, which is never inherited by other programs."""
     sys.audit("open", path, None, flags)
     how = _how(flags | os.O_CLOEXEC, mode, resolve)
-    fd: int = _openat2(_SYS_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.sizeof(how))
-    if fd < 0:
-        raise _error(path)
-    return fd
+    for _ in range(_LOOKUPS):
+        fd: int = _openat2(_SYS_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.sizeof(how))
+        if fd >= 0:
+            return fd
+        # With "..", a rename or mount anywhere on the node makes the kernel give up (openat2(2), EAGAIN).
+        if ctypes.get_errno() != errno.EAGAIN:
+            break
+    raise _error(path)
 
 
 @cache

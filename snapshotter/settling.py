@@ -78,8 +78,10 @@ def _settle_implied(path: str, root: int, lower: Sequence[int], check: Callable[
         check()
         try:
             directory = openat2(root, name or b".", _DIRECTORY, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        except OSError as e:
+            if e.errno not in _GONE:
+                raise
+            continue  # a later entry has replaced it, or a directory above it
         try:
             parts = name.split(b"/") if name else []
             # Of the layer itself the parents count: an opaque parent hides all that the lower layers have in it.

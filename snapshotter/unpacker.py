@@ -39,7 +39,19 @@ _REASONS = {
 _NO_PLACE = frozenset({errno.EOPNOTSUPP, errno.E2BIG, errno.ERANGE})
 # Errors that no content of a layer can cause: the node is at fault.
 _HOST_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP}
+    {
+        errno.EACCES,
+        errno.EAGAIN,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EROFS,
+    }
 )
 
 

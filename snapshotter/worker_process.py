@@ -222,19 +222,38 @@ def _progress(pid: int, blob: BinaryIO) -> tuple[int, str]:
 
 @asynccontextmanager
 async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
-    """A socket for a worker, by which it asks for opaque marks below ``area``. They are set while the block lasts."""
+    """A socket for a worker, by which it asks for opaque marks below ``area``. They are set while the block lasts.
+
+    They are set by a thread, as the disk may be slow or stand still.
+    """
     device = os.stat(area).st_dev
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
+    setting: asyncio.Future[bool] | None = None
+    ended = False
+
+    def answer() -> None:
+        nonlocal setting
+        loop.remove_reader(ours)  # until this one is answered
+        setting = asyncio.ensure_future(in_thread(marks.answer, ours, device))
+        setting.add_done_callback(answered)
+
+    def answered(done: asyncio.Future[bool]) -> None:
+        if ended:
+            ours.close()
+        elif not done.cancelled():
+            # An error says that there is no thread for it.
+            more = done.result() if done.exception() is None else marks.answer(ours, device)
+            if more:
+                loop.add_reader(ours, answer)
+
+    with theirs:
         ours.setblocking(False)
-
-        def answer() -> None:
-            if not marks.answer(ours, device):
-                loop.remove_reader(ours)
-
         loop.add_reader(ours, answer)
         try:
             yield theirs
         finally:
+            ended = True
             loop.remove_reader(ours)
+            if setting is None or setting.done():
+                ours.close()

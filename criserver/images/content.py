@@ -24,6 +24,7 @@ import structlog
 from criserver.errors import CriError, DataLossError, NotFoundError, ResourceExhaustedError
 from criserver.images.digests import ALGORITHMS, digest_of, is_digest, new_hash, written
 from snapshotter import removal
+from snapshotter.errors import raise_lack
 from snapshotter.files import make_private
 from snapshotter.threads import in_thread
 
@@ -84,7 +85,7 @@ class ContentStore:
         return os.path.join(self._blobs, *digest.split(":"))
 
     def open(self, digest: str) -> BinaryIO:
-        """The blob for reading; its content is not checked again. Raises NotFoundError."""
+        """The blob for reading; its content is not checked again. Raises NotFoundError, OSError."""
         try:
             return open(self.path(digest), "rb")
         except FileNotFoundError:
@@ -93,10 +94,15 @@ class ContentStore:
     def read(self, digest: str, limit: int) -> bytes:
         """The whole of a small blob, checked against its digest.
 
-        Raises NotFoundError, ResourceExhaustedError if it is larger than ``limit`` bytes, DataLossError.
+        Raises NotFoundError, ResourceExhaustedError if it is larger than ``limit`` bytes, DataLossError, and OSError if
+        the node has no descriptors or memory left, which says nothing of the blob.
         """
-        with self.open(digest) as f:
-            data = f.read(limit + 1)
+        try:
+            with self.open(digest) as f:
+                data = f.read(limit + 1)
+        except OSError as e:
+            raise_lack(e)
+            raise DataLossError(f"blob {digest} cannot be read from the disk: {e.strerror}") from e
         if len(data) > limit:
             raise ResourceExhaustedError(f"blob {digest} is larger than {limit} bytes")
         if (found := digest_of(data, digest)) != digest:

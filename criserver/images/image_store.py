@@ -6,10 +6,12 @@ name. All else is read from the content store at the start, so callers see what 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -33,6 +35,7 @@ from criserver.images.name_patterns import NamePatterns
 from criserver.images.suspects import Suspects
 from criserver.store import Change, Store
 from snapshotter import Snapshotter
+from snapshotter.tasks import outlive
 
 _log = structlog.get_logger(__name__)
 
@@ -119,9 +122,12 @@ class ImageStore:
                 "change the pattern"
             )
         record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
-        await self._store.write(Change(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode()))
-        self._entries[image.id] = replace(self._entries[image.id], pinned=pinned)
-        self._name([image.id])
+
+        def change() -> None:
+            self._entries[image.id] = replace(self._entries[image.id], pinned=pinned)
+            self._name([image.id])
+
+        await self._write(change, Change(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode()))
         _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
         return self._entries[image.id].image
 
@@ -225,21 +231,33 @@ class ImageStore:
             "pinned": entry.pinned,
         }
         names = tuple(names)
-        await self._store.write(
+
+        def change() -> None:
+            changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
+            self._entries[entry.image.id] = entry
+            self._names.update(dict.fromkeys(names, entry.image.id))
+            self._name(changed)
+
+        await self._write(
+            change,
             Change(_IMAGES, entry.image.id, json.dumps(record).encode()),
             *(Change(_NAMES, name, entry.image.id.encode()) for name in names),
         )
-        changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
-        self._entries[entry.image.id] = entry
-        self._names.update(dict.fromkeys(names, entry.image.id))
-        self._name(changed)
         return self._entries[entry.image.id].image
 
     async def drop(self, image_ids: Iterable[str]) -> None:
         """Delete the records of images, and their names."""
         gone = set(image_ids)
-        await self._store.write(*self._deletion(gone))
-        self._forget(gone)
+        await self._write(partial(self._forget, gone), *self._deletion(gone))
+
+    async def _write(self, change: Callable[[], None], *records: Change) -> None:
+        """Write records, and then make the same change in memory: also where the caller is cancelled meanwhile."""
+
+        async def write() -> None:
+            await self._store.write(*records)
+            change()
+
+        await outlive(asyncio.ensure_future(write()))
 
     def _deletion(self, image_ids: set[str]) -> tuple[Change, ...]:
         names = [name for name, image_id in self._names.items() if image_id in image_ids]

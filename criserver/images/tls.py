@@ -6,6 +6,7 @@ A context with the system's authorities takes 30 ms and 0.7 MiB, so all hosts wi
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from functools import cache
 
 from criserver.errors import FailedPreconditionError
@@ -44,6 +45,10 @@ def _default() -> ssl.SSLContext:
 
 def _with_the_systems_authorities() -> ssl.SSLContext:
     context = ssl.create_default_context()
+    # OpenSSL itself ignores a bundle that it cannot open, such as when no descriptor is left.
+    if bundle := ssl.get_default_verify_paths().cafile:
+        with suppress(ssl.SSLError):  # it has no certificate; a directory may have some
+            context.load_verify_locations(bundle)
     # As Go does it, because registries' own authorities were tested with Go programs: a root need not have every
     # extension of RFC 5280, and an intermediate certificate in the store is trusted by itself.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT

@@ -103,14 +103,14 @@ class Transport:
                 answered = True
                 yield response
         except aiohttp.ClientConnectorCertificateError as e:
-            raise _not_connected(host, url, what, e.certificate_error) from e
+            raise _not_connected(host, url, what, e.certificate_error, final=True) from e
         except aiohttp.ClientProxyConnectionError as e:
             raise _not_connected(host, url, what, f"the proxy: {_reason(e.os_error)}") from e
         except aiohttp.ClientConnectorError as e:
             plain = getattr(e.os_error, "reason", None) in _PLAIN_TEXT
             raise _not_connected(host, url, what, _reason(e.os_error), plain=plain) from e
         except aiohttp.ClientHttpProxyError as e:
-            raise _not_connected(host, url, what, f"the proxy answers {e.status} {e.message}") from e
+            raise _not_connected(host, url, what, f"the proxy answers {e.status} {e.message}", final=True) from e
         except aiohttp.ConnectionTimeoutError as e:
             raise _not_connected(host, url, what, f"no connection within {host.dial_timeout:g} s") from e
         except TimeoutError as e:
@@ -172,7 +172,14 @@ def _reason(error: OSError) -> str:
     return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno)
 
 
-def _not_connected(host: RegistryHost, url: URL, what: str, reason: object, *, plain: bool = False) -> UnavailableError:
+def _not_connected(
+    host: RegistryHost, url: URL, what: str, reason: object, *, plain: bool = False, final: bool = False
+) -> UnavailableError:
+    """The error for a host that cannot be connected to; ``final`` if that cannot be over soon.
+
+    A server that the host redirects to, or its authorisation server, is tried again: the host has just answered.
+    """
     if url.origin() == URL(host.url).origin():
         return NotConnectedError(f"cannot connect: {reason}", plain=plain)
-    return UnavailableError(f"{what}: cannot connect to {url.origin()}: {reason}")
+    kind = UnavailableError if final else TryAgainError
+    return kind(f"{what}: cannot connect to {url.origin()}: {reason}")

@@ -145,6 +145,28 @@ async def test_an_arrival_that_was_given_up_is_unpacked_anew(snapshotter: Snapsh
     assert len(os.listdir(f"{await slow.commit(snapshotter, arrival)}/d")) == 100
 
 
+async def test_an_error_of_bytes_that_are_void_is_none(snapshotter: Snapshotter, slow: Slow, tmp_path: Any) -> None:
+    """The worker has ended before the download knew that what a mirror sent was wrong."""
+    with open(slow.path, "wb") as f:
+        f.write(b"<html>" * 1000)
+    arrival = slow.begin(snapshotter)
+    await until(arrival._task.done)
+    arrival.give_up()
+    slow.add(10_000_000, arrival)
+    assert len(os.listdir(f"{await slow.commit(snapshotter, arrival)}/d")) == 100
+    assert os.listdir(f"{tmp_path}/snapshots/staging") == []
+
+
+async def test_a_layer_of_bytes_that_are_void_is_discarded(snapshotter: Snapshotter, slow: Slow, tmp_path: Any) -> None:
+    slow.add(10_000_000)
+    arrival = slow.begin(snapshotter)
+    arrival._hang_up()
+    await until(arrival._task.done)
+    arrival.give_up()
+    assert await arrival.result() is None
+    assert os.listdir(f"{tmp_path}/snapshots/staging") == []
+
+
 async def test_a_wait_beyond_the_workers_deadline_costs_a_second_unpack_only(slow: Slow, tmp_path: Any) -> None:
     snapshotter = Snapshotter(f"{tmp_path}/snapshots", limits=LayerLimits(max_seconds=1))
     slow.add(400_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -26,7 +27,7 @@ from criserver.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
-from criserver.images import Platform
+from criserver.images import ContentStore, Platform
 from criserver.store import Change
 from snapshotter import LayerLimits
 from tests.support.imagebuilder import (
@@ -48,6 +49,7 @@ from tests.support.imagebuilder import (
 )
 from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
+from tests.support.waiting import until
 
 __all__ = ["registry"]
 
@@ -315,6 +317,47 @@ async def test_images_are_there_after_a_restart(rooms: Rooms, registry: Registry
     assert again.images.get(name) == image
     assert again.images.fs_usage() == usage
     again.close()
+
+
+async def test_a_blob_that_the_disk_cannot_read_costs_its_image_alone(
+    rooms: Rooms, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = await rooms.images.pull(registry.push(two_layers(), "bad:1"))
+    good = await rooms.images.pull(registry.push(two_layers(b"other"), "good:1"))
+    real = ContentStore.open
+
+    def failing(content: ContentStore, digest: str) -> BinaryIO:
+        if digest == bad.id:
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+        return real(content, digest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ContentStore, "open", failing)
+        again = Rooms(rooms.root)
+    assert [image.id for image in again.images.list()] == [good.id]
+    again.close()
+
+
+async def test_a_removal_whose_caller_goes_away_is_done_in_memory_too(
+    rooms: Rooms, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = await rooms.images.pull(registry.push(two_layers(), "gone:1"))
+    gate, begun, write = asyncio.Event(), asyncio.Event(), rooms.store.write
+
+    async def slow(*changes: Change) -> None:
+        begun.set()
+        await gate.wait()
+        await write(*changes)
+
+    monkeypatch.setattr(rooms.store, "write", slow)
+    removal = asyncio.ensure_future(rooms.images.remove(image.id))
+    await begun.wait()
+    removal.cancel()
+    gate.set()
+    with contextlib.suppress(asyncio.CancelledError):
+        await removal
+    await until(lambda: rooms.images.list() == [])
+    assert rooms.store.items("images") == []
 
 
 @pytest.mark.parametrize("damage", ["layer", "layer blob", "short blob", "config", "manifest", "record", "garbage"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from itertools import count
@@ -238,6 +239,26 @@ async def test_a_registry_that_restarts_is_waited_for(
     async with Server(image).running(port=int(first.address.rpartition(":")[2])) as second:
         assert (await pull).id == image.id
         assert [offset(request) for request in second.asked(digest)] == [100_000]
+
+
+async def test_a_storage_that_cannot_be_connected_to_for_a_moment_is_waited_for(
+    server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry redirects to it, and has answered just now."""
+    monkeypatch.setattr("criserver.images.retries._FIRST_WAIT", 0.1)
+    digest, _ = first_layer(image)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def away(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=307, headers={"Location": f"http://127.0.0.1:{port}{request.path}"})
+
+    server.answers[digest] = away
+    pull = asyncio.create_task(rooms.images.pull(f"{server.address}/app:1"))
+    await until(lambda: len(server.asked(digest)) > 1)  # the pull has met a port where nobody listens
+    async with Server(image).running(port=port):
+        assert (await pull).id == image.id
 
 
 async def test_a_server_that_stalls_is_given_up(server: Server, rooms: Rooms, image: BuiltImage) -> None:

@@ -116,6 +116,21 @@ async def test_a_whiteout_that_hides_something_is_missed(snapshotter: Snapshotte
     assert await snapshotter.check_layer(top.chain_id, f"{disk}/1") == "'d/gone' is missing"
 
 
+@pytest.mark.parametrize("name", ["foo/sub/.wh.x", "foo/sub/file"])
+async def test_a_directory_that_becomes_a_link_later_in_the_layer(
+    snapshotter: Snapshotter, disk: str, name: str
+) -> None:
+    _, upper = await unpacked(
+        snapshotter,
+        disk,
+        [[directory("baz"), item("foo/sub/x")], [item("foo/.wh.bar"), item(name), symlink("foo", "baz"), item("end")]],
+    )
+    await snapshotter.mount_layer(upper.chain_id, f"{disk}/target")
+    assert sorted(os.listdir(f"{disk}/target")) == ["baz", "end", "foo"]
+    assert os.readlink(f"{disk}/target/foo") == "baz"
+    await snapshotter.unmount(f"{disk}/target")
+
+
 async def test_a_restart_settles_what_is_left(snapshotter: Snapshotter, disk: str) -> None:
     (layer,) = await unpacked(snapshotter, disk, [[directory("./"), directory("d"), item("d/.wh.f")]])
     again = Snapshotter(f"{disk}/snapshots")
