@@ -206,6 +206,8 @@ class TaskExecs:
 
     def _created(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:
+            if isinstance(error, LateError):
+                self._link().call("Delete", self._name(execution.id), _ignore)
             self._failed(execution, error)
             return
         self._link().call(
@@ -214,6 +216,8 @@ class TaskExecs:
 
     def _started(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:
+            if isinstance(error, LateError):
+                self._kill(execution)  # it may have started
             self._link().call("Delete", self._name(execution.id), _ignore)
             self._failed(execution, error)
             return

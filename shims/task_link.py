@@ -47,8 +47,11 @@ class TaskLink:
         self.closed = False
         loop.watch(self._sock.fileno(), select.EPOLLIN, self._event)
 
-    def call(self, method: str, message: bytes, done: Done, limit: float = 0) -> None:
-        """Send a request. A shim that does not answer within `limit` seconds is stuck: the connection closes."""
+    def call(self, method: str, message: bytes, done: Done, limit: float = 0, *, vital: bool = False) -> None:
+        """Send a request. One that is not answered within `limit` seconds fails, and a later answer is ignored.
+
+        A shim that does not answer a `vital` request is stuck: the connection closes, and all calls fail.
+        """
         if self.closed:
             done(b"", RequestError("the runtime's shim has ended"))
             return
@@ -59,7 +62,7 @@ class TaskLink:
             return
         self._stream += 2  # clients have odd numbers
         stream = self._stream
-        timer = self._loop.later(limit, lambda: self._late(stream, method, limit)) if limit else None
+        timer = self._loop.later(limit, lambda: self._late(stream, method, limit, vital)) if limit else None
         self._calls[stream] = (done, timer)
         self._out += frame(stream, REQUEST, request)
         self._flush()
@@ -67,7 +70,7 @@ class TaskLink:
     def ask(self, method: str, message: bytes, limit: float) -> bytes:
         """Send a request and wait for the reply. Raises RequestError, LateError where there is none in time."""
         outcome: list[tuple[bytes, RequestError | None]] = []
-        self.call(method, message, lambda reply, error: outcome.append((reply, error)), limit)
+        self.call(method, message, lambda reply, error: outcome.append((reply, error)), limit, vital=True)
         self._loop.until(lambda: bool(outcome))
         reply, error = outcome[0]
         if error is not None:
@@ -84,10 +87,11 @@ class TaskLink:
         for stream in list(self._calls):
             self._answer(stream, b"", error or RequestError("the runtime's shim has ended"))
 
-    def _late(self, stream: int, method: str, limit: float) -> None:
+    def _late(self, stream: int, method: str, limit: float, vital: bool) -> None:
         late = LateError(f"the runtime's shim did not answer {method} within {limit:g} s")
         self._answer(stream, b"", late)
-        self.close(late)
+        if vital:
+            self.close(late)
 
     def _answer(self, stream: int, reply: bytes, error: RequestError | None) -> None:
         done, timer = self._calls.pop(stream, (None, None))

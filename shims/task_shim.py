@@ -230,7 +230,7 @@ class TaskShim(Shim):
 
     def _op_signal(self, _channel: Channel, message: Message, _fds: list[int]) -> Answer:
         self._must_run()
-        self._ask_soon("Kill", number(3, whole(message, "signal")))
+        self._ask_soon("Kill", number(3, whole(message, "signal")), vital=True)
         return {"ok": True}, ()
 
     def _op_resize(self, _channel: Channel, message: Message, _fds: list[int]) -> Answer:
@@ -260,8 +260,8 @@ class TaskShim(Shim):
         self._ask_soon("CloseIO", number(3, 1))  # the runtime's shim holds a writer too
         return answer
 
-    def _ask_soon(self, method: str, rest: bytes) -> None:
-        self._connected().call(method, self._name() + rest, lambda _reply, _error: None, _CALL_LIMIT)
+    def _ask_soon(self, method: str, rest: bytes, *, vital: bool = False) -> None:
+        self._connected().call(method, self._name() + rest, lambda _reply, _error: None, _CALL_LIMIT, vital=vital)
 
 
 def bootstrap_result(output: bytes) -> dict[str, Any]:

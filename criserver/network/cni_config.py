@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from criserver.errors import FailedPreconditionError
+from criserver.errors import FailedPreconditionError, disk_fault, exhaustion
 
 # Ascending. Older versions have no plugin lists and no lists of addresses. The newest one is implemented here.
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -78,7 +78,7 @@ class _CniConfigError(Exception):
 
 
 def _listing(directory: str) -> list[tuple[str, int, int, int]]:
-    """Path, inode, size and time of every file: they differ when a file was changed."""
+    """Path, inode, size and time of every file: they differ when a file or its mode was changed."""
     stamps = []
     for entry in _scan(directory):
         if entry.is_dir():
@@ -101,7 +101,7 @@ def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
         stat = entry.stat()
     except FileNotFoundError:
         return entry.path, 0, 0, 0
-    return entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return entry.path, stat.st_ino, stat.st_size, stat.st_ctime_ns  # a change of the mode counts too
 
 
 def _load(directory: str) -> NetworkConfig | str:
@@ -161,6 +161,8 @@ def _read(path: str) -> dict[str, Any]:
         with open(path, "rb") as f:
             document = json.loads(f.read())
     except OSError as e:
+        if exhaustion(e) or disk_fault(e):
+            raise  # it may be over soon, and says nothing of the file: another one must not take its place
         raise _CniConfigError(f"cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise _CniConfigError(f"is not valid JSON: {e}") from e

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError
+from criserver.errors import CriError, DeadlineExceededError, FailedPreconditionError, UnavailableError, exhaustion
 from criserver.network.cni_result import decode, excerpt
 from snapshotter.program import Program, input_file
 
@@ -75,7 +75,7 @@ def failure(reply: PluginReply) -> tuple[int, str]:
 
 
 def _start_error(run_name: str, path: str, e: OSError) -> CriError:
-    if e.errno in (errno.ETXTBSY, errno.EAGAIN, errno.ENOMEM):
+    if e.errno == errno.ETXTBSY or exhaustion(e):
         return UnavailableError(f"{run_name} cannot be started just now: {path}: {e.strerror}")
     return FailedPreconditionError(f"{run_name} cannot be started: {path}: {e.strerror}; install the plugin anew")
 

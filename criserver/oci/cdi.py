@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, exhaustion
 from criserver.oci.adjustment_faults import RuntimeFacts
 from criserver.oci.cdi_edits import ContainerEdits, apply
 from criserver.oci.cdi_files import QUALIFIED_NAME, CdiFile, read_file
@@ -120,5 +120,7 @@ def _scan(directory: str) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as e:
+        if exhaustion(e):
+            raise
         log.warning("CDI directory cannot be read", path=directory, reason=e.strerror)
         return []

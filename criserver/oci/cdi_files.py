@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import structlog
 
+from criserver.errors import disk_fault, exhaustion
 from criserver.oci.cdi_edits import CdiDeviceNode, ContainerEdits
 from criserver.text import quoted
 from snapshotter import files
@@ -49,6 +50,10 @@ class CdiFile:
     fault: str = ""
 
 
+# The stamp of no file.
+_NEVER = (-1, -1, -1)
+
+
 class _CdiFileError(Exception):
     """A file cannot be used; the message has the reason."""
 
@@ -57,23 +62,25 @@ def read_file(path: str, previous: CdiFile | None) -> CdiFile:
     """The file at ``path``, or ``previous`` where it has not changed. An unusable file is logged, and has a fault."""
     try:
         info = os.stat(path)
-        stamp = (info.st_ino, info.st_size, info.st_mtime_ns)
+        stamp = (info.st_ino, info.st_size, info.st_ctime_ns)  # a change of the mode counts too
     except OSError:
         stamp = (0, 0, 0)
     if previous and previous.stamp == stamp:
         return previous
     try:
         return _parsed(path, stamp)
+    except OSError as e:
+        reason = f"it cannot be read: {e.strerror}"
+        if exhaustion(e) or disk_fault(e):
+            stamp = _NEVER  # that may be over soon, so the file is read again at the next use
     except _CdiFileError as e:
-        log.warning("CDI file ignored", path=path, reason=str(e))
-        return CdiFile(path, stamp, fault=str(e))
+        reason = str(e)
+    log.warning("CDI file ignored", path=path, reason=reason)
+    return CdiFile(path, stamp, fault=reason)
 
 
 def _parsed(path: str, stamp: tuple[int, int, int]) -> CdiFile:
-    try:
-        text = files.read(path, MAX_FILE)
-    except OSError as e:
-        raise _CdiFileError(f"it cannot be read: {e.strerror}") from e
+    text = files.read(path, MAX_FILE)
     document = _without_null(_with_texts(_yaml(text), "") if path.endswith(".yaml") else _json(text))
     _check(document)
     devices: dict[str, ContainerEdits] = {}

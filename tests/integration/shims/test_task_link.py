@@ -23,7 +23,7 @@ __all__ = ["rootfs"]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("busybox"), reason="needs root and busybox")
 
 # Seconds. What answers takes milliseconds, on a machine that others use too.
-LIMITS = {"task_shim._CREATE_LIMIT": 3.0, "task_shim._CALL_LIMIT": 3.0}
+LIMITS = {"task_shim._CREATE_LIMIT": 3.0, "task_shim._CALL_LIMIT": 3.0, "task_shim._UPDATE_LIMIT": 3.0}
 
 # MODE is its first argument. "start" prints where the server listens, which is a fork of it.
 SHIM = f"""
@@ -59,6 +59,8 @@ while block := peer.recv(65536):
         method, refusal = task_wire.content(request, 2), b""
         waiting = stream if method == b"Wait" else waiting
         if mode == "silent" or method == b"Wait" or (mode, method) == ("stuck", b"Kill"):
+            continue
+        if mode == "slow" and method in (b"ResizePty", b"CloseIO", b"Update"):
             continue
         if (mode, method) == ("vanishes", b"Kill"):
             sys.exit()
@@ -140,6 +142,21 @@ def test_nobody_says_how_a_container_ended_whose_shim_does_not_tell(host: Host, 
     assert not (container.directory / "state/exit.json").exists()
     mark: dict[str, Any] = json.loads((container.directory / "state/task.json").read_text())
     assert mark["version"] == 3
+    end(container)
+
+
+def test_a_side_request_that_is_not_answered_fails_alone(host: Host) -> None:
+    """The container goes on, and its end is told."""
+    container = fork(host, "slow")
+    container.started()
+    client = container.client
+    assert client.ask("resize", width=80, height=24).get("ok")
+    assert client.ask("close-stdin").get("ok")
+    assert client.ask("update", resources={}).get("ok")
+    updated = client.expect("updated")
+    assert updated["late"] is True
+    assert "did not answer Update within 3 s" in updated["error"]
+    assert client.ask("signal", signal=15).get("ok"), "there still is a connection"
     end(container)
 
 

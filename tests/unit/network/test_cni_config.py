@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 from pathlib import Path
@@ -67,6 +69,25 @@ def test_the_first_name_rules_whatever_its_suffix(tmp_path: Path) -> None:
     (tmp_path / "10.json").write_text(json.dumps({"cniVersion": "0.4.0", "name": "first", **BRIDGE}))
     (tmp_path / "00.conflist.bak").write_text(conflist(name="no-configuration"))
     assert load(tmp_path).name == "first"
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_passed_over(tmp_path: Path) -> None:
+    """Pods would go to another network until a file changes."""
+    (tmp_path / "10-first.conflist").write_text(conflist(name="first"))
+    (tmp_path / "99-second.conflist").write_text(conflist(name="second"))
+    directory = CniConfigDirectory(str(tmp_path))
+    real = builtins.open
+
+    def failing(path: Any, *arguments: Any, **more: Any) -> Any:
+        if str(path).endswith("10-first.conflist"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", failing)
+        with pytest.raises(FailedPreconditionError, match="Too many open files"):
+            directory.current()
+    assert directory.current().name == "first"
 
 
 def test_an_invalid_file_is_passed_over_for_the_next(tmp_path: Path) -> None:

@@ -510,3 +510,19 @@ def test_twice_is_as_good_as_once_and_the_spec_is_left_alone(edits: cdi.Containe
     once = cdi.apply(before, edits, host())
     assert before == kept
     assert cdi.apply(once, edits, host()) == once
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(tmp_path: Path) -> None:
+    """It has not changed, and its devices would be gone until it does."""
+    write(tmp_path)
+    refused = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def failing(*_: object) -> bytes:
+        raise refused
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "read", failing)
+        known = cdi.load([str(tmp_path)])
+        with pytest.raises(NotFoundError, match="Too many open files"):
+            cdi.resolve([f"{KIND}=0"], known, PLAIN)
+    cdi.resolve([f"{KIND}=0"], cdi.load([str(tmp_path)], known), PLAIN)
