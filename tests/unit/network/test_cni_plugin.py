@@ -24,6 +24,7 @@ from criserver.errors import (
 from criserver.model import PortMapping
 from criserver.network import Attachment, Network, PodNetwork, cni_plugin
 from snapshotter import program_start
+from tests.support.descriptors import room_for
 from tests.support.waiting import until
 
 NETNS = "/proc/self/ns/net"  # any file of nsfs: these plugins do not enter it
@@ -590,3 +591,12 @@ async def test_ready_refuses_a_version_that_a_plugin_does_not_speak(node: Node) 
 async def test_ready_where_a_plugin_does_not_know_the_version_verb(node: Node, action: str) -> None:
     node.plugin("two", VERSION=action)
     assert await node.network.ready() is None
+
+
+async def test_a_plugin_for_which_there_are_no_descriptors_may_be_run_later() -> None:
+    """It does not refuse for ever: its DEL is still owed."""
+    with (
+        room_for(1),
+        pytest.raises(UnavailableError, match="cannot be started just now: /bin/true: Too many open files"),
+    ):
+        await cni_plugin.run("/bin/true", run_name="DEL of true", env={}, request=b"{}", timeout=60)
