@@ -171,8 +171,8 @@ def _left(config: Config) -> Iterator[str]:
 def _sockets(config: Config) -> list[str]:
     """The sockets that a daemon which was killed may have left: its own, and others in its state directory."""
     others = (config.containerd_address, config.metrics_address.removeprefix("unix://"))
-    below = os.path.join(config.state, "")
-    return [config.grpc_address, *(path for path in others if path.startswith(below))]
+    below = os.path.join(os.path.normpath(config.state), "")
+    return [config.grpc_address, *(path for path in map(os.path.normpath, others) if path.startswith(below))]
 
 
 def _delete(directory: str, kind: Kind, sockets: Iterable[str]) -> tuple[list[str], list[str]]:

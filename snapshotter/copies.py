@@ -12,8 +12,9 @@ from snapshotter.file_tree import Place, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095
-# Files with several names whose places are kept in memory. An image may have millions, made by a few bytes each.
-_MAX_LINKED = 100_000
+# Files with several names whose places are kept in memory, and bytes of these places. An image may have millions, made
+# by a few bytes each.
+_MAX_LINKED, _MAX_PLACES = 100_000, 16 << 20
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # The errors of a file system that does not have an attribute.
 _LACKING = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.ENODATA})
@@ -24,7 +25,7 @@ def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] =
 
     1. Pipes, sockets and devices are made anew. Symbolic links are copied as links.
     2. A file with several names stays one file, except for names whose path is longer than the kernel takes, and for
-       files behind the first :data:`_MAX_LINKED`.
+       files behind the first :data:`_MAX_LINKED`, or with longer places than :data:`_MAX_PLACES` in all.
     3. Holes in files stay holes.
     4. Directories at the paths ``hidden`` are made and left empty.
 
@@ -56,6 +57,7 @@ class _Copier:
         # The directory and the name of the first of several names. All names of a directory share its path in memory.
         self._linked: dict[tuple[int, int], tuple[str, str]] = {}
         self._directory = ""
+        self._places = 0
 
     def copy_entries(self, reader: Place, writer: Place) -> list[str]:
         """Copy all that is in a directory. Its directories are made, empty; their names are returned."""
@@ -101,8 +103,11 @@ class _Copier:
             os.link(path, name, src_dir_fd=self._target, dst_dir_fd=writer.fd, follow_symlinks=False)
             return True
         if len(self._linked) < _MAX_LINKED and len(os.fsencode(writer.path_of(name))) <= _MAX_PATH:
-            self._directory = self._directory or writer.path
-            self._linked[inode] = self._directory, name
+            if not self._directory:
+                self._directory = writer.path
+                self._places += len(self._directory)
+            if self._places < _MAX_PLACES:
+                self._linked[inode] = self._directory, name
         return False
 
     def _copy_file(self, name: str, source_dir: int, target_dir: int) -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, BinaryIO
 
 import isal
@@ -25,7 +26,7 @@ from snapshotter.limits import LayerLimits
 from snapshotter.metadata import Layer
 from snapshotter.program import Program
 from snapshotter.staging import Staging
-from snapshotter.threads import in_thread
+from snapshotter.threads import in_loose_thread, in_thread
 
 _log = structlog.get_logger(__name__)
 
@@ -235,7 +236,7 @@ async def _answered_marks(area: str) -> AsyncIterator[socket.socket]:
     def answer() -> None:
         nonlocal setting
         loop.remove_reader(ours)  # until this one is answered
-        setting = asyncio.ensure_future(in_thread(marks.answer, ours, device))
+        setting = asyncio.ensure_future(in_loose_thread(partial(marks.answer, ours, device), "marks"))
         setting.add_done_callback(answered)
 
     def answered(done: asyncio.Future[bool]) -> None:

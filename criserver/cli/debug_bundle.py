@@ -76,6 +76,10 @@ class _Deadline(grpc.UnaryUnaryClientInterceptor):
     def __init__(self) -> None:
         self._end = time.monotonic() + _PATIENCE
 
+    @property
+    def has_passed(self) -> bool:
+        return time.monotonic() > self._end
+
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         left = max(1.0, self._end - time.monotonic())
         return continuation(details._replace(timeout=left), request)
@@ -125,7 +129,8 @@ def _fill(bundle: _Bundle, options: argparse.Namespace) -> None:
 
 def _ask(bundle: _Bundle, address: str) -> None:
     with connected(address) as unlimited:
-        channel = grpc.intercept_channel(unlimited, _Deadline())
+        deadline = _Deadline()
+        channel = grpc.intercept_channel(unlimited, deadline)
         method(channel, RUNTIME, "Version")(cri.VersionRequest())
         with bundle.part("status"):
             bundle.add_document("status.json", status_document(channel, address, stacks=True))
@@ -136,6 +141,9 @@ def _ask(bundle: _Bundle, address: str) -> None:
         pods, containers = listed(channel)
         for kind, found in (("pods", pods), ("containers", containers)):
             for item in found:
+                if deadline.has_passed:
+                    bundle.errors.append(f"{kind}/{item.id} and more: the daemon did not answer in time")
+                    return
                 with bundle.part(f"{kind}/{item.id}"):
                     answer = method(channel, ADMIN, "Inspect")(admin.InspectRequest(id=item.id))
                     bundle.add_document(f"{kind}/{item.id}.json", json.loads(answer.document))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import structlog
 
@@ -38,6 +39,7 @@ from snapshotter import Snapshotter
 from snapshotter.tasks import outlive
 
 _log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
 
 _IMAGES = "images"
 _NAMES = "image_names"
@@ -123,13 +125,15 @@ class ImageStore:
             )
         record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
 
-        def change() -> None:
+        def change() -> Image:
             self._entries[image.id] = replace(self._entries[image.id], pinned=pinned)
             self._name([image.id])
+            return self._entries[image.id].image
 
-        await self._write(change, Change(_IMAGES, image.id, json.dumps({**record, "pinned": pinned}).encode()))
+        value = json.dumps({**record, "pinned": pinned}).encode()
+        changed = await self._write(change, Change(_IMAGES, image.id, value))
         _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
-        return self._entries[image.id].image
+        return changed
 
     def pin_matching(self, patterns: Iterable[str]) -> None:
         """Pin also each image, present or future, of which a name matches one of these patterns.
@@ -232,32 +236,32 @@ class ImageStore:
         }
         names = tuple(names)
 
-        def change() -> None:
+        def change() -> Image:
             changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
             self._entries[entry.image.id] = entry
             self._names.update(dict.fromkeys(names, entry.image.id))
             self._name(changed)
+            return self._entries[entry.image.id].image
 
-        await self._write(
+        return await self._write(
             change,
             Change(_IMAGES, entry.image.id, json.dumps(record).encode()),
             *(Change(_NAMES, name, entry.image.id.encode()) for name in names),
         )
-        return self._entries[entry.image.id].image
 
     async def drop(self, image_ids: Iterable[str]) -> None:
         """Delete the records of images, and their names."""
         gone = set(image_ids)
         await self._write(partial(self._forget, gone), *self._deletion(gone))
 
-    async def _write(self, change: Callable[[], None], *records: Change) -> None:
+    async def _write(self, change: Callable[[], _T], *records: Change) -> _T:
         """Write records, and then make the same change in memory: also where the caller is cancelled meanwhile."""
 
-        async def write() -> None:
+        async def write() -> _T:
             await self._store.write(*records)
-            change()
+            return change()
 
-        await outlive(asyncio.ensure_future(write()))
+        return await outlive(asyncio.ensure_future(write()))
 
     def _deletion(self, image_ids: set[str]) -> tuple[Change, ...]:
         names = [name for name, image_id in self._names.items() if image_id in image_ids]

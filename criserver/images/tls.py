@@ -1,6 +1,7 @@
 """TLS for a host: the certificate authorities that are trusted, and the client certificate.
 
-A context with the system's authorities takes 30 ms and 0.7 MiB, so all hosts without settings of their own share one.
+A context with the system's authorities takes some tens of milliseconds and 0.7 MiB, so all hosts without settings of
+their own share one.
 """
 
 from __future__ import annotations

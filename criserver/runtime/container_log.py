@@ -6,14 +6,15 @@ logs can write below the directory, so neither the daemon nor a shim follows a l
 
 from __future__ import annotations
 
-import asyncio
 import os
+from functools import partial
 
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from shims import log_writer
+from snapshotter.threads import in_loose_thread
 
 
 async def prepare_log(node: Node, container: Container) -> str:
@@ -26,7 +27,8 @@ async def prepare_log(node: Node, container: Container) -> str:
     if not container.log_path:
         return ""
     directory = node.records.sandbox(container.sandbox_id).config.log_directory
-    return await asyncio.to_thread(_prepare, directory, container.log_path)
+    # In a thread of its own: with a frozen disk for logs, each container would keep one of the pool for good.
+    return await in_loose_thread(partial(_prepare, directory, container.log_path), "log")
 
 
 def _prepare(directory: str, path: str) -> str:

@@ -226,16 +226,21 @@ class ContainerProcess:
     async def _fork(self, config: ForkConfig, on_event: OnEvent, on_close: OnClose) -> None:
         """Fork the shim, and a second time where the nursery has ended: that is no fault of the container.
 
-        The first nursery may have forked a shim that nobody hears. It is ended before, with all that it has begun.
+        The nursery may have forked a shim that nobody hears. It is ended, with all that it has begun. If it has begun
+        something, there is no second time: a process must not run twice.
         """
         try:
             await self.shim.fork(config, on_event, on_close)
         except UnavailableError as e:
-            log.warning("the nursery of shims has ended; the start is made once more", owner=self.id, error=str(e))
-            if left := await self.shim.end(END_TIMEOUT):
-                raise cgroups.unkillable(self.id, left, END_TIMEOUT) from e
-            await self.destroy()
-            await self.shim.fork(config, on_event, on_close)
+            log.warning("the nursery of shims has ended while it was to fork a shim", owner=self.id, error=str(e))
+            await self._end_shim_and_runtime()
+            if self.shim.has_begun:
+                raise
+            try:
+                await self.shim.fork(config, on_event, on_close)
+            except UnavailableError:
+                await self._end_shim_and_runtime()
+                raise
 
     async def end_start(self) -> None:
         """End a start under way, whichever daemon began it: its shim, the OCI runtime, and what that has half made.
@@ -246,6 +251,9 @@ class ContainerProcess:
         self.shim.abandon()
         # A frozen process takes no signal, and the runtime would wait for it.
         await asyncio.to_thread(cgroups.thaw, self.cgroup)
+        await self._end_shim_and_runtime()
+
+    async def _end_shim_and_runtime(self) -> None:
         left = await self.shim.end(END_TIMEOUT)
         await self.destroy()
         if left:

@@ -60,6 +60,11 @@ class ContainerShim:
         """Whether there is a connection to the shim."""
         return self._link is not None and not self._link.closed
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a shim was forked that has come to its work: its socket is there."""
+        return os.path.lexists(self._socket)
+
     async def fork(self, config: ForkConfig, on_event: OnEvent, on_close: OnClose) -> None:
         """Fork a shim that runs the bundle. Raises as :meth:`Nursery.fork` does."""
         self._link = await self._nursery.fork(config, on_event, on_close)

@@ -187,6 +187,8 @@ async def _attach(node: Node, container_id: str, streams: CommandStreams) -> int
                 os.close(stdin)
         if streams.stdin and not received:
             inputs.append(discard(streams.stdin))
+        if streams.resize and not container.config.tty:
+            inputs.append(discard(streams.resize))
         outputs = [(pipe.reader, wanted[name]) for name, pipe in pipes.items()]
         await _carry(inputs, outputs, None if outputs else gone)
         return await _disconnected(node, container)

@@ -13,7 +13,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import ExitStack
-from typing import TypeVar
 
 from criserver.errors import (
     CriError,
@@ -32,7 +31,8 @@ from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files
 from snapshotter.tasks import outlive
 from snapshotter.threads import in_loose_thread
 
-T = TypeVar("T")
+# So many volumes are copied at a time. A disk that stands still holds up other volumes, and nothing else.
+_copies = asyncio.Semaphore(8)
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
@@ -251,13 +251,14 @@ async def _copy_up(rootfs: str, volume: str, target: str, root: tuple[int, int],
         finally:
             os.close(fd)
 
-    copying = asyncio.ensure_future(in_loose_thread(work, "volumes"))
-    try:
-        await outlive(copying)
-    except asyncio.CancelledError:
-        cancelled.set()
-        await asyncio.wait([copying])
-        raise
+    async with _copies:
+        copying = asyncio.ensure_future(in_loose_thread(work, "volumes"))
+        try:
+            await outlive(copying)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.wait([copying])
+            raise
 
 
 def _copy(source: int, volume: str, target: str, hidden: Set[str], check: Callable[[], None]) -> None:

@@ -102,9 +102,11 @@ class _Resolver:
     def resolve(self, path: str) -> str:
         """The real path, at which a mount is from now on."""
         try:
-            here = self._follow(path)
-        except ValueError as e:  # a zero byte, or half of a surrogate pair
+            if b"\0" in os.fsencode(path):
+                raise ValueError("a zero byte")  # noqa: TRY301 - as for half of a surrogate pair
+        except ValueError as e:
             raise FailedPreconditionError(f"mount {path[:200]!r}: no file can have this path ({e})") from e
+        here = self._follow(path)
         self._covered.add(here)
         return "/" + "/".join(here)
 

@@ -42,7 +42,7 @@ from criserver.runtime.sandbox_stop import release
 from criserver.telemetry import operations
 from criserver.text import quoted
 from snapshotter.tasks import both
-from snapshotter.threads import in_thread
+from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
 
@@ -167,7 +167,8 @@ async def _write_files(node: Node, sandbox: Sandbox, label: str) -> None:
         sandbox_files.write(node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id), config, label, size)
 
     with operations.POD_FILES.timed():
-        await in_thread(write)
+        # In a thread of its own: with a frozen disk for logs, each pod would keep one of the pool for good.
+        await in_loose_thread(write, "pod-files")
 
 
 async def _make_namespaces(node: Node, sandbox: Sandbox, sysctls: Mapping[str, str]) -> namespaces.PinnedNamespaces:

@@ -56,14 +56,16 @@ def a_call_waits_and_callers_give_up(nodes: AlertNodes, node: Node) -> None:
     """One caller waits for a network plugin that does not end; others have deadlines, as a kubelet has."""
     standing = node.run_pod("standing")
     Path(node.base, "stands").touch()
-    stop = node.client.StopPodSandbox.begin(pod_sandbox_id=standing)
+    # Each has its turn for as long as a network plugin may take.
+    stops = [node.client.StopPodSandbox.begin(pod_sandbox_id=standing) for _ in range(12)]
     try:
         give_up = functools.partial(node.client.RemovePodSandbox, pod_sandbox_id=standing, deadline=1)
         nodes.again(give_up, "CriserverRpcsStuck", method="RemovePodSandbox")
         nodes.again(lambda: None, "CriserverRpcsStuck", method="StopPodSandbox")
     finally:
         os.unlink(f"{node.base}/stands")
-        stop.cancel()
+        for stop in stops:
+            stop.cancel()
 
 
 @cause("failing", "CriserverPodStartSlow")

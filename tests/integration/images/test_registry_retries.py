@@ -245,7 +245,7 @@ async def test_a_storage_that_cannot_be_connected_to_for_a_moment_is_waited_for(
     server: Server, rooms: Rooms, image: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The registry redirects to it, and has answered just now."""
-    monkeypatch.setattr("criserver.images.retries._FIRST_WAIT", 0.1)
+    monkeypatch.setattr("criserver.images.retries._FIRST_WAIT", 0.3)
     digest, _ = first_layer(image)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

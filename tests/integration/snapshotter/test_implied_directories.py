@@ -148,10 +148,12 @@ async def test_a_layer_that_takes_long_holds_up_no_other_image(
 
     monkeypatch.setattr(settling, "settle", gated)
     waiting = [asyncio.ensure_future(mounted(snapshotter, disk, slow.chain_id, f"slow{n}")) for n in range(6)]
-    root = await mounted(snapshotter, disk, quick.chain_id, "other")
-    assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
-    assert not any(one.done() for one in waiting)
-    gate.set()
+    try:
+        root = await mounted(snapshotter, disk, quick.chain_id, "other")
+        assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
+        assert not any(one.done() for one in waiting)
+    finally:
+        gate.set()
     for root in await asyncio.gather(*waiting):
         assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
     assert begun == [slow.path]

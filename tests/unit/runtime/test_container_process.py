@@ -301,6 +301,21 @@ async def test_a_start_is_made_once_more_if_the_nursery_ends(tmp_path: Path, mon
     monkeypatch.setattr(process, "destroy", steps.destroy)
     await process._fork(Mock(), Mock(), Mock())
     assert [call[0] for call in steps.mock_calls] == ["fork", "end", "destroy", "fork"]
+    steps.reset_mock()
     steps.fork.side_effect = [UnavailableError("it has ended")] * 2
     with pytest.raises(UnavailableError):
         await process._fork(Mock(), Mock(), Mock())
+    assert [call[0] for call in steps.mock_calls] == ["fork", "end", "destroy", "fork", "end", "destroy"]
+
+
+async def test_a_process_that_may_have_run_is_not_started_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = FakeNode(str(tmp_path), ContainerState.STARTING).process
+    Path(process.shim._socket).touch()
+    fork = AsyncMock(side_effect=UnavailableError("it has ended"))
+    monkeypatch.setattr(process.shim, "fork", fork)
+    monkeypatch.setattr(process, "destroy", AsyncMock())
+    with pytest.raises(UnavailableError):
+        await process._fork(Mock(), Mock(), Mock())
+    assert fork.await_count == 1
