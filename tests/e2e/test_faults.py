@@ -24,7 +24,7 @@ from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups, recovery
 from snapshotter import mounts
 from tests.support.fixtures import import_image
-from tests.support.frozen_disk import frozen, give_disk, mount_disk
+from tests.support.frozen_disk import frozen, give_disk
 from tests.support.node import RUNTIME, Node, handler, processes, refused
 from tests.support.shell_network import REFUSES, network_of
 from tests.support.waiting import SLOWNESS, eventually
@@ -107,31 +107,6 @@ def test_a_start_is_told_when_it_is_on_disk(disk: Node) -> None:
         subprocess.run(["fsfreeze", "--unfreeze", disk.root], check=True)
     caller.join(60 * SLOWNESS)
     assert not caller.is_alive()
-
-
-def test_an_exit_code_is_kept_while_the_disk_of_the_log_stands_still(node: Node, tmp_path: Path) -> None:
-    """The shim has it, and cannot tell it before the log is complete."""
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    mount_disk(tmp_path / "disk", logs, 64 << 20)
-    try:
-        config = node.pod("one")
-        config.log_directory = str(logs / "pod")
-        pod = node.client.RunPodSandbox(config=config).pod_sandbox_id
-        node.pods.add(pod)
-        # Words without a newline are written when the output ends.
-        script = "until [ -e /go ]; do sleep 0.05; done; printf words; exit 3"
-        container = node.run(pod, "c", ["sh", "-c", script])
-        record = Path(f"{node.state}/containers/{container}/exit.json")
-        with frozen(str(logs)):
-            Path(f"/proc/{node.pid(container)}/root/go").touch()
-            eventually(record.exists)
-            node.client.StopContainer(container_id=container, timeout=1)
-            status = node.status(container)
-            assert (status.state, status.exit_code) == (cri.CONTAINER_EXITED, 3)
-        node.client.RemovePodSandbox(pod_sandbox_id=pod)
-    finally:
-        subprocess.run(["umount", "--lazy", logs], check=True)
 
 
 def lose(path: str) -> None:
