@@ -176,7 +176,7 @@ class Shim:
         return self._loop.until(lambda: self._status is not None)
 
     def _finish(self) -> None:
-        """After the container's end: complete the log, save the exit record, tell the daemon, clean up."""
+        """After the container's end: save the exit record, complete the log, tell the daemon, clean up."""
         assert self._status is not None
         record: ExitRecord = {
             "code": exit_code(self._status),
@@ -185,8 +185,9 @@ class Shim:
             "finished_at": self._finished_at,
             "oom_killed": self._oom.killed(self._status != 0),  # its count is gone once it is deleted
         }
+        # Before the log is complete: its disk may stand still, and the daemon then ends this shim.
+        saved = save(record)
         if not self._drained(_QUIET_DRAIN):
-            save(record)  # telling it will take a while
             self._delete()  # processes left in the cgroup hold the pipes
             if not self._drained(_LAST_DRAIN):
                 for output in self._outputs.values():
@@ -195,7 +196,7 @@ class Shim:
                 for output in self._outputs.values():
                     output.end()
         self._log.close()
-        saved = save(record)
+        saved = saved or save(record)
         self._record = record
         self._connections.tell({"event": "exited", **record})
         error = self._delete()

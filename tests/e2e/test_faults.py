@@ -21,10 +21,10 @@ import grpc
 import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, recovery
+from criserver.runtime import cgroups, pidfd, recovery
 from snapshotter import mounts
 from tests.support.fixtures import import_image
-from tests.support.frozen_disk import frozen, give_disk
+from tests.support.frozen_disk import frozen, give_disk, mount_disk
 from tests.support.node import RUNTIME, Node, handler, processes, refused
 from tests.support.shell_network import REFUSES, network_of
 from tests.support.waiting import SLOWNESS, eventually
@@ -107,6 +107,31 @@ def test_a_start_is_told_when_it_is_on_disk(disk: Node) -> None:
         subprocess.run(["fsfreeze", "--unfreeze", disk.root], check=True)
     caller.join(60 * SLOWNESS)
     assert not caller.is_alive()
+
+
+@pytest.mark.parametrize("words", ["echo words", "printf words"], ids=["a line", "a part of a line"])
+def test_an_exit_code_is_kept_while_the_disk_of_the_log_stands_still(node: Node, tmp_path: Path, words: str) -> None:
+    """The shim waits in a write, and cannot tell it. The kernel has it until the shim has reaped, then the disk."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    mount_disk(tmp_path / "disk", logs, 64 << 20)
+    try:
+        config = node.pod("one")
+        config.log_directory = str(logs / "pod")
+        pod = node.client.RunPodSandbox(config=config).pod_sandbox_id
+        node.pods.add(pod)
+        container = node.run(pod, "c", ["sh", "-c", f"until [ -e /go ]; do sleep 0.05; done; {words}; exit 3"])
+        pid = node.pid(container)
+        record = Path(f"{node.state}/containers/{container}/exit.json")
+        with frozen(str(logs)):
+            Path(f"/proc/{pid}/root/go").touch()
+            eventually(lambda: record.exists() or pidfd.zombie_code(pid) == 3)
+            node.client.StopContainer(container_id=container, timeout=1)
+            status = node.status(container)
+            assert (status.state, status.exit_code) == (cri.CONTAINER_EXITED, 3)
+        node.client.RemovePodSandbox(pod_sandbox_id=pod)
+    finally:
+        subprocess.run(["umount", "--lazy", logs], check=True)
 
 
 def lose(path: str) -> None:
