@@ -21,6 +21,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACCOUNTED = 4096
 _IMPLICIT_MODE = 0o755
 _MAX_PATH = 4095
+# Bytes for which a directory counts that no path reaches.
+_UNREACHED = 16
 _MAX_NOTED = 16 << 20  # bytes of the names of directories that are noted for snapshotter.settling
 _MAX_LINKS = 40  # on one path, as in the kernel
 _PSEUDO_LINKS = "pseudo-links"
@@ -69,13 +71,13 @@ class LayerRoot:
         name = b"/".join(parts_of(self.parent or b""))
         if name and name not in self.with_whiteouts:
             self.with_whiteouts.add(name)
-            self._count_noted(name)
+            self._count_noted(len(name))
 
     def leave_out(self, name: bytes) -> None:
         """Note that a file lacks its extended attribute ``name``, which the file system has no place for."""
         if name not in self.left_out:
             self.left_out.add(name)
-            self._count_noted(name)
+            self._count_noted(len(name))
 
     def open_target(self, path: bytes) -> int:
         """A descriptor of the directory ``path``, which is there already; the caller closes it. Raises OSError."""
@@ -232,14 +234,17 @@ class LayerRoot:
     def _imply(self, directory: int, name: bytes) -> None:
         """Note that a directory has no entry so far: it will get its attributes from the layers below.
 
-        A name that is longer than a path may be is counted only, as no system call could find the directory by it.
+        A name that is longer than a path may be is not noted, as no system call could find the directory by it. It is
+        counted, as one entry may make thousands of such directories.
         """
-        self._count_noted(name)
-        if len(name) <= _MAX_PATH:
-            self._implied[os.fstat(directory).st_ino] = name
+        if len(name) > _MAX_PATH:
+            self._count_noted(_UNREACHED)
+            return
+        self._implied[os.fstat(directory).st_ino] = name
+        self._count_noted(len(name))
 
-    def _count_noted(self, name: bytes) -> None:
-        self._noted_bytes += len(name)
+    def _count_noted(self, size: int) -> None:
+        self._noted_bytes += size
         if self._noted_bytes > _MAX_NOTED:
             raise LimitError(
                 f"directories with whiteouts or without an entry, and attributes that are left out, have names of more "
