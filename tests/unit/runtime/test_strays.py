@@ -17,6 +17,7 @@ from criserver.model import Dns
 from criserver.runtime import command, sandbox_files, strays
 from criserver.runtime.runtime_choice import former_handler
 from criserver.runtime.shim_v2 import MARK
+from tests.support.waiting import eventually
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
@@ -31,9 +32,15 @@ def refuse(monkeypatch: pytest.MonkeyPatch, wanted: str, number: int) -> None:
     monkeypatch.setattr(builtins, "open", failing)
 
 
+def has_begun(pid: int) -> bool:
+    """Whether a process has its environment: the kernel shows none for a moment in execve(2)."""
+    return len(strays._environment(pid)) > len(b"\0\0")
+
+
 def test_what_is_still_at_work_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "1000"], env={"CNI_CONTAINERID": f"test-{os.getpid()}"}) as process:
         try:
+            eventually(lambda: has_begun(process.pid))
             with pytest.MonkeyPatch.context() as patch:
                 refuse(patch, "/environ", errno.EMFILE)
                 with pytest.raises(OSError, match="Too many open files"):
@@ -52,6 +59,7 @@ def test_the_environment_of_any_process_is_read_up_to_a_limit(monkeypatch: pytes
     ours = {"CNI_CONTAINERID": name, **large}
     with subprocess.Popen(["sleep", "1000"], env=ours) as one, subprocess.Popen(["sleep", "1000"], env=large) as other:
         try:
+            eventually(lambda: all(has_begun(program.pid) for program in (one, other)))
             assert len(strays._environment(other.pid)) == strays._MAX_ENVIRONMENT + 2
             strays.kill("CNI_CONTAINERID", name)
             assert one.wait(10) == -9
@@ -69,6 +77,7 @@ def test_what_a_killed_daemon_was_running_is_ended(monkeypatch: pytest.MonkeyPat
     environments = [{command.OWNER: owner} for owner in (own, gone, "no daemon")]
     programs = [subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments]
     try:
+        eventually(lambda: all(has_begun(program.pid) for program in programs))
         asyncio.run(strays.end_orphans())
         assert [program.wait(10) for program in programs[1:]] == [-9, -9]
         assert programs[0].poll() is None
