@@ -48,7 +48,6 @@ from criserver.runtime.spec_file import write_spec
 from criserver.telemetry import operations
 from criserver.text import status
 from snapshotter import files, mounts
-from snapshotter.tasks import both
 from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
@@ -174,13 +173,13 @@ async def _prepare(
     """Make the container's files, and its bundle. Returns the user and the spec that the bundle has."""
     config, handler = container.config, node.handler(sandbox.runtime)
     target = _target(node, container)
+    await prepare_log(node, container)
     granted = await mount_paths.device_nodes(config.devices)
     config = dataclasses.replace(config, devices=tuple(granted))
     devices = [node_defaults.owned(node, config, device) for device in granted.values()]
     if config.security.privileged and not handler.privileged_without_host_devices:
         devices = list({d.path: d for d in (*host.all_devices(), *devices)}.values())
-    # Both at once: neither needs the other.
-    _, rootfs = await both(prepare_log(node, container), filesystems.make_root(node, container, image))
+    rootfs = await filesystems.make_root(node, container, image)
     pid_namespace = "" if target is None else _pin_namespace(node, sandbox, container, target)
     all_mounts, real_paths = await filesystems.resolve_mounts(node, container, image, rootfs, own_paths(of_node))
     config = dataclasses.replace(config, mounts=all_mounts)

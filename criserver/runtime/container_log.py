@@ -7,14 +7,16 @@ logs can write below the directory, so neither the daemon nor a shim follows a l
 from __future__ import annotations
 
 import os
-from functools import partial
 
 from criserver.errors import CriError, FailedPreconditionError
 from criserver.runtime.lifecycle import ContainerState
 from criserver.runtime.node import Node
 from criserver.runtime.records import Container
 from shims import log_writer
-from snapshotter.threads import in_loose_thread
+from snapshotter.threads import Threads, in_thread
+
+# Making directories on a disk of logs that stands still holds these threads, and none that other work needs.
+log_directories = Threads(4, "log-directories")
 
 
 async def prepare_log(node: Node, container: Container) -> str:
@@ -27,8 +29,7 @@ async def prepare_log(node: Node, container: Container) -> str:
     if not container.log_path:
         return ""
     directory = node.records.sandbox(container.sandbox_id).config.log_directory
-    # In a thread of its own: with a frozen disk for logs, each container would keep one of the pool for good.
-    return await in_loose_thread(partial(_prepare, directory, container.log_path), "log")
+    return await in_thread(_prepare, directory, container.log_path, executor=log_directories)
 
 
 def _prepare(directory: str, path: str) -> str:

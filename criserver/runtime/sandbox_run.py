@@ -34,6 +34,7 @@ from criserver.runtime import (
     selinux,
     userns_access,
 )
+from criserver.runtime.container_log import log_directories
 from criserver.runtime.lifecycle import SandboxState
 from criserver.runtime.node import Node
 from criserver.runtime.pod_namespaces import network_pin, pin_pids, pod_facts
@@ -42,7 +43,7 @@ from criserver.runtime.sandbox_stop import release
 from criserver.telemetry import operations
 from criserver.text import quoted
 from snapshotter.tasks import both
-from snapshotter.threads import in_loose_thread
+from snapshotter.threads import in_thread
 
 log = structlog.get_logger(__name__)
 
@@ -167,8 +168,7 @@ async def _write_files(node: Node, sandbox: Sandbox, label: str) -> None:
         sandbox_files.write(node.sandbox_files_dir(sandbox.id), node.sandbox_dir(sandbox.id), config, label, size)
 
     with operations.POD_FILES.timed():
-        # In a thread of its own: with a frozen disk for logs, each pod would keep one of the pool for good.
-        await in_loose_thread(write, "pod-files")
+        await in_thread(write, executor=log_directories)
 
 
 async def _make_namespaces(node: Node, sandbox: Sandbox, sysctls: Mapping[str, str]) -> namespaces.PinnedNamespaces:
