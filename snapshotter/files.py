@@ -9,8 +9,10 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from typing import AnyStr
 
 from snapshotter import mounts
+from snapshotter.errors import raise_lack
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -38,6 +40,15 @@ def close_to_others(path: str) -> None:
         mode = stat.S_IMODE(os.lstat(directory).st_mode)
         if mode & stat.S_IRWXO:
             os.chmod(directory, mode & ~stat.S_IRWXO)
+
+
+def link_target(name: AnyStr, dir_fd: int) -> AnyStr | None:
+    """The target of a symbolic link in a directory; None for anything else. Raises OSError if the node lacks memory."""
+    try:
+        return os.readlink(name, dir_fd=dir_fd)
+    except OSError as e:
+        raise_lack(e)
+        return None
 
 
 def kind(mode: int) -> str:

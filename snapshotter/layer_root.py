@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from snapshotter import removal
 from snapshotter.errors import LayerError, LimitError, raise_lack
+from snapshotter.files import link_target
 from snapshotter.mounts import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
 _INSIDE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
@@ -193,7 +194,7 @@ class LayerRoot:
         try:
             while todo:
                 part = todo.pop()
-                target = _link_target(fd, part)
+                target = link_target(part, fd)
                 if target is not None:
                     links += 1
                     if links > _MAX_LINKS:
@@ -250,14 +251,6 @@ class LayerRoot:
                 f"directories with whiteouts or without an entry, and attributes that are left out, have names of more "
                 f"than {_MAX_NOTED} bytes"
             )
-
-
-def _link_target(fd: int, base: bytes) -> bytes | None:
-    """The target of the symbolic link ``base``; None if it is no symbolic link."""
-    try:
-        return os.readlink(base, dir_fd=fd)
-    except OSError:
-        return None
 
 
 def is_whiteout(status: os.stat_result) -> bool:

@@ -15,6 +15,7 @@ from criserver.model import Device, Mount, Propagation
 from criserver.oci.spec_inputs import DeviceNode
 from criserver.runtime import host
 from snapshotter import mounts
+from snapshotter.files import link_target
 from snapshotter.tasks import outlive
 from snapshotter.threads import in_loose_thread
 
@@ -135,7 +136,7 @@ class _Resolver:
                 above = covers[-1]
                 cover = None if above is None else above.below.get(part)
                 if depth == len(here) and not hidden and not (cover is not None and cover.whole):
-                    target = _link(part, at)
+                    target = link_target(part, at)
                     if target is not None:
                         links += 1
                         if links > _MAX_LINKS:
@@ -167,16 +168,6 @@ class _Resolver:
                 f"mount {path[:200]}: the mounts of the container and the volumes of its image have more than "
                 f"{_MAX_PARTS} names in their paths, those of the image's links too"
             )
-
-
-def _link(name: str, directory: int) -> str | None:
-    """The target of a symbolic link; None for anything else."""
-    try:
-        return os.readlink(name, dir_fd=directory)
-    except OSError as e:
-        if e.errno == errno.ENOMEM:
-            raise
-        return None
 
 
 def _instead(new: int, old: int) -> int:
