@@ -37,7 +37,7 @@ from snapshotter.metadata import KEY, Layer, Snapshot
 from snapshotter.overlay import OverlayMounter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.staging import Staging
-from snapshotter.tasks import outlive
+from snapshotter.tasks import LastingTasks
 from snapshotter.threads import in_loose_thread, in_thread
 from snapshotter.worker_process import Workers, compare
 
@@ -62,7 +62,7 @@ class Snapshotter:
         self._snapshots: dict[str, Snapshot] = {}
         self._preparing: dict[str, str] = {}  # the layers of snapshots that are being made, by key
         self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
-        self._settlings: dict[str, asyncio.Future[None]] = {}  # those under way, by the layers' paths
+        self._settlings: LastingTasks[None] = LastingTasks()  # by the layers' paths
         self._retiring = asyncio.Lock()  # of snapshots: two removals of one must not both rename it
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
         for name in ("", "layers", "active", "staging", "empty"):
@@ -336,25 +336,19 @@ class Snapshotter:
 
     async def _settle_layer(self, layer: Layer, below: list[str]) -> None:
         """Settle a layer once, whoever waits for it. An image that takes long holds up no other. Raises OSError."""
-        settling_now = self._settlings.get(layer.path)
-        if settling_now is None:
-            deadline = time.monotonic() + self.limits.max_seconds
+        deadline = time.monotonic() + self.limits.max_seconds
 
-            def check() -> None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(errno.ETIMEDOUT, "it takes longer than an unpack may take")
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "it takes longer than an unpack may take")
 
-            def settled(done: asyncio.Future[None]) -> None:
-                del self._settlings[layer.path]
-                # It may have been removed and unpacked anew meanwhile.
-                is_this = self._layers.get(layer.chain_id) is layer
-                if is_this and not done.cancelled() and done.exception() is None:
-                    self._unsettled.discard(layer.chain_id)
+        async def settle() -> None:
+            await in_loose_thread(partial(settling.settle, layer.path, below, check), "settling")
+            # It may have been removed and unpacked anew meanwhile.
+            if self._layers.get(layer.chain_id) is layer:
+                self._unsettled.discard(layer.chain_id)
 
-            work = in_loose_thread(partial(settling.settle, layer.path, below, check), "settling")
-            settling_now = self._settlings[layer.path] = asyncio.ensure_future(work)
-            settling_now.add_done_callback(settled)
-        await outlive(settling_now)
+        await self._settlings.run(layer.path, settle)
 
     async def _delete_layer(self, layer: Layer) -> None:
         """Delete a layer.

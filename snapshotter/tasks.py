@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -28,6 +28,27 @@ async def outlive(work: asyncio.Future[_T]) -> _T:
 def _unheard(work: asyncio.Future[Any]) -> None:
     if not work.cancelled() and (error := work.exception()) is not None:
         log.warning("work failed after its caller had gone", error=str(error))
+
+
+class LastingTasks(Generic[_T]):
+    """Tasks under way, one for each key. Callers with the same key wait for the same task.
+
+    It goes on when they are cancelled, unlike those of :class:`snapshotter.shared_task.SharedTasks`.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[Hashable, asyncio.Task[_T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """The outcome of the task with this key, which begins to do ``work`` if there is none."""
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda _: self._tasks.pop(key))
+        return await outlive(task)
 
 
 async def both(one: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, _S]) -> tuple[_T, _S]:

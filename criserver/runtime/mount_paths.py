@@ -16,7 +16,7 @@ from criserver.oci.spec_inputs import DeviceNode
 from criserver.runtime import host
 from snapshotter import mounts
 from snapshotter.files import link_target
-from snapshotter.tasks import outlive
+from snapshotter.tasks import LastingTasks
 from snapshotter.threads import in_loose_thread
 
 T = TypeVar("T")
@@ -31,8 +31,7 @@ _MAX_PARTS = 100_000
 _PATH = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Errors of what is no directory that could be entered.
 _NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES})
-# The lookups under way on the node.
-_looking: dict[Hashable, asyncio.Future[Any]] = {}
+_lookups: LastingTasks[Any] = LastingTasks()
 
 
 async def on_host(mount: Mount) -> Mount:
@@ -189,14 +188,9 @@ async def _in_time(work: Callable[[], T], key: Hashable, what: str) -> T:
 
     Each lookup has a thread of its own, so that others go on. A caller that asks again waits for the same lookup.
     """
-    loop = asyncio.get_running_loop()
-    look = _looking.get(key)
-    if look is None or look.get_loop() is not loop:
-        look = _looking[key] = asyncio.ensure_future(in_loose_thread(work, "host-path"))
-        look.add_done_callback(lambda _: _looking.pop(key, None))
     try:
         async with asyncio.timeout(HOST_PATH_TIMEOUT):
-            return cast(T, await outlive(look))
+            return cast(T, await _lookups.run(key, lambda: in_loose_thread(work, "host-path")))
     except TimeoutError:
         raise DeadlineExceededError(f"{what} does not answer within {HOST_PATH_TIMEOUT:g} s") from None
 

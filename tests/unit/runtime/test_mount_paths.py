@@ -120,5 +120,5 @@ async def test_a_path_that_does_not_answer_holds_up_no_other(monkeypatch: pytest
         assert looks == ["/dead"]
     finally:
         gate.set()
-    await until(lambda: not mount_paths._looking)
+    await until(lambda: not mount_paths._lookups)
     assert await mount_paths.on_host(dead) == dead
