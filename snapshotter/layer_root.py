@@ -55,6 +55,12 @@ class LayerRoot:
         self._noted_bytes = 0
         self._has_pseudo_links = False
 
+    def close(self) -> None:
+        """Close what :meth:`open_parent` has left open."""
+        if self._parent_fd >= 0:
+            os.close(self._parent_fd)
+        self.parent, self._parent_fd = None, -1
+
     @property
     def implied(self) -> Collection[bytes]:
         """The names of the directories that have no entry of their own; see snapshotter.settling."""
@@ -117,7 +123,8 @@ class LayerRoot:
         """A descriptor of the directory ``path`` while the block lasts; None where a later entry has replaced it."""
         try:
             fd = openat2(self.fd, b"/".join(parts_of(path)) or b".", _DIRECTORY, _INSIDE)
-        except OSError:
+        except OSError as e:
+            raise_lack(e)
             yield None
             return
         try:
@@ -173,8 +180,7 @@ class LayerRoot:
         if path == self.parent:
             return self._parent_fd
         fd = self._open_directory(parts_of(path), make=True)
-        if self._parent_fd >= 0:
-            os.close(self._parent_fd)
+        self.close()
         self.parent, self._parent_fd = path, fd
         status = os.fstat(fd)
         # In a setgid directory a new inode takes over the directory's group.
@@ -226,9 +232,13 @@ class LayerRoot:
         if status is None or is_whiteout(status):
             self.make_directory(fd, part, _IMPLICIT_MODE)
             directory = os.open(part, _DIRECTORY, dir_fd=fd)
-            os.chown(directory, 0, 0)
-            if status is None:
-                self._imply(directory, b"/".join([*parents, part]))
+            try:
+                os.chown(directory, 0, 0)
+                if status is None:
+                    self._imply(directory, b"/".join([*parents, part]))
+            except BaseException:
+                os.close(directory)
+                raise
             return directory
         return os.open(part, _DIRECTORY, dir_fd=fd)
 

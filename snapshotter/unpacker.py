@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 from snapshotter import marks, settling, tar
@@ -71,21 +71,21 @@ def unpack(
     ``root`` and ``area`` are descriptors of directories on one mount, ``area`` outside of ``root``. Raises LayerError
     if the content is at fault, and SnapshotError if the node is. What was made before the error stays.
     """
-    layer = LayerRoot(root, area, set_opaque)
-    unpacker = _Unpacker(reader, layer)
-    for entry in reader:
-        try:
-            unpacker.make(entry)
-        except (OSError, LayerError) as e:
-            raise _told_of(entry, e) from e
-    if layer.implied:
-        settling.write(area, settling.IMPLIED, layer.implied)
-    if layer.with_whiteouts:
-        settling.write(area, settling.WHITEOUTS, sorted(layer.with_whiteouts))
-    if layer.left_out:
-        settling.write(area, settling.LEFT_OUT, sorted(layer.left_out))
-    unpacker.finish()
-    return Unpacked(layer.size, layer.inodes, unpacker.opaque)
+    with closing(LayerRoot(root, area, set_opaque)) as layer:
+        unpacker = _Unpacker(reader, layer)
+        for entry in reader:
+            try:
+                unpacker.make(entry)
+            except (OSError, LayerError) as e:
+                raise _told_of(entry, e) from e
+        if layer.implied:
+            settling.write(area, settling.IMPLIED, layer.implied)
+        if layer.with_whiteouts:
+            settling.write(area, settling.WHITEOUTS, sorted(layer.with_whiteouts))
+        if layer.left_out:
+            settling.write(area, settling.LEFT_OUT, sorted(layer.left_out))
+        unpacker.finish()
+        return Unpacked(layer.size, layer.inodes, unpacker.opaque)
 
 
 def _told_of(entry: tar.Entry, error: OSError | LayerError) -> SnapshotError:

@@ -1,11 +1,12 @@
-"""A process that runs out of file descriptors."""
+"""The file descriptors of this process: which are open, and too few of them."""
 
 from __future__ import annotations
 
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 @contextmanager
@@ -19,3 +20,14 @@ def room_for(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_on(path: str | Path) -> list[str]:
+    """The descriptors of this process on the file system of ``path``."""
+    device = os.stat(path).st_dev
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the descriptor of the listing itself
+            if os.fstat(int(fd)).st_dev == device:
+                found.append(fd)
+    return found

@@ -11,6 +11,7 @@ from snapshotter import (
     Snapshotter,
     mounts,
 )
+from tests.support.descriptors import open_on
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         os.mkdir(f"{path}/target")
         yield path
+        assert open_on(path) == []
     finally:
         for point in [*mounts.mounts_below(path), path]:
             mounts.umount2(point, mounts.MNT_DETACH)

@@ -7,6 +7,7 @@ itself.
 from __future__ import annotations
 
 import copy
+import errno
 import gzip
 import os
 import random
@@ -30,6 +31,7 @@ from snapshotter import (
     unpacker,
 )
 from snapshotter.tar import TarReader
+from tests.support.descriptors import open_on
 from tests.support.layers import archive, digest, directory, hardlink, item, packed, symlink
 
 CANARY = "canary"
@@ -46,6 +48,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.utime(f"{path}/outside/{CANARY}", (1, 1))
         os.utime(f"{path}/outside", (1, 1))
         yield path
+        assert open_on(path) == []
     finally:
         mounts.umount2(path, mounts.MNT_DETACH)
 
@@ -295,6 +298,23 @@ async def test_directories_that_no_path_reaches_are_counted(disk: str, monkeypat
     removal.remove_path(f"{disk}/alone")
     with pytest.raises(LayerError, match="directories with whiteouts or without an entry"):
         unpack_without_chroot(disk, archive(item(f"{deep}/f"), symlink("s", deep), *many))
+
+
+async def test_a_lack_of_descriptors_costs_no_time_of_a_directory(disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step opens directories that an entry made; only one that a later entry replaced is passed over."""
+    openat2 = layer_root.openat2
+
+    def lacking(at: int, path: bytes, flags: int, resolve: int) -> int:
+        if flags & os.O_NOFOLLOW:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        return openat2(at, path, flags, resolve)
+
+    monkeypatch.setattr(layer_root, "openat2", lacking)
+    with pytest.raises(OSError, match="Too many open files"):
+        unpack_without_chroot(disk, archive(directory("d")))
+    removal.remove_path(f"{disk}/alone")
+    monkeypatch.undo()
+    unpack_without_chroot(disk, archive(directory("d"), item("d/f"), item("d")))
 
 
 async def test_too_many_bytes_are_refused_even_after_the_archive(snapshotter: Snapshotter, disk: str) -> None:

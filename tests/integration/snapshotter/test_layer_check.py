@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from snapshotter import Layer, LayerLimits, SnapshotError, Snapshotter, metadata, mounts, worker_process
-from tests.support.descriptors import room_for
+from tests.support.descriptors import open_on, room_for
 from tests.support.layers import Blob, directory, hardlink, item, symlink, write_blob
 
 
@@ -24,6 +24,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     mounts.mount("tmpfs", path, "tmpfs", 0, "mode=0755")
     try:
         yield path
+        assert open_on(path) == []
     finally:
         mounts.unmount(path)
 

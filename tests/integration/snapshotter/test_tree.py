@@ -13,6 +13,7 @@ import pytest
 
 from criserver.runtime import selinux
 from snapshotter import copies, file_tree, mounts, removal
+from tests.support.descriptors import open_on
 
 LABEL = "system_u:object_r:container_file_t:s0:c1,c2"
 
@@ -34,6 +35,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     try:
         (point / "t").mkdir()
         yield point
+        assert open_on(point) == []
     finally:
         for below in [*mounts.mounts_below(str(point)), str(point)]:
             mounts.umount2(below, mounts.MNT_DETACH)
