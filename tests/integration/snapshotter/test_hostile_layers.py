@@ -302,7 +302,7 @@ async def test_directories_that_no_path_reaches_are_counted(disk: str, monkeypat
 
 async def test_a_lack_of_descriptors_costs_no_time_of_a_directory(disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step opens directories that an entry made; only one that a later entry replaced is passed over."""
-    openat2 = layer_root.openat2
+    openat2 = mounts.openat2
 
     def lacking(at: int, path: bytes, flags: int, resolve: int) -> int:
         if flags & os.O_NOFOLLOW:
