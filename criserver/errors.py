@@ -127,12 +127,12 @@ _DISK_FAULTS = (errno.EIO, errno.EUCLEAN, errno.EROFS, errno.ENXIO, errno.ESTALE
 def exhaustion(error: BaseException) -> str:
     """The resource that the node has run out of, if that has caused an error; "" for any other cause.
 
-    An error of a class with a code of its own says itself that a disk is full.
+    A ResourceExhaustedError says itself that a disk is full.
     """
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
-            told = isinstance(error, CriError) and error.code != CriError.code
-            return "" if told and cause.errno in _SPACE else _EXHAUSTED[cause.errno]
+            told = isinstance(error, ResourceExhaustedError) and cause.errno in _SPACE
+            return "" if told else _EXHAUSTED[cause.errno]
     return _EXHAUSTED[errno.ENOMEM] if isinstance(error, MemoryError) else ""
 
 

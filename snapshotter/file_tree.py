@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
+from snapshotter.errors import raise_lack
 from snapshotter.mounts import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -127,13 +128,14 @@ class Place:
         """Go up, and return the name of the directory that was left.
 
         "" means that this directory, or one above it, has been moved. The place is then the deepest directory on the
-        path that has not been moved.
+        path that has not been moved. Raises OSError if the node lacks descriptors or memory.
         """
         left = self._names.pop()
         self._numbers.pop()
         try:
             fd = os.open("..", _DIRECTORY, dir_fd=self.fd)
-        except OSError:
+        except OSError as e:
+            raise_lack(e)
             self._find_again()
             return ""
         if _number(os.fstat(fd)) == self._numbers[-1]:
@@ -153,7 +155,8 @@ class Place:
         for name, number in zip(names, numbers[1:], strict=True):
             try:
                 fd = openat2(self.fd, name, _DIRECTORY, _INSIDE)
-            except OSError:
+            except OSError as e:
+                raise_lack(e)
                 return
             if _number(os.fstat(fd)) != number:
                 os.close(fd)

@@ -75,7 +75,11 @@ class Workers:
             file = open(blob, "rb")  # noqa: SIM115 - the task closes it
         except OSError:
             return None
-        told, pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            told, pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            file.close()
+            return None
         os.set_blocking(told, True)
         self._arrivals += 1
         task = asyncio.create_task(self._make(file, compression, diff_id, told))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from criserver.errors import CriError, NotFoundError
+from criserver.errors import CriError, NotFoundError, disk_fault, exhaustion
 from criserver.nri.plugins import Plugins
 from criserver.nri.resource_updates import ResourceUpdates
 from criserver.nri.spec_values import spec_adjustment, update_limits
@@ -249,6 +249,8 @@ class PluginCalls:
                 # A full disk or a power failure has cut it off. The plugins are told of all others, and of its removal.
                 log.warning("plugins see a container without its spec", container=container.id, path=path, error=str(e))
                 view = container_view(container, {}, self._digest(container))
+                if exhaustion(e) or disk_fault(e):
+                    return view.SerializeToString()  # that may be over soon, so the file is read again at the next use
             known = self._views[container.id] = _ContainerView(version, view.SerializeToString())
         return known.message
 

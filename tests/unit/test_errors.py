@@ -34,7 +34,8 @@ def caused(error: Exception, *causes: BaseException) -> Exception:
         (MemoryError(), "no memory"),
         (OSError(errno.ENOSPC, ""), "disk is full"),
         (caused(CriError("x"), OSError(errno.EDQUOT, "")), "quota"),
-        # These say it themselves.
+        (caused(FailedPreconditionError("x"), OSError(errno.ENOSPC, "")), "disk is full"),
+        # It says it itself.
         (caused(ResourceExhaustedError("x"), OSError(errno.ENOSPC, "")), ""),
         (OSError(errno.ENOENT, ""), ""),
         (caused(CriError("x"), OSError(errno.EACCES, "")), ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -111,6 +112,18 @@ async def test_a_spec_that_plugins_leave_as_it_is_is_not_read_again(
     calls.write("longer")  # as an update of its limits does
     await calls.events.start_container(calls.one)
     assert list(calls.told(nri.StartContainerRequest).container.args) == ["longer"]
+
+
+async def test_a_spec_that_cannot_be_read_now_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tmp_path)
+    calls.answered.set()
+    calls.write("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin_events, "_read", Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        await calls.events.start_container(calls.one)
+    assert list(calls.told(nri.StartContainerRequest).container.args) == []
+    await calls.events.start_container(calls.one)
+    assert list(calls.told(nri.StartContainerRequest).container.args) == ["a"]
 
 
 async def test_a_spec_that_a_plugin_adjusts_is_read_again(tmp_path: Path) -> None:

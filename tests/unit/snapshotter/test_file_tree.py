@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter import copies, file_tree, removal
+from snapshotter import copies, file_tree, mounts, removal
 
 DEEP = 20_000
 NAMES = [b"-rf", b"a\nb", b"\xff\xfe", b"n" * 255, b"...", b" ", b"\\", "ü".encode()]
@@ -233,6 +234,33 @@ def test_the_way_up_leads_nowhere_else(top: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     assert sorted(os.listdir(top)) == ["elsewhere"]
     assert {"full", "kept"} <= set(os.listdir(top / "elsewhere"))
+
+
+@pytest.mark.parametrize("lacking", ["the way up", "the way down again"])
+def test_a_lack_of_descriptors_hides_no_directory(top: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    """What is left of the tree would be passed over: a measure would be too small, and files would keep their label."""
+    (top / "t/a/b").mkdir(parents=True)
+    (top / "t/a/c").mkdir()
+    real_open, real_enter = os.open, mounts.openat2
+    up: list[str] = []
+
+    def opened(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == ".." and not up:
+            up.append(path)
+            if lacking == "the way up":
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return real_open(path, flags, mode, dir_fd=dir_fd)
+
+    def entered(fd: int, path: str, flags: int, resolve: int) -> int:
+        if up:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real_enter(fd, path, flags, resolve)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(file_tree, "openat2", entered)
+    with pytest.raises(OSError, match="Too many open files"):
+        file_tree.measure(str(top / "t"))
 
 
 def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
