@@ -81,6 +81,20 @@ def test_what_is_started_in_the_container_later_is_confined_too(node: Node, pod:
     assert node.sh(container, "cat /proc/self/attr/current") == "criserver-default (enforce)\n"
 
 
+def test_what_has_one_more_profile_may_signal_its_own(node: Node, pod: str) -> None:
+    """As with crun and no_new_privs, and as Linux 6.17 does with what is executed in a container."""
+    assert label(node, node.run(pod, "c", ["sleep", "1000"])) == "criserver-default (enforce)"  # so it is loaded
+    wide = f"profile {OWN}-not flags=(attach_disconnected) {{\n  file,\n  capability,\n  signal,\n  ptrace,\n}}\n"
+    parser("--replace", wide)
+    try:
+        script = "cat /proc/self/attr/current; sleep 1000 & kill -9 $! && wait $!; echo ended by $?"
+        enter = f'echo "exec criserver-default//&{OWN}-not" > /proc/self/attr/exec; exec sh -c "$0"'
+        done = subprocess.run(["sh", "-c", enter, script], capture_output=True, text=True, check=True)
+    finally:
+        parser("--remove", wide)
+    assert done.stdout.splitlines() == [f"criserver-default//&{OWN}-not (enforce)", "ended by 137"], done.stderr
+
+
 def test_a_confined_container_is_stopped_by_its_signal(node: Node, pod: str) -> None:
     container = node.run(pod, "c", ["sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"])
     eventually(lambda: node.log(container) == "ready\n")
