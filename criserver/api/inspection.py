@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from criserver.api import views
 from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
+from criserver.network.namespaces import pin_behind
 from criserver.oci.spec_namespaces import sandbox_namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
@@ -113,7 +114,7 @@ def _sandbox(node: Node, sandbox: Sandbox, containers: Sequence[Container]) -> d
         "status": _document(views.sandbox_status(sandbox)),
         "config": _document(cri.PodSandboxConfig.FromString(sandbox.sent)),
         **sandbox_info(node, sandbox),
-        "namespaces": {name: os.path.join(pins, name) for name in _names(pins)},
+        "namespaces": {name: pin_behind(os.path.join(pins, name)) for name in _names(pins)},
         "cgroup": cgroups.pod_path(sandbox.cgroup_parent),
         "mounts": [point for directory in directories for point in mounts.mounts_below(directory)],
         "files": node.sandbox_files_dir(sandbox.id),

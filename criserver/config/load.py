@@ -92,6 +92,7 @@ class Config:
     cni_bin_dirs: tuple[str, ...]
     cni_conf_dir: str
     cni_timeout: float
+    netns_dir: str
     registry_config_path: str
     registry_auth_file: str
     registry_max_downloads: int
@@ -146,6 +147,7 @@ def config_of(settings: Settings) -> Config:
         cni_bin_dirs=tuple(cni["bin_dirs"]),
         cni_conf_dir=cni["conf_dir"],
         cni_timeout=float(cni["timeout"]),
+        netns_dir=cni["netns_dir"],
         registry_config_path=registry["config_path"],
         registry_auth_file=registry["auth_file"],
         registry_max_downloads=registry["max_downloads"],

@@ -1,12 +1,14 @@
 """A pod's namespaces: made by a thread, without a process that stays, and pinned by bind mounts.
 
 runtime/ makes them before the network, and passes their paths to CNI plugins and to runc. A pinned namespace lasts
-until :func:`unpin`, whether the daemon lives or not. To undo it, the directory's name is enough.
+until :func:`unpin`, whether the daemon lives or not. To undo it, the directory's name is enough: a network namespace
+that is pinned elsewhere has a link there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import socket
@@ -29,7 +31,7 @@ from criserver.text import quoted
 from snapshotter import files, removal
 from snapshotter.threads import start_thread
 
-__all__ = ["PinnedNamespaces", "UserMapping", "is_pinned", "make", "set_sysctls", "unpin"]
+__all__ = ["PinnedNamespaces", "UserMapping", "is_pinned", "make", "pin_behind", "set_sysctls", "unpin"]
 
 T = TypeVar("T")
 
@@ -57,12 +59,16 @@ async def make(
     net: bool,
     ipc: bool,
     uts: bool,
+    net_pin: str = "",
     hostname: str = "",
     sysctls: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
     user: UserMapping | None = None,
 ) -> PinnedNamespaces:
     """Make the requested namespaces, set them up and pin them in ``directory``, which must not exist yet.
+
+    The network namespace is pinned at the path ``net_pin``, if one is given, and ``directory`` has a link to it. The
+    directory of that path is made if it is missing.
 
     The loopback interface of a new network namespace is up. ``sysctls`` are named with dots or slashes. One of an
     interface that does not exist is left to :func:`set_sysctls`. ``defaults`` are sysctls by their paths; they are set
@@ -90,7 +96,7 @@ async def make(
         made, settings = await make_user_namespace(user, kinds, settings)
 
     def work() -> PinnedNamespaces:
-        return _build(directory, kinds, hostname, settings, made)
+        return _build(directory, kinds, net_pin, hostname, settings, made)
 
     def undo(late: asyncio.Future[PinnedNamespaces]) -> None:
         if late.exception() is None:
@@ -171,6 +177,16 @@ async def _in_time(outcome: asyncio.Future[T], late: Callable[[asyncio.Future[T]
     return outcome.result()
 
 
+def pin_behind(path: str) -> str:
+    """The path at which a namespace is pinned: where a link at ``path`` leads, or ``path`` itself. Raises OSError."""
+    try:
+        return os.readlink(path)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+            raise
+        return path
+
+
 def unpin(directory: str) -> None:
     """Unmount and remove the namespaces of :func:`make` in ``directory``, whole or in part, and the directory.
 
@@ -179,15 +195,18 @@ def unpin(directory: str) -> None:
     try:
         for kind in KINDS:
             path = os.path.join(directory, kind)
-            while unmount(path):
+            pin = pin_behind(path)
+            while unmount(pin):
                 pass
+            if pin != path:
+                removal.remove_path(pin)
         removal.remove_path(directory)
     except OSError as e:
         raise CriError(f"cannot remove the pinned namespaces in {directory}: {e}") from e
 
 
 def _build(
-    directory: str, kinds: list[str], hostname: str, settings: list[Sysctl], made: Mapping[str, int]
+    directory: str, kinds: list[str], net_pin: str, hostname: str, settings: list[Sysctl], made: Mapping[str, int]
 ) -> PinnedNamespaces:
     """The work of the thread. Once it is in the pod's namespaces, it sees /proc/sys as the pod does.
 
@@ -207,10 +226,15 @@ def _build(
                 sysctl.write(final=False)
             if "net" in kinds:
                 _raise_loopback()
-            # Not /proc/self/ns: that is the main thread's.
-            paths = {kind: _pin(kind, directory, f"/proc/thread-self/ns/{kind}") for kind in kinds}
-            if made:
-                paths["user"] = _pin("user", directory, f"/proc/thread-self/fd/{made['user']}")
+            pins = {kind: os.path.join(directory, kind) for kind in (*kinds, *(["user"] if made else []))}
+            if net_pin and "net" in kinds:
+                os.makedirs(os.path.dirname(net_pin), 0o755, exist_ok=True)
+                os.symlink(net_pin, pins["net"])  # before the pin, which is found by it
+                pins["net"] = net_pin
+            for kind, path in pins.items():
+                # Not /proc/self/ns: that is the main thread's.
+                name = f"fd/{made['user']}" if kind == "user" else f"ns/{kind}"
+                _pin(path, f"/proc/thread-self/{name}")
         except BaseException:
             unpin(directory)
             raise
@@ -221,7 +245,7 @@ def _build(
     finally:
         for fd in made.values():
             os.close(fd)
-    return PinnedNamespaces(paths.get("net"), paths.get("ipc"), paths.get("uts"), paths.get("user"))
+    return PinnedNamespaces(pins.get("net"), pins.get("ipc"), pins.get("uts"), pins.get("user"))
 
 
 def _raise_loopback() -> None:
@@ -230,8 +254,6 @@ def _raise_loopback() -> None:
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _IFF_UP))
 
 
-def _pin(kind: str, directory: str, source: str) -> str:
-    path = os.path.join(directory, kind)
+def _pin(path: str, source: str) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o400))
     bind_mount(source, path)
-    return path

@@ -21,8 +21,11 @@ log = structlog.get_logger(__name__)
 
 
 def network_pin(node: Node, sandbox_id: str) -> str:
-    """The path at which a pod's network namespace is pinned, unless the pod uses the node's."""
-    return os.path.join(node.namespaces_dir(sandbox_id), "net")
+    """The path at which a pod's network namespace is pinned, or will be, unless the pod uses the node's."""
+    path = os.path.join(node.namespaces_dir(sandbox_id), "net")
+    if os.path.lexists(path):
+        return namespaces.pin_behind(path)  # releases before 0.3.0 have pinned it there
+    return os.path.join(node.config.netns_dir, f"criserver-{sandbox_id}")
 
 
 def pid_pin(node: Node, sandbox_id: str) -> str:

@@ -178,6 +178,7 @@ async def _make_namespaces(node: Node, sandbox: Sandbox, sysctls: Mapping[str, s
         return await namespaces.make(
             node.namespaces_dir(sandbox.id),
             net=own_network,
+            net_pin=network_pin(node, sandbox.id),
             uts=own_network,
             ipc=config.namespaces.ipc is not NamespaceMode.NODE,
             hostname=sandbox_files.hostname(config) if own_network else "",

@@ -402,13 +402,13 @@ def test_a_pod_whose_namespaces_somebody_has_unmounted_is_not_ready_after_a_fail
     pod = node.run_pod("unpinned")
     running = node.run(pod, "running", ["sleep", "1000"])
     created = node.create(pod, "created", ["sleep", "1000"])
-    for pin in mounts.mounts_below(f"{node.state}/ns/{pod}"):
+    for pin in (f"{node.netns}/criserver-{pod}", *mounts.mounts_below(f"{node.state}/ns/{pod}")):
         mounts.unmount(pin)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "container created cannot be started"):
         node.client.StartContainer(container_id=created)
     eventually(lambda: node.client.PodSandboxStatus(pod_sandbox_id=pod).status.state == cri.SANDBOX_NOTREADY)
     info = node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True).info["info"]
-    assert f"{node.state}/ns/{pod}/net is gone" in info
+    assert f"{node.netns}/criserver-{pod} is gone" in info
     assert node.sh(running, "echo alive") == "alive\n"
     node.client.StopPodSandbox(pod_sandbox_id=pod)
     again = node.run_pod("unpinned", attempt=1)

@@ -55,6 +55,29 @@ def test_verbose_status_shows_where_the_pod_lives(node: Node) -> None:
     assert info["network"]["result"]["ips"][0]["address"] in addresses.stdout
 
 
+def test_an_agent_in_a_pod_sees_the_network_namespaces_of_new_pods(node: Node) -> None:
+    """As thick Multus, OVN-Kubernetes and DRA drivers: they are told a path, and have this directory of the node."""
+    os.makedirs(node.netns, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "netns", node.netns], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", node.netns], check=True)
+        mount = cri.Mount(
+            host_path=node.netns, container_path="/var/run/netns", propagation=cri.PROPAGATION_HOST_TO_CONTAINER
+        )
+        agent = node.run(node.run_pod("agent"), "agent", ["sleep", "1000"], mounts=[mount])
+        pod = node.run_pod("later")
+        info = json.loads(node.client.PodSandboxStatus(pod_sandbox_id=pod, verbose=True).info["info"])
+        paths = {one["type"]: one["path"] for one in info["runtimeSpec"]["linux"]["namespaces"]}
+        assert json.dumps(info["network"]).count(paths["network"]) >= 1  # what plugins were told
+        seen = paths["network"].replace(node.netns, "/var/run/netns")
+        inode = os.stat(paths["network"]).st_ino
+        assert node.sh(agent, f"stat -c %i {seen}") == f"{inode}\n"
+        node.remove_pods()
+        assert os.listdir(node.netns) == []
+    finally:
+        subprocess.run(["umount", "--lazy", node.netns], check=True)
+
+
 def test_listing_by_every_filter(node: Node) -> None:
     one = node.run_pod("one", labels={"tier": "a", "app": "x"})
     two = node.run_pod("two", labels={"tier": "b", "app": "x"})

@@ -106,6 +106,7 @@ class Node:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "cri-e2e", self.base], check=True)
         self.root, self.state = f"{self.base}/root", f"{self.base}/state"
         self.logs, self.cni, self.certs = f"{self.base}/logs", f"{self.base}/net.d", f"{self.base}/certs.d"
+        self.netns = f"{self.base}/netns"
         for directory in (self.root, self.state, self.logs, self.cni, self.certs, f"{self.base}/cdi"):
             os.makedirs(directory)
         # Of its own, as on a node: the disk may be full while the state directory is not.
@@ -118,6 +119,7 @@ class Node:
                 f'[grpc]\naddress = "{self.socket}"\n'
                 f'[log]\nformat = "json"\nlevel = "debug"\n'
                 f'[cni]\nconf_dir = "{self.cni}"\nbin_dirs = ["{self.base}/bin", "/usr/lib/cni"]\n'
+                f'netns_dir = "{self.netns}"\n'
                 f"timeout = {int(10 * SLOWNESS)}\n"
                 f'[nri]\nsocket_path = "{self.base}/nri/nri.sock"\nplugin_path = "{self.base}/nri/plugins"\n'
                 f'plugin_config_path = "{self.base}/nri/conf.d"\n'
@@ -216,9 +218,9 @@ class Node:
     def leftovers(self) -> list[str]:
         """What is on the node although no pod is: mounts, pins, bundles, addresses, shims."""
         found = [point for point in mounts.mounts_below(self.base) if point != self.root]
-        for directory in ("ns", "sandboxes", "containers"):
+        for directory in (self.netns, *(f"{self.state}/{name}" for name in ("ns", "sandboxes", "containers"))):
             with contextlib.suppress(FileNotFoundError):
-                found += [f"{self.state}/{directory}/{name}" for name in os.listdir(f"{self.state}/{directory}")]
+                found += [f"{directory}/{name}" for name in os.listdir(directory)]
         found += self._kept_by_runtimes()
         for directory in ("snapshots/active", "snapshots/staging", "content/ingest", "checkpoints"):
             with contextlib.suppress(FileNotFoundError):

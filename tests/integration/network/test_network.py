@@ -165,10 +165,10 @@ async def test_defaults_are_set_where_the_pod_names_no_value(base: str) -> None:
 async def test_a_pin_that_fails_undoes_the_ones_before(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = namespaces._pin
 
-    def fail_at_uts(kind: str, directory: str, source: str) -> str:
-        if kind == "uts":
+    def fail_at_uts(path: str, source: str) -> None:
+        if path == f"{base}/ns/uts":
             raise OSError(28, "No space left on device")
-        return pin(kind, directory, source)
+        pin(path, source)
 
     monkeypatch.setattr(namespaces, "_pin", fail_at_uts)
     with pytest.raises(CriError, match="No space left on device"):
@@ -203,6 +203,37 @@ async def test_a_thread_that_is_late_takes_its_work_back(base: str, monkeypatch:
     go_on.set()
     await until(lambda: not os.path.exists(f"{base}/ns"))
     assert pinned(base) == []
+
+
+@pytest.mark.parametrize("left", ["all", "no mount", "no file", "a second mount"])
+async def test_a_network_namespace_is_pinned_where_agents_look_for_it(base: str, left: str) -> None:
+    elsewhere = f"{base}/netns/criserver-a"
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, net_pin=elsewhere)
+    assert pin == namespaces.PinnedNamespaces(elsewhere, f"{base}/ns/ipc", f"{base}/ns/uts")
+    assert sorted(pinned(base)) == [elsewhere, f"{base}/ns/ipc", f"{base}/ns/uts"]
+    assert namespaces.is_pinned(f"{base}/ns/net")  # by its link
+    assert namespaces.pin_behind(f"{base}/ns/net") == elsewhere
+    if left == "a second mount":
+        run("mount", "--bind", elsewhere, elsewhere)
+    elif left != "all":
+        run("umount", elsewhere)
+    if left == "no file":
+        os.unlink(elsewhere)
+    namespaces.unpin(f"{base}/ns")
+    assert pinned(base) == []
+    assert sorted(os.listdir(base)) == ["netns"]
+    assert os.listdir(f"{base}/netns") == []
+
+
+async def test_a_failure_leaves_no_pin_elsewhere(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: str, path: str) -> None:
+        raise OSError(12, os.strerror(12), path)
+
+    monkeypatch.setattr(namespaces, "bind_mount", refused)
+    with pytest.raises(CriError, match="netns/criserver-a"):
+        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, net_pin=f"{base}/netns/criserver-a")
+    assert os.listdir(base) == ["netns"]
+    assert os.listdir(f"{base}/netns") == []
 
 
 async def test_unpin_of_what_a_crash_left(base: str) -> None:

@@ -144,10 +144,10 @@ async def test_a_sysctl_that_is_refused_leaves_nothing(base: str) -> None:
 async def test_a_failed_pin_leaves_nothing(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = namespaces._pin
 
-    def fail_at_user(kind: str, directory: str, source: str) -> str:
-        if kind == "user":
+    def fail_at_user(path: str, source: str) -> None:
+        if path == f"{base}/ns/user":
             raise OSError(28, "No space left on device")
-        return pin(kind, directory, source)
+        pin(path, source)
 
     monkeypatch.setattr(namespaces, "_pin", fail_at_user)
     with pytest.raises(CriError, match="No space left on device"):
