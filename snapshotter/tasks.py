@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -31,24 +33,37 @@ def _unheard(work: asyncio.Future[Any]) -> None:
 
 
 class LastingTasks(Generic[_T]):
-    """Tasks under way, one for each key. Callers with the same key wait for the same task.
+    """Tasks under way. Callers with the same key wait for the same task.
 
-    It goes on when they are cancelled, unlike those of :class:`snapshotter.shared_task.SharedTasks`.
+    It goes on when they are cancelled, unlike those of :class:`snapshotter.shared_task.SharedTasks`. A task that has
+    been under way for ``patience`` seconds may never end: the next caller begins another one. The patience doubles with
+    each that has not ended, so that there are few.
     """
 
-    def __init__(self) -> None:
-        self._tasks: dict[Hashable, asyncio.Task[_T]] = {}
+    def __init__(self, patience: float = math.inf) -> None:
+        self._patience = patience
+        self._tasks: dict[Hashable, list[tuple[float, asyncio.Task[_T]]]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        """How many are under way. Any thread may ask."""
+        return self._count
 
     async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """The outcome of the task with this key, which begins to do ``work`` if there is none."""
-        task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.create_task(work())
-            task.add_done_callback(lambda _: self._tasks.pop(key))
-        return await outlive(task)
+        """The outcome of the last task with this key, which begins to do ``work`` if there is none to wait for."""
+        now, tasks = time.monotonic(), self._tasks.setdefault(key, [])
+        if not tasks or now - tasks[-1][0] > self._patience * 2 ** (len(tasks) - 1):
+            begun = (now, asyncio.create_task(work()))
+            tasks.append(begun)
+            self._count += 1
+            begun[1].add_done_callback(lambda _: self._ended(key, begun))
+        return await outlive(tasks[-1][1])
+
+    def _ended(self, key: Hashable, task: tuple[float, asyncio.Task[_T]]) -> None:
+        self._count -= 1
+        self._tasks[key].remove(task)
+        if not self._tasks[key]:
+            del self._tasks[key]
 
 
 async def both(one: Coroutine[Any, Any, _T], other: Coroutine[Any, Any, _S]) -> tuple[_T, _S]:

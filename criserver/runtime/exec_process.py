@@ -35,7 +35,7 @@ from criserver.runtime.spec_file import read_spec, spec_size
 from criserver.streaming import ready
 from criserver.telemetry import families
 from criserver.text import quoted
-from snapshotter.threads import in_thread
+from snapshotter.threads import Threads, in_thread
 
 if TYPE_CHECKING:
     from shims.messages import ExecRequest, ShimMessage
@@ -44,6 +44,8 @@ _numbers = itertools.count(1)
 # Bytes of a spec that takes so long to read that a thread does it. Most specs have some 10 KB; an image may have
 # megabytes of environment variables.
 _LARGE_SPEC = 256 << 10
+# Specs are on the state directory's tmpfs. The threads of the pool may all wait for a disk that stands still.
+_writers = Threads(2, "exec-specs")
 # The first version of shims that tell when a command runs.
 _TELLS_START = 2
 
@@ -113,7 +115,7 @@ async def exec_process(
     try:
         write = partial(_write_process, node, container, command, path, tty=bool(console))
         if spec_size(node, container.id) > _LARGE_SPEC:
-            await in_thread(write)
+            await in_thread(write, executor=_writers)
         else:
             write()
         link = await process_records.of_container(node, container).shim.open_link(on_event, on_close)

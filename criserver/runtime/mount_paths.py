@@ -31,7 +31,7 @@ _MAX_PARTS = 100_000
 _PATH = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Errors of what is no directory that could be entered.
 _NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES})
-_lookups: LastingTasks[Any] = LastingTasks()
+_lookups: LastingTasks[Any] = LastingTasks(HOST_PATH_TIMEOUT)
 
 
 async def on_host(mount: Mount) -> Mount:
@@ -186,7 +186,8 @@ def _entered(name: str, directory: int) -> int:
 async def _in_time(work: Callable[[], T], key: Hashable, what: str) -> T:
     """Look up a path of the node, with a timeout: a dead network file system never answers.
 
-    Each lookup has a thread of its own, so that others go on. A caller that asks again waits for the same lookup.
+    Each lookup has a thread of its own, so that others go on. A caller that asks again waits for the same lookup. If
+    that one hangs, it begins another one: the file system may have been mounted anew.
     """
     try:
         async with asyncio.timeout(HOST_PATH_TIMEOUT):

@@ -10,6 +10,7 @@ Each pod is recovered by a task of its own while the daemon serves. Calls for a 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +20,7 @@ import structlog
 
 from criserver import logs
 from criserver.boot import boot_id
-from criserver.errors import CriError, exhaustion
+from criserver.errors import CriError, ResourceExhaustedError, exhaustion
 from criserver.network import namespaces
 from criserver.runtime import (
     cadvisor_cgroup,
@@ -99,7 +100,9 @@ async def _container(node: Node, container: Container) -> None:
         async def again() -> None:
             current = node.records.containers.get(container.id)
             if current is not None and current.state in (ContainerState.STARTING, ContainerState.RUNNING):
-                await _finish_container(node, current)
+                # Not its checkpoint: that is tried again by itself, and a client may have begun another one.
+                await _running(node, current)
+                await _unmount_exited(node, current.id)
 
         _try_again(node, container.id, e, again, what)
 
@@ -109,7 +112,7 @@ def _try_again(node: Node, record_id: str, error: Exception, again: Callable[[],
 
     Without it nobody would notice the end of the process. The rest is tried again by the kubelet's next call.
     """
-    if exhaustion(error):
+    if exhaustion(error) or isinstance(error, ResourceExhaustedError):
         node.try_again(record_id, again, what)
 
 
@@ -130,12 +133,16 @@ async def _finish_container(node: Node, container: Container) -> None:
             if not os.path.ismount(node.rootfs(container.id)):
                 await _lost_before_start(node, container)
         case ContainerState.EXITED:
-            pass  # below
+            pass
         case never:
             assert_never(never)
-    left = node.records.containers.get(container.id)
-    if left is not None and left.state is ContainerState.EXITED:
-        await filesystems.unmount(node, container.id)
+    await _unmount_exited(node, container.id)
+
+
+async def _unmount_exited(node: Node, container_id: str) -> None:
+    container = node.records.containers.get(container_id)
+    if container is not None and container.state is ContainerState.EXITED:
+        await filesystems.unmount(node, container_id)
 
 
 async def _running(node: Node, container: Container) -> None:
@@ -191,6 +198,8 @@ async def _finish_sandbox(node: Node, sandbox: Sandbox) -> None:
                 files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                 await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
                 await cadvisor_cgroup.recover(node, sandbox)
+                if not sandbox.boot_id:  # it was made by a release that did not record the boot
+                    await node.records.save(dataclasses.replace(sandbox, boot_id=boot_id()))
         case SandboxState.NOT_READY:
             pass  # its parts have been released
         case never:

@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import resource
 import socket
+from functools import partial
 from types import ModuleType
 
 import structlog
@@ -18,6 +19,7 @@ from criserver.errors import CriError, ResourceExhaustedError, words_of
 from criserver.streaming.offers import Command, Offer, Offers
 from criserver.streaming.server_certificate import ServerCertificate
 from snapshotter.tasks import outlive
+from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
 
@@ -173,9 +175,12 @@ class StreamingServer:
             log.exception("a streaming connection cannot be served", error=words_of(e))
 
     async def _load(self) -> None:
-        """Import what serves a connection: once, and in a thread, as it takes tens of milliseconds."""
+        """Import what serves a connection: once, and in a thread, as it takes tens of milliseconds.
+
+        The thread is its own: those of the pool may all wait for a disk that stands still.
+        """
         if self._loading is None:
-            load = asyncio.to_thread(importlib.import_module, "criserver.streaming.session")
+            load = in_loose_thread(partial(importlib.import_module, "criserver.streaming.session"), "streaming")
             self._loading = asyncio.ensure_future(load)
         try:
             await outlive(self._loading)

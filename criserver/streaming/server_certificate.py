@@ -6,13 +6,13 @@ connection, and read again if one has changed.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
 
 import structlog
 
 from criserver.errors import FailedPreconditionError
+from snapshotter.threads import in_loose_thread
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class ServerCertificate:
 
     async def context(self) -> ssl.SSLContext:
         """The context for the next connection. Files that cannot be used are logged, and the last ones stay in use."""
-        return await asyncio.to_thread(self._latest)
+        return await in_loose_thread(self._latest, "certificate")
 
     def _latest(self) -> ssl.SSLContext:
         state: _State = ()

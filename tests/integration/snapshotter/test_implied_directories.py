@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 
-from snapshotter import SnapshotError, Snapshotter, settling
+from snapshotter import SnapshotError, Snapshotter, settling, snapshots
 from tests.support.descriptors import room_for
 from tests.support.layers import directory, item, symlink, unpack, write_blob
 
@@ -157,6 +159,39 @@ async def test_a_layer_that_takes_long_holds_up_no_other_image(
     for root in await asyncio.gather(*waiting):
         assert facts(f"{root}/tmp") == (0o1777, 0, 0, 20)
     assert begun == [slow.path]
+
+
+async def test_a_layer_that_takes_long_leaves_processor_time_to_others(
+    snapshotter: Snapshotter, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image may take hours, and each thread that works in Python keeps the event loop waiting."""
+    base = await unpack(snapshotter, write_blob(f"{disk}/base", *BASE))
+    tops = [
+        await unpack(snapshotter, write_blob(f"{disk}/{name}", item(f"tmp/{name}", b"x")), base.chain_id)
+        for name in ("one", "two")
+    ]
+    steps = [0.25, 0.5, 0.5, 0.25, 0.125]  # each exact in binary
+    slept = collections.defaultdict[int, list[float]](list)
+    clocks = collections.defaultdict[int, float](float)  # by thread
+    together = threading.Barrier(2, timeout=60)
+
+    def settle(path: str, below: Sequence[str], check: Callable[[], None]) -> None:
+        together.wait()
+        for step in steps:
+            clocks[threading.get_ident()] += step
+            check()
+        together.wait()
+
+    def sleep(seconds: float) -> None:
+        slept[threading.get_ident()].append(seconds)
+        clocks[threading.get_ident()] += seconds
+
+    monkeypatch.setattr(settling, "settle", settle)
+    clock = SimpleNamespace(monotonic=lambda: clocks[threading.get_ident()], sleep=sleep)
+    monkeypatch.setattr(snapshots, "time", clock)
+    await asyncio.gather(*(snapshotter.prepare(f"s{n}", top.chain_id) for n, top in enumerate(tops)))
+    # Two at once: each rests twice as long as it works, once it has worked for a second, and never for over a second.
+    assert list(slept.values()) == [[1.0, 0.5, 0.25]] * 2
 
 
 async def test_a_layer_that_takes_longer_than_an_unpack_may_is_an_error_of_its_image(

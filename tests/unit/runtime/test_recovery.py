@@ -13,7 +13,8 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from criserver.errors import CriError
+from criserver.boot import boot_id
+from criserver.errors import CriError, ResourceExhaustedError
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import filesystems, process_records, recovery, sandbox_files, sandbox_run, strays
 from criserver.runtime.lifecycle import ContainerState, SandboxState
@@ -102,13 +103,16 @@ async def test_what_is_rolled_back_is_counted(
 
 
 @pytest.mark.parametrize("what", ["container", "pod"])
-async def test_what_runs_is_recovered_later_if_there_are_no_descriptors_now(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]], what: str
+@pytest.mark.parametrize(
+    "lacking", [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), ResourceExhaustedError("the database is full")]
+)
+async def test_what_runs_is_recovered_later_if_the_node_lacks_something_now(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, counted: Counter[tuple[str, ...]], what: str, lacking: Exception
 ) -> None:
     """Otherwise nobody would notice its end."""
     later: list[tuple[str, Callable[[], Awaitable[None]]]] = []
     node.try_again = lambda key, work, words: later.append((key, work))
-    lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+    lack = [lacking]
     process = Mock(shim=Mock(connected=False, reconnect=AsyncMock(return_value=True)))
 
     def found(*_: object) -> Mock:
@@ -118,7 +122,8 @@ async def test_what_runs_is_recovered_later_if_there_are_no_descriptors_now(
 
     if what == "container":
         brought_to(node.records, container("x", node.records.sandboxes["p"], ContainerState.RUNNING))
-        monkeypatch.setattr(recovery, "recover_checkpoint", AsyncMock())
+        checkpoint = AsyncMock()
+        monkeypatch.setattr(recovery, "recover_checkpoint", checkpoint)
         monkeypatch.setattr(process_records, "of_container", found)
     else:
         brought_to(node.records, sandbox("x", SandboxState.READY))
@@ -134,6 +139,8 @@ async def test_what_runs_is_recovered_later_if_there_are_no_descriptors_now(
     await work()
     assert process.shim.reconnect.called
     assert len(later) == 1
+    if what == "container":
+        checkpoint.assert_awaited_once()  # another checkpoint may be under way when it is recovered again
 
 
 @pytest.mark.parametrize(("boot", "state"), [("another", SandboxState.NOT_READY), ("", SandboxState.READY)])
@@ -149,6 +156,7 @@ async def test_a_pod_without_namespaces_of_its_own_ends_with_the_boot(
     monkeypatch.setattr(sandbox_files, "adopt", Mock())
     await recovery.recover(node)
     assert node.records.sandboxes["x"].state is state
+    assert node.records.sandboxes["x"].boot_id == (boot or boot_id())  # so that the next boot ends it
 
 
 def test_a_process_that_cannot_be_looked_up_counts_as_alive(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
+import time
 
 import pytest
 from structlog.testing import capture_logs
 
-from snapshotter.tasks import both, outlive
+from snapshotter.tasks import LastingTasks, both, outlive
 from snapshotter.threads import in_thread
 from tests.support.waiting import cancelled
 
@@ -130,3 +132,38 @@ async def test_a_caller_that_is_cancelled_waits_for_the_ends_of_both(complaints:
     with pytest.raises(asyncio.CancelledError):
         await work
     assert complaints == []
+
+
+async def test_callers_do_not_wait_for_a_task_that_hangs_forever() -> None:
+    """A network file system may answer again after it was mounted anew; the call that hangs in the old one does not."""
+    tasks: LastingTasks[int] = LastingTasks(patience=10)
+    now, gates = [0.0], [asyncio.Event() for _ in range(3)]
+    begun = itertools.count()
+
+    async def work() -> int:
+        number = next(begun)
+        await gates[number].wait()
+        return number
+
+    async def call(at: float) -> asyncio.Task[int]:
+        now[0] = at
+        task = asyncio.create_task(tasks.run("key", work))
+        await turns()
+        return task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        # The patience doubles: 10 s for the first, 20 s for the second.
+        calls = [await call(at) for at in (0, 9, 11, 30, 32)]
+        assert len(tasks) == 3
+        for gate in reversed(gates):
+            gate.set()
+            await turns()
+    assert [await task for task in calls] == [0, 0, 1, 1, 2]
+    assert len(tasks) == 0
+    assert await tasks.run("key", turns_to_four) == 4
+
+
+async def turns_to_four() -> int:
+    await turns()
+    return 4

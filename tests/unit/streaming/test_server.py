@@ -41,6 +41,7 @@ from criserver.streaming import (
     server,
     session,
 )
+from snapshotter.threads import Threads, in_loose_thread
 from tests.support import spdy_peer
 from tests.support.streaming_client import Refused, Spdy, WebSocket
 from tests.support.waiting import until
@@ -706,6 +707,19 @@ async def test_a_connection_that_cannot_be_served_is_closed_and_the_next_is_serv
         ("error", "a streaming connection cannot be served")
     ]
     assert (await blocking(run_command, url))[0] == b"hi"
+
+
+async def test_a_client_is_served_while_all_threads_wait_for_a_disk(serving: StreamingServer) -> None:
+    loop, going_on = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(Threads(1))
+    standing = loop.run_in_executor(None, going_on.wait, 60)
+    url = hi(serving)
+    try:
+        outcome = await asyncio.wait_for(in_loose_thread(lambda: run_command(url), "client"), 30)
+        assert outcome[0] == b"hi"
+    finally:
+        going_on.set()
+        await standing
 
 
 async def test_no_descriptor_left_is_no_end_of_listening(
