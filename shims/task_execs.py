@@ -66,10 +66,23 @@ class TerminalSizer:
 class _TaskExec:
     """One exec. `ends` are the streams' ends that the runtime's shim opens by path.
 
-    It has the outputs once it has started the process. It opens the input at any time after that.
+    It has the outputs once it has started the process. It opens the input at any time after that. An exec is `late` if
+    the shim did not start it in time: the client was told so, and the shim may start it yet.
     """
 
-    __slots__ = ("_ends", "_stdin", "channel", "console", "ended", "id", "killed", "running", "stdin_ended", "terminal")
+    __slots__ = (
+        "_ends",
+        "_stdin",
+        "channel",
+        "console",
+        "ended",
+        "id",
+        "killed",
+        "late",
+        "running",
+        "stdin_ended",
+        "terminal",
+    )
 
     def __init__(self, exec_id: str, channel: Channel, console: str, terminal: TerminalSizer) -> None:
         self.id = exec_id
@@ -79,6 +92,7 @@ class _TaskExec:
         self.running = False
         self.ended = False
         self.killed = False
+        self.late = False
         self.stdin_ended = False
         self._ends: list[int] = []
         self._stdin = -1
@@ -92,6 +106,11 @@ class _TaskExec:
         """Take over an end of a pipe, and return the path by which another process opens the same pipe."""
         self._ends.append(fd)
         return pipe_path(fd)
+
+    def close(self) -> None:
+        """Close all ends."""
+        self.let_go()
+        self.let_go_of_stdin()
 
     def let_go(self) -> None:
         """Close the ends that the runtime's shim has opened by now."""
@@ -136,15 +155,14 @@ class TaskExecs:
         try:
             paths = self._terminal(execution) if console else self._streams(execution, fds)
         except BaseException:
-            execution.let_go()
-            execution.let_go_of_stdin()
+            execution.close()
             raise
         self._execs[exec_id] = execution
         request = self._name(execution.id) + number(3, bool(console))
         for field, path in enumerate(paths, 4):
             request += data(field, path)
         request += any_of(7, _PROCESS, spec)
-        self._link().call("Exec", request, lambda _, error: self._created(execution, error), _EXEC_LIMIT)
+        self._ask(execution, "Exec", request, self._created)
 
     def resize(self, console: str, width: int, height: int) -> None:
         """Set the size of the terminal of the exec that was given this console socket."""
@@ -204,27 +222,49 @@ class TaskExecs:
         Copier(self._loop, stdout, fd, lambda: None)
         return paths
 
+    def _ask(
+        self, execution: _TaskExec, method: str, request: bytes, then: Callable[[_TaskExec, RequestError | None], None]
+    ) -> None:
+        """Send a request, and tell the client if there is no answer in time.
+
+        The answer is awaited all the same. Until then the ends stay open: the runtime's shim would open those of
+        another exec by the same paths.
+        """
+
+        def late() -> None:
+            execution.late = True
+            words = f"the runtime's shim did not answer {method} within {_EXEC_LIMIT:g} s"
+            self._tell_failed(execution, LateError(words))
+
+        timer = self._loop.later(_EXEC_LIMIT, late)
+
+        def answered(_reply: bytes, error: RequestError | None) -> None:
+            self._loop.cancel(timer)
+            then(execution, error)
+
+        self._link().call(method, request, answered)
+
     def _created(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:
-            if isinstance(error, LateError):
-                self._link().call("Delete", self._name(execution.id), _ignore)
             self._failed(execution, error)
-            return
-        self._link().call(
-            "Start", self._name(execution.id), lambda _, error: self._started(execution, error), _EXEC_LIMIT
-        )
+        elif execution.late:
+            execution.close()
+            self._forget(execution)
+        else:
+            self._ask(execution, "Start", self._name(execution.id), self._started)
 
     def _started(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:
-            if isinstance(error, LateError):
-                self._kill(execution)  # it may have started
             self._link().call("Delete", self._name(execution.id), _ignore)
             self._failed(execution, error)
             return
         execution.let_go()
         execution.running = True
-        started: ExecStartedEvent = {"event": "exec-started", "exec": execution.id}
-        self._send(execution.channel, started)
+        if execution.late:
+            execution.killed = True
+        else:
+            started: ExecStartedEvent = {"event": "exec-started", "exec": execution.id}
+            self._send(execution.channel, started)
         if execution.killed:
             self._kill(execution)
         if execution.stdin_ended:
@@ -233,9 +273,12 @@ class TaskExecs:
         self._link().call("Wait", self._name(execution.id), lambda reply, error: self._ended(execution, reply, error))
 
     def _failed(self, execution: _TaskExec, error: RequestError) -> None:
-        execution.let_go()
-        execution.let_go_of_stdin()
+        execution.close()
         del self._execs[execution.id]
+        if not execution.late:
+            self._tell_failed(execution, error)
+
+    def _tell_failed(self, execution: _TaskExec, error: RequestError) -> None:
         failed: ExecFailedEvent = {
             "event": "exec-failed",
             "exec_id": execution.id,
@@ -251,8 +294,9 @@ class TaskExecs:
             code = 255 if error is not None else exit_of(reply)[0]
         except RequestError:
             code = 255
-        exited: ExecExitedEvent = {"event": "exec-exited", "exec_id": execution.id, "code": code}
-        self._send(execution.channel, exited)
+        if not execution.late:
+            exited: ExecExitedEvent = {"event": "exec-exited", "exec_id": execution.id, "code": code}
+            self._send(execution.channel, exited)
         if execution.killed:
             self._forget(execution)
 

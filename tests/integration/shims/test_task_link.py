@@ -23,7 +23,12 @@ __all__ = ["rootfs"]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("busybox"), reason="needs root and busybox")
 
 # Seconds. What answers takes milliseconds, on a machine that others use too.
-LIMITS = {"task_shim._CREATE_LIMIT": 3.0, "task_shim._CALL_LIMIT": 3.0, "task_shim._UPDATE_LIMIT": 3.0}
+LIMITS = {
+    "task_shim._CREATE_LIMIT": 3.0,
+    "task_shim._CALL_LIMIT": 3.0,
+    "task_shim._UPDATE_LIMIT": 3.0,
+    "task_execs._EXEC_LIMIT": 3.0,
+}
 
 # MODE is its first argument. "start" prints where the server listens, which is a fork of it.
 SHIM = f"""
@@ -53,6 +58,10 @@ waits = {{
     "denies": task_wire.data(1, task_wire.number(1, 5)),
 }}
 waiting, child = 0, os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "1000"])
+execs, late = {{}}, 0
+def begin(exec_id):
+    with open(execs[exec_id], "wb") as out:
+        out.write(b"of " + exec_id)
 while block := peer.recv(65536):
     for stream, _, message in frames.feed(block):
         request = task_wire.fields(message)
@@ -60,6 +69,22 @@ while block := peer.recv(65536):
         waiting = stream if method == b"Wait" else waiting
         if mode == "silent" or method == b"Wait" or (mode, method) == ("stuck", b"Kill"):
             continue
+        payload = task_wire.fields(task_wire.content(request, 3))
+        exec_id = task_wire.content(payload, 2)
+        if mode == "drowsy" and exec_id:
+            with open("calls", "ab") as calls:
+                calls.write(method + b" " + exec_id + b"\\n")
+            if method == b"Exec":
+                execs[exec_id] = task_wire.content(payload, 5)
+                if late:  # the start of the first one is done now
+                    begin(b"one")
+                    peer.sendall(task_wire.frame(late, task_wire.RESPONSE, b""))
+                    late = 0
+            elif method == b"Start" and exec_id == b"one":
+                late = stream
+                continue
+            elif method == b"Start":
+                begin(exec_id)
         if mode == "slow" and method in (b"ResizePty", b"CloseIO", b"Update"):
             continue
         if (mode, method) == ("vanishes", b"Kill"):
@@ -157,6 +182,37 @@ def test_a_side_request_that_is_not_answered_fails_alone(host: Host) -> None:
     assert updated["late"] is True
     assert "did not answer Update within 3 s" in updated["error"]
     assert client.ask("signal", signal=15).get("ok"), "there still is a connection"
+    end(container)
+
+
+def test_an_exec_that_is_started_too_late_writes_into_no_other(host: Host) -> None:
+    """The runtime's shim opens the streams by the numbers of our descriptors, which others may have by then."""
+    container = fork(host, "drowsy")
+    container.started()
+    spec = container.directory / "spec.json"
+    spec.write_text("{}")
+    null = os.open(os.devnull, os.O_RDWR)
+    readers = {}
+    try:
+        for name in ("one", "two"):
+            readers[name], writer = os.pipe()
+            ask = {"exec_id": name, "spec": str(spec), "owned": False}
+            assert container.client.ask("exec", [null, writer, null], **ask).get("ok")
+            os.close(writer)
+            if name == "one":
+                failed = container.client.expect("exec-failed")
+                assert (failed["exec_id"], failed["late"]) == ("one", True)
+                assert "did not answer Start within 3 s" in failed["error"]
+        assert container.client.expect("exec-started")["exec"] == "two"
+        for name, reader in readers.items():
+            assert os.read(reader, 100) == f"of {name}".encode()
+            assert os.read(reader, 100) == b""
+        calls = container.directory / "state" / "calls"
+        eventually(lambda: "Kill one" in calls.read_text().splitlines())
+        assert "Kill two" not in calls.read_text()
+    finally:
+        for fd in (null, *readers.values()):
+            os.close(fd)
     end(container)
 
 
