@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import sys
+import termios
 from typing import Protocol
 
 # Bytes. Larger chunks were measured and are no faster. A client that reads nothing costs one chunk of memory.
@@ -30,15 +33,25 @@ class ClientSink(Protocol):
 class OutputCopier:
     """Copies the output of a pipe, terminal or socket to a client.
 
-    ``waiting`` is true while there is nothing to copy. ``copied`` is the number of bytes copied so far. Both together
-    tell whether any output still comes.
+    ``copied`` is the number of bytes copied so far. With :attr:`waiting` it tells whether any output still comes.
     """
 
     def __init__(self, fd: int, sink: ClientSink) -> None:
         self._fd = fd
         self._sink = sink
-        self.waiting = False
+        self._sending = False
         self.copied = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is nothing to copy, also while the client takes no more (FIONREAD of ioctl_tty(2))."""
+        if self._sending:
+            return False
+        try:
+            count = fcntl.ioctl(self._fd, termios.FIONREAD, bytes(4))
+        except OSError:  # EIO: the other side of the terminal is closed
+            return True
+        return int.from_bytes(count, sys.byteorder) == 0
 
     async def run(self) -> None:
         """Copy until the end. Raises ConnectionError where the client is gone."""
@@ -49,16 +62,16 @@ class OutputCopier:
             try:
                 data = os.read(self._fd, min(room, CHUNK))
             except BlockingIOError:
-                self.waiting = True
                 await ready(self._fd, write=False)
-                self.waiting = False
                 continue
             except OSError:  # EIO: the other side of the terminal is closed
                 return
             if not data:
                 return
             self.copied += len(data)
+            self._sending = True
             await self._sink.write(data)
+            self._sending = False
             await asyncio.sleep(0)  # the other tasks' turn: with two fast sides the loop above never waits
 
 
