@@ -20,6 +20,8 @@ from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.spec_file import read_spec, write_spec
 from criserver.stats import CgroupUsage
 
+_SWAP = "memory.swap.max"
+
 
 async def update_container(node: Node, id_or_prefix: str, asked: cri.LinuxContainerResources) -> None:
     """Set the limits that ``asked`` has; a limit that it does not set stays as it is.
@@ -40,7 +42,7 @@ async def set_limits(node: Node, container_id: str, limits: Limits) -> None:
 async def _update(node: Node, container_id: str, asked: cri.LinuxContainerResources) -> None:
     async with node.lock(container_id):
         container = _alterable(node, container_id)
-        limits = Limits(asked, resource_limits(resources(asked), host.facts()))
+        limits = Limits(asked, _limits(node, container, asked))
         if container.state is not ContainerState.EXITED:
             limits = await node.plugins.update_container(container, limits)
         await _change(node, container, limits)
@@ -59,6 +61,16 @@ def _alterable(node: Node, container_id: str) -> Container:
     if container.state not in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED):
         raise FailedPreconditionError(f"container {container_id} is {container.state.value}; it has no limits")
     return container
+
+
+def _limits(node: Node, container: Container, asked: cri.LinuxContainerResources) -> Spec:
+    """The limits that ``asked`` sets. The limit of swap is that of the container with them, if they touch it."""
+    limits = resource_limits(resources(asked), host.facts())
+    changed = with_resources(container, node.records.sandbox(container.sandbox_id).config, asked)
+    in_force = resource_limits(changed.config.resources, host.facts())
+    if _SWAP in limits.get("unified", {}):
+        limits["unified"][_SWAP] = in_force["unified"][_SWAP]
+    return limits
 
 
 async def _change(node: Node, container: Container, limits: Limits) -> None:
@@ -86,15 +98,18 @@ def with_resources(container: Container, pod: PodConfig, asked: cri.LinuxContain
 
 
 def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources) -> None:
-    """Merge as protobuf does, with two exceptions:
+    """Merge as protobuf does, with three exceptions:
 
     1. A new list of limits replaces the old one.
     2. A new memory limit without a swap limit replaces both, as for a new container.
+    3. A new swap limit replaces the one of ``unified``, which would stay in force.
     """
     if asked.hugepage_limits:
         del into.hugepage_limits[:]
     if asked.memory_limit_in_bytes:
         into.memory_swap_limit_in_bytes = 0
+    if asked.memory_swap_limit_in_bytes:
+        into.unified.pop(_SWAP, None)
     into.MergeFrom(asked)
 
 

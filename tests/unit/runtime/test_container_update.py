@@ -10,9 +10,12 @@ from unittest.mock import Mock
 import pytest
 
 from criserver.errors import FailedPreconditionError
+from criserver.oci.spec_inputs import HostFacts
+from criserver.oci.spec_resources import resource_limits
 from criserver.pb.runtime.v1 import api_pb2 as cri
-from criserver.runtime import cgroups, container_update
+from criserver.runtime import cgroups, container_update, host
 from criserver.stats import CgroupUsage, Memory, Swap
+from tests.support.records import container, sandbox
 
 
 def usage(rss: int | None, swap: Swap | None) -> CgroupUsage:
@@ -59,6 +62,33 @@ def test_new_limits_are_merged() -> None:
     assert before == expected
     container_update._merge(before, cri.LinuxContainerResources(memory_swap_limit_in_bytes=90))
     assert (before.memory_limit_in_bytes, before.memory_swap_limit_in_bytes) == (72, 90)
+
+
+@pytest.mark.parametrize(
+    ("asked", "swap"),
+    [
+        (cri.LinuxContainerResources(memory_limit_in_bytes=72), "5"),
+        (cri.LinuxContainerResources(memory_limit_in_bytes=72, unified={"memory.swap.max": "6"}), "6"),
+        (cri.LinuxContainerResources(memory_limit_in_bytes=72, memory_swap_limit_in_bytes=80), "8"),
+        (cri.LinuxContainerResources(cpu_shares=9), None),
+    ],
+)
+def test_the_kernel_gets_the_swap_limit_of_the_record(
+    monkeypatch: pytest.MonkeyPatch, asked: cri.LinuxContainerResources, swap: str | None
+) -> None:
+    """Kubelets with limited swap set it by ``unified``. crictl and others send a memory limit without it."""
+    monkeypatch.setattr(host, "facts", lambda: HostFacts((), unified_cgroups=True, swap_accounting=True))
+    pod = sandbox("p")
+    sent = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="c"), image=cri.ImageSpec(image="i"))
+    sent.linux.resources.memory_limit_in_bytes = 64
+    sent.linux.resources.unified["memory.swap.max"] = "5"
+    before, node = container("c", pod, sent=sent), Mock()
+    node.records.sandbox.return_value = pod
+    limits = container_update._limits(node, before, asked)
+    assert limits.get("unified", {}).get("memory.swap.max") == swap
+    after = container_update.with_resources(before, pod.config, asked)
+    in_force = resource_limits(after.config.resources, host.facts())
+    assert in_force["unified"]["memory.swap.max"] == (swap or "5")
 
 
 def test_a_process_that_ends_meanwhile_has_no_oom_score_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
