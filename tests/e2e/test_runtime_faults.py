@@ -40,7 +40,7 @@ exec {runtime} "$@"
 DEADLINES = {
     "oci_runtime._DELETE_TIMEOUT": 3,
     "container_process._GONE_TIMEOUT": 3,
-    "container_process.END_TIMEOUT": 3,
+    "container_process.END_TIMEOUT": 6,
 }
 
 # Of this run alone: other containers sleep too.

@@ -373,7 +373,7 @@ def timed_out(node: Node, container: str, **fields: Any) -> None:
 def test_a_command_whose_time_is_up_leaves_nothing(node: Node, trap: tuple[str, str]) -> None:
     pod, container = trap
     before = inside(pod, container)
-    with within(SOON):
+    with within(5 + SOON):
         timed_out(node, container)
     eventually(lambda: exec_processes(node, container) == [])
     eventually(lambda: inside(pod, container) == before)
@@ -407,7 +407,7 @@ def test_a_command_whose_runtime_hangs(node: Node, wrapper: Hanging, *, afterwar
     container = node.run(pod, "c", SLEEP)
     before = inside(pod, container)
     wrapper.hang("exec", afterwards=afterwards)
-    with within(SOON), refused(grpc.StatusCode.DEADLINE_EXCEEDED, MARK, "did not start within 5 s"):
+    with within(5 + SOON), refused(grpc.StatusCode.DEADLINE_EXCEEDED, MARK, "did not start within 5 s"):
         node.client.ExecSync(container_id=container, cmd=["sleep", MARK], timeout=1)
     eventually(lambda: asleep() == [])
     eventually(lambda: inside(pod, container) == before)
@@ -437,7 +437,7 @@ def test_a_command_in_a_frozen_container(node: Node) -> None:
     before = inside(pod, container)
     cgroups.freeze(cgroup(pod, container), time.sleep)
     try:
-        with within(SOON), pytest.raises(grpc.RpcError):
+        with within(5 + SOON), pytest.raises(grpc.RpcError):
             node.client.ExecSync(container_id=container, cmd=["touch", "/late"], timeout=1)
         eventually(lambda: exec_processes(node, container) == [])
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 @contextmanager
 def room_for(count: int) -> Iterator[None]:
     """No more than so many descriptors can be opened."""
+    gc.collect()  # what earlier tests have left would be closed meanwhile
     free = os.open("/", os.O_PATH)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -54,7 +54,8 @@ async def no_update(plugin: Plugin, request: nri.UpdateContainersRequest) -> nri
 @asynccontextmanager
 async def connected(**changes: Any) -> AsyncIterator[tuple[Plugin, Peer, asyncio.Task[None], asyncio.Event]]:
     ours, theirs = socket.socketpair()
-    plugin = Plugin(*await asyncio.open_connection(sock=ours), settings(**changes), no_update)
+    patient = {"plugin_registration_timeout": 60.0, "plugin_request_timeout": 60.0}  # also on a busy machine
+    plugin = Plugin(*await asyncio.open_connection(sock=ours), settings(**{**patient, **changes}), no_update)
     peer = Peer(*await asyncio.open_connection(sock=theirs))
     peer.answer("Configure", nri.ConfigureRequest, lambda _: nri.ConfigureResponse())
     started = asyncio.Event()

@@ -30,7 +30,7 @@ FAILED = "a task failed; it is started again"
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "_PAUSE", 0.01)
+    monkeypatch.setattr(upkeep, "_PAUSE", 0.05)
 
 
 @contextlib.asynccontextmanager
@@ -73,9 +73,9 @@ async def test_a_task_that_fails_is_started_again_and_the_log_has_why() -> None:
 async def test_the_pause_grows_to_its_bound() -> None:
     work = Failing(6)
     with capture_logs() as logs:
-        async with kept(Task("cleaning", work.run, max_pause=0.05)):
+        async with kept(Task("cleaning", work.run, max_pause=0.25)):
             await until(lambda: len(work.at) == 7)
-    assert [line["pause"] for line in logs] == [0.01, 0.02, 0.04, 0.05, 0.05, 0.05]
+    assert [line["pause"] for line in logs] == [0.05, 0.1, 0.2, 0.25, 0.25, 0.25]
     assert all(b - a >= line["pause"] for a, b, line in zip(work.at, work.at[1:], logs, strict=False))
 
 
@@ -86,13 +86,13 @@ async def test_the_pause_is_short_again_after_a_time_that_went_well() -> None:
         nonlocal times
         times += 1
         if times == 4:
-            await asyncio.sleep(0.06)
+            await asyncio.sleep(0.3)
         raise OSError("no")
 
     with capture_logs() as logs:
-        async with kept(Task("cleaning", work, max_pause=0.05)):
+        async with kept(Task("cleaning", work, max_pause=0.25)):
             await until(lambda: times == 5)
-    assert [line["pause"] for line in logs] == [0.01, 0.02, 0.04, 0.01, 0.02]
+    assert [line["pause"] for line in logs] == [0.05, 0.1, 0.2, 0.05, 0.1]
 
 
 async def test_what_is_done_each_time_goes_on_after_a_failure() -> None:

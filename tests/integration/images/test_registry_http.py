@@ -184,7 +184,7 @@ async def test_a_blob_that_does_not_end_is_given_up(rooms: Rooms, image: BuiltIm
                         await asyncio.sleep(pause)
             writer.close()
 
-    rooms.change(progress_timeout=0.9)
+    rooms.change(progress_timeout=0.9 if error is UnavailableError else 60)
     async with Endless(image, lambda body, kind: sized(body, kind, "Connection: close")).running() as server:
         rooms.configure(server.address, f'server = "http://{server.address}"')
         await refused(rooms, f"{server.address}/app:1", error, words)

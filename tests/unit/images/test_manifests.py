@@ -363,7 +363,7 @@ def test_millions_of_items_do_not_hold_up_the_daemon(process: dict[str, dict[str
     start = time.process_time()
     with pytest.raises(InvalidArgumentError):
         parse_config(body, "c")
-    assert time.process_time() - start < 2  # 27 s where each item is validated
+    assert time.process_time() - start < 10  # 27 s where each item is validated
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,8 @@ async def test_cancellation_kills_the_plugin_and_undoes_the_rest(node: Node, mon
     assert node.calls() == ["ADD one", "ADD two", "DEL two", "DEL one"]
 
 
-async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node) -> None:
+async def test_a_cancelled_plugin_may_finish_what_it_is_writing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cni_plugin, "_GRACE", 30.0)
     node.plugin("one", ADD=f"sleep 0.3; touch {node.log}/finished; " + say(RESULT))
     task = asyncio.create_task(node.network.add(node.plan()))
     await until(lambda: "ADD one" in node.calls())
