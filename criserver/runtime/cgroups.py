@@ -16,9 +16,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import structlog
 
@@ -366,6 +367,17 @@ def thaw(cgroup: str) -> None:
         raise
     if not thawed:
         raise CriError(f"cgroup {cgroup} cannot be thawed: another program freezes it again at once")
+
+
+def limit_huge_pages(cgroup: str, limits: Iterable[Mapping[str, Any]]) -> None:
+    """Set ``hugepageLimits`` of LinuxResources, for pages in use and reserved ones. Raises OSError. Blocks."""
+    points = roots()
+    names = ("limit_in_bytes", "rsvd.limit_in_bytes") if "hugetlb" in points else ("max", "rsvd.max")
+    directory = (points.get("hugetlb") or points.get("", "")) + cgroup
+    for one in limits:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a kernel before 5.7 has no limits of what is reserved
+                _write(f"{directory}/hugetlb.{one['pageSize']}.{name}", str(one["limit"]))
 
 
 def _read(path: str) -> str:

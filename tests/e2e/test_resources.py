@@ -82,6 +82,19 @@ def test_a_running_container_is_given_new_limits(node: Node, pod: str) -> None:
     assert node.status(container).resources.linux == shown
 
 
+@pytest.mark.skipif("2MB" not in host.facts().hugepage_sizes, reason="this node cannot limit huge pages of 2 MB")
+def test_a_running_container_is_given_new_limits_of_huge_pages(node: Node, pod: str) -> None:
+    def limits(pages: int) -> cri.LinuxContainerResources:
+        return cri.LinuxContainerResources(hugepage_limits=[cri.HugepageLimit(page_size="2MB", limit=pages << 21)])
+
+    name = "hugetlb.2MB.limit_in_bytes" if ON_V1 else "hugetlb.2MB.max"
+    hierarchy = "hugetlb" if ON_V1 else ""
+    container = node.run(pod, "c", ["sleep", "1000"], linux=cri.LinuxContainerConfig(resources=limits(2)))
+    assert limit_of(pod, container, hierarchy, name) == str(2 << 21)
+    node.client.UpdateContainerResources(container_id=container, linux=limits(1))
+    assert limit_of(pod, container, hierarchy, name) == str(1 << 21)
+
+
 def test_a_created_container_starts_with_its_new_limits(node: Node, pod: str) -> None:
     container = node.create(pod, "c", ["sleep", "1000"], **limited(cpu_shares=512))
     node.client.UpdateContainerResources(container_id=container, linux=cri.LinuxContainerResources(cpu_shares=256))

@@ -134,3 +134,21 @@ def test_a_cgroup_with_a_process_in_it_is_told_of(monkeypatch: pytest.MonkeyPatc
             process.wait()
             cgroups.remove(f"/{name}")
     assert not top.exists()
+
+
+@pytest.mark.parametrize(
+    ("hierarchy", "names"),
+    [("hugetlb", ["limit_in_bytes", "rsvd.limit_in_bytes"]), ("", ["max", "rsvd.max"])],
+    ids=["version 1", "version 2"],
+)
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_limits_of_huge_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hierarchy: str, names: list[str], kernel: str
+) -> None:
+    monkeypatch.setattr(cgroups, "roots", lambda: {hierarchy: str(tmp_path)})
+    files = [tmp_path / f"hugetlb.2MB.{name}" for name in (names if kernel == "new" else names[:1])]
+    for file in files:
+        file.write_text("4194304\n")
+    cgroups.limit_huge_pages("", [{"pageSize": "2MB", "limit": 8388608}])
+    assert [file.read_text() for file in files] == ["8388608"] * len(files)
+    assert sorted(os.listdir(tmp_path)) == sorted(file.name for file in files)
