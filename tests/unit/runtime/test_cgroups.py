@@ -150,5 +150,5 @@ def test_limits_of_huge_pages(
     for file in files:
         file.write_text("4194304\n")
     cgroups.limit_huge_pages("", [{"pageSize": "2MB", "limit": 8388608}])
-    assert [file.read_text() for file in files] == ["8388608"] * len(files)
+    assert [file.read_text().strip() for file in files] == ["8388608"] * len(files)
     assert sorted(os.listdir(tmp_path)) == sorted(file.name for file in files)
