@@ -61,7 +61,12 @@ class ExaminedNode:
             return []
 
     def mount_of(self, path: str) -> MountEntry | None:
-        """The mount that contains a path: the last one that was made at the longest mount point."""
+        """The mount that contains a path: the last one that was made at the longest mount point.
+
+        The path may be reached through symbolic links. The list has real paths.
+        """
+        real = os.path.relpath(os.path.realpath(self.path(path)), os.path.realpath(self.root))
+        path = os.path.normpath(os.path.join("/", real))
         best: MountEntry | None = None
         for mount in self.mounts():
             inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")
