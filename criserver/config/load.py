@@ -58,6 +58,7 @@ class ImageLimits:
     max_bytes: int
     max_ratio: int
     ratio_floor: int
+    max_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
