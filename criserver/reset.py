@@ -154,14 +154,12 @@ async def _remove(node: Node, sandbox: Sandbox, turn: asyncio.Semaphore) -> tupl
 
 def _left(config: Config) -> Iterator[str]:
     """Mounts and shims of pods that are still on this node, whatever the records say."""
-    # The kernel names mounts and working directories by their real paths.
-    root, state = os.path.realpath(config.root), os.path.realpath(config.state)
-    for directory, kind in ((state, STATE), (root, ROOT)):
+    for directory, kind in ((config.state, STATE), (config.root, ROOT)):
         ours = tuple(os.path.join(directory, name, "") for name in kind.names)
         for point in mounts.mounts_below(directory):
             if f"{point}/".startswith(ours):
                 yield f"mount {point}"
-    below = os.path.join(state, "containers", "")
+    below = os.path.join(config.state, "containers", "")
     for name in os.listdir("/proc"):
         try:
             if name.isdecimal() and os.readlink(f"/proc/{name}/cwd").startswith(below):
@@ -173,7 +171,7 @@ def _left(config: Config) -> Iterator[str]:
 def _sockets(config: Config) -> list[str]:
     """The sockets that a daemon which was killed may have left: its own, and others in its state directory."""
     others = (config.containerd_address, config.metrics_address.removeprefix("unix://"))
-    below = os.path.join(os.path.realpath(config.state), "")
+    below = os.path.join(config.state, "")
     paths = (os.path.normpath(path) for path in others if os.path.isabs(path))
     return [config.grpc_address, *(path for path in paths if _place(path).startswith(below))]
 

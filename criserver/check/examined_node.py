@@ -61,12 +61,7 @@ class ExaminedNode:
             return []
 
     def mount_of(self, path: str) -> MountEntry | None:
-        """The mount that contains a path: the last one that was made at the longest mount point.
-
-        The path may be reached through symbolic links. The list has real paths.
-        """
-        real = os.path.relpath(os.path.realpath(self.path(path)), os.path.realpath(self.root))
-        path = os.path.normpath(os.path.join("/", real))
+        """The mount that contains a real path: the last one that was made at the longest mount point."""
         best: MountEntry | None = None
         for mount in self.mounts():
             inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")

@@ -134,12 +134,6 @@ def test_without_root_nothing_is_tried(node: Fake) -> None:
     assert "as root" in fault.advice
 
 
-def test_a_state_directory_behind_a_link_is_on_the_file_system_of_its_real_path(node: Fake) -> None:
-    (node.root / "var/run").symlink_to("../run")
-    node.configure(state="/var/run/criserver")
-    assert node.faults() == []
-
-
 def test_capabilities_that_root_lacks_are_named(node: Fake) -> None:
     node.write("proc/self/status", f"CapEff:\t{0x1FFFFFFFFFF & ~(1 << 21) & ~(1 << 27):016x}\n")
     assert "SYS_ADMIN, MKNOD" in node.fault().words

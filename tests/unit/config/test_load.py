@@ -85,6 +85,16 @@ def test_addresses_for_metrics_that_are_refused(tmp_path: Path, address: str, wo
         load(written(tmp_path, f'[metrics]\naddress = "{address}"'))
 
 
+def test_root_and_state_are_real_paths(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "ahead").symlink_to("real/not-there-yet")
+    config = load(written(tmp_path, f'root = "{tmp_path}/link/root/"\nstate = "{tmp_path}/ahead/../link/state"'))
+    assert (config.root, config.state) == (f"{tmp_path}/real/root", f"{tmp_path}/real/state")
+    config = load(written(tmp_path, f'state = "{tmp_path}/ahead"'))
+    assert config.state == f"{tmp_path}/real/not-there-yet"
+
+
 def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path: Path) -> None:
     assert load(None).images == ImageLimits(*(getattr(LayerLimits(), name) for name in ImageLimits.__slots__))
     config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5\nmax_seconds = 7.5"))
