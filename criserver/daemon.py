@@ -91,6 +91,8 @@ async def serve(settings: Settings, path: str) -> None:
     with told_in_words(_NO_START):
         store = Store(os.path.join(config.root, DATABASE), os.path.join(config.state, "records"))
         snapshotter = Snapshotter(os.path.join(config.root, "snapshots"), limits=LayerLimits(**asdict(config.images)))
+        if words := snapshotter.file_system_trouble():
+            raise FailedPreconditionError(f"{_NO_START}: {words}")
         runtimes = [runtime_of(handler, config.state) for handler in config.runtimes.values()]
         features = await probe_all(runtimes, snapshotter)
         node = assemble(config, store, snapshotter, features)

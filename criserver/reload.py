@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -60,7 +60,9 @@ class Reloads:
     async def _take_over(self, new_settings: Settings) -> None:
         settings = reloaded(self._settings, new_settings)
         found = list(changes(self._settings, new_settings))
-        node, config = self._node, config_of(settings)
+        node = self._node
+        # A link on the way to these directories may lead elsewhere by now.
+        config = replace(config_of(settings), root=node.config.root, state=node.config.state)
         new = [handler for name, handler in config.runtimes.items() if node.config.runtimes.get(name) != handler]
         runtimes = [runtime_of(handler, config.state) for handler in new]
         node.features = {**node.features, **await probe_all(runtimes, node.snapshotter)}

@@ -159,7 +159,7 @@ def _left(config: Config) -> Iterator[str]:
         for point in mounts.mounts_below(directory):
             if f"{point}/".startswith(ours):
                 yield f"mount {point}"
-    below = os.path.join(config.state, "containers") + "/"
+    below = os.path.join(config.state, "containers", "")
     for name in os.listdir("/proc"):
         try:
             if name.isdecimal() and os.readlink(f"/proc/{name}/cwd").startswith(below):
@@ -171,8 +171,14 @@ def _left(config: Config) -> Iterator[str]:
 def _sockets(config: Config) -> list[str]:
     """The sockets that a daemon which was killed may have left: its own, and others in its state directory."""
     others = (config.containerd_address, config.metrics_address.removeprefix("unix://"))
-    below = os.path.join(os.path.normpath(config.state), "")
-    return [config.grpc_address, *(path for path in map(os.path.normpath, others) if path.startswith(below))]
+    below = os.path.join(config.state, "")
+    paths = (os.path.normpath(path) for path in others if os.path.isabs(path))
+    return [config.grpc_address, *(path for path in paths if _place(path).startswith(below))]
+
+
+def _place(path: str) -> str:
+    """The path of a file that may be a link itself, with its directory's real path."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _delete(directory: str, kind: Kind, sockets: Iterable[str]) -> tuple[list[str], list[str]]:

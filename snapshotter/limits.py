@@ -14,7 +14,8 @@ _GIB = 1 << 30
 class LayerLimits(NamedTuple):
     """Bounds on one layer. A layer that exceeds one is refused with a LimitError that names the field.
 
-    - ``max_bytes`` bounds the tar stream and each file, holes included.
+    - ``max_bytes`` bounds the tar stream and each file, holes included. Whoever pulls an image checks the sizes of its
+      blobs too, which are compressed or no layers at all.
     - ``max_ratio`` (stream to blob) is checked from ``ratio_floor`` bytes on: honest layers have runs of zeros that
       compress a thousandfold, but not gigabytes of them.
     - ``max_layers`` is the number of layers of an image; the loader of the image checks it.

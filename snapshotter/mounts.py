@@ -226,8 +226,11 @@ def bind_idmapped(source: str, target: str, userns: str, attributes: int = 0) ->
 
 
 def mounts_below(directory: str) -> list[str]:
-    """The mount points strictly below ``directory``, deepest first and the last mounted first of equals."""
-    prefix = directory.rstrip("/") + "/"
+    """The mount points strictly below ``directory``, deepest first and the last mounted first of equals.
+
+    They are real paths, as the kernel lists them. ``directory`` may be reached through symbolic links.
+    """
+    prefix = os.path.join(os.path.realpath(directory), "")
     with open("/proc/self/mountinfo", "rb") as file:
         points = [os.fsdecode(_unescaped(line.split(b" ", 5)[4])) for line in file]
     return sorted((p for p in reversed(points) if p.startswith(prefix)), key=lambda p: -p.count("/"))

@@ -62,7 +62,7 @@ def settle(path: str, below: Sequence[str], check: Callable[[], None] = lambda: 
     """Settle the layer at ``path``; ``below`` are the layers below it, nearest first.
 
     The layers below are settled already. The layer at ``path`` has never been mounted. ``check`` is called for each
-    name, and may raise an error to end this early: another call then goes on. Raises OSError.
+    name, and may raise an error to end this early: another call then begins the list of names again. Raises OSError.
     """
     with ExitStack() as stack:
         root, *lower = (_open(stack, os.path.join(layer, "fs")) for layer in (path, *below))

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import structlog
 
-from snapshotter import file_tree, metadata, settling
+from snapshotter import file_tree, listed_types, metadata, settling
 from snapshotter.arrival import Arrival
 from snapshotter.errors import LayerError, SnapshotError, SnapshotNotFoundError
 from snapshotter.file_tree import TreeUsage
@@ -297,6 +297,15 @@ class Snapshotter:
         Raises SnapshotError and OSError if it cannot be tried now. The next call tries again.
         """
         return await self._mounter.idmap_trouble()
+
+    def file_system_trouble(self) -> str:
+        """Why images cannot be unpacked on this file system; "" if they can. Raises OSError if that cannot be read."""
+        if listed_types.are_known(self.root):
+            return ""
+        return (
+            f"lists of directories do not have the types of files on the file system of {self.root}, so files that "
+            "images delete would stay in lists; it takes another one, such as XFS with ftype=1 or ext4 with filetype"
+        )
 
     def _path(self, *names: str) -> str:
         return os.path.join(self.root, *names)

@@ -32,7 +32,7 @@ class Staging:
     def sweep(self) -> dict[str, str]:
         """Unmount and delete all that is here. Returns the names of removed snapshots that are still here, by key."""
         # First the mounts: a deletion must not go into what is mounted.
-        for point in mounts.mounts_below(os.path.realpath(self.path)):
+        for point in mounts.mounts_below(self.path):
             try:
                 mounts.unmount(point)
             except OSError as e:

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from typing import NamedTuple
 
 from snapshotter import marks, settling, tar
-from snapshotter.errors import LayerError, SnapshotError, shown
+from snapshotter.errors import LayerError, SnapshotError, raise_lack, shown
 from snapshotter.layer_root import LayerRoot, is_whiteout, parts_of, split, status_of
 
 WHITEOUT = b".wh."
@@ -223,6 +223,7 @@ class _Unpacker:
             else:
                 source = fd if parent == self._root.parent else self._root.open_target(parent)
         except OSError as e:
+            raise_lack(e)
             raise LayerError(f"has a target {shown(entry.link)} that cannot be reached: {e.strerror}") from e
         try:
             status = status_of(source, target)

@@ -182,7 +182,8 @@ async def _supervise(what: str, program: Program, blob: BinaryIO, limits: LayerL
                 if before == seen:
                     raise errors.HelperTimeoutError(f"{what} did nothing for {limits.max_stall:g} seconds")
     except TimeoutError:
-        raise errors.HelperTimeoutError(f"{what} took longer than {limits.max_seconds:g} seconds") from None
+        words = f"{what} took longer than {limits.max_seconds:g} seconds (max_seconds)"
+        raise errors.HelperTimeoutError(words) from None
     finally:
         await program.finish()
     if program.failure is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator
 
@@ -137,7 +136,7 @@ class AdminService:
         return node_status(self._node, stacks=request.stacks)
 
     async def inspect(self, request: admin.InspectRequest) -> admin.InspectResponse:
-        return admin.InspectResponse(document=json.dumps(await inspect(self._node, request.id)))
+        return admin.InspectResponse(document=await inspect(self._node, request.id))
 
     async def disk_use(self, request: admin.DiskUseRequest) -> admin.DiskUseResponse:
         return await disk_use(self._node)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -79,8 +78,8 @@ def find(node: Node, text: str) -> Record:
     return every[matches[0]]
 
 
-async def inspect(node: Node, text: str) -> dict[str, Any]:
-    """The document of `criserver inspect` for what :func:`find` finds. Raises as that does."""
+async def inspect(node: Node, text: str) -> str:
+    """The document of `criserver inspect` for what :func:`find` finds, as JSON. Raises as that does."""
     record = find(node, text)
     if isinstance(record, Sandbox):
         return await _looked_up(_sandbox, node, record, list(node.records.containers_of(record.id)))
@@ -90,16 +89,22 @@ async def inspect(node: Node, text: str) -> dict[str, Any]:
 async def verbose_info(node: Node, record: Record) -> dict[str, str]:
     """The ``info`` of a verbose status: what :func:`sandbox_info` or :func:`container_info` has, as JSON."""
     if isinstance(record, Sandbox):
-        return views.info(**await _looked_up(sandbox_info, node, record))
-    return views.info(**await _looked_up(container_info, node, record))
+        return {"info": await _looked_up(sandbox_info, node, record)}
+    return {"info": await _looked_up(container_info, node, record)}
 
 
-async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function that blocks returns. It has a thread of its own.
+async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> str:
+    """What a function that blocks returns, as JSON. It has a thread of its own.
 
-    An operator asks when the disk stands still, and then all threads of the pool may wait for it.
+    1. An operator asks when the disk stands still, and then all threads of the pool may wait for it.
+    2. A container's document may have megabytes, which take too long to write for the event loop.
     """
-    return await in_loose_thread(partial(look, *arguments), "inspection")
+
+    def work() -> str:
+        # json.dumps() would be one step, during which no other thread runs.
+        return "".join(json.JSONEncoder().iterencode(look(*arguments)))
+
+    return await in_loose_thread(work, "inspection")
 
 
 def _sandbox(node: Node, sandbox: Sandbox, containers: Sequence[Container]) -> dict[str, Any]:

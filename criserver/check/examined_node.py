@@ -61,7 +61,7 @@ class ExaminedNode:
             return []
 
     def mount_of(self, path: str) -> MountEntry | None:
-        """The mount that contains a path: the last one that was made at the longest mount point."""
+        """The mount that contains a real path: the last one that was made at the longest mount point."""
         best: MountEntry | None = None
         for mount in self.mounts():
             inside = mount.point == "/" or path == mount.point or path.startswith(mount.point + "/")

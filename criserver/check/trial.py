@@ -13,13 +13,16 @@ from criserver.config import Config
 def check(host: ExaminedNode, config: Config) -> Iterator[Finding]:
     """One container for each handler whose program exists. A shim needs a daemon, and is not tried.
 
-    The containers run the infra program. Without it there is no trial, and :mod:`criserver.check.programs` names it.
+    The containers run the infra program, as it needs no other file. Without it there is no trial.
     """
-    if not os.access(host.path(config.infra), os.X_OK):
+    runtimes = [r for r in config.runtimes.values() if not r.shim and host.which(r.path) is not None]
+    if runtimes and not os.access(host.path(config.infra), os.X_OK):
+        yield warning(
+            f"no container was tried: it would run {config.infra}, which is not an executable",
+            "install catatonit (apt-get install catatonit), and check again",
+        )
         return
-    for runtime in config.runtimes.values():
-        if runtime.shim or host.which(runtime.path) is None:
-            continue
+    for runtime in runtimes:
         words = host.container(config, runtime.name)
         if words is None:
             yield ok(f"a container was run by {runtime.name}")

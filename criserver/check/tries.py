@@ -56,7 +56,7 @@ def missing_calls() -> list[str]:
 
 
 def overlay(directory: str) -> str | None:
-    """Whether an overlay can be mounted in ``directory``, and files of an image be replaced in it."""
+    """Whether an overlay can be mounted in ``directory``, and files of an image be replaced and deleted in it."""
     return _in_scratch(directory, _overlay)
 
 
@@ -79,8 +79,11 @@ def _overlay() -> str | None:
             os.unlink("merged/file")
             os.rmdir("merged/directory")
             os.mkdir("merged/directory")
+            listed = os.listdir("merged")
         except OSError as e:
             return f"files of images cannot be replaced there ({e.strerror})"
+        if "file" in listed:
+            return "deleted files of images stay in lists of directories, as it does not have the types of files there"
     finally:
         mounts.umount2("merged", mounts.MNT_DETACH)
     return None

@@ -58,6 +58,7 @@ class ImageLimits:
     max_bytes: int
     max_ratio: int
     ratio_floor: int
+    max_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,10 @@ class Nri:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole configuration. default.toml explains each field. Times are in seconds."""
+    """The whole configuration. default.toml explains each field. Times are in seconds.
+
+    ``root`` and ``state`` are real paths.
+    """
 
     root: str
     state: str
@@ -133,8 +137,9 @@ def config_of(settings: Settings) -> Config:
             f"table [runtimes.{runtime['default']}]; there are: {', '.join(sorted(runtimes))}"
         )
     return Config(
-        root=root,
-        state=state,
+        # The kernel lists mounts by their real paths, and runc takes no root file system behind a symbolic link.
+        root=os.path.realpath(root),
+        state=os.path.realpath(state),
         grpc_address=tables["grpc"]["address"],
         containerd_address=tables["grpc"]["containerd_address"],
         max_recv_message_size=tables["grpc"]["max_recv_message_size"],

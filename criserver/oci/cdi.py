@@ -83,7 +83,8 @@ def resolve(names: Iterable[str], catalog: CdiCatalog, runtime: RuntimeFacts) ->
     """The edits for the devices ``names``, in their order. The common edits of a file come once, before its devices.
 
     Raises InvalidArgumentError for a malformed name. Raises NotFoundError for devices that are in no file, or in more
-    than one; it lists the directories. Raises FailedPreconditionError for edits that the OCI ``runtime`` cannot make.
+    than one; it lists the directories, and its cause is the error of a file that cannot be read now. Raises
+    FailedPreconditionError for edits that the OCI ``runtime`` cannot make.
     """
     edits = ContainerEdits()
     seen: set[str] = set()
@@ -105,7 +106,7 @@ def resolve(names: Iterable[str], catalog: CdiCatalog, runtime: RuntimeFacts) ->
         unused = "".join(f"; {f.path} is not used: {f.fault}" for f in catalog.files if f.fault)
         raise NotFoundError(
             f"CDI devices cannot be resolved: {', '.join(faults)} (looked in {', '.join(catalog.directories)}{unused})"
-        )
+        ) from next((f.lack for f in catalog.files if f.lack), None)
     if missing := edits.lacking(runtime):
         raise FailedPreconditionError(
             f"CDI devices {', '.join(names)} need an OCI runtime that reports {missing}, such as runc 1.4 or crun 1.27"

@@ -40,7 +40,8 @@ log = structlog.get_logger(__name__)
 class CdiFile:
     """A CDI file: the edits of each device by its qualified name, and the ``common`` edits for all its devices.
 
-    ``stamp`` changes when the file changes. A file with a ``fault`` has no devices.
+    ``stamp`` changes when the file changes. A file with a ``fault`` has no devices. ``lack`` is the error of a fault
+    that may be over soon.
     """
 
     path: str
@@ -48,6 +49,7 @@ class CdiFile:
     devices: Mapping[str, ContainerEdits] = field(default_factory=dict)
     common: ContainerEdits = field(default_factory=ContainerEdits)
     fault: str = ""
+    lack: OSError | None = None
 
 
 # The stamp of no file.
@@ -67,16 +69,18 @@ def read_file(path: str, previous: CdiFile | None) -> CdiFile:
         stamp = (0, 0, 0)
     if previous and previous.stamp == stamp:
         return previous
+    lack: OSError | None = None
     try:
         return _parsed(path, stamp)
     except OSError as e:
         reason = f"it cannot be read: {e.strerror}"
         if exhaustion(e) or disk_fault(e):
-            stamp = _NEVER  # that may be over soon, so the file is read again at the next use
+            stamp = _NEVER  # the file is read again at the next use
+            lack = e.with_traceback(None)  # the frames of the traceback would be kept with the file
     except _CdiFileError as e:
         reason = str(e)
     log.warning("CDI file ignored", path=path, reason=reason)
-    return CdiFile(path, stamp, fault=reason)
+    return CdiFile(path, stamp, fault=reason, lack=lack)
 
 
 def _parsed(path: str, stamp: tuple[int, int, int]) -> CdiFile:

@@ -80,9 +80,10 @@ async def checkpoint_container(node: Node, id_or_prefix: str, location: str, tim
 
     The checkpoint goes on where the caller gives up, and the same request again waits for it. Raises
     AlreadyExistsError while a checkpoint to another location is under way; InvalidArgumentError for a location that is
-    not the absolute path of a file in an existing directory; FailedPreconditionError without criu, where criu fails,
-    and for a container that does not run or is being stopped; DeadlineExceededError after the timeout (DEFAULT_TIMEOUT
-    for 0). After a failure the container runs on and nothing is left of the checkpoint.
+    not the absolute path of a file in an existing directory; NotSupportedError without a criu that works on this node;
+    FailedPreconditionError where criu fails, and for a container that does not run or is being stopped;
+    DeadlineExceededError after the timeout (DEFAULT_TIMEOUT for 0). After a failure the container runs on and nothing
+    is left of the checkpoint.
     """
     if timeout < 0:
         raise InvalidArgumentError(f"timeout = {timeout:g} is negative; 0 means {DEFAULT_TIMEOUT:g} s")

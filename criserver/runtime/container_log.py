@@ -15,7 +15,8 @@ from criserver.runtime.records import Container
 from shims import log_writer
 from snapshotter.threads import Threads, in_thread
 
-# Making directories on a disk of logs that stands still holds these threads, and none that other work needs.
+# Making directories on a disk of logs that stands still holds these threads, and none of the pool that all else needs.
+# RunPodSandbox writes the files of a pod in them too, so it then waits as CreateContainer does.
 log_directories = Threads(4, "log-directories")
 
 

@@ -172,7 +172,7 @@ class ContainerShim:
 
         Returns the processes that the kernel has not ended within ``seconds``.
         """
-        directory = os.path.realpath(self._directory)
+        directory = self._directory
         if not os.path.lexists(directory):
             directory += " (deleted)"  # the kernel's name of it (proc_pid_cwd(5))
         left = await asyncio.to_thread(pidfd.end_all_in, directory, seconds)

@@ -11,7 +11,8 @@ import dataclasses
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping, Set
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 
 from criserver.errors import (
@@ -33,6 +34,8 @@ from snapshotter.threads import in_loose_thread
 
 # So many volumes are copied at a time. A disk that stands still holds up other volumes, and nothing else.
 _copies = asyncio.Semaphore(8)
+# The next character in the order of texts: paths below a directory sort before the directory's path with it.
+_AFTER_SLASH = chr(ord("/") + 1)
 
 
 async def make_root(node: Node, container: Container, image: Image) -> str:
@@ -111,10 +114,7 @@ async def resolve_mounts(
         if volume == "/" or volume.split("/")[1] in mount_paths.KERNEL_DIRECTORIES:
             continue
         path = os.path.join(_volumes_dir(node, container.id), str(number))
-        below = os.path.join(volume, "")
-        # Each has a copy of its own, which hides what is at its place in this one.
-        hidden = frozenset(other.removeprefix(below) for other in copied if other.startswith(below))
-        await _copy_up(rootfs, volume, path, root, hidden)
+        await _copy_up(rootfs, volume, path, root, hidden_places(volume, copied))
         volumes.append(
             Mount(
                 volume,
@@ -127,6 +127,17 @@ async def resolve_mounts(
             )
         )
     return (*volumes, *resolved), resolved_paths
+
+
+def hidden_places(volume: str, volumes: Sequence[str]) -> frozenset[str]:
+    """The paths of other volumes below a volume, relative to it; ``volumes`` are sorted.
+
+    Each has a copy of its own, which hides what is at its place in this one. An image may have tens of thousands of
+    volumes, so only those below the volume are looked at.
+    """
+    below = volume + "/"
+    first, end = bisect_left(volumes, below), bisect_left(volumes, volume + _AFTER_SLASH)
+    return frozenset(other.removeprefix(below) for other in volumes[first:end])
 
 
 async def unmount(node: Node, container_id: str) -> None:

@@ -262,7 +262,7 @@ def _living(node: Node, unowned: set[str], left_cgroups: Mapping[str, str]) -> s
     """Those that have a shim, any process or pinned namespaces. Blocks."""
     living = set()
     for name in unowned:
-        directory, pins = os.path.realpath(node.container_dir(name)), node.namespaces_dir(name)
+        directory, pins = node.container_dir(name), node.namespaces_dir(name)
         if (
             pidfd.processes_in(directory)
             or _has_process(directory, name)
@@ -317,8 +317,7 @@ async def _end(node: Node, name: str, cgroup: str) -> None:
         await runtime.delete(name, "")
     if cgroup:
         await cgroups.clear(cgroup, name, END_TIMEOUT)
-    directory = os.path.realpath(node.container_dir(name))
-    if left := await asyncio.to_thread(pidfd.end_all_in, directory, END_TIMEOUT):
+    if left := await asyncio.to_thread(pidfd.end_all_in, node.container_dir(name), END_TIMEOUT):
         raise cgroups.unkillable(name, left, END_TIMEOUT)
     for runtime in runtimes:
         await runtime.forget(name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from criserver.check import advisories, tries
 from criserver.config import RuntimeHandler, load
+from tests.support.frozen_disk import UNTYPED, mount_disk
 from tests.support.node import Node
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -106,6 +107,18 @@ def test_a_file_system_that_cannot_hold_images_is_found_by_trying(nothing_left: 
             subprocess.run(["umount", str(tmp_path / "merged")], check=True)
     assert found is not None
     assert "overlay cannot be mounted" in found
+
+
+def test_a_file_system_without_types_in_lists_is_found_by_trying(nothing_left: None, tmp_path: Path) -> None:
+    point = tmp_path / "point"
+    point.mkdir()
+    mount_disk(tmp_path / "disk", point, 16 << 20, *UNTYPED)
+    try:
+        found = tries.overlay(str(point))
+    finally:
+        subprocess.run(["umount", point], check=True)
+    assert found is not None
+    assert "deleted files of images stay in lists" in found
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import host
+from tests.support.frozen_disk import UNTYPED, give_disk
 from tests.support.node import DRIVER, NETWORK, UNTIL_GO, Node, filled, go, processes
 from tests.support.waiting import SLOWNESS, eventually, within
 
@@ -40,6 +41,19 @@ def test_a_second_daemon_on_the_same_directories_is_refused(node: Node) -> None:
     assert node.process is not None
     assert f"another criserver (PID {node.process.pid}) uses {node.root}" in second.stderr
     node.client.Version()
+
+
+def test_a_file_system_without_types_in_lists_is_refused(nothing_left: None) -> None:
+    node = Node()
+    try:
+        give_disk(node, "", 64 << 20, *UNTYPED)
+        command = [sys.executable, "-m", "criserver", "serve", "--config", node.config]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=120 * SLOWNESS)
+    finally:
+        node.close()
+    assert refused.returncode == 1
+    assert "the daemon cannot start: lists of directories do not have the types of files" in refused.stderr
+    assert f"file system of {node.root}/snapshots" in refused.stderr
 
 
 def has_logged(node: Node, container: str, text: str) -> bool:

@@ -41,10 +41,12 @@ def test_a_handler_of_a_drop_in_is_there_after_a_reload(node: Node) -> None:
     pod = {"config": node.pod("kata"), "runtime_handler": "other"}
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "handler 'other' is not configured"):
         node.client.RunPodSandbox(**pod)
-    lines = reload(node, '[runtimes.other]\npath = "runc"\n[cni]\nconf_dir = "/elsewhere"\ntimeout = 7\n')
+    network = '[cni]\nconf_dir = "/elsewhere"\ntimeout = 7\n'
+    lines = reload(node, f'[runtimes.other]\npath = "runc"\n{network}[images]\nmax_seconds = 7200\n')
     assert {line["key"]: line["event"] for line in lines if "key" in line} == {
         "runtimes.other.path": "configuration changed",
         "cni.timeout": "configuration changed",
+        "images.max_seconds": "configuration changed",
         "cni.conf_dir": "a configuration change waits for a restart",
     }
     sandbox = node.client.RunPodSandbox(**pod).pod_sandbox_id

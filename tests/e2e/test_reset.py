@@ -16,7 +16,7 @@ import pytest
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from snapshotter import mounts
-from tests.support.fixtures import serving
+from tests.support.fixtures import import_image, serving
 from tests.support.node import BRIDGE, NETWORK, Node, filled, own_cgroups, processes
 from tests.support.waiting import SLOWNESS, eventually
 
@@ -258,3 +258,29 @@ def test_records_that_cannot_be_read_do_not_keep_their_pods(own_node: Node) -> N
     assert [trace.partition(" ")[0] for trace in traces(node)] == ["lease"]
     done = reset(node, "--yes")
     assert (done.returncode, done.stdout, done.stderr) == (0, "removed 0 pods and 0 containers\n", "")
+
+
+def test_directories_behind_links_are_as_good_as_others(nothing_left: None, busybox_archive: str) -> None:
+    """runc takes no root file system behind a link. The kernel names mounts and working directories by real paths."""
+    node = Node()
+    try:
+        os.symlink(".", f"{node.base}/link")
+        text = Path(node.config).read_text()
+        for directory in (node.root, node.state):
+            text = text.replace(f'"{directory}"', f'"{node.base}/link/{os.path.basename(directory)}"')
+        Path(node.config).write_text(text)
+        node.start()
+        import_image(node, busybox_archive)
+        pod = node.run_pod("linked")
+        volume = cri.Mount(container_path="/vol", readonly=True, image=cri.ImageSpec(image="localhost/busybox:latest"))
+        exited = node.run(pod, "exited", ["true"], mounts=[volume])
+        node.wait(exited)
+        node.client.RemoveContainer(container_id=exited)
+        assert exited not in " ".join(mounts.mounts_below(node.base))
+        node.run(pod, "running", ["sleep", "1000"], mounts=[volume])
+        node.kill()
+        done = reset(node, "--yes", "--images", "--grace", "0")
+        assert done.returncode == 0, done.stderr
+        assert traces(node) == []
+    finally:
+        node.close()

@@ -48,3 +48,6 @@ def test_sockets_that_a_killed_daemon_has_left_are_its_own(tmp_path: Path) -> No
     )
     file.write_text(text)
     assert reset._sockets(load(str(file))) == ["/elsewhere/own.sock", f"{tmp_path}/metrics.sock"]
+    (tmp_path / "link").symlink_to(".")
+    file.write_text(text.replace(f'state = "{tmp_path}"', f'state = "{tmp_path}/link"'))
+    assert reset._sockets(load(str(file))) == ["/elsewhere/own.sock", f"{tmp_path}/metrics.sock"]

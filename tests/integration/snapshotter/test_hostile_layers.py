@@ -30,6 +30,7 @@ from snapshotter import (
     removal,
     unpacker,
 )
+from snapshotter.errors import is_temporary
 from snapshotter.tar import TarReader
 from tests.support.descriptors import open_on
 from tests.support.layers import archive, digest, directory, hardlink, item, packed, symlink
@@ -315,6 +316,27 @@ async def test_a_lack_of_descriptors_costs_no_time_of_a_directory(disk: str, mon
     removal.remove_path(f"{disk}/alone")
     monkeypatch.undo()
     unpack_without_chroot(disk, archive(directory("d"), item("d/f"), item("d")))
+
+
+async def test_a_lack_of_descriptors_is_no_fault_of_a_hard_link(disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+    openat2 = mounts.openat2
+
+    def lacking(at: int, path: bytes, flags: int, resolve: int) -> int:
+        opened.append(path)
+        if opened.count(b"d") > 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return openat2(at, path, flags, resolve)
+
+    data = archive(item("d/f"), item("g"), hardlink("link", "d/f"))
+    monkeypatch.setattr(layer_root, "openat2", lacking)
+    with pytest.raises(SnapshotError, match="hard link 'link': Too many open files") as error:
+        unpack_without_chroot(disk, data)
+    assert not isinstance(error.value, LayerError)
+    assert is_temporary(error.value)
+    removal.remove_path(f"{disk}/alone")
+    monkeypatch.undo()
+    unpack_without_chroot(disk, data)
 
 
 async def test_too_many_bytes_are_refused_even_after_the_archive(snapshotter: Snapshotter, disk: str) -> None:

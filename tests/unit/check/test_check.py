@@ -149,7 +149,6 @@ def test_capabilities_that_root_lacks_are_named(node: Fake) -> None:
         ("proc/sys/kernel/seccomp/actions_avail", Level.WARNING, "RuntimeDefault"),
         ("proc/sys/net/bridge/bridge-nf-call-iptables", Level.WARNING, "br_netfilter"),
         ("proc/sys/net/ipv4/ip_forward", Level.WARNING, "ip_forward"),
-        ("usr/bin/catatonit", Level.WARNING, "share a PID namespace"),
         ("usr/lib/cni/portmap", Level.MISSING, "needs the plugin portmap, not in /opt/cni/bin or /usr/lib/cni"),
         ("usr/lib/cni/host-local", Level.MISSING, "needs the plugin host-local"),
         ("etc/cni/net.d/10-pods.conflist", Level.MISSING, "no CNI configuration in "),
@@ -277,8 +276,26 @@ def test_a_plugin_with_a_known_fault_where_it_has_it(node: Fake) -> None:
 def test_the_trial_needs_no_network_but_all_else(node: Fake) -> None:
     node.remove("etc/cni/net.d/10-pods.conflist")
     assert run(node.config, node.host)[-1].check == "trial"
-    node.remove("usr/bin/catatonit")
+    node.change(calls=lambda: ["openat2"])
     assert "trial" not in {finding.check for finding in run(node.config, node.host)}
+
+
+def test_without_the_infra_program_it_says_that_no_container_was_tried(node: Fake) -> None:
+    def never(*_: object) -> str | None:
+        raise AssertionError("a container was tried")
+
+    node.change(container=never)
+    node.remove("usr/bin/catatonit")
+    infra, trial = node.faults()
+    assert (infra.check, trial.check) == ("runtimes", "trial")
+    assert "pods that share a PID namespace cannot run" in infra.words
+    assert "no container was tried" in trial.words
+    for fault in (infra, trial):
+        assert fault.level is Level.WARNING
+        assert "apt-get install catatonit" in fault.advice
+    runtimes = {"shim": RuntimeHandler("shim", shim="io.containerd.runc.v2")}
+    node.configure(runtimes=runtimes, default_runtime="shim")
+    assert [fault.check for fault in node.faults()] == ["runtimes"]
 
 
 def test_iptables_counts_only_for_plugins_that_run_it(node: Fake) -> None:

@@ -85,10 +85,21 @@ def test_addresses_for_metrics_that_are_refused(tmp_path: Path, address: str, wo
         load(written(tmp_path, f'[metrics]\naddress = "{address}"'))
 
 
+def test_root_and_state_are_real_paths(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "ahead").symlink_to("real/not-there-yet")
+    config = load(written(tmp_path, f'root = "{tmp_path}/link/root/"\nstate = "{tmp_path}/ahead/../link/state"'))
+    assert (config.root, config.state) == (f"{tmp_path}/real/root", f"{tmp_path}/real/state")
+    config = load(written(tmp_path, f'state = "{tmp_path}/ahead"'))
+    assert config.state == f"{tmp_path}/real/not-there-yet"
+
+
 def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp_path: Path) -> None:
     assert load(None).images == ImageLimits(*(getattr(LayerLimits(), name) for name in ImageLimits.__slots__))
-    config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5"))
-    assert (config.images.max_layers, config.images.max_bytes, config.images.max_ratio) == (3, 5, 200)
+    config = load(written(tmp_path, "[images]\nmax_layers = 3\nmax_bytes = 5\nmax_seconds = 7.5"))
+    images = config.images
+    assert (images.max_layers, images.max_bytes, images.max_ratio, images.max_seconds) == (3, 5, 200, 7.5)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,8 @@ def test_the_limits_of_images_are_the_snapshotters_own_where_nothing_is_said(tmp
         ("[images]\nmax_entries = 0", ["images.max_entries = 0"]),
         ("[images]\nmax_bytes = 9223372036854775808", ["images.max_bytes = 9223372036854775808"]),
         ("[images]\nmax_ratio = 1.5", ["images.max_ratio = 1.5", "integer"]),
+        ("[images]\nmax_seconds = 0.5", ["images.max_seconds = 0.5"]),
+        ("[images]\nmax_seconds = 604801", ["images.max_seconds = 604801"]),
         ('[runtimes.a]\npath = "a"\nshim = "/a"', ["runtimes.a has shim, and path", "give one"]),
         ('[runtimes.a]\npath = ""', ["runtimes.a has neither path", "nor shim"]),
         ('[runtimes.a]\nshim = ""', ["runtimes.a has neither path", "nor shim"]),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, FailedPreconditionError, InvalidArgumentError, NotFoundError, exhaustion
 from criserver.oci import cdi, cdi_edits, cdi_files
 from criserver.oci.adjustment_faults import RuntimeFacts, runtime_facts
 from snapshotter import files
@@ -523,6 +523,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "read", failing)
         known = cdi.load([str(tmp_path)])
-        with pytest.raises(NotFoundError, match="Too many open files"):
+        with pytest.raises(NotFoundError, match="Too many open files") as error:
             cdi.resolve([f"{KIND}=0"], known, PLAIN)
+    assert "LimitNOFILE" in exhaustion(error.value)
     cdi.resolve([f"{KIND}=0"], cdi.load([str(tmp_path)], known), PLAIN)
