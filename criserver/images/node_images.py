@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -239,9 +239,8 @@ class Images:
         image = self._images.get(ref)
         if image is None:
             return
-        await self._images.drop([image.id])
+        await self._drop([image.id])
         _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
-        await self.collect()
 
     async def prune(self, *, unused: bool = False, used: Collection[str] = ()) -> Pruned:
         """Delete garbage; with ``unused`` also images that have no snapshot and are not pinned.
@@ -249,8 +248,7 @@ class Images:
         ``used`` are the IDs of images that are kept although they may have no snapshot yet.
         """
         gone = self.unused(used) if unused else ()
-        await self._images.drop([image.id for image in gone])
-        freed = await self.collect()
+        freed = await self._drop([image.id for image in gone])
         _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
         return Pruned(gone, freed)
 
@@ -324,8 +322,15 @@ class Images:
         if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
             for image_id, what in broken.items():
                 _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")
-            await self._images.drop(broken)
-            await self.collect()
+            await self._drop(broken)
+
+    async def _drop(self, image_ids: Iterable[str]) -> FsUsage:
+        """Delete records of images, then garbage. Returns what was freed. It is all done if the caller is cancelled."""
+        try:
+            await self._images.drop(image_ids)
+        finally:
+            freed = await self.collect()
+        return freed
 
     async def _is_sound(self, image: Image) -> bool:
         """Whether an image can be used; see :meth:`checked`."""
