@@ -31,6 +31,7 @@ from criserver.images.garbage import GarbageCollector
 from criserver.images.hosts import hosts_for
 from criserver.images.image import FsUsage, Image, ImageUsage, LeftOut, Pruned
 from criserver.images.image_store import ImageStore
+from criserver.images.lookups import Lookups
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.progress import LayerProgress, progress
@@ -80,6 +81,7 @@ class Images:
         self.configure(registries)
         self.pin_matching(pinned)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
+        self._lookups = Lookups()
         self._verifying = False
 
     def configure(self, registries: RegistrySettings) -> None:
@@ -366,7 +368,13 @@ class Images:
         keyring = Keyring(reference, credentials, file)
         async with self._kept(lease):
             async with RegistryClient(
-                reference, hosts, keyring, self._downloads, registries.progress_timeout, self._platform
+                reference,
+                hosts,
+                keyring,
+                self._downloads,
+                registries.progress_timeout,
+                self._platform,
+                self._lookups,
             ) as client:
                 if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
                     return image, False

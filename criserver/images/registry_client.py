@@ -30,6 +30,7 @@ from criserver.images.digests import digest_of, is_digest
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
 from criserver.images.hosts import PULL, RESOLVE, RegistryHost
+from criserver.images.lookups import Lookups
 from criserver.images.manifests import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -74,6 +75,7 @@ class RegistryClient:
         downloads: asyncio.Semaphore,
         patience: float,
         platform: Platform,
+        lookups: Lookups,
     ) -> None:
         self._platform = platform
         self.name = f"image {reference}"
@@ -83,7 +85,7 @@ class RegistryClient:
         self._downloads = downloads
         self._patience = patience
         self._idle = patience / _CONNECTIONS
-        self._transport = Transport()
+        self._transport = Transport(lookups)
         authorizer = Authorizer(keyring, self._fetch_token, f"repository:{reference.path}:pull")
         self._exchange = Exchange(self._transport, authorizer, reference.path)
         self._reached: set[RegistryHost] = set()
