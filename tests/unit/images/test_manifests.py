@@ -512,6 +512,20 @@ def test_choosing_takes_an_image_before_an_artifact() -> None:
     assert choose(alone, AMD64, "i").digest == A, "its manifest says what it is"
 
 
+@pytest.mark.parametrize("variant", ["", "v1"])
+def test_choosing_takes_an_image_that_needs_no_features_of_the_system(variant: str) -> None:
+    """As of an index with a second image for the same platform, whose layers are EROFS file systems."""
+    platform = {"os": "linux", "architecture": "amd64", "variant": variant}
+    erofs = described(OCI_MANIFEST, platform={**platform, "os.features": ["erofs"]})
+    for plain in (platform, {"os": "linux", "architecture": "amd64", "os.features": []}):
+        found = parse(index(erofs, described(OCI_MANIFEST, B, platform=plain)))
+        assert isinstance(found, Index)
+        assert choose(found, AMD64, "i").digest == B
+    alone = parse(index(erofs))
+    assert isinstance(alone, Index)
+    assert choose(alone, AMD64, "i").digest == A
+
+
 def test_choosing_where_nothing_fits() -> None:
     index = Index((entry("linux/arm64/v8"), entry("linux/s390x"), entry("unknown/unknown")))
     with pytest.raises(NotFoundError, match=r"i has no image for linux/amd64; it has linux/arm64/v8, linux/s390x$"):
