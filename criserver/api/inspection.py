@@ -1,17 +1,22 @@
-"""What the daemon knows of a pod or a container, as JSON documents: `criserver inspect`, and CRI's verbose statuses."""
+"""What the daemon knows of a pod, a container or an image, as JSON documents.
+
+They are for `criserver inspect`, and for CRI's verbose statuses.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from criserver.api import views
-from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.images import Image, Images
 from criserver.oci.spec_namespaces import sandbox_namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import cgroups
@@ -23,6 +28,8 @@ from criserver.runtime.spec_file import read_spec
 from criserver.text import shown
 from snapshotter import mounts
 from snapshotter.threads import in_loose_thread
+
+_T = TypeVar("_T")
 
 
 def sandbox_info(node: Node, sandbox: Sandbox) -> dict[str, Any]:
@@ -93,7 +100,21 @@ async def verbose_info(node: Node, record: Record) -> dict[str, str]:
     return views.info(**await _looked_up(container_info, node, record))
 
 
-async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+async def image_info(images: Images, image: Image) -> dict[str, str]:
+    """The ``info`` of a verbose ImageStatus. Without ``imageSpec`` if the configuration cannot be read or shown."""
+    return await _looked_up(_image, images, image)
+
+
+def _image(images: Images, image: Image) -> dict[str, str]:
+    facts = {"manifest": image.manifest, "chainID": image.chain_id, "config": dataclasses.asdict(image.config)}
+    try:
+        # Tools read labels and the date here, as with containerd and CRI-O.
+        return views.info(**facts, imageSpec=images.configuration(image))
+    except (CriError, OSError, RecursionError):
+        return views.info(**facts)
+
+
+async def _looked_up(look: Callable[..., dict[str, _T]], *arguments: Any) -> dict[str, _T]:
     """What a function that blocks returns. It has a thread of its own.
 
     An operator asks when the disk stands still, and then all threads of the pool may wait for it.

@@ -14,13 +14,13 @@ import importlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from criserver import logs
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
-from criserver.images import references
+from criserver.images import go_json, references
 from criserver.images.archive import open_archive
 from criserver.images.archive_import import load_images
 from criserver.images.archive_names import Naming
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from criserver.images.registry_client import RegistryClient
 
 _log = structlog.get_logger(__name__)
+
+# Bytes of a configuration that is shown. JSON may make an answer of it that is three times as large.
+_MAX_SHOWN = 1 << 20
 
 
 class Images:
@@ -182,6 +185,13 @@ class Images:
     def list(self, filter: str | None = None) -> list[Image]:  # noqa: A002 - CRI's own word
         """See :meth:`ImageStore.list`."""
         return self._images.list(filter)
+
+    def configuration(self, image: Image) -> dict[str, Any]:
+        """The document of the image's configuration, with all its fields. Blocks.
+
+        Raises NotFoundError, DataLossError, OSError, and ResourceExhaustedError for a document that is large.
+        """
+        return go_json.parse(self._content.read(image.id, _MAX_SHOWN), f"configuration {image.id}")
 
     async def checked(self, image: Image) -> None:
         """Check what an unclean boot may have damaged of an image, and mend it. To be called before the image is used.

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from criserver.api.image_service import ImageService
 from criserver.errors import (
     CriError,
     FailedPreconditionError,
@@ -28,6 +29,8 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.images import ContentStore, Platform
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.stats import DiskUsage
 from criserver.store import Change
 from snapshotter import LayerLimits
 from tests.support.imagebuilder import (
@@ -253,6 +256,29 @@ async def test_getting(rooms: Rooms, registry: Registry) -> None:
         assert rooms.images.get(ref) is None, ref
     assert rooms.images.list(f"{registry.address}/go") == []
     assert rooms.images.list("Bad Name") == []
+
+
+async def test_a_verbose_status_has_the_configuration(rooms: Rooms, tmp_path: Path) -> None:
+    built, path = two_layers(), str(tmp_path / "image.tar")
+    write_archive(built, path, "verbose:1")
+    (image,) = await rooms.images.import_archive(path)
+    service = ImageService(rooms.images, "", lambda: DiskUsage(0, 0, 0))
+
+    async def info() -> dict[str, Any]:
+        spec = cri.ImageSpec(image=image.id)
+        assert not (await service.image_status(cri.ImageStatusRequest(image=spec))).info
+        status = await service.image_status(cri.ImageStatusRequest(image=spec, verbose=True))
+        found: dict[str, Any] = json.loads(status.info["info"])
+        return found
+
+    found = await info()
+    assert found.pop("imageSpec") == json.loads(built.blobs[built.id])
+    assert found["chainID"] == image.chain_id
+    assert found["config"]["cmd"] == ["sh"]
+    Path(rooms.content.path(image.id)).write_bytes(b"{}")
+    assert await info() == found
+    os.unlink(rooms.content.path(image.id))
+    assert await info() == found
 
 
 async def test_an_ambiguous_id(rooms: Rooms, registry: Registry) -> None:

@@ -136,7 +136,7 @@ def test_invalid_manifests(document: dict[str, object] | list[object], where: st
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}"]
+    "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}", b'{"a": NaN}']
 )
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="manifest m is not valid JSON"):
