@@ -1,4 +1,4 @@
-"""Waiting for tasks: one that goes on when its caller is cancelled, and two at once."""
+"""Waiting for tasks: those that go on when their callers are cancelled, and two at once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ async def outlive(work: asyncio.Future[_T]) -> _T:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         work.add_done_callback(_unheard)
+        raise
+
+
+async def to_the_end(work: asyncio.Future[_T]) -> _T:
+    """As :func:`outlive`, and a cancelled caller waits for the end of the work before it raises."""
+    try:
+        return await outlive(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
         raise
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from snapshotter.errors import no_thread
-from snapshotter.tasks import outlive
+from snapshotter.tasks import to_the_end
 
 _T = TypeVar("_T")
 
@@ -58,9 +58,4 @@ async def in_loose_thread(function: Callable[[], _T], name: str) -> _T:
 
 async def in_thread(function: Callable[..., _T], *arguments: Any, executor: Executor | None = None) -> _T:
     """Run in a thread. A cancelled caller waits for its end, so that no file is closed while the thread uses it."""
-    work = asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
-    try:
-        return await outlive(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
+    return await to_the_end(asyncio.get_running_loop().run_in_executor(executor, function, *arguments))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 
 from criserver.api import views
+from criserver.api.inspection import image_info
 from criserver.api.lists import make_each
 from criserver.errors import InvalidArgumentError
 from criserver.images import Credentials, Images
@@ -39,10 +39,7 @@ class ImageService:
         image = self._images.get(_image_name(request.image))
         if image is None:
             return cri.ImageStatusResponse()
-        info = {}
-        if request.verbose:
-            config = dataclasses.asdict(image.config)
-            info = views.info(manifest=image.manifest, chainID=image.chain_id, config=config)
+        info = await image_info(self._images, image) if request.verbose else {}
         return cri.ImageStatusResponse(image=views.image(image), info=info)
 
     async def pull_image(self, request: cri.PullImageRequest) -> cri.PullImageResponse:

@@ -1,7 +1,11 @@
-"""What the daemon knows of a pod or a container, as JSON documents: `criserver inspect`, and CRI's verbose statuses."""
+"""What the daemon knows of a pod, a container or an image, as JSON documents.
+
+They are for `criserver inspect`, and for CRI's verbose statuses.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +14,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from criserver.api import views
-from criserver.errors import DataLossError, InvalidArgumentError, NotFoundError
+from criserver.errors import CriError, DataLossError, InvalidArgumentError, NotFoundError
+from criserver.images import Image, Images
 from criserver.network.namespaces import pin_behind
 from criserver.oci.spec_namespaces import sandbox_namespaces
 from criserver.pb.runtime.v1 import api_pb2 as cri
@@ -91,6 +96,23 @@ async def verbose_info(node: Node, record: Record) -> dict[str, str]:
     if isinstance(record, Sandbox):
         return {"info": await _looked_up(sandbox_info, node, record)}
     return {"info": await _looked_up(container_info, node, record)}
+
+
+async def image_info(images: Images, image: Image) -> dict[str, str]:
+    """The ``info`` of a verbose ImageStatus. Without ``imageSpec`` if the configuration cannot be read or shown."""
+    try:
+        return {"info": await _looked_up(_image_with_spec, images, image)}
+    except (CriError, OSError, RecursionError):
+        return {"info": await _looked_up(_image, image)}
+
+
+def _image_with_spec(images: Images, image: Image) -> dict[str, Any]:
+    # Tools read labels and the date there, as with containerd and CRI-O.
+    return {**_image(image), "imageSpec": images.configuration(image)}
+
+
+def _image(image: Image) -> dict[str, Any]:
+    return {"manifest": image.manifest, "chainID": image.chain_id, "config": dataclasses.asdict(image.config)}
 
 
 async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> str:

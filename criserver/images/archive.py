@@ -87,7 +87,14 @@ class Archive:
             return self._manifests[descriptor.digest]
         return await in_thread(self._read_manifest, descriptor.digest)
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
+    async def blob(
+        self,
+        descriptor: Descriptor,
+        content: ContentStore,
+        watcher: Watcher | None = None,
+        *,
+        at_once: bool = False,  # noqa: ARG002 - the protocol's
+    ) -> None:
         """Bring a blob into ``content``. Raises NotFoundError, DataLossError, ResourceExhaustedError."""
         name = self._place(descriptor.digest)
         member = self._member(name)

@@ -31,7 +31,7 @@ Schema = Mapping[str, Any]
 def parse(body: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``body``; ``what`` names it in errors. Raises InvalidArgumentError."""
     try:
-        document = json.loads(body.decode(errors="replace"), object_pairs_hook=_unique)
+        document = json.loads(body.decode(errors="replace"), object_pairs_hook=_unique, parse_constant=_no_number)
         if b"\\u" in body:
             # An escaped lone surrogate is valid JSON, but no valid text for gRPC.
             json.dumps(document, ensure_ascii=False).encode()
@@ -48,6 +48,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise ValueError(f"an object has {shown(name)} twice")
     return found
+
+
+def _no_number(text: str) -> None:
+    """Refuse NaN and infinities, which Python takes for numbers and JSON does not have."""
+    raise ValueError(f"{text} is no number")
 
 
 def folded(name: str) -> str:

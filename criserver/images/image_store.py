@@ -36,7 +36,7 @@ from criserver.images.name_patterns import NamePatterns
 from criserver.images.suspects import Suspects
 from criserver.store import Change, Store
 from snapshotter import Snapshotter
-from snapshotter.tasks import outlive
+from snapshotter.tasks import to_the_end
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
@@ -255,13 +255,16 @@ class ImageStore:
         await self._write(partial(self._forget, gone), *self._deletion(gone))
 
     async def _write(self, change: Callable[[], _T], *records: Change) -> _T:
-        """Write records, and then make the same change in memory: also where the caller is cancelled meanwhile."""
+        """Write records, and then make the same change in memory: also where the caller is cancelled meanwhile.
+
+        A cancelled caller waits for the change in memory. Until then its lease keeps the content of a new image.
+        """
 
         async def write() -> _T:
             await self._store.write(*records)
             return change()
 
-        return await outlive(asyncio.ensure_future(write()))
+        return await to_the_end(asyncio.ensure_future(write()))
 
     def _deletion(self, image_ids: set[str]) -> tuple[Change, ...]:
         names = [name for name, image_id in self._names.items() if image_id in image_ids]

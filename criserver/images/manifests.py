@@ -74,9 +74,9 @@ class OtherPlatformError(NotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A blob by type, digest and size in bytes; ``platform`` and ``artifact_type`` are only in the entries of an index.
+    """A blob by type, digest and size in bytes. The types are in lower case.
 
-    The types are in lower case.
+    ``platform``, ``artifact_type`` and ``os_features`` are only in the entries of an index.
     """
 
     media_type: str
@@ -85,6 +85,7 @@ class Descriptor:
     platform: Platform | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     artifact_type: str = ""
+    os_features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,17 +248,20 @@ def chain_ids(diff_ids: Sequence[str]) -> tuple[str, ...]:
 def choose(index: Index, platform: Platform, what: str) -> Descriptor:
     """The manifest for ``platform``: the newest variant that it can run, and the first of equals.
 
-    An entry without a platform comes after those with one; its caller checks the configuration's platform. An artifact
-    comes after all images, as it may be for a platform too. Raises OtherPlatformError with the platforms that there
-    are, InvalidArgumentError if the digest of the chosen one is none.
+    1. An entry without a platform comes after those with one. The caller checks the configuration's platform.
+    2. An entry that needs features of the operating system, such as erofs, comes after all that need none.
+    3. An artifact comes after all images, as it may be for a platform too.
+
+    Raises OtherPlatformError with the platforms that there are, InvalidArgumentError if the digest of the chosen one
+    is none.
     """
     best: Descriptor | None = None
-    best_rank = (False, -1)
+    best_rank = (False, False, -1)
     for entry in index.manifests:
         if entry.media_type not in MANIFEST_TYPES + INDEX_TYPES or is_attestation(entry):
             continue
         suits = 0 if entry.platform is None else rank(entry.platform, platform)
-        found = (entry.artifact_type in _CONFIGS, suits)
+        found = (entry.artifact_type in _CONFIGS, not entry.os_features, suits)
         if suits >= 0 and found > best_rank:
             best, best_rank = entry, found
     if best is None:
@@ -300,6 +304,7 @@ def _descriptor(entry: Mapping[str, Any]) -> Descriptor:
         _platform(entry["platform"]) if "platform" in entry else None,
         entry.get("annotations", {}),
         _media_type(entry.get("artifactType")),
+        tuple(entry.get("platform", {}).get("os.features", ())),
     )
 
 

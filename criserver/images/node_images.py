@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from criserver import logs
 from criserver.errors import CriError, FailedPreconditionError, NotFoundError
-from criserver.images import references
+from criserver.images import go_json, references
 from criserver.images.archive import open_archive
 from criserver.images.archive_import import load_images
 from criserver.images.archive_names import Naming
@@ -31,6 +31,7 @@ from criserver.images.garbage import GarbageCollector
 from criserver.images.hosts import hosts_for
 from criserver.images.image import FsUsage, Image, ImageUsage, LeftOut, Pruned
 from criserver.images.image_store import ImageStore
+from criserver.images.lookups import Lookups
 from criserver.images.platforms import Platform
 from criserver.images.policy import AcceptAll, ImagePolicy
 from criserver.images.progress import LayerProgress, progress
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from criserver.images.registry_client import RegistryClient
 
 _log = structlog.get_logger(__name__)
+
+# Bytes of a configuration that is shown. JSON may make an answer of it that is three times as large.
+_MAX_SHOWN = 1 << 20
 
 
 class Images:
@@ -80,6 +84,7 @@ class Images:
         self.configure(registries)
         self.pin_matching(pinned)
         self._pulls: SharedTasks[tuple[str, Credentials | None], Lease, Image] = SharedTasks()
+        self._lookups = Lookups()
         self._verifying = False
 
     def configure(self, registries: RegistrySettings) -> None:
@@ -181,6 +186,13 @@ class Images:
         """See :meth:`ImageStore.list`."""
         return self._images.list(filter)
 
+    def configuration(self, image: Image) -> dict[str, Any]:
+        """The document of the image's configuration, with all its fields. Blocks.
+
+        Raises NotFoundError, DataLossError, OSError, and ResourceExhaustedError for a document that is large.
+        """
+        return go_json.parse(self._content.read(image.id, _MAX_SHOWN), f"configuration {image.id}")
+
     async def checked(self, image: Image) -> None:
         """Check what an unclean boot may have damaged of an image, and mend it. To be called before the image is used.
 
@@ -239,9 +251,8 @@ class Images:
         image = self._images.get(ref)
         if image is None:
             return
-        await self._images.drop([image.id])
+        await self._drop([image.id])
         _log.info("image removed", image=image.id, names=[*image.repo_tags, *image.repo_digests])
-        await self.collect()
 
     async def prune(self, *, unused: bool = False, used: Collection[str] = ()) -> Pruned:
         """Delete garbage; with ``unused`` also images that have no snapshot and are not pinned.
@@ -249,8 +260,7 @@ class Images:
         ``used`` are the IDs of images that are kept although they may have no snapshot yet.
         """
         gone = self.unused(used) if unused else ()
-        await self._images.drop([image.id for image in gone])
-        freed = await self.collect()
+        freed = await self._drop([image.id for image in gone])
         _log.info("images pruned", images=[image.id for image in gone], bytes=freed.bytes)
         return Pruned(gone, freed)
 
@@ -324,8 +334,15 @@ class Images:
         if broken := self._images.missing(self._suspects.damaged - self._garbage.leased()):
             for image_id, what in broken.items():
                 _log.warning("image dropped, pull it again", image=image_id, error=f"{what} was damaged")
-            await self._images.drop(broken)
-            await self.collect()
+            await self._drop(broken)
+
+    async def _drop(self, image_ids: Iterable[str]) -> FsUsage:
+        """Delete records of images, then garbage. Returns what was freed. It is all done if the caller is cancelled."""
+        try:
+            await self._images.drop(image_ids)
+        finally:
+            freed = await self.collect()
+        return freed
 
     async def _is_sound(self, image: Image) -> bool:
         """Whether an image can be used; see :meth:`checked`."""
@@ -361,7 +378,13 @@ class Images:
         keyring = Keyring(reference, credentials, file)
         async with self._kept(lease):
             async with RegistryClient(
-                reference, hosts, keyring, self._downloads, registries.progress_timeout, self._platform
+                reference,
+                hosts,
+                keyring,
+                self._downloads,
+                registries.progress_timeout,
+                self._platform,
+                self._lookups,
             ) as client:
                 if (image := await self._unchanged(client, reference)) and await self._is_sound(image):
                     return image, False

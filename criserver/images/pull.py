@@ -75,8 +75,18 @@ class BlobSource(Protocol):
     async def manifest(self, descriptor: Descriptor) -> bytes:
         """The body of a manifest or index, checked against its digest."""
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
-        """Bring a blob into ``content``, checked against its size and digest; ``watcher`` is told how it grows."""
+    async def blob(
+        self,
+        descriptor: Descriptor,
+        content: ContentStore,
+        watcher: Watcher | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Bring a blob into ``content``, checked against its size and digest; ``watcher`` is told how it grows.
+
+        A small blob that a load needs ``at_once`` does not wait for the downloads of others.
+        """
 
 
 class NoSource:
@@ -95,6 +105,8 @@ class NoSource:
         descriptor: Descriptor,
         content: ContentStore,  # noqa: ARG002 - the protocol's
         watcher: Watcher | None = None,  # noqa: ARG002 - the protocol's
+        *,
+        at_once: bool = False,  # noqa: ARG002 - the protocol's
     ) -> None:
         raise DataLossError(f"{self.name}: blob {descriptor.digest} was lost or damaged")
 
@@ -187,7 +199,7 @@ class Loader:
         what = f"{source.name}: configuration {manifest.config.digest}"
         if manifest.config.size > MAX_CONFIG:
             raise InvalidArgumentError(f"{what} has {manifest.config.size} bytes; {MAX_CONFIG} are the most allowed")
-        await self._fetch(source, manifest.config)
+        await self._fetch(source, manifest.config, at_once=True)
         return parse_config(self._content.read(manifest.config.digest, MAX_CONFIG), what)
 
     async def _layer(
@@ -238,7 +250,9 @@ class Loader:
         async with slots:
             await self._fetch(source, blob)
 
-    async def _fetch(self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None) -> None:
+    async def _fetch(
+        self, source: BlobSource, descriptor: Descriptor, watcher: Watcher | None = None, *, at_once: bool = False
+    ) -> None:
         async with self._alone(source.origin, descriptor.digest):
             await self._suspects.check_blob(descriptor.digest)
             if self._content.size(descriptor.digest) is None:
@@ -246,7 +260,7 @@ class Loader:
                     await self._content.put(EMPTY_TAR)
                 else:
                     with operations.DOWNLOAD.timed(descriptor.digest):
-                        await source.blob(descriptor, self._content, watcher)
+                        await source.blob(descriptor, self._content, watcher, at_once=at_once)
         if self._content.size(descriptor.digest) != descriptor.size:
             raise DataLossError(
                 f"{source.name}: the manifest gives blob {descriptor.digest} {descriptor.size} bytes; it has "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -30,6 +31,7 @@ from criserver.images.digests import digest_of, is_digest
 from criserver.images.download import Download
 from criserver.images.exchange import Exchange
 from criserver.images.hosts import PULL, RESOLVE, RegistryHost
+from criserver.images.lookups import Lookups
 from criserver.images.manifests import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -62,8 +64,8 @@ class RegistryClient:
     2. If none has it, the error has the class of the last host's error, which is the registry itself: only that knows
        whether there is such an image. Its text has the errors of all hosts. The answers come before the hosts that
        cannot be connected to, and those of the registry before those of mirrors.
-    3. ``downloads`` bounds how many blobs are fetched at the same time. ``patience`` is the longest time without
-       progress, in seconds.
+    3. ``downloads`` bounds how many blobs are fetched at the same time, besides configurations. ``patience`` is the
+       longest time without progress, in seconds.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class RegistryClient:
         downloads: asyncio.Semaphore,
         patience: float,
         platform: Platform,
+        lookups: Lookups,
     ) -> None:
         self._platform = platform
         self.name = f"image {reference}"
@@ -83,7 +86,7 @@ class RegistryClient:
         self._downloads = downloads
         self._patience = patience
         self._idle = patience / _CONNECTIONS
-        self._transport = Transport()
+        self._transport = Transport(lookups)
         authorizer = Authorizer(keyring, self._fetch_token, f"repository:{reference.path}:pull")
         self._exchange = Exchange(self._transport, authorizer, reference.path)
         self._reached: set[RegistryHost] = set()
@@ -155,18 +158,28 @@ class RegistryClient:
 
         return (await self._from_any({PULL}, attempt))[1]
 
-    async def blob(self, descriptor: Descriptor, content: ContentStore, watcher: Watcher | None = None) -> None:
+    async def blob(
+        self,
+        descriptor: Descriptor,
+        content: ContentStore,
+        watcher: Watcher | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
         """Bring a blob of the repository into ``content``, checked against its size and digest.
+
+        A blob that is needed ``at_once`` is not one of those that ``downloads`` bounds.
 
         Raises as :meth:`resolve`, and ResourceExhaustedError if the disk is full.
         """
         retries = Retries(self._patience)
+        slot = nullcontext() if at_once else self._downloads
         async with content.ingest(descriptor.digest, watcher) as ingest:
             download = Download(self._exchange, descriptor, ingest, self._idle)
 
             async def attempt(host: RegistryHost) -> None:
                 queued = time.monotonic()
-                async with self._downloads:
+                async with slot:
                     retries.forgive(time.monotonic() - queued)
                     try:
                         await download.attempt(host)

@@ -18,6 +18,7 @@ from python_socks import ProxyConnectionError, ProxyError, ProxyType
 from python_socks.async_.asyncio import Proxy
 
 from criserver.images.lenient_http import LenientConnector
+from criserver.images.lookups import Lookups
 
 _PORT = 1080
 
@@ -29,8 +30,9 @@ class SocksConnector(LenientConnector):
     errors that aiohttp has for its own connections.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, lookups: Lookups) -> None:
         super().__init__(resolver=_Unresolved())
+        self._lookups = lookups
         parts = urlsplit(url)
         self._address = (str(parts.hostname), parts.port or _PORT)
         self._user, self._password = (unquote(text) if text else None for text in (parts.username, parts.password))
@@ -57,7 +59,7 @@ class SocksConnector(LenientConnector):
     async def _tunnel(self, host: str, port: int) -> socket.socket:
         """A connection to a host, by the first of the proxy's addresses that can be connected to."""
         # python-socks alone tries one address. Its own limit of a minute is off, as the caller has one.
-        found = await self._loop.getaddrinfo(*self._address, type=socket.SOCK_STREAM)
+        found = await self._lookups.addresses(*self._address)
         addresses = [str(address[0]) for *_, address in found]
         while True:
             proxy = Proxy(ProxyType.SOCKS5, addresses.pop(0), self._address[1], self._user, self._password, rdns=True)

@@ -11,9 +11,10 @@ import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 import criserver
@@ -21,12 +22,14 @@ from criserver.errors import InvalidArgumentError, UnavailableError
 from criserver.images.content_codings import coding_of, decoded
 from criserver.images.hosts import RegistryHost
 from criserver.images.lenient_http import MAX_HEAD, MAX_HEADERS, LenientConnector
+from criserver.images.lookups import Lookups
 from criserver.images.proxies import SOCKS, Proxies
 from criserver.images.retries import TryAgainError
 from criserver.images.tls import context_for
 
 _READ_BUFFER = 1 << 20
 _MAX_REASON = 200
+_NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 # OpenSSL's errors for a server that answers TLS with plain text; the second is since version 3.2.
 _PLAIN_TEXT = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"})
 
@@ -46,7 +49,8 @@ class SilentError(TryAgainError):
 class Transport:
     """The connections of one pull. An async context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, lookups: Lookups) -> None:
+        self._lookups = lookups
         self._contexts: dict[tuple[RegistryHost, bool], ssl.SSLContext] = {}
         self._proxies = Proxies(os.environ)
 
@@ -135,12 +139,19 @@ class Transport:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": f"criserver/{criserver.__version__}", "Accept-Encoding": "identity"},
                 read_bufsize=_READ_BUFFER,
-                connector=_socks_connector(socks) if socks else LenientConnector(),
+                connector=self._connector(socks),
                 max_line_size=MAX_HEAD,
                 max_field_size=MAX_HEAD,
                 max_headers=MAX_HEADERS,
             )
         return self._sessions[socks]
+
+    def _connector(self, socks: str) -> aiohttp.BaseConnector:
+        if not socks:
+            return LenientConnector(resolver=_NodesResolver(self._lookups))
+        from criserver.images.socks import SocksConnector
+
+        return SocksConnector(socks, self._lookups)
 
     def _context(self, host: RegistryHost, identified: bool) -> ssl.SSLContext:
         if (host, identified) not in self._contexts:
@@ -148,10 +159,28 @@ class Transport:
         return self._contexts[host, identified]
 
 
-def _socks_connector(url: str) -> aiohttp.BaseConnector:
-    from criserver.images.socks import SocksConnector
+class _NodesResolver(AbstractResolver):
+    """Resolves names as aiohttp's own resolver does, by the node's lookups."""
 
-    return SocksConnector(url)
+    def __init__(self, lookups: Lookups) -> None:
+        self._lookups = lookups
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._lookups.addresses(host, port, family, socket.AI_ADDRCONFIG)
+        return [
+            ResolveResult(hostname=host, host=_numeric(address), port=port, family=kind, proto=protocol, flags=_NUMERIC)
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """The lookups are not the session's own."""
+
+
+def _numeric(address: tuple[Any, ...]) -> str:
+    """The host of a socket address. A link-local one has its interface's name, without which it leads nowhere."""
+    return socket.getnameinfo(address, _NUMERIC)[0]
 
 
 async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:

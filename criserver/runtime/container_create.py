@@ -11,6 +11,7 @@ import secrets
 import signal
 import stat
 import time
+from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ import structlog
 
 from criserver import logs
 from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from criserver.images import Image, host_platform
+from criserver.images import Image, host_platform, references
 from criserver.images.digests import begins_with
 from criserver.model import ContainerConfig, NamespaceMode, User
 from criserver.numbers import decimal
@@ -90,13 +91,14 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     filter_ = await _seccomp(config)
     edits = await _device_edits(node, sandbox, config) + await node_defaults.hooks(node, sandbox, config, command)
     of_node = await node_defaults.spec_defaults(node, node.handler(sandbox.runtime))
+    sent = _with_names_of_images(node, image, sent)
     container = Container(
         id=secrets.token_hex(32),
         sandbox_id=sandbox.id,
         config=config,
-        sent=_with_names_of_images(node, image, sent),
+        sent=sent,
         image_id=image.id,
-        image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+        image_ref=_image_ref(image, sent),
         state=ContainerState.CREATING,
         created_at=time.time_ns(),
         log_path=config.log_path,
@@ -225,6 +227,20 @@ async def _prepare(
     with operations.BUNDLE.timed():
         # In a thread, as an image may have megabytes of accounts and of environment variables.
         return await asyncio.to_thread(write)
+
+
+def _image_ref(image: Image, sent: bytes) -> str:
+    """The image's name with a digest: the one that the pod names, or one in the repository that it names, or any.
+
+    An image without such a name has its ID in place of it.
+    """
+    asked = cri.ContainerConfig.FromString(sent).image
+    names = image.repo_digests
+    with suppress(InvalidArgumentError):  # the kubelet names an image by its ID beside the name that the pod has
+        reference = references.parse(asked.user_specified_image or asked.image)
+        of_repository = [name for name in names if name.startswith(f"{reference.name}@")]
+        names = (*(name for name in of_repository if name == str(reference)), *of_repository, *names)
+    return names[0] if names else image.id
 
 
 def _with_names_of_images(node: Node, image: Image, sent: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def test_the_way_of_an_image(node: Node, registry: Registry) -> None:
         assert status.image.id == image_id
         assert status.image.uid.value == 1000
         assert list(status.image.repo_tags) == [name]
-        assert "chainID" in status.info["info"]
+        info = json.loads(status.info["info"])
+        assert info["chainID"]
+        assert info["imageSpec"]["config"]["Labels"] == {"way": "whole"}
     assert image_id in {i.id for i in node.client.ListImages().images}
     assert [i.id for i in node.client.ListImages(filter=cri.ImageFilter(image=spec(name))).images] == [image_id]
     after = node.client.ImageFsInfo().image_filesystems[0]

@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
+from criserver.api.image_service import ImageService
 from criserver.errors import (
     CriError,
     FailedPreconditionError,
@@ -28,6 +29,8 @@ from criserver.errors import (
     ResourceExhaustedError,
 )
 from criserver.images import ContentStore, Platform
+from criserver.pb.runtime.v1 import api_pb2 as cri
+from criserver.stats import DiskUsage
 from criserver.store import Change
 from snapshotter import LayerLimits
 from tests.support.imagebuilder import (
@@ -49,7 +52,6 @@ from tests.support.imagebuilder import (
 )
 from tests.support.registry import Registry, registry
 from tests.support.rooms import Rooms
-from tests.support.waiting import until
 
 __all__ = ["registry"]
 
@@ -256,6 +258,29 @@ async def test_getting(rooms: Rooms, registry: Registry) -> None:
     assert rooms.images.list("Bad Name") == []
 
 
+async def test_a_verbose_status_has_the_configuration(rooms: Rooms, tmp_path: Path) -> None:
+    built, path = two_layers(), str(tmp_path / "image.tar")
+    write_archive(built, path, "verbose:1")
+    (image,) = await rooms.images.import_archive(path)
+    service = ImageService(rooms.images, "", lambda: DiskUsage(0, 0, 0))
+
+    async def info() -> dict[str, Any]:
+        spec = cri.ImageSpec(image=image.id)
+        assert not (await service.image_status(cri.ImageStatusRequest(image=spec))).info
+        status = await service.image_status(cri.ImageStatusRequest(image=spec, verbose=True))
+        found: dict[str, Any] = json.loads(status.info["info"])
+        return found
+
+    found = await info()
+    assert found.pop("imageSpec") == json.loads(built.blobs[built.id])
+    assert found["chainID"] == image.chain_id
+    assert found["config"]["cmd"] == ["sh"]
+    Path(rooms.content.path(image.id)).write_bytes(b"{}")
+    assert await info() == found
+    os.unlink(rooms.content.path(image.id))
+    assert await info() == found
+
+
 async def test_an_ambiguous_id(rooms: Rooms, registry: Registry) -> None:
     built = [build_image([{"n": b"%d" % n}]) for n in range(20)]
     for number, image in enumerate(built):
@@ -338,26 +363,53 @@ async def test_a_blob_that_the_disk_cannot_read_costs_its_image_alone(
     again.close()
 
 
-async def test_a_removal_whose_caller_goes_away_is_done_in_memory_too(
+class SlowWrites:
+    """Writes of the database that wait for ``gate``. ``begun`` says that one waits."""
+
+    def __init__(self, rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate, self.begun, self._write = asyncio.Event(), asyncio.Event(), rooms.store.write
+        monkeypatch.setattr(rooms.store, "write", self._slow)
+
+    async def _slow(self, *changes: Change) -> None:
+        self.begun.set()
+        await self.gate.wait()
+        await self._write(*changes)
+
+    async def cancelled_meanwhile(self, call: Coroutine[Any, Any, object]) -> None:
+        """Make a call whose caller goes away during a write."""
+        task = asyncio.ensure_future(call)
+        await self.begun.wait()
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        self.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_removal_whose_caller_goes_away_is_done_to_its_end(
     rooms: Rooms, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = await rooms.images.pull(registry.push(two_layers(), "gone:1"))
-    gate, begun, write = asyncio.Event(), asyncio.Event(), rooms.store.write
+    await SlowWrites(rooms, monkeypatch).cancelled_meanwhile(rooms.images.remove(image.id))
+    assert rooms.images.list() == []
+    assert rooms.leftovers() == []
 
-    async def slow(*changes: Change) -> None:
-        begun.set()
-        await gate.wait()
-        await write(*changes)
 
-    monkeypatch.setattr(rooms.store, "write", slow)
-    removal = asyncio.ensure_future(rooms.images.remove(image.id))
-    await begun.wait()
-    removal.cancel()
-    gate.set()
-    with contextlib.suppress(asyncio.CancelledError):
-        await removal
-    await until(lambda: rooms.images.list() == [])
-    assert rooms.store.items("images") == []
+@pytest.mark.parametrize("kind", ["pull", "import"])
+async def test_an_image_whose_caller_goes_away_while_it_is_recorded_is_whole(
+    rooms: Rooms, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    built, path = two_layers(), str(tmp_path / "image.tar")
+    name = registry.push(built, "recorded:1")
+    write_archive(built, path, name)
+    work = rooms.images.pull(name) if kind == "pull" else rooms.images.import_archive(path)
+    await SlowWrites(rooms, monkeypatch).cancelled_meanwhile(work)
+    (image,) = rooms.images.list()
+    assert rooms.content.digests() == set(built.blobs)
+    assert rooms.read(image, "etc/text") == b"one"
+    assert rooms.read(image, "etc/os") == b"base"
 
 
 @pytest.mark.parametrize("damage", ["layer", "layer blob", "short blob", "config", "manifest", "record", "garbage"])

@@ -467,11 +467,38 @@ async def test_downloads_are_bounded_over_all_pulls(tmp_path: Path) -> None:
         names = []
         for built in images:
             server = await stack.enter_async_context(Server(built).running())
-            server.answers = {blob: counted(server) for blob in built.blobs if blob != built.digest}
+            server.answers = {layer["digest"]: counted(server) for layer in built.manifest["layers"]}
             rooms.configure(server.address, f'server = "http://{server.address}"')
             names.append(f"{server.address}/app:1")
         await asyncio.gather(*map(rooms.images.pull, names))
     assert most == 2
+    rooms.close()
+
+
+async def test_a_configuration_is_fetched_while_layers_of_other_pulls_wait(
+    server: Server, tmp_path: Path, image: BuiltImage
+) -> None:
+    ended = asyncio.Event()
+
+    async def silent(_: web.Request) -> web.StreamResponse:
+        await ended.wait()
+        return web.Response(status=404)
+
+    rooms = Rooms(str(tmp_path), settings=RegistrySettings(max_downloads=1))
+    rooms.configure(server.address, f'server = "http://{server.address}"')
+    other = build_image([{"large": os.urandom(1000)}])
+    async with Server(other).running() as stuck:
+        stuck.answers = {layer["digest"]: silent for layer in other.manifest["layers"]}
+        rooms.configure(stuck.address, f'server = "http://{stuck.address}"')
+        first = asyncio.create_task(rooms.images.pull(f"{stuck.address}/app:1"))
+        await until(lambda: stuck.asked(other.manifest["layers"][0]["digest"]))
+        second = asyncio.create_task(rooms.images.pull(f"{server.address}/app:1"))
+        await until(lambda: rooms.content.size(image.id) is not None)
+        assert not server.asked(first_layer(image)[0])
+        first.cancel()
+        assert (await asyncio.wait_for(second, 30)).id == image.id
+        await asyncio.wait([first])
+        ended.set()
     rooms.close()
 
 

@@ -18,6 +18,7 @@ from criserver.images import Credentials
 from criserver.images.auth import Authorizer, Keyring
 from criserver.images.credentials import DockerConfig
 from criserver.images.hosts import RegistryHost
+from criserver.images.lookups import Lookups
 from criserver.images.references import parse
 from criserver.images.tokens import Challenge, Token, TokenRequest, fetch_token, parse_challenges, wanted_by
 from criserver.images.transport import Transport
@@ -318,7 +319,7 @@ async def test_an_authorisation_server_that_is_the_registry_gets_one_authorizati
     await site.start()
     host = RegistryHost(f"http://127.0.0.1:{runner.addresses[0][1]}", headers=(("Authorization", "Basic operator"),))
     try:
-        async with Transport() as transport:
+        async with Transport(Lookups()) as transport:
             await fetch_token(transport, host, TokenRequest(URL(f"{host.url}/token"), "s", ("a",)), given)
     finally:
         await runner.cleanup()

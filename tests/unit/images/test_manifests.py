@@ -136,7 +136,7 @@ def test_invalid_manifests(document: dict[str, object] | list[object], where: st
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}"]
+    "body", [b"", b"{", b"\xff{}", b"[" * 100_000, b'{"a": "\\ud800"}', b'{"a": ' + b"1" * 5000 + b"}", b'{"a": NaN}']
 )
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="manifest m is not valid JSON"):
@@ -510,6 +510,20 @@ def test_choosing_takes_an_image_before_an_artifact() -> None:
     alone = parse(index(sbom, described(OCI_MANIFEST, B, platform={"os": "linux", "architecture": "s390x"})))
     assert isinstance(alone, Index)
     assert choose(alone, AMD64, "i").digest == A, "its manifest says what it is"
+
+
+@pytest.mark.parametrize("variant", ["", "v1"])
+def test_choosing_takes_an_image_that_needs_no_features_of_the_system(variant: str) -> None:
+    """As of an index with a second image for the same platform, whose layers are EROFS file systems."""
+    platform = {"os": "linux", "architecture": "amd64", "variant": variant}
+    erofs = described(OCI_MANIFEST, platform={**platform, "os.features": ["erofs"]})
+    for plain in (platform, {"os": "linux", "architecture": "amd64", "os.features": []}):
+        found = parse(index(erofs, described(OCI_MANIFEST, B, platform=plain)))
+        assert isinstance(found, Index)
+        assert choose(found, AMD64, "i").digest == B
+    alone = parse(index(erofs))
+    assert isinstance(alone, Index)
+    assert choose(alone, AMD64, "i").digest == A
 
 
 def test_choosing_where_nothing_fits() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from criserver.images.lookups import Lookups
 from criserver.images.socks import SocksConnector
 
 
@@ -36,7 +37,7 @@ async def port() -> AsyncIterator[int]:
 async def status(url: str, dial_timeout: float) -> int:
     timeout = aiohttp.ClientTimeout(30, connect=dial_timeout, sock_connect=dial_timeout)
     async with (
-        aiohttp.ClientSession(connector=SocksConnector(url)) as session,
+        aiohttp.ClientSession(connector=SocksConnector(url, Lookups())) as session,
         session.get("http://r.example/", timeout=timeout) as response,
     ):
         return response.status
@@ -53,8 +54,8 @@ async def test_a_proxy_of_several_addresses_is_reached_by_the_one_that_answers(
 ) -> None:
     """As localhost is, for a proxy that listens at one of its two addresses."""
 
-    async def found(*_: Any, **__: Any) -> list[Any]:
+    def found(*_: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found)
+    monkeypatch.setattr(socket, "getaddrinfo", found)
     assert await status(f"socks5://proxy.example:{port}", 30) == 200

@@ -9,9 +9,11 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from criserver.errors import CriError, ResourceExhaustedError
+from criserver.images import Image
 from criserver.images.manifests import ImageConfig
 from criserver.oci.cdi import ContainerEdits
 from criserver.oci.spec_inputs import Spec
+from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime import apparmor, container_create, filesystems, sandbox_run
 from criserver.runtime.lifecycle import ContainerState, EventType, SandboxState, events_of
 from criserver.runtime.node_plugins import NodePlugins
@@ -111,3 +113,29 @@ async def test_a_pod_that_cannot_be_undone_is_seen(
         ("q", SandboxState.NOT_READY),
     ]
     assert node.events == [EventType.CREATED, EventType.STOPPED]
+
+
+A, B = (f"sha256:{letter * 64}" for letter in "ab")
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "shown"),
+    [
+        (f"z.example/app:1@{B}", "ID", f"z.example/app@{B}"),
+        ("z.example/app:1", "ID", f"z.example/app@{A}"),
+        ("other.example/app:1", "ID", f"a.example/app@{A}"),
+        ("busybox", "ID", f"docker.io/library/busybox@{A}"),
+        ("", "z.example/app", f"z.example/app@{A}"),
+        ("", "ID", f"a.example/app@{A}"),
+        ("No Name", "ID", f"a.example/app@{A}"),
+    ],
+)
+def test_the_digest_of_an_image_is_shown_under_the_name_that_the_pod_has_for_it(
+    named: str, given: str, shown: str
+) -> None:
+    repositories = (f"a.example/app@{A}", f"docker.io/library/busybox@{A}", f"z.example/app@{A}", f"z.example/app@{B}")
+    image = Image("sha256:" + "1" * 64, (), repositories, 1, ImageConfig(), A, A, False)
+    asked = cri.ImageSpec(image=image.id if given == "ID" else given, user_specified_image=named)
+    assert container_create._image_ref(image, cri.ContainerConfig(image=asked).SerializeToString()) == shown
+    nameless = Image(image.id, (), (), 1, ImageConfig(), A, A, False)
+    assert container_create._image_ref(nameless, cri.ContainerConfig(image=asked).SerializeToString()) == image.id
