@@ -56,6 +56,7 @@ class Calls:
         self.tasks: list[asyncio.Task[Any]] = []
         node: Any = Mock(records=self.records, plugins=plugins, processes={}, container_dir=lambda _: str(directory))
         node.config.nri.default_validator = {"enable": False}
+        node.config.netns_dir = str(directory / "netns")
         node.namespaces_dir = node.sandbox_files_dir = node.sandbox_dir = lambda _: str(directory)
         node.background = lambda work, _what: self.tasks.append(asyncio.create_task(work))
         self.events = PluginCalls(node)
