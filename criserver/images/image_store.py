@@ -74,6 +74,8 @@ class ImageStore:
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
         self._pinned_names = NamePatterns(())
+        # A change is made from what the change before it has left in memory.
+        self._writing = asyncio.Lock()
         self._load()
 
     def get(self, ref_or_id: str) -> Image | None:
@@ -117,21 +119,21 @@ class ImageStore:
         Raises NotFoundError, InvalidArgumentError, and FailedPreconditionError if the configuration pins an image that
         is to be unpinned.
         """
-        image = self.wanted(ref)
-        if not pinned and (name := self._pinned_names.match((*image.repo_tags, *image.repo_digests))):
-            raise FailedPreconditionError(
-                f"image {image.id} is pinned by the configuration: a pattern of images.pinned matches {name}; "
-                "change the pattern"
-            )
-        record = json.loads(self._store.get(_IMAGES, image.id) or b"{}")
+        async with self._writing:
+            image = self.wanted(ref)
+            if not pinned and (name := self._pinned_names.match((*image.repo_tags, *image.repo_digests))):
+                raise FailedPreconditionError(
+                    f"image {image.id} is pinned by the configuration: a pattern of images.pinned matches {name}; "
+                    "change the pattern"
+                )
+            entry = replace(self._entries[image.id], pinned=pinned)
 
-        def change() -> Image:
-            self._entries[image.id] = replace(self._entries[image.id], pinned=pinned)
-            self._name([image.id])
-            return self._entries[image.id].image
+            def change() -> Image:
+                self._entries[image.id] = entry
+                self._name([image.id])
+                return self._entries[image.id].image
 
-        value = json.dumps({**record, "pinned": pinned}).encode()
-        changed = await self._write(change, Change(_IMAGES, image.id, value))
+            changed = await self._write(change, Change(_IMAGES, image.id, _record(entry)))
         _log.info("image pinned" if pinned else "image no longer pinned", image=image.id)
         return changed
 
@@ -226,33 +228,31 @@ class ImageStore:
 
     async def record(self, manifest: Descriptor, names: Iterable[str], *, pinned: bool) -> Image:
         """Record a loaded image under ``names``. Other images lose these names."""
-        entry = self._read(manifest, pinned=pinned)
-        old = self._entries.get(entry.image.id)
-        if old is not None and old.pinned:
-            entry = replace(entry, pinned=True)
-        record = {
-            "manifest": {"mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size},
-            "pinned": entry.pinned,
-        }
-        names = tuple(names)
+        async with self._writing:
+            entry = self._read(manifest, pinned=pinned)
+            old = self._entries.get(entry.image.id)
+            if old is not None and old.pinned:
+                entry = replace(entry, pinned=True)
+            names = tuple(names)
 
-        def change() -> Image:
-            changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
-            self._entries[entry.image.id] = entry
-            self._names.update(dict.fromkeys(names, entry.image.id))
-            self._name(changed)
-            return self._entries[entry.image.id].image
+            def change() -> Image:
+                changed = {entry.image.id, *(self._names[name] for name in names if name in self._names)}
+                self._entries[entry.image.id] = entry
+                self._names.update(dict.fromkeys(names, entry.image.id))
+                self._name(changed)
+                return self._entries[entry.image.id].image
 
-        return await self._write(
-            change,
-            Change(_IMAGES, entry.image.id, json.dumps(record).encode()),
-            *(Change(_NAMES, name, entry.image.id.encode()) for name in names),
-        )
+            return await self._write(
+                change,
+                Change(_IMAGES, entry.image.id, _record(entry)),
+                *(Change(_NAMES, name, entry.image.id.encode()) for name in names),
+            )
 
     async def drop(self, image_ids: Iterable[str]) -> None:
         """Delete the records of images, and their names."""
         gone = set(image_ids)
-        await self._write(partial(self._forget, gone), *self._deletion(gone))
+        async with self._writing:
+            await self._write(partial(self._forget, gone), *self._deletion(gone))
 
     async def _write(self, change: Callable[[], _T], *records: Change) -> _T:
         """Write records, and then make the same change in memory: also where the caller is cancelled meanwhile.
@@ -363,3 +363,9 @@ class ImageStore:
         if not isinstance(manifest, Manifest):
             raise DataLossError(f"{what} is an index")
         return manifest
+
+
+def _record(entry: _Entry) -> bytes:
+    manifest = entry.manifest
+    described = {"mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size}
+    return json.dumps({"manifest": described, "pinned": entry.pinned}).encode()

@@ -397,6 +397,22 @@ async def test_a_removal_whose_caller_goes_away_is_done_to_its_end(
     assert rooms.leftovers() == []
 
 
+async def test_an_image_that_is_pinned_while_it_is_removed_is_gone(
+    rooms: Rooms, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = await rooms.images.pull(registry.push(two_layers(), "pinned:1"))
+    writes = SlowWrites(rooms, monkeypatch)
+    removal = asyncio.create_task(rooms.images.remove(image.id))
+    await writes.begun.wait()
+    pinning = asyncio.create_task(rooms.images.pin(image.id, pinned=True))
+    await asyncio.sleep(0.01)
+    writes.gate.set()
+    await removal
+    with pytest.raises(NotFoundError):
+        await pinning
+    assert rooms.leftovers() == []
+
+
 @pytest.mark.parametrize("kind", ["pull", "import"])
 async def test_an_image_whose_caller_goes_away_while_it_is_recorded_is_whole(
     rooms: Rooms, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
