@@ -242,7 +242,7 @@ class TaskExecs:
             self._loop.cancel(timer)
             then(execution, error)
 
-        self._link().call(method, request, answered)
+        self._link().call(method, request, answered, asked=_EXEC_LIMIT)
 
     def _created(self, execution: _TaskExec, error: RequestError | None) -> None:
         if error is not None:

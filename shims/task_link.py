@@ -47,15 +47,18 @@ class TaskLink:
         self.closed = False
         loop.watch(self._sock.fileno(), select.EPOLLIN, self._event)
 
-    def call(self, method: str, message: bytes, done: Done, limit: float = 0, *, vital: bool = False) -> None:
+    def call(
+        self, method: str, message: bytes, done: Done, limit: float = 0, *, asked: float = 0, vital: bool = False
+    ) -> None:
         """Send a request. One that is not answered within `limit` seconds fails, and a later answer is ignored.
 
-        A shim that does not answer a `vital` request is stuck: the connection closes, and all calls fail.
+        The runtime's shim is told the limit, or the `asked` seconds, after which it is to give up. A shim that does not
+        answer a `vital` request is stuck: the connection closes, and all calls fail.
         """
         if self.closed:
             done(b"", RequestError("the runtime's shim has ended"))
             return
-        timeout = number(4, int(limit * 1e9))
+        timeout = number(4, int((limit or asked) * 1e9))
         request = data(1, self._service) + data(2, method) + data(3, message) + timeout + self._namespace
         if len(request) > MAX_MESSAGE:
             done(b"", RequestError(f"a request of {len(request)} bytes is larger than ttrpc's {MAX_MESSAGE}"))

@@ -102,7 +102,7 @@ async def image_info(images: Images, image: Image) -> dict[str, str]:
     """The ``info`` of a verbose ImageStatus. Without ``imageSpec`` if the configuration cannot be read or shown."""
     try:
         return {"info": await _looked_up(_image_with_spec, images, image)}
-    except (CriError, OSError, RecursionError):
+    except (CriError, OSError, RecursionError, ValueError):  # a number may be larger than Python's
         return {"info": await _looked_up(_image, image)}
 
 
@@ -124,7 +124,7 @@ async def _looked_up(look: Callable[..., dict[str, Any]], *arguments: Any) -> st
 
     def work() -> str:
         # json.dumps() would be one step, during which no other thread runs.
-        return "".join(json.JSONEncoder().iterencode(look(*arguments)))
+        return "".join(json.JSONEncoder(allow_nan=False).iterencode(look(*arguments)))
 
     return await in_loose_thread(work, "inspection")
 

@@ -16,6 +16,8 @@ from snapshotter.threads import in_loose_thread
 
 # Lookups at the same time. The others wait for their turn.
 _LOOKUPS = 16
+# Seconds. A lookup that takes longer may never end, and nobody waits for it any more.
+_PATIENCE = 60.0
 
 Address = tuple[Any, ...]
 
@@ -27,7 +29,7 @@ class Lookups:
     """
 
     def __init__(self) -> None:
-        self._tasks: LastingTasks[list[Address]] = LastingTasks()
+        self._tasks: LastingTasks[list[Address]] = LastingTasks(_PATIENCE)
         self._room = asyncio.Semaphore(_LOOKUPS)
 
     async def addresses(self, host: str, port: int, family: int = 0, flags: int = 0) -> list[Address]:
@@ -37,7 +39,9 @@ class Lookups:
 
     async def _look_up(self, question: tuple[Any, ...]) -> list[Address]:
         async with self._room:
-            return await in_loose_thread(partial(_addresses, question), "lookup")
+            lookup = asyncio.ensure_future(in_loose_thread(partial(_addresses, question), "lookup"))
+            await asyncio.wait({lookup}, timeout=_PATIENCE)
+        return await lookup
 
 
 def _addresses(question: tuple[Any, ...]) -> list[Address]:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
+
 from criserver.errors import (
     CriError,
     DeadlineExceededError,
@@ -33,6 +35,7 @@ from snapshotter.threads import start_thread
 
 __all__ = ["PinnedNamespaces", "UserMapping", "is_pinned", "make", "pin_behind", "set_sysctls", "unpin"]
 
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _SIOCSIFFLAGS = 0x8914
@@ -199,10 +202,24 @@ def unpin(directory: str) -> None:
             while unmount(pin):
                 pass
             if pin != path:
-                removal.remove_path(pin)
+                _remove_pin(pin)
         removal.remove_path(directory)
     except OSError as e:
         raise CriError(f"cannot remove the pinned namespaces in {directory}: {e}") from e
+
+
+def _remove_pin(pin: str) -> None:
+    """Remove the file of a pin outside of our directories. Raises OSError."""
+    if not os.path.lexists(pin):  # where the file system can be written, it would not matter
+        return
+    try:
+        removal.remove_path(pin)
+    except OSError as e:
+        if e.errno != errno.EBUSY:
+            raise
+        # Somebody has mounted the directory on itself, as `ip netns add` does where it is not shared. The pod is to be
+        # removed all the same.
+        log.warning("a network namespace stays, as a mount hides where it is pinned", path=pin)
 
 
 def _build(
@@ -228,7 +245,7 @@ def _build(
                 _raise_loopback()
             pins = {kind: os.path.join(directory, kind) for kind in (*kinds, *(["user"] if made else []))}
             if net_pin and "net" in kinds:
-                os.makedirs(os.path.dirname(net_pin), 0o755, exist_ok=True)
+                _make_directory(os.path.dirname(net_pin))
                 os.symlink(net_pin, pins["net"])  # before the pin, which is found by it
                 pins["net"] = net_pin
             for kind, path in pins.items():
@@ -246,6 +263,13 @@ def _build(
         for fd in made.values():
             os.close(fd)
     return PinnedNamespaces(pins.get("net"), pins.get("ipc"), pins.get("uts"), pins.get("user"))
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+    except FileExistsError as e:
+        raise FailedPreconditionError(f"{path} is no directory: network namespaces are to be pinned there") from e
 
 
 def _raise_loopback() -> None:

@@ -40,11 +40,11 @@ profile criserver-default flags=(attach_disconnected, mediate_deleted) {
   # Signals between containers, and from processes that stop one. Debian's policy has profiles named runc and crun.
   # A process may be confined by this profile and by more: crun adds its own to a container with no_new_privs, and newer
   # kernels add "unconfined" to what is executed in a container.
-  signal (send, receive) peer=criserver-default{,//&*},
+  signal (send, receive) peer=criserver-default{,//&**},
   signal (receive) peer=unconfined,
   signal (receive) peer=runc,
   signal (receive) peer=crun,
-  ptrace (trace, read, tracedby, readby) peer=criserver-default{,//&*},
+  ptrace (trace, read, tracedby, readby) peer=criserver-default{,//&**},
 
   # In /proc a container may write the files of processes, and of the sysctls those of System V shared memory.
   deny /proc/[^0-9]* wkl,

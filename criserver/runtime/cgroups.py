@@ -369,15 +369,35 @@ def thaw(cgroup: str) -> None:
         raise CriError(f"cgroup {cgroup} cannot be thawed: another program freezes it again at once")
 
 
-def limit_huge_pages(cgroup: str, limits: Iterable[Mapping[str, Any]]) -> None:
-    """Set ``hugepageLimits`` of LinuxResources, for pages in use and reserved ones. Raises OSError. Blocks."""
+def limit_huge_pages(cgroup: str, limits: Iterable[Mapping[str, Any]]) -> Callable[[], None]:
+    """Set ``hugepageLimits`` of LinuxResources, for pages in use and reserved ones. Returns what undoes it. Blocks.
+
+    Raises OSError where the kernel refuses a limit, as it does below the present use. Nothing has changed then.
+    """
     points = roots()
     names = ("limit_in_bytes", "rsvd.limit_in_bytes") if "hugetlb" in points else ("max", "rsvd.max")
     directory = (points.get("hugetlb") or points.get("", "")) + cgroup
-    for one in limits:
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a kernel before 5.7 has no limits of what is reserved
-                _write(f"{directory}/hugetlb.{one['pageSize']}.{name}", str(one["limit"]))
+    before: dict[str, str] = {}
+
+    def undo() -> None:
+        for path, value in before.items():
+            with contextlib.suppress(OSError):  # the container has ended, or uses more by now
+                _write(path, value)
+
+    try:
+        for one in limits:
+            for name in names:
+                path = f"{directory}/hugetlb.{one['pageSize']}.{name}"
+                # A kernel before 5.7 has no limits of what is reserved. The cgroup may go at any time.
+                with contextlib.suppress(FileNotFoundError):
+                    value = _read(path).strip()
+                    _write(path, str(one["limit"]))
+                    before[path] = value
+    except OSError as e:
+        undo()
+        if e.errno != errno.ENODEV:
+            raise
+    return undo
 
 
 def _read(path: str) -> str:

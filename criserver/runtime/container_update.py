@@ -115,12 +115,21 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
 
 async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) -> None:
     limit = oci.get("memory", {}).get("limit", 0)
-    usage = node.stats.cgroups.reader(cgroups.path(container.parent_cgroup(sandbox), container.id)).usage
+    cgroup = cgroups.path(container.parent_cgroup(sandbox), container.id)
+    usage = node.stats.cgroups.reader(cgroup).usage
     if host.facts().unified_cgroups:
         _check_memory(container.id, limit, usage())
     try:
+        # runc's update leaves them out.
+        undo = await asyncio.to_thread(cgroups.limit_huge_pages, cgroup, oci.get("hugepageLimits", ()))
+    except OSError as e:
+        raise FailedPreconditionError(
+            f"container {container.id} cannot be given these limits of huge pages: {e.strerror}; it may use more now"
+        ) from e
+    try:
         await process_records.of_container(node, container).update(oci)
     except FailedPreconditionError as e:
+        await asyncio.to_thread(undo)
         if _has_ended(container):
             return
         memory = usage().memory

@@ -146,7 +146,7 @@ class OciRuntime:
         self,
         container_id: str,
         cgroup_parent: str,
-        resources: Mapping[str, Any],
+        resources: Mapping[str, object],
         ask: Ask | None = None,  # noqa: ARG002 - of shims
     ) -> None:
         """Set limits of a running container: ``resources`` is LinuxResources of the runtime specification.
@@ -165,9 +165,6 @@ class OciRuntime:
         if done.code:
             lines = done.message.splitlines() or ["it left no message"]
             raise FailedPreconditionError(f"container {container_id} cannot be given these limits: {lines[-1]}")
-        if pages := resources.get("hugepageLimits"):
-            # runc's update leaves them out.
-            await asyncio.to_thread(cgroups.limit_huge_pages, cgroups.path(cgroup_parent, container_id), pages)
 
     async def _call(self, verb: str, argv: Sequence[str], timeout: float, *, stdin: bytes = b"") -> Done:
         """As :func:`command.run`."""

@@ -198,8 +198,10 @@ async def _finish_sandbox(node: Node, sandbox: Sandbox) -> None:
                 files, label = node.sandbox_files_dir(sandbox.id), selinux.pod_files(sandbox.selinux_level)
                 await asyncio.to_thread(sandbox_files.adopt, files, node.sandbox_dir(sandbox.id), label)
                 await cadvisor_cgroup.recover(node, sandbox)
-                if not sandbox.boot_id:  # it was made by a release that did not record the boot
-                    await node.records.save(dataclasses.replace(sandbox, boot_id=boot_id()))
+                current = node.records.sandboxes.get(sandbox.id)
+                if current is not None and current.state is SandboxState.READY and not current.boot_id:
+                    # It was made by a release that did not record the boot.
+                    await node.records.save(dataclasses.replace(current, boot_id=boot_id()))
         case SandboxState.NOT_READY:
             pass  # its parts have been released
         case never:

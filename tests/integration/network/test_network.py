@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from criserver.errors import CriError, InvalidArgumentError
 from criserver.model import PortMapping
@@ -223,6 +224,40 @@ async def test_a_network_namespace_is_pinned_where_agents_look_for_it(base: str,
     assert pinned(base) == []
     assert sorted(os.listdir(base)) == ["netns"]
     assert os.listdir(f"{base}/netns") == []
+
+
+async def test_a_pod_is_undone_where_its_pin_can_be_neither_made_nor_deleted(base: str) -> None:
+    os.mkdir(f"{base}/netns")
+    run("mount", "-t", "tmpfs", "-o", "ro", "netns", f"{base}/netns")
+    try:
+        with pytest.raises(CriError, match="Read-only file system"):
+            await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, net_pin=f"{base}/netns/criserver-a")
+    finally:
+        run("umount", f"{base}/netns")
+    assert os.listdir(base) == ["netns"]
+
+
+async def test_a_directory_of_pins_that_is_none_is_named(base: str) -> None:
+    Path(base, "netns").touch()
+    with pytest.raises(CriError, match=f"{base}/netns is no directory"):
+        await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, net_pin=f"{base}/netns/criserver-a")
+    assert os.listdir(base) == ["netns"]
+
+
+async def test_a_mount_that_hides_a_pin_keeps_no_pod(base: str) -> None:
+    """`ip netns add` mounts the directory on itself where it is not shared: each pin is there twice, one hidden."""
+    pin = await namespaces.make(f"{base}/ns", net=True, ipc=True, uts=True, net_pin=f"{base}/netns/criserver-a")
+    run("mount", "--make-private", "--rbind", f"{base}/netns", f"{base}/netns")
+    try:
+        with capture_logs() as logs:
+            namespaces.unpin(f"{base}/ns")
+        assert [(line["event"], line["path"]) for line in logs] == [
+            ("a network namespace stays, as a mount hides where it is pinned", pin.net)
+        ]
+    finally:
+        run("umount", f"{base}/netns")
+        run("umount", f"{base}/netns/criserver-a")
+    assert os.listdir(base) == ["netns"]
 
 
 async def test_a_failure_leaves_no_pin_elsewhere(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

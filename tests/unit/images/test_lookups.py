@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from yarl import URL
 
 from criserver.errors import UnavailableError
+from criserver.images import lookups as lookups_module
 from criserver.images.hosts import RegistryHost
 from criserver.images.lookups import Lookups
 from criserver.images.socks import SocksConnector
@@ -62,6 +63,19 @@ async def socks_request(lookups: Lookups, host: str) -> None:
         session.get("http://r.example/"),
     ):
         pass
+
+
+async def test_lookups_that_hang_for_ever_hold_up_no_others(dead: DeadServers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookups_module, "_LOOKUPS", 2)
+    monkeypatch.setattr(lookups_module, "_PATIENCE", 0.05)
+    lookups = Lookups()
+    hosts = [f"r{n}.example" for n in range(3)]
+    calls = [asyncio.create_task(lookups.addresses(host, 1)) for host in hosts]
+    await until(lambda: sorted(dead.asked) == hosts)
+    again = asyncio.create_task(lookups.addresses(hosts[0], 1))
+    await until(lambda: dead.asked.count(hosts[0]) == 2)  # another lookup, as the first one hangs
+    dead.answer.set()
+    assert await asyncio.gather(*calls, again) == [FOUND] * 4
 
 
 @pytest.mark.parametrize("send", [request, socks_request], ids=["hosts", "proxies"])

@@ -149,6 +149,25 @@ def test_limits_of_huge_pages(
     files = [tmp_path / f"hugetlb.2MB.{name}" for name in (names if kernel == "new" else names[:1])]
     for file in files:
         file.write_text("4194304\n")
-    cgroups.limit_huge_pages("", [{"pageSize": "2MB", "limit": 8388608}])
+    undo = cgroups.limit_huge_pages("", [{"pageSize": "2MB", "limit": 8388608}])
     assert [file.read_text().strip() for file in files] == ["8388608"] * len(files)
     assert sorted(os.listdir(tmp_path)) == sorted(file.name for file in files)
+    undo()
+    assert [file.read_text().strip() for file in files] == ["4194304"] * len(files)
+
+
+def test_a_refused_limit_of_huge_pages_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "roots", lambda: {"": str(tmp_path)})
+    for name in ("max", "rsvd.max"):
+        (tmp_path / f"hugetlb.2MB.{name}").write_text("4194304\n")
+    write = cgroups._write
+
+    def refusing(path: str, value: str) -> None:
+        if path.endswith("rsvd.max"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        write(path, value)
+
+    monkeypatch.setattr(cgroups, "_write", refusing)
+    with pytest.raises(OSError, match="busy"):
+        cgroups.limit_huge_pages("", [{"pageSize": "2MB", "limit": 2097152}])
+    assert (tmp_path / "hugetlb.2MB.max").read_text().strip() == "4194304"
