@@ -66,6 +66,18 @@ class NotSupportedError(CriError):
     code = "UNKNOWN"
 
 
+class SignatureError(CriError):
+    """A policy refuses an image, in the code and with the first word by which a kubelet knows the reason.
+
+    A kubelet looks for the word at the beginning of the error, which only errors with this code leave as it is.
+    """
+
+    code = "UNKNOWN"
+
+    def __init__(self, words: str) -> None:
+        super().__init__(f"SignatureValidationFailed: {words}")
+
+
 class UnavailableError(CriError):
     """Something outside the daemon did not answer (a registry, a plugin). The same call may succeed later."""
 

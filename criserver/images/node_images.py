@@ -104,8 +104,8 @@ class Images:
            cancelled too.
 
         Raises InvalidArgumentError for malformed references and content, NotFoundError, UnauthenticatedError,
-        PermissionDeniedError (also from the policy), UnavailableError, DataLossError for content with another digest,
-        UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
+        PermissionDeniedError (also from the policy), SignatureError, UnavailableError, DataLossError for content with
+        another digest, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
         """
         reference = references.parse(ref)
         lease = Lease()

@@ -19,8 +19,7 @@ class ImagePolicy(Protocol):
         """Return if ``target`` may be pulled: the manifest or index that ``reference`` means at its registry.
 
         It is called when the digest is known, and nothing of the image but ``target`` is downloaded. Raises
-        PermissionDeniedError. If a signature is wrong, the message must begin with CRI's word
-        "SignatureValidationFailed: ".
+        SignatureError if a signature is wrong or missing, and PermissionDeniedError for other reasons.
         """
 
 

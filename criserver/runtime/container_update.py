@@ -139,7 +139,7 @@ async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) 
 
 
 def _check_memory(container_id: str, limit: int, usage: CgroupUsage) -> None:
-    """Refuse a memory limit below the anonymous memory of a container that may not swap.
+    """Refuse a memory limit below the anonymous and shared memory of a container that may not swap.
 
     The kernel of cgroup version 1 itself refuses such a limit. That of version 2 would kill processes of the container.
     Raises FailedPreconditionError.
@@ -147,8 +147,9 @@ def _check_memory(container_id: str, limit: int, usage: CgroupUsage) -> None:
     memory, swap = usage.memory, usage.swap
     if memory is None or memory.rss is None or (swap is not None and swap.limit != 0):
         return
-    if 0 < limit < memory.rss:
-        raise _below_use(container_id, limit, memory.rss)
+    kept = memory.rss + (memory.shmem or 0)
+    if 0 < limit < kept:
+        raise _below_use(container_id, limit, kept)
 
 
 def _below_use(container_id: str, limit: int, used: int) -> FailedPreconditionError:

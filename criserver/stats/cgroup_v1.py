@@ -65,6 +65,7 @@ class CgroupV1(CgroupReader):
             rss=kernel_text.value(stat, b"total_rss"),
             page_faults=kernel_text.value(stat, b"total_pgfault"),
             major_page_faults=kernel_text.value(stat, b"total_pgmajfault"),
+            shmem=kernel_text.value(stat, b"total_shmem"),
         )
         swapped = kernel_text.value(stat, b"total_swap")
         if swapped is None:

@@ -61,6 +61,7 @@ class CgroupV2(CgroupReader):
             rss=kernel_text.value(stat, b"anon"),
             page_faults=kernel_text.value(stat, b"pgfault"),
             major_page_faults=kernel_text.value(stat, b"pgmajfault"),
+            shmem=kernel_text.value(stat, b"shmem"),
         )
         swapped = kernel_text.number(self._read("", "memory.swap.current"))
         if swapped is None:

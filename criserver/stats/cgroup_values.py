@@ -17,7 +17,10 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes, and counts of faults. ``working_set`` is the usage without inactive page cache, as for the kubelet."""
+    """Bytes, and counts of faults. ``working_set`` is the usage without inactive page cache, as for the kubelet.
+
+    ``rss`` is anonymous memory, and ``shmem`` that of tmpfs and shared memory. The kernel can only swap both.
+    """
 
     usage: int
     limit: int | None
@@ -25,6 +28,7 @@ class Memory:
     rss: int | None
     page_faults: int | None
     major_page_faults: int | None
+    shmem: int | None = None
 
     @property
     def available(self) -> int | None:

@@ -232,8 +232,8 @@ METRICS = (
     _gauge("container_memory_mapped_file", "Files mapped into memory, in bytes.", lambda s: s.details.mapped_file),
     _gauge(
         "container_memory_swap",
-        "Swap space in use, in bytes.",
-        lambda s: s.usage.swap.usage if s.usage.swap else None,
+        "Swap space in use, in bytes; 0 where the node does not count it.",
+        lambda s: s.usage.swap.usage if s.usage.swap else 0,
     ),
     _gauge(
         "container_memory_total_active_file_bytes",
@@ -245,7 +245,11 @@ METRICS = (
         "Inactive page cache, in bytes.",
         lambda s: s.details.inactive_file,
     ),
-    _gauge("container_memory_max_usage_bytes", "The most memory ever in use, in bytes.", lambda s: s.details.max_usage),
+    _gauge(
+        "container_memory_max_usage_bytes",
+        "The most memory ever in use, in bytes; 0 on cgroup version 2 before Linux 5.19.",
+        lambda s: s.details.max_usage or 0,
+    ),
     _counter("container_memory_failcnt", "Times that its memory use met the limit.", lambda s: s.details.limit_hits),
     Metric(
         "container_memory_failures_total",

@@ -19,6 +19,7 @@ from criserver.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    SignatureError,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
@@ -317,12 +318,14 @@ async def test_a_policy_refuses_an_image_before_it_is_downloaded(
     class Unsigned:
         async def check(self, reference: Reference, target: Descriptor) -> None:
             asked.append((str(reference), target.digest))
-            raise PermissionDeniedError(f"SignatureValidationFailed: image {reference} is not signed")
+            raise SignatureError(f"image {reference} is not signed")
 
     rooms = Rooms(str(tmp_path / "strict"), policy=Unsigned())
     rooms.configure(server.address, f'server = "http://{server.address}"')
     name = f"{server.address}/app:1"
-    await refused(rooms, name, PermissionDeniedError, "SignatureValidationFailed")
+    with pytest.raises(SignatureError, match="^SignatureValidationFailed: image"):
+        await rooms.images.pull(name)
+    assert SignatureError.code == "UNKNOWN"  # with any other, the word is not at the beginning for a kubelet
     assert asked == [(name, image.digest)]
     assert [request.path for request in server.requests] == ["/v2/app/manifests/1"]
     rooms.close()

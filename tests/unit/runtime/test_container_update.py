@@ -18,8 +18,8 @@ from criserver.stats import CgroupUsage, Memory, Swap
 from tests.support.records import container, sandbox
 
 
-def usage(rss: int | None, swap: Swap | None) -> CgroupUsage:
-    memory = Memory(usage=100, limit=None, working_set=90, rss=rss, page_faults=None, major_page_faults=None)
+def usage(rss: int | None, swap: Swap | None, shmem: int | None = None) -> CgroupUsage:
+    memory = Memory(100, limit=None, working_set=90, rss=rss, page_faults=None, major_page_faults=None, shmem=shmem)
     return CgroupUsage(0, None, memory, swap, None, None, None)
 
 
@@ -47,6 +47,13 @@ def test_a_limit_by_which_version_2_would_kill(limit: int, rss: int | None, swap
         else (contextlib.nullcontext())
     ):
         container_update._check_memory("c", limit, usage(rss, swap))
+
+
+def test_shared_memory_cannot_be_taken_back_either() -> None:
+    """As the buffers of a database, or a volume in memory."""
+    container_update._check_memory("c", 40, usage(10, Swap(0, 0), shmem=30))
+    with pytest.raises(FailedPreconditionError, match="below its present use of 40 bytes"):
+        container_update._check_memory("c", 39, usage(10, Swap(0, 0), shmem=30))
 
 
 def test_new_limits_are_merged() -> None:
