@@ -105,7 +105,8 @@ class Images:
 
         Raises InvalidArgumentError for malformed references and content, NotFoundError, UnauthenticatedError,
         PermissionDeniedError (also from the policy), SignatureError, UnavailableError, DataLossError for content with
-        another digest, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry configuration.
+        another digest, UnimplementedError, ResourceExhaustedError, FailedPreconditionError for the node's registry
+        configuration.
         """
         reference = references.parse(ref)
         lease = Lease()

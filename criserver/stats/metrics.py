@@ -155,6 +155,11 @@ def _spec(name: str, help_text: str, value: Callable[[ContainerLimits], int | No
     return _gauge(name, help_text, lambda of: None if of.limits is None else value(of.limits))
 
 
+def _zero(of: Measurements) -> int | None:
+    """0 for what the kernel does not count, if it tells of the memory at all."""
+    return None if of.usage.memory is None else 0
+
+
 def _faults(of: Measurements) -> Iterable[_Row]:
     for scope, counts in (("container", of.details.faults), ("hierarchy", of.details.hierarchy_faults)):
         for kind, count in zip(("pgfault", "pgmajfault"), counts, strict=True):
@@ -233,7 +238,7 @@ METRICS = (
     _gauge(
         "container_memory_swap",
         "Swap space in use, in bytes; 0 where the node does not count it.",
-        lambda s: s.usage.swap.usage if s.usage.swap else 0,
+        lambda s: s.usage.swap.usage if s.usage.swap else _zero(s),
     ),
     _gauge(
         "container_memory_total_active_file_bytes",
@@ -248,7 +253,7 @@ METRICS = (
     _gauge(
         "container_memory_max_usage_bytes",
         "The most memory ever in use, in bytes; 0 on cgroup version 2 before Linux 5.19.",
-        lambda s: s.details.max_usage or 0,
+        lambda s: s.details.max_usage or _zero(s),
     ),
     _counter("container_memory_failcnt", "Times that its memory use met the limit.", lambda s: s.details.limit_hits),
     Metric(

@@ -21,8 +21,8 @@ from tests.support.waiting import SLOWNESS
 from tests.vm.releases import LAST, NO_HISTORY, RELEASES, has
 
 PROJECT = str(Path(__file__).parents[2])
-# Tables of the configuration that the last release does not know.
-NEW_TABLES = re.compile(r"^\[(nri|cdi)\]\n(?:[^\[].*\n)*", re.MULTILINE)
+# Tables and keys of the configuration that the last release does not know.
+NEW = re.compile(r"^(?:\[(?:nri|cdi)\]\n(?:[^\[].*\n)*|netns_dir = .*\n)", re.MULTILINE)
 # Its modules come before those of the work tree.
 RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from criserver.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -38,7 +38,7 @@ class Release:
         subprocess.run([sys.executable, "-c", "import setup; setup.generate()"], cwd=directory, check=True)
         self.program = ["-P", "-c", RUN, directory]
         self.config = f"{directory}/config.toml"
-        Path(self.config).write_text(NEW_TABLES.sub("", Path(node.config).read_text()))
+        Path(self.config).write_text(NEW.sub("", Path(node.config).read_text()))
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of it."""

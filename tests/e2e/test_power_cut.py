@@ -58,9 +58,10 @@ class PowerNode(Node):
         self.disk.cut()
         self.kill()
         eventually(self._all_ended)
-        for point in mounts.mounts_below(self.state):
-            mounts.unmount(point)
-        shutil.rmtree(self.state)
+        for directory in filter(os.path.isdir, (self.state, self.netns)):
+            for point in mounts.mounts_below(directory):
+                mounts.unmount(point)
+            shutil.rmtree(directory)
         os.mkdir(self.state)
         self.disk.boot()
         with open(self.note) as file:

@@ -323,7 +323,7 @@ async def test_a_policy_refuses_an_image_before_it_is_downloaded(
     rooms = Rooms(str(tmp_path / "strict"), policy=Unsigned())
     rooms.configure(server.address, f'server = "http://{server.address}"')
     name = f"{server.address}/app:1"
-    with pytest.raises(SignatureError, match="^SignatureValidationFailed: image"):
+    with pytest.raises(SignatureError, match=r"^SignatureValidationFailed: image"):
         await rooms.images.pull(name)
     assert SignatureError.code == "UNKNOWN"  # with any other, the word is not at the beginning for a kubelet
     assert asked == [(name, image.digest)]
