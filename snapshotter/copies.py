@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Set
 from contextlib import ExitStack, closing
 
-from snapshotter.file_tree import Place, shortened
+from snapshotter.file_tree import Memory, Names, Place, TooWideError, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095
@@ -35,9 +35,10 @@ def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] =
     copier = _Copier(target, check, hidden)
     # In the target all directories are new, so their times say nothing about changes by others.
     with closing(Place(source)) as reader, closing(Place(target, lambda _: 0.0)) as writer:
-        waiting: list[list[str]] = []
+        memory = Memory()
+        waiting: list[Names] = []
         while True:
-            waiting.append(copier.copy_entries(reader, writer))
+            waiting.append(copier.copy_entries(reader, writer, Names(memory)))
             while not reader.enter_next(waiting[-1]):
                 _copy_attributes(reader.fd, writer.fd)
                 if reader.depth == 0:
@@ -45,6 +46,8 @@ def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] =
                 reader.leave()
                 while writer.depth > reader.depth:
                     writer.leave()
+                for names in waiting[reader.depth + 1 :]:
+                    names.clear()
                 del waiting[reader.depth + 1 :]
             writer.enter(reader.name)
 
@@ -59,9 +62,11 @@ class _Copier:
         self._directory = ""
         self._places = 0
 
-    def copy_entries(self, reader: Place, writer: Place) -> list[str]:
-        """Copy all that is in a directory. Its directories are made, empty; their names are returned."""
-        directories = []
+    def copy_entries(self, reader: Place, writer: Place, directories: Names) -> Names:
+        """Copy all that is in a directory. Its directories are made, empty; ``directories`` gets their names.
+
+        Raises TooWideError if there are too many.
+        """
         self._directory = ""
         with os.scandir(reader.fd) as entries:
             for entry in entries:
@@ -69,8 +74,9 @@ class _Copier:
                 try:
                     if entry.is_dir(follow_symlinks=False):
                         os.mkdir(entry.name, 0o700, dir_fd=writer.fd)
-                        if not self._hidden or writer.path_of(entry.name) not in self._hidden:
-                            directories.append(entry.name)
+                        shown = not self._hidden or writer.path_of(entry.name) not in self._hidden
+                        if shown and not directories.add(entry.name):
+                            raise TooWideError(errno.E2BIG, "there are too many directories beside it")
                     else:
                         self._copy(entry.name, reader.fd, writer)
                 except OSError as e:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,6 +28,11 @@ NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 # A process that makes directories all the time must not keep a walk going for ever.
 _MAX_CHANGED = 100_000  # directories that others have changed since the walk began
 _MAX_MOVED = 100  # how often others have moved a directory that the walk is in
+# Bytes of memory for the names of directories that a walk has found and not entered: some 700,000 short names. A
+# directory may have millions of directories in it.
+_MAX_NAMES = 64 << 20
+# The inodes with several names that are told apart; each takes some 100 bytes of memory.
+_MAX_LINKED = 500_000
 _SHOWN = 250  # characters of a path in an error, at its beginning and at its end
 
 
@@ -39,6 +45,50 @@ class TreeUsage(NamedTuple):
 
 class UnsettledError(OSError):
     """Another process changes a tree faster than it can be read or deleted."""
+
+
+class TooWideError(OSError):
+    """A tree has more directories beside each other than a walk can remember."""
+
+
+class Memory:
+    """The memory of the :class:`Names` of one walk, in bytes."""
+
+    def __init__(self) -> None:
+        self.left = _MAX_NAMES
+
+
+class Names:
+    """The names of directories in one directory of a walk, which it has still to enter."""
+
+    __slots__ = ("_memory", "_names")
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._names: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str) -> bool:
+        """Add a name. False, and it is not added, if the walk has no memory left. There is always room for one name."""
+        size = sys.getsizeof(name)
+        if self._names and size > self._memory.left:
+            return False
+        self._memory.left -= size
+        self._names.append(name)
+        return True
+
+    def pop(self) -> str:
+        """Take off the last name."""
+        name = self._names.pop()
+        self._memory.left += sys.getsizeof(name)
+        return name
+
+    def clear(self) -> None:
+        """Take off all names."""
+        while self._names:
+            self.pop()
 
 
 class Place:
@@ -106,7 +156,7 @@ class Place:
             if self._changed > _MAX_CHANGED:
                 raise UnsettledError(errno.EBUSY, "somebody makes directories all the time", shortened(self.path))
 
-    def enter_next(self, names: list[str]) -> bool:
+    def enter_next(self, names: Names) -> bool:
         """Go down into the last of the directories ``names`` that is still there; False if none is.
 
         A directory with a mount on it is skipped. The names that were tried are taken off the list.
@@ -176,34 +226,41 @@ def walk(
     """Everything below the directory ``top``, each entry with the place that it is in. Directories come first.
 
     A place is valid until the next step. A directory with a mount on it is yielded, and not entered. ``changed`` is the
-    parameter of :class:`Place`. Raises OSError with the path below ``top`` if a directory cannot be read, and
-    UnsettledError if other processes make new directories all the time.
+    parameter of :class:`Place`. Raises OSError with the path below ``top`` if a directory cannot be read, TooWideError
+    if one has too many directories in it, and UnsettledError if other processes make new directories all the time.
     """
     with closing(Place(top, changed)) as place:
-        waiting: list[list[str]] = []
+        memory = Memory()
+        waiting: list[Names] = []
         while True:
-            directories: list[str] = []
+            directories = Names(memory)
             try:
                 with os.scandir(place.fd) as entries:
                     for entry in entries:
                         is_directory = entry.is_dir(follow_symlinks=False)
                         yield place, entry
-                        if is_directory:
-                            directories.append(entry.name)
+                        if is_directory and not directories.add(entry.name):
+                            raise TooWideError(errno.E2BIG, "it has too many directories in it")
             except FileNotFoundError:
                 pass  # the directory has gone
             except OSError as e:
-                raise OSError(e.errno, e.strerror, shortened(place.path)) from e
+                kind = TooWideError if isinstance(e, TooWideError) else OSError
+                raise kind(e.errno, e.strerror, shortened(place.path)) from e
             waiting.append(directories)
             while not place.enter_next(waiting[-1]):
                 if place.depth == 0:
                     return
                 place.leave()
+                for names in waiting[place.depth + 1 :]:
+                    names.clear()
                 del waiting[place.depth + 1 :]
 
 
 def measure(path: str) -> TreeUsage:
     """What the tree at ``path`` occupies, itself included; an inode with several links counts once.
+
+    1. Of a tree that is too wide it is what was seen until that was known.
+    2. Links of inodes behind the first :data:`_MAX_LINKED` with several links count each.
 
     Raises OSError where ``path`` is no directory, or cannot be read.
     """
@@ -221,9 +278,12 @@ def measure(path: str) -> TreeUsage:
                 inode = status.st_dev << 64 | status.st_ino
                 if inode in linked:
                     continue
-                linked.add(inode)
+                if len(linked) < _MAX_LINKED:
+                    linked.add(inode)
             size += status.st_blocks * 512
             inodes += 1
+    except TooWideError:
+        pass
     finally:
         os.close(top)
     return TreeUsage(size, inodes)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
-from snapshotter.file_tree import NO_DIRECTORY, Place, UnsettledError, shortened
+from snapshotter.file_tree import NO_DIRECTORY, Memory, Names, Place, UnsettledError, shortened
 
 # linux/fs.h: the attributes of chattr(1), and how they are read and written.
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
@@ -20,6 +20,8 @@ _FASTENED = 0x10 | 0x20  # immutable, append-only
 # A process that makes files all the time must not keep a deletion going for ever: how often a directory that was
 # emptied may have new files, and the seconds between two attempts to delete it.
 _MAX_REFILLED, _PAUSE = 100, 0.01
+# How often a directory that has too many directories in it is read again, after those that were remembered are deleted.
+_MAX_PORTIONS = 10_000
 
 
 def remove_path(path: str) -> None:
@@ -51,13 +53,15 @@ def remove(dir_fd: int, name: str, *, files: bool = True) -> None:
 class _Level:
     """A directory that is being deleted.
 
-    ``waiting`` are the names that are still to be deleted in it. ``stuck`` says that something in it cannot be deleted.
+    ``waiting`` are the names that are still to be deleted in it. ``cut`` says that there are more of them. ``stuck``
+    says that something in it cannot be deleted.
     """
 
-    __slots__ = ("stuck", "waiting")
+    __slots__ = ("cut", "stuck", "waiting")
 
-    def __init__(self, waiting: list[str]) -> None:
-        self.waiting = waiting
+    def __init__(self, memory: Memory) -> None:
+        self.waiting = Names(memory)
+        self.cut = False
         self.stuck = False
 
 
@@ -67,7 +71,8 @@ class _Remover:
         self._files = files
         self._place = Place(dir_fd)
         self._levels: list[_Level] = []
-        self._refilled = 0
+        self._memory = Memory()
+        self._refilled = self._portions = 0
         self._failure: OSError | None = None
         self._failures = 0
 
@@ -76,7 +81,8 @@ class _Remover:
 
     def remove(self, name: str) -> None:
         place, levels = self._place, self._levels
-        levels.append(_Level([name]))
+        levels.append(_Level(self._memory))
+        levels[0].waiting.add(name)
         while len(levels) > 1 or levels[0].waiting:
             if levels[-1].waiting:
                 self._begin(levels[-1].waiting.pop())
@@ -84,11 +90,16 @@ class _Remover:
             done = levels.pop()
             left = place.leave()
             # A directory that was moved meanwhile is met again in its new place, or has left the tree.
+            for level in levels[place.depth + 1 :]:
+                level.waiting.clear()
             del levels[place.depth + 1 :]
             if not left:
                 continue
             if done.stuck:
                 levels[-1].stuck = True
+            elif done.cut and self._portions < _MAX_PORTIONS:
+                self._portions += 1
+                self._wait(left)
             else:
                 self._end(left)
         if self._failure is not None:
@@ -111,15 +122,16 @@ class _Remover:
             elif self._files:
                 self._unlink(name)
             return
-        level = _Level([])
+        level = _Level(self._memory)
         self._levels.append(level)
         try:
             with os.scandir(self._place.fd) as entries:
                 # scandir may skip an entry while the directory changes. rmdir fails then, and _end() tries again.
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        if not _removed_empty(self._place.fd, entry.name):
-                            level.waiting.append(entry.name)
+                        if not _removed_empty(self._place.fd, entry.name) and not level.waiting.add(entry.name):
+                            level.cut = True
+                            break
                     elif self._files:
                         self._unlink(entry.name)
         except FileNotFoundError:
@@ -132,7 +144,7 @@ class _Remover:
         try:
             self._delete(os.rmdir, name)
         except NotADirectoryError:
-            self._levels[-1].waiting.append(name)  # a file has replaced it
+            self._wait(name)  # a file has replaced it
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 self._fail(name, e)
@@ -142,13 +154,18 @@ class _Remover:
                 words = "somebody makes files in it faster than they can be deleted"
                 raise UnsettledError(e.errno, words, self._path(name)) from e
             time.sleep(_PAUSE)
-            self._levels[-1].waiting.append(name)
+            self._wait(name)
+
+    def _wait(self, name: str) -> None:
+        """Delete ``name`` again later."""
+        level = self._levels[-1]
+        level.cut |= not level.waiting.add(name)
 
     def _unlink(self, name: str) -> None:
         try:
             self._delete(os.unlink, name)
         except IsADirectoryError:
-            self._levels[-1].waiting.append(name)  # a directory has replaced it
+            self._wait(name)  # a directory has replaced it
         except OSError as e:
             if e.errno == errno.EBUSY:
                 e = OSError(errno.EBUSY, "something is mounted on it; unmount it first")

@@ -294,7 +294,7 @@ def _kill(cgroup: str, pids: list[int]) -> None:
     """
     opened: dict[int, int] = {}
     try:
-        for pid in pids:
+        for pid in set(pids):  # a process that moves is listed twice
             with contextlib.suppress(OSError):  # it has ended; if not, the caller's next round finds it again
                 opened[pid] = os.pidfd_open(pid)
         for pid in opened.keys() & set(processes(cgroup)):

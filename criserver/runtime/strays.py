@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import structlog
 
+from criserver.numbers import decimal
 from criserver.runtime import command, pidfd
 
 log = structlog.get_logger(__name__)
@@ -28,6 +29,7 @@ _END = 10.0
 # Bytes. The programs have some hundred. Any process can show gigabytes of its memory as its environment (prctl(2),
 # PR_SET_MM_MAP).
 _MAX_ENVIRONMENT = 256 << 10
+_MAX_PID = 1 << 22  # of the kernel
 
 
 async def wait(variable: str, value: str) -> None:
@@ -77,14 +79,14 @@ def _has(variable: str, value: str) -> Callable[[bytes], bool]:
 
 
 def _is_orphan(environment: bytes) -> bool:
-    """Whether the environment is that of a program whose daemon has ended."""
-    _, found, rest = environment.partition(f"\0{command.OWNER}=".encode())
-    return bool(found) and not _is_alive(rest.partition(b"\0")[0].decode(errors="replace"))
+    """Whether the environment is that of a program whose daemon has ended.
 
-
-def _is_alive(owner: str) -> bool:
-    pid, _, ticks = owner.partition(".")
-    return pid.isdecimal() and str(pidfd.start_ticks(int(pid))) == ticks
+    A container can have the variable too, with any value.
+    """
+    _, _, rest = environment.partition(f"\0{command.OWNER}=".encode())
+    pid, _, ticks = rest.partition(b"\0")[0].partition(b".")
+    owner = decimal(pid, _MAX_PID)
+    return owner is not None and ticks.isdigit() and str(pidfd.start_ticks(owner)).encode() != ticks
 
 
 def _found(is_meant: Callable[[bytes], bool]) -> list[int]:

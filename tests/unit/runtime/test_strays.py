@@ -14,7 +14,7 @@ import pytest
 
 from criserver.config import RuntimeHandler
 from criserver.model import Dns
-from criserver.runtime import command, sandbox_files, strays
+from criserver.runtime import command, pidfd, sandbox_files, strays
 from criserver.runtime.runtime_choice import former_handler
 from criserver.runtime.shim_v2 import MARK
 from tests.support.waiting import eventually
@@ -85,6 +85,23 @@ def test_what_a_killed_daemon_was_running_is_ended(monkeypatch: pytest.MonkeyPat
         for program in programs:
             program.kill()
             program.wait()
+
+
+@pytest.mark.parametrize(
+    ("owner", "orphan"),
+    [
+        (f"{os.getpid()}.{pidfd.start_ticks(os.getpid())}", False),
+        (f"{os.getpid()}.1", True),
+        # What a container may have in it.
+        ("9" * 300 + ".1", False),
+        ("1" * 5000 + ".1", False),
+        ("\N{SUPERSCRIPT TWO}.1", False),
+        ("1", False),
+        ("", False),
+    ],
+)
+def test_a_variable_of_a_container_is_no_daemon(owner: str, orphan: bool) -> None:
+    assert strays._is_orphan(f"\0A=b\0CRISERVER_DAEMON={owner}\0C=d\0".encode()) is orphan
 
 
 def test_a_pod_is_not_given_an_empty_resolv_conf_in_place_of_one_that_cannot_be_read(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -413,3 +414,80 @@ def test_what_cannot_be_copied_is_named(top: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match=r"No space left on device: 'd/f'"):
         copied(top / "s", top / "c")
     shutil.rmtree(top / "c")
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for the names of some ten directories, as if the trees of these tests had a million."""
+    monkeypatch.setattr(file_tree, "_MAX_NAMES", 10 * sys.getsizeof("000"))
+
+
+def wide(top: Path) -> None:
+    """A hundred directories beside each other at two depths, each with a file."""
+    for number in range(100):
+        for directory in (top / f"{number:03}", top / f"050/{number:03}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "f").touch()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_tree_that_is_too_wide_to_remember_is_deleted(top: Path) -> None:
+    (top / "t").mkdir()
+    wide(top / "t")
+    removal.remove_path(str(top / "t"))
+    assert os.listdir(top) == []
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_what_cannot_be_deleted_of_a_wide_tree_is_told(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (top / "t").mkdir()
+    wide(top / "t")
+    real = os.unlink
+
+    def refused(path: str, *, dir_fd: int | None = None) -> None:
+        if path == "f":
+            raise OSError(5, "Input/output error")
+        real(path, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        with pytest.raises(OSError, match="Input/output error"):
+            removal.remove_path(str(top / "t"))
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_the_measure_of_a_tree_that_is_too_wide_is_what_was_seen(top: Path) -> None:
+    (top / "t").mkdir()
+    wide(top / "t")
+    assert 10 < file_tree.measure(str(top / "t")).inodes < 301
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_volume_that_is_too_wide_is_not_copied(top: Path) -> None:
+    (top / "t").mkdir()
+    wide(top / "t")
+    (top / "copy").mkdir()
+    with pytest.raises(OSError, match="too many directories"):
+        copied(top / "t", top / "copy")
+
+
+def test_names_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_tree, "_MAX_NAMES", 2 * sys.getsizeof("a"))
+    memory = file_tree.Memory()
+    one, other = file_tree.Names(memory), file_tree.Names(memory)
+    assert (one.add("a"), one.add("b"), one.add("c")) == (True, True, False)
+    assert other.add("d"), "there is always room for one"
+    assert (one.pop(), len(one)) == ("b", 1)
+    one.clear()
+    other.clear()
+    assert memory.left == 2 * sys.getsizeof("a")
+
+
+def test_links_behind_the_first_ones_count_each(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (top / "t").mkdir()
+    for number in range(4):
+        (top / f"t/{number}").touch()
+        os.link(top / f"t/{number}", top / f"t/{number}.link")
+    assert file_tree.measure(str(top / "t")).inodes == 5
+    monkeypatch.setattr(file_tree, "_MAX_LINKED", 3)
+    assert file_tree.measure(str(top / "t")).inodes == 6
