@@ -38,7 +38,7 @@ from snapshotter.overlay import OverlayMounter
 from snapshotter.shared_task import SharedTasks
 from snapshotter.staging import Staging
 from snapshotter.tasks import LastingTasks
-from snapshotter.threads import in_loose_thread, in_thread
+from snapshotter.threads import Threads, deletions, in_loose_thread, in_thread
 from snapshotter.worker_process import Workers, compare
 
 log = structlog.get_logger(__name__)
@@ -63,6 +63,8 @@ class Snapshotter:
         self._snapshots: dict[str, Snapshot] = {}
         self._preparing: dict[str, str] = {}  # the layers of snapshots that are being made, by key
         self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
+        # A tree of many files is measured for minutes: other work has threads beside it.
+        self._measures = Threads(2, "measures")
         self._settlings: LastingTasks[None] = LastingTasks()  # by the layers' paths
         self._retiring = asyncio.Lock()  # of snapshots: two removals of one must not both rename it
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
@@ -211,7 +213,7 @@ class Snapshotter:
                         del self._snapshots[key]
                         self._undeleted[key] = name
         if (undeleted := self._undeleted.get(key)) is not None:
-            await in_thread(self._staging.delete, undeleted)
+            await in_thread(self._staging.delete, undeleted, executor=deletions)
             self._undeleted.pop(key, None)
 
     async def remove_layer(self, chain_id: str) -> None:
@@ -286,7 +288,7 @@ class Snapshotter:
         """What the snapshot ``key`` itself occupies, without the layers below it."""
         path = os.path.join(self._snapshot(key).path, "fs")
         try:
-            return await asyncio.to_thread(file_tree.measure, path)
+            return await asyncio.get_running_loop().run_in_executor(self._measures, file_tree.measure, path)
         except OSError as e:
             raise SnapshotError(f"cannot measure snapshot {key}: {e}") from e
 
@@ -389,7 +391,7 @@ class Snapshotter:
                 self._layers[layer.chain_id] = layer
                 if unsettled:
                     self._unsettled.add(layer.chain_id)
-        await in_thread(self._staging.delete, name)
+        await in_thread(self._staging.delete, name, executor=deletions)
 
     def _make_snapshot(self, path: str, chain_id: str, top: Layer) -> None:
         """Make a snapshot on disk. Raises OSError and SnapshotNotFoundError, with nothing left of it."""

@@ -59,3 +59,7 @@ async def in_loose_thread(function: Callable[[], _T], name: str) -> _T:
 async def in_thread(function: Callable[..., _T], *arguments: Any, executor: Executor | None = None) -> _T:
     """Run in a thread. A cancelled caller waits for its end, so that no file is closed while the thread uses it."""
     return await to_the_end(asyncio.get_running_loop().run_in_executor(executor, function, *arguments))
+
+
+# Containers and images make trees whose deletion takes minutes. Other work has threads beside these.
+deletions = Threads(4, "deletions")

@@ -30,7 +30,7 @@ from criserver.runtime.records import Container
 from criserver.telemetry import operations
 from snapshotter import SnapshotError, SnapshotNotFoundError, acl, copies, files, mounts, removal
 from snapshotter.tasks import outlive
-from snapshotter.threads import in_loose_thread
+from snapshotter.threads import deletions, in_loose_thread, in_thread
 
 # So many volumes are copied at a time. A disk that stands still holds up other volumes, and nothing else.
 _copies = asyncio.Semaphore(8)
@@ -178,7 +178,7 @@ async def delete(*paths: str) -> None:
             except OSError as e:
                 raise CriError(f"{path} cannot be deleted: {e}") from e
 
-    await asyncio.to_thread(remove)
+    await in_thread(remove, executor=deletions)
 
 
 def owner(key: str) -> str:

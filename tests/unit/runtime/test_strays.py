@@ -79,8 +79,8 @@ def test_what_a_killed_daemon_was_running_is_ended(monkeypatch: pytest.MonkeyPat
     try:
         eventually(lambda: all(has_begun(program.pid) for program in programs))
         asyncio.run(strays.end_orphans())
-        assert [program.wait(10) for program in programs[1:]] == [-9, -9]
-        assert programs[0].poll() is None
+        assert programs[1].wait(10) == -9
+        assert [programs[0].poll(), programs[2].poll()] == [None, None]
     finally:
         for program in programs:
             program.kill()
