@@ -210,7 +210,8 @@ def unpin(directory: str) -> None:
 
 def _remove_pin(pin: str) -> None:
     """Remove the file of a pin outside of our directories. Raises OSError."""
-    if not os.path.lexists(pin):  # where the file system can be written, it would not matter
+    # On a read-only file system the kernel refuses to delete what is not there too.
+    if not os.path.lexists(pin):
         return
     try:
         removal.remove_path(pin)
