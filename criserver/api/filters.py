@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.records import Container, Sandbox
 
-# Entries in one message of a streamed list. Such a message is far below gRPC's limit.
+# Entries, and bytes, in one message of a streamed list. Such a message is far below gRPC's limit. Only a message of one
+# entry may have more bytes.
 BATCH = 100
+BATCH_SIZE = 1 << 20
 
-_Listed = TypeVar("_Listed")
+_Entry = TypeVar("_Entry", bound=Message)
 
 
 def select_containers(
@@ -40,7 +44,16 @@ def _has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return all(labels.get(key) == value for key, value in selector.items())
 
 
-def batches(records: Sequence[_Listed]) -> Iterator[Sequence[_Listed]]:
+async def batches(entries: AsyncIterator[_Entry]) -> AsyncIterator[list[_Entry]]:
     """The batches of a list for a streamed answer."""
-    for start in range(0, len(records), BATCH):
-        yield records[start : start + BATCH]
+    batch: list[_Entry] = []
+    size = 0
+    async for entry in entries:
+        more = entry.ByteSize()
+        if batch and (len(batch) == BATCH or size + more > BATCH_SIZE):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += more
+    if batch:
+        yield batch

@@ -5,13 +5,16 @@ An entry that cannot be made is logged and left out: one bad record never fails 
 A repeated field is a concatenation on the wire (protobuf encoding, "Message structure"). So the answer to
 ListContainers is the join of its serialised entries, the fragments. Records are frozen: a fragment stays valid while
 the record is the same object.
+
+A list of pods with all annotations may be larger than a message may be. Then the largest annotations are left out. A
+kubelet takes the annotations of a pod from its status, and the labels from lists.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import structlog
@@ -20,6 +23,10 @@ log = structlog.get_logger(__name__)
 
 # Seconds. Statistics of a container take a tenth of it.
 _SLICE = 0.002
+# The part of the largest message that a list does not use.
+_MARGIN = 16
+# IDs of pods.
+_MAX_TOLD = 10_000
 
 
 class _Identified(Protocol):
@@ -59,14 +66,65 @@ class Slices:
             self._began = self._clock()
 
 
-class Fragments(Generic[Record]):
-    """Serialised entries of one kind of list. ``make`` returns a list answer with one entry."""
+async def make_in_slices(records: Iterable[Record], make: Callable[[Record], Entry]) -> AsyncIterator[Entry]:
+    """As :func:`make_each`, in slices of time."""
+    slices = Slices()
+    for entry in make_each(records, make):
+        yield entry
+        await slices.end()
 
-    def __init__(self, make: Callable[[Record], bytes]) -> None:
+
+class ListLimit:
+    """The most bytes that a list of pods has. ``max_message`` is the most bytes of a message."""
+
+    def __init__(self, max_message: int) -> None:
+        self.size = max_message - max_message // _MARGIN
+        self._told: set[str] = set()
+
+    def shorten(self, pods: Sequence[str], sizes: Sequence[int], shorter: Callable[[int], int]) -> None:
+        """Have the annotations of the largest entries left out, until the list is small enough.
+
+        ``pods`` and ``sizes`` are the IDs and the bytes of the entries. ``shorter`` leaves the annotations out of the
+        entry at a place, and returns its new size. Each pod is logged once.
+        """
+        total, told = sum(sizes), []
+        for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            if total <= self.size:
+                break
+            spared = sizes[place] - shorter(place)
+            total -= spared
+            if spared and pods[place] not in self._told:
+                told.append(pods[place])
+        if told:
+            if len(self._told) > _MAX_TOLD:
+                self._told.clear()
+            self._told.update(told)
+            log.warning(
+                "annotations of pods are left out of lists, which would be too large for a message",
+                pods=len(told),
+                first=told[0],
+                limit=self.size,
+            )
+
+
+class Fragments(Generic[Record]):
+    """Serialised entries of one kind of list. ``make`` returns a list answer with one entry.
+
+    ``make_shorter`` returns one without annotations, for a list that would be larger than ``limit``.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Record], bytes],
+        make_shorter: Callable[[Record], bytes] | None = None,
+        limit: ListLimit | None = None,
+    ) -> None:
         self._make = make
+        self._make_shorter = make_shorter
+        self._limit = limit
         self._kept: dict[str, tuple[Record, bytes]] = {}
 
-    def join(self, records: Iterable[Record], total: int) -> bytes:
+    def join(self, records: Sequence[Record], total: int) -> bytes:
         """The answer that lists ``records``. ``total`` is the number of all records on the node."""
         if len(self._kept) > 2 * total + 64:
             self._kept.clear()  # most are fragments of removed records
@@ -77,4 +135,15 @@ class Fragments(Generic[Record]):
                 # b"" where it cannot be made. That is kept too, so it is logged once.
                 entry = kept[record.id] = (record, next(make_each((record,), self._make), b""))
             parts.append(entry[1])
+        if self._limit is not None and self._make_shorter is not None and sum(map(len, parts)) > self._limit.size:
+            self._shorten(records, parts, self._make_shorter, self._limit)
         return b"".join(parts)
+
+    def _shorten(
+        self, records: Sequence[Record], parts: list[bytes], make: Callable[[Record], bytes], limit: ListLimit
+    ) -> None:
+        def shorter(place: int) -> int:
+            parts[place] = next(make_each((records[place],), make), b"")
+            return len(parts[place])
+
+        limit.shorten([record.id for record in records], [len(part) for part in parts], shorter)

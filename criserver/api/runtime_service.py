@@ -11,7 +11,7 @@ from criserver import __version__
 from criserver.api import views
 from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.inspection import verbose_info
-from criserver.api.lists import Fragments, make_each
+from criserver.api.lists import Fragments, make_each, make_in_slices
 from criserver.api.stats_rpcs import StatsRpcs
 from criserver.api.status_info import status_info
 from criserver.errors import InvalidArgumentError
@@ -51,7 +51,9 @@ class RuntimeService(StatsRpcs):
         super().__init__(node)
         self._api_version = api_version
         self._sandboxes: Fragments[Sandbox] = Fragments(
-            lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString()
+            lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString(),
+            lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s, annotated=False)]).SerializeToString(),
+            self._limit,
         )
         self._containers: Fragments[Container] = Fragments(
             lambda c: cri.ListContainersResponse(containers=[views.container(c)]).SerializeToString()
@@ -198,14 +200,14 @@ class RuntimeService(StatsRpcs):
     async def stream_pod_sandboxes(
         self, request: cri.StreamPodSandboxesRequest
     ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
-        for batch in batches(self._filtered_sandboxes(request.filter)):
-            yield cri.StreamPodSandboxesResponse(pod_sandboxes=make_each(batch, views.sandbox))
+        async for batch in batches(make_in_slices(self._filtered_sandboxes(request.filter), views.sandbox)):
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=batch)
 
     async def stream_containers(
         self, request: cri.StreamContainersRequest
     ) -> AsyncIterator[cri.StreamContainersResponse]:
-        for batch in batches(self._filtered_containers(request.filter)):
-            yield cri.StreamContainersResponse(containers=make_each(batch, views.container))
+        async for batch in batches(make_in_slices(self._filtered_containers(request.filter), views.container)):
+            yield cri.StreamContainersResponse(containers=batch)
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> bytes:
         result = await exec_sync(self._node, request.container_id, request.cmd, request.timeout)

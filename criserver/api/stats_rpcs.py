@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 
 from criserver.api import stats_views
 from criserver.api.filters import batches, select_containers, select_sandboxes
+from criserver.api.grpc_server import MAX_MESSAGE
+from criserver.api.lists import ListLimit
 from criserver.api.stats_views import StatsViews
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.runtime.lifecycle import SandboxState
@@ -20,6 +22,8 @@ class StatsRpcs:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._stats = StatsViews(node, os.path.join(node.config.root, "snapshots"))
+        # A kubelet's limit counts also where the daemon may send more.
+        self._limit = ListLimit(min(node.config.max_send_message_size, MAX_MESSAGE))
 
     async def container_stats(self, request: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
         container = self._node.records.visible_container(request.container_id)
@@ -32,24 +36,31 @@ class StatsRpcs:
     async def stream_container_stats(
         self, request: cri.StreamContainerStatsRequest
     ) -> AsyncIterator[cri.StreamContainerStatsResponse]:
-        for batch in batches(self._measured_containers(request.filter)):
-            stats = self._stats.containers(batch)
-            yield cri.StreamContainerStatsResponse(container_stats=[s async for s in stats])
+        async for batch in batches(self._stats.containers(self._measured_containers(request.filter))):
+            yield cri.StreamContainerStatsResponse(container_stats=batch)
 
     async def pod_sandbox_stats(self, request: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
         sandbox = self._node.records.visible_sandbox(request.pod_sandbox_id)
         return cri.PodSandboxStatsResponse(stats=await self._stats.sandbox(sandbox))
 
-    async def list_pod_sandbox_stats(self, request: cri.ListPodSandboxStatsRequest) -> cri.ListPodSandboxStatsResponse:
-        stats = self._stats.sandboxes(self._measured_sandboxes(request.filter))
-        return cri.ListPodSandboxStatsResponse(stats=[s async for s in stats])
+    async def list_pod_sandbox_stats(self, request: cri.ListPodSandboxStatsRequest) -> bytes:
+        stats = [s async for s in self._stats.sandboxes(self._measured_sandboxes(request.filter))]
+        answer = cri.ListPodSandboxStatsResponse(stats=stats).SerializeToString()
+        if len(answer) <= self._limit.size:
+            return answer
+
+        def shorter(place: int) -> int:
+            stats[place].attributes.ClearField("annotations")
+            return stats[place].ByteSize()
+
+        self._limit.shorten([s.attributes.id for s in stats], [s.ByteSize() for s in stats], shorter)
+        return cri.ListPodSandboxStatsResponse(stats=stats).SerializeToString()
 
     async def stream_pod_sandbox_stats(
         self, request: cri.StreamPodSandboxStatsRequest
     ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
-        for batch in batches(self._measured_sandboxes(request.filter)):
-            stats = self._stats.sandboxes(batch)
-            yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=[s async for s in stats])
+        async for batch in batches(self._stats.sandboxes(self._measured_sandboxes(request.filter))):
+            yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=batch)
 
     async def list_metric_descriptors(
         self, request: cri.ListMetricDescriptorsRequest

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from criserver.api.lists import Slices, make_each
+from criserver.api.lists import Slices, make_each, make_in_slices
 from criserver.api.views import image_name
 from criserver.model import NamespaceMode
 from criserver.oci.spec_resources import in_force
@@ -84,10 +84,8 @@ class StatsViews:
     async def containers(self, records: Iterable[Container]) -> AsyncIterator[cri.ContainerStats]:
         """Statistics of each container."""
         self._retain()
-        slices = Slices()
-        for stats in make_each(records, self.container):
+        async for stats in make_in_slices(records, self.container):
             yield stats
-            await slices.end()
 
     async def sandbox(self, record: Sandbox) -> cri.PodSandboxStats:
         """Statistics of a sandbox and its containers. A stopped one has the attributes and writable layers alone."""
@@ -104,10 +102,8 @@ class StatsViews:
         def make(record: Sandbox) -> cri.PodSandboxStats:
             return self._sandbox(record, members.get(record.id, []), networks.get(self._network_namespace(record)))
 
-        slices = Slices()
-        for stats in make_each(sandboxes, make):
+        async for stats in make_in_slices(sandboxes, make):
             yield stats
-            await slices.end()
 
     async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
         """Metrics of each sandbox that is ready, and of its running containers."""

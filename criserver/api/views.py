@@ -47,8 +47,8 @@ _MODES = {mode: number for number, mode in MODES.items()}
 _SIGNALS = {signal_number(name): name for name in reversed(cri.Signal.keys()) if name != "RUNTIME_DEFAULT"}
 
 
-def sandbox(record: Sandbox) -> cri.PodSandbox:
-    """The sandbox as ListPodSandbox shows it."""
+def sandbox(record: Sandbox, *, annotated: bool = True) -> cri.PodSandbox:
+    """The sandbox as ListPodSandbox shows it. ``annotated``: with its annotations."""
     config = record.config
     return cri.PodSandbox(
         id=record.id,
@@ -56,7 +56,7 @@ def sandbox(record: Sandbox) -> cri.PodSandbox:
         state=SANDBOX_STATES[record.state],
         created_at=record.created_at,
         labels=config.labels,
-        annotations=config.annotations,
+        annotations=config.annotations if annotated else {},
         runtime_handler=record.handler,
     )
 

@@ -34,6 +34,9 @@ MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 MAX_MANIFEST = 4 << 20
 MAX_CONFIG = 8 << 20
+# Bytes of all texts of an image's process. They are in memory as long as the image is here. Those of real images have a
+# few thousand, and the kernel takes no argument or variable of more than 128 KiB (execve(2)).
+MAX_PROCESS = 256 << 10
 
 Compression = Literal["gzip", "none", "zstd"]
 
@@ -118,7 +121,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """The process that an image describes; fields that the image leaves out are empty."""
+    """The process that an image describes; fields that the image leaves out are empty.
+
+    It has what a container takes from its image, and nothing else: it is in memory as long as the image is here.
+    """
 
     user: str = ""
     env: tuple[str, ...] = ()
@@ -126,9 +132,13 @@ class ImageConfig:
     cmd: tuple[str, ...] = ()
     working_dir: str = ""
     volumes: tuple[str, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str = ""
-    exposed_ports: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The bytes of all texts."""
+        texts = (self.user, self.working_dir, self.stop_signal, *self.env, *self.entrypoint, *self.cmd, *self.volumes)
+        return sum(len(text.encode()) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +196,25 @@ def parse_config(body: bytes, what: str) -> Configuration:
         cmd=tuple(found.get("Cmd", ())),
         working_dir=found.get("WorkingDir", ""),
         volumes=tuple(sorted(filter(None, found.get("Volumes", ())))),
-        labels=found.get("Labels", {}),
         stop_signal=found.get("StopSignal", ""),
-        exposed_ports=tuple(sorted(filter(None, found.get("ExposedPorts", ())))),
     )
     try:
         image_user.parse(process.user)
     except InvalidArgumentError as e:
         raise InvalidArgumentError(f"{what} is invalid: {e}") from e
     return Configuration(_platform(document), tuple(document.get("rootfs", {}).get("diff_ids", ())), process)
+
+
+def check_process(configuration: Configuration, what: str) -> None:
+    """Raises InvalidArgumentError if the process has longer texts than a new image may have.
+
+    :func:`parse_config` reads longer ones, as images of earlier releases may have them.
+    """
+    if (size := configuration.process.size) > MAX_PROCESS:
+        raise InvalidArgumentError(
+            f"{what}: the user, variables, command, directory, volumes and stop signal of the configuration have "
+            f"{size} bytes; {MAX_PROCESS} are the most allowed"
+        )
 
 
 def check_layers(manifest: Manifest, configuration: Configuration, what: str) -> None:

@@ -31,6 +31,7 @@ from criserver.images.manifests import (
     OtherPlatformError,
     chain_ids,
     check_layers,
+    check_process,
     choose,
     compression,
     is_for,
@@ -160,6 +161,8 @@ class Loader:
         lease.blobs.add(manifest.config.digest)
         configuration = await self._configuration(source, manifest)
         check_layers(manifest, configuration, what)
+        if not isinstance(source, NoSource):  # an image that is here is kept
+            check_process(configuration, what)
         if not is_for(descriptor, self._platform) and not runs_on(configuration.platform, self._platform):
             raise OtherPlatformError(
                 f"{source.name} is for {shown(configuration.platform)}; this node runs {self._platform}"

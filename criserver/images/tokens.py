@@ -29,13 +29,16 @@ _IDLE = 30.0
 _MAX_ANSWER = 1 << 20
 _MAX_REALM = 2048
 _MAX_ITEMS = 1000  # schemes and parameters in all challenges of a 401
+_MAX_HEADER = 64 << 10  # characters
 _MAX_SCOPES = 20
 _LIFETIME = 60  # seconds, where the answer says none
 _CLIENT_ID = "criserver"
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# The search keeps a state for each escaped character alone.
+_QUOTED = r'[^"\\]*+(?:\\.[^"\\]*+)*'
 _ITEM = re.compile(
-    rf'[\s,]*(?:(?P<name>{_WORD})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<value>{_WORD}))|(?P<scheme>{_WORD})(?=\s|,|\Z))'
+    rf'[\s,]*(?:(?P<name>{_WORD})\s*=\s*(?:"(?P<quoted>{_QUOTED})"|(?P<value>{_WORD}))|(?P<scheme>{_WORD})(?=\s|,|\Z))'
 )
 _TOKEN = re.compile(r"[!-~]{1,65536}")
 
@@ -68,13 +71,14 @@ class Token:
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
     """The challenges of WWW-Authenticate headers; a header may have several. Invalid ones are left out.
 
-    What comes after _MAX_ITEMS items is left out too: a header may have megabytes of them.
+    What comes after _MAX_ITEMS items, or after _MAX_HEADER characters of a header, is left out too: a header may have
+    megabytes.
     """
     found: list[Challenge] = []
     count = itertools.count()
     for header in headers:
         parameters: dict[str, str] | None = None
-        for item in _items(header):
+        for item in _items(header[:_MAX_HEADER]):
             if next(count) >= _MAX_ITEMS:
                 return found
             if item["scheme"]:

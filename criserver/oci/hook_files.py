@@ -13,11 +13,16 @@ from typing import Any
 
 import jsonschema
 
-from criserver.errors import FailedPreconditionError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
+from criserver.text import quoted
 from snapshotter import files
 
 # Bytes.
 _MAX_FILE = 1 << 20
+# Characters of a text that is compared with a pattern. A search holds up all threads, and its time may grow by the
+# square of the text's length. The kernel runs no program with a longer path (PATH_MAX, limits.h). Names of annotations
+# are no longer: api/bounds.py refuses them.
+_MAX_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +40,31 @@ class NodeHook:
     has_bind_mounts: bool | None = None
 
     def matches(self, command: str, annotations: Mapping[str, str], *, has_bind_mounts: bool) -> bool:
-        """Whether a container whose program is ``command`` gets the hook."""
+        """Whether a container whose program is ``command`` gets the hook.
+
+        Raises InvalidArgumentError for a text that is too long to be compared with a pattern.
+        """
         found: list[bool] = []
         if self.always is not None:
             found.append(self.always)
         if self.has_bind_mounts is not None:
             found.append(self.has_bind_mounts and has_bind_mounts)
         for name, value in self.annotations:
-            found.append(any(name.search(key) and value.search(text) for key, text in annotations.items()))
+            named = {key: text for key, text in annotations.items() if name.search(key)}
+            for key, text in named.items():
+                _check_length(text, f"the value of the annotation {quoted(key)}")
+            found.append(any(value.search(text) for text in named.values()))
         if self.commands:
+            _check_length(command, "the name of the container's program")
             found.append(any(pattern.search(command) for pattern in self.commands))
         return bool(found) and all(found)
+
+
+def _check_length(text: str, what: str) -> None:
+    if len(text) > _MAX_TEXT:
+        raise InvalidArgumentError(
+            f"{what} has {len(text)} characters; with the hooks of runtime.hooks_dir at most {_MAX_TEXT} are allowed"
+        )
 
 
 def load(directories: Iterable[str]) -> tuple[NodeHook, ...]:
@@ -70,7 +89,7 @@ def load(directories: Iterable[str]) -> tuple[NodeHook, ...]:
 def chosen(
     hooks: Iterable[NodeHook], command: str, annotations: Mapping[str, str], *, has_bind_mounts: bool
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The stage and the OCI hook of each hook that the container gets."""
+    """The stage and the OCI hook of each hook that the container gets. Raises InvalidArgumentError as ``matches``."""
     for hook in hooks:
         if hook.matches(command, annotations, has_bind_mounts=has_bind_mounts):
             yield from ((stage, hook.hook) for stage in hook.stages)

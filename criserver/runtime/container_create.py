@@ -18,7 +18,7 @@ from typing import BinaryIO
 import structlog
 
 from criserver import logs
-from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from criserver.images import Image, host_platform, references
 from criserver.images.digests import begins_with
 from criserver.model import ContainerConfig, NamespaceMode, User
@@ -56,6 +56,9 @@ log = structlog.get_logger(__name__)
 # Bytes. Larger account files than this are refused: they are read for every container, and the OCI runtime reads them
 # whole. Those of real images have a few thousand; 4 MiB are some 60,000 accounts.
 _MAX_ACCOUNTS = 4 << 20
+# Bytes of the requests for all containers of a pod, exited ones too. Each is in memory several times as long as its
+# container is there: in its record, as it was sent and parsed, and in the bundle on a tmpfs. A usual one has a few KiB.
+_MAX_REQUESTS = 16 << 20
 
 # Where a mount brings the null device, and where that is in it (null(4)).
 _NULLS = {"/dev": "/null", "/dev/null": ""}
@@ -67,7 +70,8 @@ async def create_container(node: Node, sandbox_id: str, config: ContainerConfig,
 
     Raises NotFoundError for an unknown sandbox or an image that is not here, AlreadyExistsError for a taken
     name, FailedPreconditionError for a sandbox that is not ready or a user that the image does not have,
-    InvalidArgumentError for what can never run. Nothing is left behind by a failure.
+    ResourceExhaustedError if the requests for all containers of the sandbox are too large, InvalidArgumentError for
+    what can never run. Nothing is left behind by a failure.
     """
     sandbox = node.records.sandbox(sandbox_id)
     name = f"container {config.name}_{sandbox.config.full_name}_{config.attempt}"
@@ -109,6 +113,7 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
     async with node.lock(sandbox_id):
         if node.records.sandbox(sandbox_id).state is not SandboxState.READY:
             raise FailedPreconditionError(f"pod sandbox {sandbox_id} is being stopped; run a new one")
+        _check_requests(node, sandbox, container)
         await node.records.add(container)
     async with node.lock(container.id):
         try:
@@ -126,6 +131,17 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
         await node.plugins.apply(adjusted.after)
     log.info("container created", **sandbox.named, **container.named, seconds=logs.elapsed())
     return container.id
+
+
+def _check_requests(node: Node, sandbox: Sandbox, container: Container) -> None:
+    """Refuse a container with which the requests for all containers of the pod are too large."""
+    total = len(container.sent) + sum(len(c.sent) for c in node.records.containers_of(sandbox.id))
+    if total > _MAX_REQUESTS:
+        raise ResourceExhaustedError(
+            f"container {container.config.name}: with it the requests for all containers of pod "
+            f"{sandbox.config.namespace}/{sandbox.config.name}, exited ones too, have {total} bytes; {_MAX_REQUESTS} "
+            "are the most allowed. Give large values by a volume, not by environment variables"
+        )
 
 
 def _check_features(node: Node, sandbox: Sandbox, config: ContainerConfig) -> None:

@@ -40,7 +40,7 @@ async def spec_defaults(node: Node, handler: RuntimeHandler) -> SpecDefaults:
 async def hooks(node: Node, sandbox: Sandbox, config: ContainerConfig, command: str) -> ContainerEdits:
     """The hooks of the node's directories for a container whose program is ``command``.
 
-    Raises FailedPreconditionError for a hook file.
+    Raises FailedPreconditionError for a hook file, InvalidArgumentError for a text that is too long for its patterns.
     """
     directories = node.config.pod_defaults.hooks_dir
     if not directories:

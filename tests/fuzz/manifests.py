@@ -141,8 +141,7 @@ def check_configuration(found: Configuration) -> None:
     assert len(set(chain_ids(found.diff_ids))) == len(found.diff_ids)
     process = found.process
     texts = [process.user, process.working_dir, process.stop_signal, str(found.platform)]
-    texts += [*process.env, *process.entrypoint, *process.cmd, *process.volumes, *process.exposed_ports]
-    texts += [*process.labels, *process.labels.values()]
+    texts += [*process.env, *process.entrypoint, *process.cmd, *process.volumes]
     "".join(texts).encode()  # it is sent on as UTF-8
 
 

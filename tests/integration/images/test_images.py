@@ -28,7 +28,7 @@ from criserver.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
-from criserver.images import ContentStore, Platform
+from criserver.images import ContentStore, Platform, manifests
 from criserver.pb.runtime.v1 import api_pb2 as cri
 from criserver.stats import DiskUsage
 from criserver.store import Change
@@ -279,6 +279,30 @@ async def test_a_verbose_status_has_the_configuration(rooms: Rooms, tmp_path: Pa
     assert await info() == found
     os.unlink(rooms.content.path(image.id))
     assert await info() == found
+
+
+async def test_an_image_with_very_long_texts_is_refused_and_one_that_is_here_stays(
+    rooms: Rooms, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_image([{"a": b"1"}], {"Env": [f"A{n}=" + "x" * 10_000 for n in range(27)]})
+    name = registry.push(built, "texts:1")
+    write_archive(built, str(tmp_path / "a.tar"), "texts:2")
+    for bring in (lambda: rooms.images.pull(name), lambda: rooms.images.import_archive(str(tmp_path / "a.tar"))):
+        with pytest.raises(InvalidArgumentError, match=r"have 270\d\d\d bytes; 262144 are the most allowed"):
+            await bring()
+        assert rooms.leftovers() == []
+    with monkeypatch.context() as earlier:
+        earlier.setattr(manifests, "MAX_PROCESS", 1 << 20)
+        image = await rooms.images.pull(name)
+    rooms.close()
+    again = Rooms(rooms.root)
+    try:
+        assert again.images.wanted(name).config == image.config
+        again.images._suspects.layers.add(image.chain_id)
+        await again.images.checked(again.images.wanted(name))
+        assert (await again.images.pull(name)).id == image.id
+    finally:
+        again.close()
 
 
 async def test_an_ambiguous_id(rooms: Rooms, registry: Registry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import tracemalloc
 from dataclasses import replace
 
 import hypothesis
@@ -61,6 +62,18 @@ def test_a_header_of_a_megabyte_is_parsed_in_time() -> None:
     for text in ("a" * 1_000_000, "Bearer " + 'a="' * 300_000, "Bearer " + "a=b," * 250_000, '"\\' * 500_000):
         parse_challenges([text])
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", ["x", "\\x", 'x\\"'], ids=["plain", "escaped", "quotes"])
+def test_a_quoted_text_of_a_megabyte_that_does_not_end_is_left_out_and_takes_little_memory(text: str) -> None:
+    header = 'Basic realm="here", Bearer service="s", realm="' + text * (1_000_000 // len(text))
+    tracemalloc.start()
+    try:
+        found = parse_challenges([header])
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert found == [Challenge("basic", {"realm": "here"}), Challenge("bearer", {"service": "s"})]
 
 
 def test_a_header_of_any_number_of_challenges_is_cut() -> None:

@@ -32,6 +32,7 @@ from criserver.images.manifests import (
     Manifest,
     chain_ids,
     check_layers,
+    check_process,
     choose,
     compression,
     is_for,
@@ -42,7 +43,7 @@ from criserver.images.manifests import (
 from criserver.images.platforms import Platform, amd64_variant, host_platform, rank, runs_on
 
 A, B, C = ("sha256:" + c * 64 for c in "abc")
-VOLUME = ImageConfig(volumes=("/v",), exposed_ports=("80/tcp",))
+VOLUME = ImageConfig(volumes=("/v",))
 AMD64 = Platform("linux", "amd64")
 
 
@@ -266,9 +267,7 @@ def test_a_configuration() -> None:
     )
     assert found.platform == Platform("linux", "amd64", "v3")
     assert found.diff_ids == (A,)
-    assert found.process == ImageConfig(
-        "1000:1000", ("PATH=/bin",), ("/a",), (), "/w", ("/a", "/b"), {"x": "y"}, "SIGINT", ("80/tcp",)
-    )
+    assert found.process == ImageConfig("1000:1000", ("PATH=/bin",), ("/a",), (), "/w", ("/a", "/b"), "SIGINT")
 
 
 @pytest.mark.parametrize("process", [None, {}, {"Entrypoint": None, "Labels": None, "Volumes": None}])
@@ -285,7 +284,7 @@ def test_a_configuration_without_a_process(process: dict[str, None] | dict[str, 
         ({"Entrypoint": ["", "b"]}, ImageConfig(entrypoint=("", "b"))),
         ({"Entrypoint": ["/a"], "Cmd": [""]}, ImageConfig(entrypoint=("/a",), cmd=("",))),
         ({"Env": ["", None, "A=b"]}, ImageConfig(env=("", "", "A=b"))),
-        ({"Labels": {"a": None, "": "b"}}, ImageConfig(labels={"a": "", "": "b"})),
+        ({"Labels": {"a": None, "": "b"}}, ImageConfig()),
         ({"Volumes": {"": {}, "/v": None}, "ExposedPorts": {"": {}, "80/tcp": None}}, VOLUME),
         ({"user": "1", "ENV": ["A=b"], "workingdir": "/w"}, ImageConfig("1", ("A=b",), working_dir="/w")),
         ({"Healthcheck": 1, "OnBuild": "x", "ArgsEscaped": None}, ImageConfig()),
@@ -298,8 +297,8 @@ def test_a_process_as_go_reads_it(process: dict[str, Any], expected: ImageConfig
 
 
 def test_bytes_that_are_no_utf8_are_replaced() -> None:
-    body = json.dumps(config(config={"Labels": {"a": "XX"}})).encode().replace(b"XX", b"na\xefve")
-    assert parse_config(body, "c").process.labels == {"a": "na\ufffdve"}
+    body = json.dumps(config(config={"Env": ["A=XX"]})).encode().replace(b"XX", b"na\xefve")
+    assert parse_config(body, "c").process.env == ("A=na\ufffdve",)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +363,29 @@ def test_millions_of_items_do_not_hold_up_the_daemon(process: dict[str, dict[str
     with pytest.raises(InvalidArgumentError):
         parse_config(body, "c")
     assert time.process_time() - start < 10  # 27 s where each item is validated
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        {"Env": ["A=" + "x" * (64 << 10)] * 4},
+        {"Entrypoint": ["x" * (128 << 10)], "Cmd": ["ж" * (64 << 10), "y"]},
+        {"Volumes": {f"/{n}/{'v' * 100}": {} for n in range(3000)}},
+        {"User": "u" * 200, "WorkingDir": "/" * (200 << 10), "StopSignal": "S" * (60 << 10)},
+    ],
+    ids=["variables", "command", "volumes", "texts"],
+)
+def test_the_texts_of_a_process_have_a_limit(process: dict[str, Any]) -> None:
+    found = parse_config(json.dumps(config(config=process)).encode(), "c")  # of an image that is here already
+    with pytest.raises(InvalidArgumentError, match=rf"^m: .* have {found.process.size} bytes; 262144 are the most"):
+        check_process(found, "m")
+
+
+def test_labels_and_ports_do_not_count_as_texts_of_a_process() -> None:
+    process = {"Labels": {"a": "x" * (1 << 20)}, "ExposedPorts": {"y" * (1 << 20): {}}, "Env": ["x" * (256 << 10)]}
+    found = parse_config(json.dumps(config(config=process)).encode(), "c")
+    assert found.process.size == 256 << 10
+    check_process(found, "m")
 
 
 @pytest.mark.parametrize(

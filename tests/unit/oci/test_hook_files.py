@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from criserver.errors import FailedPreconditionError
+from criserver.errors import FailedPreconditionError, InvalidArgumentError
 from criserver.oci.hook_files import chosen, load
 
 HOOK = {"version": "1.0.0", "hook": {"path": "/h"}, "when": {"always": True}, "stages": ["prestart"]}
@@ -48,6 +48,30 @@ def test_all_conditions_must_hold_and_there_must_be_one(tmp_path: Path, when: di
 def test_a_container_without_mounts_does_not_match_has_bind_mounts(tmp_path: Path) -> None:
     hooks = load([written(tmp_path, "a.json", when={"hasBindMounts": True})])
     assert list(chosen(hooks, "sh", {}, has_bind_mounts=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "annotations", "words"),
+    [
+        ("x" * 4097, {}, "the name of the container's program has 4097 characters"),
+        ("x" * 3_000_000, {}, "the name of the container's program has 3000000 characters"),
+        ("sh", {"x": "", "k\u017f": "v" * 4097}, "the value of the annotation 'k\u017f' has 4097 characters"),
+    ],
+)
+def test_a_text_that_would_hold_up_the_daemon_is_refused(
+    tmp_path: Path, command: str, annotations: dict[str, str], words: str
+) -> None:
+    hooks = load([written(tmp_path, "a.json", when={"commands": [".*/init$"], "annotations": {"^k": ".*/v$"}})])
+    with pytest.raises(InvalidArgumentError, match=f"^{words}; with the hooks of runtime.hooks_dir at most 4096"):
+        list(chosen(hooks, command, annotations, has_bind_mounts=False))
+
+
+def test_a_long_text_that_no_pattern_is_for_is_no_matter(tmp_path: Path) -> None:
+    applied = {"kubectl.kubernetes.io/last-applied-configuration": "{" * 100_000, "k": "/" * 4096}
+    hooks = load([written(tmp_path, "a.json", when={"annotations": {"^k$": "^/*$"}})])
+    assert len(list(chosen(hooks, "x" * 100_000, applied, has_bind_mounts=False))) == 1
+    hooks = load([written(tmp_path, "a.json", when={"commands": ["^/*$"]})])
+    assert len(list(chosen(hooks, "/" * 4096, applied, has_bind_mounts=False))) == 1
 
 
 def test_later_directories_replace_files_and_names_give_the_order(tmp_path: Path) -> None:

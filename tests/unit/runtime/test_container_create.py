@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
@@ -80,6 +81,41 @@ async def test_a_container_that_is_made_but_cannot_be_written_down(
         assert (found.state, found.exit_code, found.reason) == (ContainerState.EXITED, 128, "CreateError")
         assert found.message == "it cannot be made: the disk is full"
         assert node.events == [EventType.CREATED, EventType.STOPPED]
+
+
+async def test_the_requests_for_all_containers_of_a_pod_have_a_limit(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container_create, "node_defaults", AsyncMock(hooks=AsyncMock(return_value=ContainerEdits())))
+    monkeypatch.setattr(container_create, "_check_features", Mock())
+    monkeypatch.setattr(container_create, "_prepare", AsyncMock(return_value=(None, {})))
+    monkeypatch.setattr(apparmor, "choose", AsyncMock())
+    node.images.get.return_value = Mock(id="i", repo_tags=(), repo_digests=(), config=ImageConfig())
+    brought_to(node.records, sandbox("q", SandboxState.READY))
+    large = cri.KeyValue(key="K", value=b"v" * (4 << 20))
+
+    async def create(name: str, owner: str = "p", *envs: cri.KeyValue) -> None:
+        pod = node.records.sandboxes[owner]
+        metadata = cri.ContainerMetadata(name=name)
+        sent = cri.ContainerConfig(metadata=metadata, image=cri.ImageSpec(image="i"), command=["true"], envs=envs)
+        asked = container(name, pod, sent=sent)
+        await container_create._create(node, owner, asked.config, asked.sent)
+
+    exited = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="exited"), envs=[large])
+    brought_to(node.records, container("exited", node.records.sandboxes["p"], ContainerState.EXITED, exited))
+    for name in ("a", "b"):
+        await create(name, "p", large)
+    before = len(node.records.containers)
+    with pytest.raises(
+        ResourceExhaustedError, match=r"^container c: .* pod n/p, .* have 1677\d{4} bytes; 16777216 are"
+    ):
+        await create("c", "p", large)
+    assert len(node.records.containers) == before
+    await create("c")
+    await create("c", "q", large)
+    gone = next(c for c in node.records.containers_of("p") if c.config.name == "exited")
+    await node.records.forget(await node.records.save(dataclasses.replace(gone, state=ContainerState.REMOVING)))
+    await create("d", "p", large)
 
 
 @pytest.mark.parametrize("trouble", ["what it has", "its record"])
