@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Set
 from contextlib import ExitStack, closing
 
-from snapshotter.file_tree import Memory, Names, Place, TooWideError, shortened
+from snapshotter.file_tree import NameMemory, Names, Place, TooWideError, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095
@@ -35,7 +35,7 @@ def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] =
     copier = _Copier(target, check, hidden)
     # In the target all directories are new, so their times say nothing about changes by others.
     with closing(Place(source)) as reader, closing(Place(target, lambda _: 0.0)) as writer:
-        memory = Memory()
+        memory = NameMemory()
         waiting: list[Names] = []
         while True:
             waiting.append(copier.copy_entries(reader, writer, Names(memory)))

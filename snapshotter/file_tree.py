@@ -51,7 +51,7 @@ class TooWideError(OSError):
     """A tree has more directories beside each other than a walk can remember."""
 
 
-class Memory:
+class NameMemory:
     """The memory of the :class:`Names` of one walk, in bytes."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Names:
 
     __slots__ = ("_memory", "_names")
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: NameMemory) -> None:
         self._memory = memory
         self._names: list[str] = []
 
@@ -230,7 +230,7 @@ def walk(
     if one has too many directories in it, and UnsettledError if other processes make new directories all the time.
     """
     with closing(Place(top, changed)) as place:
-        memory = Memory()
+        memory = NameMemory()
         waiting: list[Names] = []
         while True:
             directories = Names(memory)

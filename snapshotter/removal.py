@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
-from snapshotter.file_tree import NO_DIRECTORY, Memory, Names, Place, UnsettledError, shortened
+from snapshotter.file_tree import NO_DIRECTORY, NameMemory, Names, Place, UnsettledError, shortened
 
 # linux/fs.h: the attributes of chattr(1), and how they are read and written.
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
@@ -59,7 +59,7 @@ class _Level:
 
     __slots__ = ("cut", "stuck", "waiting")
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: NameMemory) -> None:
         self.waiting = Names(memory)
         self.cut = False
         self.stuck = False
@@ -71,7 +71,7 @@ class _Remover:
         self._files = files
         self._place = Place(dir_fd)
         self._levels: list[_Level] = []
-        self._memory = Memory()
+        self._memory = NameMemory()
         self._refilled = self._portions = 0
         self._failure: OSError | None = None
         self._failures = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from criserver.errors import FailedPreconditionError
 from criserver.model import PodConfig
@@ -119,13 +121,8 @@ async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) 
     usage = node.stats.cgroups.reader(cgroup).usage
     if host.facts().unified_cgroups:
         _check_memory(container.id, limit, usage())
-    try:
-        # runc's update leaves them out.
-        undo = await asyncio.to_thread(cgroups.limit_huge_pages, cgroup, oci.get("hugepageLimits", ()))
-    except OSError as e:
-        raise FailedPreconditionError(
-            f"container {container.id} cannot be given these limits of huge pages: {e.strerror}; it may use more now"
-        ) from e
+    pages = resource_limits(container.config.resources, host.facts()).get("hugepageLimits", ())
+    undo = await _limit_huge_pages(container.id, cgroup, pages)
     try:
         await process_records.of_container(node, container).update(oci)
     except FailedPreconditionError as e:
@@ -136,6 +133,18 @@ async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) 
         if memory is not None and 0 < limit < memory.usage:
             raise _below_use(container.id, limit, memory.usage) from e
         raise
+    # An update by runc leaves new ones out, and sets those that the container was created with again.
+    await _limit_huge_pages(container.id, cgroup, pages)
+
+
+async def _limit_huge_pages(container_id: str, cgroup: str, limits: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
+    """As :func:`cgroups.limit_huge_pages`. Raises FailedPreconditionError where the kernel refuses one."""
+    try:
+        return await asyncio.to_thread(cgroups.limit_huge_pages, cgroup, limits)
+    except OSError as e:
+        raise FailedPreconditionError(
+            f"container {container_id} cannot be given these limits of huge pages: {e.strerror}; it may use more now"
+        ) from e
 
 
 def _check_memory(container_id: str, limit: int, usage: CgroupUsage) -> None:

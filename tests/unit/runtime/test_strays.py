@@ -99,6 +99,8 @@ def test_what_a_killed_daemon_was_running_is_ended(monkeypatch: pytest.MonkeyPat
         ("1", False),
         ("", False),
     ],
+    # The same for each worker of a run.
+    ids=["this one", "ended", "many digits", "too many for int", "no ASCII", "no start", "empty"],
 )
 def test_a_variable_of_a_container_is_no_daemon(owner: str, orphan: bool) -> None:
     assert strays._is_orphan(f"\0A=b\0CRISERVER_DAEMON={owner}\0C=d\0".encode()) is orphan

@@ -473,7 +473,7 @@ def test_a_volume_that_is_too_wide_is_not_copied(top: Path) -> None:
 
 def test_names_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_tree, "_MAX_NAMES", 2 * sys.getsizeof("a"))
-    memory = file_tree.Memory()
+    memory = file_tree.NameMemory()
     one, other = file_tree.Names(memory), file_tree.Names(memory)
     assert (one.add("a"), one.add("b"), one.add("c")) == (True, True, False)
     assert other.add("d"), "there is always room for one"
