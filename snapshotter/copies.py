@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Set
 from contextlib import ExitStack, closing
 
-from snapshotter.file_tree import NameMemory, Names, Place, TooWideError, shortened
+from snapshotter.file_tree import NameMemory, Names, Place, shortened
 
 _PIECE = 8 << 20
 _MAX_PATH = 4095
@@ -40,6 +40,8 @@ def copy(source: int, target: int, check: Callable[[], None], hidden: Set[str] =
         while True:
             waiting.append(copier.copy_entries(reader, writer, Names(memory)))
             while not reader.enter_next(waiting[-1]):
+                if waiting[-1].refill(reader.fd):
+                    continue
                 _copy_attributes(reader.fd, writer.fd)
                 if reader.depth == 0:
                     return
@@ -63,20 +65,17 @@ class _Copier:
         self._places = 0
 
     def copy_entries(self, reader: Place, writer: Place, directories: Names) -> Names:
-        """Copy all that is in a directory. Its directories are made, empty; ``directories`` gets their names.
-
-        Raises TooWideError if there are too many.
-        """
+        """Copy all that is in a directory. Its directories are made, empty; ``directories`` gets their names."""
         self._directory = ""
+        if self._hidden and writer.path in self._hidden:
+            return directories
         with os.scandir(reader.fd) as entries:
             for entry in entries:
                 self._check()
                 try:
                     if entry.is_dir(follow_symlinks=False):
                         os.mkdir(entry.name, 0o700, dir_fd=writer.fd)
-                        shown = not self._hidden or writer.path_of(entry.name) not in self._hidden
-                        if shown and not directories.add(entry.name):
-                            raise TooWideError(errno.E2BIG, "there are too many directories beside it")
+                        directories.add(entry.name)
                     else:
                         self._copy(entry.name, reader.fd, writer)
                 except OSError as e:

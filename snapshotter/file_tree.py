@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 import sys
@@ -28,9 +29,10 @@ NO_DIRECTORY = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 # A process that makes directories all the time must not keep a walk going for ever.
 _MAX_CHANGED = 100_000  # directories that others have changed since the walk began
 _MAX_MOVED = 100  # how often others have moved a directory that the walk is in
-# Bytes of memory for the names of directories that a walk has found and not entered: some 700,000 short names. A
-# directory may have millions of directories in it.
-_MAX_NAMES = 64 << 20
+# Bytes of memory for the names of directories that a walk has found and not entered: some million short names. A
+# directory may have more directories in it, and is then read again for the next ones. Each directory has room for some
+# names, whatever those above it take.
+_MAX_NAMES, _MIN_NAMES = 64 << 20, 256 << 10
 # The inodes with several names that are told apart; each takes some 100 bytes of memory.
 _MAX_LINKED = 500_000
 _SHOWN = 250  # characters of a path in an error, at its beginning and at its end
@@ -47,10 +49,6 @@ class UnsettledError(OSError):
     """Another process changes a tree faster than it can be read or deleted."""
 
 
-class TooWideError(OSError):
-    """A tree has more directories beside each other than a walk can remember."""
-
-
 class NameMemory:
     """The memory of the :class:`Names` of one walk, in bytes."""
 
@@ -59,30 +57,59 @@ class NameMemory:
 
 
 class Names:
-    """The names of directories in one directory of a walk, which it has still to enter."""
+    """The names of directories in one directory of a walk, which it has still to enter.
 
-    __slots__ = ("_memory", "_names")
+    ``cut`` says that there are more of them, for which there was no memory. :meth:`refill` adds the next ones.
+    """
+
+    __slots__ = ("_added", "_held", "_memory", "_names", "cut")
 
     def __init__(self, memory: NameMemory) -> None:
         self._memory = memory
         self._names: list[str] = []
+        self._held = self._added = 0
+        self.cut = False
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def add(self, name: str) -> bool:
-        """Add a name. False, and it is not added, if the walk has no memory left. There is always room for one name."""
+    def add(self, name: str) -> None:
+        """Add a name. Without memory for it ``cut`` is set, and later names are not added either."""
         size = sys.getsizeof(name)
-        if self._names and size > self._memory.left:
-            return False
+        self.cut = self.cut or (self._held + size > _MIN_NAMES and size > self._memory.left)
+        if not self.cut:
+            self.put(name)
+            self._added += 1
+
+    def put(self, name: str) -> None:
+        """Add a name again, whatever memory is left."""
+        size = sys.getsizeof(name)
         self._memory.left -= size
+        self._held += size
         self._names.append(name)
-        return True
+
+    def refill(self, fd: int) -> bool:
+        """Add the names behind those that were added, where there are more. Returns whether there are names now.
+
+        The directory ``fd`` is read again. Its order is the same as before, unless others change it. Raises OSError.
+        """
+        if not self.cut:
+            return False
+        self.cut = False
+        with os.scandir(fd) as entries:
+            directories = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+            for name in itertools.islice(directories, self._added, None):
+                self.add(name)
+                if self.cut:
+                    break
+        return bool(self._names)
 
     def pop(self) -> str:
         """Take off the last name."""
         name = self._names.pop()
-        self._memory.left += sys.getsizeof(name)
+        size = sys.getsizeof(name)
+        self._memory.left += size
+        self._held -= size
         return name
 
     def clear(self) -> None:
@@ -226,8 +253,8 @@ def walk(
     """Everything below the directory ``top``, each entry with the place that it is in. Directories come first.
 
     A place is valid until the next step. A directory with a mount on it is yielded, and not entered. ``changed`` is the
-    parameter of :class:`Place`. Raises OSError with the path below ``top`` if a directory cannot be read, TooWideError
-    if one has too many directories in it, and UnsettledError if other processes make new directories all the time.
+    parameter of :class:`Place`. Raises OSError with the path below ``top`` if a directory cannot be read, and
+    UnsettledError if other processes make new directories all the time.
     """
     with closing(Place(top, changed)) as place:
         memory = NameMemory()
@@ -239,15 +266,16 @@ def walk(
                     for entry in entries:
                         is_directory = entry.is_dir(follow_symlinks=False)
                         yield place, entry
-                        if is_directory and not directories.add(entry.name):
-                            raise TooWideError(errno.E2BIG, "it has too many directories in it")
+                        if is_directory:
+                            directories.add(entry.name)
             except FileNotFoundError:
                 pass  # the directory has gone
             except OSError as e:
-                kind = TooWideError if isinstance(e, TooWideError) else OSError
-                raise kind(e.errno, e.strerror, shortened(place.path)) from e
+                raise OSError(e.errno, e.strerror, shortened(place.path)) from e
             waiting.append(directories)
             while not place.enter_next(waiting[-1]):
+                if waiting[-1].refill(place.fd):
+                    continue
                 if place.depth == 0:
                     return
                 place.leave()
@@ -259,10 +287,8 @@ def walk(
 def measure(path: str) -> TreeUsage:
     """What the tree at ``path`` occupies, itself included; an inode with several links counts once.
 
-    1. Of a tree that is too wide it is what was seen until that was known.
-    2. Links of inodes behind the first :data:`_MAX_LINKED` with several links count each.
-
-    Raises OSError where ``path`` is no directory, or cannot be read.
+    The links of inodes behind the first :data:`_MAX_LINKED` with several links count each. Raises OSError where
+    ``path`` is no directory, or cannot be read.
     """
     top = os.open(path, _DIRECTORY)
     try:
@@ -282,8 +308,6 @@ def measure(path: str) -> TreeUsage:
                     linked.add(inode)
             size += status.st_blocks * 512
             inodes += 1
-    except TooWideError:
-        pass
     finally:
         os.close(top)
     return TreeUsage(size, inodes)

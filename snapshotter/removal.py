@@ -21,7 +21,7 @@ _FASTENED = 0x10 | 0x20  # immutable, append-only
 # emptied may have new files, and the seconds between two attempts to delete it.
 _MAX_REFILLED, _PAUSE = 100, 0.01
 # How often a directory that has too many directories in it is read again, after those that were remembered are deleted.
-_MAX_PORTIONS = 10_000
+_MAX_PORTIONS = 100_000
 
 
 def remove_path(path: str) -> None:
@@ -43,7 +43,9 @@ def remove(dir_fd: int, name: str, *, files: bool = True) -> None:
     1. Without ``files`` only directories are deleted: the files of a cgroup go with its directory.
     2. Immutable and append-only files (chattr(1)) are made ordinary first.
     3. A mount in the tree, and all that is in it, stays.
-    4. All that can be deleted is deleted. Then OSError is raised for the first failure, with the path and the reason.
+    4. All that can be deleted is deleted, with one exception: if a directory has more directories in it than are
+       remembered at once, and one of them cannot be deleted, those behind it stay too. Then OSError is raised for the
+       first failure, with the path and the reason.
        UnsettledError is raised if other processes make new files all the time.
     """
     with closing(_Remover(dir_fd, files=files)) as remover:
@@ -53,15 +55,13 @@ def remove(dir_fd: int, name: str, *, files: bool = True) -> None:
 class _Level:
     """A directory that is being deleted.
 
-    ``waiting`` are the names that are still to be deleted in it. ``cut`` says that there are more of them. ``stuck``
-    says that something in it cannot be deleted.
+    ``waiting`` are the names that are still to be deleted in it. ``stuck`` says that something in it cannot be deleted.
     """
 
-    __slots__ = ("cut", "stuck", "waiting")
+    __slots__ = ("stuck", "waiting")
 
     def __init__(self, memory: NameMemory) -> None:
         self.waiting = Names(memory)
-        self.cut = False
         self.stuck = False
 
 
@@ -82,7 +82,7 @@ class _Remover:
     def remove(self, name: str) -> None:
         place, levels = self._place, self._levels
         levels.append(_Level(self._memory))
-        levels[0].waiting.add(name)
+        levels[0].waiting.put(name)
         while len(levels) > 1 or levels[0].waiting:
             if levels[-1].waiting:
                 self._begin(levels[-1].waiting.pop())
@@ -97,7 +97,7 @@ class _Remover:
                 continue
             if done.stuck:
                 levels[-1].stuck = True
-            elif done.cut and self._portions < _MAX_PORTIONS:
+            elif done.waiting.cut and self._portions < _MAX_PORTIONS:
                 self._portions += 1
                 self._wait(left)
             else:
@@ -129,9 +129,10 @@ class _Remover:
                 # scandir may skip an entry while the directory changes. rmdir fails then, and _end() tries again.
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        if not _removed_empty(self._place.fd, entry.name) and not level.waiting.add(entry.name):
-                            level.cut = True
-                            break
+                        if not _removed_empty(self._place.fd, entry.name):
+                            level.waiting.add(entry.name)
+                            if level.waiting.cut:
+                                break  # it is read again once these are deleted
                     elif self._files:
                         self._unlink(entry.name)
         except FileNotFoundError:
@@ -158,8 +159,7 @@ class _Remover:
 
     def _wait(self, name: str) -> None:
         """Delete ``name`` again later."""
-        level = self._levels[-1]
-        level.cut |= not level.waiting.add(name)
+        self._levels[-1].waiting.put(name)
 
     def _unlink(self, name: str) -> None:
         try:

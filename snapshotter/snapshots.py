@@ -65,6 +65,7 @@ class Snapshotter:
         self._unsettled: set[str] = set()  # layers that must be settled before they are mounted, by chain ID
         # A tree of many files is measured for minutes: other work has threads beside it.
         self._measures = Threads(2, "measures")
+        self._layer_deletions = Threads(2, "layer-deletions")
         self._settlings: LastingTasks[None] = LastingTasks()  # by the layers' paths
         self._retiring = asyncio.Lock()  # of snapshots: two removals of one must not both rename it
         self._unpacks: SharedTasks[str, str | None, Layer] = SharedTasks()  # by chain ID; the note is the parent
@@ -391,7 +392,7 @@ class Snapshotter:
                 self._layers[layer.chain_id] = layer
                 if unsettled:
                     self._unsettled.add(layer.chain_id)
-        await in_thread(self._staging.delete, name, executor=deletions)
+        await in_thread(self._staging.delete, name, executor=self._layer_deletions)
 
     def _make_snapshot(self, path: str, chain_id: str, top: Layer) -> None:
         """Make a snapshot on disk. Raises OSError and SnapshotNotFoundError, with nothing left of it."""

@@ -61,5 +61,5 @@ async def in_thread(function: Callable[..., _T], *arguments: Any, executor: Exec
     return await to_the_end(asyncio.get_running_loop().run_in_executor(executor, function, *arguments))
 
 
-# Containers and images make trees whose deletion takes minutes. Other work has threads beside these.
+# Containers make trees whose deletion takes minutes. Other work has threads beside these.
 deletions = Threads(4, "deletions")

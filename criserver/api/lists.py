@@ -6,8 +6,8 @@ A repeated field is a concatenation on the wire (protobuf encoding, "Message str
 ListContainers is the join of its serialised entries, the fragments. Records are frozen: a fragment stays valid while
 the record is the same object.
 
-A list of pods with all annotations may be larger than a message may be. Then the largest annotations are left out. A
-kubelet takes the annotations of a pod from its status, and the labels from lists.
+A list may be larger than a message may be, as pods have large annotations and any number of labels. Then the largest
+entries are replaced by short ones, which have what a kubelet looks for in lists (:mod:`criserver.api.views`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 _SLICE = 0.002
 # The part of the largest message that a list does not use.
 _MARGIN = 16
-# IDs of pods.
+# IDs of pods and containers.
 _MAX_TOLD = 10_000
 
 
@@ -75,17 +75,17 @@ async def make_in_slices(records: Iterable[Record], make: Callable[[Record], Ent
 
 
 class ListLimit:
-    """The most bytes that a list of pods has. ``max_message`` is the most bytes of a message."""
+    """The most bytes that a list of pods or containers has. ``max_message`` is the most bytes of a message."""
 
     def __init__(self, max_message: int) -> None:
         self.size = max_message - max_message // _MARGIN
         self._told: set[str] = set()
 
-    def shorten(self, pods: Sequence[str], sizes: Sequence[int], shorter: Callable[[int], int]) -> None:
-        """Have the annotations of the largest entries left out, until the list is small enough.
+    def shorten(self, ids: Sequence[str], sizes: Sequence[int], shorter: Callable[[int], int]) -> None:
+        """Have the largest entries replaced by short ones, until the list is small enough.
 
-        ``pods`` and ``sizes`` are the IDs and the bytes of the entries. ``shorter`` leaves the annotations out of the
-        entry at a place, and returns its new size. Each pod is logged once.
+        ``ids`` and ``sizes`` are the IDs and the bytes of the entries. ``shorter`` replaces the entry at a place, and
+        returns its new size. Each ID is logged once.
         """
         total, told = sum(sizes), []
         for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
@@ -93,15 +93,15 @@ class ListLimit:
                 break
             spared = sizes[place] - shorter(place)
             total -= spared
-            if spared and pods[place] not in self._told:
-                told.append(pods[place])
+            if spared and ids[place] not in self._told:
+                told.append(ids[place])
         if told:
             if len(self._told) > _MAX_TOLD:
                 self._told.clear()
             self._told.update(told)
             log.warning(
-                "annotations of pods are left out of lists, which would be too large for a message",
-                pods=len(told),
+                "large annotations and labels are left out of lists, which would be too large for a message",
+                entries=len(told),
                 first=told[0],
                 limit=self.size,
             )
@@ -110,7 +110,7 @@ class ListLimit:
 class Fragments(Generic[Record]):
     """Serialised entries of one kind of list. ``make`` returns a list answer with one entry.
 
-    ``make_shorter`` returns one without annotations, for a list that would be larger than ``limit``.
+    ``make_shorter`` returns one with a short entry, for a list that would be larger than ``limit``.
     """
 
     def __init__(

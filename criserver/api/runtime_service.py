@@ -52,11 +52,13 @@ class RuntimeService(StatsRpcs):
         self._api_version = api_version
         self._sandboxes: Fragments[Sandbox] = Fragments(
             lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s)]).SerializeToString(),
-            lambda s: cri.ListPodSandboxResponse(items=[views.sandbox(s, annotated=False)]).SerializeToString(),
+            lambda s: cri.ListPodSandboxResponse(items=[views.short_sandbox(s)]).SerializeToString(),
             self._limit,
         )
         self._containers: Fragments[Container] = Fragments(
-            lambda c: cri.ListContainersResponse(containers=[views.container(c)]).SerializeToString()
+            lambda c: cri.ListContainersResponse(containers=[views.container(c)]).SerializeToString(),
+            lambda c: cri.ListContainersResponse(containers=[views.short_container(c)]).SerializeToString(),
+            self._limit,
         )
 
     async def version(self, request: cri.VersionRequest) -> cri.VersionResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 
-from criserver.api import stats_views
+from criserver.api import stats_views, views
 from criserver.api.filters import batches, select_containers, select_sandboxes
 from criserver.api.grpc_server import MAX_MESSAGE
 from criserver.api.lists import ListLimit
@@ -50,7 +50,11 @@ class StatsRpcs:
             return answer
 
         def shorter(place: int) -> int:
-            stats[place].attributes.ClearField("annotations")
+            attributes = stats[place].attributes
+            attributes.ClearField("annotations")
+            labels = dict(views.short_labels(attributes.labels))
+            attributes.ClearField("labels")
+            attributes.labels.update(labels)
             return stats[place].ByteSize()
 
         self._limit.shorten([s.attributes.id for s in stats], [s.ByteSize() for s in stats], shorter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from criserver.api.lists import make_each
@@ -47,8 +48,45 @@ _MODES = {mode: number for number, mode in MODES.items()}
 _SIGNALS = {signal_number(name): name for name in reversed(cri.Signal.keys()) if name != "RUNTIME_DEFAULT"}
 
 
-def sandbox(record: Sandbox, *, annotated: bool = True) -> cri.PodSandbox:
-    """The sandbox as ListPodSandbox shows it. ``annotated``: with its annotations."""
+# Bytes of labels in the short entry of a list, and of each annotation of a container there.
+_SHORT_LABELS, _SHORT_ANNOTATION = 64 << 10, 4 << 10
+# The labels that a kubelet itself sets. It looks for no others in lists.
+_KUBELET = "io.kubernetes."
+
+
+def short_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """The labels for the short entry of a list: a kubelet's own, if all are very large. A pod may have any number."""
+    if sum(len(key) + len(value) for key, value in labels.items()) <= _SHORT_LABELS:
+        return labels
+    return {key: value for key, value in labels.items() if key.startswith(_KUBELET)}
+
+
+def short_sandbox(record: Sandbox) -> cri.PodSandbox:
+    """The short entry of ListPodSandbox: without annotations, which a kubelet takes from the status of a pod."""
+    shown = sandbox(record)
+    shown.ClearField("annotations")
+    labels = short_labels(record.config.labels)
+    if len(labels) < len(record.config.labels):
+        shown.ClearField("labels")
+        shown.labels.update(labels)
+    return shown
+
+
+def short_container(record: Container) -> cri.Container:
+    """The short entry of ListContainers: without very large annotations.
+
+    A kubelet keeps the ports and the hooks of a container in them, and reads these from the status. It looks for short
+    ones in lists.
+    """
+    shown = container(record)
+    for key, value in list(shown.annotations.items()):
+        if len(value) > _SHORT_ANNOTATION:
+            del shown.annotations[key]
+    return shown
+
+
+def sandbox(record: Sandbox) -> cri.PodSandbox:
+    """The sandbox as ListPodSandbox shows it."""
     config = record.config
     return cri.PodSandbox(
         id=record.id,
@@ -56,7 +94,7 @@ def sandbox(record: Sandbox, *, annotated: bool = True) -> cri.PodSandbox:
         state=SANDBOX_STATES[record.state],
         created_at=record.created_at,
         labels=config.labels,
-        annotations=config.annotations if annotated else {},
+        annotations=config.annotations,
         runtime_handler=record.handler,
     )
 

@@ -16,7 +16,7 @@ from snapshotter.threads import in_loose_thread
 
 # Lookups at the same time. The others wait for their turn.
 _LOOKUPS = 16
-# Seconds. A lookup that takes longer may never end, and nobody waits for it any more.
+# Seconds. A lookup that takes longer may never end. Its place is free then, and the next caller begins another one.
 _PATIENCE = 60.0
 
 Address = tuple[Any, ...]

@@ -392,7 +392,7 @@ def limit_huge_pages(cgroup: str, limits: Iterable[Mapping[str, Any]]) -> Callab
                 with contextlib.suppress(FileNotFoundError):
                     value = _read(path).strip()
                     _write(path, str(one["limit"]))
-                    before[path] = value
+                    before.setdefault(path, value)
     except OSError as e:
         undo()
         if e.errno != errno.ENODEV:

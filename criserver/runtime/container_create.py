@@ -134,12 +134,16 @@ async def _create(node: Node, sandbox_id: str, config: ContainerConfig, sent: by
 
 
 def _check_requests(node: Node, sandbox: Sandbox, container: Container) -> None:
-    """Refuse a container with which the requests for all containers of the pod are too large."""
-    total = len(container.sent) + sum(len(c.sent) for c in node.records.containers_of(sandbox.id))
+    """Refuse a container with which the requests for all containers of the pod are too large.
+
+    Only the last one of each name counts, so that each can be made again.
+    """
+    named = {c.config.name: c for c in (*node.records.containers_of(sandbox.id), container)}
+    total = sum(len(c.sent) for c in named.values())
     if total > _MAX_REQUESTS:
         raise ResourceExhaustedError(
             f"container {container.config.name}: with it the requests for all containers of pod "
-            f"{sandbox.config.namespace}/{sandbox.config.name}, exited ones too, have {total} bytes; {_MAX_REQUESTS} "
+            f"{sandbox.config.namespace}/{sandbox.config.name} have {total} bytes; {_MAX_REQUESTS} "
             "are the most allowed. Give large values by a volume, not by environment variables"
         )
 

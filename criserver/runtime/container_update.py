@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import structlog
+
 from criserver.errors import FailedPreconditionError
 from criserver.model import PodConfig
 from criserver.oci.spec_inputs import Spec
@@ -21,6 +23,8 @@ from criserver.runtime.parse import container_config, resources
 from criserver.runtime.records import Container, Sandbox
 from criserver.runtime.spec_file import read_spec, write_spec
 from criserver.stats import CgroupUsage
+
+log = structlog.get_logger(__name__)
 
 _SWAP = "memory.swap.max"
 
@@ -133,8 +137,15 @@ async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) 
         if memory is not None and 0 < limit < memory.usage:
             raise _below_use(container.id, limit, memory.usage) from e
         raise
+    except BaseException:
+        await asyncio.to_thread(undo)
+        raise
     # An update by runc leaves new ones out, and sets those that the container was created with again.
-    await _limit_huge_pages(container.id, cgroup, pages)
+    try:
+        await _limit_huge_pages(container.id, cgroup, pages)
+    except FailedPreconditionError as e:
+        # The container has taken pages meanwhile. All else is changed.
+        log.warning("limits of huge pages are not in force", container=container.id, error=str(e))
 
 
 async def _limit_huge_pages(container_id: str, cgroup: str, limits: Sequence[Mapping[str, Any]]) -> Callable[[], None]:

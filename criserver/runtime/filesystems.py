@@ -13,6 +13,7 @@ import stat
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import Executor
 from contextlib import ExitStack
 
 from criserver.errors import (
@@ -162,23 +163,20 @@ async def discard(node: Node, container_id: str) -> None:
                     await node.snapshotter.remove(key)
     except SnapshotError as e:
         raise CriError(f"the files of container {container_id} cannot be removed: {e}") from e
-    await delete(_volumes_dir(node, container_id), node.container_dir(container_id))
+    await delete(_volumes_dir(node, container_id), executor=deletions)
+    await delete(node.container_dir(container_id))
 
 
-async def delete(*paths: str) -> None:
-    """Delete files or directory trees that containers may have written to, in this order.
-
-    Raises CriError with the reason for one that cannot be deleted. Those after it stay too.
-    """
+async def delete(path: str, executor: Executor | None = None) -> None:
+    """Delete a file or a directory tree. Raises CriError with the reason if it cannot be deleted."""
 
     def remove() -> None:
-        for path in paths:
-            try:
-                removal.remove_path(path)
-            except OSError as e:
-                raise CriError(f"{path} cannot be deleted: {e}") from e
+        try:
+            removal.remove_path(path)
+        except OSError as e:
+            raise CriError(f"{path} cannot be deleted: {e}") from e
 
-    await in_thread(remove, executor=deletions)
+    await in_thread(remove, executor=executor)
 
 
 def owner(key: str) -> str:

@@ -19,7 +19,8 @@ class Cpu:
 class Memory:
     """Bytes, and counts of faults. ``working_set`` is the usage without inactive page cache, as for the kubelet.
 
-    ``rss`` is anonymous memory, and ``shmem`` that of tmpfs and shared memory. The kernel can only swap both.
+    ``rss`` is anonymous memory, and ``shmem`` that of tmpfs and shared memory. The kernel can free both only by
+    swapping them out.
     """
 
     usage: int
