@@ -50,11 +50,7 @@ class StatsRpcs:
             return answer
 
         def shorter(place: int) -> int:
-            attributes = stats[place].attributes
-            attributes.ClearField("annotations")
-            labels = dict(views.short_labels(attributes.labels))
-            attributes.ClearField("labels")
-            attributes.labels.update(labels)
+            views.shorten(stats[place].attributes)
             return stats[place].ByteSize()
 
         self._limit.shorten([s.attributes.id for s in stats], [s.ByteSize() for s in stats], shorter)

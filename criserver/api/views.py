@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from criserver.api.lists import make_each
@@ -54,21 +53,21 @@ _SHORT_LABELS, _SHORT_ANNOTATION = 64 << 10, 4 << 10
 _KUBELET = "io.kubernetes."
 
 
-def short_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
-    """The labels for the short entry of a list: a kubelet's own, if all are very large. A pod may have any number."""
-    if sum(len(key) + len(value) for key, value in labels.items()) <= _SHORT_LABELS:
-        return labels
-    return {key: value for key, value in labels.items() if key.startswith(_KUBELET)}
+def shorten(shown: cri.PodSandbox | cri.PodSandboxAttributes) -> None:
+    """Leave out annotations, which a kubelet takes from the status of a pod, and of very large labels all but its own.
+
+    A pod may have any number of labels.
+    """
+    shown.ClearField("annotations")
+    if sum(len(key) + len(value) for key, value in shown.labels.items()) > _SHORT_LABELS:
+        for key in [key for key in shown.labels if not key.startswith(_KUBELET)]:
+            del shown.labels[key]
 
 
 def short_sandbox(record: Sandbox) -> cri.PodSandbox:
-    """The short entry of ListPodSandbox: without annotations, which a kubelet takes from the status of a pod."""
+    """The short entry of ListPodSandbox."""
     shown = sandbox(record)
-    shown.ClearField("annotations")
-    labels = short_labels(record.config.labels)
-    if len(labels) < len(record.config.labels):
-        shown.ClearField("labels")
-        shown.labels.update(labels)
+    shorten(shown)
     return shown
 
 

@@ -70,7 +70,7 @@ def _alterable(node: Node, container_id: str) -> Container:
 
 
 def _limits(node: Node, container: Container, asked: cri.LinuxContainerResources) -> Spec:
-    """The limits that ``asked`` sets. The limit of swap is that of the container with them, if they touch it."""
+    """The limits that ``asked`` sets. If there is a limit of swap among them, it is the one that the record will have."""
     limits = resource_limits(resources(asked), host.facts())
     changed = with_resources(container, node.records.sandbox(container.sandbox_id).config, asked)
     in_force = resource_limits(changed.config.resources, host.facts())
@@ -85,7 +85,7 @@ async def _change(node: Node, container: Container, limits: Limits) -> None:
     in_force = resource_limits(changed.config.resources, host.facts())
     oci = complete_limits(limits.oci, in_force, host.facts())
     if container.state is ContainerState.RUNNING:
-        await _apply(node, sandbox, changed, oci)
+        await _apply(node, sandbox, changed, oci, in_force.get("hugepageLimits", ()))
         if asked.oom_score_adj:
             await asyncio.to_thread(_set_oom_score, node, changed, asked.oom_score_adj)
     if container.state is not ContainerState.EXITED:
@@ -119,13 +119,15 @@ def _merge(into: cri.LinuxContainerResources, asked: cri.LinuxContainerResources
     into.MergeFrom(asked)
 
 
-async def _apply(node: Node, sandbox: Sandbox, container: Container, oci: Spec) -> None:
+async def _apply(
+    node: Node, sandbox: Sandbox, container: Container, oci: Spec, pages: Sequence[Mapping[str, Any]]
+) -> None:
+    """Set the limits ``oci``. ``pages`` are all limits of huge pages, also those that stay as they are."""
     limit = oci.get("memory", {}).get("limit", 0)
     cgroup = cgroups.path(container.parent_cgroup(sandbox), container.id)
     usage = node.stats.cgroups.reader(cgroup).usage
     if host.facts().unified_cgroups:
         _check_memory(container.id, limit, usage())
-    pages = resource_limits(container.config.resources, host.facts()).get("hugepageLimits", ())
     undo = await _limit_huge_pages(container.id, cgroup, pages)
     try:
         await process_records.of_container(node, container).update(oci)

@@ -281,19 +281,24 @@ def test_a_long_path_is_told_by_its_ends(top: Path, monkeypatch: pytest.MonkeyPa
     assert len(str(error.value)) < 3000
 
 
+def unlink_without(name: str) -> Callable[..., None]:
+    """unlink(2) on a disk that fails where a file has this name."""
+    real = os.unlink
+
+    def refused(path: str, *, dir_fd: int | None = None) -> None:
+        if path == name:
+            raise OSError(5, "Input/output error")
+        real(path, dir_fd=dir_fd)
+
+    return refused
+
+
 def test_the_rest_goes_where_something_has_to_stay(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", "c"):
         (top / f"t/{name}/sub").mkdir(parents=True)
         (top / f"t/{name}/sub/f").touch()
     (top / "t/b/sub/stays").touch()
-    real = os.unlink
-
-    def refused(path: str, *, dir_fd: int | None = None) -> None:
-        if path == "stays":
-            raise OSError(5, "Input/output error")
-        real(path, dir_fd=dir_fd)
-
-    monkeypatch.setattr(os, "unlink", refused)
+    monkeypatch.setattr(os, "unlink", unlink_without("stays"))
     with pytest.raises(OSError, match=r"Input/output error: '.*t/b/sub/stays'"):
         removal.remove_path(str(top / "t"))
     assert sorted(found(top)) == ["t", "t/b", "t/b/sub", "t/b/sub/stays"]
@@ -443,15 +448,8 @@ def test_a_tree_that_is_too_wide_to_remember_is_deleted(top: Path) -> None:
 def test_what_cannot_be_deleted_of_a_wide_tree_is_told(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (top / "t").mkdir()
     wide(top / "t")
-    real = os.unlink
-
-    def refused(path: str, *, dir_fd: int | None = None) -> None:
-        if path == "f":
-            raise OSError(5, "Input/output error")
-        real(path, dir_fd=dir_fd)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", refused)
+        patch.setattr(os, "unlink", unlink_without("f"))
         with pytest.raises(OSError, match="Input/output error"):
             removal.remove_path(str(top / "t"))
 
