@@ -70,7 +70,7 @@ def _alterable(node: Node, container_id: str) -> Container:
 
 
 def _limits(node: Node, container: Container, asked: cri.LinuxContainerResources) -> Spec:
-    """The limits that ``asked`` sets. If there is a limit of swap among them, it is the one that the record will have."""
+    """The limits that ``asked`` sets. A limit of swap among them is the one that the record will have."""
     limits = resource_limits(resources(asked), host.facts())
     changed = with_resources(container, node.records.sandbox(container.sandbox_id).config, asked)
     in_force = resource_limits(changed.config.resources, host.facts())
